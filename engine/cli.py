@@ -1,0 +1,396 @@
+"""`zsad-infer`: a folder of unlabeled images in, anomaly scores, maps and a report out."""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+import numpy as np
+import onnxruntime as ort
+from tqdm import tqdm
+
+from zsad.export.files import written_whole
+from zsad.export.state_dict import CheckpointError
+from zsad.kernels.planner import available_cores
+
+from .backbone import Backbone, choose_device, load_backbone
+from .config import Config, ConfigError, load_config, preset_names
+from .demo import draw_demo
+from .evaluate import Evaluation, EvaluationError, evaluate, format_table, ground_truth
+from .images import Category, ImageError, scan
+from .pipeline import Options, Stages, score_category
+from .report import write_report
+from .results import (
+    Format,
+    OutputError,
+    check_output,
+    fingerprint,
+    finished_record,
+    read_thumbnails,
+    write_category,
+)
+
+log = logging.getLogger("zsad")
+
+DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Timings inside these stages are spent in the product library or in ONNX Runtime.
+LIBRARY_STAGES = ("backbone", "product")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
+    arguments = _parse(argv)
+    level = logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
+    logging.basicConfig(stream=sys.stderr, format="zsad: %(message)s", force=True)
+    log.setLevel(level)
+    try:
+        return _run(arguments)
+    except (ConfigError, CheckpointError, OutputError, ImageError) as error:
+        log.error("%s", error)
+        return USAGE
+    except (OSError, MemoryError) as error:
+        log.error("stopped: %s. What was finished is in %s; add --resume to go on from there", error, arguments.output)
+        return SOME_FAILED
+    except KeyboardInterrupt:
+        log.error("interrupted. What was finished is in %s; add --resume to go on from there", arguments.output)
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="zsad-infer",
+        description="Score a folder of unlabeled images: an anomaly score per image and a map per pixel, in [0, 1].",
+    )
+    add = parser.add_argument
+    add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or MVTec layout")
+    add("--demo", action="store_true", help="draw a small set of images with planted defects and score that")
+    add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
+    add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
+    add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
+    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add("--image-size", type=int, metavar="PIXELS", help="side of the network's input, a multiple of the patch size")
+    add("--taps", type=_numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
+    add("--degrees", type=_numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
+    add("--interval", type=_numbers(float), metavar="0,0.3", help="part of the sorted distances that is averaged")
+    add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
+    add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
+    add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
+    add("--memory-limit", type=_bytes, metavar="4GB", help="spill to disk above this (default: 3/4 of the free memory)")
+    add(
+        "--format",
+        type=_formats,
+        default=["zsad"],
+        metavar="zsad,rayan",
+        help="zsad: tables, TIFF maps, overlays, report; rayan: the challenge's JSON files (default: zsad)",
+    )
+    add("--threshold", type=_threshold, metavar="0.5|auto", help="add verdicts and defect regions")
+    add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
+    add("--strict", action="store_true", help="stop at the first unreadable image")
+    add("--seed", type=int, help="for dealing the groups and drawing the demo (default: 0)")
+    add("--json", action="store_true", help="print the run record as JSON on standard output")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="plans and the time per stage")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    add("--version", action="version", version=f"zsad {importlib.metadata.version('zsad')}")
+    arguments = parser.parse_args(argv)
+    if (arguments.data is None) != arguments.demo:
+        parser.error("give a folder of images, or --demo")
+    for name in ("batch_size", "workers"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    return arguments
+
+
+def _numbers(kind: type) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
+
+    return parse
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    try:
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None
+
+
+def _formats(text: str) -> list[Format]:
+    chosen = text.split(",")
+    if not set(chosen) <= set(get_args(Format)):
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(get_args(Format))}, not {text!r}")
+    return chosen  # type: ignore[return-value]
+
+
+def _threshold(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number in [0, 1], not {text!r}") from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    start, started = time.perf_counter(), datetime.now(timezone.utc)
+    keys = ("image_size", "taps", "degrees", "interval", "group_size", "threshold", "seed")
+    overrides = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
+    config = load_config(arguments.preset, arguments.config, overrides)
+    device = choose_device(arguments.device)
+    output: Path = arguments.output
+    options = Options(
+        batch_size=arguments.batch_size or (1 if device == "cpu" else 8),
+        workers=arguments.workers or available_cores(),
+        memory_limit=arguments.memory_limit,
+        strict=arguments.strict,
+    )
+    data = draw_demo(output / "demo-data", config.seed).parent if arguments.demo else arguments.data
+    categories = scan(data, exclude=output)
+    check_output(output, categories)
+
+    stages = Stages()
+    with stages.measure("load"):
+        backbones = {
+            name: load_backbone(
+                backbone,
+                config.image_size,
+                embedding=bool(config.image_score.rscin) and name == config.image_score.backbone,
+                device=device,
+            )
+            for name, backbone in config.backbones.items()
+        }
+    images = sum(len(category.images) for category in categories)
+    log.info(
+        "%d images in %d %s, preset %s on %s",
+        images,
+        len(categories),
+        "categories" if len(categories) > 1 else "category",
+        config.preset,
+        device,
+    )
+
+    records, failures = [], 0
+    for category in categories:
+        record = _run_category(category, config, backbones, options, stages, arguments)
+        records.append(record)
+        failures += len(record["failures"])
+
+    finished = [record for record in records if record["images"]]
+    evaluation = _evaluate(output, data, categories, finished, stages)
+    seconds = time.perf_counter() - start
+    run: dict[str, Any] = {
+        "version": importlib.metadata.version("zsad"),
+        "preset": config.preset,
+        "device": device,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "images": sum(len(record["images"]) for record in records),
+        "failed": failures,
+        "images_per_second": round(images / seconds, 3),
+        "peak_memory_bytes": _peak_memory(),
+        "stages": {name: round(value, 3) for name, value in stages.seconds.items()},
+        "library_share": round(sum(stages.seconds.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
+        "config": config.as_dict(),
+        "checkpoints": [{"name": b.checkpoint, "sha256": b.sha256} for b in backbones.values()],
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": ort.__version__},
+        "categories": {
+            record["name"]: {
+                "images": len(record["images"]),
+                "failures": record["failures"],
+                "groups": record["groups"],
+                "group_size": config.group_size,
+                "scale": record["scale"],
+                "threshold": record["threshold"],
+                "seconds": record["seconds"],
+                "resumed": record["resumed"],
+            }
+            for record in records
+        },
+        "metrics": evaluation,
+        "notes": _notes(records),
+    }
+    if "zsad" in arguments.format:
+        _report(output, run, categories, records, evaluation)
+    with written_whole(output / "run.json") as temporary:
+        temporary.write_text(json.dumps(run, indent=1))
+    log.debug(
+        "time per stage (%.0f %% inside BLAS and ONNX Runtime):\n%s", 100 * run["library_share"], stages.table(seconds)
+    )
+    if arguments.json:
+        print(json.dumps(run))
+    else:
+        _print_summary(output, records, evaluation, arguments)
+    return SOME_FAILED if failures else DONE
+
+
+def _run_category(
+    category: Category,
+    config: Config,
+    backbones: Mapping[str, Backbone],
+    options: Options,
+    stages: Stages,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
+    for folder, reason in category.unreadable:
+        log.warning("%s: %s", folder, reason)
+    for path in category.ignored:
+        log.debug("%s: not an image, ignored", path)
+    digest = fingerprint(category, config, {b.checkpoint: b.sha256 for b in backbones.values()}, arguments.format)
+    record = finished_record(arguments.output, category, digest) if arguments.resume else None
+    if record is not None:
+        log.info("%s: already finished", category.name)
+        return {**record, "resumed": True, "seconds": 0.0}
+    start = time.perf_counter()
+    try:
+        with _Progress(category.name, arguments.quiet) as progress:
+            scored = score_category(category, config, backbones, options, stages, progress)
+        with stages.measure("write"):
+            record = write_category(
+                arguments.output, category, scored, config, arguments.format, digest, options.workers
+            )
+    except ImageError as error:
+        if options.strict:
+            raise
+        log.error("%s: %s", category.name, error)
+        failures = [{"path": str(image.relative), "reason": str(error)} for image in category.images]
+        record = {
+            "name": category.name,
+            "images": [],
+            "failures": failures,
+            "groups": 0,
+            "scale": None,
+            "threshold": None,
+        }
+    else:
+        record["failures"] += [{"path": str(folder), "reason": reason} for folder, reason in category.unreadable]
+        for failure in record["failures"]:
+            log.warning("%s/%s: skipped: %s", category.name, failure["path"], failure["reason"])
+    return {**record, "resumed": False, "seconds": round(time.perf_counter() - start, 3)}
+
+
+class _Progress:
+    """One bar per stage on standard error, where that is a terminal."""
+
+    def __init__(self, category: str, quiet: bool) -> None:
+        self.category, self.disabled = category, quiet or not sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.stage = ""
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.disabled:
+            return
+        if self.bar is None or stage != self.stage:
+            if self.bar is not None:
+                self.bar.close()
+            self.stage = stage
+            unit = "image" if stage == "backbone" else "pair"
+            self.bar = tqdm(total=total, desc=f"{self.category}: {stage}", unit=unit, file=sys.stderr, leave=False)
+        self.bar.update(done - self.bar.n)
+
+
+def _evaluate(
+    output: Path, data: Path, categories: Sequence[Category], finished: Sequence[Mapping[str, Any]], stages: Stages
+) -> Evaluation | None:
+    """Compare with ground truth where the data have it; scoring never sees it."""
+    labelled = any(ground_truth(c.root, image.relative)[0] for c in categories for image in c.images)
+    if not (labelled and finished):
+        return None
+    with stages.measure("evaluate"):
+        try:
+            return evaluate(output, data, warn=lambda message: log.debug("%s", message))
+        except EvaluationError as error:
+            log.debug("no metrics: %s", error)
+            return None
+
+
+def _report(
+    output: Path,
+    run: Mapping[str, Any],
+    categories: Sequence[Category],
+    records: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation | None,
+) -> None:
+    shown = []
+    for category, record in zip(categories, records, strict=True):
+        thumbnails = read_thumbnails(output, category.name) if record["images"] else {}
+        images = []
+        for image in record["images"]:
+            relative = PurePosixPath(image["path"])
+            anomalous, _ = ground_truth(category.root, relative)
+            images.append(
+                {
+                    "regions": [],
+                    "image": "",
+                    "overlay": "",
+                    **image,
+                    **thumbnails.get(image["path"], {}),
+                    "overlay_file": f"{category.name}/{image['overlay_file']}" if image["overlay_file"] else "",
+                    "label": None if anomalous is None else relative.parts[1],
+                    "anomalous": anomalous,
+                }
+            )
+        shown.append(
+            {
+                **{key: record[key] for key in ("name", "threshold", "failures", "groups", "seconds")},
+                "group_size": run["config"]["group_size"],
+                "images": images,
+                "metrics": evaluation["categories"].get(category.name) if evaluation else None,
+                "protocol": evaluation["protocol"] if evaluation else None,
+            }
+        )
+    write_report(output / "report.html", run, shown)
+
+
+def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    for record in records:
+        if 0 < len(record["images"]) < 10:
+            notes.append(
+                f"{record['name']}: only {len(record['images'])} images. With so few it is hard to tell what is usual "
+                "from what is not; read the ranking with care."
+            )
+        if record["groups"] > 1:
+            notes.append(f"{record['name']}: scored in {record['groups']} random groups, each against itself only.")
+    notes.append("Scores are relative to this batch: 1 is its most unusual image or patch, not proof of a defect.")
+    return notes
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere
+
+
+def _print_summary(
+    output: Path,
+    records: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation | None,
+    arguments: argparse.Namespace,
+) -> None:
+    for record in records:
+        print(f"{record['name']}: {len(record['images'])} images scored, {len(record['failures'])} failed")
+        for image in sorted(record["images"], key=lambda image: int(image["rank"]))[:5]:
+            print(f"  {image['score']:.3f}  {image['path']}")
+    if evaluation is not None:
+        print(format_table(evaluation, 0.3), end="")
+    print(output / ("report.html" if "zsad" in arguments.format else "run.json"))

