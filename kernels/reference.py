@@ -71,14 +71,14 @@ def mutual_scores_per_degree(
     z = lnamd(tokens, grid, degree)  # [N, P, C]
     images = len(z)
     first, last = interval_ranks(images - 1, interval)
+    lengths = np.square(z).sum(axis=-1)  # [N, P], 1 except for zero features
     scores = np.empty(z.shape[:2])
     for i in range(images):
         nearest = []
         for j in range(images):
             if j != i:
-                # The explicit difference keeps full precision for nearly equal features.
-                squared = [np.square(z[j] - patch).sum(axis=1).min() for patch in z[i]]
-                nearest.append(np.sqrt(squared))
+                squared = lengths[i][:, None] + lengths[j] - 2 * z[i] @ z[j].T  # [P, P]
+                nearest.append(np.sqrt(np.maximum(squared.min(axis=1), 0.0)))
         scores[i] = np.sort(nearest, axis=0)[first:last].mean(axis=0)  # [N-1, P] -> [P]
     return scores
 
@@ -99,4 +99,5 @@ def mutual_scores(
     for degree in degrees:
         for layer in range(layers):
             scores += mutual_scores_per_degree(x[:, layer], grid, degree, interval)
-    return scores / (layers * len(degrees))
+    scores /= layers * len(degrees)
+    return scores
