@@ -56,7 +56,8 @@ def rscin(scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]) -> NDArra
     rescored = np.zeros(images)
     for image in range(images):
         similarity = e @ e[image]  # [N]
-        order = np.argsort(-similarity, kind="stable")[: max(ks)]
+        others = np.arange(images) != image  # among equally similar images, itself first
+        order = np.lexsort((others, -similarity))[: max(ks)]
         for k in ks:
             kept = order[:k]
             weight = similarity[kept].sum()

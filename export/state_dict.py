@@ -264,5 +264,5 @@ def _square_below(n: int) -> int:
 LAYOUTS: dict[str, Callable[[StateDict], VisionTransformer]] = {
     "patch_embed.proj.weight": _read_dinov2,
     "embeddings.patch_embeddings.projection.weight": _read_dinov2_hugging_face,
-    "conv1.weight": _read_clip,
+    "ln_pre.weight": _read_clip,
 }

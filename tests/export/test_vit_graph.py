@@ -1,0 +1,145 @@
+"""Exported graphs against tokens that the public model code computed."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.state_dict import CheckpointError, VisionTransformer, read_vision_transformer
+from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions
+
+
+def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
+    onnx.checker.check_model(model)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images.astype(np.float32)})
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module")
+def dinov2(golden: Path) -> VisionTransformer:
+    return read_vision_transformer(golden / "dinov2_vit_tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def clip(golden: Path) -> VisionTransformer:
+    return read_vision_transformer(golden / "clip_vit_tiny.safetensors")
+
+
+@pytest.mark.parametrize("size", [518, 224])
+def test_dinov2_equals_the_public_model(golden: Path, dinov2: VisionTransformer, size: int) -> None:
+    arrays = np.load(golden / "dinov2_vit_tiny.npz")
+    model = build_vit_graph(dinov2, arrays["taps_zero_based"].tolist(), size, heads=3)
+    tokens, embedding = run(model, arrays[f"image_{size}"])
+    assert relative_error(tokens, arrays[f"patch_tokens_{size}"]) < 1e-5
+    assert relative_error(embedding, arrays[f"image_embedding_{size}"]) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_clip_equals_the_public_model(golden: Path, clip: VisionTransformer, activation: str) -> None:
+    arrays = np.load(golden / "clip_vit_tiny.npz")
+    model = build_vit_graph(clip, arrays["taps_zero_based"].tolist(), 126, activation, heads=2)
+    tokens, embedding = run(model, arrays["image"])
+    assert relative_error(tokens, arrays[f"patch_tokens_{activation}"]) < 1e-5
+    assert relative_error(embedding, arrays[f"image_embedding_{activation}"]) < 1e-5
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
+
+
+def test_batch_is_dynamic_and_images_are_independent(golden: Path, clip: VisionTransformer) -> None:
+    images = np.load(golden / "clip_vit_tiny.npz")["image"]
+    model = build_vit_graph(clip, [2, 5], 126, heads=2)
+    together, _ = run(model, images)
+    for index, image in enumerate(images):
+        alone, _ = run(model, image[None])
+        np.testing.assert_allclose(alone[0], together[index], atol=1e-4)
+
+
+def test_without_embedding_later_blocks_are_left_out(dinov2: VisionTransformer) -> None:
+    images = np.random.default_rng(0).normal(size=(1, 3, 70, 70))
+    full = build_vit_graph(dinov2, [0, 2], 70, heads=3)
+    short = build_vit_graph(dinov2, [0, 2], 70, heads=3, embedding=False)
+    assert len(short.graph.node) < len(full.graph.node)
+    assert [output.name for output in short.graph.output] == ["tokens"]
+    np.testing.assert_allclose(run(short, images)[0], run(full, images)[0], atol=1e-5)
+
+
+def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
+    model = build_vit_graph(dinov2, [1, 3], 70, heads=3, metadata={"checkpoint": "x"})
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts == {
+        "architecture": "dinov2",
+        "taps": "1,3",
+        "activation": "gelu",
+        "image_size": "70",
+        "grid": "5",
+        "checkpoint": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"taps": [1, 6]}, "from 0 to 5"),
+        ({"taps": []}, "increasing"),
+        ({"taps": [3, 1]}, "increasing"),
+        ({"image_size": 500}, "--image-size 504"),
+        ({"image_size": 0}, "--image-size 14"),
+        ({"activation": "relu"}, "gelu, quick_gelu"),
+        ({"heads": 5}, "do not divide"),
+        ({"heads": None}, "heads"),  # 48 wide: the default of 64 per head gives none
+    ],
+)
+def test_options_that_do_not_fit_are_refused(dinov2: VisionTransformer, change, message: str) -> None:
+    arguments = {"taps": [1, 3], "image_size": 70, "heads": 3, **change}
+    with pytest.raises(CheckpointError, match=message):
+        build_vit_graph(dinov2, **arguments)
+
+
+def test_positions_are_kept_at_the_stored_size(dinov2: VisionTransformer) -> None:
+    assert resize_positions(dinov2, 37) is dinov2.positions
+
+
+def test_bicubic_matrix_keeps_constants_and_equals_the_identity_at_scale_one() -> None:
+    np.testing.assert_allclose(bicubic_matrix(24, 37, 37 / 24).sum(axis=1), 1)
+    np.testing.assert_allclose(bicubic_matrix(9, 9, 1.0), np.eye(9), atol=1e-12)
+
+
+def test_registers_stand_between_class_token_and_patches(golden: Path, tmp_path: Path) -> None:
+    """With zero value projections attention adds nothing, so registers must not reach any patch."""
+    state = dict(load_file(golden / "dinov2_vit_tiny.safetensors"))
+    state["register_tokens"] = np.ones((1, 4, 48), np.float32)
+    for name in state:
+        if name.endswith(("attn.proj.weight", "attn.proj.bias")):
+            state[name] = np.zeros_like(state[name])
+    save_file(state, tmp_path / "with.safetensors")
+    del state["register_tokens"]
+    save_file(state, tmp_path / "without.safetensors")
+    images = np.random.default_rng(0).normal(size=(2, 3, 70, 70))
+    results = [
+        run(build_vit_graph(read_vision_transformer(tmp_path / name), [0, 5], 70, heads=3), images)
+        for name in ("with.safetensors", "without.safetensors")
+    ]
+    for with_registers, without in zip(*results, strict=True):
+        np.testing.assert_allclose(with_registers, without, atol=1e-5)
+
+
+def test_export_is_cached_by_weights_and_options(golden: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
+    checkpoint = str(golden / "dinov2_vit_tiny.safetensors")
+    options = ExportOptions(taps=(1, 3), image_size=70, heads=3)
+    first = export_onnx(checkpoint, options)
+    assert first.built
+    again = export_onnx(checkpoint, options)
+    assert not again.built
+    assert again.path == first.path
+    other = export_onnx(checkpoint, ExportOptions(taps=(1, 2), image_size=70, heads=3))
+    assert other.built
+    assert other.path != first.path
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted([first.path.name, other.path.name])

@@ -1,0 +1,225 @@
+"""The public call against the float64 reference, the golden arrays, and the properties it promises."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zsad.kernels import cpu, mutual_scores, mutual_scoring, reference
+
+RNG = np.random.default_rng(7)
+
+
+def make_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], channels: int) -> np.ndarray:
+    """Tokens that share structure across images, as a backbone's do, with an offset and large outlier channels."""
+    rng = np.random.default_rng(seed)
+    patches = grid[0] * grid[1]
+    shared = rng.normal(size=(1, layers, patches, channels))
+    own = rng.normal(size=(images, layers, patches, channels))
+    scale = np.exp(rng.normal(size=channels))
+    return ((shared + 0.7 * own) * scale + 0.3).astype(np.float32)
+
+
+@pytest.fixture(params=["native", "numpy"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test with the native pass and with NumPy alone."""
+    if request.param == "numpy":
+        monkeypatch.setattr(cpu, "_cpu", None)
+    elif cpu._cpu is None:
+        pytest.skip("installed without a compiler: the native pass is not there")
+    return str(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@pytest.mark.parametrize(
+    ("name", "degrees", "interval", "side"), [("a", (1, 3, 5), (0, 0.3), 8), ("b", (1, 3), (0, 0.5), 6)]
+)
+def test_golden_patch_scores(golden: Path, kernel: str, name: str, degrees, interval, side: int) -> None:
+    arrays = np.load(golden / f"mutual_scoring_{name}.npz")
+    tokens = np.ascontiguousarray(arrays["tokens"][:, :, 1:])  # without the class token
+    scores = mutual_scores(tokens, degrees=degrees, interval=interval)
+    np.testing.assert_allclose(scores, arrays["patch_scores"], atol=1e-5)
+    for degree in degrees:
+        one = mutual_scores(tokens, degrees=(degree,), interval=interval)
+        np.testing.assert_allclose(one, arrays[f"msm_r{degree}"].mean(axis=1), atol=1e-5)
+        for layer in range(tokens.shape[1]):
+            by_reference = reference.mutual_scores_per_degree(tokens[:, layer], (side, side), degree, interval)
+            np.testing.assert_allclose(by_reference, arrays[f"msm_r{degree}"][:, layer], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "degrees", "side"), [("a", (1, 3, 5), 8), ("b", (1, 3), 6)])
+def test_golden_aggregation(golden: Path, name: str, degrees, side: int) -> None:
+    arrays = np.load(golden / f"mutual_scoring_{name}.npz")
+    for degree in degrees:
+        features = reference.lnamd(arrays["tokens"][:, :, 1:], (side, side), degree)
+        np.testing.assert_allclose(features, arrays[f"lnamd_r{degree}"], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    images=st.integers(2, 9),
+    layers=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    channels=st.integers(2, 40),
+    degrees=st.lists(st.sampled_from([1, 3, 5, 7, 9, 11]), min_size=1, max_size=3, unique=True),
+    interval=st.sampled_from([(0.0, 0.3), (0.0, 0.5), (0.2, 0.9), (0.0, 1), (1, 3), (0.5, 0.6), (0.0, 50)]),
+    limit=st.sampled_from([None, "least", "middling"]),
+)
+def test_equals_reference(seed, images, layers, grid, channels, degrees, interval, limit) -> None:
+    tokens = make_tokens(seed, images, layers, grid, channels)
+    expected = reference.mutual_scores(tokens, grid, degrees, interval)
+    plans = []
+    memory = {None: None, "least": smallest_limit(tokens, degrees), "middling": 3 * smallest_limit(tokens, degrees)}
+    scores = mutual_scores(tokens, grid, degrees, interval, memory_limit=memory[limit], on_plan=plans.append)
+    assert scores.dtype == np.float32
+    # A single patch and few channels can make features nearly equal, where sqrt amplifies rounding.
+    np.testing.assert_allclose(scores, expected, atol=2e-3 if channels < 4 or grid == (1, 1) else 1e-4)
+    if limit == "least" and images > 2:
+        assert plans[0].block < images
+        assert not plans[0].minima_in_memory
+
+
+def smallest_limit(tokens: np.ndarray, degrees) -> int:
+    """The limit under which only one image per block stays resident."""
+    from zsad.kernels.planner import plan_mutual_scoring
+
+    images, _, patches, channels = tokens.shape
+    copies = cpu.pair_kernel((1, patches), degrees).feature_copies
+    low, high = 0, 1 << 40
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan_mutual_scoring(images, patches, channels, len(degrees), middle, copies)
+            high = middle
+        except MemoryError:
+            low = middle
+    return high
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+def test_order_of_images_does_not_matter(kernel: str) -> None:
+    tokens = make_tokens(3, 9, 2, (6, 5), 24)
+    order = RNG.permutation(9)
+    scores = mutual_scores(tokens, (6, 5))
+    np.testing.assert_allclose(mutual_scores(tokens[order], (6, 5)), scores[order], atol=1e-6)
+
+
+def test_native_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu._cpu is None:
+        pytest.skip("installed without a compiler: the native pass is not there")
+    tokens = make_tokens(5, 6, 2, (9, 9), 64)
+    native = mutual_scores(tokens)
+    monkeypatch.setattr(cpu, "_cpu", None)
+    with pytest.warns(RuntimeWarning, match="native kernel was not built"):
+        alone = mutual_scores(tokens)
+    np.testing.assert_allclose(native, alone, atol=1e-5)
+
+
+def test_memory_map_and_blocks_give_the_same_scores(tmp_path: Path) -> None:
+    tokens = make_tokens(11, 12, 2, (7, 7), 32)
+    mapped = np.memmap(tmp_path / "tokens", np.float32, "w+", shape=tokens.shape)
+    mapped[:] = tokens
+    plain = mutual_scores(tokens)
+    for factor in (1, 2, 5, 50):
+        limit = factor * smallest_limit(tokens, (1, 3, 5))
+        np.testing.assert_array_equal(mutual_scores(mapped, memory_limit=limit), plain)
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@pytest.mark.parametrize("images", [2, 3, 4])
+def test_few_images_are_finite(kernel: str, images: int) -> None:
+    assert np.isfinite(mutual_scores(make_tokens(1, images, 1, (4, 4), 16))).all()
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@pytest.mark.parametrize("case", ["identical", "constant", "zero", "one constant"])
+def test_degenerate_images(kernel: str, case: str) -> None:
+    tokens = make_tokens(2, 5, 2, (4, 4), 16)
+    if case == "identical":
+        tokens[:] = tokens[0]
+    elif case == "constant":
+        tokens[:] = 0.5
+    elif case == "zero":
+        tokens[:] = 0
+    else:
+        tokens[3] = 1.0
+    scores = mutual_scores(tokens)
+    assert np.isfinite(scores).all()
+    np.testing.assert_allclose(scores, reference.mutual_scores(tokens, (4, 4)), atol=2e-3)
+    if case != "one constant":
+        np.testing.assert_allclose(scores, 0, atol=2e-3)
+
+
+def test_tokens_are_not_changed() -> None:
+    tokens = make_tokens(2, 4, 1, (4, 4), 8)
+    before = tokens.copy()
+    mutual_scores(tokens)
+    np.testing.assert_array_equal(tokens, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros((1, 1, 4, 3), np.float32)}, "only one"),
+        ({"tokens": np.zeros((3, 4, 3), np.float32)}, r"\[N, L, P, C\]"),
+        ({"tokens": np.zeros((3, 1, 4, 3))}, "float32"),
+        ({"tokens": np.zeros((3, 1, 5, 3), np.float32)}, "square grid"),
+        ({"grid": (3, 2)}, "does not hold 4 patches"),
+        ({"degrees": (2,)}, "odd"),
+        ({"degrees": ()}, "odd"),
+        ({"interval": (0.3, 0.3)}, "low < high"),
+        ({"interval": (-0.1, 0.3)}, "low < high"),
+        ({"precision": "fp4"}, "precision"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_bad_arguments(change, message: str) -> None:
+    arguments = {"tokens": RNG.normal(size=(3, 1, 4, 3)).astype(np.float32), **change}
+    with pytest.raises(ValueError, match=message):
+        mutual_scores(**arguments)
+
+
+def test_tokens_that_are_not_finite_are_named() -> None:
+    tokens = make_tokens(2, 4, 1, (4, 4), 8)
+    tokens[2, 0, 3, 1] = np.nan
+    with pytest.raises(ValueError, match="image 2"):
+        mutual_scores(tokens)
+
+
+def test_progress_and_timings() -> None:
+    seen, timings = [], {}
+    mutual_scores(
+        make_tokens(2, 6, 2, (5, 5), 8), progress=lambda done, total: seen.append((done, total)), timings=timings
+    )
+    assert seen[-1] == (30, 30)  # 6 · 5 / 2 pairs in each of two layers
+    assert set(timings) == {"normalise", "product", "filter and max", "select"}
+
+
+def test_interval_ranks() -> None:
+    assert reference.interval_ranks(99, (0.0, 0.3)) == (0, 29)
+    assert reference.interval_ranks(3, (0.0, 0.3)) == (0, 1)  # at least one rank
+    assert reference.interval_ranks(9, (2, 5)) == (2, 5)  # from 1 on a bound is a count
+    assert reference.interval_ranks(9, (0.5, 50)) == (4, 9)
+    assert reference.interval_ranks(1, (0.9, 0.95)) == (0, 1)
+
+
+def test_box_sum_and_layer_norm_equal_the_reference() -> None:
+    x = RNG.normal(size=(35, 6)).astype(np.float32)
+    for degree in (1, 3, 5, 9, 15):
+        np.testing.assert_allclose(
+            cpu.box_sum(x, (5, 7), degree), degree**2 * reference.box_mean(x, (5, 7), degree), rtol=1e-4, atol=1e-4
+        )
+    np.testing.assert_allclose(cpu.layer_normalise(x), reference.spatial_layer_norm(x), atol=1e-5)
+
+
+def test_interrupt_stops_the_pool() -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mutual_scores(make_tokens(2, 8, 2, (5, 5), 8), progress=stop)
+    assert mutual_scoring.mutual_scores(make_tokens(2, 3, 1, (5, 5), 8)).shape == (3, 25)
