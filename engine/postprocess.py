@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 # A normal image scores above the median plus this many deviations about once in a thousand.
 TAIL_DEVIATIONS = 3.0
 # What the patches of images judged normal stay below, up to this percentile, is no defect.
-NORMAL_PERCENTILE = 99.5
+NORMAL_PERCENTILE = 99.9
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def auto_threshold(scores: ArrayLike) -> float:
 def region_threshold(patch_scores: NDArray[np.float64], anomalous: NDArray[np.bool_]) -> float:
     """Choose the map value above which an anomalous image's pixels count as defect.
 
-    patch_scores: [N, P] in [0, 1]; anomalous: [N] verdicts. It is the 99.5th percentile of the patches of the images
+    patch_scores: [N, P] in [0, 1]; anomalous: [N] verdicts. It is the 99.9th percentile of the patches of the images
     judged normal; where none is, of all patches.
     """
     normal = patch_scores[~anomalous] if not anomalous.all() else patch_scores
