@@ -10,32 +10,23 @@ with OpenCV, which is faster than what the references use, so the ratio errs on 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import PIL
-import sklearn
 from numpy.typing import NDArray
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from zsad.engine.metrics import aupro, pixel_metrics
 
+from .records import RESULTS, append, environment
+
 STEPS = 200
 LIMIT = 0.3
 OWN_REPEATS = 5
-RESULTS = Path(__file__).resolve().parent / "results" / "metrics.jsonl"
 
 
 def make_maps(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -119,36 +110,6 @@ def timed(function: Callable[[], dict[str, float]], repeats: int) -> tuple[list[
     return seconds, result
 
 
-def environment(command: str) -> dict[str, Any]:
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        cpu = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-        "pillow": PIL.__version__,
-        "scikit-learn": sklearn.__version__,
-        "commit": commit,
-        "command": command,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.metrics", description=__doc__.splitlines()[0])
     parser.add_argument("--maps", type=int, default=83, help="number of maps (default %(default)s)")
@@ -157,13 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reference-maps", type=int, metavar="K", help="compare on the first K maps only (default: all; 0: not at all)"
     )
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON lines to append to (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "metrics.jsonl", help="(default %(default)s)")
     arguments = parser.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-
-    record = environment(shlex.join(["python", "-m", "zsad.bench.metrics", *given]))
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    packages = ["numpy", "opencv-python-headless", "pillow", "scikit-learn"]
+    record = environment("zsad.bench.metrics", argv, packages)
     validate()
     if arguments.refcheck:
         return 0
@@ -185,10 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("values of the timed run, with the 200-step AUPRO on both sides")
         compare(pixel_metrics(*subset, LIMIT, STEPS), expected, 1e-6)
         record |= {"reference_maps": count, "exact_on_reference_maps_s": same, "reference_s": reference}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    print(f"appended to {arguments.output}")
+    append(arguments.output, record)
     return 0
 
 

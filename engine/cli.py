@@ -1,15 +1,20 @@
 """`zsad-infer`: a folder of unlabeled images in, anomaly scores, maps and a report out."""
 
 import argparse
+import errno
 import importlib.metadata
+import io
 import json
 import logging
+import os
 import platform
 import re
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -25,9 +30,9 @@ from zsad.kernels.planner import available_cores
 from .backbone import Backbone, choose_device, load_backbone
 from .config import Config, ConfigError, load_config, preset_names
 from .demo import draw_demo
-from .evaluate import Evaluation, EvaluationError, evaluate, format_table, ground_truth
-from .images import Category, ImageError, scan
-from .pipeline import Options, Stages, score_category
+from .evaluate import Evaluation, evaluate, format_table, ground_truth
+from .images import Category, ImageError, NothingToScoreError, printable, scan
+from .pipeline import Options, Stages, TooFewImagesError, check_memory, score_category
 from .report import write_report
 from .results import (
     Format,
@@ -43,6 +48,9 @@ log = logging.getLogger("zsad")
 
 DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+# After these the next category would fail like the one before.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 # Timings inside these stages are spent in the product library or in ONNX Runtime.
 LIBRARY_STAGES = ("backbone", "product")
 
@@ -50,20 +58,53 @@ LIBRARY_STAGES = ("backbone", "product")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
     arguments = _parse(argv)
-    level = logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="zsad: %(message)s", force=True)
-    log.setLevel(level)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("zsad: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
+    log.setLevel(logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
+    with warnings.catch_warnings():
+        # Pillow warns of large images and odd headers; what it cannot read it raises.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.showwarning = lambda message, *_: log.warning("%s", message)
+        return _guarded(arguments)
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    """Turn what stops a run into a message and an exit code."""
+    go_on = f"What was finished is in {arguments.output}; add --resume to go on from there"
     try:
         return _run(arguments)
-    except (ConfigError, CheckpointError, OutputError, ImageError) as error:
+    except (ConfigError, CheckpointError, OutputError, NothingToScoreError) as error:
         log.error("%s", error)
         return USAGE
+    except ImageError as error:
+        log.error("stopped by --strict: %s. %s", error, go_on)
+        return SOME_FAILED
     except (OSError, MemoryError) as error:
-        log.error("stopped: %s. What was finished is in %s; add --resume to go on from there", error, arguments.output)
+        log.error("stopped: %s. %s", error, go_on)
         return SOME_FAILED
     except KeyboardInterrupt:
-        log.error("interrupted. What was finished is in %s; add --resume to go on from there", arguments.output)
+        log.error("interrupted. %s", go_on)
         return INTERRUPTED
+
+
+class _Formatter(logging.Formatter):
+    """Keeps names of files from steering the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
+
+
+def _emit(text: str) -> None:
+    """Print to standard output; raises OSError when that is full or gone."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # The interpreter writes what is left once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,7 +198,10 @@ def _run(arguments: argparse.Namespace) -> int:
         memory_limit=arguments.memory_limit,
         strict=arguments.strict,
     )
-    data = draw_demo(output / "demo-data", config.seed).parent if arguments.demo else arguments.data
+    data = arguments.data
+    if arguments.demo:
+        check_output(output, ())
+        data = draw_demo(output / "demo-data", config.seed).parent
     categories = scan(data, exclude=output)
     check_output(output, categories)
 
@@ -172,24 +216,23 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             for name, backbone in config.backbones.items()
         }
-    images = sum(len(category.images) for category in categories)
+    try:
+        check_memory(categories, config, backbones, options.memory_limit)
+    except MemoryError as error:
+        raise ConfigError(str(error)) from None
     log.info(
         "%d images in %d %s, preset %s on %s",
-        images,
+        sum(len(category.images) for category in categories),
         len(categories),
         "categories" if len(categories) > 1 else "category",
         config.preset,
         device,
     )
 
-    records, failures = [], 0
-    for category in categories:
-        record = _run_category(category, config, backbones, options, stages, arguments)
-        records.append(record)
-        failures += len(record["failures"])
-
+    records = [_run_category(category, config, backbones, options, stages, arguments) for category in categories]
+    failures = sum(len(record["failures"]) for record in records)
     finished = [record for record in records if record["images"]]
-    evaluation = _evaluate(output, data, categories, finished, stages)
+    evaluation = _evaluate(arguments, data, categories, finished, stages)
     seconds = time.perf_counter() - start
     run: dict[str, Any] = {
         "version": importlib.metadata.version("zsad"),
@@ -199,7 +242,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "seconds": round(seconds, 3),
         "images": sum(len(record["images"]) for record in records),
         "failed": failures,
-        "images_per_second": round(images / seconds, 3),
+        "images_per_second": round(
+            sum(len(record["images"]) for record in records if not record["resumed"]) / seconds, 3
+        ),
         "peak_memory_bytes": _peak_memory(),
         "stages": {name: round(value, 3) for name, value in stages.seconds.items()},
         "library_share": round(sum(stages.seconds.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
@@ -230,9 +275,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "time per stage (%.0f %% inside BLAS and ONNX Runtime):\n%s", 100 * run["library_share"], stages.table(seconds)
     )
     if arguments.json:
-        print(json.dumps(run))
-    else:
-        _print_summary(output, records, evaluation, arguments)
+        _emit(json.dumps(run))
+    elif not arguments.quiet:
+        _emit(_summary(output, records, evaluation, arguments))
     return SOME_FAILED if failures else DONE
 
 
@@ -245,40 +290,45 @@ def _run_category(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
-    for folder, reason in category.unreadable:
-        log.warning("%s: %s", folder, reason)
+    name = printable(category.name)
+    unreadable = [(str(path), reason) for path, reason in category.unreadable]
+    if unreadable and options.strict:
+        raise ImageError(": ".join((str(category.root / unreadable[0][0]), unreadable[0][1])))
+    if category.ignored:
+        log.info("%s: %d files are no images by their names and are ignored", name, len(category.ignored))
     for path in category.ignored:
-        log.debug("%s: not an image, ignored", path)
+        log.debug("%s: ignored", printable(str(path)))
     digest = fingerprint(category, config, {b.checkpoint: b.sha256 for b in backbones.values()}, arguments.format)
     record = finished_record(arguments.output, category, digest) if arguments.resume else None
     if record is not None:
-        log.info("%s: already finished", category.name)
+        log.info("%s: already finished", name)
         return {**record, "resumed": True, "seconds": 0.0}
     start = time.perf_counter()
     try:
-        with _Progress(category.name, arguments.quiet) as progress:
+        with _Progress(name, arguments.quiet) as progress:
             scored = score_category(category, config, backbones, options, stages, progress)
+        scored = replace(scored, failures=[*scored.failures, *unreadable])
         with stages.measure("write"):
             record = write_category(
                 arguments.output, category, scored, config, arguments.format, digest, options.workers
             )
-    except ImageError as error:
-        if options.strict:
+    except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
+        if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
             raise
-        log.error("%s: %s", category.name, error)
-        failures = [{"path": str(image.relative), "reason": str(error)} for image in category.images]
+        log.error("%s: %s", name, error or type(error).__name__, exc_info=arguments.verbose)
+        failures = [(str(image.relative), "its category failed") for image in category.images]
+        if isinstance(error, TooFewImagesError):
+            failures = error.failures
         record = {
             "name": category.name,
             "images": [],
-            "failures": failures,
+            "failures": [{"path": path, "reason": reason} for path, reason in [*failures, *unreadable]],
             "groups": 0,
             "scale": None,
             "threshold": None,
         }
-    else:
-        record["failures"] += [{"path": str(folder), "reason": reason} for folder, reason in category.unreadable]
-        for failure in record["failures"]:
-            log.warning("%s/%s: skipped: %s", category.name, failure["path"], failure["reason"])
+    for failure in record["failures"]:
+        log.error("%s/%s: skipped: %s", name, printable(failure["path"]), failure["reason"])
     return {**record, "resumed": False, "seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -310,17 +360,29 @@ class _Progress:
 
 
 def _evaluate(
-    output: Path, data: Path, categories: Sequence[Category], finished: Sequence[Mapping[str, Any]], stages: Stages
+    arguments: argparse.Namespace,
+    data: Path,
+    categories: Sequence[Category],
+    finished: Sequence[Mapping[str, Any]],
+    stages: Stages,
 ) -> Evaluation | None:
     """Compare with ground truth where the data have it; scoring never sees it."""
     labelled = any(ground_truth(c.root, image.relative)[0] for c in categories for image in c.images)
     if not (labelled and finished):
         return None
+    # Without maps every image would be named for lacking one.
+    level = logging.WARNING if "zsad" in arguments.format else logging.DEBUG
     with stages.measure("evaluate"):
         try:
-            return evaluate(output, data, warn=lambda message: log.debug("%s", message))
-        except EvaluationError as error:
-            log.debug("no metrics: %s", error)
+            # A category that failed in this run may still have the results of an earlier one.
+            return evaluate(
+                arguments.output,
+                data,
+                warn=lambda message: log.log(level, "%s", printable(message)),
+                only={record["name"] for record in finished},
+            )
+        except Exception as error:  # a mask that breaks its reader must not cost the report
+            log.warning("no metrics: %s", error)
             return None
 
 
@@ -381,16 +443,18 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere
 
 
-def _print_summary(
+def _summary(
     output: Path,
     records: Sequence[Mapping[str, Any]],
     evaluation: Evaluation | None,
     arguments: argparse.Namespace,
-) -> None:
+) -> str:
+    lines = []
     for record in records:
-        print(f"{record['name']}: {len(record['images'])} images scored, {len(record['failures'])} failed")
+        name, failed = printable(record["name"]), len(record["failures"])
+        lines.append(f"{name}: {len(record['images'])} images scored, {failed} failed")
         for image in sorted(record["images"], key=lambda image: int(image["rank"]))[:5]:
-            print(f"  {image['score']:.3f}  {image['path']}")
+            lines.append(f"  {image['score']:.3f}  {printable(image['path'])}")
     if evaluation is not None:
-        print(format_table(evaluation, 0.3), end="")
-    print(output / ("report.html" if "zsad" in arguments.format else "run.json"))
+        lines.append(printable(format_table(evaluation, 0.3), keep="\n").rstrip("\n"))
+    return "\n".join([*lines, str(output / ("report.html" if "zsad" in arguments.format else "run.json"))])

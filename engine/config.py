@@ -1,5 +1,6 @@
 """Presets, the user's TOML file and the command line, merged into one checked configuration."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,10 +12,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from zsad.export.vit_graph import ACTIVATIONS
+
 from .images import Preprocessing
 from .rescoring import ScoreRule
 
 PRESETS = Path(__file__).parent / "presets"
+LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
 
 
 class ConfigError(Exception):
@@ -83,13 +87,15 @@ def load_config(preset: str, file: Path | None = None, overrides: Mapping[str, A
     merged = _read_toml(PRESETS / f"{preset}.toml")
     if file is not None:
         merged = _merge(merged, _read_toml(file))
+        try:
+            _checked(preset, merged)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
     changes = dict(overrides or {})
-    taps = changes.pop("taps", None)
-    merged.update(changes)
-    if taps is not None:
-        for backbone in merged["backbones"].values():
-            backbone["taps"] = taps
-    return _checked(preset, merged)
+    if "taps" in changes:
+        taps = changes.pop("taps")
+        changes["backbones"] = {name: {**backbone, "taps": taps} for name, backbone in merged["backbones"].items()}
+    return _checked(preset, {**merged, **changes})
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -121,10 +127,12 @@ def _build(kind: Any, values: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _checked(preset: str, merged: dict[str, Any]) -> Config:
-    backbones = merged.pop("backbones", {})
+def _checked(preset: str, merged: Mapping[str, Any]) -> Config:
+    backbones = merged.get("backbones")
     if not isinstance(backbones, Mapping):
-        raise ConfigError("[backbones] must hold one table per backbone")
+        raise ConfigError(f"[backbones] must hold one table per backbone, not {backbones!r}")
+    if "preset" in merged:
+        raise ConfigError("unknown key 'preset' in the configuration; choose it with --preset")
     config: Config = _build(
         Config,
         {
@@ -136,7 +144,11 @@ def _checked(preset: str, merged: dict[str, Any]) -> Config:
         },
         "the configuration",
     )
-    _require(_is_int(config.image_size, 1), "image_size must be a positive number of pixels", config.image_size)
+    _require(
+        _is_int(config.image_size, 1) and config.image_size <= LARGEST_SIDE,
+        f"image_size must be a number of pixels from 1 to {LARGEST_SIDE}",
+        config.image_size,
+    )
     _require(
         _all_ints(config.degrees, 1) and all(d % 2 for d in config.degrees),
         "degrees must be odd numbers",
@@ -146,9 +158,9 @@ def _checked(preset: str, merged: dict[str, Any]) -> Config:
     _require(
         isinstance(interval, tuple)
         and len(interval) == 2
-        and all(isinstance(bound, int | float) for bound in interval)
+        and all(map(_is_number, interval))
         and 0 <= interval[0] < interval[1],
-        "interval must be two bounds, 0 <= low < high",
+        "interval must be two finite bounds, 0 <= low < high",
         interval,
     )
     _require(
@@ -156,25 +168,26 @@ def _checked(preset: str, merged: dict[str, Any]) -> Config:
     )
     threshold = config.threshold
     _require(
-        threshold in (None, "auto") or (isinstance(threshold, int | float) and 0 <= threshold <= 1),
+        threshold in (None, "auto")
+        or (isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1),
         "threshold must be 'auto' or a number in [0, 1]",
         threshold,
     )
     _require(_is_int(config.seed, 0), "seed must be a whole number", config.seed)
     for name, backbone in config.backbones.items():
-        _require(isinstance(backbone.checkpoint, str), f"[backbones.{name}] checkpoint must be a name or file", "")
-        _require(_all_ints(backbone.taps, 0), f"[backbones.{name}] taps must be block numbers", backbone.taps)
+        where = f"[backbones.{name}]"
         _require(
-            backbone.preprocessing in get_args(Preprocessing),
-            f"[backbones.{name}] preprocessing must be one of {', '.join(get_args(Preprocessing))}",
-            backbone.preprocessing,
+            isinstance(backbone.checkpoint, str), f"{where} checkpoint must be a name or file", backbone.checkpoint
         )
-    for where, used in (("map", config.map.backbone), ("image_score", config.image_score.backbone)):
-        _require(used in config.backbones, f"[{where}] backbone must be one of {', '.join(config.backbones)}", used)
+        _require(_all_ints(backbone.taps, 0), f"{where} taps must be block numbers", backbone.taps)
+        _require(backbone.heads is None or _is_int(backbone.heads, 1), f"{where} heads must be a count", backbone.heads)
+        _require_choice(f"{where} activation", backbone.activation, ACTIVATIONS)
+        _require_choice(f"{where} preprocessing", backbone.preprocessing, get_args(Preprocessing))
+    _require_choice("[map] backbone", config.map.backbone, list(config.backbones))
+    _require_choice("[image_score] backbone", config.image_score.backbone, list(config.backbones))
+    _require_choice("[image_score] rule", config.image_score.rule, get_args(ScoreRule))
     _require(
-        config.image_score.rule in get_args(ScoreRule),
-        f"[image_score] rule must be one of {', '.join(get_args(ScoreRule))}",
-        config.image_score.rule,
+        isinstance(config.map.object_mask, bool), "[map] object_mask must be true or false", config.map.object_mask
     )
     _require(
         config.image_score.rscin == () or _all_ints(config.image_score.rscin, 1),
@@ -187,6 +200,14 @@ def _checked(preset: str, merged: dict[str, Any]) -> Config:
 def _require(holds: bool, message: str, got: Any) -> None:
     if not holds:
         raise ConfigError(f"{message}, not {got!r}")
+
+
+def _require_choice(where: str, value: Any, choices: Sequence[str]) -> None:
+    _require(value in choices, f"{where} must be one of {', '.join(choices)}", value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _is_int(value: Any, least: int) -> bool:

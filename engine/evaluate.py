@@ -7,7 +7,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict, get_args
@@ -71,11 +71,13 @@ def evaluate(
     protocol: Protocol = "official",
     aupro_limit: float = 0.3,
     warn: Warn = lambda message: print(message, file=sys.stderr),
+    only: Collection[str] | None = None,
 ) -> Evaluation:
     """Metrics of every category and their mean over the categories that have a value.
 
     `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there; `data` holds the categories, or
-    is one. `warn` gets a sentence for each thing left out. Raises EvaluationError where nothing can be evaluated, and
+    is one. `warn` gets a sentence for each thing left out. `only` names the categories to look at, where results of
+    others may be stale. Raises EvaluationError where nothing can be evaluated, and
     ValueError for an AUPRO limit outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
@@ -86,9 +88,12 @@ def evaluate(
     """
     roots = _category_roots(data)
     with_results = {path.parent.name for path in out.glob("*/scores.csv")}
+    if only is not None:
+        roots = {name: root for name, root in roots.items() if name in only}
+        with_results &= set(only)
     if not with_results & roots.keys():
         raise EvaluationError(
-            f"{out} holds no results for {', '.join(roots)}: expected {out / next(iter(roots)) / 'scores.csv'}; "
+            f"{out} holds no results for the categories of {data}: expected {out / '<category>' / 'scores.csv'}; "
             f"run `zsad-infer` on {data} first"
         )
     for name in sorted(roots.keys() - with_results):
@@ -219,14 +224,14 @@ def _category_roots(data: Path) -> dict[str, Path]:
 
 def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file, restval="")
             missing = {"path", "score", "map"} - set(reader.fieldnames or ())
             if missing:
                 raise EvaluationError(f"{path} lacks the column {', '.join(sorted(missing))}: run `zsad-infer` again")
             return {PurePosixPath(row["path"]): row for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise EvaluationError(f"{path} is not a CSV file in UTF-8 ({error}): run `zsad-infer` again") from error
+    except csv.Error as error:
+        raise EvaluationError(f"{path} is not a CSV file ({error}): run `zsad-infer` again") from error
 
 
 def _relative_files(root: Path, folder: str, suffixes: frozenset[str] | set[str]) -> Iterator[PurePosixPath]:

@@ -6,12 +6,13 @@ data/<category>/… → images: scan, decode, resize, normalise [B, 3, S, S] →
 
 import itertools
 import logging
+import os
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.kernels import mutual_scores
-from zsad.kernels.planner import default_memory_limit
+from zsad.kernels.cpu import pair_kernel
+from zsad.kernels.planner import default_memory_limit, plan_mutual_scoring
 
 from .backbone import Backbone
 from .config import Config
@@ -74,6 +76,14 @@ class CategoryScores:
     failures: list[tuple[str, str]]  # path within the category, and why it has no score
 
 
+class TooFewImagesError(ImageError):
+    """A category in which no two images can be compared; `failures` are as in CategoryScores."""
+
+    def __init__(self, message: str, failures: list[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
 @dataclass
 class _Group:
     """What one batch of images that are scored against each other has given."""
@@ -100,10 +110,10 @@ def score_category(
     stages: Stages,
     progress: Progress,
 ) -> CategoryScores:
-    """Score all images of a category against each other; raises ImageError when fewer than two are readable.
+    """Score all images of a category against each other; raises TooFewImagesError when fewer than two are readable.
 
     With a group size the images are dealt at random (by the seed, blind to names) into groups of about that size, and
-    each is scored against its own group only.
+    each is scored against its own group only. With `strict` the first unreadable image raises ImageError.
     """
     failures: dict[int, str] = {}
     dealt = deal_groups(len(category.images), config.group_size, config.seed)
@@ -122,10 +132,12 @@ def score_category(
         if group is not None:
             groups.append(group)
         seen += len(members)
+    named_failures = [(str(category.images[index].relative), failures[index]) for index in sorted(failures)]
     if not groups:
-        raise ImageError(
+        raise TooFewImagesError(
             f"{category.root}: fewer than two readable images; mutual scoring compares images with each other and "
-            "needs at least two, and ten or more for useful scores"
+            "needs at least two, and ten or more for useful scores",
+            named_failures,
         )
 
     with stages.measure("rescoring"):
@@ -149,7 +161,7 @@ def score_category(
         raw_scores=raw,
         scores=scores,
         groups=len(dealt),
-        failures=[(str(category.images[index].relative), failures[index]) for index in sorted(failures)],
+        failures=named_failures,
     )
 
 
@@ -161,6 +173,43 @@ def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int
     count = min(-(-images // group_size), images // 2)
     shuffled = np.random.default_rng(seed).permutation(images)
     return [sorted(part.tolist()) for part in np.array_split(shuffled, count)]
+
+
+def check_memory(
+    categories: Sequence[Category], config: Config, backbones: Mapping[str, Backbone], memory_limit: int | None
+) -> None:
+    """Make sure, before any work, that every group can be scored within the limit; raises MemoryError."""
+    for category in categories:
+        dealt = deal_groups(len(category.images), config.group_size, config.seed)
+        _share_memory(max(map(len, dealt)), config, backbones, memory_limit)
+
+
+def _share_memory(
+    images: int, config: Config, backbones: Mapping[str, Backbone], memory_limit: int | None
+) -> tuple[bool, int]:
+    """Decide whether the tokens of a group stay in memory, and how many bytes are left to score them with.
+
+    They stay if they take at most half of the limit and leave enough. Raises MemoryError where nothing is enough.
+    """
+    limit = default_memory_limit() if memory_limit is None else memory_limit
+    tokens = sum(4 * int(np.prod(_token_shape(images, backbone))) for backbone in backbones.values())
+
+    def check(left: int) -> None:
+        for backbone in backbones.values():
+            _, _, patches, channels = _token_shape(images, backbone)
+            copies = pair_kernel(backbone.grid, config.degrees).feature_copies
+            plan_mutual_scoring(images, patches, channels, len(config.degrees), left, copies)
+
+    if tokens <= limit // 2:
+        with suppress(MemoryError):
+            check(limit - tokens)
+            return True, limit - tokens
+    check(limit)
+    return False, limit
+
+
+def _token_shape(images: int, backbone: Backbone) -> tuple[int, int, int, int]:
+    return images, backbone.layers, backbone.grid[0] * backbone.grid[1], backbone.channels
 
 
 def _score_group(
@@ -177,9 +226,10 @@ def _score_group(
     kept: list[int] = []
     embeddings: list[Array] = []
     done = 0
+    in_memory, memory_left = _share_memory(len(members), config, backbones, options.memory_limit)
     with ExitStack() as stack:
         stores = {
-            name: stack.enter_context(_token_store(len(members), backbone, options.memory_limit))
+            name: stack.enter_context(_token_store(len(members), backbone, in_memory))
             for name, backbone in backbones.items()
         }
         for batch in _decoded_batches(category, members, config, options, stages):
@@ -203,7 +253,7 @@ def _score_group(
                 backbone.grid,
                 config.degrees,
                 config.interval,
-                memory_limit=options.memory_limit,
+                memory_limit=memory_left,
                 progress=partial(progress, f"scoring {name}"),
                 timings=stages.seconds,
                 on_plan=lambda plan: log.debug("%s", plan.describe()),
@@ -212,17 +262,16 @@ def _score_group(
 
 
 @contextmanager
-def _token_store(images: int, backbone: Backbone, memory_limit: int | None) -> Iterator[Array]:
-    """Yield room for the tokens [n, L, P, C] of a group: in memory if they take at most half of the limit, else in a
-    memory-mapped temporary file."""
-    shape = (images, backbone.layers, backbone.grid[0] * backbone.grid[1], backbone.channels)
-    size = 4 * int(np.prod(shape))
-    limit = default_memory_limit() if memory_limit is None else memory_limit
-    if size <= limit // 2:
+def _token_store(images: int, backbone: Backbone, in_memory: bool) -> Iterator[Array]:
+    """Yield room for the tokens [n, L, P, C] of a group, in memory or in a memory-mapped temporary file."""
+    shape = _token_shape(images, backbone)
+    if in_memory:
         yield np.empty(shape, np.float32)
         return
-    log.debug("tokens of %s: %.0f MiB in a memory-mapped temporary file", backbone.checkpoint, size / 2**20)
+    log.debug("tokens of %s: %.0f MiB in a memory-mapped temporary file", backbone.checkpoint, np.prod(shape) / 2**18)
     with tempfile.TemporaryFile(prefix="zsad-tokens-") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error when a page is written
+            os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))
         yield np.memmap(file, np.float32, "w+", shape=shape)
 
 

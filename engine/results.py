@@ -2,8 +2,11 @@
 
 import base64
 import csv
+import errno
 import hashlib
+import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +22,7 @@ from PIL import Image
 from zsad.export.files import written_whole
 
 from .config import Config
-from .images import Category, ImageError, decode
+from .images import RECORD, Category, ImageError, decode
 from .pipeline import CategoryScores
 from .postprocess import auto_threshold, find_regions, object_mask, pixel_map, region_threshold
 from .rescoring import min_max
@@ -30,8 +33,8 @@ OVERLAY_SIDE = 1024  # pixels at most, so that large images do not make large re
 THUMBNAIL_SIDE = 256
 CHALLENGE_SIDE = 224
 
-RECORD = "category.json"  # written last: a folder that has it is finished
 THUMBNAILS = "thumbnails.json"
+NO_FILES = {"map": "", "overlay_file": "", "json_file": ""}  # of an image, relative to its category's folder
 
 
 class OutputError(Exception):
@@ -56,7 +59,7 @@ class _ImageWriter:
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
         mask = object_mask(bgr) if self.masked else None
         patch_map = self.scored.map_scores[index].reshape(self.scored.grid)
-        found: dict[str, Any] = {"width": picture.shape[1], "height": picture.shape[0], "map": "", "overlay_file": ""}
+        found: dict[str, Any] = {"width": picture.shape[1], "height": picture.shape[0], **NO_FILES}
         thumbnails: dict[str, str] = {}
         if "zsad" in self.formats:
             scores = pixel_map(patch_map, picture.shape[:2], self.scale, mask)  # [h, w]
@@ -76,7 +79,8 @@ class _ImageWriter:
         if "rayan" in self.formats:
             scores = pixel_map(patch_map, (CHALLENGE_SIDE, CHALLENGE_SIDE), self.scale, mask)
             content = json.dumps(challenge_record(float(self.scored.scores[index]), scores))
-            self._path(f"{image.key}_scores.json").write_text(content)
+            found["json_file"] = f"{image.key}_scores.json"
+            self._path(found["json_file"]).write_text(content)
         return found, thumbnails
 
     def _path(self, relative: str) -> Path:
@@ -125,36 +129,52 @@ def _jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
 
 def fingerprint(category: Category, config: Config, checkpoints: Mapping[str, str], formats: Iterable[str]) -> str:
     """Return a digest of everything that decides a category's results, to know whether they are still valid."""
-    files = []
+    files: list[tuple[str, int, int]] = []
     for image in category.images:
-        status = image.path.stat()
-        files.append((str(image.relative), status.st_size, status.st_mtime_ns))
-    content = json.dumps([files, config.as_dict(), dict(checkpoints), sorted(formats)], sort_keys=True)
+        try:
+            status = image.path.stat()
+        except OSError:  # decoding will say what is wrong with it
+            files.append((str(image.relative), -1, -1))
+        else:
+            files.append((str(image.relative), status.st_size, status.st_mtime_ns))
+    version = importlib.metadata.version("zsad")
+    content = json.dumps([version, files, config.as_dict(), dict(checkpoints), sorted(formats)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def finished_record(output: Path, category: Category, wanted: str) -> dict[str, Any] | None:
-    """Return the record of a category that an earlier run finished with the same fingerprint, else None."""
+    """Return the record of a category that an earlier run finished with the same fingerprint, else None.
+
+    A category whose files are no longer all there counts as unfinished.
+    """
+    folder = output / category.name
     try:
-        record: dict[str, Any] = json.loads((output / category.name / RECORD).read_text())
-    except (OSError, ValueError):
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        if record["fingerprint"] != wanted:
+            return None
+        written = [THUMBNAILS, "scores.csv"]
+        written += [image[kind] for image in record["images"] for kind in ("map", "overlay_file", "json_file")]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return record if record.get("fingerprint") == wanted else None
+    return record if all((folder / name).is_file() for name in written if name) else None
 
 
 def check_output(output: Path, categories: Sequence[Category]) -> None:
     """Make sure, before any work, that results can be written; raises OutputError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with written_whole(output / "run.json.check") as temporary:
-            temporary.touch()
-        (output / "run.json.check").unlink()
+        with written_whole(output / ".zsad-check") as temporary:
+            temporary.write_bytes(bytes(4096))  # a full disk still takes empty files
+        (output / ".zsad-check").unlink()
+        taken = [
+            folder
+            for folder in (output / category.name for category in categories)
+            if os.path.lexists(folder) and not (folder / RECORD).is_file()
+        ]
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
-    for category in categories:
-        folder = output / category.name
-        if folder.exists() and not (folder / RECORD).is_file():
-            raise OutputError(f"{folder}: exists and holds no zsad results; move it away or choose another --output")
+    if taken:
+        raise OutputError(f"{taken[0]}: exists and holds no zsad results; move it away or choose another --output")
 
 
 def write_category(
@@ -168,17 +188,17 @@ def write_category(
 ) -> dict[str, Any]:
     """Write a category's folder under a temporary name, move it into place, and return its record.
 
-    Raises OSError when the disk refuses; nothing of the category is left behind then.
+    Raises OSError, naming a file, when the disk refuses; nothing of the category is left behind then.
     """
     threshold = auto_threshold(scored.scores) if isinstance(config.threshold, str) else config.threshold
     anomalous = scored.scores > threshold if threshold is not None else np.zeros(len(scored.scores), bool)
     scale = (float(scored.map_scores.min()), float(scored.map_scores.max()))
     pixels_above = None if threshold is None else region_threshold(min_max(scored.map_scores), anomalous)
 
-    staging = output / f".{category.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = _beside(output / category.name, "partial")
     try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         writer = _ImageWriter(staging, scored, formats, config.map.object_mask, scale, pixels_above)
         failures = list(scored.failures)
 
@@ -187,7 +207,11 @@ def write_category(
                 return writer.write(index, bool(anomalous[index]))
             except ImageError as error:  # readable when it was scored, but not now
                 failures.append((str(scored.images[index].relative), f"no map, the file has changed: {error}"))
-                return {"map": "", "overlay_file": ""}, {}
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                failures.append((str(scored.images[index].relative), "no map, its path in the output is too long"))
+            return NO_FILES, {}
 
         with ThreadPoolExecutor(workers, "write") as pool:
             written = list(pool.map(write, range(len(scored.images))))
@@ -220,9 +244,11 @@ def write_category(
         (staging / THUMBNAILS).write_text(json.dumps(thumbnails))
         (staging / RECORD).write_text(json.dumps(record, indent=1))
         _move_into_place(staging, output / category.name)
-    except BaseException:
+    except OSError as error:
+        # Writing to an open file fails without naming it.
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(staging)) from error
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
     return record
 
 
@@ -256,11 +282,21 @@ def _write_tables(folder: Path, images: Sequence[Mapping[str, Any]], with_verdic
             table.writerows([image["path"], *(region[name] for name in names)] for region in image.get("regions", []))
 
 
+def _beside(final: Path, suffix: str) -> Path:
+    """Name a hidden folder next to a category's; a digest, because that name may be as long as allowed."""
+    return final.with_name(f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}.{suffix}")
+
+
 def _move_into_place(staging: Path, final: Path) -> None:
     """Replace a finished category's folder; the old one stays whole until the new one is ready."""
-    old = final.with_name(f".{final.name}.old")
+    old = _beside(final, "old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    staging.rename(final)
+    try:
+        staging.rename(final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -306,7 +306,7 @@ def test_missing_results_or_ground_truth_end_with_2(
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"path,score\ntest/good/000.png,0.1\n", "lacks the column map"), (b"\xff\xfe", "not a CSV file"), (b"", "lacks")],
+    [(b"path,score\ntest/good/000.png,0.1\n", "lacks the column map"), (b"\xff\xfe", "lacks"), (b"", "lacks")],
 )
 def test_unreadable_scores_end_with_2(
     case: Case, capsys: pytest.CaptureFixture[str], content: bytes, reason: str
@@ -323,3 +323,20 @@ def test_usage_errors_end_with_2(case: Case, limit: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         case.run("--aupro-limit", limit)
     assert exit_.value.code == 2
+
+
+def test_names_that_are_no_unicode_are_evaluated(case: Case) -> None:
+    """The score table keeps the bytes of such names; so does the lookup of their masks."""
+    name = b"odd\xff".decode("utf-8", "surrogateescape")
+    scores = case.out / "cable" / "scores.csv"
+    text = scores.read_text(encoding="utf-8")
+    before = evaluate(case.out, case.data)
+    for folder, suffix in (
+        (case.data / "cable" / "test" / "good", ".png"),
+        (case.out / "cable" / "maps/test/good", ".tiff"),
+    ):
+        (folder / f"000{suffix}").rename(folder / f"{name}{suffix}")
+    scores.write_text(text.replace("good/000", f"good/{name}"), encoding="utf-8", errors="surrogateescape")
+    warnings: list[str] = []
+    assert evaluate(case.out, case.data, warn=warnings.append) == before
+    assert not warnings

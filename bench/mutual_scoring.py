@@ -1,0 +1,256 @@
+"""Time of mutual scoring per image pair and layer, against the reference's arithmetic and the bare product.
+
+    python -m zsad.bench.mutual_scoring [--channels 1024] [--degrees 1,3,5] [--images 12] [--refcheck] [--output FILE]
+    python -m zsad.bench.mutual_scoring --scaling [--group-size 100]
+
+All variants run in turn in one process on the same features, so that they see the same machine; medians and the medians
+of the round-by-round ratios are kept:
+
+    reference   every degree in both directions: torch.cdist, then the minimum (needs PyTorch)
+    product     every degree in both directions: one product of unit features, then the maximum
+    zsad        zsad.kernels.mutual_scores in fp32, complete: normalisation, all pairs, interval average
+    zsad int8   the same with precision="int8", where the installation has it
+    floor       one bare product per pair and layer, on as many threads as zsad uses
+
+Validates first: the scores of every variant against the float64 reference.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from zsad.engine.pipeline import deal_groups
+from zsad.kernels import mutual_scores, reference
+from zsad.kernels.cpu import box_sum, inverse_lengths, layer_normalise
+from zsad.kernels.planner import available_cores
+
+from .records import RESULTS, append, environment
+
+Array = NDArray[np.float32]
+
+INTERVAL = (0.0, 0.3)
+# Largest deviation of a patch score from float64 that is accepted before anything is timed.
+TOLERANCE = {"reference": 1e-3, "product": 1e-4, "zsad": 1e-4, "zsad int8": 2e-3}
+
+
+def make_tokens(images: int, side: int, channels: int, seed: int = 0) -> Array:
+    """Tokens [N, 1, side², C] that share a smooth structure across images as a backbone's do, with strong channels."""
+    rng = np.random.default_rng(seed)
+    patches = side * side
+    coarse = rng.normal(size=(side // 4 + 2, side // 4 + 2, channels)).astype(np.float32)
+    shared = np.kron(coarse, np.ones((4, 4, 1), np.float32))[:side, :side].reshape(patches, channels)
+    own = rng.normal(size=(images, 1, patches, channels)).astype(np.float32)
+    return (shared + 0.6 * own) * np.exp(0.5 * rng.normal(size=channels)).astype(np.float32)
+
+
+def unit_features(tokens: Array, side: int, degrees: Sequence[int]) -> list[list[Array]]:
+    """Aggregated unit features [P, C] per degree and image of tokens [N, 1, P, C]."""
+    normalised = [layer_normalise(image) for image in tokens[:, 0]]
+    pooled = [[box_sum(x, (side, side), degree) for x in normalised] for degree in degrees]
+    return [[x * inverse_lengths(x)[:, None] for x in images] for images in pooled]
+
+
+def scores_by_pairs(features: list[list[Array]], nearest: Callable[[Array, Array], Array]) -> Array:
+    """Score images by a function that gives each left patch's smallest distance [P] to a right image's patches."""
+    images = len(features[0])
+    first, last = reference.interval_ranks(images - 1, INTERVAL)
+    per_degree = []
+    for of_degree in features:
+        distances = np.stack(
+            [[nearest(of_degree[i], of_degree[j]) for j in range(images) if j != i] for i in range(images)]
+        )  # [N, N-1, P]
+        per_degree.append(np.sort(distances, axis=1)[:, first:last].mean(axis=1))
+    scores: Array = np.mean(per_degree, axis=0)
+    return scores
+
+
+def nearest_by_product(left: Array, right: Array) -> Array:
+    cosines: Array = (left @ right.T).max(axis=1)
+    return np.sqrt(np.maximum(2 - 2 * cosines, 0))
+
+
+def nearest_by_cdist() -> Callable[[Array, Array], Array] | None:
+    """The reference's own operation, or None without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(available_cores())
+
+    def nearest(left: Array, right: Array) -> Array:
+        distances = torch.cdist(torch.from_numpy(left), torch.from_numpy(right))
+        return distances.min(dim=1)[0].numpy()  # type: ignore[no-any-return]
+
+    return nearest
+
+
+def bare_products(tokens: Array) -> None:
+    """One product per pair, threads over pairs as in zsad, each into a tile of its own."""
+    images, _, patches, _ = tokens.shape
+    workers = available_cores()
+    pairs = [(i, j) for i in range(images) for j in range(i + 1, images)]
+
+    def run(worker: int) -> None:
+        tile = np.empty((patches, patches), np.float32)
+        for i, j in pairs[worker::workers]:
+            np.matmul(tokens[i, 0], tokens[j, 0].T, out=tile)
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run, range(workers)))
+
+
+def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Callable[[], Array | None]]:
+    """Every way to score the tokens that can run here, by name; the floor gives no scores."""
+    features = unit_features(tokens, side, degrees)
+    found: dict[str, Callable[[], Array | None]] = {}
+    cdist = nearest_by_cdist()
+    if cdist is not None:
+        found["reference"] = lambda: scores_by_pairs(features, cdist)
+    found["product"] = lambda: scores_by_pairs(features, nearest_by_product)
+    for name, precision in (("zsad", "fp32"), ("zsad int8", "int8")):
+        try:
+            mutual_scores(tokens[:2, :, :4, :8].copy(), (2, 2), degrees, precision=precision)
+        except ValueError as error:
+            print(f"{name}: not measured ({error})")
+            continue
+
+        def run(precision: str = precision) -> Array:
+            return mutual_scores(tokens, (side, side), degrees, INTERVAL, precision=precision)
+
+        found[name] = run
+    found["floor"] = lambda: bare_products(tokens)  # type: ignore[func-returns-value]
+    return found
+
+
+def validate(side: int, channels: int, degrees: Sequence[int]) -> dict[str, float]:
+    """Compare every variant with the float64 reference on four images; SystemExit where one is off."""
+    tokens = make_tokens(4, side, channels, seed=1)
+    expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
+    deviations = {}
+    for name, run in variants(tokens, side, degrees).items():
+        scores = run()
+        if scores is None:
+            continue
+        deviations[name] = float(np.abs(scores - expected).max())
+        print(f"check: {name:<10} largest deviation from float64 {deviations[name]:.1e}")
+        if not deviations[name] <= TOLERANCE[name]:
+            raise SystemExit(f"{name} deviates by more than {TOLERANCE[name]:.0e}: nothing was timed")
+    return deviations
+
+
+def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Time all variants in turn and append one record."""
+    side, degrees = arguments.side, arguments.degrees
+    deviations = validate(side, arguments.channels, degrees)
+    if arguments.refcheck:
+        return
+    tokens = make_tokens(arguments.images, side, arguments.channels)
+    runs = variants(tokens, side, degrees)
+    pairs = arguments.images * (arguments.images - 1) // 2
+    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(arguments.repeats + 1):
+        for name, run in runs.items():
+            if name == "reference" and repeat not in (0, 1, arguments.repeats):
+                continue  # the slowest by far: two counted rounds
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first round warms up
+                milliseconds[name].append(1e3 * (time.perf_counter() - start) / pairs)
+    useful = 2 * side**4 * arguments.channels  # one product per pair and layer
+    median = {name: statistics.median(times) for name, times in milliseconds.items()}
+    print(f"\nP {side**2}, C {arguments.channels}, degrees {degrees}, {arguments.images} images; per pair and layer:")
+    for name, value in median.items():
+        against = f"{median['reference'] / value:7.1f} × reference" if "reference" in median else ""
+        print(
+            f"  {name:<10}{value:9.2f} ms {useful / value / 1e6:8.0f} GFLOP/s useful "
+            f"{100 * median['floor'] / value:5.0f} % of the product {against}"
+        )
+    append(
+        arguments.output,
+        {
+            **record,
+            "patches": side**2,
+            "channels": arguments.channels,
+            "degrees": list(degrees),
+            "images": arguments.images,
+            "ms_per_pair_and_layer": milliseconds,
+            "over_floor": {name: _ratio(times, milliseconds["floor"]) for name, times in milliseconds.items()},
+            "largest_deviation": deviations,
+        },
+    )
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the round-by-round ratios, where both have as many rounds; else the ratio of the medians."""
+    if len(times) == len(others):
+        return statistics.median(a / b for a, b in zip(times, others, strict=True))
+    return statistics.median(times) / statistics.median(others)
+
+
+def scale(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Time whole batches of growing size, as one batch and in groups, and append one record."""
+    validate(arguments.side, arguments.channels, arguments.degrees)
+    size = arguments.group_size
+    seconds: dict[str, dict[int, float]] = {"one batch": {}, f"groups of {size}": {}}
+    tokens = make_tokens(800, arguments.side, arguments.channels)
+    for name, counts, group_size in (
+        ("one batch", (25, 50, 100, 200, 400), None),
+        (f"groups of {size}", (200, 400, 800), size),
+    ):
+        for count in counts:
+            start = time.perf_counter()
+            for group in deal_groups(count, group_size, seed=0):
+                mutual_scores(tokens[group], (arguments.side, arguments.side), arguments.degrees, INTERVAL)
+            seconds[name][count] = time.perf_counter() - start
+            print(f"{name:<16} N {count:4d} {1e3 * seconds[name][count] / count:9.1f} ms per image")
+    batch = seconds["one batch"]
+    exponent = float(np.polyfit(np.log(list(batch)), np.log(list(batch.values())), 1)[0])
+    per_image = [value / count for count, value in seconds[f"groups of {size}"].items()]
+    spread = max(per_image) / min(per_image) - 1
+    print(f"one batch: time grows as N^{exponent:.2f}; groups: time per image varies by {100 * spread:.1f} %")
+    append(
+        arguments.output,
+        {
+            **record,
+            "patches": arguments.side**2,
+            "channels": arguments.channels,
+            "degrees": list(arguments.degrees),
+            "seconds": seconds,
+            "exponent": exponent,
+            "group_spread": spread,
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m zsad.bench.mutual_scoring", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 with --scaling)")
+    parser.add_argument("--channels", type=int, default=1024, help="(default %(default)s)")
+    parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")], default=[1, 3, 5])
+    parser.add_argument("--images", type=int, default=12, help="(default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
+    parser.add_argument("--scaling", action="store_true", help="time whole batches of growing size instead")
+    parser.add_argument("--group-size", type=int, default=100, help="with --scaling (default %(default)s)")
+    parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
+    parser.add_argument("--output", type=Path, help="JSON lines to append to")
+    arguments = parser.parse_args(argv)
+    arguments.side = arguments.side or (20 if arguments.scaling else 37)
+    name = "mutual_scoring_scaling" if arguments.scaling else "mutual_scoring"
+    arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
+    record = environment("zsad.bench.mutual_scoring", argv, ["numpy", "torch", "zsad"])
+    (scale if arguments.scaling else compare)(arguments, record)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What every benchmark prints and keeps beside its numbers."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+# Relative to the current folder: benchmarks are run from a clone, whose committed results they extend.
+RESULTS = Path("bench") / "results"
+
+
+def environment(module: str, argv: Sequence[str] | None, packages: Sequence[str]) -> dict[str, Any]:
+    """Return date, processor, versions, commit and the command that repeats the run, and print them."""
+    given = sys.argv[1:] if argv is None else argv
+    record: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", module, *given]),
+    }
+    for name, value in record.items():
+        print(f"{name}: {value}")
+    return record
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one JSON line to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    print(f"appended to {path}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """Return the commit of the clone that the command runs in, marked when files differ from it."""
+    try:
+        run = [
+            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run[0] + (" with changes" if run[1] else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
