@@ -126,7 +126,7 @@ def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Call
             return mutual_scores(tokens, (side, side), degrees, INTERVAL, precision=precision)
 
         found[name] = run
-    found["floor"] = lambda: bare_products(tokens)  # type: ignore[func-returns-value]
+    found["floor"] = lambda: bare_products(tokens)
     return found
 
 

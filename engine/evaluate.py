@@ -121,6 +121,11 @@ def evaluate_category(results: Path, category_root: Path, protocol: Protocol, au
     for mask in sorted(masks - expected_masks):
         warn(f"{mask}: a mask without an image, left out")
 
+    with_pixels = bool(masks & expected_masks)
+    if with_pixels and not any(row["map"] for row in rows.values()):
+        warn(f"{results}: holds no maps, so there are no pixel metrics; run `zsad-infer` with `--format zsad`")
+        with_pixels = False
+
     labels: list[bool] = []
     scores: list[float] = []
     pixels: list[tuple[NDArray[np.bool_], NDArray[np.float32]]] = []
@@ -140,7 +145,7 @@ def evaluate_category(results: Path, category_root: Path, protocol: Protocol, au
             continue
         labels.append(anomalous)
         scores.append(score)
-        if not masks & expected_masks:
+        if not with_pixels:
             continue
         try:
             pixels.append(_load_pixels(mask_path, results / row["map"], protocol))

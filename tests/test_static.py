@@ -26,9 +26,10 @@ def test_format() -> None:
     check("ruff", "format", "--check", ".")
 
 
-def test_mypy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("python", ["3.10", "3.13"])  # the oldest and the newest supported
+def test_mypy(tmp_path: Path, python: str) -> None:
     # The folders are modules of `zsad` only under that name; a link gives it to them without an install.
     (tmp_path / "zsad").symlink_to(ROOT, target_is_directory=True)
     packages = [argument for package in PACKAGES for argument in ("-p", f"zsad.{package}")]
     config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache")]
-    check("mypy", *config, *packages, cwd=tmp_path)
+    check("mypy", "--python-version", python, *config, *packages, cwd=tmp_path)

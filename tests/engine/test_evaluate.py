@@ -340,3 +340,17 @@ def test_names_that_are_no_unicode_are_evaluated(case: Case) -> None:
     warnings: list[str] = []
     assert evaluate(case.out, case.data, warn=warnings.append) == before
     assert not warnings
+
+
+def test_results_without_maps_are_said_once(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = case.out / "cable" / "scores.csv"
+    with scores.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with scores.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "map": ""} for row in rows)
+    assert case.run() == 1
+    errors = capsys.readouterr().err
+    assert errors.count("no maps") == 1
+    assert evaluate(case.out, case.data, warn=lambda _: None)["categories"]["cable"]["pixel_auroc"] is None
