@@ -1,0 +1,325 @@
+// A stand-in for the CUDA language, so that the kernels of this folder run as host C++17 in the test suite.
+//
+// Every thread of a block is a fiber that runs until it waits at a barrier or a warp collective; the fibers run in random
+// order, the blocks too. A missing barrier therefore reads what is not written yet, or what is already overwritten, in
+// some order. Shared memory is poisoned before every block and fenced by canaries. Refused, with the line: a
+// barrier or collective reached at different lines, by a part of the block or warp only, or after some have returned.
+//
+// Not seen: timing, bank conflicts, unaligned vector loads, and races between blocks or inside a warp that need the
+// memory model.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define ZSAD_KERNEL(max_threads, min_blocks) extern "C" void
+#define ZSAD_DEVICE inline
+#define ZSAD_SHARED(type, name) type* const name = reinterpret_cast<type*>(zsad_host::block.shared())
+
+typedef unsigned short half_bits;
+
+namespace zsad_host {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStack = 64 * 1024;
+constexpr unsigned char kPoison = 0x7b;  // as float 1.3e36, as int 2.07e9: visible in sums and in maxima
+constexpr size_t kFence = 256;
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf position;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  Index thread;
+  bool started = false, done = false;
+  int waits_at = 0;     // line of the barrier or collective, 0 while runnable
+  bool at_barrier = false;
+  uint64_t value = 0;   // what the lane brings to a warp collective
+  int parameter = 0;
+  uint64_t result = 0;
+};
+
+// One block at a time; fibers are switched with _setjmp, which leaves the signal mask alone and is fast.
+class Block {
+ public:
+  Index grid, dim, index;
+
+  void* shared() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data() + kFence) + 15) & ~uintptr_t(15)); }
+  const Index& thread() const { return current_->thread; }
+
+  void run(Index block_index, size_t shared_bytes, std::mt19937& random, std::function<void()> kernel) {
+    index = block_index;
+    kernel_ = std::move(kernel);
+    memory_.assign(shared_bytes + 2 * kFence + 16, kPoison);
+    const unsigned threads = dim.x * dim.y * dim.z;
+    if (threads == 0 || threads > 1024 || threads % kWarpSize) throw std::runtime_error("a block must be 1 to 32 whole warps");
+    fibers_.resize(threads);
+    std::vector<Fiber*> everyone;
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& f = fibers_[t];
+      f.thread = {t % dim.x, t / dim.x % dim.y, t / (dim.x * dim.y)};
+      f.started = f.done = f.at_barrier = false;
+      f.waits_at = 0;
+      everyone.push_back(&f);
+    }
+    // One step of everyone in random order, or one warp as far as it gets: the latter overtakes whole collectives.
+    left_ = threads;
+    while (left_ > 0) {
+      if (random() & 1) {
+        const auto warp = everyone.begin() + random() % (threads / kWarpSize) * kWarpSize;
+        std::vector<Fiber*> lanes(warp, warp + kWarpSize);
+        std::shuffle(lanes.begin(), lanes.end(), random);
+        while (step(lanes)) {
+        }
+      } else {
+        std::vector<Fiber*> order = everyone;
+        std::shuffle(order.begin(), order.end(), random);
+        if (!step(order) && left_ > 0) throw std::runtime_error(describe_deadlock());
+      }
+    }
+    check_fence(shared_bytes);
+  }
+
+  void barrier(int line) {
+    wait(line, true);
+  }
+
+  // Full-warp collective: every lane brings a value and a parameter; `combine` fills the results of all 32 lanes.
+  template <class Combine>
+  uint64_t collective(unsigned mask, uint64_t value, int parameter, int line, Combine combine) {
+    if (mask != 0xffffffffu) fail("only full-warp collectives are emulated", line);
+    current_->value = value;
+    current_->parameter = parameter;
+    Fiber* lanes = &fibers_[warp_of(*current_) * kWarpSize];
+    int arrived = 1;
+    for (int l = 0; l < kWarpSize; ++l) {
+      if (lanes[l].done) fail("a lane has returned before a warp collective", line);
+      if (!lanes[l].waits_at) continue;
+      if (lanes[l].at_barrier || lanes[l].waits_at != line) fail("a warp collective is reached by some lanes only", line);
+      ++arrived;
+    }
+    if (arrived < kWarpSize) {
+      wait(line, false);
+    } else {
+      combine(lanes);
+      for (int l = 0; l < kWarpSize; ++l) lanes[l].waits_at = 0;
+    }
+    return current_->result;
+  }
+
+ private:
+  std::vector<Fiber> fibers_;
+  std::vector<unsigned char> memory_;
+  std::function<void()> kernel_;
+  Fiber* current_ = nullptr;
+  jmp_buf scheduler_;
+  std::string failure_;
+  size_t left_ = 0;  // fibers that have not returned
+
+  unsigned warp_of(const Fiber& f) const { return unsigned(&f - fibers_.data()) / kWarpSize; }
+
+  // Resume every fiber that can run, in this order; tell whether there was one.
+  bool step(const std::vector<Fiber*>& order) {
+    bool any = false;
+    for (Fiber* f : order) {
+      if (f->done || f->waits_at) continue;
+      any = true;
+      resume(*f);
+      if (!failure_.empty()) throw std::runtime_error(std::exchange(failure_, std::string()));
+      if (f->done) --left_;
+    }
+    return any;
+  }
+
+  static void entry();
+
+  __attribute__((noinline)) void resume(Fiber& f) {
+    current_ = &f;
+    if (_setjmp(scheduler_)) return;
+    if (f.started) _longjmp(f.position, 1);
+    f.started = true;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStack;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, entry, 0);
+    setcontext(&f.start);
+  }
+
+  __attribute__((noinline)) void suspend() {
+    if (!_setjmp(current_->position)) _longjmp(scheduler_, 1);
+  }
+
+  void wait(int line, bool at_barrier) {
+    current_->waits_at = line;
+    current_->at_barrier = at_barrier;
+    if (at_barrier && release_barrier(line)) return;
+    suspend();
+  }
+
+  bool release_barrier(int line) {
+    for (const Fiber& f : fibers_) {
+      if (f.done) fail("a thread has returned before a barrier of its block", line);
+      if (f.waits_at && f.at_barrier && f.waits_at != line) fail("threads of a block wait at different barriers", line);
+    }
+    for (const Fiber& f : fibers_)
+      if (!f.waits_at || !f.at_barrier) return false;
+    for (Fiber& f : fibers_) f.waits_at = 0;
+    return true;
+  }
+
+  // Exceptions must not leave a fiber; the scheduler throws in its place.
+  void fail(const char* what, int line) {
+    failure_ = std::string(what) + ", line " + std::to_string(line);
+    _longjmp(scheduler_, 1);
+  }
+
+  std::string describe_deadlock() const {
+    for (const Fiber& f : fibers_)
+      if (!f.done) return "a part of the block waits for ever, line " + std::to_string(f.waits_at);
+    return "no thread can run";
+  }
+
+  void check_fence(size_t shared_bytes) const {
+    const unsigned char* base = static_cast<unsigned char*>(shared());
+    for (const unsigned char* p = memory_.data(); p < base; ++p)
+      if (*p != kPoison) throw std::runtime_error("written before shared memory");
+    for (const unsigned char* p = base + shared_bytes; p < memory_.data() + memory_.size(); ++p)
+      if (*p != kPoison) throw std::runtime_error("written past shared memory");
+  }
+};
+
+static Block block;
+
+inline void Block::entry() {
+  block.kernel_();
+  block.current_->done = true;
+  _longjmp(block.scheduler_, 1);
+}
+
+template <class To, class From>
+To bits(From from) {
+  static_assert(sizeof(To) >= sizeof(From), "bits would be lost");
+  To to{};
+  memcpy(&to, &from, sizeof(From));
+  return to;
+}
+
+template <class T>
+T low_bits(uint64_t from) {
+  T to;
+  memcpy(&to, &from, sizeof(T));
+  return to;
+}
+
+template <class T>
+T shuffle_xor(unsigned mask, T value, int other, int line) {
+  return low_bits<T>(block.collective(mask, bits<uint64_t>(value), other, line, [](Fiber* lanes) {
+    for (int l = 0; l < kWarpSize; ++l) lanes[l].result = lanes[l ^ lanes[l].parameter].value;
+  }));
+}
+
+inline int reduce_max(unsigned mask, int value, int line) {
+  return low_bits<int>(block.collective(mask, bits<uint64_t>(value), 0, line, [](Fiber* lanes) {
+    int best = low_bits<int>(lanes[0].value);
+    for (int l = 1; l < kWarpSize; ++l) best = std::max(best, low_bits<int>(lanes[l].value));
+    for (int l = 0; l < kWarpSize; ++l) lanes[l].result = bits<uint64_t>(best);
+  }));
+}
+
+struct Launch {
+  Index grid, block;
+  uint64_t shared_bytes;
+  uint32_t seed;
+  char error[256];
+};
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...);
+}
+
+// arguments: one pointer per kernel argument, as for cuLaunchKernel.
+template <class... A>
+int launch(void (*kernel)(A...), Launch* how, void** arguments) try {
+  std::mt19937 random(how->seed);
+  std::vector<Index> indices;
+  for (unsigned z = 0; z < how->grid.z; ++z)
+    for (unsigned y = 0; y < how->grid.y; ++y)
+      for (unsigned x = 0; x < how->grid.x; ++x) indices.push_back({x, y, z});
+  std::shuffle(indices.begin(), indices.end(), random);
+  block.grid = how->grid;
+  block.dim = how->block;
+  for (const Index& index : indices)
+    block.run(index, how->shared_bytes, random, [&] { call(kernel, arguments, std::index_sequence_for<A...>{}); });
+  return 0;
+} catch (const std::exception& error) {
+  snprintf(how->error, sizeof how->error, "%s", error.what());
+  return 1;
+}
+
+}  // namespace zsad_host
+
+// One entry point per kernel, which the tests append to the source.
+#define ZSAD_ENTRY extern "C" __attribute__((visibility("default"))) int
+
+#define threadIdx (zsad_host::block.thread())
+#define blockIdx (zsad_host::block.index)
+#define blockDim (zsad_host::block.dim)
+#define gridDim (zsad_host::block.grid)
+#define __syncthreads() zsad_host::block.barrier(__LINE__)
+#define __shfl_xor_sync(mask, value, lane) zsad_host::shuffle_xor(mask, value, lane, __LINE__)
+#define __reduce_max_sync(mask, value) zsad_host::reduce_max(mask, value, __LINE__)
+
+static inline int __float_as_int(float f) { return zsad_host::bits<int>(f); }
+static inline float __int_as_float(int i) { return zsad_host::bits<float>(i); }
+static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+
+using std::max;
+using std::min;
+
+// Fibers never run at the same time, so plain code is atomic.
+static inline int atomicMax(int* address, int value) {
+  const int old = *address;
+  *address = std::max(old, value);
+  return old;
+}
+
+static inline float half_to_float(half_bits h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 0) {
+    const float value = ldexpf(float(mantissa), -24);
+    return sign ? -value : value;
+  }
+  return zsad_host::bits<float>(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13);
+}
+
+// Round to nearest, ties to even.
+static inline half_bits float_to_half(float f) {
+  const half_bits sign = signbit(f) ? 0x8000 : 0;
+  const float magnitude = fabsf(f);
+  if (magnitude == 0) return sign;
+  if (isnan(f)) return sign | 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  int exponent;
+  frexpf(magnitude, &exponent);
+  exponent = std::max(exponent - 11, -24);  // weight of the last bit
+  const uint32_t units = uint32_t(nearbyintf(ldexpf(magnitude, -exponent)));
+  return half_bits(sign | (units + (uint32_t(exponent + 24) << 10)));
+}

@@ -1,0 +1,93 @@
+"""The image side of the CUDA kernels: decoded images to the network's input, patch scores to maps."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from .device import DEVICE_ARRAY, Device, int32
+
+Resampling = Literal["bilinear", "bicubic"]
+
+
+def upsample(device: Device, scores: DEVICE_ARRAY, grid: tuple[int, int], size: tuple[int, int]) -> DEVICE_ARRAY:
+    """Turn patch scores [N, P] on the device into maps [N, rows, columns]: bilinear, corners aligned."""
+    maps = device.empty((len(scores), *size), np.float32)
+    blocks = (-(-math.prod(size) // 256), len(scores))
+    device.launch("upsample", blocks, 256, (scores, *int32(*grid), maps, *int32(*size)))
+    return maps
+
+
+def network_input(
+    device: Device,
+    image: NDArray[np.uint8],
+    size: int,
+    resampling: Resampling,
+    mean: Sequence[float],
+    deviation: Sequence[float],
+) -> DEVICE_ARRAY:
+    """Resize a decoded image [rows, columns, 3] as Pillow does and normalise it; returns [3, S, S] on the device."""
+    rows, columns, _ = image.shape
+    tables = {
+        vertical: [device.to_device(table) for table in resize_weights(n, size, resampling)]
+        for vertical, n in ((0, columns), (1, rows))
+    }
+    order = (1, 0) if resizes_rows_first(rows, columns, size) else (0, 1)
+    between = device.empty((size, columns, 3) if order[0] else (rows, size, 3), np.uint8)
+    out = device.empty((3, size, size), np.float32)
+    statistics = [device.to_device(np.array(values, np.float32)) for values in (mean, deviation)]
+    last = ("resize_normalise", between, out, statistics)
+    for vertical, (kernel, source, target, more) in zip(
+        order, (("resize", device.to_device(image), between, []), last), strict=True
+    ):
+        out_rows, out_columns = between.shape[:2] if kernel == "resize" else (size, size)
+        taps = tables[vertical][2].shape[1]
+        device.launch(
+            kernel,
+            (-(-out_columns // 128), out_rows),
+            128,
+            (
+                source,
+                np.int32(source.shape[1]),
+                *tables[vertical],
+                *int32(taps, vertical, out_columns),
+                *more,
+                target,
+            ),
+        )
+    return out
+
+
+def resizes_rows_first(rows: int, columns: int, size: int) -> bool:
+    """Tell whether the installed Pillow filters along rows before columns; from 13 on it does for tall images."""
+    return int(PIL.__version__.partition(".")[0]) >= 13 and rows > size and 2 * columns < rows + size
+
+
+@lru_cache(maxsize=64)
+def resize_weights(
+    source: int, size: int, resampling: Resampling
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Return Pillow's taps along one side: first source pixel [S], number [S], 22-bit fixed-point weights [S, taps]."""
+    scale = source / size
+    stretch = max(scale, 1.0)  # shrinking widens the filter
+    support = (1.0 if resampling == "bilinear" else 2.0) * stretch
+    taps = math.ceil(support) * 2 + 1
+    centres = (np.arange(size) + 0.5) * scale
+    first = np.maximum((centres - support + 0.5).astype(np.int32), 0)
+    count = np.minimum((centres + support + 0.5).astype(np.int32), source) - first
+    offsets = np.arange(taps)
+    distance = np.abs((offsets + first[:, None] - centres[:, None] + 0.5) / stretch)  # [S, taps]
+    if resampling == "bilinear":
+        weights = np.maximum(1.0 - distance, 0.0)
+    else:
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    weights[offsets >= count[:, None]] = 0
+    weights /= weights.sum(axis=1, keepdims=True)
+    fixed = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights)).astype(np.int32)
+    return first, count, fixed

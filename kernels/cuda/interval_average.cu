@@ -1,0 +1,95 @@
+// Average distance over the chosen ranks of the other images, found by selection instead of sorting.
+//
+//   d[j, r, p]   = sqrt(max(0, 2 - 2 cos))           for the images j other than i
+//   score[i, p] += sum over r of weight[r] * sum over ranks first … last - 1 of d[:, r, p], ascending
+//
+// A zero feature has no direction: it lies at distance 1 from unit vectors (as if cos = 1/2) and at distance 0 from
+// another zero feature (cos = 1).
+//
+// interval_average: grid (ceil(P / threads), images of the block), any block
+//   best          [B, N, R, P] int: keys of the best cosines of images image_first … image_first + B - 1
+//   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature
+//   has_zero      [N, R] bytes: 1 where an image has a zero feature
+//   weight        [R] float: 1 / (last - first), shared among layers and degrees
+//   scores        [N, P] float, added to
+//
+// Keys order like cosines, so the largest `count` of them are the smallest distances. One thread per patch finds the
+// count-th largest key by bisection between the extremes it has seen and then adds up what lies above it; neighbouring
+// threads read neighbouring patches. Ranks equal to the threshold key are added as often as they are counted, so
+// equal distances need no order. The sum runs over j in one order.
+//
+// 1: bisection; 25 or so passes over N values (estimate: the slab of one image stays in L2).
+//
+// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+#include "device.h"
+
+ZSAD_DEVICE float distance(int key) {
+  const float squared = 2 - 2 * key_to_float(key);
+  return squared > 0 ? squared * rsqrtf(squared) : 0.0f;
+}
+
+// The cosines of one patch with every other image.
+struct Column {
+  const int* best;
+  const unsigned char* has_zero;
+  long long step;
+  int images, self, degrees;
+  bool zero_here;
+
+  ZSAD_DEVICE int key(int j) const {
+    const bool zero_there = has_zero[j * degrees];
+    if (zero_here) return float_to_key(zero_there ? 1.0f : 0.5f);
+    const int found = best[j * step];
+    return zero_there ? max(found, float_to_key(0.5f)) : found;
+  }
+
+  ZSAD_DEVICE int count_above(int threshold) const {
+    int above = 0;
+    for (int j = 0; j < images; ++j) above += j != self && key(j) > threshold;
+    return above;
+  }
+
+  // Sum of the `count` smallest distances.
+  ZSAD_DEVICE double sum_of_nearest(int count, int lowest, int highest) const {
+    if (count == 0) return 0;
+    // The count-th largest key is the smallest t with fewer than `count` keys above it.
+    while (lowest < highest) {
+      const int middle = lowest + int((unsigned(highest) - unsigned(lowest)) / 2);
+      if (count_above(middle) < count) highest = middle;
+      else lowest = middle + 1;
+    }
+    double sum = 0;
+    int above = 0;
+    for (int j = 0; j < images; ++j) {
+      if (j == self) continue;
+      const int k = key(j);
+      if (k <= lowest) continue;
+      sum += distance(k);
+      ++above;
+    }
+    return sum + double(count - above) * distance(lowest);
+  }
+};
+
+ZSAD_KERNEL(256, 4)
+interval_average(const int* best, const float* inverse, const unsigned char* has_zero, const float* weight, int images,
+                 int degrees, int patches, int image_first, int first, int last, float* scores) {
+  const int p = blockIdx.x * blockDim.x + threadIdx.x, i = image_first + blockIdx.y;
+  if (p >= patches) return;
+  double score = 0;
+  for (int r = 0; r < degrees; ++r) {
+    const long long slab = static_cast<long long>(degrees) * patches, at = static_cast<long long>(r) * patches + p;
+    const Column column = {best + blockIdx.y * images * slab + at, has_zero + r, slab,
+                           images, i, degrees, inverse[blockIdx.y * slab + at] == 0};
+    int lowest = 0x7fffffff, highest = -0x7fffffff - 1;
+    for (int j = 0; j < images; ++j) {
+      if (j == i) continue;
+      const int k = column.key(j);
+      lowest = min(lowest, k);
+      highest = max(highest, k);
+    }
+    const double sum = column.sum_of_nearest(last, lowest, highest) - column.sum_of_nearest(first, lowest, highest);
+    score += weight[r] * sum;
+  }
+  scores[static_cast<long long>(i) * patches + p] += float(score);
+}

@@ -1,0 +1,223 @@
+"""Builds the CUDA sources as host libraries and runs their kernels: the device that the tests without a GPU use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.kernels.cuda import device as cuda_device
+
+COMPILER = shutil.which("g++")
+MISSING_COMPILER = "g++ is not installed: the CUDA sources cannot be compiled for the host"
+OPTIONS: tuple[str, ...] = ("-std=c++17", "-O1", "-DZSAD_HOST", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
+OPTIONS += ("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+FENCE = 64  # entries around every array that a kernel sees
+
+
+class KernelError(RuntimeError):
+    """The emulation refused what a kernel did."""
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("seed", ctypes.c_uint32),
+        ("error", ctypes.c_char * 256),
+    )
+
+
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
+
+
+def host_cache() -> Path:
+    folder: Path = cuda_device.cache_folder() / "host"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def standard_headers() -> Path:
+    """Precompile what the emulation includes, most of a small source's compile time; return the header to include."""
+    header = (cuda_device.FOLDER / "host/cuda_host.h").read_text("utf-8")
+    text = "\n".join(re.findall(r"^#include <.*>$", header, re.MULTILINE)) + "\n"
+    folder = host_cache() / f"headers-{digest(text, *OPTIONS)}"
+    folder.mkdir(exist_ok=True)
+    path = folder / "standard.h"
+    if not (folder / "standard.h.gch").exists():
+        path.write_text(text, "utf-8")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "standard.h.gch"
+            subprocess.run([str(COMPILER), *OPTIONS, "-x", "c++-header", "-o", str(built), str(path)], check=True)
+            built.replace(folder / built.name)
+    return path
+
+
+def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
+    """Compile one source text as a host library, or load it when the same text was compiled before.
+
+    folder: holds device.h and host/cuda_host.h.
+    """
+    kernels = re.findall(r"^ZSAD_KERNEL\(.*\)\s(\w+)\(", source, re.MULTILINE)
+    kernels += [f"filter_max_{mask}" for mask in re.findall(r"^ZSAD_FILTER_MAX\((\d+)\)", source, re.MULTILINE)]
+    kernels += [f"filter_max_{define.split('=')[1]}" for define in defines if define.startswith("ZSAD_MASK=")]
+    entries = "".join(
+        f"ZSAD_ENTRY launch_{kernel}(zsad_host::Launch* how, void** arguments) {{ "
+        f"return zsad_host::launch({kernel}, how, arguments); }}\n"
+        for kernel in kernels
+    )
+    text = f"{source}\n{entries}"
+    headers = [(folder / name).read_text("utf-8") for name in ("device.h", "host/cuda_host.h")]
+    key = digest(text, *headers, *OPTIONS, *defines)
+    cache = host_cache() / f"kernels-{key}.so"
+    if not cache.exists():
+        assert COMPILER, MISSING_COMPILER
+        standard = standard_headers()
+        with tempfile.TemporaryDirectory(dir=host_cache()) as scratch:
+            built = Path(scratch) / "kernels.so"
+            options = [*OPTIONS, *(f"-D{define}" for define in defines), f"-I{folder}", "-include", str(standard)]
+            command = [COMPILER, *options, "-shared", "-x", "c++", "-o", str(built), "-"]
+            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"g++ could not compile a CUDA source for the host:\n{done.stderr}")
+            built.replace(cache)
+    return ctypes.CDLL(str(cache))
+
+
+@functools.cache
+def library(name: str, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Build one of the repository's CUDA sources."""
+    return build(cuda_device.sources(name)[f"{name}.cu"], cuda_device.FOLDER, defines)
+
+
+def poison(dtype: Any) -> Any:
+    """Return a value that shows wherever it is read: infinity survives sums, maxima and a weight of zero."""
+    return np.inf if np.issubdtype(dtype, np.floating) else np.array(0x7B7B7B7B).astype(dtype)
+
+
+def fenced(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Allocate a poisoned array inside a poisoned fence."""
+    count = int(np.prod(shape))
+    memory = np.full(count + 2 * FENCE, poison(dtype), dtype)
+    return memory[FENCE : FENCE + count].reshape(shape)
+
+
+def copied(array: NDArray[Any]) -> NDArray[Any]:
+    """Copy an array into a fence."""
+    inside = fenced(array.shape, array.dtype)
+    inside[...] = array
+    return inside
+
+
+def check_fence(array: NDArray[Any]) -> None:
+    """Raise KernelError where something was written around an array made by `fenced`."""
+    memory = array
+    while isinstance(memory.base, np.ndarray):
+        memory = memory.base
+    if (memory[:FENCE] != poison(memory.dtype)).any() or (memory[-FENCE:] != poison(memory.dtype)).any():
+        raise KernelError(f"written outside an array of shape {array.shape}")
+
+
+def run(
+    built: ctypes.CDLL,
+    kernel: str,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: Sequence[Any],
+    shared_bytes: int = 0,
+    seed: int = 0,
+) -> None:
+    """Run a kernel on the host; the arguments are those of Device.launch."""
+    how = Launch((*grid, 1), (threads, 1, 1), shared_bytes, seed)
+    values = []
+    for argument in arguments:
+        if argument is None:
+            values.append(np.array([0], np.uint64))
+        elif isinstance(argument, np.ndarray):
+            values.append(np.array([argument.ctypes.data], np.uint64))
+        else:
+            assert isinstance(argument, np.generic), f"{argument!r} has no C type"
+            values.append(np.array([argument]))
+    pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+    if getattr(built, f"launch_{kernel}")(ctypes.byref(how), pointers):
+        raise KernelError(f"{kernel}: {how.error.decode()}")
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            check_fence(argument)
+
+
+class HostDevice:
+    """A device on the host: NumPy arrays, the CUDA sources as host code, products by NumPy."""
+
+    multiprocessors = 3
+
+    def __init__(self, cache_bytes: int = 1, free: int = 1 << 30) -> None:
+        self.cache_bytes, self.free = cache_bytes, free
+        self.filled = [False, False]  # workspaces that hold unread products
+        self.products = self.launches = 0
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        return fenced(shape, dtype)
+
+    def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
+        return copied(array)
+
+    def fill(self, array: NDArray[Any], value: int) -> None:
+        array.fill(value)
+
+    def upload(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        assert array.shape == out.shape
+        np.copyto(out, array, casting="no")
+
+    def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array.copy()
+
+    def launch(
+        self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
+    ) -> None:
+        name = cuda_device.KERNELS.get(kernel, "filter_max")
+        mask = int(kernel.rpartition("_")[2]) if name == "filter_max" else 1
+        defines = () if mask in cuda_device.BUILT_IN_MASKS else (f"ZSAD_MASK={mask}",)
+        self.launches += 1
+        run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
+
+    def product(self, column: NDArray[Any], rows: NDArray[Any], tiles: NDArray[Any]) -> None:
+        self.products += len(rows)
+        patches = len(column)
+        tiles[...] = poison(tiles.dtype)
+        tiles[: len(rows), :, :patches] = rows.astype(np.float32) @ column.astype(np.float32).T
+
+    @contextmanager
+    def producing(self, slot: int) -> Iterator[None]:
+        assert not self.filled[slot], "a workspace is overwritten before it was read"
+        yield
+        self.filled[slot] = True
+
+    @contextmanager
+    def consuming(self, slot: int) -> Iterator[None]:
+        assert self.filled[slot], "a workspace is read before it was written"
+        yield
+        self.filled[slot] = False
+
+    def follow(self) -> None:
+        pass
+
+    def synchronise(self) -> None:
+        pass

@@ -1,0 +1,206 @@
+"""Each kernel against float64 NumPy on one case: called by the tests, and by the planted bugs that must fail them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.kernels import cuda, reference
+
+# run(kernel, grid, threads, arguments, shared_bytes): on the host or on a device
+Run = Callable[..., None]
+# make(array): a copy where the kernel can reach it; get(array): the copy back
+Make = Callable[[NDArray[Any]], Any]
+
+LOWEST_KEY = -(2**31)
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng([7, *seed])
+
+
+def keys_to_floats(keys: NDArray[np.int32]) -> NDArray[np.float32]:
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+def floats_to_keys(values: NDArray[Any]) -> NDArray[np.int32]:
+    bits = np.ascontiguousarray(values, np.float32).view(np.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def check_layer_norm(run: Run, make: Make, images: int, size: int, dtype: Any, threads: int = 64, gap: int = 5) -> None:
+    """Rows `gap` entries apart, a mean far from zero, fewer entries than threads or more."""
+    x = (rng(size).normal(size=(images, size + gap)) * 3 + 40).astype(dtype)
+    slices = 3
+    shift, sums = make(np.full(images, 9e9, np.float32)), make(np.full((images, slices, 2), 9e9))
+    y, finite = make(np.full((images, size), 9, np.float16)), make(np.full(images, 7, np.int32))
+    kind = "f32" if dtype == np.float32 else "f16"
+    where = (make(x), np.int64(size + gap), np.int32(size), shift, sums)
+    run(f"layer_norm_sums_{kind}", (slices, images), threads, where, threads // 32 * 8)
+    run(
+        f"layer_norm_apply_{kind}",
+        (2, images),
+        threads,
+        (*where, np.int32(slices), np.float32(reference.LAYER_NORM_EPS), y, finite),
+    )
+    expected = reference.spatial_layer_norm(x[:, None, :size].astype(np.float64))[:, 0]
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=6e-4, atol=1e-5)
+    assert np.asarray(finite).all()
+
+
+def check_pooled_norms(
+    run: Run, make: Make, grid: tuple[int, int], channels: int, degrees: Sequence[int], zeros: bool = False
+) -> None:
+    """Two images; with `zeros` the second is zero but for one patch."""
+    patches = math.prod(grid)
+    x = rng(patches, channels).normal(size=(2, patches, channels)).astype(np.float16)
+    if zeros:
+        x[1, 1:] = 0
+    inverse = make(np.full((2, len(degrees), patches), 9, np.float32))
+    has_zero = make(np.zeros((2, len(degrees)), np.uint8))
+    reaches = make(np.array([degree // 2 for degree in degrees], np.int32))
+    scalars = (np.int32(grid[0]), np.int32(grid[1]), np.int32(channels), reaches, np.int32(len(degrees)))
+    run("pooled_norms", (-(-patches // 2), 2), 64, (make(x), *scalars, inverse, has_zero))
+    for r, degree in enumerate(degrees):
+        lengths = np.linalg.norm(reference.box_mean(x, grid, degree) * degree**2, axis=-1)
+        expected = np.where(lengths > 0, 1 / np.where(lengths > 0, lengths, 1), 0)
+        np.testing.assert_allclose(np.asarray(inverse)[:, r], expected, rtol=2e-6)
+        assert (np.asarray(has_zero)[:, r] == (lengths == 0).any(axis=1)).all()
+
+
+def box(tile: NDArray[Any], grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+    """Box-sum [P, Q] over the neighbourhoods of both sides."""
+    left = reference.box_mean(tile, grid, degree) * degree**2
+    both: NDArray[np.float64] = (reference.box_mean(left.T, grid, degree) * degree**2).T
+    return both
+
+
+def check_filter_max(
+    run: Run,
+    make: Make,
+    grid: tuple[int, int],
+    degrees: Sequence[int],
+    tiles: int = 2,
+    negative: bool = False,
+    band: int | None = None,
+    segment: int | None = None,
+    directions: tuple[bool, bool] = (True, True),
+) -> None:
+    """Both directions of every tile, with padded tile rows, poisoned padding and room between the outputs."""
+    patches, stride, pair = math.prod(grid), math.prod(grid) + 3, len(degrees) * math.prod(grid)
+    random = rng(patches, tiles)
+    products = random.normal(size=(tiles, patches, patches)).astype(np.float32)
+    if negative:
+        products = -np.abs(products)
+    padded = np.full((tiles, patches, stride), 1e36, np.float32)
+    padded[..., :patches] = products
+    inverse_rows = random.uniform(0.2, 2, (tiles, len(degrees), patches)).astype(np.float32)
+    inverse_columns = random.uniform(0.2, 2, (len(degrees), patches)).astype(np.float32)
+    best_rows = make(np.full((tiles, 2, pair), LOWEST_KEY, np.int32))
+    best_columns = make(np.full((tiles, 3, pair), LOWEST_KEY, np.int32))
+
+    mask = sum(1 << degree // 2 for degree in degrees)
+    shape = cuda.filter_max_shape(grid, mask, tiles, 5)
+    segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
+    strip = 4 if mask < 4 else 2 if mask < 8 else 1
+    blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-grid[0] // band)
+    shared += 4 * strip * len(degrees) * segment
+    arguments = (
+        make(padded),
+        np.int32(stride),
+        np.int64(patches * stride),
+        np.int32(grid[0]),
+        np.int32(grid[1]),
+        make(inverse_rows),
+        make(inverse_columns),
+        best_rows if directions[0] else None,
+        np.int64(2 * pair),
+        best_columns if directions[1] else None,
+        np.int64(3 * pair),
+        np.int32(segment),
+        np.int32(band),
+    )
+    run(cuda.filter_max_kernel(mask), (blocks, tiles), threads, arguments, shared)
+
+    rows, columns = np.asarray(best_rows), np.asarray(best_columns)
+    assert (rows[:, 1:] == LOWEST_KEY).all()
+    assert (columns[:, 1:] == LOWEST_KEY).all()
+    for t in range(tiles):
+        for r, degree in enumerate(degrees):
+            cosines = box(products[t], grid, degree) * inverse_rows[t, r][:, None] * inverse_columns[r]
+            for keys, axis, kept in ((rows, 1, directions[0]), (columns, 0, directions[1])):
+                found = keys[t, 0].reshape(len(degrees), patches)[r]
+                if kept:
+                    np.testing.assert_allclose(keys_to_floats(found), cosines.max(axis=axis), rtol=2e-5, atol=2e-5)
+                else:
+                    assert (found == LOWEST_KEY).all()
+
+
+def check_interval_average(
+    run: Run,
+    make: Make,
+    images: int,
+    patches: int,
+    ranks: tuple[int, int],
+    zeros: bool = False,
+    ties: bool = False,
+    image_first: int = 0,
+) -> None:
+    """Images from `image_first` on; with `zeros` some features have no direction; with `ties` few distinct cosines."""
+    degrees, first, last = 2, *ranks
+    random = rng(images, patches, first, last)
+    block = images - image_first
+    cosines = random.uniform(-1, 1, (block, images, degrees, patches)).astype(np.float32)
+    if ties:
+        cosines = (np.round(cosines * 2) / 2).astype(np.float32)
+    inverse = np.ones((images, degrees, patches), np.float32)
+    if zeros:
+        inverse[random.random(inverse.shape) < 0.2] = 0
+        inverse[0] = 1
+    has_zero = (inverse == 0).any(axis=2)  # [N, R]
+    best = floats_to_keys(cosines)
+    for b in range(block):
+        best[b, image_first + b] = 2**31 - 1  # an image is not compared with itself
+    weights = np.array([0.25, 2], np.float32)
+    scores = make(np.full((images, patches), 0.5, np.float32))
+    scalars = [np.int32(n) for n in (images, degrees, patches, image_first, first, last)]
+    arguments = (make(best), make(inverse[image_first:]), make(has_zero.astype(np.uint8)), make(weights))
+    run("interval_average", (-(-patches // 32), block), 32, (*arguments, *scalars, scores))
+
+    expected = np.full((images, patches), 0.5)
+    for i in range(image_first, images):
+        others = np.arange(images) != i
+        squared = 2 - 2 * cosines[i - image_first][others].astype(np.float64)  # [N-1, R, P]
+        there = has_zero[others][:, :, None]
+        squared = np.where(inverse[i] == 0, 1.0 - there, np.where(there, np.minimum(squared, 1), squared))
+        lowest = np.sort(np.sqrt(np.maximum(squared, 0)), axis=0)[first:last].sum(axis=0)
+        expected[i] += weights @ lowest
+    np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5)
+
+
+def check_upsample(run: Run, make: Make, grid: tuple[int, int], size: tuple[int, int]) -> None:
+    scores = rng(*grid).normal(size=(2, *grid)).astype(np.float32)
+    maps = make(np.full((2, *size), 9e9, np.float32))
+    numbers = [np.int32(n) for n in (*grid, *size)]
+    run("upsample", (-(-math.prod(size) // 64), 2), 64, (make(scores), *numbers[:2], maps, *numbers[2:]))
+    rows, columns = (np.linspace(0, n - 1, m) if m > 1 else np.zeros(1) for n, m in zip(grid, size, strict=True))
+    tall = np.stack([[np.interp(rows, range(grid[0]), column) for column in image.T] for image in scores])  # [2, w, H]
+    expected = [[np.interp(columns, range(grid[1]), row) for row in image.T] for image in tall]
+    np.testing.assert_allclose(np.asarray(maps), expected, atol=2e-6)
+
+
+def check_resize(device: Any, source: tuple[int, int], size: int, resampling: Any) -> None:
+    """Bit for bit what Pillow makes of noise with saturated areas."""
+    image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)
+    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    out = device.to_host(cuda.network_input(device, image, size, resampling, mean, deviation))
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    pillow = np.asarray(Image.fromarray(image).resize((size, size), filters[resampling]))
+    pixels = np.rint((out.transpose(1, 2, 0) * np.array(deviation) + mean) * 255)
+    np.testing.assert_array_equal(pixels, pillow)
+    np.testing.assert_allclose(out, ((pillow / 255 - mean) / deviation).transpose(2, 0, 1), atol=2e-6)

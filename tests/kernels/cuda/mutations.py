@@ -1,0 +1,182 @@
+"""Bugs to plant in the CUDA sources: the tests are worth what they find of them.
+
+Run this file to see which are found; test_mutations.py demands at least nine of ten.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import host_build
+import kernel_checks as checks
+import numpy as np
+
+from zsad.kernels.cuda import device as cuda_device
+
+Check = Callable[[checks.Run, checks.Make], None]
+
+
+def _layer_norm(run: checks.Run, make: checks.Make) -> None:
+    checks.check_layer_norm(run, make, 2, 49 * 20, np.float32)
+
+
+def _pooled_norms(run: checks.Run, make: checks.Make) -> None:
+    checks.check_pooled_norms(run, make, (5, 7), 40, (1, 3, 5))
+    checks.check_pooled_norms(run, make, (5, 7), 8, (1, 3), zeros=True)
+
+
+def _filter_max(run: checks.Run, make: checks.Make) -> None:
+    checks.check_filter_max(run, make, (11, 13), (1, 3, 5))
+    checks.check_filter_max(run, make, (7, 9), (1, 3, 5), band=3, segment=4)
+    checks.check_filter_max(run, make, (9, 13), (1, 3), negative=True)
+
+
+def _interval_average(run: checks.Run, make: checks.Make) -> None:
+    checks.check_interval_average(run, make, 7, 49, (2, 5), zeros=True, image_first=2)
+    checks.check_interval_average(run, make, 7, 49, (2, 5), ties=True)
+
+
+def _upsample(run: checks.Run, make: checks.Make) -> None:
+    checks.check_upsample(run, make, (5, 9), (13, 20))
+
+
+CHECKS: dict[str, Check] = {
+    "layer_norm": _layer_norm,
+    "pooled_norms": _pooled_norms,
+    "filter_max": _filter_max,
+    "interval_average": _interval_average,
+    "upsample": _upsample,
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug: in a file, the n-th occurrence of a text becomes another."""
+
+    bug: str
+    source: str
+    old: str
+    new: str
+    occurrence: int = 0
+    file: str = ""  # the kernel's own .cu by default
+
+
+BARRIER = "        __syncthreads();\n"
+FINAL = "    __syncthreads();\n    int* const best_rows"
+
+MUTATIONS = [
+    Mutation("no barrier before the columns are summed", "filter_max", BARRIER, "", 0),
+    Mutation("no barrier before the rows are summed", "filter_max", BARRIER, "", 1),
+    Mutation(
+        "no barrier after zeroing",
+        "filter_max",
+        "  __syncthreads();\n\n  const float* const tile",
+        "\n  const float* const tile",
+    ),
+    Mutation("no barrier before row maxima leave", "filter_max", FINAL, "    int* const best_rows"),
+    Mutation("halo one row short", "filter_max", "min(band1 + kReach, H)", "min(band1 + kReach - 1, H)"),
+    Mutation("halo of the row patches one column short", "filter_max", "x < x1 + kReach;", "x < x1 + kReach - 1;"),
+    Mutation("walk starts one column late", "filter_max", "int x = x0 - kReach;", "int x = x0 - kReach + 1;"),
+    Mutation("margin one column short", "filter_max", "pitch = W + kReach,", "pitch = W + kReach - 1,"),
+    Mutation("halo counted as the band's own", "filter_max", "q[i] >= band0 * W && q[i] < band1 * W", "loads[i]"),
+    Mutation("last strip writes past the grid", "filter_max", "if (y0 + y >= H) break;", ""),
+    Mutation(
+        "last column of a segment is dropped",
+        "filter_max",
+        "px >= x1) continue;  // the same",
+        "px >= x1 - 1) continue;  // the same",
+    ),
+    Mutation(
+        "rows and columns swapped", "filter_max", "sum[i].row[y] * inverse_row);", "sum[i].row[y] * inverse_column[i]);"
+    ),
+    Mutation("row outside the grid not masked", "filter_max", "py >= 0 && py < H && x", "py < H && x"),
+    Mutation("partial sums shifted by one", "filter_max", "open[d + 1] + vertical[y][i]", "open[d] + vertical[y][i]"),
+    Mutation("maximum starts at zero", "filter_max", "float best = kLowest;", "float best = 0;"),
+    Mutation("column maximum starts at zero", "filter_max", "column_best[r][i] = kLowest;", "column_best[r][i] = 0;"),
+    Mutation(
+        "keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;", 0, "device.h"
+    ),
+    Mutation("tile step ignored", "filter_max", "a.tiles + blockIdx.y * a.tile_step", "a.tiles"),
+    Mutation(
+        "scratch reused without a barrier",
+        "layer_norm",
+        "  __syncthreads();  // scratch",
+        "  // scratch",
+        0,
+        "device.h",
+    ),
+    Mutation("sum read before it is complete", "layer_norm", "= value;\n  __syncthreads();", "= value;", 0, "device.h"),
+    Mutation("a slice overlaps the next", "layer_norm", "i < size; i += slices * ", "i < size; i += (slices - 1) * "),
+    Mutation("last slice forgotten", "layer_norm", "s < slices; ++s", "s < slices - 1; ++s"),
+    Mutation("corners of a ring counted twice", "pooled_norms", "dy == -ring || dy == ring ? 1", "dy == -ring ? 1"),
+    Mutation("right border one column short", "pooled_norms", "xx < columns)", "xx < columns - 1)"),
+    Mutation(
+        "last warp's patches not cut", "pooled_norms", "  if (p >= patches) return;", "  if (p > patches) return;"
+    ),
+    Mutation("zero features not reported", "pooled_norms", "has_zero[at] = 1", "has_zero[at] = 0"),
+    Mutation(
+        "first rank off by one", "interval_average", "column.sum_of_nearest(first,", "column.sum_of_nearest(first + 1,"
+    ),
+    Mutation("ties counted once", "interval_average", "double(count - above)", "double(1)"),
+    Mutation("image compared with itself", "interval_average", "j != self && key(j) > threshold", "key(j) > threshold"),
+    Mutation(
+        "zero features elsewhere ignored",
+        "interval_average",
+        "zero_there ? max(found, float_to_key(0.5f)) : found",
+        "found",
+    ),
+    Mutation("right neighbour past the border", "upsample", "low + 1 < in ? low + 1 : low", "low + 1"),
+    Mutation("half-pixel centres", "upsample", "i * (in - 1) : 0", "i * in : 0"),
+]
+
+
+def planted(mutation: Mutation, folder: Path) -> str:
+    """Write the headers to `folder` and return the kernel's source, one of them with the bug in it."""
+    texts = cuda_device.sources(mutation.source)
+    name = mutation.file or f"{mutation.source}.cu"
+    parts = texts[name].split(mutation.old)
+    if len(parts) < mutation.occurrence + 2:
+        raise LookupError(f"mutation {mutation.bug!r}: {mutation.old!r} no longer occurs in {name}; adapt the mutation")
+    at = mutation.occurrence + 1
+    texts[name] = mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:])
+    (folder / "host").mkdir()
+    (folder / "device.h").write_text(texts["device.h"], "utf-8")
+    header = (cuda_device.FOLDER / "host/cuda_host.h").read_text("utf-8")
+    (folder / "host/cuda_host.h").write_text(header, "utf-8")
+    source: str = texts[f"{mutation.source}.cu"]
+    return source
+
+
+def found(mutation: Mutation) -> str | None:
+    """Return what the checks say of a planted bug, None where it passes unnoticed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch))
+
+    def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
+        host_build.run(built, kernel, grid, threads, arguments, shared_bytes)
+
+    try:
+        CHECKS[mutation.source](run, host_build.copied)
+    except (AssertionError, host_build.KernelError) as error:
+        said: list[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return said[0] if said else type(error).__name__
+    return None
+
+
+def main() -> int:
+    survivors = 0
+    for mutation in MUTATIONS:
+        said = found(mutation)
+        survivors += said is None
+        print(f"{mutation.source:17} {mutation.bug:45} {said or 'NOT FOUND'}", flush=True)
+    print(f"{len(MUTATIONS) - survivors} of {len(MUTATIONS)} found")
+    return int(10 * survivors > len(MUTATIONS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The CUDA sources under the real compilers: nvcc for every target without spills, NVRTC into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from zsad.kernels.cuda import device as cuda_device
+
+NVCC = shutil.which("nvcc")
+TARGETS = (80, 86, 89, 90, 120)
+SOURCES = sorted(path.stem for path in cuda_device.FOLDER.glob("*.cu"))
+
+
+def nvcc_version() -> tuple[int, ...]:
+    assert NVCC
+    said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    assert release, said
+    return tuple(int(part) for part in release.groups())
+
+
+def test_every_kernel_has_a_source() -> None:
+    assert set(cuda_device.KERNELS.values()) | {"filter_max"} == set(SOURCES)
+    for kernel, source in cuda_device.KERNELS.items():
+        assert re.search(rf"^ZSAD_KERNEL\(.*\)\s{kernel}\(", cuda_device.sources(source)[f"{source}.cu"], re.MULTILINE)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", SOURCES)
+def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) -> None:
+    targets = [target for target in TARGETS if target < 120 or nvcc_version() >= (12, 8)]
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    command = [str(NVCC), "-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2", *codes]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "kernels.fatbin"), str(cuda_device.FOLDER / f"{source}.cu")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(spills) % len(targets) == 0
+    assert len(spills) >= len(targets)
+    assert set(spills) == {("0", "0")}, done.stderr
+
+
+def test_a_fatbin_counts_only_for_the_sources_it_was_built_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("upsample.cu", "device.h"):
+        shutil.copy(cuda_device.FOLDER / file, tmp_path / file)
+    monkeypatch.setattr(cuda_device, "FOLDER", tmp_path)
+    assert cuda_device.prebuilt("upsample") is None
+    (tmp_path / "upsample.fatbin").write_bytes(b"")
+    # As `cmake -E sha256sum` writes it.
+    sums = [
+        f"{hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()}  {file}\n"
+        for file in ("upsample.cu", "device.h")
+    ]
+    (tmp_path / "upsample.sha256").write_text("".join(sums), "utf-8")
+    assert cuda_device.prebuilt("upsample") == tmp_path / "upsample.fatbin"
+    with (tmp_path / "device.h").open("a") as header:
+        header.write("// changed\n")
+    assert cuda_device.prebuilt("upsample") is None
+
+
+def test_nvrtc_compiles_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    monkeypatch.setenv("ZSAD_KERNEL_CACHE", str(tmp_path))
+    paths = {cuda_device.compile_cubin(source, "sm_89") for source in SOURCES}
+    paths.add(cuda_device.compile_cubin("filter_max", "sm_89", ("ZSAD_MASK=10",)))
+    assert len(paths) == len(SOURCES) + 1
+    assert all(path.read_bytes()[:4] == b"\x7fELF" for path in paths)
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    assert {cuda_device.compile_cubin(source, "sm_89") for source in SOURCES} < paths
+    assert {path: path.stat().st_mtime_ns for path in paths} == before

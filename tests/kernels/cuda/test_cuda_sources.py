@@ -1,0 +1,269 @@
+"""The CUDA sources, compiled for the host and run against float64 references; no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import host_build
+import kernel_checks as checks
+import numpy as np
+import pytest
+from host_build import HostDevice, KernelError
+
+from zsad.kernels import cuda, reference
+from zsad.kernels.cuda import device as cuda_device
+
+pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
+
+ODD_GRIDS = [(1, 1), (7, 7), (16, 16), (5, 9), (1, 6), (6, 1), (9, 4)]
+
+
+def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
+    HostDevice().launch(kernel, grid, threads, arguments, shared_bytes)
+
+
+def program(body: str, kernel: str = "probe", parameters: str = "int* out") -> Callable[..., None]:
+    """Build a small kernel for the tests of the emulation itself."""
+    built = host_build.build(
+        f'#include "device.h"\nZSAD_KERNEL(1024, 1)\n{kernel}({parameters}) {{\n{body}\n}}\n', cuda_device.FOLDER
+    )
+    return lambda *arguments, **how: host_build.run(built, kernel, (1, 1), 64, arguments, **how)
+
+
+def test_emulated_half_is_ieee_half() -> None:
+    convert = program(
+        "for (int i = threadIdx.x; i < n; i += blockDim.x) {\n"
+        "f[i] = half_to_float(h[i]); back[i] = float_to_half(g[i]); }",
+        parameters="const half_bits* h, float* f, const float* g, half_bits* back, int n",
+    )
+    every = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    # Halfway between neighbours, a little beside it, and the far ends.
+    finite = np.sort(every[np.isfinite(every)].astype(np.float32))
+    middle = (finite[1:] + finite[:-1]) / 2
+    floats = np.concatenate([middle, np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, -np.float32(9e9))])
+    floats = np.concatenate([floats, finite, np.array([0, 65519.99, 65520, 1e9, -1e9, 1e-9, np.inf], np.float32)])[
+        : 3 << 16
+    ]
+    halves = np.resize(every, floats.shape)
+    f, back = host_build.fenced(floats.shape, np.float32), host_build.fenced(floats.shape, np.float16)
+    convert(host_build.copied(halves), f, host_build.copied(floats), back, np.int32(floats.size))
+    np.testing.assert_array_equal(f, halves.astype(np.float32))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(back, floats.astype(np.float16))
+
+
+def test_emulation_shows_a_missing_barrier() -> None:
+    body = "ZSAD_SHARED(int, s); s[threadIdx.x] = threadIdx.x; {} out[threadIdx.x] = s[63 - threadIdx.x];"
+    expected = np.arange(64)[::-1]
+    good, bad = (program(body.replace("{}", barrier)) for barrier in ("__syncthreads();", ""))
+    out = host_build.fenced((64,), np.int32)
+    good(out, shared_bytes=256)
+    np.testing.assert_array_equal(out, expected)
+    bad(out, shared_bytes=256)
+    assert (out != expected).any()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("if (threadIdx.x < 40) __syncthreads();\nout[0] = 1;", "returned before a barrier"),
+        ("if (threadIdx.x < 40) __syncthreads(); else\n __syncthreads();", "different barriers"),
+        ("if (threadIdx.x >= 40) return;\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
+        ("if (threadIdx.x == 0) __syncthreads(); else\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
+        ("ZSAD_SHARED(int, s); s[64 + threadIdx.x] = 1;", "past shared memory"),
+        ("ZSAD_SHARED(int, s); s[-1] = 1;", "before shared memory"),
+        ("out[4] = 1;", "outside an array"),
+    ],
+)
+def test_emulation_refuses(body: str, message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        program(body)(host_build.fenced((4,), np.int32), shared_bytes=256)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("size", [1, 37, 49 * 20, 3 * 64 * 5 + 1])
+def test_layer_norm(size: int, dtype: Any) -> None:
+    checks.check_layer_norm(run, host_build.copied, 2, size, dtype)
+
+
+@pytest.mark.parametrize("grid", [*ODD_GRIDS, (37, 37)])
+def test_pooled_norms(grid: tuple[int, int]) -> None:
+    channels = 8 if grid == (37, 37) else 70
+    checks.check_pooled_norms(run, host_build.copied, grid, channels, (1, 3, 5), zeros=grid == (7, 7))
+
+
+@pytest.mark.parametrize("degrees", [(3,), (1, 9), (1, 3, 5, 7, 9)])
+def test_pooled_norms_of_other_degrees(degrees: tuple[int, ...]) -> None:
+    checks.check_pooled_norms(run, host_build.copied, (6, 5), 33, degrees)
+
+
+@pytest.mark.parametrize("grid", ODD_GRIDS)
+@pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5)])
+def test_filter_max(grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
+    checks.check_filter_max(run, host_build.copied, grid, degrees)
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (5, 9)])
+def test_filter_max_where_every_product_is_negative(grid: tuple[int, int]) -> None:
+    checks.check_filter_max(run, host_build.copied, grid, (1, 3, 5), negative=True)
+
+
+@pytest.mark.parametrize("degrees", [(5,), (3, 7), (1, 9)])
+def test_filter_max_of_other_degrees(degrees: tuple[int, ...]) -> None:
+    checks.check_filter_max(run, host_build.copied, (6, 5), degrees, tiles=1)
+
+
+@pytest.mark.parametrize("band", [1, 3, 8])
+@pytest.mark.parametrize("segment", [1, 4])
+def test_filter_max_cut_into_bands_and_segments(band: int, segment: int) -> None:
+    checks.check_filter_max(run, host_build.copied, (9, 6), (1, 3, 5), band=band, segment=segment)
+
+
+@pytest.mark.parametrize("directions", [(True, False), (False, True)])
+def test_filter_max_drops_a_direction(directions: tuple[bool, bool]) -> None:
+    checks.check_filter_max(run, host_build.copied, (4, 5), (1, 3), directions=directions)
+
+
+def test_filter_max_at_full_size() -> None:
+    checks.check_filter_max(run, host_build.copied, (37, 37), (1, 3, 5), tiles=1, negative=True)
+
+
+def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
+    shape = cuda.filter_max_shape((64, 64), 0b111, 2, 132)
+    assert shape.band < 64
+    assert shape.threads <= cuda.MAX_THREADS
+    assert (shape.band + 4) * 64 <= cuda.OWN_PATCHES * shape.threads
+    assert shape.shared_bytes <= 99 * 1024
+    with pytest.raises(ValueError, match="too wide"):
+        cuda.filter_max_shape((4, 1000), 0b111, 1, 132)
+
+
+@pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])
+@pytest.mark.parametrize("grid", [(1408, 1), (1, 280), (37, 37), (12, 117), (100, 100)])
+def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int) -> None:
+    shape = cuda.filter_max_shape(grid, mask, 4, 128)
+    assert 32 <= shape.threads <= cuda.MAX_THREADS
+    assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
+
+
+@pytest.mark.parametrize(("images", "ranks"), [(2, (0, 1)), (7, (0, 2)), (7, (2, 5)), (13, (0, 12)), (13, (11, 12))])
+@pytest.mark.parametrize("case", ["plain", "zeros", "ties"])
+def test_interval_average(images: int, ranks: tuple[int, int], case: str) -> None:
+    checks.check_interval_average(
+        run, host_build.copied, images, 49, ranks, zeros=case == "zeros", ties=case == "ties", image_first=images // 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [((1, 1), (3, 2)), ((7, 7), (20, 33)), ((5, 9), (5, 9)), ((4, 3), (1, 1)), ((37, 37), (64, 70))]
+)
+def test_upsample(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    checks.check_upsample(run, host_build.copied, grid, size)
+
+
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((1, 1), 5), ((97, 133), 37), ((20, 31), 45), ((33, 33), 33), ((64, 7), 29), ((301, 8), 6), ((90, 70), 51)],
+)
+def test_resize_equals_pillow(source: tuple[int, int], size: int, resampling: str) -> None:
+    checks.check_resize(HostDevice(), source, size, resampling)
+
+
+def tokens(images: int, layers: int, grid: tuple[int, int], channels: int) -> Any:
+    return checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "grid", "channels", "degrees", "interval"),
+    [
+        (2, (3, 3), 16, (1, 3, 5), (0.0, 0.3)),
+        (7, (5, 4), 40, (1, 3), (0.0, 0.5)),
+        (9, (4, 4), 33, (5, 1, 1), (2, 5)),
+        (3, (1, 1), 8, (3,), (0.0, 1.0)),
+    ],
+)
+def test_mutual_scores_equal_the_reference(
+    images: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...], interval: tuple[float, float]
+) -> None:
+    x = tokens(images, 2, grid, channels)
+    seen: list[tuple[int, int]] = []
+    timings: dict[str, float] = {}
+    scores = cuda.mutual_scores(
+        x,
+        grid,
+        degrees,
+        interval,
+        device=HostDevice(),
+        progress=lambda done, total: seen.append((done, total)),
+        timings=timings,
+    )
+    expected = np.mean([reference.mutual_scores(x, grid, [degree], interval) for degree in degrees], axis=0)
+    np.testing.assert_allclose(scores, expected, rtol=3e-3)
+    assert scores.dtype == np.float32
+    assert seen[-1] == (images * (images - 1), images * (images - 1))
+    assert set(timings) == {"normalise", "product, filter and max", "select"}
+
+
+def test_mutual_scores_of_half_tokens_are_those_of_the_same_values() -> None:
+    x = tokens(4, 1, (3, 4), 24).astype(np.float16)
+    np.testing.assert_array_equal(
+        cuda.mutual_scores(x, (3, 4), device=HostDevice()),
+        cuda.mutual_scores(x.astype(np.float32), (3, 4), device=HostDevice()),
+    )
+
+
+def test_every_plan_gives_the_same_scores() -> None:
+    grid, channels = (3, 3), 16
+    x = tokens(7, 2, grid, channels)
+    plans: list[cuda.CudaPlan] = []
+    results = []
+    for limit in (1 << 30, 12_000, 11_500):
+        device = HostDevice(cache_bytes=1 << 20)
+        results.append(cuda.mutual_scores(x, grid, (1, 3), device=device, memory_limit=limit, on_plan=plans.append))
+        assert device.products == 2 * plans[-1].comparisons()
+        assert plans[-1].peak_bytes <= limit
+        np.testing.assert_allclose(results[-1], results[0], rtol=1e-6)  # BLAS sums in an order of its own
+    assert plans[0].rows == 7
+    assert len({(plan.rows, plan.columns) for plan in plans}) == 3
+    with pytest.raises(MemoryError, match="memory-limit"):
+        cuda.mutual_scores(x, grid, device=HostDevice(), memory_limit=8_000)
+
+
+def test_zero_features_follow_the_convention() -> None:
+    x = tokens(5, 1, (4, 4), 12)
+    x[1] = 3.0  # no variance: every feature of the image is zero
+    x[4] = -1.0
+    np.testing.assert_allclose(
+        cuda.mutual_scores(x, (4, 4), device=HostDevice()), reference.mutual_scores(x, (4, 4)), rtol=3e-3, atol=1e-6
+    )
+
+
+def test_identical_images_are_at_distance_zero() -> None:
+    x = np.repeat(tokens(1, 1, (4, 4), 64), 3, axis=0)
+    assert cuda.mutual_scores(x, (4, 4), device=HostDevice()).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros((1, 1, 4, 3), np.float32)}, "only one"),
+        ({"tokens": np.zeros((2, 1, 4, 3))}, "float32 or float16"),
+        ({"tokens": np.full((2, 1, 4, 3), np.nan, np.float32)}, "image 0 are not finite"),
+        ({"grid": (3, 3)}, "does not hold"),
+        ({"degrees": (1, 11)}, "up to 9"),
+        ({"interval": (0.5, 0.1)}, "low < high"),
+        ({"precision": "fp32"}, "use precision='fp16'"),
+    ],
+)
+def test_arguments_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"tokens": tokens(2, 1, (2, 2), 3), "device": HostDevice(), **change}
+    with pytest.raises(ValueError, match=message):
+        cuda.mutual_scores(**arguments)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1"])
+def test_device_names(name: str) -> None:
+    with pytest.raises(cuda.DeviceError, match="is not 'cuda'"):
+        cuda.open_device(name)

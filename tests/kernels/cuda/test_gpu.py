@@ -1,0 +1,90 @@
+"""The same checks on a real device, and the whole of mutual scoring against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kernel_checks as checks
+import numpy as np
+import pytest
+
+from zsad.kernels import cuda, reference
+
+pytestmark = pytest.mark.gpu
+
+
+class OnDevice:
+    """Runs a check's kernel on the device and copies the outputs back into the check's own arrays."""
+
+    def __init__(self, device: cuda.Device) -> None:
+        self.device = device
+
+    def __call__(self, kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
+        copies = [self.device.to_device(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        self.device.launch(kernel, grid, threads, copies, shared_bytes)
+        for argument, copy in zip(arguments, copies, strict=True):
+            if isinstance(argument, np.ndarray):
+                argument[...] = self.device.to_host(copy)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_layer_norm(gpu: cuda.Device, dtype: Any) -> None:
+    checks.check_layer_norm(OnDevice(gpu), np.array, 3, 1369 * 64 + 5, dtype, threads=256)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (7, 7), (37, 37)])
+def test_pooled_norms(gpu: cuda.Device, grid: tuple[int, int]) -> None:
+    checks.check_pooled_norms(OnDevice(gpu), np.array, grid, 1024, (1, 3, 5), zeros=grid == (7, 7))
+
+
+@pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5), (3, 7), (1, 9)])
+@pytest.mark.parametrize("grid", [(1, 1), (5, 9), (16, 16), (37, 37), (45, 40)])
+def test_filter_max(gpu: cuda.Device, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
+    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=2)
+    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=1, negative=True)
+
+
+@pytest.mark.parametrize("case", ["plain", "zeros", "ties"])
+def test_interval_average(gpu: cuda.Device, case: str) -> None:
+    checks.check_interval_average(
+        OnDevice(gpu), np.array, 60, 1369, (3, 18), zeros=case == "zeros", ties=case == "ties", image_first=50
+    )
+
+
+def test_upsample(gpu: cuda.Device) -> None:
+    checks.check_upsample(OnDevice(gpu), np.array, (37, 37), (518, 518))
+
+
+@pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("source", [(700, 900), (900, 700), (300, 1000), (1024, 1024)])
+def test_resize_equals_pillow(gpu: cuda.Device, source: tuple[int, int], resampling: str) -> None:
+    checks.check_resize(gpu, source, 518, resampling)
+
+
+@pytest.mark.parametrize(
+    ("images", "layers", "grid", "channels", "degrees"),
+    [
+        (2, 1, (1, 1), 8, (1,)),
+        (9, 2, (7, 7), 100, (1, 3, 5)),
+        (20, 2, (16, 16), 384, (1, 3)),
+        (6, 1, (37, 37), 1024, (1, 3, 5)),
+    ],
+)
+def test_mutual_scores_equal_the_reference(
+    gpu: cuda.Device, images: int, layers: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
+) -> None:
+    x = checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
+    scores = cuda.mutual_scores(x, grid, degrees, device=gpu)
+    np.testing.assert_allclose(scores, reference.mutual_scores(x, grid, degrees), rtol=2e-3)
+    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, grid, degrees, device=gpu))
+
+
+def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.Device) -> None:
+    x = checks.rng(1).normal(size=(30, 2, 256, 384)).astype(np.float32)
+    plans: list[cuda.CudaPlan] = []
+    expected = cuda.mutual_scores(x, device=gpu, on_plan=plans.append)
+    limit = plans[0].peak_bytes * 2 // 3
+    blocked = cuda.mutual_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
+    assert plans[1].rows < 30
+    np.testing.assert_allclose(blocked, expected, rtol=1e-5)
+    np.testing.assert_array_equal(cuda.mutual_scores(gpu.to_device(x), device=gpu), expected)

@@ -1,0 +1,27 @@
+"""Bugs planted in the CUDA sources must be found by the kernel checks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import host_build
+import pytest
+from mutations import MUTATIONS, found, planted
+
+pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
+
+
+def test_at_least_nine_of_ten_planted_bugs_are_found() -> None:
+    host_build.standard_headers()
+    with ThreadPoolExecutor(2) as pool:
+        unnoticed = [
+            mutation.bug for mutation, said in zip(MUTATIONS, pool.map(found, MUTATIONS), strict=True) if said is None
+        ]
+    assert len(unnoticed) * 10 <= len(MUTATIONS), unnoticed
+
+
+def test_a_mutation_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match="no longer occurs"):
+        planted(replace(MUTATIONS[0], old="no such text"), tmp_path)
