@@ -22,7 +22,15 @@ from ..reference import LAYER_NORM_EPS, interval_ranks
 from .device import DEVICE_ARRAY, Device, DeviceError, filter_max_kernel, int32, open_device
 from .images import network_input, upsample
 
-__all__ = ["CudaPlan", "DeviceError", "mutual_scores", "network_input", "open_device", "upsample"]
+__all__ = [
+    "CudaPlan",
+    "DeviceError",
+    "mutual_scores",
+    "network_input",
+    "open_device",
+    "plan_mutual_scoring",
+    "upsample",
+]
 
 MAX_DEGREE = 9
 LOWEST_KEY = -(2**31)  # below the key of every cosine

@@ -170,6 +170,7 @@ class CupyDevice:
         self._device = cupy.cuda.Device(number)
         self._device.use()
         properties = cupy.cuda.runtime.getDeviceProperties(number)
+        self.name = str(properties["name"].decode())
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.cache_bytes = int(properties["l2CacheSize"])
         self._architecture = f"sm_{self._device.compute_capability}"

@@ -1,0 +1,190 @@
+"""Time of mutual scoring on a CUDA device, against the reference's arithmetic and the device's product peak.
+
+    python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--refcheck]
+
+All variants run in turn in one process on the same device:
+
+    reference   every degree in both directions: torch.cdist in fp32, then the minimum, on a few pairs (needs PyTorch)
+    product     every degree in both directions: fp16 product of unit features, then the maximum, on the same pairs
+    zsad        zsad.kernels.mutual_scores(device="cuda"), complete, on all pairs; tokens already on the device
+    floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
+    peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
+
+Validates first: scores of a few images against the float64 reference.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zsad.kernels import reference
+from zsad.kernels.cuda import mutual_scores, open_device, plan_mutual_scoring
+from zsad.kernels.cuda.device import CupyDevice
+
+from .mutual_scoring import INTERVAL, make_tokens, unit_features
+from .records import RESULTS, append, environment
+
+TOLERANCE = 2e-3
+PEAK_SIDE = 8192
+
+
+def seconds(device: CupyDevice, run: Callable[[], Any], repeats: int) -> list[float]:
+    """Time `run` with the device idle before and after; the first, uncounted round warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        device.synchronise()
+        start = time.perf_counter()
+        run()
+        device.synchronise()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def validate(side: int, channels: int, degrees: Sequence[int]) -> float:
+    """Compare five images' scores with the float64 reference; SystemExit where they are off."""
+    tokens = make_tokens(5, side, channels, seed=1)
+    expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
+    deviation = float(np.abs(mutual_scores(tokens, (side, side), degrees, INTERVAL) - expected).max())
+    print(f"check: largest deviation from float64 {deviation:.1e}")
+    if not deviation <= TOLERANCE:
+        raise SystemExit(f"zsad deviates by more than {TOLERANCE:.0e}: nothing was timed")
+    return deviation
+
+
+def peak_flops(device: CupyDevice, repeats: int) -> float:
+    """FLOP/s of a large fp16 product with fp32 sums."""
+    factors = [device.empty((PEAK_SIDE, PEAK_SIDE), np.float16) for _ in range(2)]
+    for factor in factors:  # random bits cost what data cost; zeros would run faster
+        factor[:] = device.to_device(np.random.default_rng(0).normal(size=(1, PEAK_SIDE)).astype(np.float16))
+    out = device.empty((1, PEAK_SIDE, PEAK_SIDE), np.float32)
+
+    def multiply() -> None:
+        with device.producing(0):
+            for _ in range(10):
+                device.product(factors[0], factors[1][None], out)
+
+    return 10 * 2 * PEAK_SIDE**3 / statistics.median(seconds(device, multiply, repeats))
+
+
+def bare_products(device: CupyDevice, features: Any, tiles: int) -> Callable[[], None]:
+    """Every pair's product of features [N, P, C], a few tiles at a time."""
+    images, patches, _ = features.shape
+    workspace = device.empty((tiles, patches, -(-patches // 32) * 32), np.float32)
+
+    def run() -> None:
+        with device.producing(0):
+            for i in range(images):
+                for start in range(i + 1, images, tiles):
+                    device.product(features[i], features[start : start + tiles], workspace)
+
+    return run
+
+
+def by_pairs(side: int, channels: int, degrees: Sequence[int]) -> dict[str, Callable[[], None]]:
+    """The arithmetic of the reference, and of plain products, for both directions of one pair at every degree."""
+    try:
+        import torch
+    except ImportError:
+        print("reference, product: not measured (PyTorch is not installed)")
+        return {}
+    features = [
+        [torch.from_numpy(x).cuda() for x in images]
+        for images in unit_features(make_tokens(2, side, channels), side, degrees)
+    ]
+    halves = [[x.half() for x in images] for images in features]
+
+    def cdist() -> None:
+        for left, right in features:
+            torch.cdist(left, right).min(dim=1)
+            torch.cdist(right, left).min(dim=1)
+        torch.cuda.synchronize()
+
+    def product() -> None:
+        for left, right in halves:
+            (left @ right.T).max(dim=1)
+            (right @ left.T).max(dim=1)
+        torch.cuda.synchronize()
+
+    return {"reference": cdist, "product": product}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.mutual_scoring_cuda")
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--side", type=int, default=37, help="of the patch grid (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")], default=[1, 3, 5])
+    parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
+    arguments = parser.parse_args(argv)
+    side, channels, degrees = arguments.side, arguments.channels, arguments.degrees
+
+    record = environment("zsad.bench.mutual_scoring_cuda", argv, ["numpy", "cupy-cuda12x", "cupy-cuda13x", "torch"])
+    device = open_device(arguments.device)
+    record["gpu"] = device.name
+    print(f"gpu: {device.name}")
+    record["largest_deviation"] = validate(side, channels, degrees)
+    if arguments.refcheck:
+        return 0
+
+    images, layers, patches = arguments.images, arguments.layers, side * side
+    some = device.to_device(make_tokens(8, side, channels))  # [8, 1, P, C]
+    tokens = device.empty((images, layers, patches, channels), np.float32)
+    for i in range(images):
+        # Shifting the channels keeps the statistics and makes every image and layer differ.
+        for layer in range(layers):
+            tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
+    pairs = layers * images * (images - 1) // 2
+    plan = plan_mutual_scoring(images, patches, channels, len(degrees), device.free_bytes(), device.cache_bytes)
+    features = tokens[:, 0].astype(np.float16)
+
+    milliseconds: dict[str, list[float]] = {}
+    stages: dict[str, float] = {}
+    milliseconds["zsad"] = [
+        1e3 * s / pairs
+        for s in seconds(
+            device,
+            lambda: mutual_scores(tokens, (side, side), degrees, INTERVAL, arguments.device, timings=stages),
+            arguments.repeats,
+        )
+    ]
+    floor = seconds(device, bare_products(device, features, plan.tiles), arguments.repeats)
+    milliseconds["floor"] = [1e3 * s / (pairs // layers) for s in floor]
+    for name, run in by_pairs(side, channels, degrees).items():
+        milliseconds[name] = [1e3 * s for s in seconds(device, run, 10 * arguments.repeats)]
+    peak = peak_flops(device, arguments.repeats)
+
+    useful = 2 * patches**2 * channels
+    median = {name: statistics.median(times) for name, times in milliseconds.items()}
+    print(f"\npeak {peak / 1e12:.0f} TFLOP/s; {images} images, {layers} layers, P {patches}, C {channels}, {degrees}:")
+    for name, value in median.items():
+        share = 100 * useful / (value * 1e-3) / peak
+        faster = f"{median['reference'] / value:6.1f} × reference" if "reference" in median else ""
+        print(f"  {name:<10}{1e3 * value:10.1f} µs per pair and layer {share:6.1f} % of the peak {faster}")
+    append(
+        arguments.output,
+        {
+            **record,
+            "patches": patches,
+            "channels": channels,
+            "degrees": list(degrees),
+            "images": images,
+            "layers": layers,
+            "peak_flops": peak,
+            "ms_per_pair_and_layer": milliseconds,
+            "stages_s": {name: value / (arguments.repeats + 1) for name, value in stages.items()},
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
