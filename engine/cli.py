@@ -123,6 +123,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--taps", type=_numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
     add("--degrees", type=_numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
     add("--interval", type=_numbers(float), metavar="0,0.3", help="part of the sorted distances that is averaged")
+    add("--precision", help="fp32, or int8: products in int8, the chosen distances in fp32 (faster with VNNI)")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
@@ -187,7 +188,7 @@ def _threshold(text: str) -> float | str:
 
 def _run(arguments: argparse.Namespace) -> int:
     start, started = time.perf_counter(), datetime.now(timezone.utc)
-    keys = ("image_size", "taps", "degrees", "interval", "group_size", "threshold", "seed")
+    keys = ("image_size", "taps", "degrees", "interval", "group_size", "threshold", "precision", "seed")
     overrides = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
     config = load_config(arguments.preset, arguments.config, overrides)
     device = choose_device(arguments.device)
@@ -218,7 +219,7 @@ def _run(arguments: argparse.Namespace) -> int:
         }
     try:
         check_memory(categories, config, backbones, options.memory_limit)
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:  # too little memory, or a precision that this installation lacks
         raise ConfigError(str(error)) from None
     log.info(
         "%d images in %d %s, preset %s on %s",

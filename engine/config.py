@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,6 +16,8 @@ from zsad.export.vit_graph import ACTIVATIONS
 
 from .images import Preprocessing
 from .rescoring import ScoreRule
+
+Precision = Literal["fp32", "int8"]
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
@@ -66,6 +68,7 @@ class Config:
     image_score: ImageScoreConfig
     group_size: int | None = None  # None scores the whole category as one batch
     threshold: float | str | None = None  # a score in [0, 1] or "auto"
+    precision: Precision = "fp32"  # of the products of mutual scoring
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,6 +177,7 @@ def _checked(preset: str, merged: Mapping[str, Any]) -> Config:
         "threshold must be 'auto' or a number in [0, 1]",
         threshold,
     )
+    _require_choice("precision", config.precision, get_args(Precision))
     _require(_is_int(config.seed, 0), "seed must be a whole number", config.seed)
     for name, backbone in config.backbones.items():
         where = f"[backbones.{name}]"

@@ -6,8 +6,6 @@ data/<category>/… → images: scan, decode, resize, normalise [B, 3, S, S] →
 
 import itertools
 import logging
-import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +19,8 @@ from numpy.typing import NDArray
 
 from zsad.kernels import mutual_scores
 from zsad.kernels.cpu import pair_kernel
-from zsad.kernels.planner import default_memory_limit, plan_mutual_scoring
+from zsad.kernels.mutual_scoring import plan_on_cpu
+from zsad.kernels.planner import default_memory_limit, scratch
 
 from .backbone import Backbone
 from .config import Config
@@ -197,8 +196,8 @@ def _share_memory(
     def check(left: int) -> None:
         for backbone in backbones.values():
             _, _, patches, channels = _token_shape(images, backbone)
-            copies = pair_kernel(backbone.grid, config.degrees).feature_copies
-            plan_mutual_scoring(images, patches, channels, len(config.degrees), left, copies)
+            kernel = pair_kernel(backbone.grid, config.degrees, config.precision)
+            plan_on_cpu(kernel, images, patches, channels, config.interval, left)
 
     if tokens <= limit // 2:
         with suppress(MemoryError):
@@ -227,9 +226,11 @@ def _score_group(
     embeddings: list[Array] = []
     done = 0
     in_memory, memory_left = _share_memory(len(members), config, backbones, options.memory_limit)
+    if not in_memory:
+        log.debug("the tokens of %d images go to a memory-mapped temporary file", len(members))
     with ExitStack() as stack:
         stores = {
-            name: stack.enter_context(_token_store(len(members), backbone, in_memory))
+            name: stack.enter_context(scratch(_token_shape(len(members), backbone), in_memory))
             for name, backbone in backbones.items()
         }
         for batch in _decoded_batches(category, members, config, options, stages):
@@ -253,26 +254,13 @@ def _score_group(
                 backbone.grid,
                 config.degrees,
                 config.interval,
+                precision=config.precision,
                 memory_limit=memory_left,
                 progress=partial(progress, f"scoring {name}"),
                 timings=stages.seconds,
                 on_plan=lambda plan: log.debug("%s", plan.describe()),
             )
     return _Group(kept, patch_scores, np.concatenate(embeddings) if embeddings else None)
-
-
-@contextmanager
-def _token_store(images: int, backbone: Backbone, in_memory: bool) -> Iterator[Array]:
-    """Yield room for the tokens [n, L, P, C] of a group, in memory or in a memory-mapped temporary file."""
-    shape = _token_shape(images, backbone)
-    if in_memory:
-        yield np.empty(shape, np.float32)
-        return
-    log.debug("tokens of %s: %.0f MiB in a memory-mapped temporary file", backbone.checkpoint, np.prod(shape) / 2**18)
-    with tempfile.TemporaryFile(prefix="zsad-tokens-") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error when a page is written
-            os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))
-        yield np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def _decoded_batches(

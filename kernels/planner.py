@@ -1,11 +1,16 @@
 """Decides, before any work starts, what mutual scoring keeps in memory and what it streams."""
 
-import contextlib
+import math
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 FLOAT_BYTES = 4
 
@@ -21,9 +26,21 @@ def default_memory_limit() -> int:
     """Return three quarters of the free memory in bytes, as the machine and its container see it."""
     free = psutil.virtual_memory().available
     limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
         free = min(free, int(limit.read_text()) - int(usage.read_text()))
     return int(0.75 * max(free, 0))
+
+
+@contextmanager
+def scratch(shape: tuple[int, ...], in_memory: bool) -> Iterator[NDArray[np.float32]]:
+    """Yield an array of any content, in memory or in a memory-mapped temporary file; raises OSError on a full disk."""
+    if in_memory:
+        yield np.empty(shape, np.float32)
+        return
+    with tempfile.TemporaryFile(prefix="zsad-") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error when a page is written
+            os.posix_fallocate(file.fileno(), 0, FLOAT_BYTES * math.prod(shape))
+        yield np.memmap(file, np.float32, "w+", shape=shape)
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,18 @@ class Plan:
 
 
 def plan_mutual_scoring(
-    images: int, patches: int, channels: int, degrees: int, memory_limit: int, feature_copies: int = 1
+    images: int,
+    patches: int,
+    channels: int,
+    degrees: int,
+    memory_limit: int,
+    feature_copies: int = 1,
+    remeasured_ranks: int = 0,
 ) -> Plan:
     """Fit the working set into `memory_limit` bytes, giving up speed in the order that costs least.
 
     feature_copies: feature arrays kept per image (one for Gram-once, one per degree without the native kernel).
+    remeasured_ranks: ranks whose winners are measured again (int8; 0 for fp32).
     First the minima move to disk, then blocks shrink, then workers go. Raises MemoryError below the minimum.
     """
     tile = FLOAT_BYTES * patches**2
@@ -59,6 +83,9 @@ def plan_mutual_scoring(
     feature = FLOAT_BYTES * patches * (channels * feature_copies + degrees)
     # Selecting the ranks of one image takes a copy of its minima and the temporaries of the conversion to distances.
     selection = 3 * FLOAT_BYTES * images * degrees * patches
+    if remeasured_ranks:
+        feature += 3 * FLOAT_BYTES * remeasured_ranks * patches  # image, patch and cosine of the winners of one degree
+        selection = max(selection, 6 * FLOAT_BYTES * images * patches)  # one degree at a time, with 64-bit positions
 
     def needed(block: int, workers: int, minima_in_memory: bool) -> int:
         sides = 1 if block >= images else 2

@@ -1,12 +1,13 @@
-"""How a CPU finds the best cosines of an image pair: Gram-once with the native pass, or NumPy alone."""
+"""How a CPU finds the best cosines of an image pair: Gram-once in fp32 or int8 with the native pass, or NumPy alone."""
 
 import importlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ..reference import LAYER_NORM_EPS, ZERO_NORM
 
@@ -17,26 +18,54 @@ except ImportError:  # installed without a working compiler
     _cpu = None
 
 Array = NDArray[np.float32]
+Prepare = Callable[[Array, NDArray[Any], Array], None]  # tokens, features, inverse lengths
+
+CACHE_LINE = 64
+MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 
 
 class PairKernel(Protocol):
     """Finds, for a pair of images and every degree, each patch's largest cosine with any patch of the other image."""
 
-    feature_copies: int  # F, feature arrays per image
+    degrees: tuple[int, ...]
+    feature_copies: int  # fp32 feature arrays [P, C] that an image takes at most
 
-    def prepare(self, tokens: Array, features: Array, inverse: Array) -> None:
-        """Fill features [F, P, C] and inverse lengths [R, P] (0 for a zero feature) from tokens [P, C]."""
+    def feature_layout(self, patches: int, channels: int) -> tuple[tuple[int, ...], DTypeLike]:
+        """Return shape and type of one image's features."""
+
+    def start_layer(self, tokens: Array) -> None:
+        """Learn from the tokens [N, P, C] of a layer what `prepare` has to know about all of its images."""
+
+    def prepare(self, tokens: Array, features: NDArray[Any], inverse: Array) -> None:
+        """Fill the features and their inverse lengths [R, P] (0 for a zero feature) from tokens [P, C]."""
 
     def best_cosines(
         self,
-        left: Array,
-        right: Array,
+        left: NDArray[Any],
+        right: NDArray[Any],
         inverse_left: Array,
         inverse_right: Array,
         tile: Array,
         out: tuple[Array, Array],
     ) -> float:
-        """Fill out, the best cosines [R, P] of both images, using tile [P, P]; return the seconds inside BLAS."""
+        """Fill out, the best cosines [R, P] of both images (int8: keys), using tile [P, P].
+
+        Returns the seconds inside the product.
+        """
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Allocate an array that starts on a cache line; vector loads that straddle two take twice the time."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % CACHE_LINE
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def empty_tile(patches: int) -> Array:
+    """Allocate a tile [P, P] whose rows are filled up to whole cache lines, and with them to whole panels of int8."""
+    floats = CACHE_LINE // 4
+    return aligned_empty((patches, -(-patches // floats) * floats), np.float32)[:, :patches]
 
 
 def layer_normalise(tokens: Array) -> Array:
@@ -72,27 +101,102 @@ class GramOnce:
     feature_copies = 1
 
     def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
-        self.grid, self.degrees = grid, list(degrees)
+        self.grid, self.degrees = grid, tuple(degrees)
 
-    def prepare(self, tokens: Array, features: Array, inverse: Array) -> None:
-        features[0] = layer_normalise(tokens)
-        for r, degree in enumerate(self.degrees):
-            inverse[r] = inverse_lengths(box_sum(features[0], self.grid, degree))
+    def feature_layout(self, patches: int, channels: int) -> tuple[tuple[int, ...], DTypeLike]:
+        return (patches, channels), np.float32
+
+    def start_layer(self, tokens: Array) -> None:
+        pass
+
+    def prepare(self, tokens: Array, features: NDArray[Any], inverse: Array) -> None:
+        features[:] = layer_normalise(tokens)
+        _cpu.pool(features, self.grid, self.degrees, ZERO_NORM, inverse)
 
     def best_cosines(
         self,
-        left: Array,
-        right: Array,
+        left: NDArray[Any],
+        right: NDArray[Any],
         inverse_left: Array,
         inverse_right: Array,
         tile: Array,
         out: tuple[Array, Array],
     ) -> float:
         start = time.perf_counter()
-        np.matmul(left[0], right[0].T, out=tile)
+        np.matmul(left, right.T, out=tile)
         seconds = time.perf_counter() - start
         _cpu.tile_pass(tile, self.grid, self.degrees, inverse_left, inverse_right, *out)
         return seconds
+
+
+class Int8GramOnce:
+    """Gram-once with an int8 product, which only chooses the winners; their distances are measured again in fp32.
+
+    Tokens are quantised around the layer's mean token with one scale each. The int32 sums, scaled back, are an fp32
+    Gram tile with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
+    product per degree would take longer than the pass that it saves. The pass returns keys: 1 − cosine, with the
+    winner's patch number in the lowest bits of the mantissa, which costs no memory and next to no time.
+    `measure_winners` then replaces what was selected by exact cosines of unit features.
+    """
+
+    feature_copies = 1  # the codes take a quarter of it, the unit features of one degree all of it
+
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
+        self.grid, self.degrees = grid, tuple(degrees)
+        self.mean: Array = np.zeros(0, np.float32)  # [C] of the present layer
+
+    def feature_layout(self, patches: int, channels: int) -> tuple[tuple[int, ...], DTypeLike]:
+        return (int(_cpu.int8_bytes(patches, channels)),), np.uint8
+
+    def start_layer(self, tokens: Array) -> None:
+        # Any vector gives the same products up to rounding, and a mean over some images leaves little to round.
+        sample = tokens[:: -(-len(tokens) // MEAN_IMAGES)]
+        self.mean = np.mean([layer_normalise(np.asarray(image)).mean(axis=0) for image in sample], axis=0)
+
+    def prepare(self, tokens: Array, features: NDArray[Any], inverse: Array) -> None:
+        normalised = layer_normalise(tokens)
+        _cpu.pool(normalised, self.grid, self.degrees, ZERO_NORM, inverse)
+        _cpu.int8_quantise(normalised, self.mean, features)
+
+    def prepare_unit(self, degree: int) -> Prepare:
+        """Return what fills the unit features [P, C] of one degree and their inverse lengths [1, P]."""
+
+        def prepare(tokens: Array, features: NDArray[Any], inverse: Array) -> None:
+            _cpu.pool(layer_normalise(tokens), self.grid, [degree], ZERO_NORM, inverse, features[None])
+
+        return prepare
+
+    def best_cosines(
+        self,
+        left: NDArray[Any],
+        right: NDArray[Any],
+        inverse_left: Array,
+        inverse_right: Array,
+        tile: Array,
+        out: tuple[Array, Array],
+    ) -> float:
+        start = time.perf_counter()
+        _cpu.int8_multiply(left, right, tile)
+        seconds = time.perf_counter() - start
+        _cpu.tile_pass(tile, self.grid, self.degrees, inverse_left, inverse_right, *out, keys=True)
+        return seconds
+
+
+def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
+    """Read the patch numbers out of keys of any shape."""
+    numbers: NDArray[np.int32] = (keys.view(np.uint32) & np.uint32(_cpu.index_mask(patches))).astype(np.int32)
+    return numbers
+
+
+def measure_winners(
+    left: Array, right: Array, first: int, image: NDArray[np.int32], patch: NDArray[np.int32], cosines: Array
+) -> None:
+    """Fill in the exact cosines of those winners whose image is among the resident ones.
+
+    left: [P, C] and right: [B, P, C], unit features of one image and of the images from number `first` on; image and
+    patch: [K, P], the winners of the left image's patches; cosines: [K, P].
+    """
+    _cpu.winner_cosines(left, right, first, image, patch, cosines)
 
 
 class ProductPerDegree:
@@ -102,10 +206,16 @@ class ProductPerDegree:
     """
 
     def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
-        self.grid, self.degrees = grid, list(degrees)
+        self.grid, self.degrees = grid, tuple(degrees)
         self.feature_copies = len(self.degrees)
 
-    def prepare(self, tokens: Array, features: Array, inverse: Array) -> None:
+    def feature_layout(self, patches: int, channels: int) -> tuple[tuple[int, ...], DTypeLike]:
+        return (len(self.degrees), patches, channels), np.float32
+
+    def start_layer(self, tokens: Array) -> None:
+        pass
+
+    def prepare(self, tokens: Array, features: NDArray[Any], inverse: Array) -> None:
         normalised = layer_normalise(tokens)
         for r, degree in enumerate(self.degrees):
             pooled = box_sum(normalised, self.grid, degree)
@@ -114,8 +224,8 @@ class ProductPerDegree:
 
     def best_cosines(
         self,
-        left: Array,
-        right: Array,
+        left: NDArray[Any],
+        right: NDArray[Any],
         inverse_left: Array,
         inverse_right: Array,
         tile: Array,
@@ -136,6 +246,25 @@ def native_pass_covers(degrees: Sequence[int]) -> bool:
     return _cpu is not None and bool(max(degrees) <= _cpu.MAX_DEGREE)
 
 
-def pair_kernel(grid: tuple[int, int], degrees: Sequence[int]) -> PairKernel:
-    """Choose the fastest kernel that this installation has for these degrees."""
-    return GramOnce(grid, degrees) if native_pass_covers(degrees) else ProductPerDegree(grid, degrees)
+def pair_kernel(grid: tuple[int, int], degrees: Sequence[int], precision: str = "fp32") -> PairKernel:
+    """Choose the fastest kernel that this installation has for these degrees.
+
+    precision: "fp32", or "int8", which pays on processors with AVX-512 VNNI. Raises ValueError where the native kernel
+    that int8 needs is missing or too small.
+    """
+    native = native_pass_covers(degrees)
+    if precision == "fp32":
+        return GramOnce(grid, degrees) if native else ProductPerDegree(grid, degrees)
+    if precision != "int8":
+        raise ValueError(f"precision must be fp32 or int8 on a CPU, not {precision!r}")
+    if not native:
+        raise ValueError(
+            "precision='int8' needs the native kernel, which was not built or lacks a degree of "
+            f"{tuple(degrees)}; use precision='fp32', or install a C++17 compiler and reinstall zsad"
+        )
+    if math.prod(grid) > _cpu.MAX_KEY_PATCHES:
+        raise ValueError(
+            f"precision='int8' takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {math.prod(grid)}; "
+            "use precision='fp32'"
+        )
+    return Int8GramOnce(grid, degrees)

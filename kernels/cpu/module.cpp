@@ -1,83 +1,254 @@
-// Python binding of the CPU pass; chooses the instruction set at run time.
+// Python binding of the CPU kernels; chooses each one's instruction set at run time.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "int8_product.h"
+#include "pooling.h"
 #include "tile_pass.h"
+#include "winner_cosines.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
 
-// Fastest first.
-std::vector<std::pair<std::string, zsad::TilePassFunction>> available() {
-  std::vector<std::pair<std::string, zsad::TilePassFunction>> found;
-#ifdef ZSAD_HAS_avx512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    found.emplace_back("avx512", zsad::tile_pass_avx512);
+#if defined(ZSAD_HAS_tile_pass_avx2)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#define ZSAD_IF_X86(...) __VA_ARGS__
+#else
+#define ZSAD_IF_X86(...)
 #endif
-#ifdef ZSAD_HAS_avx2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", zsad::tile_pass_avx2);
-#endif
-  found.emplace_back("portable", zsad::tile_pass_portable);
-  return found;
+
+// Variants of one kernel that this build and this processor share, fastest first.
+template <typename Function>
+class Variants {
+ public:
+  void add(bool usable, const char* instruction_set, Function function) {
+    if (usable) variants_.emplace_back(instruction_set, function);
+  }
+  Function choose(const std::string& instruction_set) const {
+    for (const auto& variant : variants_)
+      if (instruction_set.empty() || variant.first == instruction_set) return variant.second;
+    throw std::invalid_argument("instruction set not available here: " + instruction_set);
+  }
+  std::vector<std::string> names() const {
+    std::vector<std::string> names;
+    for (const auto& variant : variants_) names.push_back(variant.first);
+    return names;
+  }
+
+ private:
+  std::vector<std::pair<std::string, Function>> variants_;
+};
+
+const Variants<zsad::TilePassFunction>& tile_passes() {
+  static const auto variants = [] {
+    Variants<zsad::TilePassFunction> v;
+    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::tile_pass_avx512); v.add(has_avx2(), "avx2", zsad::tile_pass_avx2);)
+    v.add(true, "portable", zsad::tile_pass_portable);
+    return v;
+  }();
+  return variants;
 }
 
+const Variants<zsad::PoolingFunction>& poolings() {
+  static const auto variants = [] {
+    Variants<zsad::PoolingFunction> v;
+    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::pooling_avx512); v.add(has_avx2(), "avx2", zsad::pooling_avx2);)
+    v.add(true, "portable", zsad::pooling_portable);
+    return v;
+  }();
+  return variants;
+}
+
+const Variants<zsad::WinnerCosinesFunction>& winner_kernels() {
+  static const auto variants = [] {
+    Variants<zsad::WinnerCosinesFunction> v;
+    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::winner_cosines_avx512);
+                v.add(has_avx2(), "avx2", zsad::winner_cosines_avx2);)
+    v.add(true, "portable", zsad::winner_cosines_portable);
+    return v;
+  }();
+  return variants;
+}
+
+struct Int8Product {
+  zsad::Int8QuantiseFunction quantise;
+  zsad::Int8MultiplyFunction multiply;
+};
+
+const Variants<Int8Product>& int8_products() {
+  static const auto variants = [] {
+    Variants<Int8Product> v;
+    ZSAD_IF_X86(v.add(has_avx512() && __builtin_cpu_supports("avx512vnni"), "avx512vnni",
+                      {zsad::int8_quantise_avx512vnni, zsad::int8_multiply_avx512vnni});
+                v.add(has_avx2(), "avx2", {zsad::int8_quantise_avx2, zsad::int8_multiply_avx2});)
+    v.add(true, "portable", {zsad::int8_quantise_portable, zsad::int8_multiply_portable});
+    return v;
+  }();
+  return variants;
+}
+
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Tile = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using TileOutput = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using FeaturesOutput = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+template <typename A>
+bool has_shape(const A& array, std::size_t rows, std::size_t columns) {
+  return array.shape(0) == rows && array.shape(1) == columns;
+}
 
 void tile_pass(const Tile& gram, std::pair<int, int> grid, const std::vector<int>& degrees, const Matrix& inverse_left,
-               const Matrix& inverse_right, const Output& best_left, const Output& best_right,
+               const Matrix& inverse_right, const Output& best_left, const Output& best_right, bool keys,
                const std::string& instruction_set) {
+  require(grid.first >= 1 && grid.second >= 1, "the grid needs at least one row and one column");
   const std::size_t P = std::size_t(grid.first) * grid.second, R = degrees.size();
-  if (grid.first < 1 || grid.second < 1 || gram.shape(0) != P || gram.shape(1) != P || gram.stride(1) != 1)
-    throw std::invalid_argument("gram must be [P, P] with contiguous rows and P = rows * columns of the grid");
-  if (R == 0) throw std::invalid_argument("at least one degree is needed");
+  require(has_shape(gram, P, P) && gram.stride(1) == 1,
+          "gram must be [P, P] with contiguous rows and P = rows * columns of the grid");
+  require(R > 0, "at least one degree is needed");
   for (int degree : degrees)
-    if (degree < 1 || degree % 2 == 0 || degree / 2 > zsad::kMaxReach)
-      throw std::invalid_argument("degrees must be odd and at most " + std::to_string(2 * zsad::kMaxReach + 1));
-  for (auto shape : {std::pair{inverse_left.shape(0), inverse_left.shape(1)},
-                     std::pair{inverse_right.shape(0), inverse_right.shape(1)},
-                     std::pair{best_left.shape(0), best_left.shape(1)},
-                     std::pair{best_right.shape(0), best_right.shape(1)}})
-    if (shape.first != R || shape.second != P) throw std::invalid_argument("inverse lengths and maxima must be [R, P]");
+    require(degree >= 1 && degree % 2 == 1 && degree / 2 <= zsad::kMaxReach,
+            "degrees must be odd and at most " + std::to_string(2 * zsad::kMaxReach + 1));
+  require(has_shape(inverse_left, R, P) && has_shape(inverse_right, R, P) && has_shape(best_left, R, P) &&
+              has_shape(best_right, R, P),
+          "inverse lengths and maxima must be [R, P]");
+  require(!keys || P <= zsad::kMaxKeyPatches,
+          "keys hold patch numbers of at most " + std::to_string(zsad::kMaxKeyPatches) + " patches");
 
-  static const auto sets = available();
-  zsad::TilePassFunction run = nullptr;
-  for (const auto& set : sets)
-    if (instruction_set.empty() || set.first == instruction_set) {
-      run = set.second;
-      break;
-    }
-  if (!run) throw std::invalid_argument("instruction set not available here: " + instruction_set);
-
-  const zsad::TilePass arguments{gram.data(),          gram.stride(0),       grid.first,       grid.second,
-                                 degrees.data(),       int(R),               inverse_left.data(), inverse_right.data(),
-                                 best_left.data(),     best_right.data()};
+  const auto run = tile_passes().choose(instruction_set);
+  const zsad::TilePass arguments{
+      gram.data(), gram.stride(0),      grid.first,           grid.second,      degrees.data(),
+      int(R),      inverse_left.data(), inverse_right.data(), best_left.data(), best_right.data(),
+      keys};
   nb::gil_scoped_release release;
   run(arguments);
+}
+
+void pool(const Matrix& tokens, std::pair<int, int> grid, const std::vector<int>& degrees, float zero_length,
+          const Output& inverse, const std::optional<FeaturesOutput>& unit, const std::string& instruction_set) {
+  require(grid.first >= 1 && grid.second >= 1, "the grid needs at least one row and one column");
+  const std::size_t P = std::size_t(grid.first) * grid.second, R = degrees.size(), C = tokens.shape(1);
+  require(tokens.shape(0) == P && C > 0, "tokens must be [P, C] with P = rows * columns of the grid");
+  for (int degree : degrees) require(degree >= 1 && degree % 2 == 1, "degrees must be odd");
+  require(has_shape(inverse, R, P), "inverse lengths must be [R, P]");
+  require(!unit || (has_shape(*unit, R, P) && unit->shape(2) == C), "unit features must be [R, P, C]");
+
+  const auto run = poolings().choose(instruction_set);
+  const zsad::Pooling arguments{tokens.data(), grid.first,     grid.second,
+                                int(C),        degrees.data(), int(R),
+                                zero_length,   inverse.data(), unit ? unit->data() : nullptr};
+  nb::gil_scoped_release release;
+  run(arguments);
+}
+
+zsad::Int8Layout layout_of(std::size_t patches, std::size_t channels) {
+  // Beyond, the sum of 255 * 127 over all channels might leave 32 bits.
+  constexpr std::size_t kMaxChannels = 1 << 16;
+  require(patches > 0 && patches < (1u << 24) && channels > 0 && channels <= kMaxChannels,
+          "int8 products need 1 to 65536 channels and at least one patch");
+  return zsad::Int8Layout(int(patches), int(channels));
+}
+
+void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& out,
+                   const std::string& instruction_set) {
+  const auto layout = layout_of(tokens.shape(0), tokens.shape(1));
+  require(mean.shape(0) == tokens.shape(1), "mean must be [C]");
+  require(out.shape(0) == layout.bytes, "out must have int8_bytes(P, C) bytes");
+  require(reinterpret_cast<std::uintptr_t>(out.data()) % sizeof(float) == 0, "out must be aligned to 4 bytes");
+  const auto run = int8_products().choose(instruction_set).quantise;
+  nb::gil_scoped_release release;
+  run(tokens.data(), mean.data(), layout, out.data());
+}
+
+void int8_multiply(const Bytes& left, const Bytes& right, const TileOutput& gram, const std::string& instruction_set) {
+  const std::size_t P = gram.shape(0), padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
+  const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
+  // What is not header is codes, so the size tells the channels, rounded up to whole quads.
+  const auto layout = layout_of(P, std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes);
+  require(left.shape(0) == layout.bytes && right.shape(0) == layout.bytes,
+          "left and right must have int8_bytes(P, C) bytes");
+  require(gram.shape(1) == gram.shape(0) && gram.stride(1) == 1 && gram.stride(0) >= layout.panels * zsad::kPanel,
+          "gram must be [P, P] with contiguous rows, each with room for P rounded up to " +
+              std::to_string(zsad::kPanel) + " floats");
+  const auto run = int8_products().choose(instruction_set).multiply;
+  nb::gil_scoped_release release;
+  run(left.data(), right.data(), layout, gram.data(), gram.stride(0));
+}
+
+void winner_cosines(const Matrix& left, const Features& right, int first, const Numbers& image, const Numbers& patch,
+                    const Output& cosines, const std::string& instruction_set) {
+  const std::size_t P = left.shape(0), C = left.shape(1), K = image.shape(0);
+  require(right.shape(1) == P && right.shape(2) == C, "left must be [P, C] and right [B, P, C]");
+  require(has_shape(image, K, P) && has_shape(patch, K, P) && has_shape(cosines, K, P),
+          "image, patch and cosines must be [K, P]");
+  require(std::all_of(patch.data(), patch.data() + K * P, [P](std::int32_t q) { return q >= 0 && std::size_t(q) < P; }),
+          "patch must hold numbers of 0 to P - 1");
+  const auto run = winner_kernels().choose(instruction_set);
+  const zsad::WinnerCosines arguments{left.data(),         right.data(), int(P),       int(C),       first,
+                                      int(right.shape(0)), int(K),       image.data(), patch.data(), cosines.data()};
+  nb::gil_scoped_release release;
+  run(arguments);
+}
+
+std::vector<std::string> instruction_sets(const std::string& kernel) {
+  if (kernel == "tile_pass") return tile_passes().names();
+  if (kernel == "pool") return poolings().names();
+  if (kernel == "int8") return int8_products().names();
+  if (kernel == "winner_cosines") return winner_kernels().names();
+  throw std::invalid_argument("no such kernel: " + kernel);
 }
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.attr("MAX_DEGREE") = 2 * zsad::kMaxReach + 1;
-  m.def("instruction_sets", [] {
-    std::vector<std::string> names;
-    for (const auto& set : available()) names.push_back(set.first);
-    return names;
-  }, "Instruction sets this build and this processor share, fastest first.");
+  m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
+  m.attr("PANEL") = zsad::kPanel;
+  m.def("instruction_sets", &instruction_sets, "kernel"_a = "tile_pass",
+        "Instruction sets of a kernel (tile_pass, pool, int8, winner_cosines) that build and processor share, "
+        "fastest first.");
   m.def("tile_pass", &tile_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
-        "best_right"_a, "instruction_set"_a = "",
-        "Box-filter one Gram tile for every degree and take the maxima of both directions.");
+        "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
+        "Box-filter one Gram tile for every degree and take the maxima of both directions, as cosines or as keys.");
+  m.def("pool", &pool, "tokens"_a, "grid"_a, "degrees"_a, "zero_length"_a, "inverse"_a, "unit"_a = nb::none(),
+        "instruction_set"_a = "",
+        "Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].");
+  m.def("index_mask", &zsad::index_mask, "patches"_a, "Bits of a key that hold the winner's patch number.");
+  m.def(
+      "int8_bytes", [](std::size_t patches, std::size_t channels) { return layout_of(patches, channels).bytes; },
+      "patches"_a, "channels"_a, "Size of a quantised image.");
+  m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "",
+        "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
+  m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "instruction_set"_a = "",
+        "Fill the Gram tile [P, P] of two quantised images.");
+  m.def(
+      "winner_cosines", &winner_cosines, "left"_a, "right"_a, "first"_a, "image"_a, "patch"_a, "cosines"_a,
+      "instruction_set"_a = "",
+      "Dot products [K, P] of unit features with those winners that are among images first, first + 1, ... of right.");
 }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..mutual_scoring import _checked_degrees, _checked_grid
+from ..mutual_scoring import checked_degrees, checked_grid, checked_interval
 from ..reference import LAYER_NORM_EPS, interval_ranks
 from .device import DEVICE_ARRAY, Device, DeviceError, filter_max_kernel, int32, open_device
 from .images import network_input, upsample
@@ -132,16 +132,14 @@ def mutual_scores(
     images, layers, patches, channels = (int(n) for n in tokens.shape)
     if images < 2:
         raise ValueError("mutual scoring compares images with each other and got only one; give it at least two")
-    grid = _checked_grid(grid, patches)
-    chosen = _checked_degrees(degrees)
+    grid = checked_grid(grid, patches)
+    chosen = checked_degrees(degrees)
+    interval = checked_interval(interval)
     distinct = sorted(set(chosen))
     if distinct[-1] > MAX_DEGREE:
         raise ValueError(f"degrees on a CUDA device go up to {MAX_DEGREE}, not {distinct[-1]}; use device='cpu'")
     if precision != "fp16":
         raise ValueError(f"precision {precision!r} is not available on {device}; use precision='fp16'")
-    low, high = interval
-    if not 0 <= low < high:
-        raise ValueError(f"interval must satisfy 0 <= low < high, not {tuple(interval)}")
 
     opened = open_device(device) if isinstance(device, str) else device
     opened.follow()

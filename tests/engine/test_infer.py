@@ -29,6 +29,7 @@ from zsad.engine.cli import main
 from zsad.engine.pipeline import deal_groups
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
+from zsad.kernels import cpu
 
 ENOUGH = 30.0  # seconds that a waiting test gives up after
 
@@ -812,3 +813,18 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture
         Path("bad.toml").write_text(f'[backbones.dinov2]\ncheckpoint = "{checkpoint}"\n')
         assert main(["data", "--config", "bad.toml"]) == 2
         assert checkpoint in capsys.readouterr().err
+
+
+def test_int8_products_give_nearly_the_same_scores(infer, tmp_path: Path, monkeypatch, capsys) -> None:
+    if cpu._cpu is None:
+        pytest.skip("installed without a compiler: int8 needs the native kernel")
+    data = draw(tmp_path / "data", *numbered(8))
+    raw = {}
+    for precision in ("fp32", "int8"):
+        assert infer(data, "--output", tmp_path / precision, "--precision", precision, "-q") == 0
+        record = json.loads((tmp_path / precision / "data" / "category.json").read_text())
+        raw[precision] = np.array([image["raw_score"] for image in record["images"]])
+    np.testing.assert_allclose(raw["int8"], raw["fp32"], atol=2e-3)
+    monkeypatch.setattr(cpu, "_cpu", None)
+    assert infer(data, "--output", tmp_path / "without", "--precision", "int8") == 2
+    assert "compiler" in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""The native CPU kernels, in every instruction set of this machine, against plain float64 NumPy."""
+
+import numpy as np
+import pytest
+
+from zsad.kernels import cpu, reference
+
+if cpu._cpu is None:
+    pytest.skip("installed without a compiler: the native kernels are not there", allow_module_level=True)
+
+PASS_SETS = cpu._cpu.instruction_sets("tile_pass")
+INT8_SETS = cpu._cpu.instruction_sets("int8")
+GRIDS = [(1, 1), (1, 7), (7, 1), (2, 3), (4, 4), (3, 11), (7, 7), (16, 2), (9, 13), (20, 17)]
+
+
+def make_pair(seed: int, patches: int, channels: int, offset: float = 0.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(patches, channels)) + offset).astype(np.float32) for _ in range(2)]
+
+
+def inverse_lengths(x: np.ndarray, grid: tuple[int, int], degrees) -> np.ndarray:
+    return np.stack([cpu.inverse_lengths(cpu.box_sum(x, grid, degree)) for degree in degrees])
+
+
+def cosines_by_definition(pair, grid: tuple[int, int], degree: int) -> np.ndarray:
+    """All cosines [P, P] of the unit vectors of the filtered tokens, in float64; 0 for zero features."""
+    left, right = (reference.box_mean(x, grid, degree) for x in pair)
+    lengths = [np.linalg.norm(x, axis=1) for x in (left, right)]
+    left, right = (x / np.where(n > 1e-9, n, 1)[:, None] for x, n in zip((left, right), lengths, strict=True))
+    return left @ right.T
+
+
+def run_pass(pair, grid, degrees, gram=None, **options) -> list[np.ndarray]:
+    patches = len(pair[0])
+    gram = pair[0] @ pair[1].T if gram is None else gram
+    out = [np.full((len(degrees), patches), np.nan, np.float32) for _ in range(2)]
+    cpu._cpu.tile_pass(gram, grid, degrees, *(inverse_lengths(x, grid, degrees) for x in pair), *out, **options)
+    return out
+
+
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("degrees", [[1], [3], [1, 3, 5], [5, 3, 1], [7, 9], [3, 3], [9]])
+def test_pass_equals_the_definition(instruction_set: str, grid: tuple[int, int], degrees: list[int]) -> None:
+    pair = make_pair(1, grid[0] * grid[1], 19)
+    left, right = run_pass(pair, grid, degrees, instruction_set=instruction_set)
+    for r, degree in enumerate(degrees):
+        cosines = cosines_by_definition(pair, grid, degree)
+        np.testing.assert_allclose(left[r], cosines.max(axis=1), atol=2e-6)
+        np.testing.assert_allclose(right[r], cosines.max(axis=0), atol=2e-6)
+
+
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> None:
+    patches, degrees = grid[0] * grid[1], [1, 3, 5, 9]
+    pair = make_pair(2, patches, 19)
+    left, right = run_pass(pair, grid, degrees, keys=True, instruction_set=instruction_set)
+    # A key gives up as many of its 23 mantissa bits as a patch number takes; it lies between 0 and 2.
+    precision = 2.0 ** (cpu._cpu.index_mask(patches).bit_length() - 22)
+    for r, degree in enumerate(degrees):
+        cosines = cosines_by_definition(pair, grid, degree)
+        for keys, rows in ((left[r], cosines), (right[r], cosines.T)):
+            np.testing.assert_allclose(1 - keys, rows.max(axis=1), atol=precision + 2e-6)
+            winners = cpu.winning_patches(keys, patches)
+            assert winners.min() >= 0
+            assert winners.max() < patches
+            chosen = np.take_along_axis(rows, winners[:, None], axis=1)[:, 0]
+            np.testing.assert_allclose(chosen, rows.max(axis=1), atol=precision + 2e-6)
+
+
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+def test_keys_tell_close_neighbours_apart(instruction_set: str) -> None:
+    # 4096 patches take 12 of 23 bits; cosines of 1 - 1e-5 and closer must not lose what tells them apart.
+    grid, patches = (64, 64), 4096
+    rng = np.random.default_rng(14)
+    left = rng.normal(size=(patches, 6)).astype(np.float32)
+    left /= np.linalg.norm(left, axis=1, keepdims=True)
+    right = (left + 1e-3 * rng.normal(size=left.shape)).astype(np.float32)
+    keys, _ = run_pass([left, right], grid, [1], keys=True, instruction_set=instruction_set)
+    unit = right / np.linalg.norm(right, axis=1, keepdims=True).astype(np.float64)
+    cosines = left.astype(np.float64) @ unit.T
+    chosen = np.take_along_axis(cosines, cpu.winning_patches(keys[0], patches)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, cosines.max(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+def test_only_negative_cosines(instruction_set: str, keys: bool) -> None:
+    left, right = make_pair(3, 35, 8, offset=4.0)
+    pair = [left, -right]
+    best_left, best_right = run_pass(pair, (5, 7), [1, 3, 5], keys=keys, instruction_set=instruction_set)
+    for r, degree in enumerate([1, 3, 5]):
+        cosines = cosines_by_definition(pair, (5, 7), degree)
+        assert cosines.max() < 0
+        for best, rows in ((best_left[r], cosines), (best_right[r], cosines.T)):
+            np.testing.assert_allclose(1 - best if keys else best, rows.max(axis=1), atol=1e-4 if keys else 2e-6)
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+def test_zero_features_have_cosine_zero(instruction_set: str, keys: bool) -> None:
+    left, right = make_pair(4, 25, 8)
+    right[:] = 0
+    left[7] = 0
+    for best in run_pass([left, right], (5, 5), [1, 3], keys=keys, instruction_set=instruction_set):
+        np.testing.assert_allclose(1 - best if keys else best, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+def test_rows_of_the_tile_may_be_apart(instruction_set: str) -> None:
+    grid, degrees = (6, 7), [1, 3, 5]
+    pair = make_pair(5, 42, 12)
+    store = np.full((42, 101), np.nan, np.float32)
+    gram = store[:, 3:45]  # unaligned, poison on both sides
+    np.matmul(pair[0], pair[1].T, out=gram)
+    expected = run_pass(pair, grid, degrees, instruction_set=instruction_set)
+    for got, want in zip(run_pass(pair, grid, degrees, gram, instruction_set=instruction_set), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_pass_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="no such kernel"):
+        cpu._cpu.instruction_sets("abacus")
+    pair = make_pair(6, 12, 5)
+    for grid, degrees, options, message in (
+        ((3, 5), [1], {}, "P = rows"),
+        ((0, 4), [1], {}, "at least one row"),
+        ((3, 4), [], {}, "at least one degree"),
+        ((3, 4), [2], {}, "odd"),
+        ((3, 4), [11], {}, "at most 9"),
+        ((3, 4), [1], {"instruction_set": "abacus"}, "abacus"),
+    ):
+        inverse, out = np.ones((len(degrees), 12), np.float32), np.empty((len(degrees), 12), np.float32)
+        with pytest.raises(ValueError, match=message):
+            cpu._cpu.tile_pass(pair[0] @ pair[1].T, grid, degrees, inverse, inverse, out, out.copy(), **options)
+    inverse, out = np.ones((1, 12), np.float32), np.empty((1, 12), np.float32)
+    gram = pair[0] @ pair[1].T
+    with pytest.raises(ValueError, match="contiguous rows"):
+        cpu._cpu.tile_pass(gram.T, (3, 4), [1], inverse, inverse, out, out.copy())
+    with pytest.raises(ValueError, match=r"\[R, P\]"):
+        cpu._cpu.tile_pass(gram, (3, 4), [1, 3], inverse, inverse, out, out.copy())
+
+
+@pytest.mark.parametrize("instruction_set", cpu._cpu.instruction_sets("pool"))
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("channels", [1, 16, 45])
+def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> None:
+    patches, degrees = grid[0] * grid[1], [1, 3, 5, 9, 15]
+    x = make_pair(11, patches, channels)[0]
+    x[patches // 2] = 0
+    inverse = np.full((5, patches), np.nan, np.float32)
+    unit = np.full((5, patches, channels), np.nan, np.float32)
+    cpu._cpu.pool(x, grid, degrees, reference.ZERO_NORM, inverse, unit, instruction_set)
+    for r, degree in enumerate(degrees):
+        pooled = reference.box_mean(x, grid, degree) * degree**2
+        lengths = np.linalg.norm(pooled, axis=1)
+        directed = lengths > 1e-4  # in between, rounding decides
+        np.testing.assert_allclose(inverse[r][directed], 1 / lengths[directed], rtol=2e-4)
+        np.testing.assert_allclose(unit[r][directed], pooled[directed] / lengths[directed, None], atol=2e-4)
+    assert inverse[0, patches // 2] == 0
+    assert not unit[0, patches // 2].any()
+    alone = np.empty_like(inverse)
+    cpu._cpu.pool(x, grid, degrees, reference.ZERO_NORM, alone, instruction_set=instruction_set)
+    np.testing.assert_array_equal(alone, inverse)
+    for arguments, message in (
+        ((x, (grid[0], grid[1] + 1), degrees), "P = rows"),
+        ((x, grid, [2]), "odd"),
+        ((x, grid, [1]), r"\[R, P\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu._cpu.pool(*arguments, 0.0, inverse, unit)
+
+
+def quantise(x: np.ndarray, instruction_set: str, mean: np.ndarray | None = None) -> np.ndarray:
+    codes = np.full(cpu._cpu.int8_bytes(*x.shape), 0xAA, np.uint8)
+    mean = np.zeros(x.shape[1], np.float32) if mean is None else mean
+    cpu._cpu.int8_quantise(x, mean, codes, instruction_set)
+    return codes
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize("patches", [1, 7, 16, 49, 100])
+@pytest.mark.parametrize("channels", [1, 3, 16, 50, 128, 384, 513])
+def test_int8_gram_tile(instruction_set: str, patches: int, channels: int) -> None:
+    pair = make_pair(7, patches, channels)
+    if patches > 2:
+        pair[0][2] = 0
+    tile = cpu.empty_tile(patches)
+    tile[:] = np.nan
+    cpu._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), tile, instruction_set)
+    exact = pair[0].astype(np.float64) @ pair[1].T
+    # Rounding moves every code by at most half a step; with C independent errors the sum grows with its root.
+    steps = [np.abs(x).max(axis=1) / 127 for x in pair]
+    lengths = [np.linalg.norm(x, axis=1) for x in pair]
+    bound = 4 * (steps[0][:, None] * lengths[1] + lengths[0][:, None] * steps[1])
+    assert (np.abs(tile - exact) <= bound + 1e-6).all()
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+def test_a_common_mean_takes_no_part_in_the_rounding(instruction_set: str) -> None:
+    rng = np.random.default_rng(12)
+    left, right = make_pair(13, 40, 90)
+    mean = (100 * rng.normal(size=90)).astype(np.float32)
+    tile, centred = cpu.empty_tile(40), cpu.empty_tile(40)
+    cpu._cpu.int8_multiply(*(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set)
+    codes = [quantise(x + mean, instruction_set, mean) for x in (left, right)]
+    cpu._cpu.int8_multiply(*codes, tile, instruction_set)
+    exact = (left + mean).astype(np.float64) @ (right + mean).T.astype(np.float64)
+    error = np.abs(centred - left.astype(np.float64) @ right.T).max()
+    np.testing.assert_allclose(tile, exact, atol=error + 1e-6 * exact.max())
+
+
+@pytest.mark.parametrize("channels", [6, 64, 200])
+def test_int8_instruction_sets_agree(channels: int) -> None:
+    pair, mean = make_pair(8, 61, channels), make_pair(9, 1, channels)[0][0]
+    tiles = []
+    for instruction_set in INT8_SETS:
+        tiles.append(cpu.empty_tile(61))
+        codes = [quantise(x, instruction_set, mean) for x in pair]
+        cpu._cpu.int8_multiply(*codes, tiles[-1], instruction_set)
+        np.testing.assert_allclose(tiles[-1], tiles[0], atol=1e-4)  # the integers are the same
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+def test_int8_products_of_the_largest_codes_do_not_overflow(instruction_set: str) -> None:
+    # The transform is its own inverse, so that applied to random signs beforehand it makes every code ±127.
+    rng = np.random.default_rng(9)
+    walsh = np.ones((1, 1))
+    for _ in range(11):
+        walsh = np.block([[walsh, walsh], [walsh, -walsh]])
+    signs = rng.choice([-1.0, 1.0], size=(20, 2048))
+    signs[3], signs[4] = 1, -1
+    x = (signs @ walsh / np.sqrt(2048)).astype(np.float32)
+    tile = cpu.empty_tile(20)
+    cpu._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, tile, instruction_set)
+    np.testing.assert_allclose(tile, signs @ signs.T, rtol=1e-5, atol=1e-2)
+
+
+def test_int8_refuses_what_does_not_fit() -> None:
+    x = np.zeros((20, 8), np.float32)
+    codes = quantise(x, "")
+    with pytest.raises(ValueError, match="int8_bytes"):
+        cpu._cpu.int8_quantise(x, x[0], codes[:-1])
+    with pytest.raises(ValueError, match="mean"):
+        cpu._cpu.int8_quantise(x, x[0, 1:], codes)
+    with pytest.raises(ValueError, match="rounded up"):
+        cpu._cpu.int8_multiply(codes, codes, np.empty((20, 20), np.float32))
+    with pytest.raises(ValueError, match="int8_bytes"):
+        cpu._cpu.int8_multiply(codes, quantise(np.zeros((20, 12), np.float32), ""), cpu.empty_tile(20))
+    with pytest.raises(ValueError, match="int8_bytes"):
+        cpu._cpu.int8_multiply(codes[1:], codes[1:], cpu.empty_tile(20))
+    with pytest.raises(ValueError, match="channels"):
+        cpu._cpu.int8_multiply(codes[:3], codes[:3], cpu.empty_tile(20))
+    with pytest.raises(ValueError, match="channels"):
+        cpu._cpu.int8_bytes(20, 0)
+    with pytest.raises(ValueError, match="abacus"):
+        cpu._cpu.int8_quantise(x, x[0], codes, "abacus")
+
+
+@pytest.mark.parametrize("instruction_set", cpu._cpu.instruction_sets("winner_cosines"))
+@pytest.mark.parametrize("channels", [1, 5, 16, 50, 96])
+def test_winner_cosines(instruction_set: str, channels: int) -> None:
+    rng = np.random.default_rng(10)
+    images, patches, ranks, first = 5, 9, 3, 4
+    left = rng.normal(size=(patches, channels)).astype(np.float32)
+    right = rng.normal(size=(images, patches, channels)).astype(np.float32)
+    image = rng.integers(0, 2 * first + images, (ranks, patches)).astype(np.int32)  # some are not resident
+    patch = rng.integers(0, patches, (ranks, patches)).astype(np.int32)
+    cosines = np.full((ranks, patches), 7, np.float32)
+    cpu._cpu.winner_cosines(left, right, first, image, patch, cosines, instruction_set)
+    resident = (image >= first) & (image < first + images)
+    assert resident.any()
+    assert not resident.all()
+    chosen = right[np.where(resident, image - first, 0), patch].astype(np.float64)  # [K, P, C]
+    np.testing.assert_allclose(cosines, np.where(resident, (chosen * left).sum(axis=2), 7), atol=1e-4)
+    with pytest.raises(ValueError, match="0 to P - 1"):
+        cpu._cpu.winner_cosines(left, right, first, image, patch + np.int32(1), cosines)
+    with pytest.raises(ValueError, match=r"\[K, P\]"):
+        cpu._cpu.winner_cosines(left, right, first, image[:, 1:].copy(), patch, cosines)
