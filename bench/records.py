@@ -50,10 +50,11 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """Return the commit of the clone that the command runs in, marked when files differ from it."""
+    sources = ["--", ":(exclude)bench/results"]  # which this very run may extend
     try:
         run = [
             subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", *sources])
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
