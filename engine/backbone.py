@@ -53,7 +53,9 @@ def load_backbone(config: BackboneConfig, image_size: int, embedding: bool, devi
 
     Raises CheckpointError for weights that cannot be had or used.
     """
-    options = ExportOptions(config.taps, image_size, config.activation, config.heads, embedding)
+    options = ExportOptions(
+        config.taps, image_size, config.activation, config.heads, embedding, preprocessing=config.preprocessing
+    )
     model = export_onnx(config.checkpoint, options)
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = available_cores()

@@ -103,8 +103,9 @@ def _cloud(rng: np.random.Generator, scale: float) -> Plane:
     step = max(1, int(scale))  # coarse noise is drawn on a coarse grid
     grid = rng.standard_normal((SIZE // step + 2, SIZE // step + 2), dtype=np.float32)
     large = cv2.resize(_blur(grid, scale / step), None, fx=step, fy=step, interpolation=cv2.INTER_CUBIC)
-    cloud = np.asarray(large[:SIZE, :SIZE], np.float32)
-    return cloud / np.float32(cloud.std())
+    cloud: Plane = np.array(large[:SIZE, :SIZE], np.float32)
+    cloud /= np.float32(cloud.std())
+    return cloud
 
 
 def _bolt_distance(u: Plane, v: Plane, bolt: int) -> Plane:

@@ -45,7 +45,8 @@ def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]
     """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc)."""
     scores = np.asarray(patch_map, np.float32)
     rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
-    return (rows @ scores @ columns.T).astype(np.float32, copy=False)
+    upsampled: NDArray[np.float32] = (rows @ scores @ columns.T).astype(np.float32, copy=False)
+    return upsampled
 
 
 def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:

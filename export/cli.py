@@ -1,51 +1,231 @@
-"""`zsad-export`: checkpoints to ONNX."""
+"""`zsad-export`: checkpoints to ONNX graphs and TensorRT engines."""
 
 import argparse
+import importlib.util
+import shlex
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoints import read_manifest
+from .checkpoints import fetch_checkpoint, read_manifest
 from .onnx_export import ExportOptions, export_onnx
 from .state_dict import CheckpointError
-from .vit_graph import ACTIVATIONS
+from .tensorrt_engine import LIBRARIES, EngineError, EngineOptions, build_engine, check_options
+from .vit_graph import ACTIVATIONS, ATTENTIONS, PRECISIONS
+
+EXAMPLES = """examples:
+  zsad-export --preset challenge --target tensorrt-rtx      every engine that the preset needs
+  zsad-export --checkpoint model.pth --taps 5,11,17,23 --output model.onnx
+  zsad-export --fetch dinov2-vitl14 clip-vitl14-336 --output FOLDER
+                                                            then, offline: ZSAD_WEIGHTS=FOLDER"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to export."""
+
+    checkpoint: str
+    options: ExportOptions
+    output: Path | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-export`; 0 done, 2 usage or configuration."""
-    parser = argparse.ArgumentParser(prog="zsad-export", description="Export vision transformer checkpoints to ONNX.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="list the checkpoints of the manifest and exit")
-    what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
-    parser.add_argument("--taps", metavar="5,11,...", help="blocks to tap, 0-based")
-    parser.add_argument("--image-size", type=int, default=518, metavar="PIXELS", help="(default: %(default)s)")
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default: %(default)s)")
-    parser.add_argument("--heads", type=int, help="attention heads (default: width / 64)")
-    parser.add_argument("--no-embedding", action="store_true", help="leave out the image embedding and unused blocks")
-    parser.add_argument("--output", type=Path, metavar="FILE.onnx", help="(default: a file in the user's cache)")
+    parser = _parser()
     arguments = parser.parse_args(argv)
-
     if arguments.list:
         for checkpoint in read_manifest().values():
             print(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
             for source in checkpoint.sources:
                 print(f"    {source.location}")
         return 0
-    if arguments.taps is None:
-        parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
     try:
-        taps = tuple(int(tap) for tap in arguments.taps.split(","))
-    except ValueError:
-        parser.error(f"--taps must be numbers separated by commas, not {arguments.taps!r}")
-    options = ExportOptions(
-        taps, arguments.image_size, arguments.activation, arguments.heads, embedding=not arguments.no_embedding
-    )
-    try:
-        model = export_onnx(arguments.checkpoint, options, arguments.output)
-    except (CheckpointError, OSError) as error:
+        if arguments.fetch:
+            for name in arguments.fetch:
+                print(fetch_checkpoint(name, arguments.output))
+            return 0
+        jobs = _jobs(parser, arguments)
+        if arguments.target != "onnx":  # before minutes of work on the graphs
+            check_options(_engine_options(arguments), jobs[0].options.precision)
+        for job in jobs:
+            if job.checkpoint in read_manifest():
+                fetch_checkpoint(job.checkpoint)
+            if arguments.target == "onnx":
+                print(_export(job, job.output))
+            else:
+                _build(job, arguments)
+    except (CheckpointError, EngineError, OSError) as error:
         print(f"zsad-export: {error}", file=sys.stderr)
         return 2
-    if not model.built:
-        print("zsad-export: already built", file=sys.stderr)
-    print(model.path)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zsad-export",
+        description="Export vision transformer checkpoints to ONNX graphs and TensorRT engines.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="list the checkpoints of the manifest and exit")
+    what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch checkpoints of the manifest and exit")
+    what.add_argument("--preset", metavar="NAME", help="export every backbone of a preset of zsad-infer")
+    what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
+    parser.add_argument("--target", choices=["onnx", *LIBRARIES], default="onnx", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="(default: fp32 for onnx, else fp16)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: the preset's, else 518)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the file, or the folder with --preset and --fetch (default: the cache)",
+    )
+    graph = parser.add_argument_group("the graph (--preset brings the first four)")
+    graph.add_argument("--taps", type=_numbers, metavar="5,11,...", help="blocks to tap, 0-based")
+    graph.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default: %(default)s)")
+    graph.add_argument("--heads", type=int, help="attention heads (default: width / 64)")
+    graph.add_argument(
+        "--preprocessing",
+        choices=["imagenet", "clip"],
+        default="imagenet",
+        help="noted in the file (default: %(default)s)",
+    )
+    graph.add_argument(
+        "--attention", choices=ATTENTIONS, help="operators of the attention (default: fused for onnx, else standard)"
+    )
+    graph.add_argument(
+        "--antialias",
+        action=argparse.BooleanOptionalAction,
+        help="when resizing the position embedding (default: as the model does)",
+    )
+    graph.add_argument("--no-embedding", action="store_true", help="leave out the image embedding and unused blocks")
+    engine = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)")
+    engine.add_argument(
+        "--batch", type=_numbers, default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch"
+    )
+    engine.add_argument("--device", type=int, default=0, metavar="GPU", help="GPU to build for (default: %(default)s)")
+    engine.add_argument(
+        "--compute-capability",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="8.9,...",
+        help="GPUs to build for, tensorrt-rtx only (default: all from 8.0)",
+    )
+    engine.add_argument(
+        "--strip-weights", action="store_true", help="leave the weights out; loading takes the ONNX file"
+    )
+    engine.add_argument("--version-compatible", action="store_true", help="run in later TensorRT versions too")
+    engine.add_argument("--hardware-compatible", action="store_true", help="run on every GPU from 8.0 (slower)")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
+
+
+def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Job]:
+    """The exports that the command line asks for."""
+    onnx = arguments.target == "onnx"
+    if len(arguments.batch) != 3:
+        parser.error("--batch takes three numbers: smallest, best and largest, for example 1,8,32")
+    options = ExportOptions(
+        taps=arguments.taps or (),
+        image_size=arguments.image_size or 518,
+        activation=arguments.activation,
+        heads=arguments.heads,
+        embedding=not arguments.no_embedding,
+        precision=arguments.precision or ("fp32" if onnx else "fp16"),
+        attention=arguments.attention or ("fused" if onnx else "standard"),
+        antialias=arguments.antialias,
+        preprocessing=arguments.preprocessing,
+    )
+    if not onnx and options.attention == "fused":
+        parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
+    if arguments.preset is not None:
+        return _preset_jobs(parser, arguments, options)
+    if not options.taps:
+        parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
+    return [Job(arguments.checkpoint, options, arguments.output)]
+
+
+def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:
+    """The exports that `zsad-infer --preset` would make itself, with the precision and target asked for."""
+    # Presets are the engine's, which itself imports this package.
+    from zsad.engine.config import ConfigError, load_config
+
+    try:
+        config = load_config(arguments.preset)
+    except ConfigError as error:
+        parser.error(str(error))
+    size = arguments.image_size or config.image_size
+    jobs = []
+    for name, backbone in config.backbones.items():
+        own = replace(
+            options,
+            taps=arguments.taps or backbone.taps,
+            image_size=size,
+            activation=backbone.activation,
+            heads=backbone.heads,
+            preprocessing=backbone.preprocessing,
+            embedding=name == config.image_score.backbone and bool(config.image_score.rscin),
+        )
+        suffix = ".onnx" if arguments.target == "onnx" else ".engine"
+        output = arguments.output / f"{name}-{size}-{own.precision}{suffix}" if arguments.output else None
+        jobs.append(Job(backbone.checkpoint, own, output))
+    return jobs
+
+
+def _export(job: Job, output: Path | None) -> Path:
+    model = export_onnx(job.checkpoint, job.options, output, oracle="torch" if _has_torch() else "graph")
+    print(f"zsad-export: {job.checkpoint}: {model.agreement or 'already built'}", file=sys.stderr)
+    return model.path
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        arguments.target,
+        arguments.batch,
+        arguments.device,
+        arguments.compute_capability,
+        arguments.strip_weights,
+        arguments.version_compatible,
+        arguments.hardware_compatible,
+    )
+
+
+def _build(job: Job, arguments: argparse.Namespace) -> None:
+    onnx = _export(job, None)
+    started = time.monotonic()
+    size, precision = job.options.image_size, job.options.precision
+    engine = build_engine(onnx, size, precision, _engine_options(arguments), _command(job, arguments), job.output)
+    said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"
+    mebibytes = engine.fingerprint.engine_bytes / 2**20
+    print(f"zsad-export: {engine.path.name}: {mebibytes:.0f} MiB, {said}", file=sys.stderr)
+    print(engine.path)
+
+
+def _command(job: Job, arguments: argparse.Namespace) -> str:
+    """The command line that makes this engine again."""
+    options = job.options
+    words = ["zsad-export", "--checkpoint", job.checkpoint, "--taps", ",".join(map(str, options.taps))]
+    words += ["--target", arguments.target, "--precision", options.precision, "--image-size", str(options.image_size)]
+    words += ["--activation", options.activation, "--preprocessing", options.preprocessing]
+    words += ["--batch", ",".join(map(str, arguments.batch)), "--device", str(arguments.device)]
+    words += ["--heads", str(options.heads)] if options.heads else []
+    words += [] if options.antialias is None else ["--antialias" if options.antialias else "--no-antialias"]
+    words += [] if options.embedding else ["--no-embedding"]
+    words += ["--compute-capability", ",".join(arguments.compute_capability)] if arguments.compute_capability else []
+    for flag in ("strip_weights", "version_compatible", "hardware_compatible"):
+        words += ["--" + flag.replace("_", "-")] if getattr(arguments, flag) else []
+    words += ["--output", str(job.output)] if job.output else []
+    return shlex.join(words)

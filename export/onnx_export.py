@@ -1,16 +1,21 @@
-"""Checkpoint in, ONNX file in the cache (or where the user wants it) out."""
+"""Checkpoint in, verified ONNX file in the cache (or where the user wants it) out."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
 from .checkpoints import cache_folder, find_checkpoint
-from .files import written_whole
-from .state_dict import CheckpointError, read_vision_transformer
-from .vit_graph import BUILDER_VERSION, build_vit_graph
+from .parity import check_agreement, run_graph, run_torch, sample_images
+from .state_dict import CheckpointError
+from .vision_transformer import VisionTransformer, read_vision_transformer
+from .vit_graph import BUILDER_VERSION, HEAD_WIDTH, build_vit_graph
+
+LARGEST_FILE = 2**31 - 2**20  # bytes; beyond, protobuf cannot hold the weights and they go into a file of their own
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,10 @@ class ExportOptions:
     activation: str = "gelu"
     heads: int | None = None
     embedding: bool = True
+    precision: str = "fp32"  # fp32, fp16 or int8
+    attention: str = "fused"  # fused for ONNX Runtime, standard for TensorRT
+    antialias: bool | None = None  # of the position embedding's resize; None is the model's own way
+    preprocessing: str = "imagenet"  # only noted in the file: what the images have been normalised with
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,22 @@ class ExportedModel:
     checkpoint: str
     sha256: str  # of the checkpoint file
     built: bool
+    agreement: str = ""  # how close it is to what it was compared with, if this call made it
 
 
-def export_onnx(checkpoint: str, options: ExportOptions, output: Path | None = None) -> ExportedModel:
-    """Build the ONNX graph of a checkpoint, or return the one built before.
+def export_onnx(
+    checkpoint: str,
+    options: ExportOptions,
+    output: Path | None = None,
+    oracle: Literal["graph", "torch"] = "graph",
+) -> ExportedModel:
+    """Build the ONNX graph of a checkpoint and verify it, or return the one built before.
 
     checkpoint: a name of the manifest or a path. output: the file to write; by default one in the cache that is named
-    after the checkpoint's digest and the options. Raises CheckpointError, OSError when the file cannot be written.
+    after the checkpoint's digest and the options. oracle: what it is compared with, PyTorch or the fp32 graph in the
+    other form of attention. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
+
+    Raises CheckpointError, also when the graph computes something else; OSError when the file cannot be written.
     """
     source, digest = find_checkpoint(checkpoint)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
@@ -46,19 +64,54 @@ def export_onnx(checkpoint: str, options: ExportOptions, output: Path | None = N
     if output is None and path.is_file():
         return ExportedModel(path, checkpoint, digest, built=False)
 
-    transformer = read_vision_transformer(source)
+    metadata = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model = build_vit_graph(
-            transformer,
-            options.taps,
-            options.image_size,
-            options.activation,
-            options.heads,
-            options.embedding,
-            metadata={"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest},
-        )
+        transformer = read_vision_transformer(source)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            save_graph(_build(transformer, options, metadata), draft)
+            agreement = _verify(draft, transformer, options, oracle)
+            for file in (draft.with_name(draft.name + ".data"), draft):  # the graph last
+                if file.exists():
+                    file.replace(path.parent / file.name)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
-    with written_whole(path) as temporary:
-        onnx.save_model(model, str(temporary))
-    return ExportedModel(path, checkpoint, digest, built=True)
+    return ExportedModel(path, checkpoint, digest, built=True, agreement=agreement)
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, with large weights in `path` + `.data`."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=path.name + ".data")
+
+
+def _build(vit: VisionTransformer, options: ExportOptions, metadata: dict[str, str]) -> onnx.ModelProto:
+    return build_vit_graph(
+        vit,
+        options.taps,
+        options.image_size,
+        options.activation,
+        options.heads,
+        options.embedding,
+        options.precision,
+        options.attention,
+        options.antialias,
+        metadata={**metadata, "preprocessing": options.preprocessing, "builder_version": str(BUILDER_VERSION)},
+    )
+
+
+def _verify(draft: Path, vit: VisionTransformer, options: ExportOptions, oracle: str) -> str:
+    """Check a graph by ONNX's own rules and by numbers; returns a line on the latter."""
+    onnx.checker.check_model(str(draft), full_check=True)
+    images = sample_images(options.image_size)
+    if oracle == "torch":
+        heads = options.heads or vit.width // HEAD_WIDTH
+        expected = run_torch(vit, images, options.taps, options.activation, heads, options.embedding, options.antialias)
+        return check_agreement(run_graph(draft, images), expected, options.precision, "PyTorch")
+    other = "standard" if options.attention == "fused" else "fused"
+    reference = draft.with_name("fp32") / draft.name
+    reference.parent.mkdir()
+    save_graph(_build(vit, replace(options, precision="fp32", attention=other), {}), reference)
+    expected = run_graph(reference, images)
+    return check_agreement(run_graph(draft, images), expected, options.precision, "the fp32 graph")

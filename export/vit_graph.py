@@ -1,4 +1,8 @@
-"""Writes a vision transformer's ONNX graph straight from its weights: no tracing, no PyTorch."""
+"""Writes a vision transformer's ONNX graph straight from its weights: no tracing, no PyTorch.
+
+The builder decides every type. Half precision: linear layers, attention products and activations in fp16; residual
+stream, LayerNorm, softmax and the image embedding in fp32, as under PyTorch's autocast.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,55 +13,75 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from .state_dict import Affine, CheckpointError, VisionTransformer
+from .state_dict import CheckpointError
+from .vision_transformer import Affine, Block, VisionTransformer
 
 Array = NDArray[np.float32]
 
 # Part of every cache key: raise it whenever the graph changes.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 OPSET = 20
 IR_VERSION = 10
 
 ACTIVATIONS = ("gelu", "quick_gelu")
+PRECISIONS = ("fp32", "fp16", "int8")
+ATTENTIONS = ("fused", "standard")
+QUANTISED_BLOCK = 32
 HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower
 
 
-def bicubic_matrix(source: int, target: int, scale: float) -> NDArray[np.float64]:
-    """Return the weights [target, source] of a bicubic resize without antialiasing (half-pixel centres, a = −0.75).
+def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = False) -> NDArray[np.float64]:
+    """Return the weights [target, source] of a bicubic resize with half-pixel centres.
 
-    scale: target over source length as the coordinates use it; samples outside are taken from the border.
+    scale: target over source length as the coordinates use it. Plain: a = −0.75, samples outside are taken from the
+    border. antialias: a = −0.5, the kernel as wide as a target pixel when shrinking, samples outside left out (Pillow's
+    filter, `antialias=True` in PyTorch).
     """
-    a = -0.75
+    a = -0.5 if antialias else -0.75
+    width = max(1.0, 1 / scale) if antialias else 1.0
     centre = (np.arange(target) + 0.5) / scale - 0.5
     left = np.floor(centre).astype(int)
-    weights = np.zeros((target, source))
-    for tap in range(-1, 3):
-        distance = np.abs(centre - (left + tap))
+    reach = math.ceil(2 * width)
+    weights: NDArray[np.float64] = np.zeros((target, source))
+    for tap in range(1 - reach, reach + 1):
+        distance = np.abs(centre - (left + tap)) / width
         near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
         far = a * (((distance - 5) * distance + 8) * distance - 4)
-        np.add.at(weights, (np.arange(target), np.clip(left + tap, 0, source - 1)), np.where(distance <= 1, near, far))
+        value = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+        if antialias:
+            value = np.where((left + tap >= 0) & (left + tap < source), value, 0)
+        np.add.at(weights, (np.arange(target), np.clip(left + tap, 0, source - 1)), value)
+    weights /= weights.sum(axis=1, keepdims=True)
     return weights
 
 
-def resize_positions(vit: VisionTransformer, grid: int) -> Array:
+def resize_positions(vit: VisionTransformer, grid: int, antialias: bool | None = None) -> Array:
     """Return the position embedding for a grid × grid image, [1 + grid², C], class token first.
 
-    DINOv2 offsets the scale by 0.1 patches as its own code does; CLIP uses the plain ratio.
+    DINOv2 as in its `interpolate_pos_encoding`: without registers the scale is offset by 0.1 patches, with registers
+    it is not and the resize is antialiased. CLIP: the plain ratio. antialias overrides the model's own way.
     """
     stored = math.isqrt(len(vit.positions) - 1)
     if stored == grid:
         return vit.positions
-    scale = (grid + 0.1) / stored if vit.architecture == "dinov2" else grid / stored
-    matrix = bicubic_matrix(stored, grid, scale)
+    offset = 0.1 if vit.architecture == "dinov2" and not len(vit.registers) else 0.0
+    if antialias is None:
+        antialias = len(vit.registers) > 0
+    matrix = bicubic_matrix(stored, grid, (grid + offset) / stored, antialias)
     maps = vit.positions[1:].reshape(stored, stored, -1)  # [G, G, C]
     resized = np.einsum("yi,xj,ijc->yxc", matrix, matrix, maps, optimize=True)
     return np.concatenate([vit.positions[:1], resized.reshape(grid * grid, -1)]).astype(np.float32)
 
 
 class _Graph:
-    """Collects nodes and initializers; every method returns the name of its result."""
+    """Collects nodes and initializers; every method returns the name of its result.
 
-    def __init__(self) -> None:
+    Names that `narrow` returns carry the type of the linear layers; everything else is fp32.
+    """
+
+    def __init__(self, precision: str, fused: bool) -> None:
+        self.precision, self.fused = precision, fused
+        self.dtype = np.float16 if precision == "fp16" else np.float32
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -65,16 +89,61 @@ class _Graph:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
+    def weight(self, value: Array, name: str) -> str:
+        if not np.abs(value).max(initial=0) <= np.finfo(self.dtype).max:  # a NaN fails too
+            raise CheckpointError(f"{name} holds values beyond the range of {self.precision}; use --precision fp32")
+        return self.constant(np.ascontiguousarray(value.astype(self.dtype)), name)
+
     def node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
+    def cast(self, x: str, to: int, name: str) -> str:
+        return self.node("Cast", [x], name, to=to) if self.precision == "fp16" else x
+
+    def narrow(self, x: str) -> str:
+        """fp32 → the type of the linear layers."""
+        return self.cast(x, TensorProto.FLOAT16, x + ".half")
+
+    def widen(self, x: str) -> str:
+        """The type of the linear layers → fp32."""
+        return self.cast(x, TensorProto.FLOAT, x + ".float")
+
     def linear(self, x: str, affine: Affine, name: str) -> str:
         weight, bias = affine
-        product = self.node(
-            "MatMul", [x, self.constant(np.ascontiguousarray(weight.T), name + ".weight")], name + ".product"
+        if self.precision == "int8":
+            return self.quantised_linear(x, affine, name)
+        product = self.node("MatMul", [x, self.weight(weight.T, name + ".weight")], name + ".product")
+        return self.node("Add", [product, self.weight(bias, name + ".bias")], name)
+
+    def quantised_linear(self, x: str, affine: Affine, name: str) -> str:
+        """Weights and, as they come, activations in 8 bits, with a scale for every 32 inputs of every row.
+
+        One scale for a whole tensor (DynamicQuantizeMatMul) is faster, but DINOv2's outlier channels then cost ten
+        times the error: token cosines fall to 0.992.
+        """
+        weight, bias = affine
+        outputs, inputs = weight.shape
+        blocks = np.pad(weight, ((0, 0), (0, -inputs % QUANTISED_BLOCK))).reshape(outputs, -1, QUANTISED_BLOCK)
+        scale = np.maximum(np.abs(blocks).max(axis=2), np.finfo(np.float32).tiny) / np.float32(127)
+        levels = (np.rint(blocks / scale[:, :, None]) + 128).astype(np.uint8)  # unsigned around 128
+        return self.node(
+            "MatMulNBits",
+            [
+                x,
+                self.constant(levels, name + ".weight"),
+                self.constant(scale, name + ".scale"),
+                *("", ""),
+                self.constant(bias, name + ".bias"),
+            ],
+            name,
+            "com.microsoft",
+            N=outputs,
+            K=inputs,
+            bits=8,
+            block_size=QUANTISED_BLOCK,
+            accuracy_level=4,  # activations in 8 bits too
         )
-        return self.node("Add", [product, self.constant(bias, name + ".bias")], name)
 
     def layer_norm(self, x: str, affine: Affine, eps: float, name: str) -> str:
         weight, bias = affine
@@ -84,14 +153,52 @@ class _Graph:
     def activation(self, x: str, kind: str, name: str) -> str:
         if kind == "gelu":
             return self.node("Gelu", [x], name)
-        scaled = self.node("Mul", [x, self.constant(np.float32(1.702), name + ".slope")], name + ".scaled")
-        return self.node("Mul", [x, self.node("Sigmoid", [scaled], name + ".gate")], name)
+        slope = self.constant(self.dtype(1.702), name + ".slope")
+        return self.node(
+            "Mul", [x, self.node("Sigmoid", [self.node("Mul", [x, slope], name + ".scaled")], name + ".gate")], name
+        )
+
+    def split(self, x: str, parts: Sequence[str], name: str) -> list[str]:
+        """Cut the channels of x [B, T, C] into equal parts."""
+        outputs = [f"{name}.{part}" for part in parts]
+        self.nodes.append(
+            helper.make_node("Split", [x], outputs, name=name + ".split", axis=2, num_outputs=len(outputs))
+        )
+        return outputs
+
+    def feed_forward(self, x: str, block: Block, kind: str, name: str) -> str:
+        """Two linear layers around the activation, or around the gate of a SwiGLU."""
+        y = self.linear(x, block.fc1, name + ".fc1")
+        if len(block.fc1[1]) == 2 * block.fc2[0].shape[1]:
+            gate, value = self.split(y, ("gate", "value"), name + ".swiglu")
+            silu = self.node("Mul", [gate, self.node("Sigmoid", [gate], name + ".sigmoid")], name + ".silu")
+            y = self.node("Mul", [silu, value], name + ".activation")
+        else:
+            y = self.activation(y, kind, name + ".activation")
+        return self.linear(y, block.fc2, name + ".fc2")
 
     def attention(self, x: str, qkv: Affine, heads: int, name: str) -> str:
-        packed = self.linear(x, qkv, name + ".qkv")
-        parts = [name + suffix for suffix in (".query", ".key", ".value")]
-        self.nodes.append(helper.make_node("Split", [packed], parts, name=name + ".split", axis=2, num_outputs=3))
-        return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads)
+        """Self-attention of x [B, T, C] up to the concatenated heads."""
+        weight, bias = qkv
+        width = len(bias) // 3
+        if not self.fused:
+            # Queries are scaled in the weights, as TensorRT's fusion wants it: before the first product.
+            scale = np.repeat(np.array([(width // heads) ** -0.5, 1, 1], np.float32), width)
+            weight, bias = weight * scale[:, None], bias * scale
+        packed = self.linear(x, (weight, bias), name + ".qkv")
+        parts = self.split(packed, ("query", "key", "value"), name)
+        if self.fused:
+            return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads)
+        shape = self.constant(np.array([0, 0, heads, width // heads]), name + ".heads")
+        query, key, value = (
+            self.node("Transpose", [self.node("Reshape", [part, shape], part + ".split")], part + ".heads", perm=perm)
+            for part, perm in zip(parts, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+        )
+        logits = self.widen(self.node("MatMul", [query, key], name + ".logits"))
+        weights = self.narrow(self.node("Softmax", [logits], name + ".softmax", axis=-1))
+        mixed = self.node("MatMul", [weights, value], name + ".mixed")
+        merged = self.node("Transpose", [mixed], name + ".merged", perm=[0, 2, 1, 3])
+        return self.node("Reshape", [merged, self.constant(np.array([0, 0, width]), name + ".width")], name)
 
 
 def build_vit_graph(
@@ -101,46 +208,43 @@ def build_vit_graph(
     activation: str = "gelu",
     heads: int | None = None,
     embedding: bool = True,
+    precision: str = "fp32",
+    attention: str = "fused",
+    antialias: bool | None = None,
     metadata: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """Build the fp32 graph that ONNX Runtime runs with fused attention.
+    """Build the graph of an image tower.
 
-    Input `images` [B, 3, S, S]; outputs `tokens` [B, L, P, C] (after each block of `taps`, 0-based; through the final
-    norm for DINOv2, raw for CLIP; class and register tokens dropped) and, if `embedding`, `embedding` [B, D] (DINOv2:
-    normed class token; CLIP: projected class token of unit length). Without it, blocks behind the last tap go.
+    Input `images` [B, 3, S, S] fp32; outputs `tokens` [B, L, P, C] (after each block of `taps`, 0-based; through the
+    final norm for DINOv2, raw for CLIP; class and register tokens dropped; fp16 if the precision is) and, if
+    `embedding`, `embedding` [B, D] fp32 (DINOv2: normed class token; CLIP: projected class token of unit length).
+    Without it, blocks behind the last tap go.
 
-    Raises CheckpointError when taps, image size, activation or heads do not fit the checkpoint.
+    attention: `fused` (ONNX Runtime's MultiHeadAttention) or `standard` (what TensorRT reads). precision `int8` runs in
+    ONNX Runtime only. antialias: how position embeddings are resized, see `resize_positions`.
+
+    Raises CheckpointError when taps, image size, activation, heads or precision do not fit the checkpoint.
     """
     taps = list(taps)
-    depth = len(vit.blocks)
-    if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
-        raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
-    if image_size <= 0 or image_size % vit.patch_size:
-        nearest = max(1, round(image_size / vit.patch_size)) * vit.patch_size
-        raise CheckpointError(
-            f"image size {image_size} is no multiple of the patch size {vit.patch_size}; use --image-size {nearest}"
-        )
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
     heads = heads if heads is not None else vit.width // HEAD_WIDTH
-    if heads < 1 or vit.width % heads:
-        raise CheckpointError(
-            f"{heads} attention heads do not divide a width of {vit.width}; name the number with `heads`"
-        )
+    _check(vit, taps, image_size, heads)
+    for value, known in ((activation, ACTIVATIONS), (precision, PRECISIONS), (attention, ATTENTIONS)):
+        if value not in known:
+            raise CheckpointError(f"{value!r} must be one of {', '.join(known)}")
 
     grid = image_size // vit.patch_size
     extra = 1 + len(vit.registers)  # class token and registers stand before the patches
-    graph = _Graph()
+    graph = _Graph(precision, attention == "fused")
 
-    patch_inputs = ["images", graph.constant(vit.patch_weight, "patch.weight")]
+    patch_inputs = [graph.narrow("images"), graph.weight(vit.patch_weight, "patch.weight")]
     if vit.patch_bias is not None:
-        patch_inputs.append(graph.constant(vit.patch_bias, "patch.bias"))
+        patch_inputs.append(graph.weight(vit.patch_bias, "patch.bias"))
     size = [vit.patch_size] * 2
     x = graph.node("Conv", patch_inputs, "patch.conv", kernel_shape=size, strides=size)
     x = graph.node("Reshape", [x, graph.constant(np.array([0, vit.width, grid * grid]), "patch.shape")], "patch.flat")
-    x = graph.node("Transpose", [x], "patch", perm=[0, 2, 1])
+    x = graph.widen(graph.node("Transpose", [x], "patch", perm=[0, 2, 1]))
     # Zero rows in front receive the class token and the registers together with the positions: no Expand, any batch.
-    positions = resize_positions(vit, grid)
+    positions = resize_positions(vit, grid, antialias)
     front = np.concatenate([vit.class_token[None] + positions[:1], vit.registers])
     x = graph.node("Pad", [x, graph.constant(np.array([0, extra, 0, 0, 0, 0]), "front.pads")], "front")
     x = graph.node("Add", [x, graph.constant(np.concatenate([front, positions[1:]])[None], "positions")], "embedded")
@@ -150,22 +254,24 @@ def build_vit_graph(
     starts, axis = graph.constant(np.array([extra]), "tap.start"), graph.constant(np.array([1]), "tap.axis")
     ends = graph.constant(np.array([extra + grid * grid]), "tap.end")
     tapped = []
-    last = depth - 1 if embedding else taps[-1]
+    last = len(vit.blocks) - 1 if embedding else taps[-1]
     for index, block in enumerate(vit.blocks[: last + 1]):
         name = f"block{index}"
-        y = graph.layer_norm(x, block.norm1, vit.norm_eps, name + ".norm1")
+        y = graph.narrow(graph.layer_norm(x, block.norm1, vit.norm_eps, name + ".norm1"))
         y = graph.attention(y, block.qkv, heads, name + ".attention")
-        x = graph.node("Add", [x, graph.linear(y, block.proj, name + ".proj")], name + ".residual")
-        y = graph.layer_norm(x, block.norm2, vit.norm_eps, name + ".norm2")
-        y = graph.activation(graph.linear(y, block.fc1, name + ".fc1"), activation, name + ".activation")
-        x = graph.node("Add", [x, graph.linear(y, block.fc2, name + ".fc2")], name)
+        y = graph.widen(graph.linear(y, block.proj, name + ".proj"))
+        x = graph.node("Add", [x, y], name + ".residual")
+        y = graph.narrow(graph.layer_norm(x, block.norm2, vit.norm_eps, name + ".norm2"))
+        y = graph.widen(graph.feed_forward(y, block, activation, name))
+        x = graph.node("Add", [x, y], name)
         if index in taps:
             tap = f"tap{index}"
             y = graph.layer_norm(x, vit.norm, vit.norm_eps, tap + ".norm") if vit.architecture == "dinov2" else x
-            y = graph.node("Slice", [y, starts, ends, axis], tap + ".patches")
+            y = graph.narrow(graph.node("Slice", [y, starts, ends, axis], tap + ".patches"))
             tapped.append(graph.node("Unsqueeze", [y, axis], tap))
     graph.node("Concat", tapped, "tokens", axis=1)
-    outputs = [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["batch", len(taps), grid * grid, vit.width])]
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(graph.dtype))
+    outputs = [helper.make_tensor_value_info("tokens", element, ["batch", len(taps), grid * grid, vit.width])]
 
     if embedding:
         zero = graph.constant(np.array(0), "class.index")
@@ -179,9 +285,10 @@ def build_vit_graph(
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dimension]))
 
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
+    domains = sorted({node.domain for node in graph.nodes})
     model = helper.make_model(
         helper.make_graph(graph.nodes, vit.architecture, [images], outputs, graph.initializers),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)],
+        opset_imports=[helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in domains],
         ir_version=IR_VERSION,
         producer_name="zsad",
     )
@@ -191,7 +298,25 @@ def build_vit_graph(
         "activation": activation,
         "image_size": str(image_size),
         "grid": str(grid),
+        "precision": precision,
+        "attention": attention,
         **(metadata or {}),
     }
     helper.set_model_props(model, facts)
     return model
+
+
+def _check(vit: VisionTransformer, taps: list[int], image_size: int, heads: int) -> None:
+    depth = len(vit.blocks)
+    if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
+        raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
+    if image_size <= 0 or image_size % vit.patch_size:
+        nearest = max(1, round(image_size / vit.patch_size)) * vit.patch_size
+        raise CheckpointError(
+            f"image size {image_size} is no multiple of the patch size {vit.patch_size}; use --image-size {nearest}"
+        )
+    if heads < 1 or vit.width % heads:
+        raise CheckpointError(
+            f"{heads} attention heads do not divide a width of {vit.width}; name the number with --heads "
+            "(or `heads` of the backbone in the configuration)"
+        )

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from zsad.export.onnx_export import ExportOptions, export_onnx
-from zsad.export.state_dict import CheckpointError, VisionTransformer, read_vision_transformer
+from zsad.export.state_dict import CheckpointError
+from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
 from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions
 
 
@@ -79,6 +79,8 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
         "activation": "gelu",
         "image_size": "70",
         "grid": "5",
+        "precision": "fp32",
+        "attention": "fused",
         "checkpoint": "x",
     }
 
@@ -121,25 +123,93 @@ def test_registers_stand_between_class_token_and_patches(golden: Path, tmp_path:
     save_file(state, tmp_path / "with.safetensors")
     del state["register_tokens"]
     save_file(state, tmp_path / "without.safetensors")
-    images = np.random.default_rng(0).normal(size=(2, 3, 70, 70))
+    images = np.random.default_rng(0).normal(size=(2, 3, 518, 518))
     results = [
-        run(build_vit_graph(read_vision_transformer(tmp_path / name), [0, 5], 70, heads=3), images)
+        run(build_vit_graph(read_vision_transformer(tmp_path / name), [0, 5], 518, heads=3), images)
         for name in ("with.safetensors", "without.safetensors")
     ]
     for with_registers, without in zip(*results, strict=True):
         np.testing.assert_allclose(with_registers, without, atol=1e-5)
 
 
-def test_export_is_cached_by_weights_and_options(golden: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
-    checkpoint = str(golden / "dinov2_vit_tiny.safetensors")
-    options = ExportOptions(taps=(1, 3), image_size=70, heads=3)
-    first = export_onnx(checkpoint, options)
-    assert first.built
-    again = export_onnx(checkpoint, options)
-    assert not again.built
-    assert again.path == first.path
-    other = export_onnx(checkpoint, ExportOptions(taps=(1, 2), image_size=70, heads=3))
-    assert other.built
-    assert other.path != first.path
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted([first.path.name, other.path.name])
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type of every tensor whose type ONNX can infer."""
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    return {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output, *graph.input]}
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_half_precision_has_its_islands_in_fp32(request: pytest.FixtureRequest, name: str) -> None:
+    vit: VisionTransformer = request.getfixturevalue(name)
+    model = build_vit_graph(vit, [1, 3, 5], 70, heads=2, precision="fp16", attention="standard")
+    onnx.checker.check_model(model, full_check=True)
+    types = types_of(model)
+    operators = {node.output[0]: node.op_type for node in model.graph.node}
+    wide = {"LayerNormalization", "Softmax", "LpNormalization", "Pad", "Gather"}
+    narrow = {"MatMul", "Conv", "Gelu"}
+    for output, operator in operators.items():
+        if operator in wide:
+            assert types[output] == onnx.TensorProto.FLOAT, output
+        if operator in narrow and output != "class.projected":
+            assert types[output] == onnx.TensorProto.FLOAT16, output
+    assert types["tokens"] == onnx.TensorProto.FLOAT16  # every tap, also those that the next block reads
+    assert types["embedding"] == types["images"] == onnx.TensorProto.FLOAT
+    residuals = [output for output, operator in operators.items() if operator == "Add" and output.endswith("residual")]
+    assert len(residuals) == len(vit.blocks)
+    assert {types[output] for output in residuals} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+@pytest.mark.parametrize(("precision", "cosine"), [("fp16", 0.99999), ("int8", 0.999)])
+def test_lower_precisions_stay_close(
+    golden: Path, clip: VisionTransformer, precision: str, cosine: float, attention: str
+) -> None:
+    arrays = np.load(golden / "clip_vit_tiny.npz")
+    taps = arrays["taps_zero_based"].tolist()
+    model = build_vit_graph(clip, taps, 126, heads=2, precision=precision, attention=attention)
+    for found, name in zip(run(model, arrays["image"]), ("patch_tokens_gelu", "image_embedding_gelu"), strict=True):
+        found, expected = found.astype(np.float64), arrays[name].astype(np.float64)
+        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+        assert ((found * expected).sum(axis=-1) / lengths).min() > cosine
+
+
+def test_standard_attention_uses_no_foreign_operators(dinov2: VisionTransformer) -> None:
+    model = build_vit_graph(dinov2, [1], 70, heads=3, precision="fp16", attention="standard")
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [entry.domain for entry in model.opset_import] == [""]
+
+
+def test_int8_results_do_not_depend_on_the_batch(golden: Path, clip: VisionTransformer) -> None:
+    images = np.load(golden / "clip_vit_tiny.npz")["image"]
+    model = build_vit_graph(clip, [2, 5], 126, heads=2, precision="int8")
+    together, _ = run(model, np.concatenate([images, 50 * images]))
+    np.testing.assert_allclose(run(model, images[:1])[0], together[:1], atol=1e-3)
+
+
+def test_weights_beyond_half_precision_are_refused(golden: Path, tmp_path: Path) -> None:
+    state = dict(load_file(golden / "dinov2_vit_tiny.safetensors"))
+    state["blocks.2.mlp.fc1.weight"] = state["blocks.2.mlp.fc1.weight"] * 1e6
+    save_file(state, tmp_path / "large.safetensors")
+    with pytest.raises(CheckpointError, match=r"block2\.fc1\.weight.*beyond the range of fp16"):
+        build_vit_graph(read_vision_transformer(tmp_path / "large.safetensors"), [1], 70, heads=3, precision="fp16")
+
+
+def test_antialiasing_is_an_option_and_changes_only_resized_positions(clip: VisionTransformer) -> None:
+    stored = 6  # patches per side
+    assert resize_positions(clip, stored, antialias=True) is clip.positions
+    for grid in (4, 9):
+        plain, smooth = (resize_positions(clip, grid, antialias) for antialias in (False, True))
+        np.testing.assert_array_equal(plain, resize_positions(clip, grid))
+        assert relative_error(smooth, plain) > 0.01
+
+
+@pytest.mark.parametrize(("source", "target"), [(24, 37), (37, 16), (6, 6)])
+def test_bicubic_matrix_equals_pytorch(source: int, target: int) -> None:
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    x = np.random.default_rng(0).normal(size=(source, source))
+    for antialias in (False, True):
+        matrix = bicubic_matrix(source, target, target / source, antialias)
+        expected = torch.nn.functional.interpolate(
+            torch.from_numpy(x)[None, None], size=(target, target), mode="bicubic", antialias=antialias
+        )[0, 0].numpy()
+        np.testing.assert_allclose(matrix @ x @ matrix.T, expected, atol=1e-6)

@@ -1,0 +1,85 @@
+"""Fetches one file over HTTP: resumes what broke off, verifies, and never leaves half a file under the final name."""
+
+import sys
+import time
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .files import file_sha256
+from .state_dict import CheckpointError
+
+ATTEMPTS = 5  # in a row without a single new byte
+PAUSE = 2.0  # seconds before the next attempt
+TIMEOUT = 30.0  # seconds without a byte
+CHUNK = 1 << 20
+
+
+def download(url: str, target: Path, sha256: str | None, size: int | None = None) -> str:
+    """Fetch a URL into `target` and return its sha256; what a broken run left in `target` + `.part` is continued.
+
+    Raises CheckpointError when the server refuses or stays away, or when the digest is another.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    with tqdm(
+        total=size, desc=target.name, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
+    ) as bar:
+        failures = 0
+        while True:
+            before = _size(part)
+            try:
+                _continue(url, part, bar)
+                break
+            except urllib.error.HTTPError as error:
+                if error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise CheckpointError(f"{url}: the server answers {error.code} {error.reason}") from None
+                problem: Exception = error
+            except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
+                problem = error
+            failures = 0 if _size(part) > before else failures + 1
+            if failures == ATTEMPTS:
+                kept = f"; {_size(part)} bytes are kept, run the command again to go on" if _size(part) else ""
+                raise CheckpointError(f"{url}: {problem}{kept}")
+            time.sleep(PAUSE)
+    digest = file_sha256(part)
+    if sha256 is not None and digest != sha256:
+        part.unlink()
+        raise CheckpointError(
+            f"{url}: sha256 is {digest}, expected {sha256}; the server has another file. It was not kept"
+        )
+    part.replace(target)
+    return digest
+
+
+def _continue(url: str, part: Path, bar: "tqdm[None]") -> None:
+    """Append the rest of a URL to `part`; raises OSError or HTTPException when it breaks off."""
+    have = _size(part)
+    headers = {"User-Agent": "zsad", **({"Range": f"bytes={have}-"} if have else {})}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return  # nothing is left to fetch; the digest decides whether that is the file
+        raise
+    with response:
+        if response.status != HTTPStatus.PARTIAL_CONTENT:
+            have = 0  # the server cannot continue and sends everything
+        length = response.headers["Content-Length"]
+        if length is not None:
+            bar.total = have + int(length)
+        bar.n = have
+        with part.open("ab" if have else "wb") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if length is not None and _size(part) < have + int(length):
+            raise ConnectionError(f"the connection broke off after {_size(part)} of {have + int(length)} bytes")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

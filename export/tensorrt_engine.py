@@ -1,0 +1,346 @@
+"""ONNX file in, TensorRT or TensorRT-RTX engine with a fingerprint beside it out.
+
+One builder serves TensorRT 10.12 and later, 11, and TensorRT-RTX: the network is strongly typed, so that the ONNX file
+alone decides the precisions. TensorRT builds on the GPU that will run the engine; TensorRT-RTX builds without one.
+"""
+
+import hashlib
+import importlib
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import cache_folder
+from .cuda_driver import CudaError, use_device
+from .files import file_sha256, written_whole
+
+# The library of each target: its import name, its extra of zsad, the platforms that it is made for.
+LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    "tensorrt": ("tensorrt", "tensorrt", {"Linux": ("x86_64", "aarch64"), "Windows": ("AMD64",)}),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", {"Linux": ("x86_64",), "Windows": ("AMD64",)}),
+}
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0", "12.1")  # what an engine runs on when none is named: not Turing
+
+
+class EngineError(Exception):
+    """An engine that cannot be built or must not be used; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Everything that decides what is in an engine besides the ONNX file."""
+
+    target: str  # tensorrt or tensorrt-rtx
+    batch: tuple[int, int, int] = (1, 8, 32)  # smallest, the one to optimise for, largest
+    device: int = 0
+    compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx only; none means all from 8.0
+    strip_weights: bool = False
+    version_compatible: bool = False  # tensorrt only: runs in later versions with the same major number
+    hardware_compatible: bool = False  # tensorrt only: runs on every GPU from 8.0
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an engine was made from and for, kept as JSON beside it."""
+
+    onnx: str
+    onnx_sha256: str
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    profile: dict[str, list[list[int]]]  # input → smallest, best and largest shape
+    strip_weights: bool
+    version_compatible: bool
+    hardware_compatible: bool
+    command: str  # builds it again
+    engine_sha256: str = ""
+    engine_bytes: int = 0
+
+    def key(self) -> str:
+        """Return a digest of everything that decides the engine's content."""
+        decisive = {
+            k: v for k, v in asdict(self).items() if k not in ("onnx", "command") and not k.startswith("engine")
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine file, its fingerprint, and whether this call made it."""
+
+    path: Path
+    fingerprint: Fingerprint
+    built: bool
+
+
+def build_engine(
+    onnx: Path, image_size: int, precision: str, options: EngineOptions, command: str, output: Path | None = None
+) -> BuiltEngine:
+    """Build the engine of an exported graph (attention `standard`), or return the one built before.
+
+    image_size, precision: what the graph was exported with. command: what the fingerprint tells to run when the engine
+    must be made again. output: the file to write; by default one in the cache that is named after the fingerprint.
+
+    Raises EngineError when the library or the GPU is missing, or when the library refuses the graph.
+    """
+    trt, capabilities = check_options(options, precision)
+    fingerprint = Fingerprint(
+        onnx=onnx.name,
+        onnx_sha256=_onnx_sha256(onnx),
+        library=options.target,
+        version=trt.__version__,
+        compute_capabilities=capabilities,
+        precision=precision,
+        profile={"images": [[batch, 3, image_size, image_size] for batch in options.batch]},
+        strip_weights=options.strip_weights,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        command=command,
+    )
+    path = output or cache_folder() / "engines" / f"{onnx.stem}-{fingerprint.key()}.engine"
+    if path.is_file() and fingerprint_path(path).is_file():
+        try:
+            found, _ = _read_checked(path)
+            if found.key() == fingerprint.key():
+                return BuiltEngine(path, found, built=False)
+        except EngineError:
+            pass  # damaged or foreign: build it again
+    engine = _build(trt, onnx, fingerprint, options)
+    fingerprint = Fingerprint(
+        **{**asdict(fingerprint), "engine_sha256": hashlib.sha256(engine).hexdigest(), "engine_bytes": len(engine)}
+    )
+    with written_whole(path) as temporary, written_whole(fingerprint_path(path)) as beside:
+        temporary.write_bytes(engine)
+        beside.write_text(json.dumps(asdict(fingerprint), indent=2) + "\n", encoding="utf-8")
+    return BuiltEngine(path, fingerprint, built=True)
+
+
+def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[bytes, Fingerprint]:
+    """Return an engine's bytes and fingerprint after checking that it may run here.
+
+    onnx: the graph that it must have been made from, if known. Raises EngineError when the file is missing, truncated
+    or foreign, or was made by another library version, for another GPU or from another graph.
+    """
+    fingerprint, engine = _read_checked(path)
+    trt = import_tensorrt(fingerprint.library)
+    again = f"; build it again: {fingerprint.command}"
+    same_major = trt.__version__.split(".")[0] == fingerprint.version.split(".")[0]
+    newer = _version(trt.__version__) >= _version(fingerprint.version)
+    if trt.__version__ != fingerprint.version and not (fingerprint.version_compatible and same_major and newer):
+        raise EngineError(
+            f"{path}: built by {fingerprint.library} {fingerprint.version}, installed is {trt.__version__}{again}"
+        )
+    if onnx is not None and _onnx_sha256(onnx) != fingerprint.onnx_sha256:
+        raise EngineError(f"{path}: built from another graph than {onnx}{again}")
+    try:
+        capability = use_device(device)
+    except CudaError as error:
+        raise EngineError(f"{path}: {error}; without a GPU use ONNX Runtime on the CPU: --device cpu") from None
+    if capability not in fingerprint.compute_capabilities and not (
+        fingerprint.hardware_compatible and _version(capability) >= (8, 0)
+    ):
+        built_for = ", ".join(fingerprint.compute_capabilities)
+        raise EngineError(f"{path}: built for compute capability {built_for}, device {device} has {capability}{again}")
+    return engine, fingerprint
+
+
+def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> Any:
+    """Return the ICudaEngine of a file that `read_engine` accepts; stripped ones get their weights from `onnx`.
+
+    Raises EngineError, also when the library refuses the engine.
+    """
+    plan, fingerprint = read_engine(path, device, onnx)
+    trt = import_tensorrt(fingerprint.library)
+    log = _logger(trt)
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = fingerprint.version_compatible
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(f"{path}: {log.said()}; build it again: {fingerprint.command}")
+    if fingerprint.strip_weights:
+        if onnx is None:
+            raise EngineError(f"{path}: holds no weights; name the graph that it was made from ({fingerprint.onnx})")
+        refitter = trt.Refitter(engine, log)
+        if not trt.OnnxParserRefitter(refitter, log).refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
+            raise EngineError(f"{path}: the weights of {onnx} do not fit ({log.said()}); {fingerprint.command}")
+    return engine
+
+
+def fingerprint_path(engine: Path) -> Path:
+    """Return where the fingerprint of an engine lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def import_tensorrt(target: str) -> Any:
+    """Import the library of a target; raises EngineError with the line that installs it."""
+    module, extra, platforms = LIBRARIES[target]
+    install = f"{sys.executable} -m pip install 'zsad[{extra}]'"
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as error:
+        system, machine = platform.system(), platform.machine()
+        if machine not in platforms.get(system, ()):
+            raise EngineError(f"{target} is not made for {system} on {machine}; use --target onnx") from None
+        raise EngineError(f"{target} is not installed ({error}); run: {install}") from None
+    except (OSError, RuntimeError) as error:  # its libraries, or the CUDA libraries that they want
+        raise EngineError(f"{target} cannot be loaded ({error}); run: {install} --force-reinstall") from error
+    if _version(trt.__version__) < OLDEST[target]:
+        oldest = ".".join(map(str, OLDEST[target]))
+        raise EngineError(f"{target} {trt.__version__} is too old, {oldest} is needed; run: {install} --upgrade")
+    return trt
+
+
+def check_options(options: EngineOptions, precision: str) -> tuple[Any, tuple[str, ...]]:
+    """Return the library and the compute capabilities that an engine will run on, before any work is done.
+
+    Raises EngineError when the library or the GPU is missing, or when the options do not go together.
+    """
+    trt = import_tensorrt(options.target)
+    if precision == "int8":
+        raise EngineError("int8 is for the CPU (--target onnx); TensorRT engines take --precision fp16 or fp32")
+    if not 0 < options.batch[0] <= options.batch[1] <= options.batch[2]:
+        raise EngineError(
+            f"batch sizes must rise from smallest to largest, for example --batch 1,8,32: {options.batch}"
+        )
+    return trt, _rtx_capabilities(options) if options.target == "tensorrt-rtx" else _own_capability(options)
+
+
+def _own_capability(options: EngineOptions) -> tuple[str, ...]:
+    if options.compute_capabilities:
+        raise EngineError("--compute-capability is TensorRT-RTX's; TensorRT builds for the GPU named by --device")
+    try:
+        return (use_device(options.device),)
+    except CudaError as error:
+        raise EngineError(
+            f"{error}. TensorRT builds on the GPU that will run the engine; --target tensorrt-rtx builds without one"
+        ) from None
+
+
+def _rtx_capabilities(options: EngineOptions) -> tuple[str, ...]:
+    if options.version_compatible or options.hardware_compatible:
+        raise EngineError(
+            "TensorRT-RTX engines run on every RTX GPU of the named --compute-capability and are bound to their "
+            "version; leave out --version-compatible and --hardware-compatible"
+        )
+    for capability in options.compute_capabilities:
+        if capability not in RTX_CAPABILITIES:
+            raise EngineError(
+                f"TensorRT-RTX does not know compute capability {capability} (only {', '.join(RTX_CAPABILITIES)}); "
+                "for datacentre GPUs use --target tensorrt"
+            )
+    if options.strip_weights:
+        try:
+            use_device(options.device)
+        except CudaError as error:
+            raise EngineError(f"{error}; TensorRT-RTX strips weights only on a machine with a GPU") from None
+    return options.compute_capabilities or RTX_DEFAULT
+
+
+def parse_network(trt: Any, onnx: Path, log: Any) -> tuple[Any, Any]:
+    """Return the builder and the strongly typed network of a graph; raises EngineError with the parser's complaints."""
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        complaints = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise EngineError(f"{onnx}: refused by the parser ({complaints}); export it with --target tensorrt")
+    return builder, network
+
+
+def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOptions) -> bytes:
+    log = _logger(trt)
+    builder, network = parse_network(trt, onnx, log)
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for name, shapes in fingerprint.profile.items():
+        profile.set_shape(name, *(tuple(shape) for shape in shapes))
+    config.add_optimization_profile(profile)
+    if options.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    timings = None
+    if options.target == "tensorrt":  # TensorRT-RTX does not time, and asks for a GPU when given a cache
+        name = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"
+        timings = cache_folder() / "engines" / name
+        known = timings.read_bytes() if timings.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise EngineError(f"{options.target} built no engine from {onnx}: {log.said()}; try a smaller --batch")
+    if timings is not None:
+        with written_whole(timings) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+def _read_checked(path: Path) -> tuple[Fingerprint, bytes]:
+    """Read an engine and its fingerprint, which must belong together."""
+    anew = f"build one: zsad-export --preset NAME --target tensorrt --output '{path.parent}'"
+    if not path.is_file():
+        raise EngineError(f"{path}: there is no such engine; {anew}")
+    beside = fingerprint_path(path)
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        stored["compute_capabilities"] = tuple(stored["compute_capabilities"])
+        fingerprint = Fingerprint(**stored)
+        if fingerprint.library not in LIBRARIES:
+            raise ValueError(f"unknown library {fingerprint.library!r}")
+    except FileNotFoundError:
+        raise EngineError(f"{path}: has no fingerprint ({beside.name}), so zsad did not build it; {anew}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        names = ", ".join(field.name for field in fields(Fingerprint))
+        raise EngineError(f"{beside}: no fingerprint of this version ({error}; it holds {names}); {anew}") from None
+    engine = path.read_bytes()
+    if len(engine) < fingerprint.engine_bytes:
+        raise EngineError(
+            f"{path}: truncated, {len(engine)} of {fingerprint.engine_bytes} bytes; "
+            f"build it again: {fingerprint.command}"
+        )
+    if hashlib.sha256(engine).hexdigest() != fingerprint.engine_sha256:
+        raise EngineError(
+            f"{path}: not the engine that its fingerprint describes; build it again: {fingerprint.command}"
+        )
+    return fingerprint, engine
+
+
+def _onnx_sha256(onnx: Path) -> str:
+    """The digest of a graph, and of the file of weights beside it where there is one."""
+    data = onnx.with_name(onnx.name + ".data")
+    digests = [file_sha256(file) for file in (onnx, data) if file.is_file()]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps errors for the message instead of printing them."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+
+        def said(self) -> str:
+            return "; ".join(self.errors[-3:]) or "no reason given"
+
+    return Log()

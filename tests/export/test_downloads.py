@@ -1,0 +1,157 @@
+"""Downloads from a server on this machine that breaks off, lies and cannot continue."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zsad.export import checkpoints, downloads
+from zsad.export.checkpoints import Checkpoint, Source, fetch_checkpoint, find_checkpoint
+from zsad.export.cli import main
+from zsad.export.downloads import download
+from zsad.export.state_dict import CheckpointError
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT; sends at most `limits[i]` bytes to the i-th request, then hangs up."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.limits: list[int] = []
+        self.ranges: list[str | None] = []  # of the requests, as they came
+        self.continues = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/weights.pth"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.ranges.append(asked)
+        if not self.path.endswith("weights.pth"):
+            self.send_error(404)
+            return
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.continues else 0
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        limit = self.server.limits.pop(0) if self.server.limits else len(CONTENT)
+        self.wfile.write(CONTENT[start : start + limit])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_broken_connection_is_resumed(server: Server, tmp_path: Path) -> None:
+    server.limits = [1_000_000, 500_000]
+    assert download(server.url, tmp_path / "w.pth", DIGEST) == DIGEST
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=1000000-", "bytes=1500000-"]
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+
+
+def test_a_killed_download_is_resumed_by_the_next_run(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT[:2_000_000])
+    download(server.url, tmp_path / "w.pth", DIGEST)
+    assert server.ranges == ["bytes=2000000-"]
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
+
+
+def test_a_download_killed_before_its_rename_is_finished(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT)
+    download(server.url, tmp_path / "w.pth", DIGEST)
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
+
+
+def test_a_server_that_cannot_continue_starts_again(server: Server, tmp_path: Path) -> None:
+    server.continues, server.limits = False, [1_000_000]
+    download(server.url, tmp_path / "w.pth", DIGEST)
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
+
+
+def test_a_server_that_always_hangs_up_is_given_up_and_progress_kept(server: Server, tmp_path: Path) -> None:
+    server.limits = [1_000_000] + [0] * downloads.ATTEMPTS
+    with pytest.raises(CheckpointError, match=r"broke off.*1000000 bytes are kept, run the command again"):
+        download(server.url, tmp_path / "w.pth", DIGEST)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth.part"]
+
+
+def test_another_digest_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"sha256 is {DIGEST}, expected 0000"):
+        download(server.url, tmp_path / "w.pth", "0" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_and_a_missing_server(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="404"):
+        download(server.url.replace("weights", "nothing"), tmp_path / "w.pth", DIGEST)
+    assert server.ranges == [None]  # not asked again
+    with pytest.raises(CheckpointError, match="refused"):
+        download("http://127.0.0.1:1/weights.pth", tmp_path / "w.pth", DIGEST)
+
+
+@pytest.fixture
+def one_checkpoint(server: Server, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A manifest with one checkpoint, whose first source is gone."""
+    sources = tuple(
+        Source("url", "weights.pth", url, DIGEST, len(CONTENT), {})
+        for url in (server.url.replace("weights", "gone"), server.url)
+    )
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda: {"one": Checkpoint("one", "dinov2", "MIT", sources)})
+    return server
+
+
+def test_the_next_source_is_tried_and_the_file_found_afterwards(one_checkpoint: Server, empty_cache: Path) -> None:
+    with pytest.raises(CheckpointError, match="zsad-export --fetch one"):
+        find_checkpoint("one")
+    path = fetch_checkpoint("one")
+    assert path == empty_cache / "weights" / "weights.pth"
+    assert find_checkpoint("one") == (path, DIGEST)
+    requests = len(one_checkpoint.ranges)
+    assert fetch_checkpoint("one") == path
+    assert len(one_checkpoint.ranges) == requests
+
+
+def test_a_folder_for_an_offline_machine(
+    one_checkpoint: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "carry"
+    assert main(["--fetch", "one", "--output", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "weights.pth")
+    monkeypatch.setenv("ZSAD_WEIGHTS", str(folder))
+    assert find_checkpoint("one") == (folder / "weights.pth", DIGEST)
+    other = tmp_path / "other"  # what is here is copied, not fetched again
+    requests = len(one_checkpoint.ranges)
+    assert fetch_checkpoint("one", other).read_bytes() == CONTENT
+    assert len(one_checkpoint.ranges) == requests
+    assert main(["--fetch", "two"]) == 2
+    assert "'two' is neither" in capsys.readouterr().err
+
+
+def test_when_no_source_answers_everything_is_said(one_checkpoint: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_checkpoint.limits = [0] * 9
+    with pytest.raises(CheckpointError, match=r"404[\s\S]*broke off[\s\S]*curl"):
+        fetch_checkpoint("one")

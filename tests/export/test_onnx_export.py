@@ -1,0 +1,178 @@
+"""Exports end to end: cached, verified, never half written."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from zsad.export import onnx_export, vit_graph
+from zsad.export.cli import main
+from zsad.export.files import file_sha256
+from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.parity import check_agreement, run_graph, sample_images
+from zsad.export.state_dict import CheckpointError
+
+OPTIONS = ExportOptions(taps=(0, 1), image_size=70)
+TORCH = "torch" if importlib.util.find_spec("torch") else "graph"
+
+
+@pytest.fixture(autouse=True)
+def cache(empty_cache: Path) -> Path:
+    return empty_cache
+
+
+def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Path], cache: Path) -> None:
+    checkpoint = str(random_dinov2())
+    first = export_onnx(checkpoint, OPTIONS)
+    assert first.built
+    assert not export_onnx(checkpoint, OPTIONS).built
+    changes = [
+        {"taps": (1,)},
+        {"image_size": 84},
+        {"activation": "quick_gelu"},
+        {"heads": 2},
+        {"embedding": False},
+        {"precision": "fp16"},
+        {"attention": "standard"},
+        {"antialias": True},
+        {"preprocessing": "clip"},
+    ]
+    models = [first, *(export_onnx(checkpoint, replace(OPTIONS, **change)) for change in changes)]
+    assert all(model.built for model in models)
+    assert {path.name for path in (cache / "models").iterdir()} == {model.path.name for model in models}
+    assert len({model.path for model in models}) == len(models)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("variant", [{}, {"gated": True}, {"registers": 4}])
+@pytest.mark.parametrize("image_size", [70, 98])
+def test_every_export_is_compared(
+    random_dinov2: Callable[..., Path], precision: str, variant: dict[str, int], image_size: int
+) -> None:
+    options = replace(OPTIONS, precision=precision, image_size=image_size)
+    model = export_onnx(str(random_dinov2(**variant)), options, oracle=TORCH)
+    assert model.agreement.startswith(f"{precision} against {'PyTorch' if TORCH == 'torch' else 'the fp32 graph'}")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("antialias", [None, True])
+def test_clip_is_compared(golden: Path, activation: str, antialias: bool | None) -> None:
+    options = ExportOptions((3, 11), 126, activation, heads=2, antialias=antialias)
+    assert export_onnx(str(golden / "clip_vit_tiny.safetensors"), options, oracle=TORCH).agreement
+
+
+@pytest.mark.parametrize("oracle", ["graph", TORCH])
+def test_a_graph_that_computes_something_else_is_not_written(
+    golden: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, oracle: str
+) -> None:
+    def scaled(self: vit_graph._Graph, x: str, kind: str, name: str) -> str:
+        wrong = 1.001 if self.fused else 1.0
+        return self.node("Mul", [x, self.constant(np.float32(wrong), name + ".wrong")], name)
+
+    monkeypatch.setattr(vit_graph._Graph, "activation", scaled)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        export_onnx(str(golden / "dinov2_vit_tiny.safetensors"), replace(OPTIONS, heads=3), oracle=oracle)
+    assert not list((cache / "models").iterdir())
+
+
+def test_agreement_has_limits_and_refuses_nan() -> None:
+    tokens = np.random.default_rng(0).normal(size=(1, 2, 5, 8)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
+    assert "relative error 8.7e-05" in check_agreement([tokens + 1e-4 * noise], [tokens], "fp16", "itself")
+    for precision, size in (("fp32", 2e-4), ("fp16", 0.1), ("int8", 0.1), ("fp16", np.nan)):
+        with pytest.raises(CheckpointError, match="computes something else"):
+            check_agreement([tokens + np.float32(size) * noise], [tokens], precision, "itself")
+
+
+def test_weights_beyond_protobuf_stand_beside_the_graph(
+    random_dinov2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
+    checkpoint = str(random_dinov2())
+    large = export_onnx(checkpoint, OPTIONS, tmp_path / "out" / "large.onnx")
+    assert {path.name for path in large.path.parent.iterdir()} == {"large.onnx", "large.onnx.data"}
+    assert large.path.stat().st_size < large.path.with_name("large.onnx.data").stat().st_size / 4
+    monkeypatch.undo()
+    small = export_onnx(checkpoint, OPTIONS, tmp_path / "small.onnx")
+    images = sample_images(70)
+    for a, b in zip(run_graph(large.path, images), run_graph(small.path, images), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_metadata_says_what_is_in_the_file(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = random_dinov2()
+    model = export_onnx(str(checkpoint), replace(OPTIONS, precision="fp16", preprocessing="clip"), tmp_path / "m.onnx")
+    facts = {entry.key: entry.value for entry in onnx.load(model.path).metadata_props}
+    assert facts == {
+        "architecture": "dinov2",
+        "taps": "0,1",
+        "activation": "gelu",
+        "image_size": "70",
+        "grid": "5",
+        "precision": "fp16",
+        "attention": "fused",
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": file_sha256(checkpoint),
+        "preprocessing": "clip",
+        "builder_version": str(vit_graph.BUILDER_VERSION),
+    }
+
+
+def test_command_exports_a_checkpoint(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "tiny.onnx"
+    checkpoint = str(golden / "dinov2_vit_tiny.pth")
+    arguments = ["--checkpoint", checkpoint, "--taps", "1,3", "--image-size", "70", "--output", str(output)]
+    assert main([*arguments, "--heads", "3", "--precision", "int8"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(output)
+    assert "int8 against" in printed.err
+    onnx.checker.check_model(str(output))
+    assert main(arguments) == 2  # heads of a 48-wide tower cannot be guessed
+    assert "--heads" in capsys.readouterr().err
+    for wrong in (["--checkpoint", checkpoint], [*arguments, "--batch", "1,2"], [*arguments, "--taps", "a"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+
+
+def test_command_exports_a_preset(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every backbone with the options of its preset, named after it."""
+    made = []
+
+    def fake(checkpoint: str, options: ExportOptions, output: Path, oracle: str) -> onnx_export.ExportedModel:
+        made.append((checkpoint, options, output))
+        return onnx_export.ExportedModel(output, checkpoint, "", built=True, agreement="fine")
+
+    monkeypatch.setattr("zsad.export.cli.export_onnx", fake)
+    monkeypatch.setattr("zsad.export.cli.fetch_checkpoint", lambda name: None)
+    assert main(["--preset", "challenge", "--precision", "fp16", "--output", str(tmp_path)]) == 0
+    taps = (5, 11, 17, 23)
+    assert made == [
+        (
+            "dinov2-vitl14",
+            ExportOptions(taps, 518, embedding=False, precision="fp16"),
+            tmp_path / "dinov2-518-fp16.onnx",
+        ),
+        ("clip-vitl14-336", ExportOptions(taps, 518, precision="fp16"), tmp_path / "clip-518-fp16.onnx"),
+    ]
+    made.clear()
+    assert main(["--preset", "musc", "--image-size", "336"]) == 0
+    assert made == [("clip-vitl14-336", ExportOptions(taps, 336, preprocessing="clip"), None)]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--preset", "nothing"])
+    assert "there is no preset 'nothing'" in capsys.readouterr().err
+
+
+def test_a_cut_checkpoint_leaves_nothing(golden: Path, tmp_path: Path, cache: Path) -> None:
+    state = dict(load_file(golden / "dinov2_vit_tiny.safetensors"))
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"][:, :-1].copy()
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors.*block 1 fc1 is \(192, 47\) instead of \(192, 48\)"):
+        export_onnx(str(tmp_path / "odd.safetensors"), replace(OPTIONS, heads=3))
+    assert not list((cache / "models").iterdir())

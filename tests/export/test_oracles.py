@@ -1,0 +1,178 @@
+"""Every naming of the weights against the library that it comes from, or against the same weights in another naming."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.parity import run_graph, sample_images
+from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
+
+IMAGES = sample_images(70)
+
+
+def export_and_run(checkpoint: Path, **options: object) -> list[np.ndarray]:
+    model = export_onnx(
+        str(checkpoint), ExportOptions((0, 2), 70, **options), checkpoint.with_name("graph.onnx"), oracle="torch"
+    )
+    return run_graph(model.path, IMAGES)
+
+
+def save_random(model, path: Path, prefix: str = "") -> Path:
+    """Give a torch module random weights of ordinary size and save them under its own names."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            one = name.endswith("weight") and parameter.ndim == 1
+            parameter.copy_(torch.randn_like(parameter) * 0.05 + one)
+    model.eval()
+    save_file({prefix + name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("variant", ["plain", "registers", "swiglu"])
+def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
+    import torch
+
+    timm = pytest.importorskip("timm", reason="needs timm")
+    arguments = {"swiglu": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}}.get(variant, {})
+    if variant == "registers":
+        arguments = {"reg_tokens": 4, "no_embed_class": True}
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=70, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1.0, num_classes=0, **arguments
+    )
+    tokens, embedding = export_and_run(save_random(model, tmp_path / "timm.safetensors"))
+    with torch.inference_mode():
+        images = torch.from_numpy(IMAGES)
+        expected = model.forward_intermediates(
+            images, indices=[0, 2], norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        np.testing.assert_allclose(tokens[0], torch.cat(expected).numpy(), atol=2e-5)
+        np.testing.assert_allclose(embedding, model.forward_features(images)[:, 0].numpy(), atol=2e-5)
+
+
+def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
+    import torch
+
+    timm = pytest.importorskip("timm", reason="needs timm")
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=70,
+        patch_size=14,
+        embed_dim=128,
+        depth=3,
+        num_heads=2,
+        num_classes=32,
+        pre_norm=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+    )
+    model.head.bias = None
+    tokens, embedding = export_and_run(save_random(model, tmp_path / "timm.safetensors"))
+    with torch.inference_mode():
+        images = torch.from_numpy(IMAGES)
+        expected = model.forward_intermediates(images, indices=[0, 2], output_fmt="NLC", intermediates_only=True)
+        np.testing.assert_allclose(tokens[0], torch.cat(expected).numpy(), atol=1e-4)
+        np.testing.assert_allclose(embedding, torch.nn.functional.normalize(model(images)).numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
+    import torch
+
+    pytest.importorskip("open_clip", reason="needs open_clip")
+    from open_clip.transformer import QuickGELU
+    from open_clip.transformer import VisionTransformer as OpenClip
+
+    act = QuickGELU if activation == "quick_gelu" else torch.nn.GELU
+    model = OpenClip(70, 14, width=128, layers=3, heads=2, mlp_ratio=4, output_dim=32, act_layer=act)
+    checkpoint = save_random(model, tmp_path / "open_clip.safetensors", "visual.")
+    tokens, embedding = export_and_run(checkpoint, activation=activation)
+    blocks = []
+    for index in (0, 2):
+        model.transformer.resblocks[index].register_forward_hook(lambda *call: blocks.append(call[2]))
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(model(torch.from_numpy(IMAGES)))
+    np.testing.assert_allclose(embedding, expected.numpy(), atol=2e-5)
+    for found, block in zip(tokens[0], blocks, strict=True):
+        np.testing.assert_allclose(found, block.reshape(26, 128)[1:].numpy(), atol=1e-4)
+
+
+def same_weights(a: VisionTransformer, b: VisionTransformer) -> None:
+    assert a.architecture == b.architecture
+    for name in ("patch_weight", "class_token", "registers", "positions"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    for name in ("norm", "pre_norm", "projection"):
+        if getattr(a, name) is not None:
+            np.testing.assert_array_equal(np.concatenate(getattr(a, name)), np.concatenate(getattr(b, name)))
+    for ours, theirs in zip(a.blocks, b.blocks, strict=True):
+        for name in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2"):
+            for x, y in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_hugging_face_dinov2(random_dinov2: Callable[..., Path], tmp_path: Path, gated: bool) -> None:
+    official = random_dinov2(gated=gated, registers=4)
+    whole = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "register_tokens": "embeddings.register_tokens",
+    }
+    parts = {
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+        "blocks.": "encoder.layer.",
+        "attn.proj.": "attention.output.dense.",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "ls2.gamma": "layer_scale2.lambda1",
+        "w12": "weights_in",
+        "w3": "weights_out",
+    }
+    state = {}
+    for name, tensor in load_file(official).items():
+        renamed = "layernorm." + name.removeprefix("norm.") if name.startswith("norm.") else whole.get(name, name)
+        for theirs, ours in parts.items():
+            renamed = renamed.replace(theirs, ours)
+        if "attn.qkv." in renamed:
+            for part, rows in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
+                state[renamed.replace("attn.qkv.", f"attention.attention.{part}.")] = rows.copy()
+        else:
+            state[renamed] = tensor
+    save_file(state, tmp_path / "port.safetensors")
+    same_weights(read_vision_transformer(tmp_path / "port.safetensors"), read_vision_transformer(official))
+
+
+def test_hugging_face_clip(golden: Path, tmp_path: Path) -> None:
+    official = golden / "clip_vit_tiny.safetensors"
+    parts = {
+        "transformer.resblocks.": "vision_model.encoder.layers.",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_pre": "vision_model.pre_layrnorm",
+        "ln_post": "vision_model.post_layernorm",
+        "conv1": "vision_model.embeddings.patch_embedding",
+        "class_embedding": "vision_model.embeddings.class_embedding",
+        "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    }
+    state = {"text_model.embeddings.token_embedding.weight": np.zeros((3, 2), np.float32)}
+    for name, tensor in load_file(official).items():
+        renamed = name.removeprefix("visual.")
+        for theirs, ours in parts.items():
+            renamed = renamed.replace(theirs, ours)
+        if "attn.in_proj_" in renamed:
+            block, kind = renamed.split("attn.in_proj_")
+            for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
+                state[f"{block}self_attn.{part}_proj.{kind}"] = rows.copy()
+        elif renamed == "proj":
+            state["visual_projection.weight"] = np.ascontiguousarray(tensor.T)
+        else:
+            state[renamed] = tensor
+    save_file(state, tmp_path / "port.safetensors")
+    same_weights(read_vision_transformer(tmp_path / "port.safetensors"), read_vision_transformer(official))

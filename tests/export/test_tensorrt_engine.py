@@ -1,0 +1,393 @@
+"""Engines: built for real where TensorRT-RTX is installed, fingerprinted, cached, and refused when they do not fit."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from zsad.export import tensorrt_engine
+from zsad.export.cli import main
+from zsad.export.cuda_driver import CudaError, use_device
+from zsad.export.files import file_sha256
+from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.tensorrt_engine import (
+    EngineError,
+    EngineOptions,
+    Fingerprint,
+    build_engine,
+    fingerprint_path,
+    import_tensorrt,
+    load_engine,
+    parse_network,
+    read_engine,
+)
+
+RTX = EngineOptions("tensorrt-rtx")
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX (pip install tensorrt-rtx)"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(empty_cache: Path) -> Path:
+    return empty_cache
+
+
+@pytest.fixture
+def graph(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny half-precision graph for TensorRT."""
+    options = ExportOptions((0, 1), 70, precision="fp16", attention="standard")
+    return export_onnx(str(random_dinov2()), options, tmp_path / "tiny.onnx").path
+
+
+class FakeBuilder:
+    """Stands in for a library: takes every call, keeps what was asked of it."""
+
+    def __init__(self, version: str) -> None:
+        self.__version__ = version
+        self.asked: list[str] = []
+        self.plan: bytes | None = b"plan of an engine"
+        flags = types.SimpleNamespace(
+            STRIP_PLAN="strip", REFIT_IDENTICAL="refit", VERSION_COMPATIBLE="version", AMPERE_PLUS="ampere+"
+        )
+        self.BuilderFlag = self.HardwareCompatibilityLevel = flags
+        self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
+        self.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
+
+    def Builder(self, log: object) -> "FakeBuilder":  # noqa: N802
+        self.log = log
+        return self
+
+    def OnnxParser(self, network: object, log: object) -> "FakeBuilder":  # noqa: N802
+        return self
+
+    def parse_from_file(self, path: str) -> bool:
+        return Path(path).is_file()
+
+    def create_network(self, flags: int) -> str:
+        self.asked.append(f"network {flags}")
+        return "network"
+
+    def create_builder_config(self) -> "FakeBuilder":
+        return self
+
+    def create_optimization_profile(self) -> "FakeBuilder":
+        return self
+
+    def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
+        self.asked.append(f"{name} {shapes}")
+
+    def add_optimization_profile(self, profile: object) -> None:
+        pass
+
+    def set_flag(self, flag: str) -> None:
+        self.asked.append(flag)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "hardware_compatibility_level":
+            self.asked.append(str(value))
+        super().__setattr__(name, value)
+
+    def create_timing_cache(self, known: bytes) -> str:
+        self.asked.append(f"timings {known!r}")
+        return "timings"
+
+    def set_timing_cache(self, cache: str, ignore_mismatch: bool) -> None:
+        pass
+
+    def get_timing_cache(self) -> "FakeBuilder":
+        return self
+
+    def serialize(self) -> bytes:
+        return b"measured"
+
+    def build_serialized_network(self, network: str, config: object) -> bytes | None:
+        if self.plan is None:
+            self.log.log(self.ILogger.ERROR, "out of memory")
+        return self.plan
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
+    """A machine with TensorRT and a GPU of compute capability 8.9."""
+    fake = FakeBuilder("10.13.0.35")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "8.9")
+    return fake
+
+
+def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Path) -> None:
+    options = EngineOptions(
+        "tensorrt", (2, 4, 16), strip_weights=True, version_compatible=True, hardware_compatible=True
+    )
+    engine = build_engine(graph, 70, "fp16", options, "again")
+    assert engine.built
+    assert tensorrt.asked == [
+        "network 2",
+        "images ((2, 3, 70, 70), (4, 3, 70, 70), (16, 3, 70, 70))",
+        "strip",
+        "refit",
+        "version",
+        "ampere+",
+        "timings b''",
+    ]
+    assert engine.path.read_bytes() == b"plan of an engine"
+    assert (cache / "engines" / "timings-10.13.0.35-8.9.cache").read_bytes() == b"measured"
+    stored = json.loads(fingerprint_path(engine.path).read_text())
+    assert stored == {
+        "onnx": "tiny.onnx",
+        "onnx_sha256": file_sha256(graph),
+        "library": "tensorrt",
+        "version": "10.13.0.35",
+        "compute_capabilities": ["8.9"],
+        "precision": "fp16",
+        "profile": {"images": [[2, 3, 70, 70], [4, 3, 70, 70], [16, 3, 70, 70]]},
+        "strip_weights": True,
+        "version_compatible": True,
+        "hardware_compatible": True,
+        "command": "again",
+        "engine_sha256": file_sha256(engine.path),
+        "engine_bytes": 17,
+    }
+    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+    assert tensorrt.asked[-1] == "timings b'measured'"
+
+
+def test_engines_are_cached_by_fingerprint(tensorrt: FakeBuilder, graph: Path, cache: Path, monkeypatch) -> None:
+    options = EngineOptions("tensorrt")
+    first = build_engine(graph, 70, "fp16", options, "again")
+    calls = len(tensorrt.asked)
+    again = build_engine(graph, 70, "fp16", options, "another command")
+    assert (again.path, again.built, len(tensorrt.asked)) == (first.path, False, calls)
+    paths = {first.path}
+    for change in ({"batch": (1, 1, 1)}, {"strip_weights": True}, {"hardware_compatible": True}):
+        paths.add(build_engine(graph, 70, "fp16", replace(options, **change), "again").path)
+    paths.add(build_engine(graph, 70, "fp32", options, "again").path)
+    tensorrt.__version__ = "11.4.0.1"
+    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
+    monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "9.0")
+    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
+    graph.write_bytes(graph.read_bytes() + b"\x00")
+    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
+    assert len(paths) == 8
+    assert set((cache / "engines").glob("*.engine")) == paths
+
+
+def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: Path) -> None:
+    first = build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+    first.path.write_bytes(b"plan")
+    assert build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
+    assert first.path.read_bytes() == b"plan of an engine"
+
+
+def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: Path, cache: Path) -> None:
+    tensorrt.plan = None
+    with pytest.raises(EngineError, match=r"built no engine.*out of memory.*smaller --batch"):
+        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+    assert not (cache / "engines").exists()
+
+
+MAKE_AGAIN = "build it again: zsad-export --checkpoint x"
+
+
+def test_engines_that_do_not_fit_are_refused(tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model.engine"
+    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "zsad-export --checkpoint x", path)
+    plan, fingerprint = read_engine(path, onnx=graph)
+    assert plan == b"plan of an engine"
+    assert isinstance(fingerprint, Fingerprint)
+
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"another graph")
+    with pytest.raises(EngineError, match=f"from another graph than .*other.onnx; {MAKE_AGAIN}"):
+        read_engine(path, onnx=other)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_engine, "use_device", lambda device: "9.0")
+        with pytest.raises(EngineError, match=f"capability 8.9, device 0 has 9.0; {MAKE_AGAIN}"):
+            read_engine(path)
+    tensorrt.__version__ = "10.14.1"
+    with pytest.raises(EngineError, match=rf"tensorrt 10\.13\.0\.35, installed is 10\.14\.1; {MAKE_AGAIN}"):
+        read_engine(path)
+    tensorrt.__version__ = "10.13.0.35"
+
+    path.write_bytes(plan[:5])
+    with pytest.raises(EngineError, match=f"truncated, 5 of 17 bytes; {MAKE_AGAIN}"):
+        read_engine(path)
+    path.write_bytes(plan[::-1])
+    with pytest.raises(EngineError, match=f"not the engine that its fingerprint describes; {MAKE_AGAIN}"):
+        read_engine(path)
+    for text in ("{", "[]", "{}", json.dumps({**asdict(fingerprint), "library": "other"})):
+        fingerprint_path(path).write_text(text)
+        with pytest.raises(EngineError, match=r"no fingerprint of this version.*build one: zsad-export --preset"):
+            read_engine(path)
+    fingerprint_path(path).unlink()
+    with pytest.raises(EngineError, match="zsad did not build it; build one: zsad-export --preset"):
+        read_engine(path)
+    path.unlink()
+    with pytest.raises(EngineError, match="no such engine; build one"):
+        read_engine(path)
+
+
+def test_compatible_engines_run_elsewhere(tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model.engine"
+    options = EngineOptions("tensorrt", version_compatible=True, hardware_compatible=True)
+    build_engine(graph, 70, "fp16", options, "zsad-export --checkpoint x", path)
+    monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "12.0")
+    tensorrt.__version__ = "10.14.1"
+    read_engine(path)
+    for version in ("10.12.0", "11.0.0"):
+        tensorrt.__version__ = version
+        with pytest.raises(EngineError, match="installed is"):
+            read_engine(path)
+    tensorrt.__version__ = "10.13.0.35"
+    monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "7.5")
+    with pytest.raises(EngineError, match=r"has 7\.5"):
+        read_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "message"),
+    [
+        (EngineOptions("tensorrt"), "int8", "int8 is for the CPU"),
+        (EngineOptions("tensorrt", (8, 1, 32)), "fp16", "--batch 1,8,32"),
+        (EngineOptions("tensorrt", (0, 1, 2)), "fp16", "--batch 1,8,32"),
+        (EngineOptions("tensorrt", compute_capabilities=("8.9",)), "fp16", "--compute-capability is TensorRT-RTX's"),
+    ],
+)
+def test_options_that_do_not_fit(
+    tensorrt: FakeBuilder, graph: Path, options: EngineOptions, precision: str, message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        build_engine(graph, 70, precision, options, "again")
+
+
+def test_without_a_gpu(tensorrt: FakeBuilder, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(device: int) -> str:
+        raise CudaError("no NVIDIA driver on this machine")
+
+    monkeypatch.setattr(tensorrt_engine, "use_device", none)
+    with pytest.raises(EngineError, match=r"no NVIDIA driver.*tensorrt-rtx builds without one"):
+        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+
+
+def test_the_command_refuses_before_it_exports(
+    random_dinov2: Callable[..., Path], cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    arguments = ["--checkpoint", str(random_dinov2()), "--taps", "0", "--target", "tensorrt"]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert main(arguments) == 2
+    assert "tensorrt is not" in capsys.readouterr().err
+    assert not cache.exists()
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--attention", "fused"])
+
+
+def test_the_driver_is_asked_or_missing() -> None:
+    with pytest.raises(CudaError, match=r"no NVIDIA driver|there is no GPU 99"):
+        use_device(99)
+
+
+@pytest.mark.parametrize(("target", "extra"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt-rtx")])
+def test_a_missing_library_says_how_to_install_it(target: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = target.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, None)
+    for system, machine in (("Darwin", "arm64"), ("Linux", "riscv64")):
+        monkeypatch.setattr(tensorrt_engine.platform, "system", lambda system=system: system)
+        monkeypatch.setattr(tensorrt_engine.platform, "machine", lambda machine=machine: machine)
+        with pytest.raises(EngineError, match=f"not made for {system} on {machine}; use --target onnx"):
+            import_tensorrt(target)
+    monkeypatch.setattr(tensorrt_engine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(tensorrt_engine.platform, "machine", lambda: "x86_64")
+    with pytest.raises(EngineError, match=rf"not installed.*-m pip install 'zsad\[{extra}\]'"):
+        import_tensorrt(target)
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__version__="0.9.0"))
+    with pytest.raises(EngineError, match=r"too old.*--upgrade"):
+        import_tensorrt(target)
+
+
+def test_importing_the_export_side_imports_neither_pytorch_nor_tensorrt() -> None:
+    code = "import sys, zsad.export.cli; print([m for m in ('torch', 'tensorrt', 'tensorrt_rtx') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@needs_rtx
+def test_tensorrt_rtx_reads_the_types_that_the_graph_says(graph: Path) -> None:
+    trt = import_tensorrt("tensorrt-rtx")
+    _, network = parse_network(trt, graph, tensorrt_engine._logger(trt))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    types_of: dict[str, Counter] = {}
+    for layer in layers:
+        types_of.setdefault(layer.type.name, Counter())[layer.get_output_type(0).name] += 1
+    assert types_of["CONVOLUTION"] == {"HALF": 1}
+    assert types_of["MATRIX_MULTIPLY"] == {"HALF": 2 * 6}  # qkv, logits, mixed, proj, fc1, fc2
+    assert types_of["SOFTMAX"] == {"FLOAT": 2}
+    assert types_of["NORMALIZATION"] == {"FLOAT": 2 * 2 + 2 + 1}  # blocks, taps, embedding
+    assert types_of["ACTIVATION"] == {"HALF": 2}
+    outputs = {network.get_output(index).name: network.get_output(index).dtype for index in range(network.num_outputs)}
+    assert {name: dtype.name for name, dtype in outputs.items()} == {"tokens": "HALF", "embedding": "FLOAT"}
+    assert tuple(network.get_input(0).shape) == (-1, 3, 70, 70)
+    assert network.get_input(0).dtype.name == "FLOAT"
+
+
+@needs_rtx
+def test_a_foreign_graph_is_refused_by_the_parser(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
+    options = ExportOptions((0, 1), 70, precision="int8")
+    quantised = export_onnx(str(random_dinov2()), options, tmp_path / "int8.onnx").path
+    with pytest.raises(EngineError, match=r"refused by the parser.*--target tensorrt"):
+        build_engine(quantised, 70, "fp32", RTX, "again")
+
+
+@needs_rtx
+def test_tensorrt_rtx_builds_caches_and_needs_a_gpu_to_run(graph: Path, cache: Path) -> None:
+    engine = build_engine(graph, 70, "fp16", replace(RTX, compute_capabilities=("8.9", "12.0")), "again")
+    assert engine.built
+    assert engine.fingerprint.compute_capabilities == ("8.9", "12.0")
+    assert engine.path.stat().st_size == engine.fingerprint.engine_bytes > 100_000
+    assert not build_engine(graph, 70, "fp16", replace(RTX, compute_capabilities=("8.9", "12.0")), "again").built
+    assert len(list((cache / "engines").iterdir())) == 2
+    try:
+        use_device(0)
+    except CudaError:
+        with pytest.raises(EngineError, match="use ONNX Runtime on the CPU"):
+            load_engine(engine.path)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (replace(RTX, version_compatible=True), "leave out --version-compatible"),
+        (replace(RTX, compute_capabilities=("9.0",)), "does not know compute capability 9.0.*--target tensorrt"),
+    ],
+)
+def test_options_that_tensorrt_rtx_does_not_take(graph: Path, options: EngineOptions, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        build_engine(graph, 70, "fp16", options, "again")
+
+
+@needs_rtx
+def test_command_builds_two_layers_of_vit_large(
+    random_dinov2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = random_dinov2(width=1024)
+    arguments = ["--checkpoint", str(checkpoint), "--taps", "0,1", "--image-size", "70", "--target", "tensorrt-rtx"]
+    arguments += ["--batch", "1,2,4", "--output", str(tmp_path / "large.engine")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "large.engine")
+    assert "fp16 against" in printed.err
+    fingerprint = json.loads((tmp_path / "large.engine.json").read_text())
+    weights = 2 * 12 * 1024**2 * 2  # bytes: two blocks, twelve matrices' worth, fp16
+    assert weights < fingerprint["engine_bytes"] < 1.3 * weights
+    assert fingerprint["profile"] == {"images": [[1, 3, 70, 70], [2, 3, 70, 70], [4, 3, 70, 70]]}
+    words = fingerprint["command"].split()
+    assert words[0] == "zsad-export"
+    assert main(words[1:]) == 0  # the command that mends makes the same engine
+    assert capsys.readouterr().err.count("already built") == 2
