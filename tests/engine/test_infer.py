@@ -49,7 +49,11 @@ def infer(tiny: Path) -> Callable[..., int]:
 
 def start(tiny: Path, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Run the command in a process of its own."""
-    code = "import sys; from zsad.engine.cli import main; sys.exit(main())"
+    # A background job, as tests may be, starts its children with SIGINT ignored.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from zsad.engine.cli import main; sys.exit(main())"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments), "--config", str(tiny / "config.toml")], **options
     )
