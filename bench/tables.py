@@ -27,9 +27,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read(file: str) -> list[Record]:
-    """Return the records of a results file, oldest first; none where it does not exist."""
-    path = RESULTS / file
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Return the records of a results file, oldest first."""
+    return [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
 
 
 def where(record: Record) -> str:

@@ -77,8 +77,8 @@ def evaluate(
 
     `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there; `data` holds the categories, or
     is one. `warn` gets a sentence for each thing left out. `only` names the categories to look at, where results of
-    others may be stale. Raises EvaluationError where nothing can be evaluated, and
-    ValueError for an AUPRO limit outside (0, 1].
+    others may be stale. Raises EvaluationError where nothing can be evaluated, and ValueError for an AUPRO limit
+    outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
     follows MuSc's published MVTec tables: each mask goes to 518×518 with Pillow's bilinear filter, as torchvision's

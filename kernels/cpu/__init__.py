@@ -99,6 +99,7 @@ class GramOnce:
     """One product per pair serves every degree; the native pass filters the tile and takes both maxima."""
 
     feature_copies = 1
+    keys = False  # whether the maxima also name the winning patch
 
     def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
         self.grid, self.degrees = grid, tuple(degrees)
@@ -113,6 +114,10 @@ class GramOnce:
         features[:] = layer_normalise(tokens)
         _cpu.pool(features, self.grid, self.degrees, ZERO_NORM, inverse)
 
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
+        """Fill tile [P, P] with the products of two images' features."""
+        np.matmul(left, right.T, out=tile)
+
     def best_cosines(
         self,
         left: NDArray[Any],
@@ -123,13 +128,13 @@ class GramOnce:
         out: tuple[Array, Array],
     ) -> float:
         start = time.perf_counter()
-        np.matmul(left, right.T, out=tile)
+        self.multiply(left, right, tile)
         seconds = time.perf_counter() - start
-        _cpu.tile_pass(tile, self.grid, self.degrees, inverse_left, inverse_right, *out)
+        _cpu.tile_pass(tile, self.grid, self.degrees, inverse_left, inverse_right, *out, keys=self.keys)
         return seconds
 
 
-class Int8GramOnce:
+class Int8GramOnce(GramOnce):
     """Gram-once with an int8 product, which only chooses the winners; their distances are measured again in fp32.
 
     Tokens are quantised around the layer's mean token with one scale each. The int32 sums, scaled back, are an fp32
@@ -140,9 +145,10 @@ class Int8GramOnce:
     """
 
     feature_copies = 1  # the codes take a quarter of it, the unit features of one degree all of it
+    keys = True
 
     def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
-        self.grid, self.degrees = grid, tuple(degrees)
+        super().__init__(grid, degrees)
         self.mean: Array = np.zeros(0, np.float32)  # [C] of the present layer
 
     def feature_layout(self, patches: int, channels: int) -> tuple[tuple[int, ...], DTypeLike]:
@@ -166,20 +172,8 @@ class Int8GramOnce:
 
         return prepare
 
-    def best_cosines(
-        self,
-        left: NDArray[Any],
-        right: NDArray[Any],
-        inverse_left: Array,
-        inverse_right: Array,
-        tile: Array,
-        out: tuple[Array, Array],
-    ) -> float:
-        start = time.perf_counter()
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
         _cpu.int8_multiply(left, right, tile)
-        seconds = time.perf_counter() - start
-        _cpu.tile_pass(tile, self.grid, self.degrees, inverse_left, inverse_right, *out, keys=True)
-        return seconds
 
 
 def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
