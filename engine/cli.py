@@ -10,7 +10,9 @@ import os
 import platform
 import re
 import resource
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -68,14 +70,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Pillow warns of large images and odd headers; what it cannot read it raises.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.showwarning = lambda message, *_: log.warning("%s", message)
-        return _guarded(arguments)
+        with _Interrupts() as interrupts:
+            return _guarded(arguments, interrupts)
 
 
-def _guarded(arguments: argparse.Namespace) -> int:
+class _Interrupts:
+    """Remembers Ctrl-C: an exception that a signal raises inside a finalizer is dropped by the interpreter."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> "_Interrupts":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Where the caller ignores the signal, or handles it, that stays so.
+        self.installed = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.installed:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was a Ctrl-C; called wherever a run reports progress."""
+        if self.seen:
+            raise KeyboardInterrupt
+
+
+def _guarded(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     """Turn what stops a run into a message and an exit code."""
     go_on = f"What was finished is in {arguments.output}; add --resume to go on from there"
     try:
-        return _run(arguments)
+        return _run(arguments, interrupts)
     except (ConfigError, CheckpointError, OutputError, NothingToScoreError) as error:
         log.error("%s", error)
         return USAGE
@@ -186,7 +217,7 @@ def _threshold(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"must be auto or a number in [0, 1], not {text!r}") from None
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     start, started = time.perf_counter(), datetime.now(timezone.utc)
     keys = ("image_size", "taps", "degrees", "interval", "group_size", "threshold", "precision", "seed")
     overrides = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
@@ -230,7 +261,9 @@ def _run(arguments: argparse.Namespace) -> int:
         device,
     )
 
-    records = [_run_category(category, config, backbones, options, stages, arguments) for category in categories]
+    records = [
+        _run_category(category, config, backbones, options, stages, arguments, interrupts) for category in categories
+    ]
     failures = sum(len(record["failures"]) for record in records)
     finished = [record for record in records if record["images"]]
     evaluation = _evaluate(arguments, data, categories, finished, stages)
@@ -289,8 +322,10 @@ def _run_category(
     options: Options,
     stages: Stages,
     arguments: argparse.Namespace,
+    interrupts: _Interrupts,
 ) -> dict[str, Any]:
     """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
+    interrupts.check()
     name = printable(category.name)
     unreadable = [(str(path), reason) for path, reason in category.unreadable]
     if unreadable and options.strict:
@@ -306,7 +341,7 @@ def _run_category(
         return {**record, "resumed": True, "seconds": 0.0}
     start = time.perf_counter()
     try:
-        with _Progress(name, arguments.quiet) as progress:
+        with _Progress(name, arguments.quiet, interrupts) as progress:
             scored = score_category(category, config, backbones, options, stages, progress)
         scored = replace(scored, failures=[*scored.failures, *unreadable])
         with stages.measure("write"):
@@ -336,7 +371,8 @@ def _run_category(
 class _Progress:
     """One bar per stage on standard error, where that is a terminal."""
 
-    def __init__(self, category: str, quiet: bool) -> None:
+    def __init__(self, category: str, quiet: bool, interrupts: _Interrupts) -> None:
+        self.interrupts = interrupts
         self.category, self.disabled = category, quiet or not sys.stderr.isatty()
         self.bar: tqdm | None = None
         self.stage = ""
@@ -349,6 +385,7 @@ class _Progress:
             self.bar.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self.interrupts.check()
         if self.disabled:
             return
         if self.bar is None or stage != self.stage:

@@ -575,6 +575,30 @@ def test_interrupted_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path
     check_whole(Path("out"))
 
 
+class InterruptedFinalizer:
+    """Ctrl-C arrives while this is collected, where no exception can leave."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_inside_a_finalizer_is_not_lost(infer, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = cli.score_category
+
+    def interrupted(*arguments: Any) -> Any:
+        InterruptedFinalizer()
+        return score(*arguments)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(cli, "score_category", interrupted)
+        assert infer(many, "-q") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # Options
 
 
