@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from .checkpoints import fetch_checkpoint, read_manifest
 from .onnx_export import ExportOptions, export_onnx
 from .state_dict import CheckpointError
-from .tensorrt_engine import LIBRARIES, EngineError, EngineOptions, build_engine, check_options
+from .tensorrt_engine import LIBRARIES, EngineError, EngineOptions, build_engine, check_options, rebuild_command
 from .vit_graph import ACTIVATIONS, ATTENTIONS, PRECISIONS
 
 EXAMPLES = """examples:
@@ -74,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch checkpoints of the manifest and exit")
     what.add_argument("--preset", metavar="NAME", help="export every backbone of a preset of zsad-infer")
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="with --preset: overrides, as in zsad-infer")
     parser.add_argument("--target", choices=["onnx", *LIBRARIES], default="onnx", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, help="(default: fp32 for onnx, else fp16)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: the preset's, else 518)")
@@ -160,24 +160,19 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     from zsad.engine.config import ConfigError, load_config
 
     try:
-        config = load_config(arguments.preset)
+        config = load_config(
+            arguments.preset,
+            arguments.config,
+            {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None},
+        )
     except ConfigError as error:
         parser.error(str(error))
-    size = arguments.image_size or config.image_size
+    suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
     for name, backbone in config.backbones.items():
-        own = replace(
-            options,
-            taps=arguments.taps or backbone.taps,
-            image_size=size,
-            activation=backbone.activation,
-            heads=backbone.heads,
-            preprocessing=backbone.preprocessing,
-            embedding=name == config.image_score.backbone and bool(config.image_score.rscin),
-        )
-        suffix = ".onnx" if arguments.target == "onnx" else ".engine"
-        output = arguments.output / f"{name}-{size}-{own.precision}{suffix}" if arguments.output else None
-        jobs.append(Job(backbone.checkpoint, own, output))
+        own = replace(config.export_options(name, options.precision, options.attention), antialias=options.antialias)
+        file = f"{name}-{own.image_size}-{own.precision}{suffix}"
+        jobs.append(Job(backbone.checkpoint, own, arguments.output / file if arguments.output else None))
     return jobs
 
 
@@ -207,25 +202,10 @@ def _build(job: Job, arguments: argparse.Namespace) -> None:
     onnx = _export(job, None)
     started = time.monotonic()
     size, precision = job.options.image_size, job.options.precision
-    engine = build_engine(onnx, size, precision, _engine_options(arguments), _command(job, arguments), job.output)
+    options = _engine_options(arguments)
+    command = rebuild_command(job.checkpoint, job.options, options, job.output)
+    engine = build_engine(onnx, size, precision, options, command, job.output)
     said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"
     mebibytes = engine.fingerprint.engine_bytes / 2**20
     print(f"zsad-export: {engine.path.name}: {mebibytes:.0f} MiB, {said}", file=sys.stderr)
     print(engine.path)
-
-
-def _command(job: Job, arguments: argparse.Namespace) -> str:
-    """The command line that makes this engine again."""
-    options = job.options
-    words = ["zsad-export", "--checkpoint", job.checkpoint, "--taps", ",".join(map(str, options.taps))]
-    words += ["--target", arguments.target, "--precision", options.precision, "--image-size", str(options.image_size)]
-    words += ["--activation", options.activation, "--preprocessing", options.preprocessing]
-    words += ["--batch", ",".join(map(str, arguments.batch)), "--device", str(arguments.device)]
-    words += ["--heads", str(options.heads)] if options.heads else []
-    words += [] if options.antialias is None else ["--antialias" if options.antialias else "--no-antialias"]
-    words += [] if options.embedding else ["--no-embedding"]
-    words += ["--compute-capability", ",".join(arguments.compute_capability)] if arguments.compute_capability else []
-    for flag in ("strip_weights", "version_compatible", "hardware_compatible"):
-        words += ["--" + flag.replace("_", "-")] if getattr(arguments, flag) else []
-    words += ["--output", str(job.output)] if job.output else []
-    return shlex.join(words)

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 
 from .checkpoints import cache_folder, find_checkpoint
-from .parity import check_agreement, run_graph, run_torch, sample_images
+from .parity import check_agreement, run_graph, sample_images, sample_object
+from .quantisation import sensitive_layers
 from .state_dict import CheckpointError
 from .vision_transformer import VisionTransformer, read_vision_transformer
-from .vit_graph import BUILDER_VERSION, HEAD_WIDTH, build_vit_graph
+from .vit_graph import BUILDER_VERSION, build_vit_graph, check_options
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; beyond, protobuf cannot hold the weights and they go into a file of their own
 
@@ -87,16 +89,23 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _build(vit: VisionTransformer, options: ExportOptions, metadata: dict[str, str]) -> onnx.ModelProto:
+    size, activation, antialias = options.image_size, options.activation, options.antialias
+    exact: tuple[str, ...] = ()
+    if options.precision == "int8":
+        heads = check_options(vit, options.taps, size, options.heads)
+        depth = len(vit.blocks) if options.embedding else options.taps[-1] + 1
+        exact = sensitive_layers(vit, depth, size, activation, heads, antialias)
     return build_vit_graph(
         vit,
         options.taps,
-        options.image_size,
-        options.activation,
+        size,
+        activation,
         options.heads,
         options.embedding,
         options.precision,
         options.attention,
-        options.antialias,
+        antialias,
+        exact,
         metadata={**metadata, "preprocessing": options.preprocessing, "builder_version": str(BUILDER_VERSION)},
     )
 
@@ -104,10 +113,12 @@ def _build(vit: VisionTransformer, options: ExportOptions, metadata: dict[str, s
 def _verify(draft: Path, vit: VisionTransformer, options: ExportOptions, oracle: str) -> str:
     """Check a graph by ONNX's own rules and by numbers; returns a line on the latter."""
     onnx.checker.check_model(str(draft), full_check=True)
-    images = sample_images(options.image_size)
+    images = np.concatenate([sample_images(options.image_size), sample_object(options.image_size)])
     if oracle == "torch":
-        heads = options.heads or vit.width // HEAD_WIDTH
-        expected = run_torch(vit, images, options.taps, options.activation, heads, options.embedding, options.antialias)
+        from .torch_forward import TorchForward
+
+        forward = TorchForward(vit, options)
+        expected = [forward.fetch(output) for output in forward(forward.tensor(images))]
         return check_agreement(run_graph(draft, images), expected, options.precision, "PyTorch")
     other = "standard" if options.attention == "fused" else "fused"
     reference = draft.with_name("fp32") / draft.name

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import platform
+import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from .checkpoints import cache_folder
 from .cuda_driver import CudaError, use_device
 from .files import file_sha256, written_whole
+from .onnx_export import ExportOptions
 
 # The library of each target: its import name, its extra of zsad, the platforms that it is made for.
 LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
@@ -121,6 +123,22 @@ def build_engine(
     return BuiltEngine(path, fingerprint, built=True)
 
 
+def rebuild_command(checkpoint: str, graph: ExportOptions, options: EngineOptions, output: Path | None = None) -> str:
+    """Return the command line that exports this graph and builds this engine of it."""
+    words = ["zsad-export", "--checkpoint", checkpoint, "--taps", ",".join(map(str, graph.taps))]
+    words += ["--target", options.target, "--precision", graph.precision, "--image-size", str(graph.image_size)]
+    words += ["--activation", graph.activation, "--preprocessing", graph.preprocessing]
+    words += ["--batch", ",".join(map(str, options.batch)), "--device", str(options.device)]
+    words += ["--heads", str(graph.heads)] if graph.heads else []
+    words += [] if graph.antialias is None else ["--antialias" if graph.antialias else "--no-antialias"]
+    words += [] if graph.embedding else ["--no-embedding"]
+    words += ["--compute-capability", ",".join(options.compute_capabilities)] if options.compute_capabilities else []
+    for flag in ("strip_weights", "version_compatible", "hardware_compatible"):
+        words += ["--" + flag.replace("_", "-")] if getattr(options, flag) else []
+    words += ["--output", str(output)] if output else []
+    return shlex.join(words)
+
+
 def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[bytes, Fingerprint]:
     """Return an engine's bytes and fingerprint after checking that it may run here.
 
@@ -150,8 +168,10 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     return engine, fingerprint
 
 
-def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> Any:
-    """Return the ICudaEngine of a file that `read_engine` accepts; stripped ones get their weights from `onnx`.
+def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[Any, Any]:
+    """Return the ICudaEngine of a file that `read_engine` accepts, and the logger that collects its complaints.
+
+    Stripped engines get their weights from `onnx`.
 
     Raises EngineError, also when the library refuses the engine.
     """
@@ -169,7 +189,7 @@ def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> Any:
         refitter = trt.Refitter(engine, log)
         if not trt.OnnxParserRefitter(refitter, log).refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
             raise EngineError(f"{path}: the weights of {onnx} do not fit ({log.said()}); {fingerprint.command}")
-    return engine
+    return engine, log
 
 
 def fingerprint_path(engine: Path) -> Path:

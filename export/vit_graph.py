@@ -5,7 +5,7 @@ stream, LayerNorm, softmax and the image embedding in fp32, as under PyTorch's a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from .vision_transformer import Affine, Block, VisionTransformer
 Array = NDArray[np.float32]
 
 # Part of every cache key: raise it whenever the graph changes.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 OPSET = 20
 IR_VERSION = 10
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 PRECISIONS = ("fp32", "fp16", "int8")
 ATTENTIONS = ("fused", "standard")
-QUANTISED_BLOCK = 32
+LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
+PADDING = 16  # columns
 HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower
 
 
@@ -76,18 +77,25 @@ def resize_positions(vit: VisionTransformer, grid: int, antialias: bool | None =
 class _Graph:
     """Collects nodes and initializers; every method returns the name of its result.
 
-    Names that `narrow` returns carry the type of the linear layers; everything else is fp32.
+    Names that `narrow` returns carry the type of the linear layers; everything else is fp32. exact: names of linear
+    layers (`block0.fc1`) that stay in fp32 where the others are int8.
     """
 
-    def __init__(self, precision: str, fused: bool) -> None:
-        self.precision, self.fused = precision, fused
+    def __init__(self, precision: str, fused: bool, exact: Collection[str] = ()) -> None:
+        self.precision, self.fused, self.exact = precision, fused, exact
         self.dtype = np.float16 if precision == "fp16" else np.float32
         self.nodes: list[onnx.NodeProto] = []
+        self.domains = {""}
         self.initializers: list[onnx.TensorProto] = []
 
     def constant(self, value: Any, name: str) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
+
+    def shared(self, value: Any, name: str) -> str:
+        """A constant that several nodes read."""
+        known = any(tensor.name == name for tensor in self.initializers)
+        return name if known else self.constant(value, name)
 
     def weight(self, value: Array, name: str) -> str:
         if not np.abs(value).max(initial=0) <= np.finfo(self.dtype).max:  # a NaN fails too
@@ -95,6 +103,7 @@ class _Graph:
         return self.constant(np.ascontiguousarray(value.astype(self.dtype)), name)
 
     def node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
+        self.domains.add(domain)
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
@@ -109,41 +118,64 @@ class _Graph:
         """The type of the linear layers → fp32."""
         return self.cast(x, TensorProto.FLOAT, x + ".float")
 
+    def embed(self, images: str, vit: VisionTransformer, grid: int, antialias: bool | None) -> str:
+        """The residual stream [B, T, C] in front of the first block."""
+        patch_inputs = [self.narrow(images), self.weight(vit.patch_weight, "patch.weight")]
+        if vit.patch_bias is not None:
+            patch_inputs.append(self.weight(vit.patch_bias, "patch.bias"))
+        size = [vit.patch_size] * 2
+        x = self.node("Conv", patch_inputs, "patch.conv", kernel_shape=size, strides=size)
+        x = self.node("Reshape", [x, self.constant(np.array([0, vit.width, grid * grid]), "patch.shape")], "patch.flat")
+        x = self.widen(self.node("Transpose", [x], "patch", perm=[0, 2, 1]))
+        # Zero rows in front receive class token and registers together with the positions: no Expand, any batch.
+        positions = resize_positions(vit, grid, antialias)
+        front = np.concatenate([vit.class_token[None] + positions[:1], vit.registers])
+        x = self.node("Pad", [x, self.constant(np.array([0, len(front), 0, 0, 0, 0]), "front.pads")], "front")
+        x = self.node("Add", [x, self.constant(np.concatenate([front, positions[1:]])[None], "positions")], "embedded")
+        return x if vit.pre_norm is None else self.layer_norm(x, vit.pre_norm, vit.norm_eps, "pre_norm")
+
     def linear(self, x: str, affine: Affine, name: str) -> str:
-        weight, bias = affine
-        if self.precision == "int8":
+        if self.precision == "int8" and name not in self.exact:
             return self.quantised_linear(x, affine, name)
+        if self.fused and self.precision != "fp16":
+            return self.padded_linear(x, affine, name)
+        weight, bias = affine
         product = self.node("MatMul", [x, self.weight(weight.T, name + ".weight")], name + ".product")
         return self.node("Add", [product, self.weight(bias, name + ".bias")], name)
 
-    def quantised_linear(self, x: str, affine: Affine, name: str) -> str:
-        """Weights and, as they come, activations in 8 bits, with a scale for every 32 inputs of every row.
+    def padded_linear(self, x: str, affine: Affine, name: str) -> str:
+        """A product whose input gains columns of ones; the first of them multiplies the bias.
 
-        One scale for a whole tensor (DynamicQuantizeMatMul) is faster, but DINOv2's outlier channels then cost ten
-        times the error: token cosines fall to 0.992.
+        ONNX Runtime's CPU product reads a dozen rows of its left side at a time. Rows of 1024 or 4096 floats start at
+        multiples of 4096 bytes and so fall into one set of the first-level cache: 66 GFLOP/s on a core of an EPYC with
+        AVX-512, with the additional columns 93. And the bias costs no pass over the output.
         """
         weight, bias = affine
-        outputs, inputs = weight.shape
-        blocks = np.pad(weight, ((0, 0), (0, -inputs % QUANTISED_BLOCK))).reshape(outputs, -1, QUANTISED_BLOCK)
-        scale = np.maximum(np.abs(blocks).max(axis=2), np.finfo(np.float32).tiny) / np.float32(127)
-        levels = (np.rint(blocks / scale[:, :, None]) + 128).astype(np.uint8)  # unsigned around 128
-        return self.node(
-            "MatMulNBits",
-            [
-                x,
-                self.constant(levels, name + ".weight"),
-                self.constant(scale, name + ".scale"),
-                *("", ""),
-                self.constant(bias, name + ".bias"),
-            ],
-            name,
-            "com.microsoft",
-            N=outputs,
-            K=inputs,
-            bits=8,
-            block_size=QUANTISED_BLOCK,
-            accuracy_level=4,  # activations in 8 bits too
-        )
+        columns = np.zeros((len(bias), PADDING), np.float32)
+        columns[:, 0] = bias
+        widths, one = self.shared(np.array([0, 0, 0, 0, 0, PADDING]), "padding"), self.shared(np.float32(1), "one")
+        padded = self.node("Pad", [x, widths, one], name + ".input")
+        return self.node("MatMul", [padded, self.weight(np.hstack([weight, columns]).T, name + ".weight")], name)
+
+    def quantised_linear(self, x: str, affine: Affine, name: str) -> str:
+        """A product in 8 bits: weights with a scale per output, activations with one that is found as they come.
+
+        One scale for all weights of a layer is no faster, and tokens of DINOv2 ViT-S/14 fall to a cosine of 0.96.
+        MatMulNBits (a scale for every 32 inputs) errs a tenth as much but takes 2.5 times as long with AVX-512 VNNI,
+        unsigned weights 2.3 times. Layers that one scale for all activations would spoil belong in `exact`, and so do
+        those in which the 16-bit sums of a processor without VNNI overflow.
+        """
+        weight, bias = affine
+        scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127)
+        levels = np.ascontiguousarray(np.rint(weight / scale[:, None]).T.astype(np.int8))
+        inputs = [
+            x,
+            self.constant(levels, name + ".weight"),
+            self.constant(scale, name + ".scale"),
+            "",
+            self.constant(bias, name + ".bias"),
+        ]
+        return self.node("DynamicQuantizeMatMul", inputs, name, "com.microsoft")
 
     def layer_norm(self, x: str, affine: Affine, eps: float, name: str) -> str:
         weight, bias = affine
@@ -166,17 +198,6 @@ class _Graph:
         )
         return outputs
 
-    def feed_forward(self, x: str, block: Block, kind: str, name: str) -> str:
-        """Two linear layers around the activation, or around the gate of a SwiGLU."""
-        y = self.linear(x, block.fc1, name + ".fc1")
-        if len(block.fc1[1]) == 2 * block.fc2[0].shape[1]:
-            gate, value = self.split(y, ("gate", "value"), name + ".swiglu")
-            silu = self.node("Mul", [gate, self.node("Sigmoid", [gate], name + ".sigmoid")], name + ".silu")
-            y = self.node("Mul", [silu, value], name + ".activation")
-        else:
-            y = self.activation(y, kind, name + ".activation")
-        return self.linear(y, block.fc2, name + ".fc2")
-
     def attention(self, x: str, qkv: Affine, heads: int, name: str) -> str:
         """Self-attention of x [B, T, C] up to the concatenated heads."""
         weight, bias = qkv
@@ -186,6 +207,7 @@ class _Graph:
             scale = np.repeat(np.array([(width // heads) ** -0.5, 1, 1], np.float32), width)
             weight, bias = weight * scale[:, None], bias * scale
         packed = self.linear(x, (weight, bias), name + ".qkv")
+        name += ".attention"
         parts = self.split(packed, ("query", "key", "value"), name)
         if self.fused:
             return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads)
@@ -200,6 +222,31 @@ class _Graph:
         merged = self.node("Transpose", [mixed], name + ".merged", perm=[0, 2, 1, 3])
         return self.node("Reshape", [merged, self.constant(np.array([0, 0, width]), name + ".width")], name)
 
+    def feed_forward(self, x: str, block: Block, kind: str, name: str) -> str:
+        """Two linear layers around the activation, or around the gate of a SwiGLU."""
+        y = self.linear(x, block.fc1, name + ".fc1")
+        if len(block.fc1[1]) == 2 * block.fc2[0].shape[1]:
+            gate, value = self.split(y, ("gate", "value"), name + ".swiglu")
+            silu = self.node("Mul", [gate, self.node("Sigmoid", [gate], name + ".sigmoid")], name + ".silu")
+            y = self.node("Mul", [silu, value], name + ".activation")
+        else:
+            y = self.activation(y, kind, name + ".activation")
+        return self.linear(y, block.fc2, name + ".fc2")
+
+    def block(self, x: str, block: Block, heads: int, kind: str, eps: float, name: str) -> str:
+        """A whole block on the residual stream x [B, T, C]."""
+        y = self.narrow(self.layer_norm(x, block.norm1, eps, name + ".norm1"))
+        y = self.attention(y, block.qkv, heads, name)
+        y = self.widen(self.linear(y, block.proj, name + ".proj"))
+        x = self.node("Add", [x, y], name + ".residual")
+        y = self.narrow(self.layer_norm(x, block.norm2, eps, name + ".norm2"))
+        y = self.widen(self.feed_forward(y, block, kind, name))
+        return self.node("Add", [x, y], name)
+
+    def tap_norm(self, x: str, vit: VisionTransformer, name: str) -> str:
+        """The residual stream as a tap shows it: through DINOv2's final norm, raw for CLIP."""
+        return self.layer_norm(x, vit.norm, vit.norm_eps, name + ".norm") if vit.architecture == "dinov2" else x
+
 
 def build_vit_graph(
     vit: VisionTransformer,
@@ -211,6 +258,7 @@ def build_vit_graph(
     precision: str = "fp32",
     attention: str = "fused",
     antialias: bool | None = None,
+    exact: Collection[str] = (),
     metadata: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Build the graph of an image tower.
@@ -221,55 +269,36 @@ def build_vit_graph(
     Without it, blocks behind the last tap go.
 
     attention: `fused` (ONNX Runtime's MultiHeadAttention) or `standard` (what TensorRT reads). precision `int8` runs in
-    ONNX Runtime only. antialias: how position embeddings are resized, see `resize_positions`.
+    ONNX Runtime only; exact: its linear layers that stay in fp32 (`block0.fc1`), see `sensitive_layers`. antialias: how
+    position embeddings are resized, see `resize_positions`.
 
     Raises CheckpointError when taps, image size, activation, heads or precision do not fit the checkpoint.
     """
     taps = list(taps)
-    heads = heads if heads is not None else vit.width // HEAD_WIDTH
-    _check(vit, taps, image_size, heads)
+    heads = check_options(vit, taps, image_size, heads)
     for value, known in ((activation, ACTIVATIONS), (precision, PRECISIONS), (attention, ATTENTIONS)):
         if value not in known:
             raise CheckpointError(f"{value!r} must be one of {', '.join(known)}")
 
     grid = image_size // vit.patch_size
+    graph = _Graph(precision, attention == "fused", exact)
+
+    images, tokens, class_embedding = "images", "tokens", "embedding"
+    if precision == "int8":
+        images, tokens, class_embedding = (f"image.{name}" for name in (images, tokens, class_embedding))
+    x = graph.embed(images, vit, grid, antialias)
     extra = 1 + len(vit.registers)  # class token and registers stand before the patches
-    graph = _Graph(precision, attention == "fused")
-
-    patch_inputs = [graph.narrow("images"), graph.weight(vit.patch_weight, "patch.weight")]
-    if vit.patch_bias is not None:
-        patch_inputs.append(graph.weight(vit.patch_bias, "patch.bias"))
-    size = [vit.patch_size] * 2
-    x = graph.node("Conv", patch_inputs, "patch.conv", kernel_shape=size, strides=size)
-    x = graph.node("Reshape", [x, graph.constant(np.array([0, vit.width, grid * grid]), "patch.shape")], "patch.flat")
-    x = graph.widen(graph.node("Transpose", [x], "patch", perm=[0, 2, 1]))
-    # Zero rows in front receive the class token and the registers together with the positions: no Expand, any batch.
-    positions = resize_positions(vit, grid, antialias)
-    front = np.concatenate([vit.class_token[None] + positions[:1], vit.registers])
-    x = graph.node("Pad", [x, graph.constant(np.array([0, extra, 0, 0, 0, 0]), "front.pads")], "front")
-    x = graph.node("Add", [x, graph.constant(np.concatenate([front, positions[1:]])[None], "positions")], "embedded")
-    if vit.pre_norm is not None:
-        x = graph.layer_norm(x, vit.pre_norm, vit.norm_eps, "pre_norm")
-
     starts, axis = graph.constant(np.array([extra]), "tap.start"), graph.constant(np.array([1]), "tap.axis")
     ends = graph.constant(np.array([extra + grid * grid]), "tap.end")
     tapped = []
     last = len(vit.blocks) - 1 if embedding else taps[-1]
     for index, block in enumerate(vit.blocks[: last + 1]):
-        name = f"block{index}"
-        y = graph.narrow(graph.layer_norm(x, block.norm1, vit.norm_eps, name + ".norm1"))
-        y = graph.attention(y, block.qkv, heads, name + ".attention")
-        y = graph.widen(graph.linear(y, block.proj, name + ".proj"))
-        x = graph.node("Add", [x, y], name + ".residual")
-        y = graph.narrow(graph.layer_norm(x, block.norm2, vit.norm_eps, name + ".norm2"))
-        y = graph.widen(graph.feed_forward(y, block, activation, name))
-        x = graph.node("Add", [x, y], name)
+        x = graph.block(x, block, heads, activation, vit.norm_eps, f"block{index}")
         if index in taps:
             tap = f"tap{index}"
-            y = graph.layer_norm(x, vit.norm, vit.norm_eps, tap + ".norm") if vit.architecture == "dinov2" else x
-            y = graph.narrow(graph.node("Slice", [y, starts, ends, axis], tap + ".patches"))
+            y = graph.narrow(graph.node("Slice", [graph.tap_norm(x, vit, tap), starts, ends, axis], tap + ".patches"))
             tapped.append(graph.node("Unsqueeze", [y, axis], tap))
-    graph.node("Concat", tapped, "tokens", axis=1)
+    graph.node("Concat", tapped, tokens, axis=1)
     element = helper.np_dtype_to_tensor_dtype(np.dtype(graph.dtype))
     outputs = [helper.make_tensor_value_info("tokens", element, ["batch", len(taps), grid * grid, vit.width])]
 
@@ -277,21 +306,17 @@ def build_vit_graph(
         zero = graph.constant(np.array(0), "class.index")
         y = graph.layer_norm(graph.node("Gather", [x, zero], "class", axis=1), vit.norm, vit.norm_eps, "class.norm")
         if vit.projection is None:
-            graph.node("Identity", [y], "embedding")
+            graph.node("Identity", [y], class_embedding)
         else:
             y = graph.node("MatMul", [y, graph.constant(vit.projection, "projection")], "class.projected")
-            graph.node("LpNormalization", [y], "embedding", axis=-1, p=2)
+            graph.node("LpNormalization", [y], class_embedding, axis=-1, p=2)
         dimension = vit.width if vit.projection is None else vit.projection.shape[1]
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dimension]))
 
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
-    domains = sorted({node.domain for node in graph.nodes})
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, vit.architecture, [images], outputs, graph.initializers),
-        opset_imports=[helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in domains],
-        ir_version=IR_VERSION,
-        producer_name="zsad",
-    )
+    inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])]
+    if precision == "int8":
+        _take_images_singly(graph, outputs, image_size)
+    model = _model(graph, vit.architecture, inputs, outputs)
     facts = {
         "architecture": vit.architecture,
         "taps": ",".join(map(str, taps)),
@@ -300,14 +325,74 @@ def build_vit_graph(
         "grid": str(grid),
         "precision": precision,
         "attention": attention,
+        **({"exact": ",".join(exact)} if precision == "int8" else {}),
         **(metadata or {}),
     }
     helper.set_model_props(model, facts)
     return model
 
 
-def _check(vit: VisionTransformer, taps: list[int], image_size: int, heads: int) -> None:
-    depth = len(vit.blocks)
+def build_stem_graph(vit: VisionTransformer, image_size: int, antialias: bool | None) -> onnx.ModelProto:
+    """Build the fp32 graph in front of the blocks: `images` [B, 3, S, S] to the residual stream `x` [B, T, C]."""
+    graph = _Graph("fp32", fused=True)
+    graph.node("Identity", [graph.embed("images", vit, image_size // vit.patch_size, antialias)], "x")
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
+    return _model(graph, "stem", [images], [_stream("x", vit)])
+
+
+def build_block_graph(
+    vit: VisionTransformer, index: int, activation: str, heads: int, exact: Collection[str]
+) -> onnx.ModelProto:
+    """Build one block in int8: the residual stream `x` [B, T, C] to `y` behind it and `tap` [B, T, C].
+
+    exact: the linear layers that stay in fp32. The tap holds all tokens.
+    """
+    graph = _Graph("int8", fused=True, exact=exact)
+    y = graph.block("x", vit.blocks[index], heads, activation, vit.norm_eps, f"block{index}")
+    graph.node("Identity", [y], "y")
+    graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
+    return _model(graph, "block", [_stream("x", vit)], [_stream("y", vit), _stream("tap", vit)])
+
+
+def _stream(name: str, vit: VisionTransformer) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", vit.width])
+
+
+def _model(
+    graph: _Graph, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+) -> onnx.ModelProto:
+    return helper.make_model(
+        helper.make_graph(graph.nodes, name, inputs, outputs, graph.initializers),
+        opset_imports=[helper.make_opsetid(domain, 1 if domain else OPSET) for domain in sorted(graph.domains)],
+        ir_version=IR_VERSION,
+        producer_name="zsad",
+    )
+
+
+def _take_images_singly(graph: _Graph, outputs: list[onnx.ValueInfoProto], image_size: int) -> None:
+    """Put the nodes of a graph, which compute `image.tokens` from `image.images`, into a loop over the batch.
+
+    All activations in front of an int8 layer share one scale: an image must not be rounded by its neighbours' range.
+    """
+    axis = graph.constant(np.array([0]), "image.axis")
+    singles = []
+    for output in outputs:
+        single = graph.node("Squeeze", [f"image.{output.name}", axis], f"image.{output.name}.single")
+        kind = output.type.tensor_type
+        singles.append(
+            helper.make_tensor_value_info(single, kind.elem_type, [size.dim_value for size in kind.shape.dim[1:]])
+        )
+    unsqueeze = helper.make_node("Unsqueeze", ["image", axis], ["image.images"])
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [3, image_size, image_size])
+    body = helper.make_graph([unsqueeze, *graph.nodes], "image", [image], singles)
+    names = [output.name for output in outputs]
+    graph.nodes = [helper.make_node("Scan", ["images"], names, name="images", body=body, num_scan_inputs=1)]
+
+
+def check_options(vit: VisionTransformer, taps: Sequence[int], image_size: int, heads: int | None) -> int:
+    """Return the number of attention heads; raises CheckpointError when an option does not fit the checkpoint."""
+    taps, depth = list(taps), len(vit.blocks)
+    heads = heads if heads is not None else vit.width // HEAD_WIDTH
     if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
         raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
     if image_size <= 0 or image_size % vit.patch_size:
@@ -320,3 +405,4 @@ def _check(vit: VisionTransformer, taps: list[int], image_size: int, heads: int)
             f"{heads} attention heads do not divide a width of {vit.width}; name the number with --heads "
             "(or `heads` of the backbone in the configuration)"
         )
+    return heads

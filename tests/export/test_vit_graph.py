@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions
+from zsad.export.vit_graph import LINEAR_LAYERS, bicubic_matrix, build_vit_graph, resize_positions
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -182,8 +182,24 @@ def test_standard_attention_uses_no_foreign_operators(dinov2: VisionTransformer)
 def test_int8_results_do_not_depend_on_the_batch(golden: Path, clip: VisionTransformer) -> None:
     images = np.load(golden / "clip_vit_tiny.npz")["image"]
     model = build_vit_graph(clip, [2, 5], 126, heads=2, precision="int8")
-    together, _ = run(model, np.concatenate([images, 50 * images]))
-    np.testing.assert_allclose(run(model, images[:1])[0], together[:1], atol=1e-3)
+    together = run(model, np.concatenate([images, 50 * images]))
+    for alone, all_of_them in zip(run(model, images[:1]), together, strict=True):
+        np.testing.assert_array_equal(alone, all_of_them[:1])
+
+
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+def test_exact_layers_of_an_int8_graph_are_computed_in_fp32(clip: VisionTransformer, attention: str) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 126, 126))
+    layers = [f"block{index}.{layer}" for index in range(len(clip.blocks)) for layer in LINEAR_LAYERS]
+    expected = run(build_vit_graph(clip, [2, 5], 126, heads=2), images)
+    deviations = []
+    for exact in (layers, layers[1:], []):
+        model = build_vit_graph(clip, [2, 5], 126, heads=2, precision="int8", attention=attention, exact=exact)
+        (loop,) = model.graph.node
+        operators = [node.op_type for node in loop.attribute[0].g.node]
+        assert operators.count("DynamicQuantizeMatMul") == len(layers) - len(exact)
+        deviations.append(relative_error(run(model, images)[0], expected[0]))
+    assert deviations[0] < 1e-5 < deviations[1] < deviations[2]
 
 
 def test_weights_beyond_half_precision_are_refused(golden: Path, tmp_path: Path) -> None:
