@@ -61,6 +61,39 @@ def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int
     return min(low, high - 1), high
 
 
+def patch_minima_per_degree(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+    """Measure how far every patch of one layer is from the nearest patch of each image (MuSc, section 3.2).
+
+    tokens: [N, P, C]. Returns [N, P, N]; infinity where an image would be compared with itself.
+    """
+    z = lnamd(tokens, grid, degree)  # [N, P, C]
+    images = len(z)
+    lengths = np.square(z).sum(axis=-1)  # [N, P], 1 except for zero features
+    minima = np.full((*z.shape[:2], images), np.inf)
+    for i in range(images):
+        for j in range(images):
+            if j != i:
+                squared = lengths[i][:, None] + lengths[j] - 2 * z[i] @ z[j].T  # [P, P]
+                minima[i, :, j] = np.sqrt(np.maximum(squared.min(axis=1), 0.0))
+    return minima
+
+
+def interval_average(minima: ArrayLike, interval: tuple[float, float]) -> NDArray[np.float64]:
+    """Average the distances of the chosen ranks (MuSc, section 3.2); [..., N] with one infinity each -> [...]."""
+    x = np.asarray(minima, np.float64)
+    first, last = interval_ranks(x.shape[-1] - 1, interval)
+    average: NDArray[np.float64] = np.sort(x, axis=-1)[..., first:last].mean(axis=-1)
+    return average
+
+
+def patch_minima(tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5)) -> NDArray[np.float64]:
+    """Measure every layer's and degree's minima; tokens: [N, L, P, C]. Returns [L, R, N, P, N]."""
+    x = np.asarray(tokens, np.float64)
+    return np.array(
+        [[patch_minima_per_degree(x[:, layer], grid, degree) for degree in degrees] for layer in range(x.shape[1])]
+    )
+
+
 def mutual_scores_per_degree(
     tokens: ArrayLike, grid: tuple[int, int], degree: int, interval: tuple[float, float] = (0.0, 0.3)
 ) -> NDArray[np.float64]:
@@ -68,19 +101,7 @@ def mutual_scores_per_degree(
 
     tokens: [N, P, C]. Returns [N, P].
     """
-    z = lnamd(tokens, grid, degree)  # [N, P, C]
-    images = len(z)
-    first, last = interval_ranks(images - 1, interval)
-    lengths = np.square(z).sum(axis=-1)  # [N, P], 1 except for zero features
-    scores = np.empty(z.shape[:2])
-    for i in range(images):
-        nearest = []
-        for j in range(images):
-            if j != i:
-                squared = lengths[i][:, None] + lengths[j] - 2 * z[i] @ z[j].T  # [P, P]
-                nearest.append(np.sqrt(np.maximum(squared.min(axis=1), 0.0)))
-        scores[i] = np.sort(nearest, axis=0)[first:last].mean(axis=0)  # [N-1, P] -> [P]
-    return scores
+    return interval_average(patch_minima_per_degree(tokens, grid, degree), interval)
 
 
 def mutual_scores(
@@ -93,11 +114,5 @@ def mutual_scores(
 
     tokens: [N, L, P, C]. Returns [N, P].
     """
-    x = np.asarray(tokens, np.float64)
-    images, layers, patches, _ = x.shape
-    scores = np.zeros((images, patches))
-    for degree in degrees:
-        for layer in range(layers):
-            scores += mutual_scores_per_degree(x[:, layer], grid, degree, interval)
-    scores /= layers * len(degrees)
+    scores: NDArray[np.float64] = interval_average(patch_minima(tokens, grid, degrees), interval).mean(axis=(0, 1))
     return scores

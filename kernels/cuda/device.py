@@ -1,17 +1,18 @@
-"""The CUDA device as the kernels' Python side sees it: arrays, launches, products and two streams, all by CuPy.
+"""The CUDA device as the kernels' Python side sees it: arrays, launches, products, copies and streams, all by CuPy.
 
 CuPy is imported when a device is opened. Kernels come from the fatbins of an installation that had nvcc, otherwise
 NVRTC compiles them on first use into the user's cache, keyed by sources, options, compiler and architecture.
 """
 
 import hashlib
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
 BUILT_IN_MASKS = (0b1, 0b11, 0b111)  # the choices of degrees that filter_max.cu compiles without being asked
 DEVICE_ARRAY = Any  # a cupy.ndarray
+OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status
 
 # [kernel] -> its source file
 KERNELS = {
@@ -29,6 +31,7 @@ KERNELS = {
     "layer_norm_apply_f16": "layer_norm",
     "pooled_norms": "pooled_norms",
     "interval_average": "interval_average",
+    "minimum_distances": "interval_average",
     "upsample": "upsample",
     "resize": "resize_normalise",
     "resize_normalise": "resize_normalise",
@@ -39,17 +42,36 @@ class DeviceError(ValueError):
     """There is no usable CUDA device; the message says what brings one."""
 
 
+class DeviceMemoryError(MemoryError):
+    """A device, or the driver's page-locked memory, has less memory than was asked for."""
+
+
 class Device(Protocol):
     """What the data flow needs from a device; tests run it on the host."""
 
+    kind: str  # cuda
+    number: int
+    name: str
+    compute_capability: str  # as in 8.9
     multiprocessors: int
     cache_bytes: int  # L2
+    stream: int  # handle of the stream of the passes
+    failures: tuple[type[Exception], ...]  # errors of the device's own libraries, after which it is not usable
+
+    def __hash__(self) -> int:
+        """Devices are keys of caches."""
+
+    def use(self) -> None:
+        """Make it the calling thread's device."""
 
     def free_bytes(self) -> int:
         """Return the memory that may still be taken."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:
-        """Allocate an array with any content."""
+        """Allocate an array with any content; raises DeviceMemoryError."""
+
+    def host_empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Allocate page-locked host memory, which `fetch` and `send` copy at the bus's speed; DeviceMemoryError."""
 
     def to_device(self, array: NDArray[Any]) -> DEVICE_ARRAY:
         """Copy a small host array."""
@@ -63,6 +85,18 @@ class Device(Protocol):
     def to_host(self, array: DEVICE_ARRAY) -> NDArray[Any]:
         """Wait for the passes and copy back."""
 
+    def download(self, array: DEVICE_ARRAY, out: NDArray[Any]) -> None:
+        """Wait for the passes and copy into a contiguous host array."""
+
+    def copy(self, source: DEVICE_ARRAY, out: DEVICE_ARRAY) -> None:
+        """Queue a copy between arrays on the device, of the same shape."""
+
+    def record(self, queue: Callable[[], None]) -> Callable[[], None]:
+        """Queue some work now and return what queues the same work again at once (a CUDA graph).
+
+        The work goes to the stream of the passes and uses the same addresses every time.
+        """
+
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
@@ -75,16 +109,34 @@ class Device(Protocol):
         """
 
     def producing(self, slot: int) -> Any:
-        """Context: what is queued in it waits until workspace `slot` has been consumed."""
+        """Context: what is queued in it runs beside the passes, once workspace `slot` has been consumed."""
 
     def consuming(self, slot: int) -> Any:
         """Context: what is queued in it waits until workspace `slot` has been produced."""
+
+    def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], DEVICE_ARRAY]]) -> None:
+        """Queue copying contiguous host arrays to the device beside products and passes.
+
+        The copies wait for what was last queued in `comparing(slot)` and for its `send`.
+        """
+
+    def comparing(self, slot: int) -> Any:
+        """Context: what is queued in it waits for the last `fetch(slot)`."""
+
+    def send(self, slot: int, array: DEVICE_ARRAY, out: NDArray[Any]) -> None:
+        """Queue copying to a contiguous host array what was last queued in `comparing(slot)`; `synchronise` waits."""
 
     def synchronise(self) -> None:
         """Wait for everything queued."""
 
     def follow(self) -> None:
         """Let what is queued from now on wait for the caller's current stream."""
+
+
+def address(array: Any) -> int:
+    """Return where an array on the device starts."""
+    interface: dict[str, Any] = getattr(array, "__cuda_array_interface__", None) or array.__array_interface__
+    return int(interface["data"][0])
 
 
 def int32(*values: int) -> tuple[np.int32, ...]:
@@ -147,8 +199,29 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
     return path
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _names_exhaustion(method: Method) -> Method:
+    """Turn the ways in which CuPy, CUDA and cuBLAS report exhausted memory into DeviceMemoryError."""
+
+    @wraps(method)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return method(*arguments, **keywords)
+        except Exception as error:
+            status = getattr(error, "status", None)
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.get(type(error).__name__, "none") == status:
+                raise DeviceMemoryError(str(error)) from error
+            raise
+
+    return cast(Method, call)
+
+
 class CupyDevice:
     """A CUDA device; products run on one stream and everything else on another."""
+
+    kind = "cuda"
 
     def __init__(self, number: int = 0) -> None:
         try:
@@ -167,16 +240,28 @@ class CupyDevice:
         if not 0 <= number < count:
             raise DeviceError(f"device 'cuda:{number}' does not exist; there are {count}, numbered from 0")
         self._cupy, self._cublas, self._cublas_handle = cupy, cublas, get_cublas_handle
+        self.number, self.count = number, int(count)  # count: devices of this machine
+        runtime, driver = cupy.cuda.runtime, cupy.cuda.driver
+        self.failures: tuple[type[Exception], ...] = (
+            runtime.CUDARuntimeError,
+            driver.CUDADriverError,
+            cublas.CUBLASError,
+        )
         self._device = cupy.cuda.Device(number)
         self._device.use()
         properties = cupy.cuda.runtime.getDeviceProperties(number)
         self.name = str(properties["name"].decode())
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.cache_bytes = int(properties["l2CacheSize"])
+        self.compute_capability = f"{properties['major']}.{properties['minor']}"
         self._architecture = f"sm_{self._device.compute_capability}"
-        self._passes, self._products = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        self._passes, self._products, self._copies = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+        self._queue = self._passes  # where launches and copies go
+        self.stream = int(self._passes.ptr)
         self._produced = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._consumed = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self._fetched = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self._compared = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._staged: Any = None  # the last upload's event and its pinned source, alive until it is done
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         self._functions: dict[str, Any] = {}
@@ -188,17 +273,27 @@ class CupyDevice:
         free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
+    @_names_exhaustion
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:
         return self._cupy.empty(shape, dtype)
 
+    @_names_exhaustion
+    def host_empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        # Not from the pool of `upload`, which would keep it locked after the call.
+        cuda, size = self._cupy.cuda, math.prod(shape)
+        pinned = cuda.PinnedMemoryPointer(cuda.PinnedMemory(size * np.dtype(dtype).itemsize), 0)
+        return np.frombuffer(pinned, dtype, size).reshape(shape)
+
+    @_names_exhaustion
     def to_device(self, array: NDArray[Any]) -> DEVICE_ARRAY:
-        with self._passes:
+        with self._queue:
             return self._cupy.asarray(array)
 
     def fill(self, array: DEVICE_ARRAY, value: int) -> None:
-        with self._passes:
+        with self._queue:
             array.fill(value)
 
+    @_names_exhaustion
     def upload(self, array: NDArray[Any], out: DEVICE_ARRAY) -> None:
         # Pinned memory copies at the bus's speed and lets the host prepare the next block meanwhile.
         pinned = self._cupy.cuda.alloc_pinned_memory(array.nbytes)
@@ -206,8 +301,8 @@ class CupyDevice:
         np.copyto(host, array)
         if self._staged is not None:
             self._staged[0].synchronize()
-        with self._passes:
-            out.set(host, stream=self._passes)
+        with self._queue:
+            out.set(host, stream=self._queue)
             done = self._cupy.cuda.Event(disable_timing=True)
             done.record()
         self._staged = (done, pinned)
@@ -217,16 +312,41 @@ class CupyDevice:
         result: NDArray[Any] = self._cupy.asnumpy(array, stream=self._passes)
         return result
 
+    def download(self, array: DEVICE_ARRAY, out: NDArray[Any]) -> None:
+        self._copy_to_host(array, out, self._passes)
+        self._passes.synchronize()
+
+    def _copy_to_host(self, array: DEVICE_ARRAY, out: NDArray[Any], stream: Any) -> None:
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(out.ctypes.data, array.data.ptr, out.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+
+    def copy(self, source: DEVICE_ARRAY, out: DEVICE_ARRAY) -> None:
+        with self._queue:
+            out[...] = source
+
+    def record(self, queue: Callable[[], None]) -> Callable[[], None]:
+        queue()  # what is set up lazily must not fall into the recording
+        self._passes.synchronize()
+        with self._passes:
+            self._passes.begin_capture()
+            try:
+                queue()
+            finally:
+                graph = self._passes.end_capture()
+        return lambda: graph.launch(self._passes)
+
+    @_names_exhaustion
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
         function = self._functions.get(kernel) or self._load(kernel)
         if shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
-        with self._passes:
+        with self._queue:
             pointers = tuple(np.uintp(0) if argument is None else argument for argument in arguments)
             function(grid, (threads,), pointers, shared_mem=shared_bytes)
 
+    @_names_exhaustion
     def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, tiles: DEVICE_ARRAY) -> None:
         cublas, half, single = self._cublas, self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
         (patches, channels), stride = column.shape, tiles.shape[-1]
@@ -256,15 +376,41 @@ class CupyDevice:
     @contextmanager
     def producing(self, slot: int) -> Iterator[None]:
         self._products.wait_event(self._consumed[slot])
-        with self._products:
-            yield
+        self._queue = self._products
+        try:
+            with self._products:
+                yield
+        finally:
+            self._queue = self._passes
         self._produced[slot].record(self._products)
 
     @contextmanager
     def consuming(self, slot: int) -> Iterator[None]:
         self._passes.wait_event(self._produced[slot])
+        try:
+            yield
+        finally:
+            self._consumed[slot].record(self._passes)
+
+    def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], DEVICE_ARRAY]]) -> None:
+        runtime = self._cupy.cuda.runtime
+        self._copies.wait_event(self._compared[slot])
+        for array, out in copies:
+            source, kind = array.ctypes.data, runtime.memcpyHostToDevice
+            runtime.memcpyAsync(out.data.ptr, source, array.nbytes, kind, self._copies.ptr)
+        self._fetched[slot].record(self._copies)
+
+    @contextmanager
+    def comparing(self, slot: int) -> Iterator[None]:
+        for stream in (self._products, self._passes):
+            stream.wait_event(self._fetched[slot])
         yield
-        self._consumed[slot].record(self._passes)
+        # Every product is followed by its pass, so that the passes are what ends last.
+        self._compared[slot].record(self._passes)
+
+    def send(self, slot: int, array: DEVICE_ARRAY, out: NDArray[Any]) -> None:
+        self._copies.wait_event(self._compared[slot])
+        self._copy_to_host(array, out, self._copies)
 
     def follow(self) -> None:
         done = self._cupy.cuda.Event(disable_timing=True)
@@ -272,8 +418,8 @@ class CupyDevice:
         self._passes.wait_event(done)
 
     def synchronise(self) -> None:
-        self._passes.synchronize()
-        self._products.synchronize()
+        for stream in (self._passes, self._products, self._copies):
+            stream.synchronize()
 
     def _load(self, kernel: str) -> Any:
         name = KERNELS.get(kernel, "filter_max")
@@ -299,11 +445,26 @@ def _opened(number: int) -> CupyDevice:
     return CupyDevice(number)
 
 
+def open_devices(name: str) -> list[CupyDevice]:
+    """Open `cuda`, `cuda:<number>`, several as `cuda:<number>,<number>`, or `cuda:all`; kernels stay loaded.
+
+    The first becomes the calling thread's device. Raises DeviceError for a bad name or a device that is not there.
+    """
+    kind, _, numbers = name.partition(":")
+    parts = (numbers or "0").split(",")
+    if kind != "cuda" or not (numbers == "all" or all(part.isdecimal() for part in parts)):
+        raise DeviceError(f"device {name!r} is not 'cuda', 'cuda:<number>', 'cuda:<number>,<number>' or 'cuda:all'")
+    wanted = list(range(_opened(0).count)) if numbers == "all" else [int(part) for part in parts]
+    if len(set(wanted)) < len(wanted):
+        raise DeviceError(f"device {name!r} names a device twice")
+    devices = [_opened(number) for number in wanted]
+    devices[0].use()
+    return devices
+
+
 def open_device(name: str) -> CupyDevice:
     """Make `cuda` or `cuda:<number>` the calling thread's device; its kernels stay loaded for the next call."""
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
-        raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:<number>'")
-    device = _opened(int(number or "0"))
-    device.use()
-    return device
+    devices = open_devices(name)
+    if len(devices) > 1:
+        raise DeviceError(f"device {name!r} is several, where one is needed; use 'cuda' or 'cuda:<number>'")
+    return devices[0]

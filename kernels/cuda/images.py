@@ -1,7 +1,6 @@
 """The image side of the CUDA kernels: decoded images to the network's input, patch scores to maps."""
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -24,28 +23,25 @@ def upsample(device: Device, scores: DEVICE_ARRAY, grid: tuple[int, int], size: 
 
 def network_input(
     device: Device,
-    image: NDArray[np.uint8],
-    size: int,
+    image: DEVICE_ARRAY,
+    out: DEVICE_ARRAY,
     resampling: Resampling,
-    mean: Sequence[float],
-    deviation: Sequence[float],
-) -> DEVICE_ARRAY:
-    """Resize a decoded image [rows, columns, 3] as Pillow does and normalise it; returns [3, S, S] on the device."""
-    rows, columns, _ = image.shape
-    tables = {
-        vertical: [device.to_device(table) for table in resize_weights(n, size, resampling)]
-        for vertical, n in ((0, columns), (1, rows))
-    }
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+) -> None:
+    """Resize an image [rows, columns, 3] as Pillow does and normalise it into `out` [3, S, S] float32.
+
+    image: uint8 RGB on the device. mean, deviation: per channel, of values in [0, 1].
+    """
+    (rows, columns, _), size = image.shape, out.shape[-1]
     order = (1, 0) if resizes_rows_first(rows, columns, size) else (0, 1)
     between = device.empty((size, columns, 3) if order[0] else (rows, size, 3), np.uint8)
-    out = device.empty((3, size, size), np.float32)
-    statistics = [device.to_device(np.array(values, np.float32)) for values in (mean, deviation)]
-    last = ("resize_normalise", between, out, statistics)
+    statistics = [_on_device(device, values) for values in (mean, deviation)]
     for vertical, (kernel, source, target, more) in zip(
-        order, (("resize", device.to_device(image), between, []), last), strict=True
+        order, (("resize", image, between, []), ("resize_normalise", between, out, statistics)), strict=True
     ):
         out_rows, out_columns = between.shape[:2] if kernel == "resize" else (size, size)
-        taps = tables[vertical][2].shape[1]
+        tables = _tables_on_device(device, rows if vertical else columns, size, resampling)
         device.launch(
             kernel,
             (-(-out_columns // 128), out_rows),
@@ -53,13 +49,23 @@ def network_input(
             (
                 source,
                 np.int32(source.shape[1]),
-                *tables[vertical],
-                *int32(taps, vertical, out_columns),
+                *tables,
+                *int32(tables[2].shape[1], vertical, out_columns),
                 *more,
                 target,
             ),
         )
-    return out
+
+
+@lru_cache(maxsize=64)
+def _tables_on_device(device: Device, source: int, size: int, resampling: Resampling) -> tuple[DEVICE_ARRAY, ...]:
+    """Keep the weights of recent image sizes on the device: the images of a category mostly share one."""
+    return tuple(device.to_device(table) for table in resize_weights(source, size, resampling))
+
+
+@lru_cache(maxsize=64)
+def _on_device(device: Device, values: tuple[float, ...]) -> DEVICE_ARRAY:
+    return device.to_device(np.array(values, np.float32))
 
 
 def resizes_rows_first(rows: int, columns: int, size: int) -> bool:
@@ -67,7 +73,6 @@ def resizes_rows_first(rows: int, columns: int, size: int) -> bool:
     return int(PIL.__version__.partition(".")[0]) >= 13 and rows > size and 2 * columns < rows + size
 
 
-@lru_cache(maxsize=64)
 def resize_weights(
     source: int, size: int, resampling: Resampling
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:

@@ -1,7 +1,9 @@
-// Average distance over the chosen ranks of the other images, found by selection instead of sorting.
+// What becomes of the best cosines: the average distance over the chosen ranks of the other images, found by selection
+// instead of sorting, and the distances themselves.
 //
-//   d[j, r, p]   = sqrt(max(0, 2 - 2 cos))           for the images j other than i
-//   score[i, p] += sum over r of weight[r] * sum over ranks first … last - 1 of d[:, r, p], ascending
+//   d[j, r, p]     = sqrt(max(0, 2 - 2 cos))           for the images j other than i
+//   score[i, p]   += sum over r of weight[r] * sum over ranks first … last - 1 of d[:, r, p], ascending
+//   minima[i, p, j] = sum over r of weight[r] * d[j, r, p],   infinity for j = i
 //
 // A zero feature has no direction: it lies at distance 1 from unit vectors (as if cos = 1/2) and at distance 0 from
 // another zero feature (cos = 1).
@@ -12,11 +14,15 @@
 //   has_zero      [N, R] bytes: 1 where an image has a zero feature
 //   weight        [R] float: 1 / (last - first), shared among layers and degrees
 //   scores        [N, P] float, added to
+// minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the block), whole warps, shared memory 4 * 32 * 33 bytes
+//   best, inverse, has_zero as above; weight [R] float
+//   minima        [B, P, N] float out
 //
 // Keys order like cosines, so the largest `count` of them are the smallest distances. One thread per patch finds the
 // count-th largest key by bisection between the extremes it has seen and then adds up what lies above it; neighbouring
 // threads read neighbouring patches. Ranks equal to the threshold key are added as often as they are counted, so
-// equal distances need no order. The sum runs over j in one order.
+// equal distances need no order. The sum runs over j in one order. Distances are handed out image by image along a row:
+// a square of them is turned over in shared memory, so that both sides are read and written in whole lines.
 //
 // 1: bisection; 25 or so passes over N values (estimate: the slab of one image stays in L2).
 //
@@ -92,4 +98,39 @@ interval_average(const int* best, const float* inverse, const unsigned char* has
     score += weight[r] * sum;
   }
   scores[static_cast<long long>(i) * patches + p] += float(score);
+}
+
+constexpr int kSquare = 32;
+
+ZSAD_KERNEL(256, 4)
+minimum_distances(const int* best, const float* inverse, const unsigned char* has_zero, const float* weight, int images,
+                  int degrees, int patches, int image_first, float* minima) {
+  ZSAD_SHARED(float, square);  // [kSquare, kSquare + 1]: images, patches
+  const int squares = (patches + kSquare - 1) / kSquare;
+  const int p0 = blockIdx.x % squares * kSquare, j0 = blockIdx.x / squares * kSquare;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int i = image_first + blockIdx.y, p = p0 + lane;
+  const long long slab = static_cast<long long>(degrees) * patches;
+
+  for (int row = warp; row < kSquare; row += warps) {
+    const int j = j0 + row;
+    if (j >= images || p >= patches) continue;
+    float sum = __int_as_float(0x7f800000);  // infinity
+    if (j != i) {
+      sum = 0;
+      for (int r = 0; r < degrees; ++r) {
+        const long long at = static_cast<long long>(r) * patches + p;
+        const Column column = {best + blockIdx.y * images * slab + at, has_zero + r, slab,
+                               images, i, degrees, inverse[blockIdx.y * slab + at] == 0};
+        sum += weight[r] * distance(column.key(j));
+      }
+    }
+    square[row * (kSquare + 1) + lane] = sum;
+  }
+  __syncthreads();
+  for (int row = warp; row < kSquare; row += warps) {
+    const int q = p0 + row, j = j0 + lane;
+    if (q >= patches || j >= images) continue;
+    minima[(static_cast<long long>(blockIdx.y) * patches + q) * images + j] = square[lane * (kSquare + 1) + row];
+  }
 }

@@ -175,6 +175,7 @@ def test_tokens_are_not_changed() -> None:
         ({"interval": (-0.1, 0.3)}, "low < high"),
         ({"precision": "fp4"}, "precision"),
         ({"device": "tpu"}, "device"),
+        ({"return_minima": "all"}, "return_minima"),
     ],
 )
 def test_bad_arguments(change, message: str) -> None:

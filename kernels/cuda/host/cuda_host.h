@@ -1,9 +1,12 @@
 // A stand-in for the CUDA language, so that the kernels of this folder run as host C++17 in the test suite.
 //
-// Every thread of a block is a fiber that runs until it waits at a barrier or a warp collective; the fibers run in random
-// order, the blocks too. A missing barrier therefore reads what is not written yet, or what is already overwritten, in
-// some order. Shared memory is poisoned before every block and fenced by canaries. Refused, with the line: a
-// barrier or collective reached at different lines, by a part of the block or warp only, or after some have returned.
+// Every thread of a block is a fiber that runs until it waits at a barrier or a warp collective; the fibers run in
+// random order, the blocks too. A missing barrier therefore reads what is not written yet, or what is already
+// overwritten, in some order. Shared memory is poisoned before every block and fenced by canaries. An asynchronous copy
+// poisons its target when it starts and lands as late as it may, when its own thread waits for it. Refused, with the
+// line: a barrier or collective reached at different lines, by a part of the block or warp only, or after some have
+// returned; copies and matrix loads that are unaligned or outside shared memory; a thread that returns before its copies
+// landed.
 //
 // Not seen: timing, bank conflicts, unaligned vector loads, and races between blocks or inside a warp that need the
 // memory model.
@@ -17,6 +20,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -30,6 +34,7 @@
 #define ZSAD_SHARED(type, name) type* const name = reinterpret_cast<type*>(zsad_host::block.shared())
 
 typedef unsigned short half_bits;
+static inline float half_to_float(half_bits h);
 
 namespace zsad_host {
 
@@ -42,6 +47,14 @@ constexpr size_t kStack = 64 * 1024;
 constexpr unsigned char kPoison = 0x7b;  // as float 1.3e36, as int 2.07e9: visible in sums and in maxima
 constexpr size_t kFence = 256;
 
+struct Copy {
+  void* target;
+  const void* source;
+  int line;
+};
+
+constexpr size_t kCopyBytes = 16;
+
 struct Fiber {
   ucontext_t start;
   jmp_buf position;
@@ -53,6 +66,8 @@ struct Fiber {
   uint64_t value = 0;   // what the lane brings to a warp collective
   int parameter = 0;
   uint64_t result = 0;
+  std::vector<Copy> open_copies;                // of the group not yet closed
+  std::deque<std::vector<Copy>> closed_copies;  // groups under way, oldest first
 };
 
 // One block at a time; fibers are switched with _setjmp, which leaves the signal mask alone and is fast.
@@ -60,15 +75,19 @@ class Block {
  public:
   Index grid, dim, index;
 
-  void* shared() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data() + kFence) + 15) & ~uintptr_t(15)); }
+  void* shared() const {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data() + kFence) + 15) & ~uintptr_t(15));
+  }
   const Index& thread() const { return current_->thread; }
 
   void run(Index block_index, size_t shared_bytes, std::mt19937& random, std::function<void()> kernel) {
     index = block_index;
     kernel_ = std::move(kernel);
+    shared_bytes_ = shared_bytes;
     memory_.assign(shared_bytes + 2 * kFence + 16, kPoison);
     const unsigned threads = dim.x * dim.y * dim.z;
-    if (threads == 0 || threads > 1024 || threads % kWarpSize) throw std::runtime_error("a block must be 1 to 32 whole warps");
+    if (threads == 0 || threads > 1024 || threads % kWarpSize)
+      throw std::runtime_error("a block must be 1 to 32 whole warps");
     fibers_.resize(threads);
     std::vector<Fiber*> everyone;
     for (unsigned t = 0; t < threads; ++t) {
@@ -76,6 +95,8 @@ class Block {
       f.thread = {t % dim.x, t / dim.x % dim.y, t / (dim.x * dim.y)};
       f.started = f.done = f.at_barrier = false;
       f.waits_at = 0;
+      f.open_copies.clear();
+      f.closed_copies.clear();
       everyone.push_back(&f);
     }
     // One step of everyone in random order, or one warp as far as it gets: the latter overtakes whole collectives.
@@ -93,7 +114,7 @@ class Block {
         if (!step(order) && left_ > 0) throw std::runtime_error(describe_deadlock());
       }
     }
-    check_fence(shared_bytes);
+    check_fence();
   }
 
   void barrier(int line) {
@@ -111,7 +132,8 @@ class Block {
     for (int l = 0; l < kWarpSize; ++l) {
       if (lanes[l].done) fail("a lane has returned before a warp collective", line);
       if (!lanes[l].waits_at) continue;
-      if (lanes[l].at_barrier || lanes[l].waits_at != line) fail("a warp collective is reached by some lanes only", line);
+      if (lanes[l].at_barrier || lanes[l].waits_at != line)
+        fail("a warp collective is reached by some lanes only", line);
       ++arrived;
     }
     if (arrived < kWarpSize) {
@@ -123,9 +145,42 @@ class Block {
     return current_->result;
   }
 
+  void start_copy(void* base, int offset, const void* source, int line) {
+    unsigned char* const target = static_cast<unsigned char*>(base) + offset;
+    check_shared(target, line);
+    if (reinterpret_cast<uintptr_t>(source) % kCopyBytes) fail("an asynchronous copy reads an unaligned address", line);
+    memset(target, kPoison, kCopyBytes);
+    current_->open_copies.push_back({target, source, line});
+  }
+
+  void close_copies() {
+    current_->closed_copies.push_back(std::move(current_->open_copies));
+    current_->open_copies.clear();
+  }
+
+  void wait_for_copies(size_t open) {
+    for (auto& groups = current_->closed_copies; groups.size() > open; groups.pop_front())
+      for (const Copy& copy : groups.front()) memcpy(copy.target, copy.source, kCopyBytes);
+  }
+
+  // Refuse an address that is not that of 16 aligned bytes of shared memory.
+  void check_shared(const void* address, int line) {
+    const auto base = reinterpret_cast<uintptr_t>(shared()), at = reinterpret_cast<uintptr_t>(address);
+    if (at < base || at + kCopyBytes > base + shared_bytes_) fail("an address outside shared memory", line);
+    if (at % kCopyBytes) fail("an unaligned address in shared memory", line);
+  }
+
+  // Called by a fiber at its end.
+  void check_copies() {
+    close_copies();
+    for (const auto& group : current_->closed_copies)
+      for (const Copy& copy : group) fail("a thread has returned before its copies landed", copy.line);
+  }
+
  private:
   std::vector<Fiber> fibers_;
   std::vector<unsigned char> memory_;
+  size_t shared_bytes_ = 0;
   std::function<void()> kernel_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
@@ -196,11 +251,11 @@ class Block {
     return "no thread can run";
   }
 
-  void check_fence(size_t shared_bytes) const {
+  void check_fence() const {
     const unsigned char* base = static_cast<unsigned char*>(shared());
     for (const unsigned char* p = memory_.data(); p < base; ++p)
       if (*p != kPoison) throw std::runtime_error("written before shared memory");
-    for (const unsigned char* p = base + shared_bytes; p < memory_.data() + memory_.size(); ++p)
+    for (const unsigned char* p = base + shared_bytes_; p < memory_.data() + memory_.size(); ++p)
       if (*p != kPoison) throw std::runtime_error("written past shared memory");
   }
 };
@@ -209,6 +264,7 @@ static Block block;
 
 inline void Block::entry() {
   block.kernel_();
+  block.check_copies();
   block.current_->done = true;
   _longjmp(block.scheduler_, 1);
 }
@@ -241,6 +297,64 @@ inline int reduce_max(unsigned mask, int value, int line) {
     for (int l = 1; l < kWarpSize; ++l) best = std::max(best, low_bits<int>(lanes[l].value));
     for (int l = 0; l < kWarpSize; ++l) lanes[l].result = bits<uint64_t>(best);
   }));
+}
+
+// The lanes of a warp bring pointers to their arguments.
+template <class T, class Combine>
+void exchange(T& mine, int line, Combine combine) {
+  block.collective(0xffffffffu, reinterpret_cast<uintptr_t>(&mine), 0, line, [&](Fiber* lanes) {
+    T* all[kWarpSize];
+    for (int l = 0; l < kWarpSize; ++l) all[l] = reinterpret_cast<T*>(uintptr_t(lanes[l].value));
+    combine(all);
+  });
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16, as described in device.h.
+inline void load_matrices(unsigned (&out)[4], const void* shared, int offset, int line) {
+  struct Lane {
+    unsigned* out;
+    const unsigned char* row;
+  } lane = {out, static_cast<const unsigned char*>(shared) + offset};
+  block.check_shared(lane.row, line);
+  exchange(lane, line, [](Lane** lanes) {
+    for (int m = 0; m < 4; ++m)
+      for (int l = 0; l < kWarpSize; ++l) memcpy(&lanes[l]->out[m], lanes[8 * m + l / 4]->row + 4 * (l % 4), 4);
+  });
+}
+
+// Entry i of 4 bytes that hold signed bytes or fp16.
+inline int entry(unsigned word, int i, int) { return int8_t(word >> 8 * i); }
+inline float entry(unsigned word, int i, float) { return half_to_float(half_bits(word >> 16 * i)); }
+
+// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 and m16n8k32.row.col.s32.s8.s8.s32; the fragments are those of the
+// PTX ISA, in which both are alike but for the number of entries in 4 bytes.
+template <class Sum>
+void multiply_add(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int line) {
+  struct Lane {
+    Sum* sums;
+    const unsigned* a;
+    unsigned b[2];
+  } lane = {sums, a, {b0, b1}};
+  exchange(lane, line, [](Lane** lanes) {
+    constexpr int kPacked = std::is_same<Sum, float>::value ? 2 : 4, kDepth = 8 * kPacked;
+    Sum left[16][kDepth], right[kDepth][8];
+    for (int l = 0; l < kWarpSize; ++l) {
+      const int group = l / 4, first = l % 4 * kPacked;
+      for (int i = 0; i < kPacked; ++i) {
+        left[group][first + i] = entry(lanes[l]->a[0], i, Sum());
+        left[group + 8][first + i] = entry(lanes[l]->a[1], i, Sum());
+        left[group][first + kDepth / 2 + i] = entry(lanes[l]->a[2], i, Sum());
+        left[group + 8][first + kDepth / 2 + i] = entry(lanes[l]->a[3], i, Sum());
+        right[first + i][group] = entry(lanes[l]->b[0], i, Sum());
+        right[first + kDepth / 2 + i][group] = entry(lanes[l]->b[1], i, Sum());
+      }
+    }
+    for (int l = 0; l < kWarpSize; ++l)
+      for (int c = 0; c < 4; ++c) {
+        const int row = l / 4 + c / 2 * 8, column = l % 4 * 2 + c % 2;
+        for (int k = 0; k < kDepth; ++k) lanes[l]->sums[c] += left[row][k] * right[k][column];
+      }
+  });
 }
 
 struct Launch {
@@ -286,6 +400,16 @@ int launch(void (*kernel)(A...), Launch* how, void** arguments) try {
 #define __syncthreads() zsad_host::block.barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, lane) zsad_host::shuffle_xor(mask, value, lane, __LINE__)
 #define __reduce_max_sync(mask, value) zsad_host::reduce_max(mask, value, __LINE__)
+#define load_matrices(out, shared, offset) zsad_host::load_matrices(out, shared, offset, __LINE__)
+#define multiply_add(sums, a, b0, b1) zsad_host::multiply_add(sums, a, b0, b1, __LINE__)
+#define copy_async(shared, offset, global) zsad_host::block.start_copy(shared, offset, global, __LINE__)
+
+static inline void close_copies() { zsad_host::block.close_copies(); }
+
+template <int Open>
+void wait_for_copies() {
+  zsad_host::block.wait_for_copies(Open);
+}
 
 static inline int __float_as_int(float f) { return zsad_host::bits<int>(f); }
 static inline float __int_as_float(int i) { return zsad_host::bits<float>(i); }

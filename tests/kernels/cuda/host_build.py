@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ COMPILER = shutil.which("g++")
 MISSING_COMPILER = "g++ is not installed: the CUDA sources cannot be compiled for the host"
 OPTIONS: tuple[str, ...] = ("-std=c++17", "-O1", "-DZSAD_HOST", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
 OPTIONS += ("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
+LAUNCHING = threading.Lock()  # the emulation runs one block at a time, whichever thread asks
 FENCE = 64  # entries around every array that a kernel sees
 
 
@@ -163,18 +165,35 @@ def run(
 class HostDevice:
     """A device on the host: NumPy arrays, the CUDA sources as host code, products by NumPy."""
 
+    kind, number, name, compute_capability = "cpu", 0, "the host", "8.9"
     multiprocessors = 3
+    stream = 0
+    failures = (KernelError,)
 
     def __init__(self, cache_bytes: int = 1, free: int = 1 << 30) -> None:
         self.cache_bytes, self.free = cache_bytes, free
         self.filled = [False, False]  # workspaces that hold unread products
-        self.products = self.launches = 0
+        self.products = self.launches = self.recordings = 0
+        self.allocated: list[int] = []  # bytes of every array
+        self.fail_at: set[int] = set()  # allocations that fail, counted from 0
+        self.fetching: dict[int, Sequence[tuple[NDArray[Any], NDArray[Any]]]] = {}  # [slot]
+        self.sending: dict[int, list[tuple[NDArray[Any], NDArray[Any]]]] = {}  # [slot]
 
     def free_bytes(self) -> int:
         return self.free
 
+    def use(self) -> None:
+        pass
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        return fenced(shape, dtype)
+        array = fenced(shape, dtype)
+        self.allocated.append(array.nbytes)
+        if len(self.allocated) - 1 in self.fail_at:
+            raise cuda_device.DeviceMemoryError(f"no {array.nbytes} bytes left")
+        return array
+
+    def host_empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        return np.full(shape, poison(dtype), dtype)
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
         return copied(array)
@@ -189,6 +208,21 @@ class HostDevice:
     def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
         return array.copy()
 
+    def download(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        assert array.shape == out.shape
+        assert out.flags.c_contiguous
+        np.copyto(out, array, casting="no")
+
+    def copy(self, source: NDArray[Any], out: NDArray[Any]) -> None:
+        assert source.shape == out.shape
+        np.copyto(out, source, casting="no")
+
+    def record(self, queue: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
+        queue()
+        queue()  # as it is being recorded
+        return queue
+
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
@@ -196,7 +230,8 @@ class HostDevice:
         mask = int(kernel.rpartition("_")[2]) if name == "filter_max" else 1
         defines = () if mask in cuda_device.BUILT_IN_MASKS else (f"ZSAD_MASK={mask}",)
         self.launches += 1
-        run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
+        with LAUNCHING:
+            run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
 
     def product(self, column: NDArray[Any], rows: NDArray[Any], tiles: NDArray[Any]) -> None:
         self.products += len(rows)
@@ -213,11 +248,42 @@ class HostDevice:
     @contextmanager
     def consuming(self, slot: int) -> Iterator[None]:
         assert self.filled[slot], "a workspace is read before it was written"
+        try:
+            yield
+        finally:
+            self.filled[slot] = False
+
+    # A copy lands as late as it may: fetched images when somebody waits for them, sent ones when all is waited for or
+    # their slot is compared again.
+
+    def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+        assert slot not in self.fetching, "fetched images are overwritten before they were compared"
+        for array, out in copies:
+            assert array.shape == out.shape
+            assert array.flags.c_contiguous
+            assert out.flags.c_contiguous
+            out[...] = poison(out.dtype)
+        self.fetching[slot] = copies
+
+    @contextmanager
+    def comparing(self, slot: int) -> Iterator[None]:
+        self._send(slot)
+        for array, out in self.fetching.pop(slot):
+            np.copyto(out, array, casting="no")
         yield
-        self.filled[slot] = False
+
+    def send(self, slot: int, array: NDArray[Any], out: NDArray[Any]) -> None:
+        assert array.shape == out.shape
+        assert out.flags.c_contiguous
+        self.sending.setdefault(slot, []).append((array, out))
+
+    def _send(self, slot: int) -> None:
+        for array, out in self.sending.pop(slot, []):
+            np.copyto(out, array, casting="no")
 
     def follow(self) -> None:
         pass
 
     def synchronise(self) -> None:
-        pass
+        for slot in list(self.sending):
+            self._send(slot)

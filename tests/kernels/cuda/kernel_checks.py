@@ -151,7 +151,10 @@ def check_interval_average(
     ties: bool = False,
     image_first: int = 0,
 ) -> None:
-    """Images from `image_first` on; with `zeros` some features have no direction; with `ties` few distinct cosines."""
+    """Images from `image_first` on; with `zeros` some features have no direction; with `ties` few distinct cosines.
+
+    Scores and distances come from the same keys and are both checked.
+    """
     degrees, first, last = 2, *ranks
     random = rng(images, patches, first, last)
     block = images - image_first
@@ -168,19 +171,29 @@ def check_interval_average(
         best[b, image_first + b] = 2**31 - 1  # an image is not compared with itself
     weights = np.array([0.25, 2], np.float32)
     scores = make(np.full((images, patches), 0.5, np.float32))
-    scalars = [np.int32(n) for n in (images, degrees, patches, image_first, first, last)]
+    minima = make(np.full((block, patches, images), 9e9, np.float32))
     arguments = (make(best), make(inverse[image_first:]), make(has_zero.astype(np.uint8)), make(weights))
-    run("interval_average", (-(-patches // 32), block), 32, (*arguments, *scalars, scores))
+    sizes = [np.int32(n) for n in (images, degrees, patches, image_first)]
+    run(
+        "interval_average",
+        (-(-patches // 32), block),
+        32,
+        (*arguments, *sizes, np.int32(first), np.int32(last), scores),
+    )
+    squares = -(-patches // 32) * -(-images // 32)
+    run("minimum_distances", (squares, block), 64, (*arguments, *sizes, minima), 4 * 32 * 33)
 
+    squared = 2 - 2 * cosines.astype(np.float64)  # [B, N, R, P]
+    there, here = has_zero[:, :, None], inverse[image_first:, None] == 0
+    squared = np.where(here, 1.0 - there, np.where(there, np.minimum(squared, 1), squared))
+    distances = np.sqrt(np.maximum(squared, 0))
+    distances[range(block), range(image_first, images)] = np.inf
     expected = np.full((images, patches), 0.5)
-    for i in range(image_first, images):
-        others = np.arange(images) != i
-        squared = 2 - 2 * cosines[i - image_first][others].astype(np.float64)  # [N-1, R, P]
-        there = has_zero[others][:, :, None]
-        squared = np.where(inverse[i] == 0, 1.0 - there, np.where(there, np.minimum(squared, 1), squared))
-        lowest = np.sort(np.sqrt(np.maximum(squared, 0)), axis=0)[first:last].sum(axis=0)
-        expected[i] += weights @ lowest
+    lowest = np.sort(distances, axis=1)[:, first:last].sum(axis=1)  # [B, R, P]
+    expected[image_first:] += np.einsum("r,brp->bp", weights, lowest)
     np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-5)
+    together = np.einsum("r,bnrp->bpn", weights, distances)
+    np.testing.assert_allclose(np.asarray(minima), together, rtol=1e-5, atol=1e-6)
 
 
 def check_upsample(run: Run, make: Make, grid: tuple[int, int], size: tuple[int, int]) -> None:
@@ -198,7 +211,9 @@ def check_resize(device: Any, source: tuple[int, int], size: int, resampling: An
     """Bit for bit what Pillow makes of noise with saturated areas."""
     image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    out = device.to_host(cuda.network_input(device, image, size, resampling, mean, deviation))
+    on_device = device.empty((3, size, size), np.float32)
+    cuda.network_input(device, device.to_device(image), on_device, resampling, mean, deviation)
+    out = device.to_host(on_device)
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     pillow = np.asarray(Image.fromarray(image).resize((size, size), filters[resampling]))
     pixels = np.rint((out.transpose(1, 2, 0) * np.array(deviation) + mean) * 255)

@@ -15,6 +15,7 @@ from typing import Any
 import host_build
 import kernel_checks as checks
 import numpy as np
+import variant_checks
 
 from zsad.kernels.cuda import device as cuda_device
 
@@ -45,12 +46,35 @@ def _upsample(run: checks.Run, make: checks.Make) -> None:
     checks.check_upsample(run, make, (5, 9), (13, 20))
 
 
+def _pool_features(run: checks.Run, make: checks.Make) -> None:
+    variant_checks.check_pool_features(run, make, (5, 7), 40, 3)
+    variant_checks.check_pool_features(run, make, (5, 7), 8, 3, zeros=True)
+
+
+def _fused(run: checks.Run, make: checks.Make) -> None:
+    variant_checks.check_fused_max(run, make, 2, 49, 24)
+    variant_checks.check_fused_winners(run, make, 2, 49, 24)
+    variant_checks.check_fused_max(run, make, 2, 140, 200, negative=True)
+
+
+def _int8_quantise(run: checks.Run, make: checks.Make) -> None:
+    variant_checks.check_int8_quantise(run, make, 7, 40, zeros=True)
+
+
+def _int8_winners(run: checks.Run, make: checks.Make) -> None:
+    variant_checks.check_winner_cosines(run, make, 2, 7, 300)
+
+
 CHECKS: dict[str, Check] = {
     "layer_norm": _layer_norm,
     "pooled_norms": _pooled_norms,
     "filter_max": _filter_max,
     "interval_average": _interval_average,
     "upsample": _upsample,
+    "pool_features": _pool_features,
+    "fused": _fused,
+    "int8_quantise": _int8_quantise,
+    "int8_winners": _int8_winners,
 }
 
 
@@ -132,6 +156,67 @@ MUTATIONS = [
     ),
     Mutation("right neighbour past the border", "upsample", "low + 1 < in ? low + 1 : low", "low + 1"),
     Mutation("half-pixel centres", "upsample", "i * (in - 1) : 0", "i * in : 0"),
+    Mutation(
+        "right border one column too far", "pool_features", "columns + reach, columns - 1)", "columns + reach, columns)"
+    ),
+    Mutation("padding left as it was", "pool_features", "c < stride; c", "c < channels; c"),
+    Mutation(
+        "length of the unrounded feature",
+        "pool_features",
+        "square += half_to_float(rounded) * half_to_float(rounded)",
+        "square += sum * share * sum * share",
+    ),
+    Mutation("no barrier between steps", "fused", "    __syncthreads();  // this step", "    // this step"),
+    Mutation("copies not waited for", "fused", "    wait_for_copies<kStages - 2>();\n", ""),
+    Mutation("one group too many left open", "fused", "wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
+    Mutation("stage overwritten too early", "fused", "start_step(step + kStages - 1);", "start_step(step + kStages);"),
+    Mutation("read from the wrong stage", "fused", "row_side = step % kStages", "row_side = (step + 1) % kStages"),
+    Mutation(
+        "group closed only where there is a step",
+        "fused",
+        "    close_copies();",
+        "    if (step < steps) close_copies();",
+    ),
+    Mutation("last step forgotten", "fused", "step < steps; ++step", "step < steps - 1; ++step"),
+    Mutation("every step reads the first channels", "fused", "source[i] + step * kStep", "source[i]"),
+    Mutation("copies not swizzled", "fused", "target = swizzled(row, chunk)", "target = row * kStep + chunk * kChunk"),
+    Mutation("patches past the end not replaced", "fused", "kRowsApart, a.patches - 1)", "kRowsApart, a.patches)"),
+    Mutation("matrices of the row patches in the wrong order", "fused", "chunk + lane / 16)", "chunk + lane / 8 % 2)"),
+    Mutation("matrices of the column patches mixed up", "fused", "right[j / 2][j % 2 * 2],", "right[j / 2][j % 2],"),
+    Mutation("rows and columns of a set swapped", "fused", "sums[i][j][2 * half + e]", "sums[i][j][half + 2 * e]"),
+    Mutation(
+        "warps take each other's columns", "fused", "warp % kWarpsAcross * kWarpColumns", "warp / 2 * kWarpColumns"
+    ),
+    Mutation(
+        "no barrier before the stages hold maxima", "fused", "  __syncthreads();  // the stages", "  // the stages"
+    ),
+    Mutation("no barrier before the maxima leave", "fused", "  __syncthreads();\n  raise", "  raise"),
+    Mutation("a column's maximum over half its rows", "fused", "other < kWarp; other", "other < kWarp / 2; other"),
+    Mutation("a row's maximum over one warp", "fused", "raise<kWarpsAcross>", "raise<1>"),
+    Mutation("fused row maximum starts at zero", "fused", "float best = kLowest;", "float best = 0;"),
+    Mutation("fused column maximum starts at zero", "fused", "column_best[j][e] = kLowest;", "column_best[j][e] = 0;"),
+    Mutation("one entry past the image is written", "fused", "first + mine >= patches", "first + mine > patches"),
+    Mutation("every pair compares the first image", "fused", "a.rows + blockIdx.y * a.image_bytes", "a.rows"),
+    Mutation("winners of rows and columns swapped", "fused", "a.index_mask, q[j][e]", "a.index_mask, p"),
+    Mutation(
+        "number of a patch past the end",
+        "fused",
+        "lane / 4, p = min(p0 + row, a.patches - 1)",
+        "lane / 4, p = p0 + row",
+    ),
+    Mutation("transform leaves out neighbours", "int8_quantise", "int bit = 1;", "int bit = 2;"),
+    Mutation("scale of one lane instead of the warp", "int8_quantise", "  largest = warp_max(largest);\n", ""),
+    Mutation("weight without the length", "int8_quantise", " * inverse[blockIdx.y", " + 0 * inverse[blockIdx.y"),
+    Mutation(
+        "lowest bits of the key, not of the cosine", "int8_winners", "__float_as_int(key_to_float(*best))", "*best"
+    ),
+    Mutation(
+        "directions measured with one image",
+        "int8_winners",
+        "inverse[p], column, column_inverse",
+        "inverse[p], image, inverse",
+    ),
+    Mutation("half the channels measured", "int8_winners", "c < stride; c", "c < stride / 2; c"),
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda import variants
 
 NVCC = shutil.which("nvcc")
 TARGETS = (80, 86, 89, 90, 120)
@@ -26,8 +27,9 @@ def nvcc_version() -> tuple[int, ...]:
 
 
 def test_every_kernel_has_a_source() -> None:
-    assert set(cuda_device.KERNELS.values()) | {"filter_max"} == set(SOURCES)
-    for kernel, source in cuda_device.KERNELS.items():
+    kernels = cuda_device.KERNELS | variants.KERNELS
+    assert set(kernels.values()) | {"filter_max"} == set(SOURCES)
+    for kernel, source in kernels.items():
         assert re.search(rf"^ZSAD_KERNEL\(.*\)\s{kernel}\(", cuda_device.sources(source)[f"{source}.cu"], re.MULTILINE)
 
 

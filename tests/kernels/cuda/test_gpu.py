@@ -88,3 +88,50 @@ def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.
     assert plans[1].rows < 30
     np.testing.assert_allclose(blocked, expected, rtol=1e-5)
     np.testing.assert_array_equal(cuda.mutual_scores(gpu.to_device(x), device=gpu), expected)
+
+
+def test_streamed_features_give_the_same_scores(gpu: cuda.Device) -> None:
+    x = checks.rng(2).normal(size=(40, 2, 256, 384)).astype(np.float32)
+    plans: list[cuda.CudaPlan] = []
+    expected, minima = cuda.mutual_scores(x, device=gpu, tiles=2, on_plan=plans.append, return_minima=True)
+    for share, host_limit in ((0.8, 1 << 30), (0.5, 1 << 30), (0.5, 1 << 20)):
+        limit = int(share * plans[0].peak_bytes)
+        scores, streamed = cuda.mutual_scores(
+            x,
+            device=gpu,
+            tiles=2,
+            memory_limit=limit,
+            host_memory_limit=minima.nbytes + host_limit,
+            on_plan=plans.append,
+            return_minima=True,
+        )
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+        np.testing.assert_allclose(streamed, minima, rtol=1e-5, atol=1e-5)
+    assert [plan.features for plan in plans[1:]] == [*["in host memory"] * 2, "in a memory-mapped file"]
+    assert plans[1].exchanges
+    assert not plans[3].exchanges
+
+
+@pytest.mark.parametrize("kind", [True, "each"])
+def test_minima_equal_the_reference(gpu: cuda.Device, kind: Any) -> None:
+    x = checks.rng(3).normal(size=(9, 2, 49, 100)).astype(np.float32)
+    scores, minima = cuda.mutual_scores(x, device=gpu, return_minima=kind)
+    expected = reference.patch_minima(x, (7, 7))
+    np.testing.assert_allclose(minima, expected if kind == "each" else expected.mean(axis=(0, 1)), rtol=2e-3)
+    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, device=gpu))
+
+
+def test_all_devices_share_the_work(gpu: cuda.Device) -> None:
+    devices = cuda.open_devices("cuda:all")
+    if len(devices) < 2:
+        pytest.skip("there is one CUDA device only")
+    x = checks.rng(4).normal(size=(31, 2, 256, 384)).astype(np.float32)
+    scores = cuda.mutual_scores(x, device=devices)
+    np.testing.assert_allclose(scores, cuda.mutual_scores(x, device=gpu), rtol=1e-5)
+
+
+def test_what_is_not_there_is_named(gpu: cuda.Device) -> None:
+    with pytest.raises(cuda.DeviceMemoryError):
+        gpu.empty((1 << 45,), np.uint8)
+    with pytest.raises(cuda.DeviceError, match="does not exist"):
+        cuda.open_devices("cuda:0,9999")

@@ -1,0 +1,413 @@
+"""One device's part of mutual scoring: its arrays, and the launches that fill them.
+
+tokens → layer_norm → pooled_norms → for one image against a few: product (cuBLAS) → filter_max → interval_average
+
+Products and passes run on two streams over two workspaces of tiles, so that one is filled while the other is reduced.
+Images from outside the block of rows come over a third stream, into one of two blocks while the other is compared.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..minima import ReturnedMinima
+from ..planner import scratch
+from ..reference import LAYER_NORM_EPS
+from .device import DEVICE_ARRAY, Device, DeviceMemoryError, filter_max_kernel, int32
+from .plan import SLICES, STAGED_IMAGES, CudaPlan, Share, stride
+
+LOWEST_KEY = -(2**31)  # below the key of every cosine
+SQUARE = 32  # of minimum_distances in interval_average.cu
+
+# As in filter_max.cu.
+OWN_PATCHES, MAX_THREADS = 2, 704
+
+Report = Callable[[int], None]  # is told how many image pairs were queued
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call asks of every device."""
+
+    grid: tuple[int, int]
+    channels: int
+    degrees: Sequence[int]  # distinct and ascending
+    ranks: tuple[int, int]
+    score_weights: NDArray[np.float32]  # [R] of a distance in the scores
+    minima_weights: Sequence[NDArray[np.float32]]  # [R] each: what one returned layer of minima adds up
+    returned: ReturnedMinima
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Store:
+    """What lies on the host during a layer: features that are not resident, and maxima for other blocks' rows."""
+
+    features: NDArray[np.float16]  # [N, P, C]
+    inverse: NDArray[np.float32]  # [N, R, P]
+    has_zero: NDArray[np.uint8]  # [N, R]
+    # [block that compares, block it is for] -> the pairs, and their keys [others, own, R, P]
+    exchange: dict[tuple[range, range], tuple[Share, NDArray[np.int32]]]
+
+
+@contextmanager
+def open_store(device: Device, plan: CudaPlan, work: Work) -> Iterator[Store]:
+    """Allocate as planned; raises OSError where the disk does not hold the file."""
+    images, degrees, patches = plan.images, len(work.degrees), work.patches
+
+    def page_locked(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        try:
+            return device.host_empty(shape, dtype)
+        except DeviceMemoryError:  # there is less of it than of other memory, which works too, if more slowly
+            return np.empty(shape, dtype)
+
+    exchange = {
+        (rows, others): (share, page_locked((len(share.others), len(share.own), degrees, patches), np.int32))
+        for rows in (plan.blocks() if plan.exchanges else ())
+        for others, share in plan.shares(rows).items()
+    }
+    inverse, has_zero = page_locked((images, degrees, patches), np.float32), np.empty((images, degrees), np.uint8)
+    shape = images, patches, work.channels
+    if plan.features == "in a memory-mapped file":
+        with scratch(shape, False, np.float16) as features:
+            yield Store(features, inverse, has_zero, exchange)
+    else:
+        yield Store(page_locked(shape, np.float16), inverse, has_zero, exchange)
+
+
+class _Block:
+    """Features and inverse lengths of a run of images of one layer."""
+
+    def __init__(self, device: Device, size: int, work: Work) -> None:
+        self.images = range(0)
+        self.features = device.empty((size, work.patches, work.channels), np.float16)  # [B, P, C]
+        self.inverse = device.empty((size, len(work.degrees), work.patches), np.float32)  # [B, R, P]
+
+    def fetched_from(self, store: Store, images: range) -> list[tuple[NDArray[Any], DEVICE_ARRAY]]:
+        """Return the copies that fill the block."""
+        self.images, at = images, slice(images.start, images.stop)
+        count = len(images)
+        return [(store.features[at], self.features[:count]), (store.inverse[at], self.inverse[:count])]
+
+    def run(self, images: range) -> tuple[DEVICE_ARRAY, DEVICE_ARRAY]:
+        """Return features [T, P, C] and inverse lengths [T, R, P] of some of its images."""
+        at = slice(images.start - self.images.start, images.stop - self.images.start)
+        return self.features[at], self.inverse[at]
+
+
+class Scorer:
+    """The arrays of one call on one device."""
+
+    def __init__(self, device: Device, plan: CudaPlan, work: Work) -> None:
+        self.device, self.plan, self.work = device, plan, work
+        images, patches, degrees = plan.images, work.patches, len(work.degrees)
+        device.use()
+        self.reaches = device.to_device(np.array([degree // 2 for degree in work.degrees], np.int32))
+        self.mask = sum(1 << degree // 2 for degree in work.degrees)
+        self.rows = _Block(device, min(plan.rows, images), work)
+        self.columns = [_Block(device, plan.columns, work) for _ in range(2 if plan.columns else 0)]
+        # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
+        self.best = device.empty((len(self.rows.features), images, degrees, patches), np.int32)
+        room = plan.columns * len(self.rows.features) * degrees * patches if plan.exchanges else 0
+        self.sent = [device.empty((room,), np.int32) for _ in range(2 if room else 0)]
+        self.has_zero = device.empty((images, degrees), np.uint8)
+        self.workspaces = [device.empty((plan.tiles, patches, stride(patches)), np.float32) for _ in range(2)]
+        self.scores = device.empty((images, patches), np.float32)
+        self.distances = device.empty((1, patches, images), np.float32) if work.minima_weights else None
+        self.score_weights = device.to_device(work.score_weights)
+        self.minima_weights = [device.to_device(weights) for weights in work.minima_weights]
+        self.staging: DEVICE_ARRAY = None
+        self.sums = device.empty((STAGED_IMAGES, SLICES, 2), np.float64)
+        self.shift = device.empty((STAGED_IMAGES,), np.float32)
+        self.finite = device.empty((images,), np.int32)
+        self.launches = 0
+        device.fill(self.scores, 0)
+
+    def normalise(self, tokens: Any, layer: int, blocks: Sequence[range], store: Store | None) -> None:
+        """Prepare the features of this device's blocks of rows; the last block's stay."""
+        self.device.use()
+        self.device.fill(self.has_zero, 0)
+        for images in blocks:
+            self._load(tokens, layer, images)
+            if store is not None:
+                at = slice(images.start, images.stop)
+                features, inverse = self.rows.run(images)
+                self.device.download(features, store.features[at])
+                self.device.download(inverse, store.inverse[at])
+                self.device.download(self.has_zero[at], store.has_zero[at])
+        self.device.synchronise()
+
+    def compare(self, rows: range, store: Store | None, report: Report) -> None:
+        """Find the best cosines of a block of rows: with each other, and with the outside as its shares say."""
+        if not rows:
+            return
+        device = self.device
+        device.use()
+        device.fill(self.best, LOWEST_KEY)
+        steps = self._steps(rows, store) if store is not None else []
+        device.fetch(0, [] if store is None or self.rows.images == rows else self.rows.fetched_from(store, rows))
+        with device.comparing(0):
+            for i in rows:
+                self._compare_within(i, rows[i - rows.start + 1 :])
+                report(rows.stop - i - 1)
+        if steps:
+            self._fetch(1, steps[0])
+        for number, step in enumerate(steps, 1):
+            slot = number % 2
+            with device.comparing(slot):
+                sent = self._compare_across(step, slot, report)
+            # The next images come while these are compared, and before what these send, which waits for their end.
+            if number < len(steps):
+                self._fetch(1 - slot, steps[number])
+            if step.target is not None:
+                device.send(slot, sent, step.target)
+        device.synchronise()
+
+    def select(self, layer: int, rows: range, store: Store | None) -> None:
+        """Take what other blocks have sent, add the layer's interval averages to the scores, and hand back minima."""
+        if not rows:
+            return
+        device, work = self.device, self.work
+        device.use()
+        for (_, to), (share, keys) in store.exchange.items() if store is not None else ():
+            if to == rows:
+                for image, best in zip(share.others, keys, strict=True):
+                    device.upload(best, self.best[image - rows.start, share.own.start : share.own.stop])
+        if store is not None:
+            device.upload(store.has_zero, self.has_zero)
+        sizes = int32(self.plan.images, len(work.degrees), work.patches)
+        device.launch(
+            "interval_average",
+            (-(-work.patches // 128), len(rows)),
+            128,
+            (
+                self.best,
+                self.rows.inverse,
+                self.has_zero,
+                self.score_weights,
+                *sizes,
+                *int32(rows.start, *work.ranks),
+                self.scores,
+            ),
+        )
+        squares = -(-work.patches // SQUARE) * -(-self.plan.images // SQUARE)
+        for position, weights in enumerate(self.minima_weights):
+            for at, image in enumerate(rows):
+                device.launch(
+                    "minimum_distances",
+                    (squares, 1),
+                    256,
+                    (
+                        self.best[at],
+                        self.rows.inverse[at],
+                        self.has_zero,
+                        weights,
+                        *sizes,
+                        np.int32(image),
+                        self.distances,
+                    ),
+                    4 * SQUARE * (SQUARE + 1),
+                )
+                kept = work.returned.of(layer, position, image)
+                assert kept is not None
+                kept += device.to_host(self.distances)[0]
+        device.synchronise()
+
+    def _steps(self, rows: range, store: Store) -> list["_Step"]:
+        """Cut what a block of rows compares with the outside into blocks of columns."""
+        steps = []
+        for to, share in self.plan.shares(rows).items():
+            _, target = store.exchange.get((rows, to), (share, None))
+            for at in range(0, len(share.others), self.plan.columns):
+                part = slice(at, at + self.plan.columns)
+                steps.append(_Step(store, share.own, share.others[part], None if target is None else target[part]))
+        return steps
+
+    def _fetch(self, slot: int, step: "_Step") -> None:
+        self.device.fetch(slot, self.columns[slot].fetched_from(step.store, step.others))
+
+    def _load(self, tokens: Any, layer: int, images: range) -> None:
+        """Normalise, round and measure a block of rows."""
+        self.device.synchronise()  # products may still be reading what is overwritten
+        self.rows.images = images
+        features, inverse = self.rows.run(images)
+        for start in range(0, len(images), STAGED_IMAGES):
+            part = images[start : start + STAGED_IMAGES]
+            self._normalise(tokens[part.start : part.stop, layer], features[start : start + len(part)], part)
+        self.device.launch(
+            "pooled_norms",
+            (-(-self.work.patches // 4), len(images)),
+            128,
+            (
+                features,
+                *int32(*self.work.grid, self.work.channels),
+                self.reaches,
+                np.int32(len(self.work.degrees)),
+                inverse,
+                self.has_zero[images.start : images.stop],
+            ),
+        )
+        finite = self.device.to_host(self.finite[images.start : images.stop])
+        if not finite.all():
+            bad = images.start + int(np.argmin(finite))
+            raise ValueError(f"the tokens of image {bad} are not finite; check the backbone's precision")
+
+    def _normalise(self, tokens: Any, features: DEVICE_ARRAY, images: range) -> None:
+        """Fill features [B, P, C] from tokens [B, P, C] on the host or the device."""
+        size = self.work.patches * self.work.channels
+        if isinstance(tokens, np.ndarray):
+            if self.staging is None:
+                self.staging = self.device.empty((STAGED_IMAGES, *tokens.shape[1:]), tokens.dtype)
+            source, step = self.staging[: len(images)], size
+            self.device.upload(tokens, source)
+        else:
+            source, step = tokens, tokens.strides[0] // tokens.dtype.itemsize
+        kind = "f32" if source.dtype == np.float32 else "f16"
+        where = (source, np.int64(step), np.int32(size), self.shift, self.sums)
+        self.device.launch(f"layer_norm_sums_{kind}", (SLICES, len(images)), 256, where, 8 * 256 // 32)
+        self.device.launch(
+            f"layer_norm_apply_{kind}",
+            (SLICES, len(images)),
+            256,
+            (
+                *where,
+                np.int32(SLICES),
+                np.float32(LAYER_NORM_EPS),
+                features,
+                self.finite[images.start : images.stop],
+            ),
+        )
+
+    def _compare_within(self, i: int, partners: range) -> None:
+        """Queue the comparison of a row image with later row images, both directions."""
+        own, at = i - self.rows.images.start, slice(partners.start - self.rows.images.start, None)
+        best = self.best[: len(self.rows.images)]
+        self._compare(
+            (self.rows.features[own], self.rows.inverse[own]),
+            self.rows.run(partners),
+            best[at, i],
+            best[own, partners.start : partners.stop],
+        )
+
+    def _compare_across(self, step: "_Step", slot: int, report: Report) -> DEVICE_ARRAY:
+        """Queue the comparison of fetched images with rows; return the fetched images' keys [others, own, R, P].
+
+        The image with the lower number is the product's column as everywhere, so that every plan rounds alike.
+        """
+        rows, columns, own, others = self.rows, self.columns[slot], step.own, step.others
+        first = own.start - rows.images.start
+        mine = self.best[first : first + len(own), others.start : others.stop]  # [own, others, R, P]
+        theirs: DEVICE_ARRAY = None
+        if step.target is not None:
+            theirs = self.sent[slot][: step.target.size].reshape(step.target.shape)
+            self.device.fill(theirs, LOWEST_KEY)
+        if own.start < others.start:
+            for n in range(len(own)):
+                column = rows.features[first + n], rows.inverse[first + n]
+                self._compare(column, columns.run(others), None if theirs is None else theirs[:, n], mine[n])
+                report(len(others))
+        else:
+            for n in range(len(others)):
+                column = columns.features[n], columns.inverse[n]
+                self._compare(column, rows.run(own), mine[:, n], None if theirs is None else theirs[n])
+                report(len(own))
+        return theirs
+
+    def _compare(
+        self,
+        column: tuple[DEVICE_ARRAY, DEVICE_ARRAY],  # features [P, C], inverse lengths [R, P]
+        rows: tuple[DEVICE_ARRAY, DEVICE_ARRAY],  # [T, P, C], [T, R, P]
+        best_rows: DEVICE_ARRAY | None,  # [T, R, P] keys of the rows' patches, raised
+        best_columns: DEVICE_ARRAY | None,  # [T, R, P] of the column's patches
+    ) -> None:
+        """Queue the comparison of one image with a run of others, a few tiles at a time."""
+        plan, work, device = self.plan, self.work, self.device
+        for start in range(0, len(rows[0]), plan.tiles):
+            at = slice(start, start + plan.tiles)
+            features, inverse = rows[0][at], rows[1][at]
+            slot = self.launches % 2
+            self.launches += 1
+            tiles = self.workspaces[slot]
+            with device.producing(slot):
+                device.product(column[0], features, tiles)
+            shape = filter_max_shape(work.grid, self.mask, len(features), device.multiprocessors)
+            with device.consuming(slot):
+                device.launch(
+                    filter_max_kernel(self.mask),
+                    (shape.blocks, len(features)),
+                    shape.threads,
+                    (
+                        tiles,
+                        np.int32(tiles.shape[2]),
+                        np.int64(tiles.shape[1] * tiles.shape[2]),
+                        *int32(*work.grid),
+                        inverse,
+                        column[1],
+                        *_keys(best_rows, at),
+                        *_keys(best_columns, at),
+                        *int32(shape.segment, shape.band),
+                    ),
+                    shape.shared_bytes,
+                )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Fetched images that are compared with some rows, and where their keys go."""
+
+    store: Store
+    own: range
+    others: range
+    target: NDArray[np.int32] | None  # [others, own, R, P] on the host
+
+
+def _keys(best: DEVICE_ARRAY | None, at: slice) -> tuple[DEVICE_ARRAY, np.int64]:
+    """Return the keys of some tiles as kernel arguments: where they start, and the entries from tile to tile."""
+    if best is None:
+        return None, np.int64(0)
+    return best[at], np.int64(best.strides[0] // best.itemsize)
+
+
+@dataclass(frozen=True)
+class FilterMaxShape:
+    """The launch of filter_max.cu: how the row patches are cut into segments, the column patches into bands."""
+
+    segment: int
+    band: int
+    blocks: int  # per tile
+    threads: int
+    shared_bytes: int
+
+
+@lru_cache
+def filter_max_shape(grid: tuple[int, int], mask: int, tiles: int, multiprocessors: int) -> FilterMaxShape:
+    """Choose segments that fill the device in few waves without walking the margins too often."""
+    rows, columns = grid
+    reach = mask.bit_length() - 1
+    strip = 4 if reach < 2 else 2 if reach < 3 else 1
+    capacity = OWN_PATCHES * MAX_THREADS
+    band = rows if rows * columns <= capacity else capacity // columns - 2 * reach
+    if band < 1:
+        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use device='cpu'")
+    covered = min(band + 2 * reach, rows)
+    threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
+    strips, bands = -(-rows // strip), -(-rows // band)
+    at_once = multiprocessors * max(1, 768 // threads)
+
+    def cost(segment: int) -> int:
+        waves = -(-strips * bands * tiles * -(-columns // segment) // at_once)
+        return waves * (segment + 2 * reach)
+
+    segment = min(range(1, columns + 1), key=cost)
+    plane = reach + (covered + 2 * reach) * (columns + reach)
+    shared_bytes = 4 * strip * (2 * plane + mask.bit_count() * segment)
+    return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes)

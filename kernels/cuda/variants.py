@@ -1,0 +1,195 @@
+"""Launches of the fused product variants: features of one degree, maxima without a tile, int8 winners measured again.
+
+fp16: layer-normed tokens → pool_features → fused_max → interval average
+int8: layer-normed tokens → pool_features → int8_quantise → fused_max → winner_cosines → interval average
+
+Each function queues one launch through `Device.launch`. Arrays may be views into larger ones as long as the patches
+(and channels) of an image lie together: the distance from image to image is read off their strides.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .device import DEVICE_ARRAY, int32
+
+Launch = Callable[..., None]  # Device.launch
+
+# [kernel] -> its source file
+KERNELS = {
+    "pool_features": "pool_features",
+    "fused_max_f16": "fused",
+    "fused_max_s8": "fused",
+    "int8_quantise": "int8_quantise",
+    "winner_cosines": "int8_winners",
+}
+
+MAX_INT8_PATCHES = 1 << 16  # leaves an approximate cosine 7 bits of mantissa
+
+# As in fused.cu.
+TILE, STEP_BYTES, STAGES, THREADS = 128, 64, 3, 128
+SHARED_BYTES = STAGES * 2 * TILE * STEP_BYTES
+
+PATCH_WARPS = 4  # patches per block of the kernels with one warp per patch
+
+
+def feature_stride(channels: int) -> int:
+    """Return the channels of an fp16 feature filled up to whole steps of the fused product."""
+    step = STEP_BYTES // 2
+    return -(-channels // step) * step
+
+
+def code_stride(channels: int) -> int:
+    """Return the channels of int8 codes filled up to whole steps of the fused product."""
+    return -(-channels // STEP_BYTES) * STEP_BYTES
+
+
+def index_mask(patches: int) -> np.uint32:
+    """Return the bits that hold the number of a winning patch."""
+    return np.uint32((1 << (patches - 1).bit_length()) - 1)
+
+
+def pool_features(
+    launch: Launch,
+    x: DEVICE_ARRAY,
+    grid: tuple[int, int],
+    degree: int,
+    features: DEVICE_ARRAY,
+    inverse: DEVICE_ARRAY,
+    has_zero: DEVICE_ARRAY,
+) -> None:
+    """Queue the features of one degree and their inverse lengths.
+
+    x: [B, P, C] fp16, layer-normed. Out: features [B, P, feature_stride(C)] fp16, inverse [B, P] float32, has_zero [B]
+    bytes, zeroed before.
+    """
+    images, patches, channels = x.shape
+    launch(
+        "pool_features",
+        (-(-patches // PATCH_WARPS), images),
+        32 * PATCH_WARPS,
+        (
+            x,
+            *int32(*grid, channels, degree // 2, features.shape[2]),
+            features,
+            _step(features),
+            inverse,
+            _step(inverse),
+            has_zero,
+            _step(has_zero),
+        ),
+    )
+
+
+def int8_quantise(
+    launch: Launch, features: DEVICE_ARRAY, inverse: DEVICE_ARRAY, codes: DEVICE_ARRAY, weights: DEVICE_ARRAY
+) -> None:
+    """Queue the int8 codes of features [B, P, S] with inverse lengths [B, P].
+
+    Out: codes [B, P, code_stride(S)] int8, weights [B, P] float32.
+    """
+    images, patches, stride = features.shape
+    launch(
+        "int8_quantise",
+        (-(-patches // PATCH_WARPS), images),
+        32 * PATCH_WARPS,
+        (
+            features,
+            _step(features),
+            *int32(patches, stride, codes.shape[2]),
+            inverse,
+            _step(inverse),
+            codes,
+            _step(codes),
+            weights,
+            _step(weights),
+        ),
+    )
+
+
+def fused_max(
+    launch: Launch,
+    rows: DEVICE_ARRAY,
+    column: DEVICE_ARRAY,
+    row_weights: DEVICE_ARRAY,
+    column_weights: DEVICE_ARRAY,
+    best_rows: DEVICE_ARRAY | None,
+    best_columns: DEVICE_ARRAY | None,
+) -> None:
+    """Queue raising the best cosines of one image with a run of others; None drops a direction.
+
+    rows: [T, P, S] and column: [P, S], both fp16 features with inverse lengths as weights [T, P] and [P], or both int8
+    codes with their weights. best_rows: [T, P] keys of the rows' patches, best_columns: [T, P] of the column's patches;
+    with int8 codes keys of approximate winners, for `winner_cosines`.
+    """
+    images, patches, _ = rows.shape
+    is_int8 = rows.dtype == np.int8
+    if is_int8 and patches > MAX_INT8_PATCHES:
+        raise ValueError(
+            f"int8 products take at most {MAX_INT8_PATCHES} patches per image, not {patches}; use precision='fp16'"
+        )
+    launch(
+        "fused_max_s8" if is_int8 else "fused_max_f16",
+        ((-(-patches // TILE)) ** 2, images),
+        THREADS,
+        (
+            *_pairs(rows, column, row_weights, column_weights, best_rows, best_columns),
+            *((index_mask(patches),) if is_int8 else ()),
+        ),
+        SHARED_BYTES,
+    )
+
+
+def winner_cosines(
+    launch: Launch,
+    rows: DEVICE_ARRAY,
+    column: DEVICE_ARRAY,
+    row_inverse: DEVICE_ARRAY,
+    column_inverse: DEVICE_ARRAY,
+    best_rows: DEVICE_ARRAY | None,
+    best_columns: DEVICE_ARRAY | None,
+) -> None:
+    """Queue replacing approximate winners by their exact cosines.
+
+    The arguments are those of `fused_max` with the fp16 features from which the codes were made.
+    """
+    images, patches, _ = rows.shape
+    launch(
+        "winner_cosines",
+        (-(-patches // PATCH_WARPS), images),
+        32 * PATCH_WARPS,
+        (
+            *_pairs(rows, column, row_inverse, column_inverse, best_rows, best_columns),
+            index_mask(patches),
+        ),
+    )
+
+
+def _pairs(
+    rows: DEVICE_ARRAY,
+    column: DEVICE_ARRAY,
+    row_weights: DEVICE_ARRAY,
+    column_weights: DEVICE_ARRAY,
+    best_rows: DEVICE_ARRAY | None,
+    best_columns: DEVICE_ARRAY | None,
+) -> tuple[Any, ...]:
+    """Give the kernel arguments of one image against a run of others."""
+    return (
+        rows,
+        _step(rows),
+        column,
+        *int32(*rows.shape[1:]),
+        row_weights,
+        _step(row_weights),
+        column_weights,
+        best_rows,
+        _step(best_rows),
+        best_columns,
+        _step(best_columns),
+    )
+
+
+def _step(array: DEVICE_ARRAY | None) -> np.int64:
+    """Return the entries from one image to the next."""
+    return np.int64(0 if array is None else array.strides[0] // array.itemsize)

@@ -1,0 +1,303 @@
+"""Mutual scoring that does not fit on a device, or that several devices share, on emulated ones."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import host_build
+import kernel_checks as checks
+import numpy as np
+import pytest
+from host_build import HostDevice
+
+from zsad.kernels import cuda, reference
+from zsad.kernels.cuda.plan import CudaPlan
+
+compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
+
+GIB = 2**30
+GRID, DEGREES, CHANNELS = (3, 3), (1, 3), 16
+PLENTY = GIB
+
+
+def tokens(images: int, layers: int = 2) -> Any:
+    return checks.rng(images, 3).normal(size=(images, layers, 9, CHANNELS)).astype(np.float32)
+
+
+def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> CudaPlan:
+    columns = 0 if devices == 1 and rows >= images else 2
+    return CudaPlan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0)
+
+
+def smallest_limit(images: int, **options: Any) -> int:
+    """The smallest device memory that a plan fits in."""
+    low, high = 0, PLENTY
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            cuda.plan_mutual_scoring(images, 9, CHANNELS, len(DEGREES), middle, 1, **options)
+            high = middle
+        except MemoryError:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("images", [4, 5, 9, 14])
+def test_every_row_meets_every_other_image_once(images: int, devices: int, exchanges: bool) -> None:
+    for rows in range(1, images + 1):
+        plan = planned(images, rows, devices, exchanges)
+        met: Counter[tuple[int, int]] = Counter()
+        compared = 0
+        for block in plan.blocks():
+            met.update((i, j) for i in block for j in block if i != j)
+            compared += len(block) * (len(block) - 1) // 2
+            for share in plan.shares(block).values():
+                pairs = [(i, j) for i in share.own for j in share.others]
+                compared += len(pairs)
+                met.update(pairs)
+                if exchanges:
+                    met.update((j, i) for i, j in pairs)
+        assert met == Counter((i, j) for i in range(images) for j in range(images) if i != j)
+        assert plan.comparisons() == compared
+        if exchanges:
+            assert compared == images * (images - 1) // 2
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_devices_get_equal_parts_of_the_work(devices: int) -> None:
+    plan = planned(60, 30, devices, exchanges=True)
+    (blocks,) = plan.rounds()
+    work = []
+    for rows in blocks:
+        shares = plan.shares(rows).values()
+        work.append(len(rows) * (len(rows) - 1) // 2 + sum(len(s.own) * len(s.others) for s in shares))
+    assert max(work) == min(work)
+
+
+def test_what_was_sent_is_there_before_it_is_needed() -> None:
+    plan = planned(11, 2, devices=2, exchanges=True)
+    rounds = plan.rounds()
+    for number, blocks in enumerate(rounds):
+        for rows in filter(None, blocks):
+            for to in plan.shares(rows):
+                assert any(to in later for later in rounds[number:])
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+@pytest.mark.parametrize("images", [2, 3, 7, 50, 200, 1000, 3000, 20000])
+@pytest.mark.parametrize("limit", [2, 8, 24, 140])
+def test_plans_fit(images: int, devices: int, limit: int) -> None:
+    options: dict[str, Any] = {"devices": devices, "host_limit": 64 * GIB}
+    plan = cuda.plan_mutual_scoring(images, 1369, 1024, 3, limit * GIB, 72 << 20, **options)
+    assert plan.peak_bytes <= limit * GIB
+    assert plan.host_bytes <= 64 * GIB
+    assert 1 <= plan.rows <= images
+    assert plan.tiles >= 1
+    assert plan.describe()
+    more = cuda.plan_mutual_scoring(images, 1369, 1024, 3, 2 * limit * GIB, 72 << 20, **options)
+    assert more.comparisons() <= plan.comparisons()
+
+
+def test_what_plans_keep_where() -> None:
+    def plan(images: int, **options: Any) -> CudaPlan:
+        return cuda.plan_mutual_scoring(images, 1369, 1024, 3, 24 * GIB, 72 << 20, **options)
+
+    assert plan(200).columns == 0
+    assert "all features of a layer resident" in plan(200).describe()
+    streaming = plan(2000, host_limit=100 * GIB)
+    assert streaming.features == "in host memory"
+    assert streaming.exchanges
+    assert streaming.comparisons() == 2000 * 1999 // 2
+    assert not plan(2000, host_limit=10 * GIB).exchanges
+    assert plan(2000, host_limit=GIB).features == "in a memory-mapped file"
+    assert plan(200, devices=2, host_limit=100 * GIB).rows == 100
+    assert plan(3, devices=8).devices == 3
+    huge = plan(20000, host_limit=100 * GIB)
+    assert huge.features == "in host memory"
+    assert huge.rows >= 16
+
+
+def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
+    with pytest.raises(MemoryError, match=r"at least .* MiB on the device.*--memory-limit"):
+        cuda.plan_mutual_scoring(100, 1369, 1024, 3, 10 << 20, 1)
+    with pytest.raises(MemoryError, match=r"at least .* MiB in host memory.*--memory-limit"):
+        cuda.plan_mutual_scoring(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
+
+
+@compiled
+@pytest.mark.parametrize("images", [2, 7, 12])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("host", ["much", "little"])
+@pytest.mark.parametrize("share", [1.0, 1.3])
+def test_every_plan_gives_the_same_scores(images: int, devices: int, host: str, share: float) -> None:
+    x = tokens(images, 1)
+    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice())
+    plans: list[CudaPlan] = []
+    host_limit = PLENTY if host == "much" else 1
+    limit = int(share * smallest_limit(images, devices=devices, host_limit=host_limit))
+    several = [HostDevice() for _ in range(devices)]
+    scores = cuda.mutual_scores(
+        x, GRID, DEGREES, device=several, memory_limit=limit, host_memory_limit=host_limit, on_plan=plans.append
+    )
+    np.testing.assert_array_equal(scores, expected)
+    (plan,) = plans
+    assert sum(device.products for device in several) == plan.comparisons()
+    for device in several[: plan.devices]:
+        assert sum(device.allocated) <= plan.peak_bytes <= limit
+    if images == 12:
+        assert plan.rows < 12
+        assert plan.features == ("in host memory" if host == "much" else "in a memory-mapped file")
+    assert not (host == "little" and plan.exchanges)
+
+
+@compiled
+@pytest.mark.parametrize("devices", [1, 2])
+def test_blocks_of_one_device_exchange_too(devices: int) -> None:
+    images, x = 13, tokens(13, 1)
+    limit = smallest_limit(images, devices=devices, host_limit=PLENTY) * 3 // 2
+    plans: list[CudaPlan] = []
+    several = [HostDevice() for _ in range(devices)]
+    scores = cuda.mutual_scores(
+        x, GRID, DEGREES, device=several, memory_limit=limit, host_memory_limit=PLENTY, on_plan=plans.append
+    )
+    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice()))
+    assert plans[0].exchanges
+    assert len(plans[0].rounds()) > 1
+    assert plans[0].rows > 1
+    assert sum(device.products for device in several) == images * (images - 1) // 2
+
+
+@compiled
+@pytest.mark.parametrize("images", [2, 3, 5, 9])
+@pytest.mark.parametrize("devices", [2, 3])
+def test_devices_with_room_compare_every_pair_once(images: int, devices: int) -> None:
+    x = tokens(images)
+    several = [HostDevice(cache_bytes=1 << 20) for _ in range(devices)]
+    seen: list[tuple[int, int]] = []
+    scores = cuda.mutual_scores(
+        x, GRID, DEGREES, device=several, progress=lambda done, total: seen.append((done, total))
+    )
+    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(cache_bytes=1 << 20)))
+    assert sum(device.products for device in several) == images * (images - 1)  # in two layers
+    assert seen[-1] == (images * (images - 1),) * 2
+
+
+@compiled
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("degrees", [(1, 3), (3, 1, 3)])
+def test_minima(devices: int, degrees: tuple[int, ...]) -> None:
+    x = tokens(7)
+    x[2, 0, 4] = x[2, 0].mean()  # no zero feature, but a flat one
+    x[5] = 2.0  # only zero features
+    several = [HostDevice() for _ in range(devices)]
+    plain = cuda.mutual_scores(x, GRID, degrees, device=HostDevice())
+    scores, each = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima="each")
+    expected = reference.patch_minima(x, GRID, degrees)
+    np.testing.assert_allclose(each, expected, rtol=3e-3, atol=1e-6)
+    np.testing.assert_array_equal(scores, plain)
+    np.testing.assert_allclose(reference.interval_average(each, (0.0, 0.3)).mean(axis=(0, 1)), scores, rtol=1e-5)
+    scores, averaged = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima=True)
+    np.testing.assert_allclose(averaged, each.mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(scores, plain)
+    assert averaged.dtype == each.dtype == np.float32
+
+
+@compiled
+def test_minima_count_in_the_plan() -> None:
+    x, plans = tokens(7), []
+    for options in ({}, {"return_minima": True}, {"return_minima": "each"}):
+        cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), on_plan=plans.append, **options)
+    assert plans[1].peak_bytes - plans[0].peak_bytes == 4 * 9 * 7
+    assert [plan.host_bytes for plan in plans] == [0, 4 * 7 * 9 * 7, 4 * 4 * 7 * 9 * 7]
+    with pytest.raises(MemoryError, match="in host memory"):
+        cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True, host_memory_limit=1000)
+
+
+@compiled
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("failing", [{0}, {5}, {11}, {3, 8}])
+def test_a_failed_allocation_halves_the_budget(
+    devices: int, failing: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = tokens(30, 1)
+    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True)
+    several = [HostDevice() for _ in range(devices)]
+    several[-1].fail_at = failing
+    plans: list[CudaPlan] = []
+    with caplog.at_level(logging.WARNING, "zsad"):
+        got = cuda.mutual_scores(x, GRID, DEGREES, device=several, return_minima=True, on_plan=plans.append)
+    for array, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+    assert len(plans) == len(failing) + 1
+    for before, after in pairwise(plans):
+        assert after.peak_bytes <= before.peak_bytes // 2
+    assert caplog.text.count("out of memory") == len(failing)
+
+
+@compiled
+def test_failing_allocations_end_in_the_usual_error() -> None:
+    device = HostDevice()
+    device.fail_at = set(range(1000))
+    with pytest.raises(MemoryError, match="needs at least"):
+        cuda.mutual_scores(tokens(9), GRID, device=device)
+
+
+@compiled
+def test_other_memory_serves_where_none_can_be_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: HostDevice, shape: tuple[int, ...], dtype: Any) -> Any:
+        raise cuda.DeviceMemoryError("no page can be locked")
+
+    x = tokens(6)
+    expected = cuda.mutual_scores(x, GRID, device=HostDevice())
+    monkeypatch.setattr(HostDevice, "host_empty", refuse)
+    np.testing.assert_array_equal(cuda.mutual_scores(x, GRID, device=[HostDevice(), HostDevice()]), expected)
+
+
+@compiled
+@pytest.mark.parametrize("devices", [1, 3])
+def test_what_one_device_meets_stops_all(devices: int) -> None:
+    several = [HostDevice() for _ in range(devices)]
+    x = tokens(9)
+    x[8, 1, 3, 3] = np.inf
+    with pytest.raises(ValueError, match="image 8 are not finite"):
+        cuda.mutual_scores(x, GRID, device=several)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cuda.mutual_scores(tokens(9), GRID, device=several, progress=interrupt)
+
+
+@compiled
+def test_tiles_per_launch_can_be_chosen() -> None:
+    x, plans = tokens(6), []
+    for tiles in (1, 3, 5):
+        cuda.mutual_scores(x, GRID, device=HostDevice(), tiles=tiles, on_plan=plans.append)
+    assert [plan.tiles for plan in plans] == [1, 3, 5]
+
+
+def test_device_tokens_are_not_shared() -> None:
+    class OnDevice:
+        ndim, shape, dtype = 4, (4, 1, 9, 8), np.dtype(np.float32)
+
+    with pytest.raises(ValueError, match="by that device alone"):
+        cuda.mutual_scores(OnDevice(), GRID, device=[HostDevice(), HostDevice()])
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cuda:0,", "cuda:0,x", "cuda:all,1", "cuda0"])
+def test_bad_device_names(name: str) -> None:
+    with pytest.raises(cuda.DeviceError, match="is not 'cuda'"):
+        cuda.open_devices(name)
+    with pytest.raises(cuda.DeviceError, match="is not 'cuda'"):
+        cuda.open_device(name)
+
+
+def test_a_device_is_not_named_twice() -> None:
+    with pytest.raises(cuda.DeviceError, match="twice"):
+        cuda.open_devices("cuda:0,0")

@@ -1,0 +1,241 @@
+"""The product variants, compiled for the host and run against float64 references; where there is a GPU, on it too."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import host_build
+import kernel_checks
+import numpy as np
+import pytest
+import variant_checks as checks
+from host_build import KernelError
+
+from zsad.kernels import cuda, reference
+from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda import variants
+
+needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
+
+seeds = itertools.count()
+
+
+def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
+    built = host_build.library((cuda_device.KERNELS | variants.KERNELS)[kernel])
+    host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
+
+
+def program(body: str, parameters: str) -> Callable[..., None]:
+    """Build a small kernel of one warp for the tests of the emulation itself."""
+    source = f'#include "device.h"\nZSAD_KERNEL(1024, 1)\nprobe({parameters}) {{\n{body}\n}}\n'
+    built = host_build.build(source, cuda_device.FOLDER)
+    return lambda *arguments: host_build.run(built, "probe", (1, 1), 32, arguments, shared_bytes=1024)
+
+
+MULTIPLY = """
+  ZSAD_SHARED(unsigned char, shared);
+  const int lane = threadIdx.x;
+  copy_async(shared, 16 * lane, left + 16 * lane);
+  if (lane < 16) copy_async(shared, 512 + 16 * lane, right + 16 * lane);
+  close_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+  unsigned a[4], b[4];
+  load_matrices(a, shared, 32 * (lane % 16) + 16 * (lane / 16));
+  load_matrices(b, shared, 512 + 32 * (lane % 8) + 16 * (lane / 8 % 2));
+  T sums[4] = {1, 2, 3, 4};
+  multiply_add(sums, a, b[0], b[1]);
+  for (int c = 0; c < 4; ++c) out[(lane / 4 + c / 2 * 8) * 8 + lane % 4 * 2 + c % 2] = sums[c];
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_emulated_tensor_cores_multiply(is_int8: bool) -> None:
+    sums, factors = (np.int32, np.int8) if is_int8 else (np.float32, np.float16)
+    name = "int" if is_int8 else "float"
+    multiply = program(
+        MULTIPLY.replace("T ", f"{name} "), f"const unsigned char* left, const unsigned char* right, {name}* out"
+    )
+    depth = 32 if is_int8 else 16
+    random = kernel_checks.rng(depth)
+    a, b = (random.integers(-120, 121, (rows, depth)).astype(factors) for rows in (16, 8))
+    out = host_build.fenced((16, 8), sums)
+    multiply(host_build.copied(a), host_build.copied(b), out)
+    start = np.tile(np.array([[1, 2], [3, 4]]).repeat(8, axis=0), 4)
+    np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64).T + start)
+
+
+COPY = "ZSAD_SHARED(int, s);\nconst int lane = threadIdx.x;\n"
+
+
+@needs_compiler
+def test_emulated_copies_land_at_the_wait_and_not_before() -> None:
+    source, late, landed = (host_build.copied(np.arange(128, dtype=np.int32)) for _ in range(3))
+    program(
+        f"{COPY}for (int i = 0; i < 4; ++i) s[4 * lane + i] = 5;\n"
+        "copy_async(s, 16 * lane, source + 4 * lane); close_copies(); close_copies(); wait_for_copies<2>();\n"
+        "for (int i = 0; i < 4; ++i) late[4 * lane + i] = s[4 * lane + i];\n"
+        "wait_for_copies<1>();\n"
+        "for (int i = 0; i < 4; ++i) landed[4 * lane + i] = s[4 * lane + i];",
+        "const int* source, int* late, int* landed",
+    )(source, late, landed)
+    assert (late == 0x7B7B7B7B).all()
+    np.testing.assert_array_equal(landed, source)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("copy_async(s, 16 * lane, source + 4 * lane); close_copies();", "before its copies landed"),
+        ("copy_async(s, 16 * lane, source + 4 * lane);", "before its copies landed"),
+        ("copy_async(s, 16 * lane + 4, source + 4 * lane);", "unaligned address in shared"),
+        ("copy_async(s, 16 * lane, source + 4 * lane + 2);", "reads an unaligned"),
+        ("copy_async(s, 1024 + 16 * lane, source + 4 * lane);", "outside shared"),
+        ("unsigned m[4]; load_matrices(m, source, 0);", "outside shared"),
+        ("unsigned m[4]; load_matrices(m, s, 4 * lane);", "unaligned address in shared"),
+        ("unsigned m[4]; if (lane < 31) load_matrices(m, s, 0);", "warp collective"),
+    ],
+)
+def test_emulation_refuses(body: str, message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        program(COPY + body, "const int* source")(host_build.copied(np.zeros(128, np.int32)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("degree", [1, 3, 9])
+@pytest.mark.parametrize("grid", [(1, 1), (7, 7), (5, 9), (1, 6), (6, 1)])
+def test_pool_features(grid: tuple[int, int], degree: int) -> None:
+    checks.check_pool_features(run, host_build.copied, grid, 70, degree, zeros=grid == (7, 7))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("images", "patches", "channels"),
+    [(1, 1, 24), (5, 49, 24), (2, 128, 96), (2, 129, 100), (3, 256, 32), (1, 300, 65), (1, 1369, 24)],
+)
+def test_fused_max(images: int, patches: int, channels: int) -> None:
+    checks.check_fused_max(run, host_build.copied, images, patches, channels)
+    checks.check_fused_winners(run, host_build.copied, images, patches, channels)
+
+
+@needs_compiler
+@pytest.mark.parametrize("patches", [49, 140])
+def test_fused_max_where_every_product_is_negative(patches: int) -> None:
+    checks.check_fused_max(run, host_build.copied, 2, patches, 40, negative=True)
+    checks.check_fused_winners(run, host_build.copied, 2, patches, 40, negative=True)
+
+
+@needs_compiler
+def test_fused_max_of_zero_features() -> None:
+    checks.check_fused_max(run, host_build.copied, 3, 49, 24, zeros=True)
+    checks.check_fused_max(run, host_build.copied, 3, 49, 24, zeros=True, negative=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("directions", [(True, False), (False, True)])
+def test_a_direction_can_be_dropped(directions: tuple[bool, bool]) -> None:
+    checks.check_fused_max(run, host_build.copied, 2, 49, 24, directions=directions)
+    checks.check_fused_winners(run, host_build.copied, 2, 49, 24, directions=directions)
+    checks.check_winner_cosines(run, host_build.copied, 2, 49, 24, directions=directions)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("patches", "channels"), [(1, 24), (49, 40), (6, 100)])
+def test_int8_quantise(patches: int, channels: int) -> None:
+    checks.check_int8_quantise(run, host_build.copied, patches, channels, zeros=patches > 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("images", "patches", "channels"), [(1, 1, 24), (3, 49, 300), (2, 256, 8), (1, 1369, 24)])
+def test_winner_cosines(images: int, patches: int, channels: int) -> None:
+    checks.check_winner_cosines(run, host_build.copied, images, patches, channels)
+
+
+def recurring_tokens(images: int, patches: int, channels: int) -> Any:
+    """Patches [N, P, C] that recur in every image with a little noise, in another order, and a few large channels."""
+    random = kernel_checks.rng(images, patches, channels)
+    normal = random.normal(size=(patches, channels))
+    tokens = np.stack([normal[random.permutation(patches)] for _ in range(images)])
+    scale = np.where(np.arange(channels) % 17 == 3, 5, 1)
+    return ((tokens + random.normal(scale=0.3, size=tokens.shape)) * scale).astype(np.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(
+    ("images", "grid", "channels", "degrees"),
+    [(6, (7, 7), 100, (1, 3, 5)), (3, (10, 14), 200, (3,)), (2, (1, 1), 24, (1, 3))],
+)
+def test_mutual_scores_equal_the_reference(
+    images: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...], is_int8: bool
+) -> None:
+    tokens = recurring_tokens(images, grid[0] * grid[1], channels)
+    ranks = reference.interval_ranks(images - 1, (0.0, 0.5))
+    scores = checks.mutual_scores(run, host_build.copied, tokens, grid, degrees, ranks, is_int8)
+    expected = reference.mutual_scores(tokens[:, None], grid, degrees, (0.0, 0.5))
+    np.testing.assert_allclose(scores, expected, atol=2e-3)
+    assert np.abs(scores - expected).mean() < 3e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_zero_features_follow_the_convention(is_int8: bool) -> None:
+    tokens = recurring_tokens(5, 16, 40)
+    tokens[1] = 3.0  # no variance: every feature of the image is zero
+    tokens[4] = -1.0
+    ranks = reference.interval_ranks(4, (0.0, 0.5))
+    scores = checks.mutual_scores(run, host_build.copied, tokens, (4, 4), (1, 3), ranks, is_int8)
+    expected = reference.mutual_scores(tokens[:, None], (4, 4), (1, 3), (0.0, 0.5))
+    np.testing.assert_allclose(scores, expected, rtol=3e-3, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_identical_images_are_at_distance_zero(is_int8: bool) -> None:
+    tokens = np.repeat(recurring_tokens(1, 16, 64), 3, axis=0)
+    assert checks.mutual_scores(run, host_build.copied, tokens, (4, 4), (1, 3), (0, 1), is_int8).max() < 1e-3
+
+
+def test_int8_takes_no_more_patches_than_a_key_can_number() -> None:
+    assert variants.index_mask(1) == 0
+    assert variants.index_mask(1369) == 2047
+    assert variants.index_mask(2048) == 2047
+    patches = variants.MAX_INT8_PATCHES + 1
+    codes, weights = np.zeros((1, patches, 1), np.int8), np.zeros((1, patches), np.float32)
+    with pytest.raises(ValueError, match="use precision='fp16'"):
+        variants.fused_max(run, codes, codes[0], weights, weights[0], None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("images", "patches", "channels"), [(1, 1, 24), (5, 49, 100), (3, 256, 384), (4, 1369, 1024)])
+def test_products_on_a_device(gpu: cuda.Device, images: int, patches: int, channels: int) -> None:
+    how = (gpu.launch, gpu.to_device)
+    for negative in (False, True):
+        checks.check_fused_max(*how, images, patches, channels, negative=negative, get=gpu.to_host)
+        checks.check_fused_winners(*how, images, patches, channels, negative=negative, get=gpu.to_host)
+    checks.check_fused_max(*how, images, patches, channels, zeros=True, get=gpu.to_host)
+    checks.check_winner_cosines(*how, images, patches, channels, get=gpu.to_host)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("grid", "channels"), [((1, 1), 24), ((5, 9), 100), ((37, 37), 1024)])
+def test_features_on_a_device(gpu: cuda.Device, grid: tuple[int, int], channels: int) -> None:
+    for degree in (1, 3, 5):
+        checks.check_pool_features(gpu.launch, gpu.to_device, grid, channels, degree, get=gpu.to_host)
+    checks.check_int8_quantise(gpu.launch, gpu.to_device, grid[0] * grid[1], channels, get=gpu.to_host)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_mutual_scores_on_a_device(gpu: cuda.Device, is_int8: bool) -> None:
+    tokens = recurring_tokens(8, 1369, 384)
+    scores = [
+        checks.mutual_scores(gpu.launch, gpu.to_device, tokens, (37, 37), (1, 3), (0, 2), is_int8, get=gpu.to_host)
+        for _ in range(2)
+    ]
+    np.testing.assert_allclose(scores[0], reference.mutual_scores(tokens[:, None], (37, 37), (1, 3)), atol=2e-3)
+    np.testing.assert_array_equal(*scores)

@@ -1,0 +1,180 @@
+"""The distances that mutual scoring hands back, against the float64 reference and against its own scores."""
+
+import tracemalloc
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from zsad.kernels import cpu, mutual_scores, reference
+from zsad.kernels.minima import ReturnedMinima
+from zsad.kernels.planner import default_disk_limit, plan_mutual_scoring
+
+pytestmark = pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+
+GRID, DEGREES, INTERVAL = (5, 4), (1, 3, 5), (0.0, 0.5)
+
+
+def make_tokens(images: int = 8, layers: int = 2, zeros: bool = False) -> np.ndarray:
+    """Tokens that share structure; with `zeros` one image has only zero features and one has two at degree 1."""
+    rng = np.random.default_rng(images)
+    tokens = rng.normal(size=(1, layers, 20, 48)) + 0.7 * rng.normal(size=(images, layers, 20, 48))
+    if zeros:
+        tokens[3] = 1.0
+        tokens[5, :, 10:] = -tokens[5, :, :10]  # no mean: what is zero stays so
+        tokens[5, :, [3, 13]] = 0
+    return tokens.astype(np.float32)
+
+
+@pytest.fixture(params=["native", "numpy", "int8"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "numpy":
+        monkeypatch.setattr(cpu, "_cpu", None)
+    elif cpu._cpu is None:
+        pytest.skip("installed without a compiler: the native kernels are not there")
+    return "int8" if request.param == "int8" else "fp32"
+
+
+@pytest.mark.parametrize(
+    ("images", "degrees", "zeros"), [(2, (1, 3, 5), False), (8, (1, 3, 5), False), (7, (3, 1), True), (6, (1, 3), True)]
+)
+def test_minima_equal_the_reference(precision: str, images: int, zeros: bool, degrees: tuple[int, ...]) -> None:
+    tokens = make_tokens(images, zeros=zeros)
+    expected = reference.patch_minima(tokens, GRID, degrees)
+    scores, each = mutual_scores(tokens, GRID, degrees, INTERVAL, precision=precision, return_minima="each")
+    assert each.shape == (2, len(degrees), images, 20, images)
+    np.testing.assert_allclose(each, expected, atol=1e-2 if precision == "int8" else 1e-4)
+    np.testing.assert_allclose(reference.interval_average(each, INTERVAL).mean(axis=(0, 1)), scores, rtol=1e-5)
+    again, averaged = mutual_scores(tokens, GRID, degrees, INTERVAL, precision=precision, return_minima=True)
+    np.testing.assert_array_equal(again, scores)
+    np.testing.assert_allclose(averaged, each.mean(axis=(0, 1)), rtol=1e-5)
+    assert averaged.dtype == each.dtype == scores.dtype == np.float32
+    plain = mutual_scores(tokens, GRID, degrees, INTERVAL, precision=precision)
+    # With int8 products the ranks are then chosen by exact distances, too.
+    np.testing.assert_allclose(plain, scores, atol=2e-3 if precision == "int8" else 0)
+
+
+def test_other_references_can_be_selected_without_products(precision: str) -> None:
+    tokens = make_tokens(9)
+    _, each = mutual_scores(tokens, GRID, DEGREES, precision=precision, return_minima="each")
+    kept = [0, 2, 3, 6, 8]
+    selected = reference.interval_average(each[:, :, kept][..., kept], INTERVAL).mean(axis=(0, 1))
+    expected = reference.mutual_scores(tokens[kept], GRID, DEGREES, INTERVAL)
+    np.testing.assert_allclose(selected, expected, atol=2e-3 if precision == "int8" else 1e-4)
+
+
+def smallest_limit(tokens: np.ndarray, **options) -> int:
+    """The smallest of a few memory limits that a call runs within."""
+    limit = 4096
+    while True:
+        try:
+            mutual_scores(tokens, GRID, **options, memory_limit=limit)
+            return limit
+        except MemoryError:
+            limit += 4096
+
+
+def test_every_plan_hands_back_the_same(precision: str) -> None:
+    tokens, options = make_tokens(11), {"precision": precision, "return_minima": True}
+    expected = mutual_scores(tokens, GRID, **options)
+    plans, smallest = [], smallest_limit(tokens, **options)
+    for limit in (smallest, smallest * 5 // 4, smallest * 3 // 2, 3 * smallest):
+        got = mutual_scores(tokens, GRID, **options, memory_limit=limit, on_plan=plans.append)
+        for array, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(array, other)
+        assert plans[-1].peak_bytes <= limit
+    assert len({plan.block for plan in plans}) > 1
+
+
+@pytest.mark.parametrize("kind", [True, "each"])
+def test_minima_count_in_the_plan(kind) -> None:
+    tokens, plans = make_tokens(11), []
+    mutual_scores(tokens, GRID, on_plan=plans.append)
+    mutual_scores(tokens, GRID, on_plan=plans.append, return_minima=kind)
+    returned = ReturnedMinima(kind, 11, 2, 3, 20).bytes
+    assert returned == 4 * 11 * 20 * 11 * (6 if kind == "each" else 1)
+    assert plans[1].peak_bytes - plans[0].peak_bytes == returned
+    with pytest.raises(MemoryError, match="needs at least"):
+        mutual_scores(tokens, GRID, memory_limit=returned, return_minima=kind)
+
+
+@pytest.mark.parametrize("kind", [False, True, "each"])
+def test_the_planned_peak_is_kept(precision: str, kind) -> None:
+    tokens = np.random.default_rng(1).normal(size=(40, 1, 256, 32)).astype(np.float32)
+    options = {"precision": precision, "return_minima": kind}
+    mutual_scores(tokens[:3], **options)  # imports and caches are not the call's own
+    plans = []
+    mutual_scores(tokens, **options, on_plan=plans.append)
+    for limit in (None, plans[0].peak_bytes // 2):
+        tracemalloc.start()
+        try:
+            mutual_scores(tokens, **options, memory_limit=limit, on_plan=plans.append)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak <= plans[-1].peak_bytes + 2**17  # Python's own objects
+
+
+@pytest.mark.parametrize("disk", [0, 20_000])
+def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
+    precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, options = make_tokens(11, zeros=True), {"precision": precision, "return_minima": "each"}
+    expected = mutual_scores(tokens, GRID, **options)
+    monkeypatch.setattr("zsad.kernels.planner.default_disk_limit", lambda: disk)
+    plans, seen = [], []
+    smallest = smallest_limit(tokens, **options)
+    for limit in (smallest, smallest + 20_000, smallest + 60_000):
+        got = mutual_scores(
+            tokens,
+            GRID,
+            **options,
+            memory_limit=limit,
+            on_plan=plans.append,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        for array, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(array, other)
+        assert seen[-1] == (2 * plans[-1].comparisons(),) * 2
+    assert plans[0].rows < 11
+    assert plans[0].minima_in_memory
+    assert plans[0].comparisons() > 11 * 10 // 2
+    assert "in turn against all others" in plans[0].describe()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_failed_allocation_halves_the_budget(
+    failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = make_tokens(30)
+    expected = mutual_scores(tokens, GRID, return_minima=True)
+    empty, failed = cpu.aligned_empty, []
+
+    def scarce(shape, dtype):
+        if len(failed) < failures:
+            failed.append(shape)
+            raise MemoryError("no such memory")
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(cpu, "aligned_empty", scarce)
+    plans = []
+    got = mutual_scores(tokens, GRID, return_minima=True, on_plan=plans.append)
+    for array, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+    assert len(plans) == failures + 1
+    assert all(after.peak_bytes <= before.peak_bytes // 2 for before, after in pairwise(plans))
+    assert caplog.text.count("out of memory (no such memory)") == failures
+
+
+def test_memory_that_always_fails_ends_in_the_usual_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(shape, dtype):
+        raise MemoryError("no such memory")
+
+    monkeypatch.setattr(cpu, "aligned_empty", none)
+    with pytest.raises(MemoryError, match="needs at least"):
+        mutual_scores(make_tokens(5), GRID)
+
+
+def test_the_disk_limit_is_less_than_the_disk_has() -> None:
+    assert 0 < default_disk_limit() < 2**60
+    assert plan_mutual_scoring(20, 400, 64, 3, 4 << 20, disk_limit=0).rows < 20
