@@ -1,71 +1,188 @@
-"""Runs an exported vision transformer: images in, patch tokens and image embedding out."""
+"""A vision transformer ready to run, and the choice among the libraries that can run it.
 
-from dataclasses import dataclass
+TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime on a CPU: one protocol. On a device images, tokens
+and embeddings are device arrays, and `run` only queues.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
-from zsad.export.onnx_export import ExportOptions, export_onnx
-from zsad.kernels.planner import available_cores
+from zsad.export.onnx_export import export_onnx
+from zsad.export.tensorrt_engine import (
+    RTX_CAPABILITIES,
+    EngineError,
+    EngineOptions,
+    build_engine,
+    import_tensorrt,
+    rebuild_command,
+)
+from zsad.kernels.cuda.device import Device, DeviceError, open_device
 
-from .config import BackboneConfig, ConfigError
+from .config import Config, ConfigError
 
-Array = NDArray[np.float32]
+log = logging.getLogger("zsad")
 
+Array = Any  # a NumPy array, or an array on the device
+Library = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
-def choose_device(device: str) -> str:
-    """Resolve `auto`, `cpu` or `cuda:N` to a device that ONNX Runtime can use here; raises ConfigError."""
-    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
-    if device == "auto":
-        return "cuda:0" if has_cuda else "cpu"
-    kind, _, number = device.partition(":")
-    if device == "cpu" or (kind == "cuda" and (number.isdigit() or not number)):
-        if kind == "cuda" and not has_cuda:
-            raise ConfigError(
-                f"device {device!r}: the installed ONNX Runtime has no CUDA provider; run: "
-                "pip uninstall -y onnxruntime && pip install onnxruntime-gpu   (or use --device cpu)"
-            )
-        return "cpu" if kind == "cpu" else f"cuda:{number or 0}"
-    raise ConfigError(f"device must be auto, cpu or cuda:N, not {device!r}")
+INSTALL_CUDA_ORT = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """An ONNX Runtime session over one exported graph."""
+class Backbone(Protocol):
+    """An image tower in some library, on a CPU or on a device."""
 
-    session: ort.InferenceSession
     checkpoint: str
     sha256: str  # of the checkpoint file
     grid: tuple[int, int]
     layers: int
     channels: int
-    has_embedding: bool
+    token_type: np.dtype[Any]  # float32 or float16
+    embedding_width: int | None  # None where the graph has no image embedding
+    largest_batch: int  # falls where memory turns out to be short
 
     def run(self, images: Array) -> tuple[Array, Array | None]:
-        """Return patch tokens [B, L, P, C] and, where exported, image embeddings [B, D] of images [B, 3, S, S]."""
-        outputs = self.session.run(None, {"images": images})
-        return outputs[0], outputs[1] if self.has_embedding else None
+        """Return patch tokens [B, L, P, C] and, where exported, image embeddings [B, D] of images [B, 3, S, S].
+
+        B is at most `largest_batch`. On a device the results are valid until the next call. Raises MemoryError where
+        the batch does not fit.
+        """
 
 
-def load_backbone(config: BackboneConfig, image_size: int, embedding: bool, device: str) -> Backbone:
-    """Export the checkpoint if that was not done before, and open a session on the device.
+@dataclass(frozen=True)
+class Runtime:
+    """Which library runs the backbones, on what, where scores are computed, and why."""
 
-    Raises CheckpointError for weights that cannot be had or used.
+    library: Library
+    device: Device | None  # of the backbones; None is the CPU
+    device_name: str  # cpu or cuda:N
+    scoring: str  # cpu or cuda:N, as mutual_scores takes it
+    reason: str
+
+    def describe(self) -> str:
+        """Name the library with its version and what it runs on."""
+        version = ort.__version__ if self.library == "onnxruntime" else import_tensorrt(self.library).__version__
+        return f"{self.library} {version} on {self.device.name if self.device else 'the CPU'}"
+
+    def resolve(self, config: Config) -> Config:
+        """Put the precisions that `auto` stands for into a configuration; raises ConfigError for impossible ones."""
+        backbones = ("fp16", "fp32") if self.device else ("fp32", "int8")
+        scoring = ("fp16",) if self.scoring != "cpu" else ("fp32", "int8")
+        chosen: dict[str, Any] = {}
+        for key, option, allowed, where in (
+            ("backbone_precision", "--backbone-precision", backbones, self.device_name),
+            ("precision", "--precision", scoring, self.scoring),
+        ):
+            asked = getattr(config, key)
+            if asked not in ("auto", *allowed):
+                raise ConfigError(f"{option} {asked} is not available on {where}; use {' or '.join(allowed)}")
+            chosen[key] = allowed[0] if asked == "auto" else asked
+        return replace(config, **chosen)
+
+
+def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
+    """Choose the fastest runtime that is installed, within what is asked for.
+
+    device: auto, cpu or cuda:N. library: auto, onnxruntime, tensorrt or tensorrt-rtx. Raises ConfigError with the
+    command that brings what is missing.
     """
-    options = ExportOptions(
-        config.taps, image_size, config.activation, config.heads, embedding, preprocessing=config.preprocessing
-    )
-    model = export_onnx(config.checkpoint, options)
-    session_options = ort.SessionOptions()
-    session_options.intra_op_num_threads = available_cores()
-    # Threads that spin between batches would take their core from decoding and from mutual scoring.
-    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
-    if device.startswith("cuda"):
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.split(":")[1]}))
-    session = ort.InferenceSession(str(model.path), session_options, providers=providers)
-    _, layers, patches, channels = session.get_outputs()[0].shape
-    side = int(session.get_modelmeta().custom_metadata_map["grid"])
-    assert side * side == patches
-    return Backbone(session, config.checkpoint, model.sha256, (side, side), layers, channels, embedding)
+    kind, _, number = device.partition(":")
+    if not (device in ("auto", "cpu") or (kind == "cuda" and (number or "0").isdecimal())):
+        raise ConfigError(f"--device must be auto, cpu or cuda:N, not {device!r}")
+    if library not in ("auto", *get_args(Library)):
+        raise ConfigError(f"--runtime must be auto or one of {', '.join(get_args(Library))}, not {library!r}")
+    on_cpu = partial(Runtime, "onnxruntime", None, "cpu")
+    if device == "cpu":
+        if library not in ("auto", "onnxruntime"):
+            raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use --runtime onnxruntime")
+        return on_cpu("cpu", "asked for")
+    if device == "auto" and importlib.util.find_spec("cupy") is None and library in ("auto", "onnxruntime"):
+        return on_cpu("cpu", "no GPU is used: CuPy is not installed")
+    name = "cuda:0" if device == "auto" else f"cuda:{number or 0}"
+    try:
+        opened = open_device(name)
+    except DeviceError as error:
+        if device == "auto" and library in ("auto", "onnxruntime"):
+            return on_cpu("cpu", f"no GPU is used: {error}")
+        raise ConfigError(str(error)) from None
+
+    unusable: dict[str, str] = {}
+    for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
+        missing = _missing(candidate, opened)
+        if missing is None:
+            reason = f"{' and '.join(unusable)} cannot be used here" if unusable else "the fastest"
+            return Runtime(candidate, opened, name, name, "asked for" if library != "auto" else reason)  # type: ignore[arg-type]
+        unusable[candidate] = missing
+        log.debug("%s", missing)
+    if library in ("tensorrt", "tensorrt-rtx"):
+        raise ConfigError(unusable[library])
+    return on_cpu(name, f"only scoring uses {name}; for the backbones too, run: {INSTALL_CUDA_ORT}")
+
+
+def _missing(library: str, device: Device) -> str | None:
+    """Say why a library cannot run backbones on a device; None where it can."""
+    if library == "onnxruntime":
+        if "CUDAExecutionProvider" in ort.get_available_providers():
+            return None
+        return f"the installed ONNX Runtime has no CUDA provider; run: {INSTALL_CUDA_ORT}"
+    try:
+        import_tensorrt(library)
+    except EngineError as error:
+        return str(error)
+    if library == "tensorrt-rtx" and device.compute_capability not in RTX_CAPABILITIES:
+        return (
+            f"tensorrt-rtx does not run on compute capability {device.compute_capability} "
+            f"(only {', '.join(RTX_CAPABILITIES)})"
+        )
+    return None
+
+
+def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) -> Backbone:
+    """Make one of the configuration's backbones ready: export its graph, build its engine, unless done before.
+
+    config: with its precisions resolved. batch_size: images per call at most, as far as memory allows.
+    Raises CheckpointError for weights that cannot be had or used, EngineError for engines likewise, ConfigError where
+    the library does not start.
+    """
+    from .onnxruntime_backbone import OnnxRuntimeBackbone
+    from .tensorrt_backbone import TensorRTBackbone
+
+    checkpoint = config.backbones[name].checkpoint
+    attention = "fused" if runtime.library == "onnxruntime" else "standard"
+    graph = config.export_options(name, config.backbone_precision, attention)
+    model = export_onnx(checkpoint, graph)
+    if runtime.library == "onnxruntime":
+        return OnnxRuntimeBackbone(model, runtime.device, batch_size)
+    assert runtime.device is not None
+    options = EngineOptions(runtime.library, device=runtime.device.number)
+    command = rebuild_command(checkpoint, graph, options)
+    log.info("%s: loading its engine; the first time it is built, which can take minutes", checkpoint)
+    engine = build_engine(model.path, graph.image_size, graph.precision, options, command)
+    return TensorRTBackbone(engine.path, model, runtime.device, batch_size)
+
+
+def run_in_parts(backbone: Backbone, images: Array) -> Iterator[tuple[slice, Array, Array | None]]:
+    """Run images [B, 3, S, S] in parts that fit; yield which, their tokens and their embeddings.
+
+    A part that does not fit is halved, and later ones stay that small. Raises MemoryError where one image is too much.
+    """
+    start = 0
+    while start < len(images):
+        part = slice(start, min(start + backbone.largest_batch, len(images)))
+        try:
+            tokens, embeddings = backbone.run(images[part])
+        except MemoryError as error:
+            size = part.stop - part.start
+            if size == 1:
+                raise
+            backbone.largest_batch = size // 2
+            log.warning("%d images at once do not fit (%s); going on with %d", size, error, size // 2)
+            continue
+        yield part, tokens, embeddings
+        start = part.stop

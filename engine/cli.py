@@ -16,33 +16,33 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import onnxruntime as ort
 from tqdm import tqdm
 
 from zsad.export.files import written_whole
 from zsad.export.state_dict import CheckpointError
+from zsad.export.tensorrt_engine import EngineError
 from zsad.kernels.planner import available_cores
 
-from .backbone import Backbone, choose_device, load_backbone
+from .backbone import Backbone, choose_runtime, load_backbone
 from .config import Config, ConfigError, load_config, preset_names
 from .demo import draw_demo
 from .evaluate import Evaluation, evaluate, format_table, ground_truth
 from .images import Category, ImageError, NothingToScoreError, printable, scan
 from .pipeline import Options, Stages, TooFewImagesError, check_memory, score_category
-from .report import write_report
+from .placement import Placement, choose_placement
+from .report import shown_categories, write_report
 from .results import (
     Format,
     OutputError,
     check_output,
     fingerprint,
     finished_record,
-    read_thumbnails,
     write_category,
 )
 
@@ -107,7 +107,7 @@ def _guarded(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     go_on = f"What was finished is in {arguments.output}; add --resume to go on from there"
     try:
         return _run(arguments, interrupts)
-    except (ConfigError, CheckpointError, OutputError, NothingToScoreError) as error:
+    except (ConfigError, CheckpointError, EngineError, OutputError, NothingToScoreError) as error:
         log.error("%s", error)
         return USAGE
     except ImageError as error:
@@ -150,15 +150,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add("--runtime", default="auto", help="of the backbones: auto, onnxruntime, tensorrt or tensorrt-rtx")
     add("--image-size", type=int, metavar="PIXELS", help="side of the network's input, a multiple of the patch size")
     add("--taps", type=_numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
     add("--degrees", type=_numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
     add("--interval", type=_numbers(float), metavar="0,0.3", help="part of the sorted distances that is averaged")
-    add("--precision", help="fp32, or int8: products in int8, the chosen distances in fp32 (faster with VNNI)")
+    add("--precision", help="of the scoring on a CPU: fp32, or int8 products with fp32 distances (faster with VNNI)")
+    add("--backbone-precision", help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
-    add("--memory-limit", type=_bytes, metavar="4GB", help="spill to disk above this (default: 3/4 of the free memory)")
+    add(
+        "--memory-limit",
+        type=_bytes,
+        metavar="4GB",
+        help="of what scores, above it tokens are spilled (default: 3/4 of the free memory, 9/10 on a GPU)",
+    )
     add(
         "--format",
         type=_formats,
@@ -219,15 +226,14 @@ def _threshold(text: str) -> float | str:
 
 def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     start, started = time.perf_counter(), datetime.now(timezone.utc)
-    keys = ("image_size", "taps", "degrees", "interval", "group_size", "threshold", "precision", "seed")
-    overrides = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
-    config = load_config(arguments.preset, arguments.config, overrides)
-    device = choose_device(arguments.device)
+    of_config = {field.name for field in fields(Config)} | {"taps"}
+    overrides = {k: v for k, v in vars(arguments).items() if k in of_config - {"preset"} and v is not None}
+    runtime = choose_runtime(arguments.device, arguments.runtime)
+    config = runtime.resolve(load_config(arguments.preset, arguments.config, overrides))
     output: Path = arguments.output
     options = Options(
-        batch_size=arguments.batch_size or (1 if device == "cpu" else 8),
+        batch_size=arguments.batch_size or (8 if runtime.device else 1),
         workers=arguments.workers or available_cores(),
-        memory_limit=arguments.memory_limit,
         strict=arguments.strict,
     )
     data = arguments.data
@@ -239,30 +245,25 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
 
     stages = Stages()
     with stages.measure("load"):
-        backbones = {
-            name: load_backbone(
-                backbone,
-                config.image_size,
-                embedding=bool(config.image_score.rscin) and name == config.image_score.backbone,
-                device=device,
-            )
-            for name, backbone in config.backbones.items()
-        }
+        backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
+        placement = choose_placement(config, runtime, options.batch_size, arguments.memory_limit)
     try:
-        check_memory(categories, config, backbones, options.memory_limit)
+        check_memory(categories, config, backbones, placement)
     except (MemoryError, ValueError) as error:  # too little memory, or a precision that this installation lacks
         raise ConfigError(str(error)) from None
     log.info(
-        "%d images in %d %s, preset %s on %s",
+        "%d images in %d %s, preset %s, %s (%s)",
         sum(len(category.images) for category in categories),
         len(categories),
         "categories" if len(categories) > 1 else "category",
         config.preset,
-        device,
+        runtime.describe(),
+        runtime.reason,
     )
 
     records = [
-        _run_category(category, config, backbones, options, stages, arguments, interrupts) for category in categories
+        _run_category(category, config, backbones, placement, options, stages, arguments, interrupts)
+        for category in categories
     ]
     failures = sum(len(record["failures"]) for record in records)
     finished = [record for record in records if record["images"]]
@@ -271,7 +272,8 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     run: dict[str, Any] = {
         "version": importlib.metadata.version("zsad"),
         "preset": config.preset,
-        "device": device,
+        "device": runtime.device_name,
+        "runtime": runtime.describe(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "images": sum(len(record["images"]) for record in records),
@@ -284,7 +286,7 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
         "library_share": round(sum(stages.seconds.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
         "config": config.as_dict(),
         "checkpoints": [{"name": b.checkpoint, "sha256": b.sha256} for b in backbones.values()],
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": ort.__version__},
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "categories": {
             record["name"]: {
                 "images": len(record["images"]),
@@ -302,7 +304,8 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
         "notes": _notes(records),
     }
     if "zsad" in arguments.format:
-        _report(output, run, categories, records, evaluation)
+        shown = shown_categories(output, config.group_size, categories, records, evaluation)
+        write_report(output / "report.html", run, shown)
     with written_whole(output / "run.json") as temporary:
         temporary.write_text(json.dumps(run, indent=1))
     log.debug(
@@ -319,6 +322,7 @@ def _run_category(
     category: Category,
     config: Config,
     backbones: Mapping[str, Backbone],
+    placement: Placement,
     options: Options,
     stages: Stages,
     arguments: argparse.Namespace,
@@ -342,12 +346,14 @@ def _run_category(
     start = time.perf_counter()
     try:
         with _Progress(name, arguments.quiet, interrupts) as progress:
-            scored = score_category(category, config, backbones, options, stages, progress)
+            scored = score_category(category, config, backbones, placement, options, stages, progress)
         scored = replace(scored, failures=[*scored.failures, *unreadable])
         with stages.measure("write"):
             record = write_category(
                 arguments.output, category, scored, config, arguments.format, digest, options.workers
             )
+    except placement.fatal as error:
+        raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
             raise
@@ -422,44 +428,6 @@ def _evaluate(
         except Exception as error:  # a mask that breaks its reader must not cost the report
             log.warning("no metrics: %s", error)
             return None
-
-
-def _report(
-    output: Path,
-    run: Mapping[str, Any],
-    categories: Sequence[Category],
-    records: Sequence[Mapping[str, Any]],
-    evaluation: Evaluation | None,
-) -> None:
-    shown = []
-    for category, record in zip(categories, records, strict=True):
-        thumbnails = read_thumbnails(output, category.name) if record["images"] else {}
-        images = []
-        for image in record["images"]:
-            relative = PurePosixPath(image["path"])
-            anomalous, _ = ground_truth(category.root, relative)
-            images.append(
-                {
-                    "regions": [],
-                    "image": "",
-                    "overlay": "",
-                    **image,
-                    **thumbnails.get(image["path"], {}),
-                    "overlay_file": f"{category.name}/{image['overlay_file']}" if image["overlay_file"] else "",
-                    "label": None if anomalous is None else relative.parts[1],
-                    "anomalous": anomalous,
-                }
-            )
-        shown.append(
-            {
-                **{key: record[key] for key in ("name", "threshold", "failures", "groups", "seconds")},
-                "group_size": run["config"]["group_size"],
-                "images": images,
-                "metrics": evaluation["categories"].get(category.name) if evaluation else None,
-                "protocol": evaluation["protocol"] if evaluation else None,
-            }
-        )
-    write_report(output / "report.html", run, shown)
 
 
 def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,12 +12,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from zsad.export.onnx_export import ExportOptions
 from zsad.export.vit_graph import ACTIVATIONS
 
 from .images import Preprocessing
 from .rescoring import ScoreRule
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["auto", "fp32", "fp16", "int8"]
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
@@ -68,11 +69,26 @@ class Config:
     image_score: ImageScoreConfig
     group_size: int | None = None  # None scores the whole category as one batch
     threshold: float | str | None = None  # a score in [0, 1] or "auto"
-    precision: Precision = "fp32"  # of the products of mutual scoring
+    precision: Precision = "auto"  # of the products of mutual scoring; auto: fp32 on a CPU, fp16 on a GPU
+    backbone_precision: Precision = "auto"  # likewise
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def export_options(self, name: str, precision: str, attention: str) -> ExportOptions:
+        """Return what the graph of one of the backbones is exported with."""
+        backbone = self.backbones[name]
+        return ExportOptions(
+            taps=backbone.taps,
+            image_size=self.image_size,
+            activation=backbone.activation,
+            heads=backbone.heads,
+            embedding=bool(self.image_score.rscin) and name == self.image_score.backbone,
+            precision=precision,
+            attention=attention,
+            preprocessing=backbone.preprocessing,
+        )
 
 
 def preset_names() -> list[str]:
@@ -178,6 +194,7 @@ def _checked(preset: str, merged: Mapping[str, Any]) -> Config:
         threshold,
     )
     _require_choice("precision", config.precision, get_args(Precision))
+    _require_choice("backbone_precision", config.backbone_precision, get_args(Precision))
     _require(_is_int(config.seed, 0), "seed must be a whole number", config.seed)
     for name, backbone in config.backbones.items():
         where = f"[backbones.{name}]"

@@ -30,9 +30,21 @@ LONGEST_NAME = 200
 _AMBIGUOUS_FOLDER = re.compile(r"\.(tiff|jpg|csv|json)$", re.IGNORECASE)
 _MARKED = re.compile(r"~[0-9a-f]{8}$")
 
-_RESAMPLING = {"imagenet": Image.Resampling.BILINEAR, "clip": Image.Resampling.BICUBIC}
-_MEAN = {"imagenet": (0.485, 0.456, 0.406), "clip": (0.48145466, 0.4578275, 0.40821073)}
-_STD = {"imagenet": (0.229, 0.224, 0.225), "clip": (0.26862954, 0.26130258, 0.27577711)}
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a backbone wants its images: the antialiased filter that resizes them, and what they are normalised with."""
+
+    resampling: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]  # of values in [0, 1]
+    deviation: tuple[float, float, float]
+
+
+# imagenet: DINOv2, and both backbones of the challenge system; clip: MuSc.
+RECIPES: dict[Preprocessing, Recipe] = {
+    "imagenet": Recipe("bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Recipe("bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
 
 class ImageError(Exception):
@@ -221,12 +233,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def network_input(image: Image.Image, size: int, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Resize to size × size without keeping the aspect ratio and normalise; returns [3, S, S].
-
-    `imagenet`: Pillow's antialiased bilinear filter, ImageNet mean and deviation (DINOv2, and both backbones of the
-    challenge system). `clip`: bicubic, CLIP's mean and deviation (MuSc).
-    """
-    resized = np.asarray(image.resize((size, size), _RESAMPLING[preprocessing]), np.float32) / np.float32(255)
-    mean, std = np.asarray(_MEAN[preprocessing], np.float32), np.asarray(_STD[preprocessing], np.float32)
-    return np.ascontiguousarray(((resized - mean) / std).transpose(2, 0, 1))
+def network_input(image: Image.Image, size: int, recipe: Recipe) -> NDArray[np.float32]:
+    """Resize to size × size without keeping the aspect ratio and normalise; returns [3, S, S]."""
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    resized = np.asarray(image.resize((size, size), filters[recipe.resampling]), np.float32) / np.float32(255)
+    mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
+    return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))

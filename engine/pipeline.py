@@ -2,29 +2,29 @@
 
 data/<category>/… → images: scan, decode, resize, normalise [B, 3, S, S] → backbone: tokens [B, L, P, C], embedding
 [B, D] → kernels: patch scores [N, P] → rescoring: image scores [N] → postprocess and results: maps [h, w], files
+
+A placement says where this happens: in host memory, or on a device up to the patch scores.
 """
 
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from zsad.kernels import mutual_scores
-from zsad.kernels.cpu import pair_kernel
-from zsad.kernels.mutual_scoring import plan_on_cpu
-from zsad.kernels.planner import default_memory_limit, scratch
-
-from .backbone import Backbone
+from .backbone import Backbone, run_in_parts
 from .config import Config
-from .images import Category, ImageError, InputImage, Preprocessing, decode, network_input
+from .images import Category, ImageError, InputImage, decode
+from .placement import Placement
 from .rescoring import image_scores, min_max, rscin
 
 log = logging.getLogger("zsad")
@@ -58,7 +58,6 @@ class Options:
 
     batch_size: int
     workers: int
-    memory_limit: int | None
     strict: bool
 
 
@@ -89,7 +88,7 @@ class _Group:
 
     indices: list[int]  # of the readable images, within the category
     patch_scores: dict[str, Array]  # backbone → [n, P]
-    embeddings: Array | None  # [n, D]
+    embeddings: dict[str, Array]  # backbone → [n, D]
 
 
 @dataclass
@@ -97,7 +96,7 @@ class _Batch:
     """Decoded images on their way to the backbones."""
 
     indices: list[int]
-    inputs: dict[Preprocessing, Array]  # [B, 3, S, S] each
+    images: list[Any]  # as the placement prepared them
     failures: list[tuple[int, ImageError]]
 
 
@@ -105,6 +104,7 @@ def score_category(
     category: Category,
     config: Config,
     backbones: Mapping[str, Backbone],
+    placement: Placement,
     options: Options,
     stages: Stages,
     progress: Progress,
@@ -127,7 +127,7 @@ def score_category(
             else:
                 progress(stage + suffix, done, total)
 
-        group = _score_group(category, members, config, backbones, options, stages, report, failures)
+        group = _score_group(category, members, config, backbones, placement, options, stages, report, failures)
         if group is not None:
             groups.append(group)
         seen += len(members)
@@ -146,13 +146,14 @@ def score_category(
         def gathered(backbone: str) -> Array:  # [N, P]
             return np.concatenate([group.patch_scores[backbone] for group in groups])[order]
 
-        rules = config.image_score
-        raw = image_scores(gathered(rules.backbone), backbones[rules.backbone].grid, rules.rule, config.image_size)
-        if rules.rscin:
-            embeddings = np.concatenate([group.embeddings for group in groups if group.embeddings is not None])[order]
-            scores = rscin(raw, embeddings, rules.rscin)
-        else:
-            scores = min_max(raw)
+        chosen = config.image_score.backbone
+        embeddings = [group.embeddings[chosen] for group in groups] if config.image_score.rscin else None
+        raw, scores = rescore(
+            config,
+            gathered(chosen),
+            backbones[chosen].grid,
+            None if embeddings is None else np.concatenate(embeddings)[order],
+        )
     return CategoryScores(
         images=[category.images[index] for index in indices[order]],
         grid=backbones[config.map.backbone].grid,
@@ -162,6 +163,17 @@ def score_category(
         groups=len(dealt),
         failures=named_failures,
     )
+
+
+def rescore(
+    config: Config,
+    patch_scores: Array,  # [N, P] of the image scores' backbone
+    grid: tuple[int, int],
+    embeddings: Array | None,  # [N, D], for RsCIN
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the raw image scores [N] and those in [0, 1], rescored where the configuration asks for it."""
+    raw = image_scores(patch_scores, grid, config.image_score.rule, config.image_size)
+    return raw, min_max(raw) if embeddings is None else rscin(raw, embeddings, config.image_score.rscin)
 
 
 def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int]]:
@@ -175,40 +187,12 @@ def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int
 
 
 def check_memory(
-    categories: Sequence[Category], config: Config, backbones: Mapping[str, Backbone], memory_limit: int | None
+    categories: Sequence[Category], config: Config, backbones: Mapping[str, Backbone], placement: Placement
 ) -> None:
     """Make sure, before any work, that every group can be scored within the limit; raises MemoryError."""
     for category in categories:
         dealt = deal_groups(len(category.images), config.group_size, config.seed)
-        _share_memory(max(map(len, dealt)), config, backbones, memory_limit)
-
-
-def _share_memory(
-    images: int, config: Config, backbones: Mapping[str, Backbone], memory_limit: int | None
-) -> tuple[bool, int]:
-    """Decide whether the tokens of a group stay in memory, and how many bytes are left to score them with.
-
-    They stay if they take at most half of the limit and leave enough. Raises MemoryError where nothing is enough.
-    """
-    limit = default_memory_limit() if memory_limit is None else memory_limit
-    tokens = sum(4 * int(np.prod(_token_shape(images, backbone))) for backbone in backbones.values())
-
-    def check(left: int) -> None:
-        for backbone in backbones.values():
-            _, _, patches, channels = _token_shape(images, backbone)
-            kernel = pair_kernel(backbone.grid, config.degrees, config.precision)
-            plan_on_cpu(kernel, images, patches, channels, config.interval, left)
-
-    if tokens <= limit // 2:
-        with suppress(MemoryError):
-            check(limit - tokens)
-            return True, limit - tokens
-    check(limit)
-    return False, limit
-
-
-def _token_shape(images: int, backbone: Backbone) -> tuple[int, int, int, int]:
-    return images, backbone.layers, backbone.grid[0] * backbone.grid[1], backbone.channels
+        placement.share_memory(max(map(len, dealt)), backbones)
 
 
 def _score_group(
@@ -216,6 +200,7 @@ def _score_group(
     members: Sequence[int],
     config: Config,
     backbones: Mapping[str, Backbone],
+    placement: Placement,
     options: Options,
     stages: Stages,
     progress: Progress,
@@ -223,55 +208,64 @@ def _score_group(
 ) -> _Group | None:
     """Run the backbones over one group and score it; None when fewer than two of its images are readable."""
     kept: list[int] = []
-    embeddings: list[Array] = []
     done = 0
-    in_memory, memory_left = _share_memory(len(members), config, backbones, options.memory_limit)
-    if not in_memory:
-        log.debug("the tokens of %d images go to a memory-mapped temporary file", len(members))
+    resident, memory_left = placement.share_memory(len(members), backbones)
+    if not resident:
+        log.debug("the tokens of %d images are too many to stay resident and are read in blocks", len(members))
     with ExitStack() as stack:
-        stores = {
-            name: stack.enter_context(scratch(_token_shape(len(members), backbone), in_memory))
-            for name, backbone in backbones.items()
+
+        def store(shape: tuple[int, ...], dtype: DTypeLike, resident: bool) -> Any:
+            return stack.enter_context(placement.store((len(members), *shape), dtype, resident))
+
+        tokens = {
+            name: store((b.layers, math.prod(b.grid), b.channels), b.token_type, resident)  # [n, L, P, C]
+            for name, b in backbones.items()
         }
-        for batch in _decoded_batches(category, members, config, options, stages):
+        embeddings = {
+            name: store((b.embedding_width,), np.float32, True)  # [n, D]
+            for name, b in backbones.items()
+            if b.embedding_width is not None
+        }
+        for batch in _decoded_batches(category, members, placement, options, stages):
             failures.update((index, str(error)) for index, error in batch.failures)
-            rows = slice(len(kept), len(kept) + len(batch.indices))
-            with stages.measure("backbone"):
-                for name, backbone in backbones.items() if batch.indices else ():
-                    stores[name][rows], embedding = backbone.run(batch.inputs[config.backbones[name].preprocessing])
-                    if embedding is not None:
-                        embeddings.append(embedding)
+            if batch.images:
+                with stages.measure("backbone"), placement.network_inputs(batch.images) as inputs:
+                    for name, backbone in backbones.items():
+                        images = inputs[config.backbones[name].preprocessing]  # [B, 3, S, S]
+                        for part, part_tokens, part_embeddings in run_in_parts(backbone, images):
+                            rows = slice(len(kept) + part.start, len(kept) + part.stop)
+                            placement.put(part_tokens, tokens[name][rows])
+                            if part_embeddings is not None:
+                                placement.put(part_embeddings, embeddings[name][rows])
             kept += batch.indices
             done += len(batch.indices) + len(batch.failures)
             progress("backbone", done, len(members))
         if len(kept) < 2:
             failures.update((index, "no other readable image to compare it with") for index in kept)
             return None
-        patch_scores = {}
-        for name, backbone in backbones.items():
-            patch_scores[name] = mutual_scores(
-                stores[name][: len(kept)],
+        with stages.measure("backbone"):
+            fetched = {name: placement.fetch(array[: len(kept)]) for name, array in embeddings.items()}
+        patch_scores = {
+            name: placement.patch_scores(
+                tokens[name][: len(kept)],
                 backbone.grid,
-                config.degrees,
-                config.interval,
-                precision=config.precision,
-                memory_limit=memory_left,
-                progress=partial(progress, f"scoring {name}"),
-                timings=stages.seconds,
-                on_plan=lambda plan: log.debug("%s", plan.describe()),
+                memory_left,
+                partial(progress, f"scoring {name}"),
+                stages.seconds,
+                lambda plan: log.debug("%s", plan.describe()),
             )
-    return _Group(kept, patch_scores, np.concatenate(embeddings) if embeddings else None)
+            for name, backbone in backbones.items()
+        }
+    return _Group(kept, patch_scores, fetched)
 
 
 def _decoded_batches(
-    category: Category, members: Sequence[int], config: Config, options: Options, stages: Stages
+    category: Category, members: Sequence[int], placement: Placement, options: Options, stages: Stages
 ) -> Iterator[_Batch]:
     """Decode images in a thread pool a little ahead of the backbone, and yield them in batches in order."""
-    wanted = sorted({backbone.preprocessing for backbone in config.backbones.values()})
 
-    def load(index: int) -> dict[Preprocessing, Array]:
-        image = decode(category.images[index].path)
-        return {kind: network_input(image, config.image_size, kind) for kind in wanted}
+    def load(index: int) -> Any:
+        return placement.prepare(decode(category.images[index].path))
 
     ahead = options.batch_size + options.workers
     with ThreadPoolExecutor(options.workers, "decode") as pool:
@@ -279,21 +273,19 @@ def _decoded_batches(
         try:
             following = iter(members[ahead:])
             while queue:
-                batch = _Batch([], {}, [])
-                loaded = []
+                batch = _Batch([], [], [])
                 with stages.measure("decode"):
                     while queue and len(batch.indices) < options.batch_size:
                         index, future = queue.popleft()
                         for upcoming in itertools.islice(following, 1):
                             queue.append((upcoming, pool.submit(load, upcoming)))
                         try:
-                            loaded.append(future.result())
+                            batch.images.append(future.result())
                             batch.indices.append(index)
                         except ImageError as error:
                             if options.strict:
                                 raise ImageError(f"{category.images[index].path}: {error}") from None
                             batch.failures.append((index, error))
-                    batch.inputs = {kind: np.stack([item[kind] for item in loaded]) for kind in wanted if loaded}
                 yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

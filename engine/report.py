@@ -7,11 +7,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from zsad.export.files import written_whole
+
+from .evaluate import Evaluation, ground_truth
+from .images import Category
+from .results import read_thumbnails
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -36,6 +40,45 @@ def write_report(path: Path, run: Mapping[str, Any], categories: Sequence[Mappin
 
     with written_whole(path) as temporary:
         temporary.write_bytes(page.encode())
+
+
+def shown_categories(
+    output: Path,
+    group_size: int | None,
+    categories: Sequence[Category],
+    records: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation | None,
+) -> list[dict[str, Any]]:
+    """Return what `write_report` shows of a run's categories: their records, thumbnails, labels and metrics."""
+    shown = []
+    for category, record in zip(categories, records, strict=True):
+        thumbnails = read_thumbnails(output, category.name) if record["images"] else {}
+        images = []
+        for image in record["images"]:
+            relative = PurePosixPath(image["path"])
+            anomalous, _ = ground_truth(category.root, relative)
+            images.append(
+                {
+                    "regions": [],
+                    "image": "",
+                    "overlay": "",
+                    **image,
+                    **thumbnails.get(image["path"], {}),
+                    "overlay_file": f"{category.name}/{image['overlay_file']}" if image["overlay_file"] else "",
+                    "label": None if anomalous is None else relative.parts[1],
+                    "anomalous": anomalous,
+                }
+            )
+        shown.append(
+            {
+                **{key: record[key] for key in ("name", "threshold", "failures", "groups", "seconds")},
+                "group_size": group_size,
+                "images": images,
+                "metrics": evaluation["categories"].get(category.name) if evaluation else None,
+                "protocol": evaluation["protocol"] if evaluation else None,
+            }
+        )
+    return shown
 
 
 def _link_overlay(image: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,8 +19,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from zsad.export.files import written_whole
 
 from .config import Config
 from .images import RECORD, Category, ImageError, decode
@@ -163,9 +162,8 @@ def check_output(output: Path, categories: Sequence[Category]) -> None:
     """Make sure, before any work, that results can be written; raises OutputError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with written_whole(output / ".zsad-check") as temporary:
-            temporary.write_bytes(bytes(4096))  # a full disk still takes empty files
-        (output / ".zsad-check").unlink()
+        with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
+            probe.write(bytes(4096))  # a full disk still takes empty files
         taken = [
             folder
             for folder in (output / category.name for category in categories)

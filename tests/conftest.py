@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+
+from zsad.bench.towers import Shape, write_random_checkpoint
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -35,36 +35,9 @@ def random_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     """Writes a random DINOv2 in its official names, stored for 70 px, and returns its file."""
 
     def write(width: int = 64, depth: int = 2, gated: bool = False, registers: int = 0) -> Path:
-        rng = np.random.default_rng(0)
-        hidden = 4 * width
-        fc1, fc2 = ("w12", "w3") if gated else ("fc1", "fc2")
-        shapes: dict[str, tuple[int, ...]] = {
-            "cls_token": (1, 1, width),
-            "pos_embed": (1, 26, width),
-            "patch_embed.proj.weight": (width, 3, 14, 14),
-            "patch_embed.proj.bias": (width,),
-            "norm.weight": (width,),
-            "norm.bias": (width,),
-        }
-        if registers:
-            shapes["register_tokens"] = (1, registers, width)
-        for block in (f"blocks.{index}." for index in range(depth)):
-            for norm in ("norm1", "norm2"):
-                shapes |= {f"{block}{norm}.weight": (width,), f"{block}{norm}.bias": (width,)}
-            for name, out, into in (
-                ("attn.qkv", 3 * width, width),
-                ("attn.proj", width, width),
-                (f"mlp.{fc1}", (2 if gated else 1) * hidden, width),
-                (f"mlp.{fc2}", width, hidden),
-            ):
-                shapes |= {f"{block}{name}.weight": (out, into), f"{block}{name}.bias": (out,)}
-            shapes |= {f"{block}ls1.gamma": (width,), f"{block}ls2.gamma": (width,)}
-        state = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
-        for name in state:
-            if name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma")):
-                state[name] += 1
         path = tmp_path_factory.mktemp("dinov2") / f"dinov2-{width}-{depth}.safetensors"
-        save_file(state, path)
+        shape = Shape("dinov2", width, depth, stored_grid=5, gated=gated, registers=registers)
+        write_random_checkpoint(shape, path, deviation=0.05)
         return path
 
     return write

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zsad.engine.backbone import load_backbone
+from zsad.engine.backbone import Backbone, choose_runtime, load_backbone
 from zsad.engine.cli import main
-from zsad.engine.config import BackboneConfig
+from zsad.engine.config import load_config
 from zsad.engine.evaluate import ground_truth
-from zsad.engine.images import decode, network_input, scan
+from zsad.engine.images import RECIPES, decode, network_input, scan
 from zsad.engine.metrics import image_metrics, pixel_metrics
 from zsad.engine.postprocess import upsample
 from zsad.engine.rescoring import image_scores, rscin
@@ -32,10 +32,16 @@ def _weights() -> None:
         pytest.skip(f"the embedded default's weights cannot be had here: {error}")
 
 
+def load(**overrides: object) -> Backbone:
+    """The preset `small`'s backbone on the CPU, one image at a time."""
+    runtime = choose_runtime("cpu")
+    return load_backbone(runtime.resolve(load_config("small", overrides=overrides)), "dinov2", runtime, 1)
+
+
 @pytest.fixture(scope="module")
 def dinov2_small():
     """All four taps of the golden file, with the image embedding."""
-    return load_backbone(BackboneConfig("dinov2-vits14", (2, 5, 8, 11)), 518, embedding=True, device="cpu")
+    return load(taps=(2, 5, 8, 11), image_score={"backbone": "dinov2", "rscin": (1, 8, 9)})
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def golden_run(golden: Path, real_data: Path, dinov2_small):
     """Golden arrays, and our tokens and embeddings of the same eight images."""
     arrays = np.load(golden / "end_to_end_dinov2s.npz")
     paths = [next((real_data / "ball_screw").rglob(Path(str(name)).name)) for name in arrays["files"]]
-    inputs = np.stack([network_input(decode(path), 518, "imagenet") for path in paths])
+    inputs = np.stack([network_input(decode(path), 518, RECIPES["imagenet"]) for path in paths])
     tokens, embeddings = zip(*(dinov2_small.run(image[None]) for image in inputs), strict=True)
     return arrays, inputs, np.concatenate(tokens), np.concatenate(embeddings)
 
@@ -100,8 +106,8 @@ def test_real_categories_beat_random_features_and_equal_the_oracle(real_data: Pa
     """
     (category,) = scan(real_data / name)
     images = [category.images[i] for i in np.linspace(0, len(category.images) - 1, 32).astype(int)]
-    backbone = load_backbone(BackboneConfig("dinov2-vits14", (5, 8)), SIZE, embedding=False, device="cpu")
-    inputs = (network_input(decode(image.path), SIZE, "imagenet") for image in images)
+    backbone = load(image_size=SIZE)
+    inputs = (network_input(decode(image.path), SIZE, RECIPES["imagenet"]) for image in images)
     tokens = np.concatenate([backbone.run(image[None])[0] for image in inputs])  # [32, 2, 256, 384]
     ours = _metrics(category, images, mutual_scores(tokens, degrees=(1, 3)), backbone.grid)
     oracle = _metrics(category, images, reference.mutual_scores(tokens, backbone.grid, (1, 3)), backbone.grid)

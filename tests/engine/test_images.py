@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images import RECORD, ImageError, NothingToScoreError, decode, network_input, printable, scan
+from zsad.engine.images import RECIPES, RECORD, ImageError, NothingToScoreError, decode, network_input, printable, scan
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -294,7 +294,7 @@ def test_resize_and_normalisation(size: tuple[int, int], preprocessing: str) -> 
     wide = np.clip(np.einsum("xi,yic->yxc", columns, pixels.astype(float)), 0, 255).round()
     resized = np.clip(np.einsum("yi,ixc->yxc", rows, wide), 0, 255)
     expected = ((resized / 255 - mean) / std).transpose(2, 0, 1)
-    actual = network_input(Image.fromarray(pixels), 70, preprocessing)  # type: ignore[arg-type]
+    actual = network_input(Image.fromarray(pixels), 70, RECIPES[preprocessing])  # type: ignore[index]
     assert actual.dtype == np.float32
     assert actual.flags.c_contiguous
     levels = np.abs(actual - expected) * np.array(std)[:, None, None] * 255
@@ -305,7 +305,7 @@ def test_resize_and_normalisation(size: tuple[int, int], preprocessing: str) -> 
 def test_the_reference_feeds_the_same_input(golden: Path, real_data: Path) -> None:
     arrays = np.load(golden / "end_to_end_dinov2s.npz")
     (path,) = (real_data / "ball_screw").rglob(Path(str(arrays["files"][0])).name)
-    np.testing.assert_allclose(network_input(decode(path), 518, "imagenet"), arrays["image_0"], atol=1e-5)
+    np.testing.assert_allclose(network_input(decode(path), 518, RECIPES["imagenet"]), arrays["image_0"], atol=1e-5)
 
 
 # Files that are no good

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import zlib
@@ -275,8 +276,8 @@ def test_an_unreadable_folder_is_a_failure_now_and_when_resumed(
     draw(tmp_path / "data", *numbered(3, "bolt/"), *numbered(2, "bolt/locked/"), *numbered(2, "nut/"))
     scandir = os.scandir
 
-    def refuse(path: str | Path) -> object:
-        if Path(path).name in ("locked", "nut"):
+    def refuse(path: str | Path | int) -> object:
+        if not isinstance(path, int) and Path(path).name in ("locked", "nut"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
@@ -415,10 +416,10 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(
     assert infer(data, "--output", tmp_path) == 2  # the category's folder would be the data's own
     assert (tmp_path / "taken/data/thesis.tex").read_text() == "years of work"
 
-    def refuse(*_: object) -> None:
+    def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for arguments in (["data"], ["--demo"]):
         assert infer(*arguments, "--output", "readonly") == 2
         assert "readonly: cannot be written to (Read-only file system)" in capsys.readouterr().err

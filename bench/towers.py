@@ -1,0 +1,119 @@
+"""Shapes of the published image towers: their arithmetic, and random checkpoints where real ones are absent."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from zsad.export.onnx_export import ExportOptions
+from zsad.export.vision_transformer import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the arithmetic of an image tower."""
+
+    family: str  # dinov2 or clip
+    width: int
+    depth: int
+    patch_size: int = 14
+    stored_grid: int = 37  # patches per side of the stored position embedding
+    projection: int = 0  # clip: width of the embedding
+    gated: bool = False  # SwiGLU
+    registers: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """Width between the two linear layers of a block."""
+        # DINOv2's SwiGLU keeps the arithmetic of a factor of four with three matrices, in multiples of eight.
+        return (int(4 * self.width * 2 / 3) + 7) // 8 * 8 if self.gated else 4 * self.width
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> "Shape":
+        """Return the shape of weights that were read."""
+        hidden = vit.blocks[0].fc2[0].shape[1]
+        return cls(
+            vit.architecture,
+            vit.width,
+            len(vit.blocks),
+            vit.patch_size,
+            math.isqrt(len(vit.positions) - 1),
+            0 if vit.projection is None else vit.projection.shape[1],
+            len(vit.blocks[0].fc1[1]) == 2 * hidden,
+            len(vit.registers),
+        )
+
+    def flops(self, graph: ExportOptions) -> float:
+        """Count the multiplications and additions of one image's products: 1.01e12 for a whole ViT-L/14 at 518 px."""
+        blocks = self.depth if graph.embedding else graph.taps[-1] + 1
+        patches = (graph.image_size // self.patch_size) ** 2
+        tokens = 1 + self.registers + patches
+        weights = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
+        embedding = 2 * patches * self.width * 3 * self.patch_size**2
+        return float(blocks * (2 * tokens * weights + 4 * tokens**2 * self.width) + embedding)
+
+
+# By the manifest's names.
+SHAPES = {
+    "dinov2-vits14": Shape("dinov2", 384, 12),
+    "dinov2-vitb14": Shape("dinov2", 768, 12),
+    "dinov2-vitl14": Shape("dinov2", 1024, 24),
+    "dinov2-vitg14": Shape("dinov2", 1536, 40, gated=True),
+    "clip-vitl14-336": Shape("clip", 1024, 24, stored_grid=24, projection=768),
+    "clip-vitl14": Shape("clip", 1024, 24, stored_grid=16, projection=768),
+    "clip-vitb16": Shape("clip", 768, 12, patch_size=16, stored_grid=14, projection=512),
+    "clip-vitb16plus-240": Shape("clip", 896, 12, patch_size=16, stored_grid=15, projection=640),
+}
+SHAPES |= {f"{name}-reg": replace(shape, registers=4) for name, shape in SHAPES.items() if shape.family == "dinov2"}
+
+
+def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, seed: int = 0) -> None:
+    """Write a safetensors file; norms and layer scales lie near 1, everything else is normal around 0."""
+    rng = np.random.default_rng(seed)
+    state: dict[str, NDArray[np.float32]] = {}
+
+    def normal(name: str, *size: int, around: float = 0.0) -> None:
+        state[name] = rng.standard_normal(size, np.float32) * np.float32(deviation) + np.float32(around)
+
+    def affine(name: str, *size: int, around: float = 0.0) -> None:
+        normal(f"{name}.weight", *size, around=around)
+        normal(f"{name}.bias", size[0])
+
+    patch = (shape.width, 3, shape.patch_size, shape.patch_size)
+    width, hidden, positions = shape.width, shape.hidden, 1 + shape.stored_grid**2
+    if shape.family == "dinov2":
+        normal("cls_token", 1, 1, width)
+        normal("pos_embed", 1, positions, width)
+        if shape.registers:
+            normal("register_tokens", 1, shape.registers, width)
+        affine("patch_embed.proj", *patch)
+        affine("norm", width, around=1)
+        for block in (f"blocks.{index}." for index in range(shape.depth)):
+            affine(f"{block}norm1", width, around=1)
+            affine(f"{block}attn.qkv", 3 * width, width)
+            affine(f"{block}attn.proj", width, width)
+            affine(f"{block}norm2", width, around=1)
+            affine(f"{block}mlp.{'w12' if shape.gated else 'fc1'}", (2 if shape.gated else 1) * hidden, width)
+            affine(f"{block}mlp.{'w3' if shape.gated else 'fc2'}", width, hidden)
+            normal(f"{block}ls1.gamma", width, around=1)
+            normal(f"{block}ls2.gamma", width, around=1)
+    else:
+        normal("visual.class_embedding", width)
+        normal("visual.positional_embedding", positions, width)
+        normal("visual.conv1.weight", *patch)
+        affine("visual.ln_pre", width, around=1)
+        affine("visual.ln_post", width, around=1)
+        normal("visual.proj", width, shape.projection)
+        for block in (f"visual.transformer.resblocks.{index}." for index in range(shape.depth)):
+            affine(f"{block}ln_1", width, around=1)
+            normal(f"{block}attn.in_proj_weight", 3 * width, width)
+            normal(f"{block}attn.in_proj_bias", 3 * width)
+            affine(f"{block}attn.out_proj", width, width)
+            affine(f"{block}ln_2", width, around=1)
+            affine(f"{block}mlp.c_fc", hidden, width)
+            affine(f"{block}mlp.c_proj", width, hidden)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)

@@ -1,0 +1,527 @@
+"""The runtimes behind one protocol, and whole runs on a device: the real data flow, kernels as host code, no GPU."""
+
+import ctypes
+import importlib.util
+import json
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels/cuda"))
+
+from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
+
+from zsad.engine import backbone as backbones
+from zsad.engine import tensorrt_backbone
+from zsad.engine.backbone import choose_runtime, run_in_parts
+from zsad.engine.cli import main
+from zsad.engine.config import ConfigError, load_config
+from zsad.engine.onnxruntime_backbone import OnnxRuntimeBackbone
+from zsad.engine.tensorrt_backbone import TensorRTBackbone
+from zsad.export.cli import main as export
+from zsad.export.onnx_export import ExportedModel, ExportOptions, export_onnx
+from zsad.export.tensorrt_engine import EngineError
+from zsad.kernels.cuda import DeviceError
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX (pip install tensorrt-rtx)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+# Stand-ins for what only a GPU has
+
+
+class HostEngine:
+    """An ICudaEngine on the host: ONNX Runtime behind the calls that TensorRT has, addresses in host memory."""
+
+    def __init__(self, onnx: Path, most: int) -> None:
+        self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
+        self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.num_io_tensors = len(self.tensors)
+        self.refuses_context = False
+        self.runs: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *self.tensors[name].shape[1:])
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "DataType.HALF" if self.tensors[name].type == "tensor(float16)" else "DataType.FLOAT"
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert (name, profile) == ("images", 0)
+        return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
+
+    def create_execution_context(self) -> "HostContext | None":
+        return None if self.refuses_context else HostContext(self)
+
+
+class HostContext:
+    """An IExecutionContext on the host."""
+
+    def __init__(self, engine: HostEngine) -> None:
+        self.engine, self.addresses, self.shape = engine, dict[str, int](), (0,)
+        self.fails = False
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name == "images"
+        self.shape = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine = self.engine
+        if self.fails or not 1 <= self.shape[0] <= engine.most:
+            return False
+        engine.runs.append(self.shape[0])
+
+        def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+            dtype = np.dtype(np.float16 if "HALF" in engine.get_tensor_dtype(name) else np.float32)
+            size = math.prod(shape) * dtype.itemsize
+            content = (ctypes.c_char * size).from_address(self.addresses[name])
+            return np.frombuffer(content, dtype).reshape(shape)
+
+        outputs = engine.session.run(None, {"images": memory("images", self.shape).copy()})
+        for tensor, value in zip(engine.session.get_outputs(), outputs, strict=True):
+            memory(tensor.name, value.shape)[...] = value
+        return True
+
+
+@needs_rtx
+@pytest.mark.parametrize(("ours", "theirs"), [(HostEngine, "ICudaEngine"), (HostContext, "IExecutionContext")])
+def test_the_stand_ins_have_only_what_the_library_has(ours: type, theirs: str) -> None:
+    import tensorrt_rtx
+
+    calls = [name for name in vars(ours) if not name.startswith("_")]
+    assert calls
+    assert all(hasattr(getattr(tensorrt_rtx, theirs), name) for name in calls)
+    assert str(tensorrt_rtx.DataType.HALF) == "DataType.HALF"
+
+
+LOG = types.SimpleNamespace(said=lambda: "no reason given")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
+    device = HostDevice()
+    monkeypatch.setattr(backbones, "open_device", lambda name: device)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backbones, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
+    return device
+
+
+@pytest.fixture
+def tensorrt(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[HostEngine]:
+    """Engines are built in no time and run on the host; returns those that were loaded."""
+    loaded: list[HostEngine] = []
+
+    def build(onnx: Path, *_: object) -> Any:
+        return types.SimpleNamespace(path=onnx)
+
+    def load(path: Path, number: int, onnx: Path) -> tuple[HostEngine, Any]:
+        assert onnx == path
+        loaded.append(HostEngine(onnx, 32))
+        return loaded[-1], LOG
+
+    monkeypatch.setattr(backbones, "build_engine", build)
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", load)
+    return loaded
+
+
+@pytest.fixture
+def model(random_dinov2: Callable[..., Path]) -> ExportedModel:
+    """A tiny graph in half precision with an image embedding."""
+    return export_onnx(str(random_dinov2()), ExportOptions((0, 1), 70, precision="fp16", attention="fused"))
+
+
+def images(count: int) -> NDArray[np.float32]:
+    return np.random.default_rng(count).normal(size=(count, 3, 70, 70)).astype(np.float32)
+
+
+# Which runtime
+
+
+def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "8.9") -> None:
+    """A machine with some of cupy, a gpu, tensorrt, tensorrt-rtx and ONNX Runtime's CUDA provider (cuda)."""
+    device = HostDevice()
+    device.compute_capability = capability
+
+    def open_device(name: str) -> HostDevice:
+        if "gpu" not in installed:
+            raise DeviceError("CuPy finds no CUDA device")
+        return device
+
+    def import_tensorrt(target: str) -> Any:
+        if target not in installed:
+            raise EngineError(f"{target} is not installed; run: pip install it")
+        return types.SimpleNamespace(__version__="1.7")
+
+    providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
+    monkeypatch.setattr(backbones, "open_device", open_device)
+    monkeypatch.setattr(backbones, "import_tensorrt", import_tensorrt)
+    monkeypatch.setattr(backbones.ort, "get_available_providers", lambda: providers)
+
+
+@pytest.mark.parametrize(
+    ("installed", "library", "device_name", "scoring", "why"),
+    [
+        ("", "onnxruntime", "cpu", "cpu", "CuPy is not installed"),
+        ("cupy", "onnxruntime", "cpu", "cpu", "CuPy finds no CUDA device"),
+        ("cupy gpu tensorrt tensorrt-rtx cuda", "tensorrt", "cuda:0", "cuda:0", "the fastest"),
+        ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "cuda:0", "tensorrt cannot be used here"),
+        ("cupy gpu cuda", "onnxruntime", "cuda:0", "cuda:0", "tensorrt and tensorrt-rtx cannot be used here"),
+        ("cupy gpu", "onnxruntime", "cpu", "cuda:0", "pip install onnxruntime-gpu"),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_installed_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, installed: str, library: str, device_name: str, scoring: str, why: str
+) -> None:
+    having(monkeypatch, *installed.split())
+    runtime = choose_runtime("auto", "auto")
+    assert (runtime.library, runtime.device_name, runtime.scoring) == (library, device_name, scoring)
+    assert why in runtime.reason
+    assert (runtime.device is None) == (device_name == "cpu")
+    config = runtime.resolve(load_config("small"))
+    assert config.backbone_precision == ("fp32" if device_name == "cpu" else "fp16")
+    assert config.precision == ("fp32" if scoring == "cpu" else "fp16")
+
+
+def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    having(monkeypatch, "cupy", "gpu", "tensorrt-rtx", "cuda", capability="9.0")
+    runtime = choose_runtime("cuda:0")
+    assert runtime.library == "onnxruntime"
+    with pytest.raises(ConfigError, match=r"does not run on compute capability 9\.0"):
+        choose_runtime("cuda:0", "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("device", "library", "message"),
+    [
+        ("gpu", "auto", "must be auto, cpu or cuda:N"),
+        ("cuda:x", "auto", "must be auto, cpu or cuda:N"),
+        ("cpu", "openvino", "must be auto or one of onnxruntime, tensorrt, tensorrt-rtx"),
+        ("cpu", "tensorrt", "needs a GPU"),
+        ("cuda", "auto", "finds no CUDA device"),
+        ("auto", "tensorrt", "finds no CUDA device"),
+    ],
+)
+def test_a_runtime_that_cannot_be_had_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, library: str, message: str
+) -> None:
+    having(monkeypatch, "cupy")
+    with pytest.raises(ConfigError, match=message):
+        choose_runtime(device, library)
+
+
+@pytest.mark.parametrize(
+    ("installed", "option", "value", "message"),
+    [
+        ("", "precision", "fp16", "--precision fp16 is not available on cpu; use fp32 or int8"),
+        ("", "backbone_precision", "fp16", "--backbone-precision fp16 is not available on cpu"),
+        ("cupy gpu tensorrt", "precision", "fp32", "--precision fp32 is not available on cuda:0"),
+        ("cupy gpu tensorrt", "backbone_precision", "int8", "use fp16 or fp32"),
+    ],
+)
+def test_a_precision_that_the_device_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, installed: str, option: str, value: str, message: str
+) -> None:
+    having(monkeypatch, *installed.split())
+    with pytest.raises(ConfigError, match=message):
+        choose_runtime().resolve(load_config("small", overrides={option: value}))
+
+
+# One protocol
+
+
+def test_io_binding_gives_what_a_plain_session_gives(model: ExportedModel) -> None:
+    device = HostDevice()
+    plain = OnnxRuntimeBackbone(model, None, 3)
+    bound = OnnxRuntimeBackbone(model, device, 3)
+    assert (bound.layers, bound.grid, bound.channels, bound.embedding_width) == (2, (5, 5), 64, 64)
+    assert bound.token_type == np.float16
+    for count in (3, 1, 2):  # outputs that are longer than the batch keep their rest
+        batch = device.to_device(images(count))
+        tokens, embedding = bound.run(batch)
+        expected, expected_embedding = plain.run(images(count))
+        assert tokens.shape == expected.shape == (count, 2, 25, 64)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_array_equal(embedding, expected_embedding)
+
+
+def test_an_engine_gives_what_onnx_runtime_gives(model: ExportedModel, tensorrt: list[HostEngine]) -> None:
+    device = HostDevice()
+    engine = TensorRTBackbone(model.path, model, device, 4)
+    plain = OnnxRuntimeBackbone(model, None, 4)
+    assert (engine.layers, engine.grid, engine.channels, engine.embedding_width) == (2, (5, 5), 64, 64)
+    slots = [device.empty((4, 3, 70, 70), np.float32) for _ in range(2)]
+    for turn, count in enumerate((4, 4, 4, 3, 4, 1)):
+        batch = slots[turn % 2][:count]
+        batch[...] = images(count) + turn
+        tokens, embedding = engine.run(batch)
+        expected, expected_embedding = plain.run(images(count) + turn)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_array_equal(embedding, expected_embedding)
+    assert device.recordings == 2  # one for each of the two inputs; parts of a batch are queued launch by launch
+    assert sorted(set(tensorrt[0].runs)) == [1, 3, 4]
+
+
+def test_an_engine_takes_no_more_than_its_profile(model: ExportedModel, tensorrt: list[HostEngine]) -> None:
+    assert TensorRTBackbone(model.path, model, HostDevice(), 99).largest_batch == 32
+
+
+def test_an_engine_that_fails_says_so(
+    model: ExportedModel, tensorrt: list[HostEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice()
+    backbone = TensorRTBackbone(model.path, model, device, 2)
+    backbone._context.fails = True
+    with pytest.raises(EngineError, match="its engine failed: no reason given"):
+        backbone.run(device.to_device(images(1)))
+    monkeypatch.setattr(HostEngine, "create_execution_context", lambda self: None)
+    with pytest.raises(MemoryError, match="smaller --batch"):
+        TensorRTBackbone(model.path, model, device, 2)
+
+
+class Narrow:
+    """A backbone whose memory holds a few images at once."""
+
+    def __init__(self, room: int, largest_batch: int) -> None:
+        self.room, self.largest_batch = room, largest_batch
+        self.tried: list[int] = []
+
+    def run(self, batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
+        self.tried.append(len(batch))
+        if len(batch) > self.room:
+            raise MemoryError("no room")
+        return batch * 2, None
+
+
+def test_a_batch_that_does_not_fit_halves_itself_and_stays_small() -> None:
+    narrow = Narrow(room=3, largest_batch=8)
+    batch = images(8)
+    for _ in range(2):
+        found = np.zeros_like(batch)
+        for part, tokens, _ in run_in_parts(narrow, batch):  # type: ignore[arg-type]
+            found[part] = tokens
+        np.testing.assert_array_equal(found, batch * 2)
+    assert narrow.tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    with pytest.raises(MemoryError, match="no room"):
+        list(run_in_parts(Narrow(room=0, largest_batch=8), batch))  # type: ignore[arg-type]
+
+
+def test_onnx_runtime_out_of_memory_is_a_memory_error(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zsad.engine.onnxruntime_backbone import RuntimeException
+
+    backbone = OnnxRuntimeBackbone(model, None, 2)
+
+    def fail(message: str) -> Any:
+        def run(*_: object) -> None:
+            raise RuntimeException(message)
+
+        return types.SimpleNamespace(run=run)
+
+    monkeypatch.setattr(backbone, "session", fail("Failed to allocate memory for requested buffer of size 99"))
+    with pytest.raises(MemoryError, match="size 99"):
+        backbone.run(images(1))
+    monkeypatch.setattr(backbone, "session", fail("something else"))
+    with pytest.raises(RuntimeException, match="something else"):
+        backbone.run(images(1))
+
+
+# Whole runs on a device
+
+
+def draw(folder: Path, count: int) -> Path:
+    """Alike images of several sizes, the last one with a defect."""
+    rng = np.random.default_rng(5)
+    base = rng.integers(40, 200, (6, 8, 3)).astype(np.uint8)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        picture = np.asarray(Image.fromarray(base).resize((90 + 7 * (index % 3), 80), Image.Resampling.BICUBIC))
+        noisy = (picture + rng.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
+        if index == count - 1:
+            noisy[20:50, 30:60] = (255, 0, 0)
+        Image.fromarray(noisy).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def two_backbones(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
+    """The challenge's preset with two tiny random backbones that want their images in different ways."""
+    path = tmp_path / "challenge.toml"
+    path.write_text(
+        f"""
+        image_size = 70
+        [backbones.dinov2]
+        checkpoint = "{random_dinov2(width=48, depth=2)}"
+        heads = 3
+        taps = [0, 1]
+        [backbones.clip]
+        checkpoint = "{random_dinov2()}"
+        preprocessing = "clip"
+        taps = [0, 1]
+        """
+    )
+    return path
+
+
+def record(output: str) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((Path(output) / "run.json").read_text())
+    return run
+
+
+def scores_and_maps(output: str, category: str = "data") -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
+    found = json.loads((Path(output) / category / "category.json").read_text())["images"]
+    ordered = sorted(found, key=lambda image: image["path"])
+    maps = [np.asarray(Image.open(Path(output) / category / image["map"])) for image in ordered]
+    return np.array([image["score"] for image in ordered]), maps
+
+
+@needs_compiler
+@pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
+def test_a_run_on_a_device_equals_one_on_the_cpu(
+    two_backbones: Path,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    limit: list[str],
+) -> None:
+    data = draw(tmp_path / "data", 11)
+    (data / "05.png").write_bytes(b"no image")
+    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "-v"]
+    assert main([*common, "--device", "cpu", "--output", "cpu"]) == 1
+    assert main([*common, "--device", "cuda:0", "--batch-size", "4", "--output", "gpu", *limit]) == 1
+    said = capsys.readouterr().err
+    assert "tensorrt 10.14.1 on the host" in said
+    assert ("are read in blocks" in said) == bool(limit)
+    assert [engine.runs.count(4) for engine in tensorrt] == [4, 4]  # two batches, each queued and recorded
+    (scores, maps), (expected, expected_maps) = scores_and_maps("gpu"), scores_and_maps("cpu")
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    for one, other in zip(maps, expected_maps, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02)
+    assert np.argmax(scores) == 9
+    assert record("gpu")["device"] == "cuda:0"
+    assert record("gpu")["config"]["backbone_precision"] == "fp16"
+
+
+@needs_compiler
+def test_tokens_from_the_cpu_can_be_scored_on_a_device(
+    tiny: Path, device: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zsad.kernels import cuda
+
+    having(monkeypatch, "cupy", "gpu")
+    monkeypatch.setattr(cuda, "open_devices", lambda name: [device])
+    data = draw(tmp_path / "data", 6)
+    for name in ("cpu", "cuda:0"):
+        arguments = [str(data), "--device", name, "--output", name, "--config", str(tiny / "config.toml")]
+        assert main(arguments) == 0
+    np.testing.assert_allclose(scores_and_maps("cuda:0")[0], scores_and_maps("cpu")[0], atol=0.02)
+    assert record("cuda:0")["device"] == "cpu"
+    assert record("cuda:0")["config"]["precision"] == "fp16"
+
+
+@needs_compiler
+def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
+    two_backbones: Path,
+    device: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in "abc":
+        draw(tmp_path / "data" / name, 4)
+    upload, images = device.upload, 0
+
+    def fail_later(array: NDArray[Any], out: NDArray[Any]) -> None:
+        nonlocal images
+        images += array.dtype == np.uint8
+        if images == 7:
+            raise KernelError("an illegal memory access was encountered")
+        upload(array, out)
+
+    monkeypatch.setattr(device, "upload", fail_later)
+    arguments = [str(tmp_path / "data"), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "the GPU failed (an illegal memory access was encountered)" in said
+    assert "add --resume to go on from there" in said
+    assert (Path("out") / "a" / "category.json").is_file()
+    assert not (Path("out") / "b").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert "a: already finished" in capsys.readouterr().err
+
+
+@needs_compiler
+@needs_rtx
+def test_zsad_infer_takes_the_engines_that_zsad_export_built(
+    two_backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--preset", "challenge", "--config", str(two_backbones)]
+    assert export([*common, "--target", "tensorrt-rtx"]) == 0
+    built, real, device = [], backbones.build_engine, HostDevice()
+
+    def build(*arguments: Any) -> Any:
+        built.append(real(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(backbones, "open_device", lambda name: device)
+    monkeypatch.setattr(backbones, "build_engine", build)
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: (HostEngine(onnx, 32), LOG))
+    data = draw(tmp_path / "data", 4)
+    assert main([str(data), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]) == 0
+    assert [engine.built for engine in built] == [False, False]
+    assert len(scores_and_maps("out")[0]) == 4
+
+
+# Both tiny published architectures, from the checkpoint file to the scores
+
+
+def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: Path) -> None:
+    config = tmp_path / "golden.toml"
+    config.write_text(
+        f"""
+        image_size = 126
+        [backbones.dinov2]
+        checkpoint = "{golden / "dinov2_vit_tiny.pth"}"
+        heads = 3
+        taps = [1, 3, 5]
+        [backbones.clip]
+        checkpoint = "{golden / "clip_vit_tiny.safetensors"}"
+        heads = 2
+        taps = [5, 11]
+        """
+    )
+    data = draw(tmp_path / "data", 6)
+    common = ["--preset", "challenge", "--config", str(config)]
+    assert export([*common, "--target", "onnx", "--output", str(tmp_path / "graphs")]) == 0
+    graphs = sorted(path.name for path in (tmp_path / "graphs").iterdir())
+    assert graphs == ["clip-126-fp32.onnx", "dinov2-126-fp32.onnx"]
+    assert main([str(data), *common]) == 0
+    assert np.argmax(scores_and_maps("out")[0]) == 5
+    assert record("out")["config"]["image_score"]["rscin"] == [1, 8, 9]
