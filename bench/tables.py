@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .records import RESULTS
+from .roofline import GPUS, IMAGES, estimate
 
 Record = Mapping[str, Any]
 
@@ -82,9 +83,70 @@ def scaling_table() -> str:
     return f"{caption}\n\n" + table(["scored as", "images", "time per image"], rows)
 
 
+def backbones_table() -> str:
+    latest = {
+        (r["weights"], r["image_size"], r["batch"]): r for r in read("throughput.jsonl") if r["kind"] == "backbone"
+    }
+    blocks = []
+    for record in latest.values():
+        flops, peak = record["flops_per_image"], max(record["peak_flops"])
+        median = {name: statistics.median(times) for name, times in record["seconds_per_image"].items()}
+        base = next((value for name, value in median.items() if name.startswith("PyTorch")), None)
+        rows = [
+            [name, f"{value:.2f} s", f"{100 * flops / value / peak:.0f} %", f"{base / value:.2f}" if base else "–"]
+            for name, value in median.items()
+        ]
+        caption = (
+            f"One image through a backbone ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
+            f"{flops / 1e12:.3f} TFLOP), product peak {peak / 1e9:.0f} GFLOP/s; {where(record)}"
+        )
+        blocks.append(f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows))
+    return "\n\n".join(blocks)
+
+
+def runs_table() -> str:
+    latest = {(r["preset"], r["runtime"], *r["precision"]): r for r in read("throughput.jsonl") if r["kind"] == "run"}
+    blocks = []
+    for record in latest.values():
+        images, together = record["images"], record["seconds_together"]
+        rows = [[stage, f"{1e3 * s / images:.1f} ms"] for stage, s in record["seconds_alone"].items()]
+        rows.append(["all together", f"{1e3 * together / images:.1f} ms"])
+        caption = (
+            f"Whole runs, time per image: preset `{record['preset']}`, {images} images at {record['image_size']} px, "
+            f"{record['runtime']}, backbone {record['precision'][0]}, scoring {record['precision'][1]}: "
+            f"{images / together:.2f} images/s, overlap efficiency {record['overlap']:.2f}, peak memory "
+            f"{record['peak_host_bytes'] / 2**30:.1f} GiB; {where(record)}"
+        )
+        blocks.append(f"{caption}:\n\n" + table(["stage alone", "time"], rows))
+    return "\n\n".join(blocks)
+
+
+def roofline_table() -> str:
+    rows = []
+    for gpu in GPUS:
+        for preset in ("challenge", "musc", "small"):
+            bound = estimate(preset, gpu)
+            rows.append(
+                [
+                    bound.gpu,
+                    f"`{preset}`",
+                    f"{bound.backbone_seconds:.2f} s",
+                    f"{bound.scoring_seconds:.2f} s",
+                    f"{1e3 * (bound.backbone_seconds + bound.scoring_seconds) / IMAGES:.1f} ms",
+                    f"{bound.bytes / 2**30:.1f} GiB",
+                ]
+            )
+    caption = f"Roofline **estimates, not measurements**, for {IMAGES} images; `python -m zsad.bench.roofline`"
+    head = ["GPU", "preset", "backbones at least", "scoring at least", "per image at least", "memory about"]
+    return f"{caption}:\n\n" + table(head, rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "backbones": backbones_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
+    "roofline": roofline_table,
+    "runs": runs_table,
     "scaling": scaling_table,
 }
 
