@@ -135,7 +135,9 @@ def variants(
     from zsad.export.torch_forward import TorchForward
 
     torch.set_num_threads(available_cores())
-    kind, precision, torch_type = ("cpu", "fp32", torch.float32) if where == "cpu" else (where, "fp16", torch.float16)
+    precision, torch_type, kind = "fp32", torch.float32, "cpu"
+    if where != "cpu":
+        precision, torch_type, kind = "fp16", torch.float16, f"cuda:{choose_runtime(where).devices[0].number}"
     forward = TorchForward(vit, config.export_options(name, "fp32", "fused"), kind, torch_type)
     tensor = forward.tensor(batch)
 
@@ -353,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=RESULTS / "throughput.jsonl", help="JSON lines to append to")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device)
-    arguments.device, arguments.batch_size = runtime.device_name, arguments.batch_size or (8 if runtime.device else 1)
+    arguments.batch_size = arguments.batch_size or (8 if runtime.device else 1)
+    if arguments.device == "auto":
+        arguments.device = "cuda" if runtime.devices else "cpu"
     record = environment("zsad.bench.throughput", argv, ["numpy", "onnxruntime", "torch", "tensorrt", "zsad"])
     print(f"device: {runtime.describe()} ({runtime.reason})")
     overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}

@@ -6,9 +6,8 @@ and embeddings are device arrays, and `run` only queues.
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -23,7 +22,7 @@ from zsad.export.tensorrt_engine import (
     import_tensorrt,
     rebuild_command,
 )
-from zsad.kernels.cuda.device import Device, DeviceError, open_device
+from zsad.kernels.cuda.device import Device, DeviceError, open_devices
 
 from .config import Config, ConfigError
 
@@ -60,10 +59,14 @@ class Runtime:
     """Which library runs the backbones, on what, where scores are computed, and why."""
 
     library: Library
-    device: Device | None  # of the backbones; None is the CPU
-    device_name: str  # cpu or cuda:N
-    scoring: str  # cpu or cuda:N, as mutual_scores takes it
+    devices: Sequence[Device]  # that score; none is the CPU
+    device: Device | None  # the one of them that runs the backbones; None is the CPU
     reason: str
+
+    @property
+    def device_name(self) -> str:
+        """What the backbones run on: cpu or cuda:N."""
+        return f"cuda:{self.device.number}" if self.device else "cpu"
 
     def describe(self) -> str:
         """Name the library with its version and what it runs on."""
@@ -73,14 +76,15 @@ class Runtime:
     def resolve(self, config: Config) -> Config:
         """Put the precisions that `auto` stands for into a configuration; raises ConfigError for impossible ones."""
         backbones = ("fp16", "fp32") if self.device else ("fp32", "int8")
-        scoring = ("fp16",) if self.scoring != "cpu" else ("fp32", "int8")
+        scoring = ("fp16",) if self.devices else ("fp32", "int8")
         chosen: dict[str, Any] = {}
-        for key, option, allowed, where in (
-            ("backbone_precision", "--backbone-precision", backbones, self.device_name),
-            ("precision", "--precision", scoring, self.scoring),
+        for key, option, allowed, on_gpu in (
+            ("backbone_precision", "--backbone-precision", backbones, self.device),
+            ("precision", "--precision", scoring, self.devices),
         ):
             asked = getattr(config, key)
             if asked not in ("auto", *allowed):
+                where = "a GPU" if on_gpu else "a CPU"
                 raise ConfigError(f"{option} {asked} is not available on {where}; use {' or '.join(allowed)}")
             chosen[key] = allowed[0] if asked == "auto" else asked
         return replace(config, **chosen)
@@ -89,40 +93,40 @@ class Runtime:
 def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     """Choose the fastest runtime that is installed, within what is asked for.
 
-    device: auto, cpu or cuda:N. library: auto, onnxruntime, tensorrt or tensorrt-rtx. Raises ConfigError with the
-    command that brings what is missing.
+    device: auto, cpu, cuda:N, or several that share the scoring: cuda:N,M or cuda:all. library: auto, onnxruntime,
+    tensorrt or tensorrt-rtx. Raises ConfigError with the command that brings what is missing.
     """
-    kind, _, number = device.partition(":")
-    if not (device in ("auto", "cpu") or (kind == "cuda" and (number or "0").isdecimal())):
-        raise ConfigError(f"--device must be auto, cpu or cuda:N, not {device!r}")
     if library not in ("auto", *get_args(Library)):
         raise ConfigError(f"--runtime must be auto or one of {', '.join(get_args(Library))}, not {library!r}")
-    on_cpu = partial(Runtime, "onnxruntime", None, "cpu")
     if device == "cpu":
         if library not in ("auto", "onnxruntime"):
             raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use --runtime onnxruntime")
-        return on_cpu("cpu", "asked for")
-    if device == "auto" and importlib.util.find_spec("cupy") is None and library in ("auto", "onnxruntime"):
-        return on_cpu("cpu", "no GPU is used: CuPy is not installed")
-    name = "cuda:0" if device == "auto" else f"cuda:{number or 0}"
+        return Runtime("onnxruntime", (), None, "asked for")
+    if device != "auto" and not device.startswith("cuda"):
+        raise ConfigError(f"--device must be auto, cpu, cuda:N, cuda:N,M or cuda:all, not {device!r}")
+    cpu_will_do = device == "auto" and library in ("auto", "onnxruntime")
+    if cpu_will_do and importlib.util.find_spec("cupy") is None:
+        return Runtime("onnxruntime", (), None, "no GPU is used: CuPy is not installed")
     try:
-        opened = open_device(name)
+        devices = open_devices("cuda" if device == "auto" else device)
     except DeviceError as error:
-        if device == "auto" and library in ("auto", "onnxruntime"):
-            return on_cpu("cpu", f"no GPU is used: {error}")
+        if cpu_will_do:
+            return Runtime("onnxruntime", (), None, f"no GPU is used: {error}")
         raise ConfigError(str(error)) from None
 
     unusable: dict[str, str] = {}
     for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
-        missing = _missing(candidate, opened)
+        missing = _missing(candidate, devices[0])
         if missing is None:
             reason = f"{' and '.join(unusable)} cannot be used here" if unusable else "the fastest"
-            return Runtime(candidate, opened, name, name, "asked for" if library != "auto" else reason)  # type: ignore[arg-type]
+            return Runtime(candidate, devices, devices[0], "asked for" if library != "auto" else reason)  # type: ignore[arg-type]
         unusable[candidate] = missing
         log.debug("%s", missing)
     if library in ("tensorrt", "tensorrt-rtx"):
         raise ConfigError(unusable[library])
-    return on_cpu(name, f"only scoring uses {name}; for the backbones too, run: {INSTALL_CUDA_ORT}")
+    return Runtime(
+        "onnxruntime", devices, None, f"only scoring uses the GPU; for the backbones too, run: {INSTALL_CUDA_ORT}"
+    )
 
 
 def _missing(library: str, device: Device) -> str | None:

@@ -149,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
     add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
-    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda:N, or cuda:N,M (default: %(default)s)")
     add("--runtime", default="auto", help="of the backbones: auto, onnxruntime, tensorrt or tensorrt-rtx")
     add("--image-size", type=int, metavar="PIXELS", help="side of the network's input, a multiple of the patch size")
     add("--taps", type=_numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,13 +61,43 @@ class Placement(Protocol):
         """Score tokens [N, L, P, C] against each other; returns [N, P]."""
 
 
-class HostPlacement:
-    """Backbones on the CPU; scoring there too, or on a device that takes the tokens from host memory."""
+class _Scoring:
+    """Mutual scoring as the configuration asks for it, on the CPU or on devices."""
 
-    fatal: tuple[type[Exception], ...] = ()
+    def __init__(self, config: Config, devices: Sequence[Device], memory_limit: int | None) -> None:
+        """devices: none means the CPU. memory_limit: bytes, of each device or of host memory."""
+        self._config, self._devices, self._memory_limit = config, devices, memory_limit
+        self.fatal = tuple(error for device in devices[:1] for error in device.failures)
 
-    def __init__(self, config: Config, scoring: str, memory_limit: int | None) -> None:
-        self._config, self._scoring, self._memory_limit = config, scoring, memory_limit
+    def patch_scores(
+        self,
+        tokens: Array,
+        grid: tuple[int, int],
+        memory_limit: int | None,
+        progress: Callable[[int, int], None],
+        timings: MutableMapping[str, float],
+        on_plan: Callable[[Any], None],
+    ) -> NDArray[np.float32]:
+        config = self._config
+        score = partial(cuda.mutual_scores, device=self._devices) if self._devices else mutual_scores
+        return score(
+            tokens,
+            grid,
+            config.degrees,
+            config.interval,
+            precision=config.precision,
+            memory_limit=memory_limit,
+            progress=progress,
+            timings=timings,
+            on_plan=on_plan,
+        )
+
+
+class HostPlacement(_Scoring):
+    """Backbones on the CPU; scoring there too, or on devices that take the tokens from host memory."""
+
+    def __init__(self, config: Config, devices: Sequence[Device], memory_limit: int | None) -> None:
+        super().__init__(config, devices, memory_limit)
         self._kinds = sorted({backbone.preprocessing for backbone in config.backbones.values()})
 
     def prepare(self, image: Image.Image) -> dict[Preprocessing, NDArray[np.float32]]:  # [3, S, S] each
@@ -76,7 +107,7 @@ class HostPlacement:
         return nullcontext({kind: np.stack([image[kind] for image in prepared]) for kind in self._kinds})
 
     def share_memory(self, images: int, backbones: Mapping[str, Backbone]) -> tuple[bool, int | None]:
-        if self._scoring != "cpu":  # the limit is the device's, which plans when it scores
+        if self._devices:  # the limit is theirs; they plan when they score
             return _token_bytes(images, backbones) <= default_memory_limit() // 2, self._memory_limit
 
         def check(limit: int) -> None:
@@ -97,44 +128,22 @@ class HostPlacement:
     def fetch(self, store: Array) -> NDArray[Any]:
         return np.asarray(store)
 
-    def patch_scores(
-        self,
-        tokens: Array,
-        grid: tuple[int, int],
-        memory_limit: int | None,
-        progress: Callable[[int, int], None],
-        timings: MutableMapping[str, float],
-        on_plan: Callable[[Any], None],
-    ) -> NDArray[np.float32]:
-        config = self._config
-        return mutual_scores(
-            tokens,
-            grid,
-            config.degrees,
-            config.interval,
-            self._scoring,
-            config.precision,
-            memory_limit,
-            progress=progress,
-            timings=timings,
-            on_plan=on_plan,
-        )
 
-
-class DevicePlacement:
-    """Everything from the decoded image to the patch scores on one CUDA device.
+class DevicePlacement(_Scoring):
+    """Everything from the decoded image to the patch scores on a CUDA device.
 
     Images are uploaded and resized on one stream into one of two inputs while the backbones read the other one on the
-    stream of the passes; the host waits for neither before the tokens of a group are complete.
+    stream of the passes; the host waits for neither before the tokens of a group are complete. Where several devices
+    score, the first one runs the backbones and the tokens go to host memory, from where all take them.
     """
 
-    def __init__(self, config: Config, device: Device, batch_size: int, memory_limit: int | None) -> None:
-        self._config, self._device, self._memory_limit = config, device, memory_limit
-        self.fatal = device.failures
+    def __init__(self, config: Config, devices: Sequence[Device], batch_size: int, memory_limit: int | None) -> None:
+        super().__init__(config, devices, memory_limit)
+        self._device = devices[0]
         shape = (batch_size, 3, config.image_size, config.image_size)
         kinds = {backbone.preprocessing for backbone in config.backbones.values()}
         self._inputs: list[dict[Preprocessing, Array]] = [
-            {kind: device.empty(shape, np.float32) for kind in sorted(kinds)} for _ in range(2)
+            {kind: self._device.empty(shape, np.float32) for kind in sorted(kinds)} for _ in range(2)
         ]
         self._slot = 0
 
@@ -164,8 +173,12 @@ class DevicePlacement:
         def check(limit: int) -> None:
             for backbone in backbones.values():
                 patches, degrees = math.prod(backbone.grid), len(set(self._config.degrees))
-                cuda.plan_mutual_scoring(images, patches, backbone.channels, degrees, limit, self._device.cache_bytes)
+                cache = self._device.cache_bytes
+                cuda.plan_mutual_scoring(images, patches, backbone.channels, degrees, limit, cache)
 
+        if len(self._devices) > 1:
+            check(limit)
+            return False, limit
         return _share(limit, _token_bytes(images, backbones), check)
 
     @contextmanager
@@ -186,36 +199,16 @@ class DevicePlacement:
     def fetch(self, store: Array) -> NDArray[Any]:
         return self._device.to_host(store)
 
-    def patch_scores(
-        self,
-        tokens: Array,
-        grid: tuple[int, int],
-        memory_limit: int | None,
-        progress: Callable[[int, int], None],
-        timings: MutableMapping[str, float],
-        on_plan: Callable[[Any], None],
-    ) -> NDArray[np.float32]:
-        config = self._config
+    def patch_scores(self, *arguments: Any) -> NDArray[np.float32]:
         self._device.synchronise()  # tokens that are still being written
-        return cuda.mutual_scores(
-            tokens,
-            grid,
-            config.degrees,
-            config.interval,
-            self._device,
-            config.precision,
-            memory_limit,
-            progress=progress,
-            timings=timings,
-            on_plan=on_plan,
-        )
+        return super().patch_scores(*arguments)
 
 
 def choose_placement(config: Config, runtime: Runtime, batch_size: int, memory_limit: int | None) -> Placement:
     """Return the place that a runtime works in; memory_limit: bytes, of what scores."""
     if runtime.device is None:
-        return HostPlacement(config, runtime.scoring, memory_limit)
-    return DevicePlacement(config, runtime.device, batch_size, memory_limit)
+        return HostPlacement(config, runtime.devices, memory_limit)
+    return DevicePlacement(config, runtime.devices, batch_size, memory_limit)
 
 
 def _token_bytes(images: int, backbones: Mapping[str, Backbone]) -> int:

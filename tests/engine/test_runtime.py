@@ -127,7 +127,7 @@ LOG = types.SimpleNamespace(said=lambda: "no reason given")
 def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
     device = HostDevice()
-    monkeypatch.setattr(backbones, "open_device", lambda name: device)
+    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(backbones, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
     return device
@@ -169,10 +169,10 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
     device = HostDevice()
     device.compute_capability = capability
 
-    def open_device(name: str) -> HostDevice:
+    def open_devices(name: str) -> list[HostDevice]:
         if "gpu" not in installed:
             raise DeviceError("CuPy finds no CUDA device")
-        return device
+        return [device]
 
     def import_tensorrt(target: str) -> Any:
         if target not in installed:
@@ -181,33 +181,33 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
 
     providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
-    monkeypatch.setattr(backbones, "open_device", open_device)
+    monkeypatch.setattr(backbones, "open_devices", open_devices)
     monkeypatch.setattr(backbones, "import_tensorrt", import_tensorrt)
     monkeypatch.setattr(backbones.ort, "get_available_providers", lambda: providers)
 
 
 @pytest.mark.parametrize(
-    ("installed", "library", "device_name", "scoring", "why"),
+    ("installed", "library", "device_name", "scoring_precision", "why"),
     [
-        ("", "onnxruntime", "cpu", "cpu", "CuPy is not installed"),
-        ("cupy", "onnxruntime", "cpu", "cpu", "CuPy finds no CUDA device"),
-        ("cupy gpu tensorrt tensorrt-rtx cuda", "tensorrt", "cuda:0", "cuda:0", "the fastest"),
-        ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "cuda:0", "tensorrt cannot be used here"),
-        ("cupy gpu cuda", "onnxruntime", "cuda:0", "cuda:0", "tensorrt and tensorrt-rtx cannot be used here"),
-        ("cupy gpu", "onnxruntime", "cpu", "cuda:0", "pip install onnxruntime-gpu"),
+        ("", "onnxruntime", "cpu", "fp32", "CuPy is not installed"),
+        ("cupy", "onnxruntime", "cpu", "fp32", "CuPy finds no CUDA device"),
+        ("cupy gpu tensorrt tensorrt-rtx cuda", "tensorrt", "cuda:0", "fp16", "the fastest"),
+        ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "fp16", "tensorrt cannot be used here"),
+        ("cupy gpu cuda", "onnxruntime", "cuda:0", "fp16", "tensorrt and tensorrt-rtx cannot be used here"),
+        ("cupy gpu", "onnxruntime", "cpu", "fp16", "pip install onnxruntime-gpu"),
     ],
 )
 def test_auto_takes_the_fastest_that_is_installed_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, installed: str, library: str, device_name: str, scoring: str, why: str
+    monkeypatch: pytest.MonkeyPatch, installed: str, library: str, device_name: str, scoring_precision: str, why: str
 ) -> None:
     having(monkeypatch, *installed.split())
     runtime = choose_runtime("auto", "auto")
-    assert (runtime.library, runtime.device_name, runtime.scoring) == (library, device_name, scoring)
+    assert (runtime.library, runtime.device_name) == (library, device_name)
     assert why in runtime.reason
     assert (runtime.device is None) == (device_name == "cpu")
     config = runtime.resolve(load_config("small"))
     assert config.backbone_precision == ("fp32" if device_name == "cpu" else "fp16")
-    assert config.precision == ("fp32" if scoring == "cpu" else "fp16")
+    assert config.precision == scoring_precision
 
 
 def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +221,7 @@ def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: 
 @pytest.mark.parametrize(
     ("device", "library", "message"),
     [
-        ("gpu", "auto", "must be auto, cpu or cuda:N"),
-        ("cuda:x", "auto", "must be auto, cpu or cuda:N"),
+        ("gpu", "auto", "must be auto, cpu, cuda:N"),
         ("cpu", "openvino", "must be auto or one of onnxruntime, tensorrt, tensorrt-rtx"),
         ("cpu", "tensorrt", "needs a GPU"),
         ("cuda", "auto", "finds no CUDA device"),
@@ -240,9 +239,9 @@ def test_a_runtime_that_cannot_be_had_is_refused(
 @pytest.mark.parametrize(
     ("installed", "option", "value", "message"),
     [
-        ("", "precision", "fp16", "--precision fp16 is not available on cpu; use fp32 or int8"),
-        ("", "backbone_precision", "fp16", "--backbone-precision fp16 is not available on cpu"),
-        ("cupy gpu tensorrt", "precision", "fp32", "--precision fp32 is not available on cuda:0"),
+        ("", "precision", "fp16", "--precision fp16 is not available on a CPU; use fp32 or int8"),
+        ("", "backbone_precision", "fp16", "--backbone-precision fp16 is not available on a CPU"),
+        ("cupy gpu tensorrt", "precision", "fp32", "--precision fp32 is not available on a GPU"),
         ("cupy gpu tensorrt", "backbone_precision", "int8", "use fp16 or fp32"),
     ],
 )
@@ -430,12 +429,9 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
 
 @needs_compiler
 def test_tokens_from_the_cpu_can_be_scored_on_a_device(
-    tiny: Path, device: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zsad.kernels import cuda
-
     having(monkeypatch, "cupy", "gpu")
-    monkeypatch.setattr(cuda, "open_devices", lambda name: [device])
     data = draw(tmp_path / "data", 6)
     for name in ("cpu", "cuda:0"):
         arguments = [str(data), "--device", name, "--output", name, "--config", str(tiny / "config.toml")]
@@ -443,6 +439,20 @@ def test_tokens_from_the_cpu_can_be_scored_on_a_device(
     np.testing.assert_allclose(scores_and_maps("cuda:0")[0], scores_and_maps("cpu")[0], atol=0.02)
     assert record("cuda:0")["device"] == "cpu"
     assert record("cuda:0")["config"]["precision"] == "fp16"
+
+
+@needs_compiler
+def test_several_devices_share_the_scoring(
+    two_backbones: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [HostDevice(), HostDevice()]
+    data = draw(tmp_path / "data", 7)
+    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0,1"]
+    for count in (1, 2):
+        monkeypatch.setattr(backbones, "open_devices", lambda name, count=count: devices[:count])
+        assert main([*common, "--output", f"on{count}"]) == 0
+    assert devices[1].launches > 0
+    np.testing.assert_array_equal(scores_and_maps("on1")[0], scores_and_maps("on2")[0])
 
 
 @needs_compiler
@@ -490,7 +500,7 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
         built.append(real(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(backbones, "open_device", lambda name: device)
+    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
     monkeypatch.setattr(backbones, "build_engine", build)
     monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: (HostEngine(onnx, 32), LOG))
     data = draw(tmp_path / "data", 4)
