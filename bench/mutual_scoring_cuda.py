@@ -1,62 +1,78 @@
 """Time of mutual scoring on a CUDA device, against the reference's arithmetic and the device's product peak.
 
-    python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--refcheck]
+    python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--tiles 2,8]
+                                             [--refcheck]
 
-All variants run in turn in one process on the same device:
+All variants run in turn in one process on the same device; those of one kind in interleaved rounds:
 
     reference   every degree in both directions: torch.cdist in fp32, then the minimum, on a few pairs (needs PyTorch)
     product     every degree in both directions: fp16 product of unit features, then the maximum, on the same pairs
-    zsad        zsad.kernels.mutual_scores(device="cuda"), complete, on all pairs; tokens already on the device
+    zsad        zsad.kernels.cuda.mutual_scores, complete, on all pairs, one fp16 product for all degrees
+                (products="gram"); tokens already on the device
+    zsad fused  the same with a fused fp16 product per degree (products="fused")
+    zsad int8   the same with precision="int8"
     floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
     peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
 
-Validates first: scores of a few images against the float64 reference.
+With --tiles, every zsad variant also runs with each of these numbers of image pairs per launch.
+
+Validates first: scores of a few images by every zsad variant against the float64 reference.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zsad.kernels import reference
-from zsad.kernels.cuda import mutual_scores, open_device, plan_mutual_scoring
-from zsad.kernels.cuda.device import CupyDevice
+from zsad.kernels.cuda import Device, mutual_scores, open_device, plan_mutual_scoring
 
 from .mutual_scoring import INTERVAL, make_tokens, unit_features
 from .records import RESULTS, append, environment
 
-TOLERANCE = 2e-3
+# [variant] -> what selects it, and the largest deviation of a patch score from float64 that is accepted
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
+    "zsad": ({"products": "gram"}, 2e-3),
+    "zsad fused": ({"products": "fused"}, 2e-3),
+    "zsad int8": ({"precision": "int8"}, 2e-3),
+}
 PEAK_SIDE = 8192
 
 
-def seconds(device: CupyDevice, run: Callable[[], Any], repeats: int) -> list[float]:
-    """Time `run` with the device idle before and after; the first, uncounted round warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        device.synchronise()
-        start = time.perf_counter()
-        run()
-        device.synchronise()
-        times.append(time.perf_counter() - start)
-    return times[1:]
+def seconds(device: Device, runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Time all runs in turn with the device idle before and after each; the first, uncounted round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            device.synchronise()
+            start = time.perf_counter()
+            run()
+            device.synchronise()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
-def validate(side: int, channels: int, degrees: Sequence[int]) -> float:
-    """Compare five images' scores with the float64 reference; SystemExit where they are off."""
+def validate(device: Device, side: int, channels: int, degrees: Sequence[int]) -> dict[str, float]:
+    """Compare five images' scores by every variant with the float64 reference; SystemExit where they are off."""
     tokens = make_tokens(5, side, channels, seed=1)
     expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
-    deviation = float(np.abs(mutual_scores(tokens, (side, side), degrees, INTERVAL) - expected).max())
-    print(f"check: largest deviation from float64 {deviation:.1e}")
-    if not deviation <= TOLERANCE:
-        raise SystemExit(f"zsad deviates by more than {TOLERANCE:.0e}: nothing was timed")
-    return deviation
+    deviations = {}
+    for name, (options, tolerance) in VARIANTS.items():
+        scores = mutual_scores(tokens, (side, side), degrees, INTERVAL, device, **options)
+        deviations[name] = float(np.abs(scores - expected).max())
+        print(f"check: {name:<10} largest deviation from float64 {deviations[name]:.1e}")
+        if not deviations[name] <= tolerance:
+            raise SystemExit(f"{name} deviates by more than {tolerance:.0e}: nothing was timed")
+    return deviations
 
 
-def peak_flops(device: CupyDevice, repeats: int) -> float:
+def peak_flops(device: Device, repeats: int) -> float:
     """FLOP/s of a large fp16 product with fp32 sums."""
     factors = [device.empty((PEAK_SIDE, PEAK_SIDE), np.float16) for _ in range(2)]
     for factor in factors:  # random bits cost what data cost; zeros would run faster
@@ -67,11 +83,13 @@ def peak_flops(device: CupyDevice, repeats: int) -> float:
         with device.producing(0):
             for _ in range(10):
                 device.product(factors[0], factors[1][None], out)
+        with device.consuming(0):
+            pass
 
-    return 10 * 2 * PEAK_SIDE**3 / statistics.median(seconds(device, multiply, repeats))
+    return 10 * 2 * PEAK_SIDE**3 / statistics.median(seconds(device, {"peak": multiply}, repeats)["peak"])
 
 
-def bare_products(device: CupyDevice, features: Any, tiles: int) -> Callable[[], None]:
+def bare_products(device: Device, features: Any, tiles: int) -> Callable[[], None]:
     """Every pair's product of features [N, P, C], a few tiles at a time."""
     images, patches, _ = features.shape
     workspace = device.empty((tiles, patches, -(-patches // 32) * 32), np.float32)
@@ -81,6 +99,8 @@ def bare_products(device: CupyDevice, features: Any, tiles: int) -> Callable[[],
             for i in range(images):
                 for start in range(i + 1, images, tiles):
                     device.product(features[i], features[start : start + tiles], workspace)
+        with device.consuming(0):
+            pass
 
     return run
 
@@ -113,6 +133,10 @@ def by_pairs(side: int, channels: int, degrees: Sequence[int]) -> dict[str, Call
     return {"reference": cdist, "product": product}
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.mutual_scoring_cuda")
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
@@ -120,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--side", type=int, default=37, help="of the patch grid (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=1024, help="(default: %(default)s)")
-    parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")], default=[1, 3, 5])
+    parser.add_argument("--degrees", type=numbers, default=[1, 3, 5])
+    parser.add_argument("--tiles", type=numbers, default=[], help="image pairs per launch to try beside the planned")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
@@ -131,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = open_device(arguments.device)
     record["gpu"] = device.name
     print(f"gpu: {device.name}")
-    record["largest_deviation"] = validate(side, channels, degrees)
+    record["largest_deviation"] = validate(device, side, channels, degrees)
     if arguments.refcheck:
         return 0
 
@@ -146,20 +171,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = plan_mutual_scoring(images, patches, channels, len(degrees), device.free_bytes(), device.cache_bytes)
     features = tokens[:, 0].astype(np.float16)
 
-    milliseconds: dict[str, list[float]] = {}
-    stages: dict[str, float] = {}
-    milliseconds["zsad"] = [
-        1e3 * s / pairs
-        for s in seconds(
-            device,
-            lambda: mutual_scores(tokens, (side, side), degrees, INTERVAL, arguments.device, timings=stages),
-            arguments.repeats,
-        )
-    ]
-    floor = seconds(device, bare_products(device, features, plan.tiles), arguments.repeats)
-    milliseconds["floor"] = [1e3 * s / (pairs // layers) for s in floor]
-    for name, run in by_pairs(side, channels, degrees).items():
-        milliseconds[name] = [1e3 * s for s in seconds(device, run, 10 * arguments.repeats)]
+    stages: dict[str, dict[str, float]] = {}
+    runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.tiles)}
+    of_run = {"floor": pairs // layers}  # pairs
+    for variant, (options, _) in VARIANTS.items():
+        for tiles in (None, *arguments.tiles):
+            name = variant if tiles is None else f"{variant}, {tiles} tiles"
+            stages[name], of_run[name] = {}, pairs
+            scored = partial(mutual_scores, tokens, (side, side), degrees, INTERVAL, device, **options)
+            runs[name] = partial(scored, tiles=tiles, timings=stages[name])
+    milliseconds = {
+        name: [1e3 * s / of_run[name] for s in times]
+        for name, times in seconds(device, runs, arguments.repeats).items()
+    }
+    short = seconds(device, by_pairs(side, channels, degrees), 10 * arguments.repeats)
+    milliseconds |= {name: [1e3 * s for s in times] for name, times in short.items()}
     peak = peak_flops(device, arguments.repeats)
 
     useful = 2 * patches**2 * channels
@@ -168,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in median.items():
         share = 100 * useful / (value * 1e-3) / peak
         faster = f"{median['reference'] / value:6.1f} × reference" if "reference" in median else ""
-        print(f"  {name:<10}{1e3 * value:10.1f} µs per pair and layer {share:6.1f} % of the peak {faster}")
+        print(f"  {name:<20}{1e3 * value:10.1f} µs per pair and layer {share:6.1f} % of the peak {faster}")
     append(
         arguments.output,
         {
@@ -180,7 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "layers": layers,
             "peak_flops": peak,
             "ms_per_pair_and_layer": milliseconds,
-            "stages_s": {name: value / (arguments.repeats + 1) for name, value in stages.items()},
+            "stages_s": {
+                name: {stage: value / (arguments.repeats + 1) for stage, value in taken.items()}
+                for name, taken in stages.items()
+            },
         },
     )
     return 0

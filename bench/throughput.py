@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from zsad.engine.backbone import Backbone, Runtime, choose_runtime, load_backbone, run_in_parts
 from zsad.engine.config import Config, ConfigError, Precision, load_config, preset_names
 from zsad.engine.demo import draw_demo
-from zsad.engine.images import Category, decode, scan
+from zsad.engine.images import Category, scan
 from zsad.engine.pipeline import CategoryScores, Options, Stages, rescore, score_category
 from zsad.engine.placement import Placement, choose_placement
 from zsad.engine.results import write_category
@@ -243,7 +243,7 @@ def stages_alone(
     clock, count = Clock(runtime), len(category.images)
     with ThreadPoolExecutor(options.workers) as pool, ExitStack() as stack:
         with clock.measure("decode"):
-            decoded = list(pool.map(lambda image: decode(image.path), category.images))
+            decoded = list(pool.map(lambda image: placement.decode(image.path), category.images))
         with clock.measure("resize"):
             prepared = list(pool.map(placement.prepare, decoded))
             for start in range(0, count, options.batch_size):
@@ -291,7 +291,7 @@ def whole_runs(config: Config, weights: Mapping[str, str], arguments: argparse.N
     backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
     placement = choose_placement(config, runtime, options.batch_size, None)
     with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images)
+        data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images, defects=arguments.images // 4)
         (category, *_) = scan(data)
         category = replace(category, images=category.images[: arguments.images])
 
@@ -345,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.throughput", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--preset", default="small", choices=preset_names(), help="(default %(default)s)")
+    add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--images", type=int, default=200, help="of whole runs (default %(default)s)")
     add("--data", type=Path, help="folder of images for whole runs; drawn ones by default")
     add("--image-size", type=int, help="(default: the preset's)")
@@ -362,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"device: {runtime.describe()} ({runtime.reason})")
     overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     with tempfile.TemporaryDirectory() as folder:
-        config, weights = use_random_weights(load_config(arguments.preset, overrides=overrides), Path(folder))
+        config, weights = use_random_weights(load_config(arguments.preset, arguments.config, overrides), Path(folder))
         if arguments.only != "runs":
             compare_backbones(config, weights, arguments, record)
         if arguments.only != "backbones":

@@ -25,6 +25,8 @@ from zsad.export.tensorrt_engine import (
 from zsad.kernels.cuda.device import Device, DeviceError, open_devices
 
 from .config import Config, ConfigError
+from .onnxruntime_backbone import OnnxRuntimeBackbone
+from .tensorrt_backbone import TensorRTBackbone
 
 log = logging.getLogger("zsad")
 
@@ -76,7 +78,7 @@ class Runtime:
     def resolve(self, config: Config) -> Config:
         """Put the precisions that `auto` stands for into a configuration; raises ConfigError for impossible ones."""
         backbones = ("fp16", "fp32") if self.device else ("fp32", "int8")
-        scoring = ("fp16",) if self.devices else ("fp32", "int8")
+        scoring = ("fp16", "int8") if self.devices else ("fp32", "int8")
         chosen: dict[str, Any] = {}
         for key, option, allowed, on_gpu in (
             ("backbone_precision", "--backbone-precision", backbones, self.device),
@@ -154,9 +156,6 @@ def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) 
     Raises CheckpointError for weights that cannot be had or used, EngineError for engines likewise, ConfigError where
     the library does not start.
     """
-    from .onnxruntime_backbone import OnnxRuntimeBackbone
-    from .tensorrt_backbone import TensorRTBackbone
-
     checkpoint = config.backbones[name].checkpoint
     attention = "fused" if runtime.library == "onnxruntime" else "standard"
     graph = config.export_options(name, config.backbone_precision, attention)

@@ -155,10 +155,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--taps", type=_numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
     add("--degrees", type=_numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
     add("--interval", type=_numbers(float), metavar="0,0.3", help="part of the sorted distances that is averaged")
-    add("--precision", help="of the scoring on a CPU: fp32, or int8 products with fp32 distances (faster with VNNI)")
+    add("--precision", help="of the scoring: fp32 or int8 on a CPU, fp16 or int8 on a GPU; int8 only chooses winners")
     add("--backbone-precision", help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
+    add(
+        "--decoder",
+        choices=["pillow", "nvimgcodec"],
+        default="pillow",
+        help="nvimgcodec decodes JPEG files on the GPU, to slightly other pixels (default: %(default)s)",
+    )
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
     add(
         "--memory-limit",
@@ -246,7 +252,9 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     stages = Stages()
     with stages.measure("load"):
         backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
-        placement = choose_placement(config, runtime, options.batch_size, arguments.memory_limit)
+        placement = choose_placement(
+            config, runtime, options.batch_size, arguments.memory_limit, arguments.decoder == "nvimgcodec"
+        )
     try:
         check_memory(categories, config, backbones, placement)
     except (MemoryError, ValueError) as error:  # too little memory, or a precision that this installation lacks

@@ -5,7 +5,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
@@ -188,6 +189,14 @@ def decode(path: Path) -> Image.Image:
     16-bit grey is divided by 257, alpha is dropped, EXIF orientation applied, of several frames the first is taken.
     Raises ImageError for what is unreadable, truncated, too large (Pillow's decompression bomb limit) or no image.
     """
+    with opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file whose pixels are not decoded yet; whatever fails in the context becomes an ImageError."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -196,8 +205,7 @@ def decode(path: Path) -> Image.Image:
             if status.st_size == 0:
                 raise ImageError("empty file")
             with Image.open(file, formats=FORMATS) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                yield image
     except ImageError:
         raise
     except Image.DecompressionBombError:

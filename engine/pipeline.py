@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .backbone import Backbone, run_in_parts
 from .config import Config
-from .images import Category, ImageError, InputImage, decode
+from .images import Category, ImageError, InputImage
 from .placement import Placement
 from .rescoring import image_scores, min_max, rscin
 
@@ -265,7 +265,7 @@ def _decoded_batches(
     """Decode images in a thread pool a little ahead of the backbone, and yield them in batches in order."""
 
     def load(index: int) -> Any:
-        return placement.prepare(decode(category.images[index].path))
+        return placement.prepare(placement.decode(category.images[index].path))
 
     ahead = options.batch_size + options.workers
     with ThreadPoolExecutor(options.workers, "decode") as pool:

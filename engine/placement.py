@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +18,9 @@ from zsad.kernels.mutual_scoring import plan_on_cpu
 from zsad.kernels.planner import default_memory_limit, scratch
 
 from .backbone import Backbone, Runtime
-from .config import Config
-from .images import RECIPES, Preprocessing, network_input
+from .config import Config, ConfigError
+from .device_jpegs import DeviceJpegs
+from .images import RECIPES, Preprocessing, decode, network_input
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -28,7 +30,10 @@ class Placement(Protocol):
 
     fatal: tuple[type[Exception], ...]  # errors after which nothing more can run there
 
-    def prepare(self, image: Image.Image) -> Any:
+    def decode(self, path: Path) -> Any:
+        """Read an image file in a worker thread; raises ImageError."""
+
+    def prepare(self, image: Any) -> Any:
         """Do what belongs to a decoded image alone, in the thread that decoded it."""
 
     def network_inputs(self, prepared: Sequence[Any]) -> AbstractContextManager[Mapping[Preprocessing, Array]]:
@@ -100,6 +105,9 @@ class HostPlacement(_Scoring):
         super().__init__(config, devices, memory_limit)
         self._kinds = sorted({backbone.preprocessing for backbone in config.backbones.values()})
 
+    def decode(self, path: Path) -> Image.Image:
+        return decode(path)
+
     def prepare(self, image: Image.Image) -> dict[Preprocessing, NDArray[np.float32]]:  # [3, S, S] each
         return {kind: network_input(image, self._config.image_size, RECIPES[kind]) for kind in self._kinds}
 
@@ -137,9 +145,17 @@ class DevicePlacement(_Scoring):
     score, the first one runs the backbones and the tokens go to host memory, from where all take them.
     """
 
-    def __init__(self, config: Config, devices: Sequence[Device], batch_size: int, memory_limit: int | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        devices: Sequence[Device],
+        batch_size: int,
+        memory_limit: int | None,
+        jpegs: DeviceJpegs | None,
+    ) -> None:
+        """jpegs: decodes on the device; None leaves all files to Pillow."""
         super().__init__(config, devices, memory_limit)
-        self._device = devices[0]
+        self._device, self._jpegs = devices[0], jpegs
         shape = (batch_size, 3, config.image_size, config.image_size)
         kinds = {backbone.preprocessing for backbone in config.backbones.values()}
         self._inputs: list[dict[Preprocessing, Array]] = [
@@ -147,16 +163,22 @@ class DevicePlacement(_Scoring):
         ]
         self._slot = 0
 
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
-        return np.asarray(image)  # [rows, columns, 3]
+    def decode(self, path: Path) -> Array:  # [rows, columns, 3] uint8, on the host or on the device
+        on_device = None if self._jpegs is None else self._jpegs.decode(path)
+        return np.asarray(decode(path)) if on_device is None else on_device
+
+    def prepare(self, image: Array) -> Array:
+        return image
 
     @contextmanager
     def network_inputs(self, prepared: Sequence[Any]) -> Iterator[Mapping[Preprocessing, Array]]:
         self._slot = 1 - self._slot
         with self._device.producing(self._slot):
             for index, image in enumerate(prepared):
-                on_device = self._device.empty(image.shape, np.uint8)
-                self._device.upload(image, on_device)
+                on_device = image
+                if isinstance(image, np.ndarray):
+                    on_device = self._device.empty(image.shape, np.uint8)
+                    self._device.upload(image, on_device)
                 for kind, batch in self._inputs[self._slot].items():
                     recipe = RECIPES[kind]
                     cuda.network_input(
@@ -173,8 +195,16 @@ class DevicePlacement(_Scoring):
         def check(limit: int) -> None:
             for backbone in backbones.values():
                 patches, degrees = math.prod(backbone.grid), len(set(self._config.degrees))
-                cache = self._device.cache_bytes
-                cuda.plan_mutual_scoring(images, patches, backbone.channels, degrees, limit, cache)
+                cuda.plan_mutual_scoring(
+                    images,
+                    patches,
+                    backbone.channels,
+                    degrees,
+                    limit,
+                    self._device.cache_bytes,
+                    devices=len(self._devices),
+                    comparer=cuda.choose_comparer(self._devices, self._config.precision, None, patches),
+                )
 
         if len(self._devices) > 1:
             check(limit)
@@ -204,11 +234,20 @@ class DevicePlacement(_Scoring):
         return super().patch_scores(*arguments)
 
 
-def choose_placement(config: Config, runtime: Runtime, batch_size: int, memory_limit: int | None) -> Placement:
-    """Return the place that a runtime works in; memory_limit: bytes, of what scores."""
+def choose_placement(
+    config: Config, runtime: Runtime, batch_size: int, memory_limit: int | None, device_jpegs: bool = False
+) -> Placement:
+    """Return the place that a runtime works in.
+
+    memory_limit: bytes, of what scores. device_jpegs: decode JPEG files on the device. Raises ConfigError where that
+    cannot be done.
+    """
     if runtime.device is None:
+        if device_jpegs:
+            raise ConfigError("--decoder nvimgcodec needs backbones on a GPU; leave it out")
         return HostPlacement(config, runtime.devices, memory_limit)
-    return DevicePlacement(config, runtime.devices, batch_size, memory_limit)
+    jpegs = DeviceJpegs(runtime.device) if device_jpegs else None
+    return DevicePlacement(config, runtime.devices, batch_size, memory_limit, jpegs)
 
 
 def _token_bytes(images: int, backbones: Mapping[str, Backbone]) -> int:

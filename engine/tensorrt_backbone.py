@@ -1,6 +1,7 @@
 """Backbones on TensorRT and TensorRT-RTX engines: one execution context on the device's stream."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import EngineError, load_engine
 from zsad.kernels.cuda.device import Device, address
+
+log = logging.getLogger("zsad")
 
 Array = Any  # an array on the device
 
@@ -21,50 +24,71 @@ class TensorRTBackbone:
     """
 
     def __init__(self, path: Path, model: ExportedModel, device: Device, batch_size: int) -> None:
-        """Raises EngineError for an engine that is not for this machine, MemoryError where the device is full."""
-        self._engine, self._log = load_engine(path, device.number, model.path)
-        # The profile is dynamic in the batch alone.
-        _, _, most = self._engine.get_tensor_profile_shape("images", 0)
-        self._full = self.largest_batch = min(batch_size, int(most[0]))
-        self._context = self._engine.create_execution_context()
+        """Raises EngineError for an engine that is not for this machine, MemoryError where one image does not fit."""
+        self._loaded, self._device = load_engine(path, device.number, model.path), device
+        engine, strategies = self._loaded.engine, self._loaded.library.ExecutionContextAllocationStrategy
+        # Its working memory is ours: as much as our batches need, not the largest one that the engine was built for.
+        self._context = engine.create_execution_context(strategies.USER_MANAGED)
         if self._context is None:
-            raise MemoryError(f"{path}: {self._log.said()}; free memory on the device or build for a smaller --batch")
+            raise EngineError(f"{path}: {self._loaded.log.said()}; see nvidia-smi for what else uses the GPU")
         self.checkpoint, self.sha256 = model.checkpoint, model.sha256
-        _, self.layers, patches, self.channels = (int(n) for n in self._engine.get_tensor_shape("tokens"))
+        _, self.layers, patches, self.channels = (int(n) for n in engine.get_tensor_shape("tokens"))
         side = round(patches**0.5)
         assert side * side == patches
         self.grid = side, side
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self._device = device
-        self._outputs = {
-            name: device.empty((self._full, *self._engine.get_tensor_shape(name)[1:]), self._type(name))
-            for name in names
-            if name != "images"
-        }
-        self.token_type = self._outputs["tokens"].dtype
-        self.embedding_width = self._outputs["embedding"].shape[1] if "embedding" in self._outputs else None
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self.token_type = self._type("tokens")
+        self.embedding_width = int(engine.get_tensor_shape("embedding")[1]) if "embedding" in names else None
+        # The profile is dynamic in the batch alone.
+        _, _, (most, *self._image_shape) = engine.get_tensor_profile_shape("images", 0)
+        self.largest_batch = min(batch_size, int(most))
+        while True:
+            try:
+                self._allocate([name for name in names if name != "images"])
+                break
+            except MemoryError as error:
+                if self.largest_batch == 1:
+                    raise
+                self.largest_batch //= 2
+                log.warning("%s (%s); going on with batches of %d", model.checkpoint, error, self.largest_batch)
+        self._full = self.largest_batch
         self._recorded: dict[int, Callable[[], None]] = {}  # address of a full batch → its CUDA graph
-
-    def _type(self, name: str) -> np.dtype[Any]:
-        return np.dtype(np.float16 if "HALF" in str(self._engine.get_tensor_dtype(name)) else np.float32)
 
     def run(self, images: Array) -> tuple[Array, Array | None]:
         """See Backbone.run."""
         where = address(images)
 
         def queue() -> None:
-            self._context.set_input_shape("images", tuple(images.shape))
             for name, array in {"images": images, **self._outputs}.items():
                 self._context.set_tensor_address(name, address(array))
             if not self._context.execute_async_v3(self._device.stream):
-                raise EngineError(f"{self.checkpoint}: its engine failed: {self._log.said()}")
+                raise EngineError(f"{self.checkpoint}: its engine failed: {self._loaded.log.said()}")
 
-        if len(images) < self._full:
-            queue()
-        elif where in self._recorded:
+        if len(images) == self._full and where in self._recorded:
             self._recorded[where]()
         else:
-            # The pipeline alternates between two inputs, so there are two recordings.
-            self._recorded[where] = self._device.record(queue)
+            self._set_batch(len(images))
+            if len(images) < self._full:
+                queue()
+            else:  # the pipeline alternates between two inputs, so there are two recordings
+                self._recorded[where] = self._device.record(queue)
         embedding = self._outputs.get("embedding")
         return self._outputs["tokens"][: len(images)], None if embedding is None else embedding[: len(images)]
+
+    def _type(self, name: str) -> np.dtype[Any]:
+        return np.dtype(np.float16 if "HALF" in str(self._loaded.engine.get_tensor_dtype(name)) else np.float32)
+
+    def _allocate(self, outputs: Sequence[str]) -> None:
+        """Make room for the largest batch; raises MemoryError."""
+        shapes = {name: self._loaded.engine.get_tensor_shape(name)[1:] for name in outputs}
+        self._outputs = {
+            name: self._device.empty((self.largest_batch, *shape), self._type(name)) for name, shape in shapes.items()
+        }
+        self._context.set_input_shape("images", (self.largest_batch, *self._image_shape))
+        self._workspace = self._device.empty((self._context.update_device_memory_size_for_shapes(),), np.uint8)
+
+    def _set_batch(self, size: int) -> None:
+        """Lay the working memory out for a batch; smaller ones need no more than the largest."""
+        self._context.set_input_shape("images", (size, *self._image_shape))
+        self._context.update_device_memory_size_for_shapes()
+        self._context.set_device_memory(address(self._workspace), self._workspace.nbytes)

@@ -149,6 +149,8 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
         parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
     if arguments.preset is not None:
         return _preset_jobs(parser, arguments, options)
+    if arguments.config is not None:
+        parser.error("--config changes a preset; name one with --preset")
     if not options.taps:
         parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
     return [Job(arguments.checkpoint, options, arguments.output)]

@@ -7,6 +7,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .state_dict import CheckpointError
+from .vit_graph import IN_FP32
 
 Array = NDArray[np.float32]
 
@@ -65,6 +66,6 @@ def check_agreement(found: list[Array], expected: list[Array], precision: str, o
     fine = max(errors) <= LARGEST_ERROR if precision == "fp32" else min(cosines) >= SMALLEST_COSINE[precision]
     if not fine:
         limit = f"error {LARGEST_ERROR}" if precision == "fp32" else f"cosine {SMALLEST_COSINE[precision]}"
-        hint = "please report this" if precision == "fp32" else "this checkpoint needs --precision fp32"
+        hint = "please report this" if precision == "fp32" else IN_FP32
         raise CheckpointError(f"the exported graph computes something else (limit: {limit}): {line}; {hint}")
     return line

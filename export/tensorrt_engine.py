@@ -168,10 +168,18 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     return engine, fingerprint
 
 
-def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[Any, Any]:
-    """Return the ICudaEngine of a file that `read_engine` accepts, and the logger that collects its complaints.
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An ICudaEngine, and what must live as long as it does."""
 
-    Stripped engines get their weights from `onnx`.
+    engine: Any
+    library: Any  # tensorrt or tensorrt_rtx
+    runtime: Any
+    log: Any  # `said()` returns the library's latest complaints
+
+
+def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> LoadedEngine:
+    """Load a file that `read_engine` accepts; stripped ones get their weights from `onnx`.
 
     Raises EngineError, also when the library refuses the engine.
     """
@@ -189,7 +197,7 @@ def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
         refitter = trt.Refitter(engine, log)
         if not trt.OnnxParserRefitter(refitter, log).refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
             raise EngineError(f"{path}: the weights of {onnx} do not fit ({log.said()}); {fingerprint.command}")
-    return engine, log
+    return LoadedEngine(engine, trt, runtime, log)
 
 
 def fingerprint_path(engine: Path) -> Path:

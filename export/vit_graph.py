@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 ATTENTIONS = ("fused", "standard")
 LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
 PADDING = 16  # columns
+IN_FP32 = "take fp32: zsad-export --precision fp32, zsad-infer --backbone-precision fp32"
 HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower
 
 
@@ -99,7 +100,7 @@ class _Graph:
 
     def weight(self, value: Array, name: str) -> str:
         if not np.abs(value).max(initial=0) <= np.finfo(self.dtype).max:  # a NaN fails too
-            raise CheckpointError(f"{name} holds values beyond the range of {self.precision}; use --precision fp32")
+            raise CheckpointError(f"{name} holds values beyond the range of {self.precision}; {IN_FP32}")
         return self.constant(np.ascontiguousarray(value.astype(self.dtype)), name)
 
     def node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:

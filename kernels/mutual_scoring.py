@@ -76,8 +76,8 @@ def mutual_scores(
     interval: which of the N − 1 sorted distances are averaged; below 1 a fraction, from 1 on a count.
     device: "cpu", "cuda", "cuda:N", several devices that share the image pairs ("cuda:0,1") or "cuda:all"; on one CUDA
         device tokens may also be a device array, and on any number of them float16.
-    precision: "fp32" on a CPU; "fp16" on a CUDA device: fp16 features, fp32 sums; "auto" is these two. "int8" on a CPU:
-        products in int8 choose the winners, whose distances are then measured in fp32.
+    precision: "fp32" on a CPU; "fp16" on a CUDA device: fp16 features, fp32 sums; "auto" is these two. "int8" on both:
+        products in int8 choose the winners, whose distances are then measured in fp32 or from the fp16 features.
     memory_limit: bytes that may be used beside `tokens`; three quarters of the free memory by default. Where less can
         be had, the work is planned again for half as much.
     progress: called with the pairs done and the pairs in all; with several devices from their threads, one at a time.

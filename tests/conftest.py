@@ -1,11 +1,18 @@
 """What several test files need."""
 
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from host_build import HostDevice
+from host_tensorrt import HostEngine, loaded
 
 from zsad.bench.towers import Shape, write_random_checkpoint
+from zsad.engine import backbone as backbones
+from zsad.engine import tensorrt_backbone
+from zsad.export.tensorrt_engine import LoadedEngine
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -56,3 +63,31 @@ def tiny(random_dinov2: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     )
     (folder / "cache").mkdir()
     return folder
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
+    device = HostDevice()
+    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backbones, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
+    return device
+
+
+@pytest.fixture
+def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[HostEngine]:
+    """Engines are built in no time and run on the host; returns those that were loaded."""
+    engines: list[HostEngine] = []
+
+    def build(onnx: Path, *_: object) -> Any:
+        return types.SimpleNamespace(path=onnx)
+
+    def load(path: Path, number: int, onnx: Path) -> LoadedEngine:
+        assert onnx == path
+        engines.append(HostEngine(onnx, 32))
+        return loaded(engines[-1])
+
+    monkeypatch.setattr(backbones, "build_engine", build)
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", load)
+    return engines

@@ -20,10 +20,11 @@ from ..minima import ReturnedMinima, ReturnMinima
 from ..mutual_scoring import checked_degrees, checked_grid, checked_interval
 from ..planner import run_within_memory
 from ..reference import interval_ranks
+from .comparers import MAX_THREADS, OWN_PATCHES, Products, choose_comparer, filter_max_shape
 from .device import Device, DeviceError, DeviceMemoryError, filter_max_kernel, open_device, open_devices
 from .images import network_input, upsample
 from .plan import CudaPlan, plan_mutual_scoring
-from .scorer import MAX_THREADS, OWN_PATCHES, Scorer, Work, filter_max_shape, open_store
+from .scorer import Scorer, Work, open_store
 
 __all__ = [
     "MAX_THREADS",
@@ -32,6 +33,8 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceMemoryError",
+    "Products",
+    "choose_comparer",
     "filter_max_kernel",
     "filter_max_shape",
     "mutual_scores",
@@ -64,6 +67,7 @@ def mutual_scores(
     on_plan: Callable[[CudaPlan], None] | None = ...,
     host_memory_limit: int | None = ...,
     tiles: int | None = ...,
+    products: Products | None = ...,
     return_minima: Literal[False] = ...,
 ) -> Array: ...
 
@@ -83,6 +87,7 @@ def mutual_scores(
     on_plan: Callable[[CudaPlan], None] | None = ...,
     host_memory_limit: int | None = ...,
     tiles: int | None = ...,
+    products: Products | None = ...,
     return_minima: Literal[True, "each"],
 ) -> tuple[Array, Array]: ...
 
@@ -101,16 +106,20 @@ def mutual_scores(
     on_plan: Callable[[CudaPlan], None] | None = None,
     host_memory_limit: int | None = None,
     tiles: int | None = None,
+    products: Products | None = None,
     return_minima: ReturnMinima = False,
 ) -> Array | tuple[Array, Array]:
     """Score every patch by how far it is from the nearest patches of the other images, on one or more CUDA devices.
 
     tokens: [N, L, P, C] float32 or float16, a NumPy array or memory map, or an array on the only device.
     device: `cuda`, `cuda:<number>`, `cuda:<number>,<number>`, `cuda:all`, or opened devices.
-    precision: `fp16`: fp16 features, fp32 sums, lengths of the rounded features.
+    precision: `fp16`: fp16 features, fp32 sums, lengths of the rounded features. `int8`: int8 products choose the
+        winners, which are measured again in fp16.
     memory_limit: bytes of memory on each device; by default 90 % of what is free on the fullest.
     host_memory_limit: bytes of host memory for what the devices do not hold; three quarters of what is free by default.
     tiles: image pairs per launch, instead of the planned ones.
+    products: in fp16, `gram`: one for all degrees, whose tiles are filtered; `fused`: one per degree without a tile.
+        By default what is faster on the device.
     The other arguments and the results are those of `zsad.kernels.mutual_scores`.
     """
     if getattr(tokens, "ndim", None) != 4 or 0 in tokens.shape or tokens.dtype not in (np.float32, np.float16):
@@ -124,13 +133,12 @@ def mutual_scores(
     distinct = sorted(set(chosen))
     if distinct[-1] > MAX_DEGREE:
         raise ValueError(f"degrees on a CUDA device go up to {MAX_DEGREE}, not {distinct[-1]}; use device='cpu'")
-    if precision != "fp16":
-        raise ValueError(f"precision {precision!r} is not available on {device}; use precision='fp16'")
     several = open_devices(device) if isinstance(device, str) else device
     devices: Sequence[Device] = several if isinstance(several, Sequence) else [several]
     if len(devices) > 1 and not isinstance(tokens, np.ndarray):
         raise ValueError("tokens on a device are scored by that device alone; copy them to the host to share the work")
 
+    comparer = choose_comparer(devices, precision, products, patches)
     ranks = first, last = interval_ranks(images - 1, interval)
     shares = np.array([chosen.count(degree) for degree in distinct], np.float32)
     shares /= len(chosen) * layers
@@ -151,6 +159,7 @@ def mutual_scores(
             host_limit=host_memory_limit,
             returned_bytes=returned.bytes,
             tiles=tiles,
+            comparer=comparer,
         )
         if on_plan is not None:
             on_plan(plan)

@@ -30,6 +30,11 @@ KERNELS = {
     "layer_norm_apply_f32": "layer_norm",
     "layer_norm_apply_f16": "layer_norm",
     "pooled_norms": "pooled_norms",
+    "pool_features": "pool_features",
+    "fused_max_f16": "fused",
+    "fused_max_s8": "fused",
+    "int8_quantise": "int8_quantise",
+    "winner_cosines": "int8_winners",
     "interval_average": "interval_average",
     "minimum_distances": "interval_average",
     "upsample": "upsample",
@@ -66,6 +71,12 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """Return the memory that may still be taken."""
+
+    def used_bytes(self) -> int:
+        """Return the memory in use by everybody."""
+
+    def adopt(self, array: Any) -> DEVICE_ARRAY:
+        """Take another library's array on this device, once the default stream has completed it."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:
         """Allocate an array with any content; raises DeviceMemoryError."""
@@ -272,6 +283,14 @@ class CupyDevice:
     def free_bytes(self) -> int:
         free, _ = self._cupy.cuda.runtime.memGetInfo()
         return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+
+    def used_bytes(self) -> int:
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        return int(total) - int(free)
+
+    def adopt(self, array: Any) -> DEVICE_ARRAY:
+        self._cupy.cuda.Stream.null.synchronize()
+        return self._cupy.asarray(array)
 
     @_names_exhaustion
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:

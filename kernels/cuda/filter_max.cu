@@ -4,7 +4,7 @@
 //   cos_k[p, q] = S_k[p, q] * inverse_rows[k, p] * inverse_columns[k, q]
 //   best_rows[k, p] = max over q of cos_k;   best_columns[k, q] = max over p of cos_k
 //
-// filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory filter_max_shared bytes (__init__.py)
+// filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory shared_bytes of filter_max_shape (comparers.py)
 //   tiles           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride >= P
 //   tile_step       floats from one tile to the next
 //   inverse_rows    [T, R, P] float: inverse lengths of the row images, 0 for a zero feature (pooled_norms.cu)

@@ -9,9 +9,10 @@ from itertools import pairwise, product
 from typing import Literal
 
 from ..planner import default_memory_limit
+from .comparers import STAGED_IMAGES, Comparer, GramOnce, image_bytes
 
-STAGED_IMAGES = 8  # tokens on their way to the device
 SLICES = 32  # blocks that share an image's layer norm
+MAX_TILES = 65535  # a launch's grid has no more rows of blocks
 HIDING_ROWS = (16, 4)  # comparing so many rows with an image takes longer than fetching it, or not much less
 
 Where = Literal["on the device", "in host memory", "in a memory-mapped file"]
@@ -32,12 +33,13 @@ class CudaPlan:
     images: int
     rows: int  # images of a device whose best cosines with all others are resident
     columns: int  # images per block that streams past the rows, two of which are resident; 0 where nothing does
-    tiles: int  # per workspace, of which there are two
+    tiles: int  # image pairs per launch
     devices: int
     features: Where  # those that are not resident
     exchanges: bool  # whether pairs of two blocks are compared once, and what the other block needs goes there
     peak_bytes: int  # on each device
     host_bytes: int
+    comparer: type[Comparer]
 
     def rounds(self) -> list[list[range]]:
         """Return, for every round, the block of rows of each device; the last ones may be empty."""
@@ -88,14 +90,10 @@ class CudaPlan:
             )
         host = f", {self.host_bytes / 2**20:.0f} MiB on the host" if self.host_bytes else ""
         return (
-            f"mutual scoring of {self.images} images on {where}: {resident}, {self.tiles} pairs per launch, "
+            f"mutual scoring of {self.images} images on {where}: {resident}, {self.comparer.description}, "
+            f"{self.tiles} pairs per launch, "
             f"{self.peak_bytes / 2**20:.0f} MiB at the peak{' of each' if self.devices > 1 else ''}{host}"
         )
-
-
-def stride(patches: int) -> int:
-    """Pad the rows of a tile to whole memory sectors; cuBLAS then writes whole vectors."""
-    return -(-patches // 32) * 32
 
 
 def plan_mutual_scoring(
@@ -110,24 +108,26 @@ def plan_mutual_scoring(
     host_limit: int | None = None,
     returned_bytes: int = 0,
     tiles: int | None = None,
+    comparer: type[Comparer] = GramOnce,
 ) -> CudaPlan:
     """Fit the working set into `memory_limit` bytes on each device.
 
     host_limit: bytes of host memory for what the devices do not hold; three quarters of what is free by default.
     returned_bytes: size of the minima that the caller gets back, in host memory.
     tiles: pairs per launch instead of the planned ones.
+    comparer: what compares images; it says what that takes.
     Features that do not fit lie in host memory, or else in a file. Where the best cosines of all pairs do not fit,
     blocks of rows are compared in turn with everything else; what a pair gives to the other block is kept in host
     memory, or computed again where that does not hold it. Raises MemoryError where not even one row fits.
     """
     host_limit = default_memory_limit() if host_limit is None else host_limit
     devices = max(min(devices, images), 1)
-    tile = 4 * patches * stride(patches)
+    tile = comparer.tile_bytes(patches)
     entries = 4 * degrees * patches  # best cosines of a pair, or inverse lengths of an image
-    resident = 2 * patches * channels + entries
+    resident = image_bytes(comparer.layout(patches, channels, degrees), patches, degrees)
     # Scores, distances of one image to all others if they are handed back, staged tokens, sums, and flags of images.
     always = 4 * patches * (images * (2 if returned_bytes else 1) + STAGED_IMAGES * channels)
-    always += STAGED_IMAGES * (16 * SLICES + 4) + images * (degrees + 4)
+    always += STAGED_IMAGES * (16 * SLICES + 4) + images * (degrees + 4) + comparer.scratch_bytes(patches, channels)
     store = images * resident
     in_memory = returned_bytes + store <= host_limit
     if returned_bytes > host_limit:
@@ -138,12 +138,15 @@ def plan_mutual_scoring(
         peak += 2 * columns * rows * entries if exchanges else 0
         where: Where = "on the device" if not columns else "in host memory" if in_memory else "in a memory-mapped file"
         host = returned_bytes + (store if columns and in_memory else 0)
-        plan = CudaPlan(images, rows, columns, tiles, devices, where, exchanges, peak, host)
+        plan = CudaPlan(images, rows, columns, tiles, devices, where, exchanges, peak, host, comparer)
         return replace(plan, host_bytes=host + plan.outside_pairs() * entries) if exchanges else plan
 
-    # Half the cache for each workspace; at least four tiles, so that queueing a launch takes less time than running it.
-    most = min(max(cache_bytes // 2 // tile, 4), max(images - 1, 1)) if tiles is None else tiles
-    choices = [most, *(fewer for fewer in (2, 1) if fewer < most)]
+    most = max(images - 1, 1)
+    if tile:
+        # Half the cache for each workspace; at least four, so that queueing a launch takes less time than running it.
+        most = min(max(cache_bytes // 2 // tile, 4), most)
+    most = min(most if tiles is None else tiles, MAX_TILES)
+    choices = [most, *(fewer for fewer in (2, 1) if fewer < most and tile)]
     if devices == 1:
         for tiles in choices:
             plan = planned(images, 0, tiles, False)
@@ -151,7 +154,7 @@ def plan_mutual_scoring(
                 return plan
     own = -(-images // devices)
     # A launch compares at most as many images as are fetched together, so few tiles cost less than few columns.
-    shapes = [(32, most), *((8, tiles) for tiles in choices), (1, 1)]
+    shapes = [(32, most), *((8, tiles) for tiles in choices), (1, choices[-1])]
     for least in (*(rows for rows in HIDING_ROWS if rows < own), 1):
         for exchanges, (columns, tiles) in product((True, False), shapes):
             columns = min(columns, images)
@@ -162,7 +165,7 @@ def plan_mutual_scoring(
             plan = planned(rows, columns, tiles, exchanges)
             if not exchanges or plan.host_bytes <= host_limit:
                 return plan
-    needed = planned(1, 1, 1, False).peak_bytes
+    needed = planned(1, 1, choices[-1], False).peak_bytes
     raise MemoryError(_too_little("on the device", images, patches, channels, needed, memory_limit))
 
 

@@ -1,16 +1,15 @@
 """One device's part of mutual scoring: its arrays, and the launches that fill them.
 
-tokens → layer_norm → pooled_norms → for one image against a few: product (cuBLAS) → filter_max → interval_average
+tokens → layer_norm → comparer.prepare → for one image against a few: comparer.compare → interval_average
 
-Products and passes run on two streams over two workspaces of tiles, so that one is filled while the other is reduced.
-Images from outside the block of rows come over a third stream, into one of two blocks while the other is compared.
+Comparers (comparers.py) differ in what they keep of an image and in how they multiply. Images from outside the block of
+rows come over a stream of their own, into one of two blocks while the other is compared.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,12 @@ from numpy.typing import NDArray
 from ..minima import ReturnedMinima
 from ..planner import scratch
 from ..reference import LAYER_NORM_EPS
-from .device import DEVICE_ARRAY, Device, DeviceMemoryError, filter_max_kernel, int32
-from .plan import SLICES, STAGED_IMAGES, CudaPlan, Share, stride
+from .comparers import STAGED_IMAGES, Features, Layout
+from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
+from .plan import SLICES, CudaPlan, Share
 
 LOWEST_KEY = -(2**31)  # below the key of every cosine
 SQUARE = 32  # of minimum_distances in interval_average.cu
-
-# As in filter_max.cu.
-OWN_PATCHES, MAX_THREADS = 2, 704
 
 Report = Callable[[int], None]  # is told how many image pairs were queued
 
@@ -47,13 +44,17 @@ class Work:
     def patches(self) -> int:
         return math.prod(self.grid)
 
+    def layout(self, plan: CudaPlan) -> Layout:
+        """Return what is kept of an image beside its inverse lengths."""
+        return plan.comparer.layout(self.patches, self.channels, len(self.degrees))
+
 
 @dataclass(frozen=True)
 class Store:
     """What lies on the host during a layer: features that are not resident, and maxima for other blocks' rows."""
 
-    features: NDArray[np.float16]  # [N, P, C]
     inverse: NDArray[np.float32]  # [N, R, P]
+    features: tuple[NDArray[Any], ...]  # [N, ...] as in the comparer's layout
     has_zero: NDArray[np.uint8]  # [N, R]
     # [block that compares, block it is for] -> the pairs, and their keys [others, own, R, P]
     exchange: dict[tuple[range, range], tuple[Share, NDArray[np.int32]]]
@@ -76,32 +77,45 @@ def open_store(device: Device, plan: CudaPlan, work: Work) -> Iterator[Store]:
         for others, share in plan.shares(rows).items()
     }
     inverse, has_zero = page_locked((images, degrees, patches), np.float32), np.empty((images, degrees), np.uint8)
-    shape = images, patches, work.channels
-    if plan.features == "in a memory-mapped file":
-        with scratch(shape, False, np.float16) as features:
-            yield Store(features, inverse, has_zero, exchange)
-    else:
-        yield Store(page_locked(shape, np.float16), inverse, has_zero, exchange)
+    with ExitStack() as stack:
+        features = tuple(
+            stack.enter_context(scratch((images, *shape), False, dtype))
+            if plan.features == "in a memory-mapped file"
+            else page_locked((images, *shape), dtype)
+            for shape, dtype in work.layout(plan)
+        )
+        yield Store(inverse, features, has_zero, exchange)
 
 
 class _Block:
-    """Features and inverse lengths of a run of images of one layer."""
+    """Features of a run of images of one layer."""
 
-    def __init__(self, device: Device, size: int, work: Work) -> None:
+    def __init__(self, device: Device, size: int, layout: Layout, work: Work) -> None:
         self.images = range(0)
-        self.features = device.empty((size, work.patches, work.channels), np.float16)  # [B, P, C]
-        self.inverse = device.empty((size, len(work.degrees), work.patches), np.float32)  # [B, R, P]
+        self.all = Features(
+            device.empty((size, len(work.degrees), work.patches), np.float32),
+            tuple(device.empty((size, *shape), dtype) for shape, dtype in layout),
+        )
+
+    def __len__(self) -> int:
+        return len(self.all.inverse)
 
     def fetched_from(self, store: Store, images: range) -> list[tuple[NDArray[Any], DEVICE_ARRAY]]:
         """Return the copies that fill the block."""
-        self.images, at = images, slice(images.start, images.stop)
-        count = len(images)
-        return [(store.features[at], self.features[:count]), (store.inverse[at], self.inverse[:count])]
+        self.images = images
+        return self.copies(store, images)
 
-    def run(self, images: range) -> tuple[DEVICE_ARRAY, DEVICE_ARRAY]:
-        """Return features [T, P, C] and inverse lengths [T, R, P] of some of its images."""
-        at = slice(images.start - self.images.start, images.stop - self.images.start)
-        return self.features[at], self.inverse[at]
+    def copies(self, store: Store, images: range) -> list[tuple[NDArray[Any], DEVICE_ARRAY]]:
+        """Return, for some of its images, the arrays in the store beside those on the device."""
+        at, here = slice(images.start, images.stop), self.run(images)
+        return [
+            (store.inverse[at], here.inverse),
+            *((array[at], mine) for array, mine in zip(store.features, here.arrays, strict=True)),
+        ]
+
+    def run(self, images: range) -> Features:
+        """Return the features of some of its images."""
+        return self.all.of(slice(images.start - self.images.start, images.stop - self.images.start))
 
 
 class Scorer:
@@ -111,16 +125,15 @@ class Scorer:
         self.device, self.plan, self.work = device, plan, work
         images, patches, degrees = plan.images, work.patches, len(work.degrees)
         device.use()
-        self.reaches = device.to_device(np.array([degree // 2 for degree in work.degrees], np.int32))
-        self.mask = sum(1 << degree // 2 for degree in work.degrees)
-        self.rows = _Block(device, min(plan.rows, images), work)
-        self.columns = [_Block(device, plan.columns, work) for _ in range(2 if plan.columns else 0)]
+        layout = work.layout(plan)
+        self.rows = _Block(device, min(plan.rows, images), layout, work)
+        self.columns = [_Block(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
+        self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.tiles)
         # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
-        self.best = device.empty((len(self.rows.features), images, degrees, patches), np.int32)
-        room = plan.columns * len(self.rows.features) * degrees * patches if plan.exchanges else 0
+        self.best = device.empty((len(self.rows), images, degrees, patches), np.int32)
+        room = plan.columns * len(self.rows) * degrees * patches if plan.exchanges else 0
         self.sent = [device.empty((room,), np.int32) for _ in range(2 if room else 0)]
         self.has_zero = device.empty((images, degrees), np.uint8)
-        self.workspaces = [device.empty((plan.tiles, patches, stride(patches)), np.float32) for _ in range(2)]
         self.scores = device.empty((images, patches), np.float32)
         self.distances = device.empty((1, patches, images), np.float32) if work.minima_weights else None
         self.score_weights = device.to_device(work.score_weights)
@@ -129,7 +142,6 @@ class Scorer:
         self.sums = device.empty((STAGED_IMAGES, SLICES, 2), np.float64)
         self.shift = device.empty((STAGED_IMAGES,), np.float32)
         self.finite = device.empty((images,), np.int32)
-        self.launches = 0
         device.fill(self.scores, 0)
 
     def normalise(self, tokens: Any, layer: int, blocks: Sequence[range], store: Store | None) -> None:
@@ -140,9 +152,8 @@ class Scorer:
             self._load(tokens, layer, images)
             if store is not None:
                 at = slice(images.start, images.stop)
-                features, inverse = self.rows.run(images)
-                self.device.download(features, store.features[at])
-                self.device.download(inverse, store.inverse[at])
+                for on_host, here in self.rows.copies(store, images):
+                    self.device.download(here, on_host)
                 self.device.download(self.has_zero[at], store.has_zero[at])
         self.device.synchronise()
 
@@ -191,7 +202,7 @@ class Scorer:
             128,
             (
                 self.best,
-                self.rows.inverse,
+                self.rows.all.inverse,
                 self.has_zero,
                 self.score_weights,
                 *sizes,
@@ -208,7 +219,7 @@ class Scorer:
                     256,
                     (
                         self.best[at],
-                        self.rows.inverse[at],
+                        self.rows.all.inverse[at],
                         self.has_zero,
                         weights,
                         *sizes,
@@ -236,33 +247,21 @@ class Scorer:
         self.device.fetch(slot, self.columns[slot].fetched_from(step.store, step.others))
 
     def _load(self, tokens: Any, layer: int, images: range) -> None:
-        """Normalise, round and measure a block of rows."""
+        """Normalise a block of rows and make its features."""
         self.device.synchronise()  # products may still be reading what is overwritten
         self.rows.images = images
-        features, inverse = self.rows.run(images)
         for start in range(0, len(images), STAGED_IMAGES):
             part = images[start : start + STAGED_IMAGES]
-            self._normalise(tokens[part.start : part.stop, layer], features[start : start + len(part)], part)
-        self.device.launch(
-            "pooled_norms",
-            (-(-self.work.patches // 4), len(images)),
-            128,
-            (
-                features,
-                *int32(*self.work.grid, self.work.channels),
-                self.reaches,
-                np.int32(len(self.work.degrees)),
-                inverse,
-                self.has_zero[images.start : images.stop],
-            ),
-        )
+            features = self.rows.run(part)
+            self._normalise(tokens[part.start : part.stop, layer], self.comparer.tokens(features), part)
+            self.comparer.prepare(features, self.has_zero[part.start : part.stop])
         finite = self.device.to_host(self.finite[images.start : images.stop])
         if not finite.all():
             bad = images.start + int(np.argmin(finite))
             raise ValueError(f"the tokens of image {bad} are not finite; check the backbone's precision")
 
-    def _normalise(self, tokens: Any, features: DEVICE_ARRAY, images: range) -> None:
-        """Fill features [B, P, C] from tokens [B, P, C] on the host or the device."""
+    def _normalise(self, tokens: Any, out: DEVICE_ARRAY, images: range) -> None:
+        """Fill out [B, P, C] with the layer-normed tokens [B, P, C], which are on the host or the device."""
         size = self.work.patches * self.work.channels
         if isinstance(tokens, np.ndarray):
             if self.staging is None:
@@ -282,7 +281,7 @@ class Scorer:
                 *where,
                 np.int32(SLICES),
                 np.float32(LAYER_NORM_EPS),
-                features,
+                out,
                 self.finite[images.start : images.stop],
             ),
         )
@@ -292,7 +291,7 @@ class Scorer:
         own, at = i - self.rows.images.start, slice(partners.start - self.rows.images.start, None)
         best = self.best[: len(self.rows.images)]
         self._compare(
-            (self.rows.features[own], self.rows.inverse[own]),
+            self.rows.all.of(own),
             self.rows.run(partners),
             best[at, i],
             best[own, partners.start : partners.stop],
@@ -312,52 +311,32 @@ class Scorer:
             self.device.fill(theirs, LOWEST_KEY)
         if own.start < others.start:
             for n in range(len(own)):
-                column = rows.features[first + n], rows.inverse[first + n]
-                self._compare(column, columns.run(others), None if theirs is None else theirs[:, n], mine[n])
+                self._compare(
+                    rows.all.of(first + n), columns.run(others), None if theirs is None else theirs[:, n], mine[n]
+                )
                 report(len(others))
         else:
             for n in range(len(others)):
-                column = columns.features[n], columns.inverse[n]
-                self._compare(column, rows.run(own), mine[:, n], None if theirs is None else theirs[n])
+                self._compare(columns.all.of(n), rows.run(own), mine[:, n], None if theirs is None else theirs[n])
                 report(len(own))
         return theirs
 
     def _compare(
         self,
-        column: tuple[DEVICE_ARRAY, DEVICE_ARRAY],  # features [P, C], inverse lengths [R, P]
-        rows: tuple[DEVICE_ARRAY, DEVICE_ARRAY],  # [T, P, C], [T, R, P]
-        best_rows: DEVICE_ARRAY | None,  # [T, R, P] keys of the rows' patches, raised
+        column: Features,
+        rows: Features,  # of T images
+        best_rows: DEVICE_ARRAY | None,  # [T, R, P] keys of the rows' patches
         best_columns: DEVICE_ARRAY | None,  # [T, R, P] of the column's patches
     ) -> None:
-        """Queue the comparison of one image with a run of others, a few tiles at a time."""
-        plan, work, device = self.plan, self.work, self.device
-        for start in range(0, len(rows[0]), plan.tiles):
-            at = slice(start, start + plan.tiles)
-            features, inverse = rows[0][at], rows[1][at]
-            slot = self.launches % 2
-            self.launches += 1
-            tiles = self.workspaces[slot]
-            with device.producing(slot):
-                device.product(column[0], features, tiles)
-            shape = filter_max_shape(work.grid, self.mask, len(features), device.multiprocessors)
-            with device.consuming(slot):
-                device.launch(
-                    filter_max_kernel(self.mask),
-                    (shape.blocks, len(features)),
-                    shape.threads,
-                    (
-                        tiles,
-                        np.int32(tiles.shape[2]),
-                        np.int64(tiles.shape[1] * tiles.shape[2]),
-                        *int32(*work.grid),
-                        inverse,
-                        column[1],
-                        *_keys(best_rows, at),
-                        *_keys(best_columns, at),
-                        *int32(shape.segment, shape.band),
-                    ),
-                    shape.shared_bytes,
-                )
+        """Queue the comparison of one image with a run of others, a few pairs at a time."""
+        for start in range(0, len(rows.inverse), self.plan.tiles):
+            at = slice(start, start + self.plan.tiles)
+            self.comparer.compare(
+                column,
+                rows.of(at),
+                None if best_rows is None else best_rows[at],
+                None if best_columns is None else best_columns[at],
+            )
 
 
 @dataclass(frozen=True)
@@ -368,46 +347,3 @@ class _Step:
     own: range
     others: range
     target: NDArray[np.int32] | None  # [others, own, R, P] on the host
-
-
-def _keys(best: DEVICE_ARRAY | None, at: slice) -> tuple[DEVICE_ARRAY, np.int64]:
-    """Return the keys of some tiles as kernel arguments: where they start, and the entries from tile to tile."""
-    if best is None:
-        return None, np.int64(0)
-    return best[at], np.int64(best.strides[0] // best.itemsize)
-
-
-@dataclass(frozen=True)
-class FilterMaxShape:
-    """The launch of filter_max.cu: how the row patches are cut into segments, the column patches into bands."""
-
-    segment: int
-    band: int
-    blocks: int  # per tile
-    threads: int
-    shared_bytes: int
-
-
-@lru_cache
-def filter_max_shape(grid: tuple[int, int], mask: int, tiles: int, multiprocessors: int) -> FilterMaxShape:
-    """Choose segments that fill the device in few waves without walking the margins too often."""
-    rows, columns = grid
-    reach = mask.bit_length() - 1
-    strip = 4 if reach < 2 else 2 if reach < 3 else 1
-    capacity = OWN_PATCHES * MAX_THREADS
-    band = rows if rows * columns <= capacity else capacity // columns - 2 * reach
-    if band < 1:
-        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use device='cpu'")
-    covered = min(band + 2 * reach, rows)
-    threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
-    strips, bands = -(-rows // strip), -(-rows // band)
-    at_once = multiprocessors * max(1, 768 // threads)
-
-    def cost(segment: int) -> int:
-        waves = -(-strips * bands * tiles * -(-columns // segment) // at_once)
-        return waves * (segment + 2 * reach)
-
-    segment = min(range(1, columns + 1), key=cost)
-    plane = reach + (covered + 2 * reach) * (columns + reach)
-    shared_bytes = 4 * strip * (2 * plane + mask.bit_count() * segment)
-    return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes)

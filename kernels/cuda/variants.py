@@ -16,15 +16,6 @@ from .device import DEVICE_ARRAY, int32
 
 Launch = Callable[..., None]  # Device.launch
 
-# [kernel] -> its source file
-KERNELS = {
-    "pool_features": "pool_features",
-    "fused_max_f16": "fused",
-    "fused_max_s8": "fused",
-    "int8_quantise": "int8_quantise",
-    "winner_cosines": "int8_winners",
-}
-
 MAX_INT8_PATCHES = 1 << 16  # leaves an approximate cosine 7 bits of mantissa
 
 # As in fused.cu.
@@ -47,7 +38,8 @@ def code_stride(channels: int) -> int:
 
 def index_mask(patches: int) -> np.uint32:
     """Return the bits that hold the number of a winning patch."""
-    return np.uint32((1 << (patches - 1).bit_length()) - 1)
+    mask: np.uint32 = np.uint32((1 << (patches - 1).bit_length()) - 1)
+    return mask
 
 
 def pool_features(
@@ -73,11 +65,11 @@ def pool_features(
             x,
             *int32(*grid, channels, degree // 2, features.shape[2]),
             features,
-            _step(features),
+            step(features),
             inverse,
-            _step(inverse),
+            step(inverse),
             has_zero,
-            _step(has_zero),
+            step(has_zero),
         ),
     )
 
@@ -96,14 +88,14 @@ def int8_quantise(
         32 * PATCH_WARPS,
         (
             features,
-            _step(features),
+            step(features),
             *int32(patches, stride, codes.shape[2]),
             inverse,
-            _step(inverse),
+            step(inverse),
             codes,
-            _step(codes),
+            step(codes),
             weights,
-            _step(weights),
+            step(weights),
         ),
     )
 
@@ -125,10 +117,6 @@ def fused_max(
     """
     images, patches, _ = rows.shape
     is_int8 = rows.dtype == np.int8
-    if is_int8 and patches > MAX_INT8_PATCHES:
-        raise ValueError(
-            f"int8 products take at most {MAX_INT8_PATCHES} patches per image, not {patches}; use precision='fp16'"
-        )
     launch(
         "fused_max_s8" if is_int8 else "fused_max_f16",
         ((-(-patches // TILE)) ** 2, images),
@@ -177,19 +165,20 @@ def _pairs(
     """Give the kernel arguments of one image against a run of others."""
     return (
         rows,
-        _step(rows),
+        step(rows),
         column,
         *int32(*rows.shape[1:]),
         row_weights,
-        _step(row_weights),
+        step(row_weights),
         column_weights,
         best_rows,
-        _step(best_rows),
+        step(best_rows),
         best_columns,
-        _step(best_columns),
+        step(best_columns),
     )
 
 
-def _step(array: DEVICE_ARRAY | None) -> np.int64:
+def step(array: DEVICE_ARRAY | None) -> np.int64:
     """Return the entries from one image to the next."""
-    return np.int64(0 if array is None else array.strides[0] // array.itemsize)
+    entries: np.int64 = np.int64(0 if array is None else array.strides[0] // array.itemsize)
+    return entries

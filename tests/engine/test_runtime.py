@@ -1,24 +1,20 @@
 """The runtimes behind one protocol, and whole runs on a device: the real data flow, kernels as host code, no GPU."""
 
-import ctypes
 import importlib.util
+import io
 import json
-import math
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels/cuda"))
-
 from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
+from host_tensorrt import HostContext, HostEngine, loaded
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from zsad.engine import backbone as backbones
 from zsad.engine import tensorrt_backbone
@@ -48,67 +44,6 @@ def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # Stand-ins for what only a GPU has
 
 
-class HostEngine:
-    """An ICudaEngine on the host: ONNX Runtime behind the calls that TensorRT has, addresses in host memory."""
-
-    def __init__(self, onnx: Path, most: int) -> None:
-        self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
-        self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
-        self.num_io_tensors = len(self.tensors)
-        self.refuses_context = False
-        self.runs: list[int] = []
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self.tensors)[index]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, *self.tensors[name].shape[1:])
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return "DataType.HALF" if self.tensors[name].type == "tensor(float16)" else "DataType.FLOAT"
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        assert (name, profile) == ("images", 0)
-        return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
-
-    def create_execution_context(self) -> "HostContext | None":
-        return None if self.refuses_context else HostContext(self)
-
-
-class HostContext:
-    """An IExecutionContext on the host."""
-
-    def __init__(self, engine: HostEngine) -> None:
-        self.engine, self.addresses, self.shape = engine, dict[str, int](), (0,)
-        self.fails = False
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == "images"
-        self.shape = shape
-        return True
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        engine = self.engine
-        if self.fails or not 1 <= self.shape[0] <= engine.most:
-            return False
-        engine.runs.append(self.shape[0])
-
-        def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-            dtype = np.dtype(np.float16 if "HALF" in engine.get_tensor_dtype(name) else np.float32)
-            size = math.prod(shape) * dtype.itemsize
-            content = (ctypes.c_char * size).from_address(self.addresses[name])
-            return np.frombuffer(content, dtype).reshape(shape)
-
-        outputs = engine.session.run(None, {"images": memory("images", self.shape).copy()})
-        for tensor, value in zip(engine.session.get_outputs(), outputs, strict=True):
-            memory(tensor.name, value.shape)[...] = value
-        return True
-
-
 @needs_rtx
 @pytest.mark.parametrize(("ours", "theirs"), [(HostEngine, "ICudaEngine"), (HostContext, "IExecutionContext")])
 def test_the_stand_ins_have_only_what_the_library_has(ours: type, theirs: str) -> None:
@@ -117,38 +52,8 @@ def test_the_stand_ins_have_only_what_the_library_has(ours: type, theirs: str) -
     calls = [name for name in vars(ours) if not name.startswith("_")]
     assert calls
     assert all(hasattr(getattr(tensorrt_rtx, theirs), name) for name in calls)
+    assert hasattr(tensorrt_rtx.ExecutionContextAllocationStrategy, "USER_MANAGED")
     assert str(tensorrt_rtx.DataType.HALF) == "DataType.HALF"
-
-
-LOG = types.SimpleNamespace(said=lambda: "no reason given")
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
-    """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
-    device = HostDevice()
-    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backbones, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
-    return device
-
-
-@pytest.fixture
-def tensorrt(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[HostEngine]:
-    """Engines are built in no time and run on the host; returns those that were loaded."""
-    loaded: list[HostEngine] = []
-
-    def build(onnx: Path, *_: object) -> Any:
-        return types.SimpleNamespace(path=onnx)
-
-    def load(path: Path, number: int, onnx: Path) -> tuple[HostEngine, Any]:
-        assert onnx == path
-        loaded.append(HostEngine(onnx, 32))
-        return loaded[-1], LOG
-
-    monkeypatch.setattr(backbones, "build_engine", build)
-    monkeypatch.setattr(tensorrt_backbone, "load_engine", load)
-    return loaded
 
 
 @pytest.fixture
@@ -300,9 +205,31 @@ def test_an_engine_that_fails_says_so(
     backbone._context.fails = True
     with pytest.raises(EngineError, match="its engine failed: no reason given"):
         backbone.run(device.to_device(images(1)))
-    monkeypatch.setattr(HostEngine, "create_execution_context", lambda self: None)
-    with pytest.raises(MemoryError, match="smaller --batch"):
+    monkeypatch.setattr(HostEngine, "create_execution_context", lambda self, strategy: None)
+    with pytest.raises(EngineError, match="see nvidia-smi"):
         TensorRTBackbone(model.path, model, device, 2)
+
+
+def test_an_engine_takes_as_large_a_batch_as_the_device_has_room_for(
+    model: ExportedModel, tensorrt: list[HostEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice()
+    empty = device.empty
+    room = 3000
+
+    def full(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        if dtype is np.uint8 and shape[0] > room:
+            raise MemoryError("no room")
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(device, "empty", full)
+    backbone = TensorRTBackbone(model.path, model, device, 8)
+    assert backbone.largest_batch == 2  # 8 and 4 need more than 3000 bytes
+    tokens, _ = backbone.run(device.to_device(images(2)))
+    np.testing.assert_array_equal(tokens, OnnxRuntimeBackbone(model, None, 2).run(images(2))[0])
+    room = 1000
+    with pytest.raises(MemoryError, match="no room"):
+        TensorRTBackbone(model.path, model, device, 8)
 
 
 class Narrow:
@@ -404,6 +331,7 @@ def scores_and_maps(output: str, category: str = "data") -> tuple[NDArray[np.flo
 @pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
 def test_a_run_on_a_device_equals_one_on_the_cpu(
     two_backbones: Path,
+    emulated_gpu: HostDevice,
     tensorrt: list[HostEngine],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -417,7 +345,8 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
     said = capsys.readouterr().err
     assert "tensorrt 10.14.1 on the host" in said
     assert ("are read in blocks" in said) == bool(limit)
-    assert [engine.runs.count(4) for engine in tensorrt] == [4, 4]  # two batches, each queued and recorded
+    assert [engine.runs for engine in tensorrt] == [[4, 4, 2]] * 2
+    assert emulated_gpu.recordings == 4  # two inputs of two backbones
     (scores, maps), (expected, expected_maps) = scores_and_maps("gpu"), scores_and_maps("cpu")
     np.testing.assert_allclose(scores, expected, atol=0.02)
     for one, other in zip(maps, expected_maps, strict=True):
@@ -458,7 +387,7 @@ def test_several_devices_share_the_scoring(
 @needs_compiler
 def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
     two_backbones: Path,
-    device: HostDevice,
+    emulated_gpu: HostDevice,
     tensorrt: list[HostEngine],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -466,7 +395,7 @@ def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
 ) -> None:
     for name in "abc":
         draw(tmp_path / "data" / name, 4)
-    upload, images = device.upload, 0
+    upload, images = emulated_gpu.upload, 0
 
     def fail_later(array: NDArray[Any], out: NDArray[Any]) -> None:
         nonlocal images
@@ -475,7 +404,7 @@ def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
             raise KernelError("an illegal memory access was encountered")
         upload(array, out)
 
-    monkeypatch.setattr(device, "upload", fail_later)
+    monkeypatch.setattr(emulated_gpu, "upload", fail_later)
     arguments = [str(tmp_path / "data"), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0"]
     assert main(arguments) == 1
     said = capsys.readouterr().err
@@ -502,11 +431,68 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
 
     monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
     monkeypatch.setattr(backbones, "build_engine", build)
-    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: (HostEngine(onnx, 32), LOG))
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32)))
     data = draw(tmp_path / "data", 4)
     assert main([str(data), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]) == 0
     assert [engine.built for engine in built] == [False, False]
     assert len(scores_and_maps("out")[0]) == 4
+
+
+class HostDecoder:
+    """nvImageCodec's decoder on the host, with Pillow's pixels; like the real one it fills in what is cut off."""
+
+    decoded: ClassVar[list[str]] = []
+
+    def __init__(self, device_id: int, max_num_cpu_threads: int) -> None:
+        assert (device_id, max_num_cpu_threads) == (0, 1)
+
+    def decode(self, content: bytes, params: dict[str, Any]) -> NDArray[np.uint8] | None:
+        assert params == {"apply_exif_orientation": True, "color_spec": "sRGB"}
+        with Image.open(io.BytesIO(content)) as image:
+            HostDecoder.decoded.append(f"{image.format} {image.mode}")
+            if image.size == (64, 64):  # a kind of JPEG that it does not know
+                return None
+            return np.asarray(ImageOps.exif_transpose(image))
+
+
+@needs_compiler
+def test_jpegs_can_be_decoded_on_the_device(
+    two_backbones: Path,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = draw(tmp_path / "data", 5)
+    upright, turned = Image.Exif(), Image.Exif()
+    turned[0x0112] = 6
+    for index, path in enumerate(sorted(data.iterdir())[:3]):
+        with Image.open(path) as image:
+            image.save(data / f"jpeg{index}.jpg", quality=92, exif=turned if index == 1 else upright)
+            image.convert("L").save(data / f"grey{index}.jpg")
+            image.resize((64, 64)).save(data / f"unknown{index}.jpg")
+    whole = (data / "jpeg0.jpg").read_bytes()
+    (data / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0"]
+    assert main([*common, "--output", "pillow"]) == 1
+    on_device = [*common, "--output", "device", "--decoder", "nvimgcodec"]
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    assert main(on_device) == 2
+    assert "nvImageCodec is not installed" in capsys.readouterr().err
+    library = types.SimpleNamespace(
+        Decoder=HostDecoder,
+        DecodeParams=dict,
+        ColorSpec=types.SimpleNamespace(SRGB="sRGB"),
+        __name__="nvidia.nvimgcodec",
+    )
+    monkeypatch.setitem(sys.modules, "nvidia", types.SimpleNamespace(nvimgcodec=library))
+    HostDecoder.decoded.clear()
+    assert main(on_device) == 1
+    assert "cut.jpg: skipped" in capsys.readouterr().err
+    assert HostDecoder.decoded == ["JPEG RGB"] * 6
+    for one, other in zip(scores_and_maps("device")[1], scores_and_maps("pillow")[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert main([str(data), "--device", "cpu", "--decoder", "nvimgcodec", "--config", str(two_backbones)]) == 2
 
 
 # Both tiny published architectures, from the checkpoint file to the scores

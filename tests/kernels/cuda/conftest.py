@@ -1,13 +1,8 @@
-"""Makes the helpers of this folder importable and offers the real device, where there is one."""
+"""Offers the real device, where there is one."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from zsad.kernels import cuda
 

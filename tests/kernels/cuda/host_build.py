@@ -162,6 +162,10 @@ def run(
             check_fence(argument)
 
 
+# While a device records: the work that is kept instead of run. Libraries other than the kernels look here.
+RECORDING: list[list[Callable[[], None]]] = []
+
+
 class HostDevice:
     """A device on the host: NumPy arrays, the CUDA sources as host code, products by NumPy."""
 
@@ -181,6 +185,12 @@ class HostDevice:
 
     def free_bytes(self) -> int:
         return self.free
+
+    def adopt(self, array: Any) -> NDArray[Any]:
+        return copied(np.asarray(array))
+
+    def used_bytes(self) -> int:
+        return sum(self.allocated)
 
     def use(self) -> None:
         pass
@@ -220,8 +230,15 @@ class HostDevice:
     def record(self, queue: Callable[[], None]) -> Callable[[], None]:
         self.recordings += 1
         queue()
-        queue()  # as it is being recorded
-        return queue
+        RECORDING.append([])
+        queue()
+        recorded = RECORDING.pop()
+
+        def replay() -> None:
+            for work in recorded:
+                work()
+
+        return replay
 
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
@@ -230,6 +247,8 @@ class HostDevice:
         mask = int(kernel.rpartition("_")[2]) if name == "filter_max" else 1
         defines = () if mask in cuda_device.BUILT_IN_MASKS else (f"ZSAD_MASK={mask}",)
         self.launches += 1
+        if name == "fused":
+            self.products += grid[1]
         with LAUNCHING:
             run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
 

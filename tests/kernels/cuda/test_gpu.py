@@ -7,6 +7,7 @@ from typing import Any
 import kernel_checks as checks
 import numpy as np
 import pytest
+from variant_checks import VARIANTS
 
 from zsad.kernels import cuda, reference
 
@@ -74,9 +75,11 @@ def test_mutual_scores_equal_the_reference(
     gpu: cuda.Device, images: int, layers: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
 ) -> None:
     x = checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
-    scores = cuda.mutual_scores(x, grid, degrees, device=gpu)
-    np.testing.assert_allclose(scores, reference.mutual_scores(x, grid, degrees), rtol=2e-3)
-    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, grid, degrees, device=gpu))
+    expected = reference.mutual_scores(x, grid, degrees)
+    for options in VARIANTS.values():
+        scores = cuda.mutual_scores(x, grid, degrees, device=gpu, **options)
+        np.testing.assert_allclose(scores, expected, atol=2e-3)
+        np.testing.assert_array_equal(scores, cuda.mutual_scores(x, grid, degrees, device=gpu, **options))
 
 
 def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.Device) -> None:
@@ -90,20 +93,16 @@ def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.
     np.testing.assert_array_equal(cuda.mutual_scores(gpu.to_device(x), device=gpu), expected)
 
 
-def test_streamed_features_give_the_same_scores(gpu: cuda.Device) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_streamed_features_give_the_same_scores(gpu: cuda.Device, variant: str) -> None:
     x = checks.rng(2).normal(size=(40, 2, 256, 384)).astype(np.float32)
     plans: list[cuda.CudaPlan] = []
-    expected, minima = cuda.mutual_scores(x, device=gpu, tiles=2, on_plan=plans.append, return_minima=True)
+    options: Any = {"device": gpu, "tiles": 2, "on_plan": plans.append, "return_minima": True, **VARIANTS[variant]}
+    expected, minima = cuda.mutual_scores(x, **options)
     for share, host_limit in ((0.8, 1 << 30), (0.5, 1 << 30), (0.5, 1 << 20)):
         limit = int(share * plans[0].peak_bytes)
         scores, streamed = cuda.mutual_scores(
-            x,
-            device=gpu,
-            tiles=2,
-            memory_limit=limit,
-            host_memory_limit=minima.nbytes + host_limit,
-            on_plan=plans.append,
-            return_minima=True,
+            x, memory_limit=limit, host_memory_limit=minima.nbytes + host_limit, **options
         )
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
         np.testing.assert_allclose(streamed, minima, rtol=1e-5, atol=1e-5)
@@ -135,3 +134,8 @@ def test_what_is_not_there_is_named(gpu: cuda.Device) -> None:
         gpu.empty((1 << 45,), np.uint8)
     with pytest.raises(cuda.DeviceError, match="does not exist"):
         cuda.open_devices("cuda:0,9999")
+
+
+def test_memory_in_use_counts_what_is_allocated(gpu: cuda.Device) -> None:
+    array = gpu.empty((1 << 30,), np.uint8)
+    assert gpu.used_bytes() >= array.nbytes

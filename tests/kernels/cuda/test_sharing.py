@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from itertools import pairwise
@@ -12,8 +13,10 @@ import kernel_checks as checks
 import numpy as np
 import pytest
 from host_build import HostDevice
+from variant_checks import VARIANTS, products_of_a_pair
 
 from zsad.kernels import cuda, reference
+from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree, ProductPerDegree
 from zsad.kernels.cuda.plan import CudaPlan
 
 compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
@@ -21,15 +24,22 @@ compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MIS
 GIB = 2**30
 GRID, DEGREES, CHANNELS = (3, 3), (1, 3), 16
 PLENTY = GIB
+COMPARERS: dict[str, type[Comparer]] = {"gram": GramOnce, "fused": ProductPerDegree, "int8": Int8ProductPerDegree}
 
 
-def tokens(images: int, layers: int = 2) -> Any:
-    return checks.rng(images, 3).normal(size=(images, layers, 9, CHANNELS)).astype(np.float32)
+def tokens(images: int, layers: int = 2, channels: int = CHANNELS) -> Any:
+    return checks.rng(images, 3).normal(size=(images, layers, 9, channels)).astype(np.float32)
+
+
+@functools.cache
+def unplanned(variant: str, images: int) -> Any:
+    """The scores of `tokens(images, 1)` where everything is resident."""
+    return cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=HostDevice(), **VARIANTS[variant])
 
 
 def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> CudaPlan:
     columns = 0 if devices == 1 and rows >= images else 2
-    return CudaPlan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0)
+    return CudaPlan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce)
 
 
 def smallest_limit(images: int, **options: Any) -> int:
@@ -91,8 +101,9 @@ def test_what_was_sent_is_there_before_it_is_needed() -> None:
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
 @pytest.mark.parametrize("images", [2, 3, 7, 50, 200, 1000, 3000, 20000])
 @pytest.mark.parametrize("limit", [2, 8, 24, 140])
-def test_plans_fit(images: int, devices: int, limit: int) -> None:
-    options: dict[str, Any] = {"devices": devices, "host_limit": 64 * GIB}
+@pytest.mark.parametrize("variant", COMPARERS)
+def test_plans_fit(images: int, devices: int, limit: int, variant: str) -> None:
+    options: dict[str, Any] = {"devices": devices, "host_limit": 64 * GIB, "comparer": COMPARERS[variant]}
     plan = cuda.plan_mutual_scoring(images, 1369, 1024, 3, limit * GIB, 72 << 20, **options)
     assert plan.peak_bytes <= limit * GIB
     assert plan.host_bytes <= 64 * GIB
@@ -122,6 +133,27 @@ def test_what_plans_keep_where() -> None:
     assert huge.rows >= 16
 
 
+def test_fused_products_trade_tiles_for_features() -> None:
+    def plan(variant: str, images: int, patches: int = 1369, **options: Any) -> CudaPlan:
+        limit, comparer = 1000 * GIB, COMPARERS[variant]
+        return cuda.plan_mutual_scoring(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
+
+    gram, fused, int8 = (
+        plan(variant, 200).peak_bytes - plan(variant, 199).peak_bytes - 4 * 1369 * (3 * 399 + 1) - 3 - 4
+        for variant in COMPARERS
+    )  # one more image, without its keys, score and flags
+    lengths = 4 * 3 * 1369
+    assert gram == 2 * 1369 * 1024 + lengths
+    assert fused == 3 * 2 * 1369 * 1024 + lengths
+    assert int8 == 3 * 3 * 1369 * 1024 + 2 * lengths
+    assert plan("gram", 200, tiles=100).peak_bytes > plan("gram", 200, tiles=1).peak_bytes
+    for variant in ("fused", "int8"):
+        assert plan(variant, 200, tiles=100).peak_bytes == plan(variant, 200, tiles=1).peak_bytes
+        assert plan(variant, 200).tiles == 199
+        assert plan(variant, 200, tiles=3).tiles == 3
+        assert plan(variant, 100_000, 1).tiles == 65535  # what a launch takes
+
+
 def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
     with pytest.raises(MemoryError, match=r"at least .* MiB on the device.*--memory-limit"):
         cuda.plan_mutual_scoring(100, 1369, 1024, 3, 10 << 20, 1)
@@ -130,46 +162,50 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("images", [2, 7, 12])
-@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("variant", "images", "devices", "share"),
+    [
+        *[("gram", images, devices, share) for images in (2, 7, 12) for devices in (1, 2, 3) for share in (1.0, 1.3)],
+        *[(name, 7, *how) for name in ("fused", "int8") for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
+    ],
+)
 @pytest.mark.parametrize("host", ["much", "little"])
-@pytest.mark.parametrize("share", [1.0, 1.3])
-def test_every_plan_gives_the_same_scores(images: int, devices: int, host: str, share: float) -> None:
-    x = tokens(images, 1)
-    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice())
+def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: int, host: str, share: float) -> None:
     plans: list[CudaPlan] = []
     host_limit = PLENTY if host == "much" else 1
-    limit = int(share * smallest_limit(images, devices=devices, host_limit=host_limit))
+    fitting: Any = {"devices": devices, "host_limit": host_limit, "comparer": COMPARERS[variant]}
+    limit = int(share * smallest_limit(images, **fitting))
     several = [HostDevice() for _ in range(devices)]
-    scores = cuda.mutual_scores(
-        x, GRID, DEGREES, device=several, memory_limit=limit, host_memory_limit=host_limit, on_plan=plans.append
-    )
-    np.testing.assert_array_equal(scores, expected)
+    how: Any = {"memory_limit": limit, "host_memory_limit": host_limit, "on_plan": plans.append, **VARIANTS[variant]}
+    scores = cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
+    np.testing.assert_array_equal(scores, unplanned(variant, images))
     (plan,) = plans
-    assert sum(device.products for device in several) == plan.comparisons()
+    each = products_of_a_pair(variant, DEGREES)
+    assert sum(device.products for device in several) == each * plan.comparisons()
     for device in several[: plan.devices]:
         assert sum(device.allocated) <= plan.peak_bytes <= limit
-    if images == 12:
-        assert plan.rows < 12
+    if images == 12 or variant != "gram":
+        assert plan.rows < images
         assert plan.features == ("in host memory" if host == "much" else "in a memory-mapped file")
     assert not (host == "little" and plan.exchanges)
 
 
 @compiled
 @pytest.mark.parametrize("devices", [1, 2])
-def test_blocks_of_one_device_exchange_too(devices: int) -> None:
-    images, x = 13, tokens(13, 1)
-    limit = smallest_limit(images, devices=devices, host_limit=PLENTY) * 3 // 2
+@pytest.mark.parametrize(("variant", "images", "share"), [("gram", 13, 1.5), ("fused", 9, 1.5), ("int8", 9, 1.6)])
+def test_blocks_of_one_device_exchange_too(devices: int, variant: str, images: int, share: float) -> None:
+    fitting: Any = {"devices": devices, "host_limit": PLENTY, "comparer": COMPARERS[variant]}
+    limit = int(share * smallest_limit(images, **fitting))
     plans: list[CudaPlan] = []
     several = [HostDevice() for _ in range(devices)]
-    scores = cuda.mutual_scores(
-        x, GRID, DEGREES, device=several, memory_limit=limit, host_memory_limit=PLENTY, on_plan=plans.append
-    )
-    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice()))
+    how: Any = {"memory_limit": limit, "host_memory_limit": PLENTY, "on_plan": plans.append, **VARIANTS[variant]}
+    scores = cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
+    np.testing.assert_array_equal(scores, unplanned(variant, images))
     assert plans[0].exchanges
     assert len(plans[0].rounds()) > 1
     assert plans[0].rows > 1
-    assert sum(device.products for device in several) == images * (images - 1) // 2
+    pairs = images * (images - 1) // 2
+    assert sum(device.products for device in several) == products_of_a_pair(variant, DEGREES) * pairs
 
 
 @compiled
@@ -188,20 +224,27 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
 
 
 @compiled
-@pytest.mark.parametrize("devices", [1, 2, 3])
-@pytest.mark.parametrize("degrees", [(1, 3), (3, 1, 3)])
-def test_minima(devices: int, degrees: tuple[int, ...]) -> None:
-    x = tokens(7)
+@pytest.mark.parametrize(
+    ("variant", "devices", "degrees"),
+    [
+        *[("gram", devices, degrees) for devices in (1, 2, 3) for degrees in ((1, 3), (3, 1, 3))],
+        ("fused", 2, (3, 1, 3)),
+        ("int8", 1, (3, 1, 3)),
+        ("int8", 2, (1, 3)),
+    ],
+)
+def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
+    x, options = tokens(7, channels=100 if variant == "int8" else CHANNELS), VARIANTS[variant]
     x[2, 0, 4] = x[2, 0].mean()  # no zero feature, but a flat one
     x[5] = 2.0  # only zero features
     several = [HostDevice() for _ in range(devices)]
-    plain = cuda.mutual_scores(x, GRID, degrees, device=HostDevice())
-    scores, each = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima="each")
+    plain = cuda.mutual_scores(x, GRID, degrees, device=HostDevice(), **options)
+    scores, each = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima="each", **options)
     expected = reference.patch_minima(x, GRID, degrees)
     np.testing.assert_allclose(each, expected, rtol=3e-3, atol=1e-6)
     np.testing.assert_array_equal(scores, plain)
     np.testing.assert_allclose(reference.interval_average(each, (0.0, 0.3)).mean(axis=(0, 1)), scores, rtol=1e-5)
-    scores, averaged = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima=True)
+    scores, averaged = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima=True, **options)
     np.testing.assert_allclose(averaged, each.mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(scores, plain)
     assert averaged.dtype == each.dtype == np.float32
@@ -220,17 +263,24 @@ def test_minima_count_in_the_plan() -> None:
 
 @compiled
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("failing", [{0}, {5}, {11}, {3, 8}])
+@pytest.mark.parametrize(
+    ("variant", "images", "failing"),
+    [
+        *[("gram", 30, failing) for failing in ({0}, {5}, {11}, {3, 8})],
+        ("fused", 14, {10}),
+        ("int8", 14, {5}),
+    ],
+)
 def test_a_failed_allocation_halves_the_budget(
-    devices: int, failing: set[int], caplog: pytest.LogCaptureFixture
+    variant: str, images: int, devices: int, failing: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    x = tokens(30, 1)
-    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True)
+    x, how = tokens(images, 1), {"return_minima": True, **VARIANTS[variant]}
+    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), **how)
     several = [HostDevice() for _ in range(devices)]
     several[-1].fail_at = failing
     plans: list[CudaPlan] = []
     with caplog.at_level(logging.WARNING, "zsad"):
-        got = cuda.mutual_scores(x, GRID, DEGREES, device=several, return_minima=True, on_plan=plans.append)
+        got = cuda.mutual_scores(x, GRID, DEGREES, device=several, on_plan=plans.append, **how)
     for array, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(array, other)
     assert len(plans) == len(failing) + 1

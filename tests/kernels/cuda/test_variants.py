@@ -11,11 +11,11 @@ import kernel_checks
 import numpy as np
 import pytest
 import variant_checks as checks
-from host_build import KernelError
+from host_build import HostDevice, KernelError
 
 from zsad.kernels import cuda, reference
+from zsad.kernels.cuda import comparers, variants
 from zsad.kernels.cuda import device as cuda_device
-from zsad.kernels.cuda import variants
 
 needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -23,7 +23,7 @@ seeds = itertools.count()
 
 
 def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
-    built = host_build.library((cuda_device.KERNELS | variants.KERNELS)[kernel])
+    built = host_build.library(cuda_device.KERNELS[kernel])
     host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
 
 
@@ -165,49 +165,91 @@ def recurring_tokens(images: int, patches: int, channels: int) -> Any:
 
 
 @needs_compiler
-@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(
     ("images", "grid", "channels", "degrees"),
-    [(6, (7, 7), 100, (1, 3, 5)), (3, (10, 14), 200, (3,)), (2, (1, 1), 24, (1, 3))],
+    [(6, (7, 7), 100, (1, 3, 5)), (3, (10, 14), 200, (3,)), (2, (1, 1), 24, (1, 3)), (4, (5, 4), 100, (5, 1, 1))],
 )
 def test_mutual_scores_equal_the_reference(
-    images: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...], is_int8: bool
+    images: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
 ) -> None:
-    tokens = recurring_tokens(images, grid[0] * grid[1], channels)
-    ranks = reference.interval_ranks(images - 1, (0.0, 0.5))
-    scores = checks.mutual_scores(run, host_build.copied, tokens, grid, degrees, ranks, is_int8)
-    expected = reference.mutual_scores(tokens[:, None], grid, degrees, (0.0, 0.5))
-    np.testing.assert_allclose(scores, expected, atol=2e-3)
-    assert np.abs(scores - expected).mean() < 3e-4
+    tokens = recurring_tokens(images, grid[0] * grid[1], channels)[:, None]
+    by_degree = [reference.mutual_scores(tokens, grid, [degree], (0.0, 0.5)) for degree in degrees]
+    expected = np.mean(by_degree, axis=0)
+    scores = {
+        name: cuda.mutual_scores(tokens, grid, degrees, (0.0, 0.5), HostDevice(), **options)
+        for name, options in checks.VARIANTS.items()
+    }
+    np.testing.assert_allclose(scores["fused"], scores["gram"], atol=1e-3)
+    for found in scores.values():
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+        assert np.abs(found - expected).mean() < 3e-4
+        assert found.dtype == np.float32
 
 
 @needs_compiler
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_zero_features_follow_the_convention(is_int8: bool) -> None:
-    tokens = recurring_tokens(5, 16, 40)
+@pytest.mark.parametrize("variant", ["fused", "int8"])
+def test_zero_features_follow_the_convention(variant: str) -> None:
+    tokens = recurring_tokens(5, 16, 40)[:, None]
     tokens[1] = 3.0  # no variance: every feature of the image is zero
     tokens[4] = -1.0
-    ranks = reference.interval_ranks(4, (0.0, 0.5))
-    scores = checks.mutual_scores(run, host_build.copied, tokens, (4, 4), (1, 3), ranks, is_int8)
-    expected = reference.mutual_scores(tokens[:, None], (4, 4), (1, 3), (0.0, 0.5))
+    scores = cuda.mutual_scores(tokens, (4, 4), (1, 3), (0.0, 0.5), HostDevice(), **checks.VARIANTS[variant])
+    expected = reference.mutual_scores(tokens, (4, 4), (1, 3), (0.0, 0.5))
     np.testing.assert_allclose(scores, expected, rtol=3e-3, atol=1e-6)
 
 
 @needs_compiler
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_identical_images_are_at_distance_zero(is_int8: bool) -> None:
-    tokens = np.repeat(recurring_tokens(1, 16, 64), 3, axis=0)
-    assert checks.mutual_scores(run, host_build.copied, tokens, (4, 4), (1, 3), (0, 1), is_int8).max() < 1e-3
+@pytest.mark.parametrize("variant", ["fused", "int8"])
+def test_identical_images_are_at_distance_zero(variant: str) -> None:
+    tokens = np.repeat(recurring_tokens(1, 16, 64)[:, None], 3, axis=0)
+    scores = cuda.mutual_scores(tokens, (4, 4), (1, 3), device=HostDevice(), **checks.VARIANTS[variant])
+    assert scores.max() < 1e-3
+
+
+@needs_compiler
+def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, plans = recurring_tokens(3, 4, 8)[:, None], []
+
+    def products(*capabilities: str, **options: Any) -> int:
+        devices = [HostDevice() for _ in capabilities]
+        for device, capability in zip(devices, capabilities, strict=True):
+            device.compute_capability = capability
+        cuda.mutual_scores(tokens, (2, 2), (1, 3), device=devices, on_plan=plans.append, **options)
+        return sum(device.products for device in devices)
+
+    monkeypatch.setattr(comparers, "FASTER", {"8.9": "fused"})
+    assert products("8.9") == 6
+    assert "fused product per degree" in plans[-1].describe()
+    assert products("8.9", products="gram") == 3
+    assert "one product for all degrees" in plans[-1].describe()
+    assert products("7.5") == 3
+    assert products("7.5", products="fused") == 6
+    assert products("8.9", "8.9") == 6
+    assert products("8.9", "7.5") == 3  # they share features
+    assert products("7.5", precision="int8") == 6
+    assert "int8" in plans[-1].describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"products": "whole"}, "must be 'gram' or 'fused'"),
+        ({"precision": "int8", "products": "gram"}, "int8 products are always fused"),
+        ({"precision": "int4"}, "use precision='fp16' or 'int8'"),
+    ],
+)
+def test_choices_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cuda.mutual_scores(recurring_tokens(3, 4, 8)[:, None], device=HostDevice(), **options)
 
 
 def test_int8_takes_no_more_patches_than_a_key_can_number() -> None:
     assert variants.index_mask(1) == 0
     assert variants.index_mask(1369) == 2047
     assert variants.index_mask(2048) == 2047
-    patches = variants.MAX_INT8_PATCHES + 1
-    codes, weights = np.zeros((1, patches, 1), np.int8), np.zeros((1, patches), np.float32)
+    most = variants.MAX_INT8_PATCHES
+    assert cuda.choose_comparer([], "int8", None, most).layout(most, 8, 1)
     with pytest.raises(ValueError, match="use precision='fp16'"):
-        variants.fused_max(run, codes, codes[0], weights, weights[0], None, None)
+        cuda.choose_comparer([], "int8", None, most + 1)
 
 
 @pytest.mark.gpu
@@ -227,15 +269,3 @@ def test_features_on_a_device(gpu: cuda.Device, grid: tuple[int, int], channels:
     for degree in (1, 3, 5):
         checks.check_pool_features(gpu.launch, gpu.to_device, grid, channels, degree, get=gpu.to_host)
     checks.check_int8_quantise(gpu.launch, gpu.to_device, grid[0] * grid[1], channels, get=gpu.to_host)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_int8", [False, True])
-def test_mutual_scores_on_a_device(gpu: cuda.Device, is_int8: bool) -> None:
-    tokens = recurring_tokens(8, 1369, 384)
-    scores = [
-        checks.mutual_scores(gpu.launch, gpu.to_device, tokens, (37, 37), (1, 3), (0, 2), is_int8, get=gpu.to_host)
-        for _ in range(2)
-    ]
-    np.testing.assert_allclose(scores[0], reference.mutual_scores(tokens[:, None], (37, 37), (1, 3)), atol=2e-3)
-    np.testing.assert_array_equal(*scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,18 @@ from numpy.typing import NDArray
 
 from zsad.kernels import reference
 from zsad.kernels.cuda import variants
+
+# [name] -> what selects it in zsad.kernels.cuda.mutual_scores
+VARIANTS: dict[str, Any] = {
+    "gram": {"products": "gram"},
+    "fused": {"products": "fused"},
+    "int8": {"precision": "int8"},
+}
+
+
+def products_of_a_pair(variant: str, degrees: Sequence[int]) -> int:
+    """Return how many products a variant queues for a pair."""
+    return 1 if variant == "gram" else len(set(degrees))
 
 
 def get_array(array: Any) -> NDArray[Any]:
@@ -222,43 +235,3 @@ def check_winner_cosines(
         if keys is not None:
             exact = np.take_along_axis(cosines, np.expand_dims(winner, axis), axis).squeeze(axis)
             np.testing.assert_allclose(keys_to_floats(keys), exact, rtol=1e-5, atol=2e-6)
-
-
-def mutual_scores(
-    run: Run,
-    make: Make,
-    tokens: NDArray[Any],
-    grid: tuple[int, int],
-    degrees: tuple[int, ...],
-    ranks: tuple[int, int],
-    is_int8: bool,
-    get: Any = get_array,
-) -> NDArray[np.float32]:
-    """Score tokens [N, P, C] by the variants alone: every image against the run of those after it, degree by degree."""
-    images, patches, channels = tokens.shape
-    stride = variants.feature_stride(channels)
-    x = make(reference.spatial_layer_norm(tokens).astype(np.float16))
-    features = make(np.full((images, patches, stride), np.nan, np.float16))
-    codes = make(np.full((images, patches, variants.code_stride(stride)), 99, np.int8))
-    weights = make(np.full((images, patches), np.nan, np.float32))
-    inverse = make(np.full((images, len(degrees), patches), np.nan, np.float32))
-    has_zero = make(np.zeros((images, len(degrees)), np.uint8))
-    best = make(np.full((images, images, len(degrees), patches), LOWEST_KEY, np.int32))
-    scores = make(np.zeros((images, patches), np.float32))
-    for r, degree in enumerate(degrees):
-        lengths = inverse[:, r]
-        variants.pool_features(run, x, grid, degree, features, lengths, has_zero[:, r])
-        if is_int8:
-            variants.int8_quantise(run, features, lengths, codes, weights)
-        for i in range(images - 1):
-            others, out = slice(i + 1, None), (best[i + 1 :, i, r], best[i, i + 1 :, r])
-            if is_int8:
-                variants.fused_max(run, codes[others], codes[i], weights[others], weights[i], *out)
-                variants.winner_cosines(run, features[others], features[i], lengths[others], lengths[i], *out)
-            else:
-                variants.fused_max(run, features[others], features[i], lengths[others], lengths[i], *out)
-    shares = make(np.full(len(degrees), 1 / (len(degrees) * (ranks[1] - ranks[0])), np.float32))
-    sizes = [np.int32(n) for n in (images, len(degrees), patches, 0, *ranks)]
-    run("interval_average", (-(-patches // 32), images), 32, (best, inverse, has_zero, shares, *sizes, scores))
-    found: NDArray[np.float32] = get(scores)
-    return found

@@ -1,0 +1,326 @@
+"""How a device finds the best cosines of image pairs at every degree.
+
+    GramOnce              one fp16 product (cuBLAS) serves all degrees, and filter_max reduces its tile
+    ProductPerDegree      an fp16 product for each degree takes its maxima on the spot: no tile, but features per degree
+    Int8ProductPerDegree  the same in int8, which only chooses the winners; their cosines are measured in fp16
+
+The plan counts what a comparer takes (plan.py); a scorer prepares images and queues pairs through it (scorer.py).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from . import variants
+from .device import DEVICE_ARRAY, Device, filter_max_kernel, int32
+
+STAGED_IMAGES = 8  # prepared together
+
+# As in filter_max.cu.
+OWN_PATCHES, MAX_THREADS = 2, 704
+
+Products = Literal["gram", "fused"]
+
+# [compute capability] -> the faster products in fp16. Nothing has been measured on a GPU yet, so "gram" everywhere. The
+# estimate for Hopper: at P 1369 and C 1024 a fused product reads about 62 MB of L2 per pair, which caps it at half of
+# the tensor peak, and there is one for every degree. bench/mutual_scoring_cuda.py measures both.
+FASTER: dict[str, Products] = {"8.0": "gram", "8.6": "gram", "8.9": "gram", "9.0": "gram", "12.0": "gram"}
+
+Layout = tuple[tuple[tuple[int, ...], Any], ...]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What comparing reads of one image, or of several with one more dimension in front."""
+
+    inverse: DEVICE_ARRAY  # [R, P] float32: inverse lengths, 0 for a zero feature
+    arrays: tuple[DEVICE_ARRAY, ...]  # as the comparer lays them out
+
+    def of(self, at: int | slice) -> "Features":
+        """Return those of an image, or of a run of images."""
+        return Features(self.inverse[at], tuple(array[at] for array in self.arrays))
+
+
+class Comparer(ABC):
+    """Finds the best cosines of image pairs at every degree on one device."""
+
+    description: ClassVar[str]
+
+    def __init__(
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+    ) -> None:
+        """degrees: distinct and ascending. tiles: image pairs that a call of `compare` gets at most."""
+        self.device, self.grid, self.degrees = device, grid, degrees
+
+    @staticmethod
+    @abstractmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        """Return shape and type of one image's arrays beside its inverse lengths."""
+
+    @staticmethod
+    @abstractmethod
+    def tile_bytes(patches: int) -> int:
+        """Return what a pair takes in each of two workspaces; 0 where there are none."""
+
+    @staticmethod
+    @abstractmethod
+    def scratch_bytes(patches: int, channels: int) -> int:
+        """Return what preparing takes beside the features."""
+
+    @abstractmethod
+    def tokens(self, images: Features) -> DEVICE_ARRAY:
+        """Return where `prepare` wants the layer-normed tokens of at most STAGED_IMAGES images: [B, P, C] fp16."""
+
+    @abstractmethod
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        """Queue filling the features from `tokens`, and has_zero [B, R], zeroed before."""
+
+    @abstractmethod
+    def compare(
+        self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
+    ) -> None:
+        """Queue the comparison of one image with a run of T others; None drops a direction.
+
+        best_rows: [T, R, P] keys of the rows' patches, best_columns: of the column's. They are the lowest before.
+        """
+
+
+class GramOnce(Comparer):
+    """One product per pair serves every degree; a pass filters its tile and takes both maxima."""
+
+    description = "one product for all degrees"
+
+    def __init__(
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+    ) -> None:
+        super().__init__(device, grid, channels, degrees, tiles)
+        patches = math.prod(grid)
+        self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
+        self.mask = sum(1 << degree // 2 for degree in degrees)
+        self.workspaces = [device.empty((tiles, patches, tile_stride(patches)), np.float32) for _ in range(2)]
+        self.launches = 0
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (((patches, channels), np.float16),)
+
+    @staticmethod
+    def tile_bytes(patches: int) -> int:
+        return 4 * patches * tile_stride(patches)
+
+    @staticmethod
+    def scratch_bytes(patches: int, channels: int) -> int:
+        return 0
+
+    def tokens(self, images: Features) -> DEVICE_ARRAY:
+        return images.arrays[0]
+
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        (features,) = images.arrays
+        count, patches, channels = features.shape
+        self.device.launch(
+            "pooled_norms",
+            (-(-patches // 4), count),
+            128,
+            (
+                features,
+                *int32(*self.grid, channels),
+                self.reaches,
+                np.int32(len(self.degrees)),
+                images.inverse,
+                has_zero,
+            ),
+        )
+
+    def compare(
+        self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
+    ) -> None:
+        device, (features,) = self.device, rows.arrays
+        slot = self.launches % 2  # one workspace is filled while the other is reduced
+        self.launches += 1
+        tiles = self.workspaces[slot]
+        with device.producing(slot):
+            device.product(column.arrays[0], features, tiles)
+        shape = filter_max_shape(self.grid, self.mask, len(features), device.multiprocessors)
+        with device.consuming(slot):
+            device.launch(
+                filter_max_kernel(self.mask),
+                (shape.blocks, len(features)),
+                shape.threads,
+                (
+                    tiles,
+                    np.int32(tiles.shape[2]),
+                    np.int64(tiles.shape[1] * tiles.shape[2]),
+                    *int32(*self.grid),
+                    rows.inverse,
+                    column.inverse,
+                    best_rows,
+                    variants.step(best_rows),
+                    best_columns,
+                    variants.step(best_columns),
+                    *int32(shape.segment, shape.band),
+                ),
+                shape.shared_bytes,
+            )
+
+
+class ProductPerDegree(Comparer):
+    """A product for every degree, whose maxima are taken where its sums are."""
+
+    description = "a fused product per degree"
+
+    def __init__(
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+    ) -> None:
+        super().__init__(device, grid, channels, degrees, tiles)
+        self.staged = device.empty((STAGED_IMAGES, math.prod(grid), channels), np.float16)
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (((degrees, patches, variants.feature_stride(channels)), np.float16),)
+
+    @staticmethod
+    def tile_bytes(patches: int) -> int:
+        return 0
+
+    @staticmethod
+    def scratch_bytes(patches: int, channels: int) -> int:
+        return 2 * STAGED_IMAGES * patches * channels
+
+    def tokens(self, images: Features) -> DEVICE_ARRAY:
+        return self.staged[: len(images.inverse)]
+
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        tokens, features = self.tokens(images), images.arrays[0]
+        for r, degree in enumerate(self.degrees):
+            variants.pool_features(
+                self.device.launch, tokens, self.grid, degree, features[:, r], images.inverse[:, r], has_zero[:, r]
+            )
+
+    def compare(
+        self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
+    ) -> None:
+        for r in range(len(self.degrees)):
+            variants.fused_max(
+                self.device.launch,
+                rows.arrays[0][:, r],
+                column.arrays[0][r],
+                rows.inverse[:, r],
+                column.inverse[r],
+                _of_degree(best_rows, r),
+                _of_degree(best_columns, r),
+            )
+
+
+class Int8ProductPerDegree(ProductPerDegree):
+    """A product of int8 codes for every degree, which chooses the winners; their cosines are those of fp16 features.
+
+    A pair is to be compared once only: afterwards its keys do not tell the winners any more.
+    """
+
+    description = "a fused int8 product per degree, its winners measured in fp16"
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        ((features, half),) = ProductPerDegree.layout(patches, channels, degrees)
+        codes = degrees, patches, variants.code_stride(features[2])
+        return (features, half), (codes, np.int8), ((degrees, patches), np.float32)  # the last are the codes' weights
+
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        super().prepare(images, has_zero)
+        features, codes, weights = images.arrays
+        for r in range(len(self.degrees)):
+            variants.int8_quantise(self.device.launch, features[:, r], images.inverse[:, r], codes[:, r], weights[:, r])
+
+    def compare(
+        self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
+    ) -> None:
+        (features, codes, weights), (feature, code, weight) = rows.arrays, column.arrays
+        for r in range(len(self.degrees)):
+            keys = _of_degree(best_rows, r), _of_degree(best_columns, r)
+            variants.fused_max(self.device.launch, codes[:, r], code[r], weights[:, r], weight[r], *keys)
+            variants.winner_cosines(
+                self.device.launch, features[:, r], feature[r], rows.inverse[:, r], column.inverse[r], *keys
+            )
+
+
+def choose_comparer(
+    devices: Sequence[Device], precision: str, products: Products | None, patches: int
+) -> type[Comparer]:
+    """Choose how devices compare: all alike, because they share features and keys.
+
+    precision: "fp16" or "int8". products: "gram" or "fused", instead of what is faster on these devices; int8 products
+    are always fused. Raises ValueError for another choice, and for more patches than int8 can number.
+    """
+    if products not in (None, "gram", "fused"):
+        raise ValueError(f"products must be 'gram' or 'fused', not {products!r}")
+    if precision == "int8":
+        if products == "gram":
+            raise ValueError("int8 products are always fused; use products='fused', or precision='fp16'")
+        if patches > variants.MAX_INT8_PATCHES:
+            raise ValueError(
+                f"precision='int8' takes at most {variants.MAX_INT8_PATCHES} patches per image, not {patches}; "
+                "use precision='fp16'"
+            )
+        return Int8ProductPerDegree
+    if precision != "fp16":
+        raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision='fp16' or 'int8'")
+    if products is None:
+        everywhere = {FASTER.get(device.compute_capability, "gram") for device in devices}
+        products = everywhere.pop() if len(everywhere) == 1 else "gram"
+    return {"gram": GramOnce, "fused": ProductPerDegree}[products]
+
+
+def image_bytes(layout: Layout, patches: int, degrees: int) -> int:
+    """Return the size of an image's features and inverse lengths."""
+    return 4 * degrees * patches + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout)
+
+
+def tile_stride(patches: int) -> int:
+    """Pad the rows of a tile to whole memory sectors; cuBLAS then writes whole vectors."""
+    return -(-patches // 32) * 32
+
+
+def _of_degree(best: DEVICE_ARRAY | None, r: int) -> DEVICE_ARRAY | None:
+    return None if best is None else best[:, r]
+
+
+@dataclass(frozen=True)
+class FilterMaxShape:
+    """The launch of filter_max.cu: how the row patches are cut into segments, the column patches into bands."""
+
+    segment: int
+    band: int
+    blocks: int  # per tile
+    threads: int
+    shared_bytes: int
+
+
+@lru_cache
+def filter_max_shape(grid: tuple[int, int], mask: int, tiles: int, multiprocessors: int) -> FilterMaxShape:
+    """Choose segments that fill the device in few waves without walking the margins too often."""
+    rows, columns = grid
+    reach = mask.bit_length() - 1
+    strip = 4 if reach < 2 else 2 if reach < 3 else 1
+    capacity = OWN_PATCHES * MAX_THREADS
+    band = rows if rows * columns <= capacity else capacity // columns - 2 * reach
+    if band < 1:
+        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use device='cpu'")
+    covered = min(band + 2 * reach, rows)
+    threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
+    strips, bands = -(-rows // strip), -(-rows // band)
+    at_once = multiprocessors * max(1, 768 // threads)
+
+    def cost(segment: int) -> int:
+        waves = -(-strips * bands * tiles * -(-columns // segment) // at_once)
+        return waves * (segment + 2 * reach)
+
+    segment = min(range(1, columns + 1), key=cost)
+    plane = reach + (covered + 2 * reach) * (columns + reach)
+    shared_bytes = 4 * strip * (2 * plane + mask.bit_count() * segment)
+    return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes)

@@ -1,0 +1,85 @@
+"""The throughput benchmark on tiny backbones, on the CPU and an emulated device: what it checks, runs and records."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host_build import COMPILER, MISSING_COMPILER
+
+from zsad.bench import mutual_scoring_cuda, throughput
+from zsad.export.state_dict import CheckpointError
+
+STAGES = {"decode", "resize", "backbone", "scoring", "rescoring", "write"}
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run the benchmark on four drawn images and return its records."""
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        output = tmp_path / "out.jsonl"
+        common = ["--config", str(tiny / "config.toml"), "--images", "4", "--repeats", "2", "--output", str(output)]
+        assert throughput.main([*common, *arguments]) == 0
+        return [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+
+    return run
+
+
+def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
+    backbone, run = measure("--device", "cpu")
+    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(backbone["seconds_per_image"])
+    assert all(len(times) == 2 for times in backbone["seconds_per_image"].values())
+    assert set(backbone["agreement"]) == set(backbone["seconds_per_image"])
+    assert set(run["seconds_alone"]) == STAGES
+    assert run["images"] == 4
+    assert run["peak_device_bytes"] is None
+
+
+@pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
+@pytest.mark.usefixtures("tensorrt")
+def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutual_scoring_cuda, "PEAK_SIDE", 64)
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    backbone, run = measure("--device", "cuda:0", "--batch-size", "2")
+    assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(backbone["seconds_per_image"])
+    assert set(run["seconds_alone"]) == STAGES
+    assert run["precision"] == ["fp16", "fp16"]
+    assert run["peak_device_bytes"] > 0
+
+
+def test_a_backbone_that_computes_something_else_is_not_timed(
+    measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = throughput.run_graph
+    monkeypatch.setattr(throughput, "run_graph", lambda *arguments: [-output for output in real(*arguments)])
+    with pytest.raises(CheckpointError, match="computes something else"):
+        measure("--device", "cpu", "--only", "backbones")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_absent_weights_are_replaced_by_random_ones_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", throughput.Shape("dinov2", 64, 2, stored_grid=5))
+    config = throughput.load_config("challenge", overrides={"taps": (0, 1)})
+    backbones = {"dinov2": config.backbones["dinov2"]}
+    replaced, weights = throughput.use_random_weights(throughput.replace(config, backbones=backbones), tmp_path)
+    assert weights == {"dinov2": "random, of the shape of dinov2-vitl14"}
+    assert "random, of the shape of dinov2-vitl14" in capsys.readouterr().out
+    assert Path(replaced.backbones["dinov2"].checkpoint).is_file()
+
+
+@pytest.mark.parametrize(("name", "teraflop"), [("dinov2-vitl14", 1.014), ("clip-vitl14-336", 1.014)])
+def test_arithmetic_of_a_large_tower(name: str, teraflop: float) -> None:
+    config = throughput.load_config("challenge")
+    graph = config.export_options(name.partition("-")[0], "fp32", "fused")
+    assert throughput.SHAPES[name].flops(graph) / 1e12 == pytest.approx(teraflop, abs=5e-4)

@@ -1,0 +1,100 @@
+"""TensorRT's engine and context on the host: the device that tests without a GPU use runs them."""
+
+import ctypes
+import math
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from host_build import RECORDING
+from numpy.typing import NDArray
+
+from zsad.export.tensorrt_engine import LoadedEngine
+
+
+def loaded(engine: "HostEngine") -> LoadedEngine:
+    """Give an engine the library and the logger that it comes with."""
+    strategies = types.SimpleNamespace(USER_MANAGED="user managed")
+    library = types.SimpleNamespace(ExecutionContextAllocationStrategy=strategies)
+    return LoadedEngine(engine, library, None, types.SimpleNamespace(said=lambda: "no reason given"))
+
+
+class HostEngine:
+    """An ICudaEngine on the host: ONNX Runtime behind the calls that TensorRT has, addresses in host memory."""
+
+    def __init__(self, onnx: Path, most: int) -> None:
+        self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
+        self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.num_io_tensors = len(self.tensors)
+        self.refuses_context = False
+        self.runs: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *self.tensors[name].shape[1:])
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "DataType.HALF" if self.tensors[name].type == "tensor(float16)" else "DataType.FLOAT"
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert (name, profile) == ("images", 0)
+        return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
+
+    def create_execution_context(self, strategy: str) -> "HostContext | None":
+        assert strategy == "user managed"
+        return None if self.refuses_context else HostContext(self)
+
+
+class HostContext:
+    """An IExecutionContext on the host."""
+
+    def __init__(self, engine: HostEngine) -> None:
+        self.engine, self.addresses, self.shape = engine, dict[str, int](), (0,)
+        self.fails, self.laid_out_for = False, (0,)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name == "images"
+        self.shape = shape
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 1024 * self.shape[0]
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory
+        assert size >= 1024 * self.shape[0]
+        self.laid_out_for = self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.laid_out_for == self.shape
+        if self.fails or not 1 <= self.shape[0] <= self.engine.most:
+            return False
+        work = partial(self._execute, dict(self.addresses), self.shape)
+        if RECORDING:  # what is replayed later knows nothing of what the context is told until then
+            RECORDING[-1].append(work)
+        else:
+            work()
+        return True
+
+    def _execute(self, addresses: dict[str, int], shape: tuple[int, ...]) -> None:
+        engine = self.engine
+        engine.runs.append(shape[0])
+
+        def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+            dtype = np.dtype(np.float16 if "HALF" in engine.get_tensor_dtype(name) else np.float32)
+            size = math.prod(shape) * dtype.itemsize
+            content = (ctypes.c_char * size).from_address(addresses[name])
+            return np.frombuffer(content, dtype).reshape(shape)
+
+        outputs = engine.session.run(None, {"images": memory("images", shape).copy()})
+        for tensor, value in zip(engine.session.get_outputs(), outputs, strict=True):
+            memory(tensor.name, value.shape)[...] = value
