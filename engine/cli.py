@@ -159,12 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backbone-precision", help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
-    add(
-        "--decoder",
-        choices=["pillow", "nvimgcodec"],
-        default="pillow",
-        help="nvimgcodec decodes JPEG files on the GPU, to slightly other pixels (default: %(default)s)",
-    )
+    add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
     add(
         "--memory-limit",
@@ -252,9 +247,7 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     stages = Stages()
     with stages.measure("load"):
         backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
-        placement = choose_placement(
-            config, runtime, options.batch_size, arguments.memory_limit, arguments.decoder == "nvimgcodec"
-        )
+        placement = choose_placement(config, runtime, options.batch_size, arguments.memory_limit)
     try:
         check_memory(categories, config, backbones, placement)
     except (MemoryError, ValueError) as error:  # too little memory, or a precision that this installation lacks
@@ -290,6 +283,7 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
             sum(len(record["images"]) for record in records if not record["resumed"]) / seconds, 3
         ),
         "peak_memory_bytes": _peak_memory(),
+        "device_memory_bytes": runtime.device.used_bytes() if runtime.device else None,
         "stages": {name: round(value, 3) for name, value in stages.seconds.items()},
         "library_share": round(sum(stages.seconds.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
         "config": config.as_dict(),
@@ -316,9 +310,8 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
         write_report(output / "report.html", run, shown)
     with written_whole(output / "run.json") as temporary:
         temporary.write_text(json.dumps(run, indent=1))
-    log.debug(
-        "time per stage (%.0f %% inside BLAS and ONNX Runtime):\n%s", 100 * run["library_share"], stages.table(seconds)
-    )
+    share = f" ({100 * run['library_share']:.0f} % inside BLAS and ONNX Runtime)" if not runtime.devices else ""
+    log.debug("time per stage%s:\n%s", share, stages.table(seconds))
     if arguments.json:
         _emit(json.dumps(run))
     elif not arguments.quiet:

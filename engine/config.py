@@ -19,6 +19,7 @@ from .images import Preprocessing
 from .rescoring import ScoreRule
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
+Decoder = Literal["pillow", "nvimgcodec"]
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
@@ -71,6 +72,7 @@ class Config:
     threshold: float | str | None = None  # a score in [0, 1] or "auto"
     precision: Precision = "auto"  # of the products of mutual scoring; auto: fp32 on a CPU, fp16 on a GPU
     backbone_precision: Precision = "auto"  # likewise
+    decoder: Decoder = "pillow"  # nvimgcodec: JPEG files on the GPU, to slightly other pixels
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -195,6 +197,7 @@ def _checked(preset: str, merged: Mapping[str, Any]) -> Config:
     )
     _require_choice("precision", config.precision, get_args(Precision))
     _require_choice("backbone_precision", config.backbone_precision, get_args(Precision))
+    _require_choice("decoder", config.decoder, get_args(Decoder))
     _require(_is_int(config.seed, 0), "seed must be a whole number", config.seed)
     for name, backbone in config.backbones.items():
         where = f"[backbones.{name}]"

@@ -234,19 +234,16 @@ class DevicePlacement(_Scoring):
         return super().patch_scores(*arguments)
 
 
-def choose_placement(
-    config: Config, runtime: Runtime, batch_size: int, memory_limit: int | None, device_jpegs: bool = False
-) -> Placement:
-    """Return the place that a runtime works in.
+def choose_placement(config: Config, runtime: Runtime, batch_size: int, memory_limit: int | None) -> Placement:
+    """Return the place that a runtime works in; memory_limit: bytes, of what scores.
 
-    memory_limit: bytes, of what scores. device_jpegs: decode JPEG files on the device. Raises ConfigError where that
-    cannot be done.
+    Raises ConfigError where the configuration's decoder cannot be had.
     """
     if runtime.device is None:
-        if device_jpegs:
+        if config.decoder == "nvimgcodec":
             raise ConfigError("--decoder nvimgcodec needs backbones on a GPU; leave it out")
         return HostPlacement(config, runtime.devices, memory_limit)
-    jpegs = DeviceJpegs(runtime.device) if device_jpegs else None
+    jpegs = DeviceJpegs(runtime.device) if config.decoder == "nvimgcodec" else None
     return DevicePlacement(config, runtime.devices, batch_size, memory_limit, jpegs)
 
 
