@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and benchmarks everything that needs a CUDA device, in one call of under nine minutes, on a machine with
-# CUDA, CuPy and PyTorch; no network. Logs and JSON lines go to $OUT if that is set, else to bench/results/.
+# CUDA, CuPy and PyTorch; no network: what the machine lacks is installed from the wheels in $WHEELS, if that is set.
+# Logs and JSON lines go to $OUT if that is set, else to bench/results/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results}
@@ -17,6 +18,7 @@ step() { # step NAME SECONDS COMMAND…
 }
 
 step device 20 nvidia-smi
+[ -z "${WHEELS:-}" ] || step wheels 20 python3 -m pip install --no-index --no-deps "$WHEELS"/*.whl
 step build 90 python3 -m pip install --no-index --no-deps --no-build-isolation --force-reinstall .
 step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider
 step mutual_scoring 120 python3 -m zsad.bench.mutual_scoring_cuda --output "$out/mutual_scoring_cuda.jsonl"

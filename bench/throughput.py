@@ -48,6 +48,7 @@ from zsad.export.vision_transformer import VisionTransformer, read_vision_transf
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.planner import available_cores
 
+from .mutual_scoring_cuda import peak_flops
 from .records import RESULTS, append, environment
 from .towers import SHAPES, Shape, write_random_checkpoint
 
@@ -98,10 +99,8 @@ def runtimes(device: str) -> Iterator[tuple[str, Runtime, Precision]]:
 
 def product_peak(runtime: Runtime) -> Callable[[], float]:
     """Return what measures the rate of large products, FLOP/s: fp32 on a CPU, fp16 with fp32 sums on a device."""
-    if runtime.device is not None:
-        from .mutual_scoring_cuda import peak_flops
-
-        return lambda: peak_flops(runtime.device, repeats=1)  # type: ignore[arg-type]
+    if runtime.devices:
+        return lambda: peak_flops(runtime.devices[0], repeats=1)
     rng = np.random.default_rng(0)
     shapes = ((4096, 4096, 4096), (1370, 1024, 4096))  # a large one, and a linear layer of a ViT-L
     factors = [(rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)) for m, k, n in shapes]

@@ -9,17 +9,18 @@ A placement says where this happens: in host memory, or on a device up to the pa
 import itertools
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from zsad.kernels.timings import stopwatch
 
 from .backbone import Backbone, run_in_parts
 from .config import Config
@@ -39,13 +40,9 @@ class Stages:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+    def measure(self, stage: str) -> AbstractContextManager[None]:
+        """Add what the context takes to a stage."""
+        return stopwatch(self.seconds, stage)
 
     def table(self, total: float) -> str:
         rows = {**self.seconds, "other": max(0.0, total - sum(self.seconds.values())), "total": total}

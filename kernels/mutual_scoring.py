@@ -3,7 +3,7 @@
 import importlib
 import math
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,9 +14,9 @@ from .cpu.scoring import score_on_cpu
 from .minima import ReturnedMinima, ReturnMinima
 from .planner import Plan, default_memory_limit, plan_mutual_scoring, run_within_memory
 from .reference import interval_ranks
+from .timings import Timings
 
 Array = NDArray[np.float32]
-Timings = MutableMapping[str, float]
 
 
 @overload

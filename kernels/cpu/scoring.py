@@ -13,9 +13,8 @@ Where the distances to all images are handed back, all winners are measured.
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +24,9 @@ from threadpoolctl import threadpool_limits
 from .. import cpu
 from ..minima import ReturnedMinima
 from ..planner import Plan, available_cores, scratch
+from ..timings import Timings, stopwatch
 
 Array = NDArray[np.float32]
-Timings = MutableMapping[str, float]
 
 
 def score_on_cpu(
@@ -54,7 +53,7 @@ def score_on_cpu(
     ):
         try:
             for layer in range(layers):
-                with _stopwatch(timings, "normalise"):
+                with stopwatch(timings, "normalise"):
                     kernel.start_layer(tokens[:, layer])
                 for mine in _runs(everything, plan.rows):
                     job = _Job(tokens[:, layer], layer, kernel, plan, ranks, returned, blocks, pool, mine, timings)
@@ -68,15 +67,6 @@ def score_on_cpu(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return scores.astype(np.float32)
-
-
-@contextmanager
-def _stopwatch(timings: Timings, stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start
 
 
 class _Block:
@@ -138,7 +128,7 @@ class _Job:
 
     def load(self, side: int, images: range, prepare: cpu.Prepare) -> _Block:
         block = self.blocks[side]
-        with _stopwatch(self.timings, "normalise"):
+        with stopwatch(self.timings, "normalise"):
             block.load(images.start, self.tokens[images.start : images.stop], prepare, self.pool)
         return block
 
@@ -262,7 +252,7 @@ def _selected_averages(job: _Job, minima: Array, usable: NDArray[np.bool_]) -> N
             scores[patches] = distances[first:last].mean(axis=(0, 1), dtype=np.float64)
         return scores
 
-    with _stopwatch(job.timings, "select"):
+    with stopwatch(job.timings, "select"):
         return np.array(list(job.pool.map(average, job.mine)))
 
 
@@ -322,14 +312,14 @@ def _remeasured_averages(job: _Job, keys: Array, usable: NDArray[np.bool_]) -> N
         zeros = _any_zero(usable[:, r])  # [N]
         for images in job.own_runs():
             left = job.load(0, images, prepare)
-            with _stopwatch(job.timings, "select"):
+            with stopwatch(job.timings, "select"):
                 own_keys = keys[images.start - job.mine.start : images.stop - job.mine.start, :, r]
                 winners = list(pool.map(lambda i, k: _choose_winners(job, k, usable[:, r], i), images, own_keys))  # noqa: B023
             for others in (*job.own_runs(), *job.other_runs()):
                 right = left if others == images else job.load(1, others, prepare)
-                with _stopwatch(job.timings, "re-measure"):
+                with stopwatch(job.timings, "re-measure"):
                     list(pool.map(lambda i: _measure_winners(left, right, i, winners[i]), range(left.count)))  # noqa: B023
-            with _stopwatch(job.timings, "select"):
+            with stopwatch(job.timings, "select"):
                 list(pool.map(lambda i, w: average(i, r, zeros, w), images, winners))  # noqa: B023
             winners.clear()  # the next ones would otherwise stand beside them
     return total

@@ -7,10 +7,9 @@ so they are where several devices share the work: each owns a run of images (pla
 """
 
 import threading
-import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,6 +19,7 @@ from ..minima import ReturnedMinima, ReturnMinima
 from ..mutual_scoring import checked_degrees, checked_grid, checked_interval
 from ..planner import run_within_memory
 from ..reference import interval_ranks
+from ..timings import Timings, stopwatch
 from .comparers import MAX_THREADS, OWN_PATCHES, Products, choose_comparer, filter_max_shape
 from .device import Device, DeviceError, DeviceMemoryError, filter_max_kernel, open_device, open_devices
 from .images import network_input, upsample
@@ -49,7 +49,6 @@ MAX_DEGREE = 9
 MEMORY_SHARE = 0.9  # of the free memory, unless a limit is given
 
 Array = NDArray[np.float32]
-Timings = MutableMapping[str, float]
 
 
 @overload
@@ -197,12 +196,12 @@ def _score(
         store = stack.enter_context(open_store(devices[0], plan, work)) if plan.columns else None
         for layer in range(layers):
             blocks = [[mine[d] for mine in rounds if mine[d]] for d in range(len(devices))]
-            with _stopwatch(timings, "normalise"):
+            with stopwatch(timings, "normalise"):
                 team.do(lambda d: scorers[d].normalise(tokens, layer, blocks[d], store))  # noqa: B023
             for mine in rounds:
-                with _stopwatch(timings, "product, filter and max"):
+                with stopwatch(timings, "product, filter and max"):
                     team.do(lambda d: scorers[d].compare(mine[d], store, team.report))  # noqa: B023
-                with _stopwatch(timings, "select"):
+                with stopwatch(timings, "select"):
                     team.do(lambda d: scorers[d].select(layer, mine[d], store))  # noqa: B023
         scores = np.empty((plan.images, work.patches), np.float32)
         for d, scorer in enumerate(scorers):
@@ -248,12 +247,3 @@ class _Team:
             self.done += pairs
             if self.progress is not None:
                 self.progress(self.done, self.pairs)
-
-
-@contextmanager
-def _stopwatch(timings: Timings, stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
 BUILT_IN_MASKS = (0b1, 0b11, 0b111)  # the choices of degrees that filter_max.cu compiles without being asked
 DEVICE_ARRAY = Any  # a cupy.ndarray
+STAGED_UPLOADS = 8  # on their way before the host waits for the first of them
 OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status
 
 # [kernel] -> its source file
@@ -273,7 +275,7 @@ class CupyDevice:
         self._consumed = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._fetched = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._compared = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        self._staged: Any = None  # the last upload's event and its pinned source, alive until it is done
+        self._staged: deque[tuple[Any, Any]] = deque()  # events of uploads and their pinned sources, alive until then
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         self._functions: dict[str, Any] = {}
 
@@ -318,13 +320,13 @@ class CupyDevice:
         pinned = self._cupy.cuda.alloc_pinned_memory(array.nbytes)
         host = np.frombuffer(pinned, array.dtype, array.size).reshape(array.shape)
         np.copyto(host, array)
-        if self._staged is not None:
-            self._staged[0].synchronize()
+        while self._staged and (self._staged[0][0].done or len(self._staged) >= STAGED_UPLOADS):
+            self._staged.popleft()[0].synchronize()
         with self._queue:
             out.set(host, stream=self._queue)
             done = self._cupy.cuda.Event(disable_timing=True)
             done.record()
-        self._staged = (done, pinned)
+        self._staged.append((done, pinned))
 
     def to_host(self, array: DEVICE_ARRAY) -> NDArray[Any]:
         self._passes.synchronize()

@@ -112,7 +112,7 @@ def test_the_planned_peak_is_kept(precision: str, kind) -> None:
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert peak <= plans[-1].peak_bytes + 2**17  # Python's own objects
+        assert peak <= plans[-1].peak_bytes + 2**18  # Python's own objects, a few more or less by chance
 
 
 @pytest.mark.parametrize("disk", [0, 20_000])
