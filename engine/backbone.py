@@ -33,7 +33,8 @@ log = logging.getLogger("zsad")
 Array = Any  # a NumPy array, or an array on the device
 Library = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
-INSTALL_CUDA_ORT = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+# The two packages share one folder: what is left of the other must go first.
+INSTALL_CUDA_ORT = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 class Backbone(Protocol):

@@ -99,7 +99,7 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
         ("cupy gpu tensorrt tensorrt-rtx cuda", "tensorrt", "cuda:0", "fp16", "the fastest"),
         ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "fp16", "tensorrt cannot be used here"),
         ("cupy gpu cuda", "onnxruntime", "cuda:0", "fp16", "tensorrt and tensorrt-rtx cannot be used here"),
-        ("cupy gpu", "onnxruntime", "cpu", "fp16", "pip install onnxruntime-gpu"),
+        ("cupy gpu", "onnxruntime", "cpu", "fp16", "pip install 'onnxruntime-gpu"),
     ],
 )
 def test_auto_takes_the_fastest_that_is_installed_and_says_why(
