@@ -50,10 +50,9 @@ def estimate(preset: str, gpu: Gpu, images: int = IMAGES) -> Estimate:
     for name, backbone in config.backbones.items():
         shape, graph = SHAPES[backbone.checkpoint], config.export_options(name, "fp16", "standard")
         patches = (config.image_size // shape.patch_size) ** 2
-        blocks = shape.depth if graph.embedding else max(backbone.taps) + 1
         forward += images * shape.flops(graph)
         scoring += math.comb(images, 2) * len(backbone.taps) * 2 * shape.width * patches**2
-        weights += 2 * blocks * (4 * shape.width**2 + 2 * shape.width * shape.hidden)
+        weights += 2 * shape.weights(graph)
         tokens += 2 * images * len(backbone.taps) * patches * shape.width
         plan = plan_mutual_scoring(images, patches, shape.width, degrees, gpu.memory, gpu.cache)
         plan_bytes = max(plan_bytes, plan.peak_bytes)

@@ -48,12 +48,18 @@ class Shape:
 
     def flops(self, graph: ExportOptions) -> float:
         """Count the multiplications and additions of one image's products: 1.01e12 for a whole ViT-L/14 at 518 px."""
-        blocks = self.depth if graph.embedding else graph.taps[-1] + 1
         patches = (graph.image_size // self.patch_size) ** 2
         tokens = 1 + self.registers + patches
-        weights = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
         embedding = 2 * patches * self.width * 3 * self.patch_size**2
-        return float(blocks * (2 * tokens * weights + 4 * tokens**2 * self.width) + embedding)
+        return float(2 * tokens * self.weights(graph) + self.blocks(graph) * 4 * tokens**2 * self.width + embedding)
+
+    def blocks(self, graph: ExportOptions) -> int:
+        """Count the blocks that an exported graph holds."""
+        return self.depth if graph.embedding else graph.taps[-1] + 1
+
+    def weights(self, graph: ExportOptions) -> int:
+        """Count the weights of the linear layers of these blocks."""
+        return self.blocks(graph) * (4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden)
 
 
 # By the manifest's names.
