@@ -17,7 +17,6 @@ the true shape are used, and the output says so.
 
 import argparse
 import importlib.util
-import math
 import resource
 import statistics
 import tempfile
@@ -33,11 +32,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.engine.backbone import Backbone, Runtime, choose_runtime, load_backbone, run_in_parts
+from zsad.engine.backbone import Backbone, Runtime, choose_runtime, load_backbone
 from zsad.engine.config import Config, ConfigError, Precision, load_config, preset_names
 from zsad.engine.demo import draw_demo
 from zsad.engine.images import Category, scan
-from zsad.engine.pipeline import CategoryScores, Options, Stages, rescore, score_category
+from zsad.engine.pipeline import (
+    CategoryScores,
+    Options,
+    Stages,
+    features_of,
+    rescore,
+    run_backbones,
+    score_category,
+)
 from zsad.engine.placement import Placement, choose_placement
 from zsad.engine.results import write_category
 from zsad.export.checkpoints import find_checkpoint
@@ -249,34 +256,21 @@ def stages_alone(
                 with placement.network_inputs(prepared[start : start + options.batch_size]):
                     pass
         resident, memory_left = placement.share_memory(count, backbones)
-        stores = {
-            name: (
-                stack.enter_context(
-                    placement.store((count, b.layers, math.prod(b.grid), b.channels), b.token_type, resident)
-                ),
-                stack.enter_context(placement.store((count, b.embedding_width or 0), np.float32, True)),
-            )
-            for name, b in backbones.items()
-        }
+        features = stack.enter_context(features_of(count, resident, backbones, placement))
         # Every batch runs on the input of the first one, so that nothing else is timed.
         with placement.network_inputs(prepared[: options.batch_size]) as inputs, clock.measure("backbone"):
             for start in range(0, count, options.batch_size):
-                for name, backbone in backbones.items():
-                    images = inputs[config.backbones[name].preprocessing][: count - start]
-                    for part, tokens, embeddings in run_in_parts(backbone, images):
-                        rows = slice(start + part.start, start + part.stop)
-                        placement.put(tokens, stores[name][0][rows])
-                        if embeddings is not None:
-                            placement.put(embeddings, stores[name][1][rows])
+                batch = {name: images[: count - start] for name, images in inputs.items()}
+                run_backbones(batch, start, features, config, backbones, placement)
         with clock.measure("scoring"):
             scores = {
                 name: placement.patch_scores(
-                    stores[name][0], backbone.grid, memory_left, lambda *_: None, {}, lambda plan: None
+                    features.tokens[name], backbone.grid, memory_left, lambda *_: None, {}, lambda plan: None
                 )
                 for name, backbone in backbones.items()
             }
         chosen = config.image_score.backbone
-        embeddings = placement.fetch(stores[chosen][1]) if config.image_score.rscin else None
+        embeddings = placement.fetch(features.embeddings[chosen]) if config.image_score.rscin else None
         with clock.measure("rescoring"):
             rescore(config, scores[chosen], backbones[chosen].grid, embeddings)
     return clock.seconds

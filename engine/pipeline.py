@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from zsad.kernels.timings import stopwatch
 
 from .backbone import Backbone, run_in_parts
 from .config import Config
-from .images import Category, ImageError, InputImage
+from .images import Category, ImageError, InputImage, Preprocessing
 from .placement import Placement
 from .rescoring import image_scores, min_max, rscin
 
@@ -86,6 +86,14 @@ class _Group:
     indices: list[int]  # of the readable images, within the category
     patch_scores: dict[str, Array]  # backbone → [n, P]
     embeddings: dict[str, Array]  # backbone → [n, D]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the backbones give for n images, where the placement keeps it."""
+
+    tokens: dict[str, Any]  # backbone → [n, L, P, C]
+    embeddings: dict[str, Any]  # backbone → [n, D], of those that have one
 
 
 @dataclass
@@ -209,31 +217,12 @@ def _score_group(
     resident, memory_left = placement.share_memory(len(members), backbones)
     if not resident:
         log.debug("the tokens of %d images are too many to stay resident and are read in blocks", len(members))
-    with ExitStack() as stack:
-
-        def store(shape: tuple[int, ...], dtype: DTypeLike, resident: bool) -> Any:
-            return stack.enter_context(placement.store((len(members), *shape), dtype, resident))
-
-        tokens = {
-            name: store((b.layers, math.prod(b.grid), b.channels), b.token_type, resident)  # [n, L, P, C]
-            for name, b in backbones.items()
-        }
-        embeddings = {
-            name: store((b.embedding_width,), np.float32, True)  # [n, D]
-            for name, b in backbones.items()
-            if b.embedding_width is not None
-        }
+    with features_of(len(members), resident, backbones, placement) as features:
         for batch in _decoded_batches(category, members, placement, options, stages):
             failures.update((index, str(error)) for index, error in batch.failures)
             if batch.images:
                 with stages.measure("backbone"), placement.network_inputs(batch.images) as inputs:
-                    for name, backbone in backbones.items():
-                        images = inputs[config.backbones[name].preprocessing]  # [B, 3, S, S]
-                        for part, part_tokens, part_embeddings in run_in_parts(backbone, images):
-                            rows = slice(len(kept) + part.start, len(kept) + part.stop)
-                            placement.put(part_tokens, tokens[name][rows])
-                            if part_embeddings is not None:
-                                placement.put(part_embeddings, embeddings[name][rows])
+                    run_backbones(inputs, len(kept), features, config, backbones, placement)
             kept += batch.indices
             done += len(batch.indices) + len(batch.failures)
             progress("backbone", done, len(members))
@@ -241,10 +230,10 @@ def _score_group(
             failures.update((index, "no other readable image to compare it with") for index in kept)
             return None
         with stages.measure("backbone"):
-            fetched = {name: placement.fetch(array[: len(kept)]) for name, array in embeddings.items()}
+            embeddings = {name: placement.fetch(array[: len(kept)]) for name, array in features.embeddings.items()}
         patch_scores = {
             name: placement.patch_scores(
-                tokens[name][: len(kept)],
+                features.tokens[name][: len(kept)],
                 backbone.grid,
                 memory_left,
                 partial(progress, f"scoring {name}"),
@@ -253,7 +242,47 @@ def _score_group(
             )
             for name, backbone in backbones.items()
         }
-    return _Group(kept, patch_scores, fetched)
+    return _Group(kept, patch_scores, embeddings)
+
+
+@contextmanager
+def features_of(
+    images: int, resident: bool, backbones: Mapping[str, Backbone], placement: Placement
+) -> Iterator[Features]:
+    """Make room for what all backbones give for a number of images; leaving the context frees it."""
+    with ExitStack() as stack:
+
+        def store(shape: tuple[int, ...], dtype: DTypeLike, resident: bool) -> Any:
+            return stack.enter_context(placement.store((images, *shape), dtype, resident))
+
+        yield Features(
+            {
+                name: store((b.layers, math.prod(b.grid), b.channels), b.token_type, resident)
+                for name, b in backbones.items()
+            },
+            {
+                name: store((b.embedding_width,), np.float32, True)
+                for name, b in backbones.items()
+                if b.embedding_width is not None
+            },
+        )
+
+
+def run_backbones(
+    inputs: Mapping[Preprocessing, Any],  # [B, 3, S, S]
+    row: int,
+    features: Features,
+    config: Config,
+    backbones: Mapping[str, Backbone],
+    placement: Placement,
+) -> None:
+    """Run all backbones over one batch and keep what they give from row `row` on."""
+    for name, backbone in backbones.items():
+        for part, tokens, embeddings in run_in_parts(backbone, inputs[config.backbones[name].preprocessing]):
+            rows = slice(row + part.start, row + part.stop)
+            placement.put(tokens, features.tokens[name][rows])
+            if embeddings is not None:
+                placement.put(embeddings, features.embeddings[name][rows])
 
 
 def _decoded_batches(

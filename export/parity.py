@@ -1,10 +1,14 @@
-"""Compares the outputs of an exported graph with what they should be."""
+"""Compares the outputs of an exported graph with what they should be, by Polygraphy's comparator."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.logger import G_LOGGER
 
 from .state_dict import CheckpointError
 from .vit_graph import IN_FP32
@@ -46,24 +50,49 @@ def token_cosines(found: Array, expected: Array) -> NDArray[np.float64]:
 
 def run_graph(path: Path, images: Array) -> list[Array]:
     """Return the outputs of an ONNX file on the CPU as fp32; raises CheckpointError where ONNX Runtime is too old."""
+    runner = OnnxrtRunner(SessionFromOnnx(str(path), providers=["CPUExecutionProvider"]))
     try:
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            [(_, [outputs])] = Comparator.run([runner], data_loader=[{"images": images}])
     except Exception as error:  # ONNX Runtime has a dozen kinds with no base of their own
         raise CheckpointError(
             f"ONNX Runtime {ort.__version__} cannot run the graph: {error}\nRun: pip install --upgrade onnxruntime"
         ) from error
-    return [np.asarray(output, np.float32) for output in session.run(None, {"images": images})]
+    return [np.asarray(output, np.float32) for output in outputs.values()]
+
+
+class TokenAgreement:
+    """Polygraphy's question whether two results match, asked of every token; keeps the largest deviations."""
+
+    def __init__(self, precision: str) -> None:
+        self._precision = precision
+        self._error, self._cosine = np.float64(0), np.float64(1)
+
+    def __call__(self, found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, bool]:
+        """Return for every output [..., C] whether it is close enough."""
+        return {name: self._close(found[name], array) for name, array in expected.items()}
+
+    def __str__(self) -> str:
+        return f"relative error {self._error:.1e}, token cosine at least {self._cosine:.7f}"
+
+    def _close(self, found: Array, expected: Array) -> bool:
+        error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64))
+        cosine = token_cosines(found, expected).min()
+        # NumPy's maximum and minimum keep a NaN, with which every comparison fails.
+        self._error, self._cosine = np.maximum(self._error, error), np.minimum(self._cosine, cosine)
+        if self._precision == "fp32":
+            return bool(error <= LARGEST_ERROR)
+        return bool(cosine >= SMALLEST_COSINE[self._precision])
 
 
 def check_agreement(found: list[Array], expected: list[Array], precision: str, oracle: str) -> str:
     """Return one line on how close two lists of outputs are; raises CheckpointError when that is not close enough."""
-    errors, cosines = [], []
-    for a, b in zip(found, expected, strict=True):
-        errors.append(float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))))
-        cosines.append(float(token_cosines(a, b).min()))
-    line = f"{precision} against {oracle}: relative error {max(errors):.1e}, token cosine at least {min(cosines):.7f}"
-    # Written so that a NaN fails.
-    fine = max(errors) <= LARGEST_ERROR if precision == "fp32" else min(cosines) >= SMALLEST_COSINE[precision]
+    runs, agreement = RunResults(), TokenAgreement(precision)
+    for name, outputs in ((precision, found), (oracle, expected)):
+        runs.add([{str(index): output for index, output in enumerate(outputs)}], runner_name=name)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        fine = bool(Comparator.compare_accuracy(runs, compare_func=agreement))
+    line = f"{precision} against {oracle}: {agreement}"
     if not fine:
         limit = f"error {LARGEST_ERROR}" if precision == "fp32" else f"cosine {SMALLEST_COSINE[precision]}"
         hint = "please report this" if precision == "fp32" else IN_FP32
