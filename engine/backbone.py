@@ -12,13 +12,16 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from zsad.export.onnx_export import export_onnx
+from zsad.export.parity import sample_batch
 from zsad.export.tensorrt_engine import (
     RTX_CAPABILITIES,
     EngineError,
     EngineOptions,
     build_engine,
+    confirm_engine,
     import_tensorrt,
     rebuild_command,
 )
@@ -154,8 +157,8 @@ def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) 
     """Make one of the configuration's backbones ready: export its graph, build its engine, unless done before.
 
     config: with its precisions resolved. batch_size: images per call at most, as far as memory allows.
-    Raises CheckpointError for weights that cannot be had or used, EngineError for engines likewise, ConfigError where
-    the library does not start.
+    An engine is compared with its graph the first time that it runs. Raises CheckpointError for weights that cannot be
+    had or used, EngineError for engines likewise, ConfigError where the library does not start.
     """
     checkpoint = config.backbones[name].checkpoint
     attention = "fused" if runtime.library == "onnxruntime" else "standard"
@@ -168,7 +171,21 @@ def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) 
     command = rebuild_command(checkpoint, graph, options)
     log.info("%s: loading its engine; the first time it is built, which can take minutes", checkpoint)
     engine = build_engine(model.path, graph.image_size, graph.precision, options, command)
-    return TensorRTBackbone(engine.path, model, runtime.device, batch_size)
+    backbone = TensorRTBackbone(engine.path, model, runtime.device, batch_size)
+    if not engine.fingerprint.agreement:
+        log.info("%s: comparing its engine with its graph on the CPU, this once", checkpoint)
+        images = sample_batch(graph.image_size)
+        confirm_engine(engine, model.path, _outputs(backbone, images, runtime.device), images)
+    return backbone
+
+
+def _outputs(backbone: Backbone, images: NDArray[np.float32], device: Device) -> list[NDArray[np.float32]]:
+    """Return what a backbone on a device gives for images [B, 3, S, S], in host memory."""
+    parts = [
+        [device.to_host(array).astype(np.float32) for array in arrays if array is not None]
+        for _, *arrays in run_in_parts(backbone, device.to_device(images))
+    ]
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 def run_in_parts(backbone: Backbone, images: Array) -> Iterator[tuple[slice, Array, Array | None]]:

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx
 
 from .checkpoints import cache_folder, find_checkpoint
-from .parity import check_agreement, run_graph, sample_images, sample_object
+from .parity import check_agreement, run_graph, sample_batch
 from .quantisation import sensitive_layers
 from .state_dict import CheckpointError
 from .vision_transformer import VisionTransformer, read_vision_transformer
@@ -113,7 +112,7 @@ def _build(vit: VisionTransformer, options: ExportOptions, metadata: dict[str, s
 def _verify(draft: Path, vit: VisionTransformer, options: ExportOptions, oracle: str) -> str:
     """Check a graph by ONNX's own rules and by numbers; returns a line on the latter."""
     onnx.checker.check_model(str(draft), full_check=True)
-    images = np.concatenate([sample_images(options.image_size), sample_object(options.image_size)])
+    images = sample_batch(options.image_size)
     if oracle == "torch":
         from .torch_forward import TorchForward
 

@@ -40,6 +40,11 @@ def sample_object(image_size: int) -> Array:
     return np.asarray(image[None], np.float32)
 
 
+def sample_batch(image_size: int) -> Array:
+    """Return the images [2, 3, S, S] that graphs and engines are compared on."""
+    return np.concatenate([sample_images(image_size), sample_object(image_size)])
+
+
 def token_cosines(found: Array, expected: Array) -> NDArray[np.float64]:
     """Return the cosine of every token [..., C] to the expected one: [...]."""
     a, b = found.astype(np.float64), expected.astype(np.float64)
@@ -96,5 +101,5 @@ def check_agreement(found: list[Array], expected: list[Array], precision: str, o
     if not fine:
         limit = f"error {LARGEST_ERROR}" if precision == "fp32" else f"cosine {SMALLEST_COSINE[precision]}"
         hint = "please report this" if precision == "fp32" else IN_FP32
-        raise CheckpointError(f"the exported graph computes something else (limit: {limit}): {line}; {hint}")
+        raise CheckpointError(f"it computes something else (limit: {limit}): {line}; {hint}")
     return line

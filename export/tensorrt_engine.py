@@ -10,7 +10,8 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .checkpoints import cache_folder
 from .cuda_driver import CudaError, use_device
 from .files import file_sha256, written_whole
 from .onnx_export import ExportOptions
+from .parity import Array, check_agreement, run_graph
+from .state_dict import CheckpointError
 
 # The library of each target: its import name, its extra of zsad, the platforms that it is made for.
 LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
@@ -61,13 +64,19 @@ class Fingerprint:
     version_compatible: bool
     hardware_compatible: bool
     command: str  # builds it again
+    agreement: str = ""  # how close it is to its graph, once it has run on a GPU
     engine_sha256: str = ""
     engine_bytes: int = 0
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     def key(self) -> str:
         """Return a digest of everything that decides the engine's content."""
         decisive = {
-            k: v for k, v in asdict(self).items() if k not in ("onnx", "command") and not k.startswith("engine")
+            k: v
+            for k, v in asdict(self).items()
+            if k not in ("onnx", "command", "agreement") and not k.startswith("engine")
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -114,13 +123,25 @@ def build_engine(
         except EngineError:
             pass  # damaged or foreign: build it again
     engine = _build(trt, onnx, fingerprint, options)
-    fingerprint = Fingerprint(
-        **{**asdict(fingerprint), "engine_sha256": hashlib.sha256(engine).hexdigest(), "engine_bytes": len(engine)}
-    )
+    fingerprint = replace(fingerprint, engine_sha256=hashlib.sha256(engine).hexdigest(), engine_bytes=len(engine))
     with written_whole(path) as temporary, written_whole(fingerprint_path(path)) as beside:
         temporary.write_bytes(engine)
-        beside.write_text(json.dumps(asdict(fingerprint), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(fingerprint.as_json(), encoding="utf-8")
     return BuiltEngine(path, fingerprint, built=True)
+
+
+def confirm_engine(engine: BuiltEngine, onnx: Path, found: list[Array], images: Array) -> None:
+    """Note in the fingerprint that an engine computes what its graph does; raises EngineError where it does not.
+
+    found: what it gives for the images [B, 3, S, S].
+    """
+    try:
+        line = check_agreement(found, run_graph(onnx, images), engine.fingerprint.precision, "its graph on the CPU")
+    except CheckpointError as error:
+        raise EngineError(f"{engine.path}: {error}") from None
+    # Where the folder cannot be written to, the next run compares again.
+    with suppress(OSError), written_whole(fingerprint_path(engine.path)) as beside:
+        beside.write_text(replace(engine.fingerprint, agreement=line).as_json(), encoding="utf-8")
 
 
 def rebuild_command(checkpoint: str, graph: ExportOptions, options: EngineOptions, output: Path | None = None) -> str:
@@ -285,6 +306,7 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
     log = _logger(trt)
     builder, network = parse_network(trt, onnx, log)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on unless cleared: fp32 products with the factors cut to 10 bits
     profile = builder.create_optimization_profile()
     for name, shapes in fingerprint.profile.items():
         profile.set_shape(name, *(tuple(shape) for shape in shapes))

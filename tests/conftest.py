@@ -81,7 +81,7 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
     engines: list[HostEngine] = []
 
     def build(onnx: Path, *_: object) -> Any:
-        return types.SimpleNamespace(path=onnx)
+        return types.SimpleNamespace(path=onnx, fingerprint=types.SimpleNamespace(agreement="compared before"))
 
     def load(path: Path, number: int, onnx: Path) -> LoadedEngine:
         assert onnx == path

@@ -432,10 +432,33 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
     monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
     monkeypatch.setattr(backbones, "build_engine", build)
     monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32)))
-    data = draw(tmp_path / "data", 4)
-    assert main([str(data), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]) == 0
+    command = [str(draw(tmp_path / "data", 4)), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]
+    assert main(command) == 0
     assert [engine.built for engine in built] == [False, False]
     assert len(scores_and_maps("out")[0]) == 4
+    assert not any(engine.fingerprint.agreement for engine in built)
+    assert main(command) == 0  # what the first run found is in the fingerprints
+    assert all("fp16 against its graph on the CPU" in engine.fingerprint.agreement for engine in built[2:])
+
+
+@needs_compiler
+@needs_rtx
+def test_an_engine_that_computes_something_else_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class WrongEngine(HostEngine):
+        def __init__(self, onnx: Path, most: int) -> None:
+            super().__init__(onnx, most)
+            run = self.session.run
+            wrong = lambda *arguments: [output + output[:, :, ::-1] for output in run(*arguments)]  # noqa: E731
+            self.session = types.SimpleNamespace(run=wrong, get_outputs=self.session.get_outputs)
+
+    monkeypatch.setattr(backbones, "open_devices", lambda name: [HostDevice()])
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(WrongEngine(onnx, 32)))
+    arguments = [str(draw(tmp_path / "data", 4)), "--config", str(tiny / "config.toml"), "--device", "cuda:0"]
+    for _ in range(2):  # also when it lies in the cache
+        assert main([*arguments, "--runtime", "tensorrt-rtx"]) == 2
+        assert "engine: it computes something else (limit: cosine 0.999)" in capsys.readouterr().err
 
 
 class HostDecoder:

@@ -55,7 +55,11 @@ class FakeBuilder:
         self.asked: list[str] = []
         self.plan: bytes | None = b"plan of an engine"
         flags = types.SimpleNamespace(
-            STRIP_PLAN="strip", REFIT_IDENTICAL="refit", VERSION_COMPATIBLE="version", AMPERE_PLUS="ampere+"
+            TF32="tf32",
+            STRIP_PLAN="strip",
+            REFIT_IDENTICAL="refit",
+            VERSION_COMPATIBLE="version",
+            AMPERE_PLUS="ampere+",
         )
         self.BuilderFlag = self.HardwareCompatibilityLevel = flags
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
@@ -89,6 +93,9 @@ class FakeBuilder:
 
     def set_flag(self, flag: str) -> None:
         self.asked.append(flag)
+
+    def clear_flag(self, flag: str) -> None:
+        self.asked.append(f"no {flag}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "hardware_compatibility_level":
@@ -131,6 +138,7 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Pa
     assert engine.built
     assert tensorrt.asked == [
         "network 2",
+        "no tf32",
         "images ((2, 3, 70, 70), (4, 3, 70, 70), (16, 3, 70, 70))",
         "strip",
         "refit",
@@ -153,6 +161,7 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Pa
         "version_compatible": True,
         "hardware_compatible": True,
         "command": "again",
+        "agreement": "",
         "engine_sha256": file_sha256(engine.path),
         "engine_bytes": 17,
     }
