@@ -13,6 +13,7 @@ from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine import backbone as backbones
 from zsad.engine import tensorrt_backbone
 from zsad.export.tensorrt_engine import LoadedEngine
+from zsad.kernels import cuda
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -63,6 +64,35 @@ def tiny(random_dinov2: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     )
     (folder / "cache").mkdir()
     return folder
+
+
+@pytest.fixture
+def two_backbones(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
+    """The challenge's preset with two tiny random backbones that want their images in different ways."""
+    path = tmp_path / "challenge.toml"
+    path.write_text(
+        f"""
+        image_size = 70
+        [backbones.dinov2]
+        checkpoint = "{random_dinov2(width=48, depth=2)}"
+        heads = 3
+        taps = [0, 1]
+        [backbones.clip]
+        checkpoint = "{random_dinov2()}"
+        preprocessing = "clip"
+        taps = [0, 1]
+        """
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpu() -> cuda.Device:
+    """The first CUDA device; tests that use it carry the marker `gpu`."""
+    try:
+        return cuda.open_device("cuda")
+    except cuda.DeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

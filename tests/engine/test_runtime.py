@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
 from host_tensorrt import HostContext, HostEngine, loaded
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from runs import draw, record, scores_and_maps
 
 from zsad.engine import backbone as backbones
 from zsad.engine import tensorrt_backbone
@@ -279,52 +279,6 @@ def test_onnx_runtime_out_of_memory_is_a_memory_error(model: ExportedModel, monk
 
 
 # Whole runs on a device
-
-
-def draw(folder: Path, count: int) -> Path:
-    """Alike images of several sizes, the last one with a defect."""
-    rng = np.random.default_rng(5)
-    base = rng.integers(40, 200, (6, 8, 3)).astype(np.uint8)
-    folder.mkdir(parents=True)
-    for index in range(count):
-        picture = np.asarray(Image.fromarray(base).resize((90 + 7 * (index % 3), 80), Image.Resampling.BICUBIC))
-        noisy = (picture + rng.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
-        if index == count - 1:
-            noisy[20:50, 30:60] = (255, 0, 0)
-        Image.fromarray(noisy).save(folder / f"{index:02d}.png")
-    return folder
-
-
-@pytest.fixture
-def two_backbones(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
-    """The challenge's preset with two tiny random backbones that want their images in different ways."""
-    path = tmp_path / "challenge.toml"
-    path.write_text(
-        f"""
-        image_size = 70
-        [backbones.dinov2]
-        checkpoint = "{random_dinov2(width=48, depth=2)}"
-        heads = 3
-        taps = [0, 1]
-        [backbones.clip]
-        checkpoint = "{random_dinov2()}"
-        preprocessing = "clip"
-        taps = [0, 1]
-        """
-    )
-    return path
-
-
-def record(output: str) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((Path(output) / "run.json").read_text())
-    return run
-
-
-def scores_and_maps(output: str, category: str = "data") -> tuple[NDArray[np.float64], list[NDArray[np.float32]]]:
-    found = json.loads((Path(output) / category / "category.json").read_text())["images"]
-    ordered = sorted(found, key=lambda image: image["path"])
-    maps = [np.asarray(Image.open(Path(output) / category / image["map"])) for image in ordered]
-    return np.array([image["score"] for image in ordered]), maps
 
 
 @needs_compiler
