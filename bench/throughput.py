@@ -8,8 +8,8 @@ rounds (and, where PyTorch is installed, its plain forward pass):
     cpu      ONNX Runtime fp32 and int8, PyTorch eager fp32; the peak is the best of two large fp32 products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
-Then whole runs with the runtime that zsad-infer would choose: each stage alone, then all together. The overlap
-efficiency is the sum of the stages over the wall time of the whole.
+Then whole runs in each of these runtimes, backbones and scoring in the same precision: each stage alone, then all
+together. The overlap efficiency is the sum of the stages over the wall time of the whole.
 
 Validates first: tokens of every variant against the fp32 graph on the CPU. Where real weights are absent random ones of
 the true shape are used, and the output says so.
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -220,6 +220,20 @@ def compare_backbones(config: Config, weights: Mapping[str, str], arguments: arg
         )
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can: Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory() -> int:
+    """Return the most bytes of host memory that this process has had resident."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Clock:
     """Seconds of the stages, each measured alone with the device idle before and after."""
 
@@ -276,9 +290,10 @@ def stages_alone(
     return clock.seconds
 
 
-def whole_runs(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
+def whole_runs(
+    config: Config, runtime: Runtime, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any
+) -> None:
     """Time the stages alone and together, and append one record."""
-    runtime = choose_runtime(arguments.device)
     config = runtime.resolve(config)
     options = Options(arguments.batch_size, available_cores(), strict=True)
     backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
@@ -296,14 +311,14 @@ def whole_runs(config: Config, weights: Mapping[str, str], arguments: argparse.N
 
         run(2)  # warms up
         alone = stages_alone(category, config, runtime, backbones, placement, options)
+        forget_peak_memory()
         scored, together = run(len(category.images))
+        host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
         start = time.perf_counter()
         write_category(Path(folder) / "out", category, scored, config, ["zsad"], "", options.workers)
         alone["write"] = time.perf_counter() - start
     count = len(category.images)
     overlap = sum(alone.values()) / together
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    device = None if runtime.device is None else runtime.device.used_bytes()
     print(f"\nwhole runs: preset {config.preset}, {count} images, {runtime.describe()}")
     for stage, value in alone.items():
         print(f"  {stage:<12}{value:9.2f} s alone {1e3 * value / count:9.1f} ms per image")
@@ -360,7 +375,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.only != "runs":
             compare_backbones(config, weights, arguments, record)
         if arguments.only != "backbones":
-            whole_runs(config, weights, arguments, record)
+            found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
+            for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
+                whole_runs(
+                    replace(config, backbone_precision=precision, precision=precision),
+                    runtime,
+                    weights,
+                    arguments,
+                    record,
+                )
     return 0
 
 

@@ -34,13 +34,16 @@ def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 
 def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
-    backbone, run = measure("--device", "cpu")
+    backbone, *runs = measure("--device", "cpu")
     assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(backbone["seconds_per_image"])
     assert all(len(times) == 2 for times in backbone["seconds_per_image"].values())
     assert set(backbone["agreement"]) == set(backbone["seconds_per_image"])
-    assert set(run["seconds_alone"]) == STAGES
-    assert run["images"] == 4
-    assert run["peak_device_bytes"] is None
+    assert [run["precision"] for run in runs] == [["fp32", "fp32"], ["int8", "int8"]]
+    for run in runs:
+        assert set(run["seconds_alone"]) == STAGES
+        assert run["images"] == 4
+        assert run["peak_host_bytes"] > 1 << 20
+        assert run["peak_device_bytes"] is None
 
 
 @pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
@@ -48,11 +51,13 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
 def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutual_scoring_cuda, "PEAK_SIDE", 64)
     monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
-    backbone, run = measure("--device", "cuda:0", "--batch-size", "2")
+    backbone, *runs = measure("--device", "cuda:0", "--batch-size", "2")
     assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(backbone["seconds_per_image"])
-    assert set(run["seconds_alone"]) == STAGES
-    assert run["precision"] == ["fp16", "fp16"]
-    assert run["peak_device_bytes"] > 0
+    assert [run["runtime"].split()[0] for run in runs] == ["tensorrt", "tensorrt-rtx"]
+    for run in runs:
+        assert set(run["seconds_alone"]) == STAGES
+        assert run["precision"] == ["fp16", "fp16"]
+        assert run["peak_device_bytes"] > 0
 
 
 def test_a_backbone_that_computes_something_else_is_not_timed(
