@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from zsad.export.files import written_whole
 from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import EngineError, load_engine
 from zsad.kernels.cuda.device import Device, address
@@ -14,6 +16,36 @@ from zsad.kernels.cuda.device import Device, address
 log = logging.getLogger("zsad")
 
 Array = Any  # an array on the device
+
+
+class CompiledKernels:
+    """What TensorRT-RTX compiles at run time, for this GPU and for the batches that it meets; kept beside the engine.
+
+    Unless told otherwise it runs a new batch size with slow general kernels and compiles fitting ones meanwhile. A CUDA
+    graph recorded then would hold the slow ones for good, and tokens would depend on when the others came.
+    """
+
+    def __init__(self, settings: Any, library: Any, engine: Path) -> None:
+        """settings: of the context to be made (an IRuntimeConfig)."""
+        settings.dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._path, self._kept, self._sizes = engine.with_name(engine.name + ".kernels"), b"", set[int]()
+        self._cache = settings.create_runtime_cache()
+        with suppress(OSError):
+            content = self._path.read_bytes()
+            if self._cache.deserialize(content):  # not if another GPU, driver or version has made it
+                self._kept = content
+        settings.set_runtime_cache(self._cache)
+
+    def keep(self, batch: int) -> None:
+        """Write down what a batch of this size has added."""
+        if batch in self._sizes:
+            return
+        self._sizes.add(batch)
+        content = bytes(self._cache.serialize())
+        if content != self._kept:
+            self._kept = content
+            with suppress(OSError), written_whole(self._path) as temporary:  # else they are compiled again
+                temporary.write_bytes(content)
 
 
 class TensorRTBackbone:
@@ -26,9 +58,17 @@ class TensorRTBackbone:
     def __init__(self, path: Path, model: ExportedModel, device: Device, batch_size: int) -> None:
         """Raises EngineError for an engine that is not for this machine, MemoryError where one image does not fit."""
         self._loaded, self._device = load_engine(path, device.number, model.path), device
-        engine, strategies = self._loaded.engine, self._loaded.library.ExecutionContextAllocationStrategy
+        engine, library = self._loaded.engine, self._loaded.library
         # Its working memory is ours: as much as our batches need, not the largest one that the engine was built for.
-        self._context = engine.create_execution_context(strategies.USER_MANAGED)
+        ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._kernels: CompiledKernels | None = None
+        if hasattr(library, "DynamicShapesKernelSpecializationStrategy"):
+            settings = engine.create_runtime_config()
+            settings.set_execution_context_allocation_strategy(ours)
+            self._kernels = CompiledKernels(settings, library, path)
+            self._context = engine.create_execution_context(settings)
+        else:
+            self._context = engine.create_execution_context(ours)
         if self._context is None:
             raise EngineError(f"{path}: {self._loaded.log.said()}; see nvidia-smi for what else uses the GPU")
         self.checkpoint, self.sha256 = model.checkpoint, model.sha256
@@ -68,12 +108,18 @@ class TensorRTBackbone:
             self._recorded[where]()
         else:
             self._set_batch(len(images))
-            if len(images) < self._full:
+            if len(images) < self._full or not self._recordable():
                 queue()
             else:  # the pipeline alternates between two inputs, so there are two recordings
                 self._recorded[where] = self._device.record(queue)
+            if self._kernels is not None:
+                self._kernels.keep(len(images))
         embedding = self._outputs.get("embedding")
         return self._outputs["tokens"][: len(images)], None if embedding is None else embedding[: len(images)]
+
+    def _recordable(self) -> bool:
+        # TensorRT-RTX may want to allocate while it runs, which cannot be recorded.
+        return self._kernels is None or bool(self._context.is_stream_capturable(self._device.stream))
 
     def _type(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.float16 if "HALF" in str(self._loaded.engine.get_tensor_dtype(name)) else np.float32)

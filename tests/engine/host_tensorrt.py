@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from zsad.export.tensorrt_engine import LoadedEngine
 
 
-def loaded(engine: "HostEngine") -> LoadedEngine:
-    """Give an engine the library and the logger that it comes with."""
-    strategies = types.SimpleNamespace(USER_MANAGED="user managed")
-    library = types.SimpleNamespace(ExecutionContextAllocationStrategy=strategies)
+def loaded(engine: "HostEngine", rtx: bool = False) -> LoadedEngine:
+    """Give an engine the library, TensorRT or TensorRT-RTX, and the logger that it comes with."""
+    library = types.SimpleNamespace(
+        ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed")
+    )
+    if rtx:
+        library.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER="eager")
     return LoadedEngine(engine, library, None, types.SimpleNamespace(said=lambda: "no reason given"))
 
 
@@ -45,17 +48,64 @@ class HostEngine:
         assert (name, profile) == ("images", 0)
         return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
 
-    def create_execution_context(self, strategy: str) -> "HostContext | None":
-        assert strategy == "user managed"
-        return None if self.refuses_context else HostContext(self)
+    def create_runtime_config(self) -> "HostRuntimeConfig":
+        return HostRuntimeConfig()
+
+    def create_execution_context(self, how: "str | HostRuntimeConfig") -> "HostContext | None":
+        settings = how if isinstance(how, HostRuntimeConfig) else None
+        assert (settings.strategy if settings else how) == "user managed"
+        return None if self.refuses_context else HostContext(self, settings and settings.cache)
+
+
+class HostRuntimeConfig:
+    """TensorRT-RTX's IRuntimeConfig."""
+
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def __init__(self) -> None:
+        self.strategy, self.cache = "static", None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> "HostRuntimeCache":
+        return HostRuntimeCache()
+
+    def set_runtime_cache(self, cache: "HostRuntimeCache") -> bool:
+        assert self.dynamic_shapes_kernel_specialization_strategy == "eager"
+        self.cache = cache
+        return True
+
+
+class HostRuntimeCache:
+    """TensorRT-RTX's IRuntimeCache: knows which batch sizes it holds kernels for."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.compiled: list[int] = []  # by this process
+
+    def serialize(self) -> memoryview:
+        return memoryview(b"kernels " + bytes(self.sizes))
+
+    def deserialize(self, blob: bytes) -> bool:
+        start, found, sizes = blob.partition(b"kernels ")
+        if start or not found:
+            return False
+        self.sizes = list(sizes)
+        return True
+
+    def _compile(self, size: int) -> None:
+        if size not in self.sizes:
+            self.sizes.append(size)
+            self.compiled.append(size)
 
 
 class HostContext:
     """An IExecutionContext on the host."""
 
-    def __init__(self, engine: HostEngine) -> None:
-        self.engine, self.addresses, self.shape = engine, dict[str, int](), (0,)
-        self.fails, self.laid_out_for = False, (0,)
+    def __init__(self, engine: HostEngine, kernels: HostRuntimeCache | None) -> None:
+        self.engine, self.addresses, self.shape, self.kernels = engine, dict[str, int](), (0,), kernels
+        self.fails, self.capturable, self.laid_out_for = False, True, (0,)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == "images"
@@ -70,6 +120,9 @@ class HostContext:
         assert size >= 1024 * self.shape[0]
         self.laid_out_for = self.shape
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.capturable
+
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
@@ -78,6 +131,9 @@ class HostContext:
         assert self.laid_out_for == self.shape
         if self.fails or not 1 <= self.shape[0] <= self.engine.most:
             return False
+        if self.kernels is not None:
+            assert not RECORDING or self.shape[0] in self.kernels.sizes  # compiling is nothing to record
+            self.kernels._compile(self.shape[0])
         work = partial(self._execute, dict(self.addresses), self.shape)
         if RECORDING:  # what is replayed later knows nothing of what the context is told until then
             RECORDING[-1].append(work)

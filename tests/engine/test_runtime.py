@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
-from host_tensorrt import HostContext, HostEngine, loaded
+from host_tensorrt import HostContext, HostEngine, HostRuntimeCache, HostRuntimeConfig, loaded
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from runs import draw, record, scores_and_maps
@@ -45,7 +45,15 @@ def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_rtx
-@pytest.mark.parametrize(("ours", "theirs"), [(HostEngine, "ICudaEngine"), (HostContext, "IExecutionContext")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (HostEngine, "ICudaEngine"),
+        (HostContext, "IExecutionContext"),
+        (HostRuntimeConfig, "IRuntimeConfig"),
+        (HostRuntimeCache, "IRuntimeCache"),
+    ],
+)
 def test_the_stand_ins_have_only_what_the_library_has(ours: type, theirs: str) -> None:
     import tensorrt_rtx
 
@@ -53,6 +61,7 @@ def test_the_stand_ins_have_only_what_the_library_has(ours: type, theirs: str) -
     assert calls
     assert all(hasattr(getattr(tensorrt_rtx, theirs), name) for name in calls)
     assert hasattr(tensorrt_rtx.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(tensorrt_rtx.DynamicShapesKernelSpecializationStrategy, "EAGER")
     assert str(tensorrt_rtx.DataType.HALF) == "DataType.HALF"
 
 
@@ -191,6 +200,38 @@ def test_an_engine_gives_what_onnx_runtime_gives(model: ExportedModel, tensorrt:
         np.testing.assert_array_equal(embedding, expected_embedding)
     assert device.recordings == 2  # one for each of the two inputs; parts of a batch are queued launch by launch
     assert sorted(set(tensorrt[0].runs)) == [1, 3, 4]
+
+
+def test_kernels_that_tensorrt_rtx_compiles_are_kept(
+    model: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), rtx=True)
+    )
+    device, engine = HostDevice(), tmp_path / "tiny.engine"
+    kernels = tmp_path / "tiny.engine.kernels"
+
+    def run(*batches: int) -> list[int]:
+        backbone = TensorRTBackbone(engine, model, device, 4)
+        for count in batches:
+            tokens, _ = backbone.run(device.to_device(images(count)))
+            np.testing.assert_array_equal(tokens, OnnxRuntimeBackbone(model, None, 4).run(images(count))[0])
+        compiled: list[int] = backbone._context.kernels.compiled
+        return compiled
+
+    assert run(4, 4, 3) == [4, 3]
+    assert run(4, 3, 1, 1) == [1]
+    written = kernels.stat().st_mtime_ns
+    assert run(4, 1) == []
+    assert kernels.stat().st_mtime_ns == written
+    kernels.write_bytes(b"made by another version")
+    assert run(3) == [3]
+    assert kernels.read_bytes() == b"kernels \x03"
+    recordings = device.recordings
+    monkeypatch.setattr(HostContext, "is_stream_capturable", lambda self, stream: False)
+    assert run(4, 4) == [4]
+    assert device.recordings == recordings > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.engine.kernels"]
 
 
 def test_an_engine_takes_no_more_than_its_profile(model: ExportedModel, tensorrt: list[HostEngine]) -> None:
@@ -385,7 +426,7 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
 
     monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
     monkeypatch.setattr(backbones, "build_engine", build)
-    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32)))
+    monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), True))
     command = [str(draw(tmp_path / "data", 4)), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]
     assert main(command) == 0
     assert [engine.built for engine in built] == [False, False]
