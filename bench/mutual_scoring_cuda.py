@@ -74,9 +74,9 @@ def validate(device: Device, side: int, channels: int, degrees: Sequence[int]) -
 
 def peak_flops(device: Device, repeats: int) -> float:
     """FLOP/s of a large fp16 product with fp32 sums."""
-    factors = [device.empty((PEAK_SIDE, PEAK_SIDE), np.float16) for _ in range(2)]
-    for factor in factors:  # random bits cost what data cost; zeros would run faster
-        factor[:] = device.to_device(np.random.default_rng(0).normal(size=(1, PEAK_SIDE)).astype(np.float16))
+    # Random bits cost what data cost; zeros would run faster.
+    row = np.random.default_rng(0).normal(size=(1, PEAK_SIDE)).astype(np.float16)
+    factors = [device.to_device(np.repeat(row, PEAK_SIDE, axis=0)) for _ in range(2)]
     out = device.empty((1, PEAK_SIDE, PEAK_SIDE), np.float32)
 
     def multiply() -> None:
@@ -162,14 +162,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     images, layers, patches = arguments.images, arguments.layers, side * side
     some = device.to_device(make_tokens(8, side, channels))  # [8, 1, P, C]
+    device.synchronise()  # what CuPy does by itself is on another stream
     tokens = device.empty((images, layers, patches, channels), np.float32)
     for i in range(images):
         # Shifting the channels keeps the statistics and makes every image and layer differ.
         for layer in range(layers):
             tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
+    features = device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
     pairs = layers * images * (images - 1) // 2
     plan = plan_mutual_scoring(images, patches, channels, len(degrees), device.free_bytes(), device.cache_bytes)
-    features = tokens[:, 0].astype(np.float16)
 
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.tiles)}

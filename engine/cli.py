@@ -114,7 +114,7 @@ def _guarded(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
         log.error("stopped by --strict: %s. %s", error, go_on)
         return SOME_FAILED
     except (OSError, MemoryError) as error:
-        log.error("stopped: %s. %s", error, go_on)
+        log.error("stopped: %s. %s", str(error).rstrip("."), go_on)
         return SOME_FAILED
     except KeyboardInterrupt:
         log.error("interrupted. %s", go_on)
@@ -232,11 +232,6 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     runtime = choose_runtime(arguments.device, arguments.runtime)
     config = runtime.resolve(load_config(arguments.preset, arguments.config, overrides))
     output: Path = arguments.output
-    options = Options(
-        batch_size=arguments.batch_size or (8 if runtime.device else 1),
-        workers=arguments.workers or available_cores(),
-        strict=arguments.strict,
-    )
     data = arguments.data
     if arguments.demo:
         check_output(output, ())
@@ -245,9 +240,17 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
     check_output(output, categories)
 
     stages = Stages()
-    with stages.measure("load"):
-        backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
-        placement = choose_placement(config, runtime, options.batch_size, arguments.memory_limit)
+    batch_size = arguments.batch_size or (8 if runtime.device else 1)
+    try:
+        with stages.measure("load"):
+            backbones = {name: load_backbone(config, name, runtime, batch_size) for name in config.backbones}
+            batch_size = min(batch_size, max(backbone.largest_batch for backbone in backbones.values()))
+            placement = choose_placement(config, runtime, batch_size, arguments.memory_limit)
+    except MemoryError as error:
+        raise ConfigError(
+            f"too little memory to start ({error}); try --batch-size 1 or a smaller --image-size"
+        ) from None
+    options = Options(batch_size, arguments.workers or available_cores(), arguments.strict)
     try:
         check_memory(categories, config, backbones, placement)
     except (MemoryError, ValueError) as error:  # too little memory, or a precision that this installation lacks

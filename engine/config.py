@@ -36,7 +36,7 @@ class BackboneConfig:
     checkpoint: str  # a name of the manifest or a file
     taps: tuple[int, ...]  # 0-based blocks
     activation: str = "gelu"
-    heads: int | None = None  # width / 64 by default
+    heads: int | None = None  # by default those of the published tower of this width
     preprocessing: Preprocessing = "imagenet"
 
 

@@ -78,7 +78,7 @@ class Device(Protocol):
         """Return the memory in use by everybody."""
 
     def adopt(self, array: Any) -> DEVICE_ARRAY:
-        """Take another library's array on this device, once the default stream has completed it."""
+        """Take another library's array on this device, once the default stream has completed it; packed rows."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:
         """Allocate an array with any content; raises DeviceMemoryError."""
@@ -291,8 +291,10 @@ class CupyDevice:
         return int(total) - int(free)
 
     def adopt(self, array: Any) -> DEVICE_ARRAY:
-        self._cupy.cuda.Stream.null.synchronize()
-        return self._cupy.asarray(array)
+        with self._cupy.cuda.Stream.null as default:
+            packed = self._cupy.ascontiguousarray(self._cupy.asarray(array))
+            default.synchronize()
+        return packed
 
     @_names_exhaustion
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DEVICE_ARRAY:

@@ -86,7 +86,7 @@ def test_a_backbone_gives_what_its_graph_gives(gpu: cuda.Device, two_backbones: 
         check_agreement([np.concatenate(output) for output in outputs], expected, "fp16", "the fp32 graph")
 
 
-@pytest.mark.parametrize("limit", [[], ["--memory-limit", "300KB"]], ids=["resident", "spilled"])
+@pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
 @pytest.mark.parametrize("library", [*LIBRARIES, "torch"])
 def test_a_run_on_the_device_equals_one_on_the_cpu(
     gpu: cuda.Device,

@@ -260,7 +260,7 @@ def test_products_on_a_device(gpu: cuda.Device, images: int, patches: int, chann
         checks.check_fused_max(*how, images, patches, channels, negative=negative, get=gpu.to_host)
         checks.check_fused_winners(*how, images, patches, channels, negative=negative, get=gpu.to_host)
     checks.check_fused_max(*how, images, patches, channels, zeros=True, get=gpu.to_host)
-    checks.check_winner_cosines(*how, images, patches, channels, get=gpu.to_host)
+    checks.check_winner_cosines(*how, images, patches, channels, get=gpu.to_host, put=gpu.copy)
 
 
 @pytest.mark.gpu

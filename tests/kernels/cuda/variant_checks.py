@@ -26,6 +26,10 @@ def products_of_a_pair(variant: str, degrees: Sequence[int]) -> int:
     return 1 if variant == "gram" else len(set(degrees))
 
 
+def put_array(source: Any, out: Any) -> None:
+    out[...] = source
+
+
 def get_array(array: Any) -> NDArray[Any]:
     return np.asarray(array)
 
@@ -211,6 +215,7 @@ def check_winner_cosines(
     channels: int,
     directions: tuple[bool, bool] = (True, True),
     get: Any = get_array,
+    put: Any = put_array,
 ) -> None:
     """Random winners: their numbers are read, their cosines measured."""
     random = rng(5, images, patches, channels)
@@ -224,7 +229,7 @@ def check_winner_cosines(
         if view is not None:
             values = random.uniform(-1.9, 0, winner.shape).astype(np.float32)
             bits = (values.view(np.int32) & ~mask) | winner
-            view[...] = make(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+            put(make(bits ^ ((bits >> 31) & 0x7FFFFFFF)), view)
     rows, column = make(beside_another_degree(features[:-1])), make(features[-1])
     variants.winner_cosines(run, rows[:, 0], column, make(inverse[:-1]), make(inverse[-1]), *out.views)
 
