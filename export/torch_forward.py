@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .onnx_export import ExportOptions
 from .vision_transformer import Affine, Block, VisionTransformer
-from .vit_graph import HEAD_WIDTH
+from .vit_graph import attention_heads
 
 Array = NDArray[np.float32]
 
@@ -27,7 +27,7 @@ class TorchForward:
         """options: all but the precision, which is `dtype`, and the form of attention."""
         self._device, self._dtype = device, dtype
         self._vit, self._options = vit, options
-        self._heads = options.heads or vit.width // HEAD_WIDTH
+        self._heads = attention_heads(vit.width, options.heads)
         self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in vit.blocks]
         self._norm = self._affine(vit.norm)
         self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)

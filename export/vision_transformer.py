@@ -1,7 +1,8 @@
 """A vision transformer's weights, read from any of the names under which DINOv2 and CLIP are published."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 from .state_dict import CheckpointError, StateDict, read_state_dict
 
 Array = NDArray[np.float32]
-Tensors = dict[str, Array]
+Tensors = Mapping[str, Array]
 Affine = tuple[Array, Array]  # weight and bias
+
+AVERAGED = re.compile(r"(^|[._])(teacher|ema)[._]")  # in names of towers that average others over the training
 
 
 @dataclass(frozen=True)
@@ -59,62 +62,117 @@ def read_vision_transformer(path: Path) -> VisionTransformer:
     """Read the image tower of a checkpoint as float32.
 
     DINOv2 in its official, timm or Hugging Face names; CLIP in OpenAI's (also open_clip's), timm's or Hugging Face's.
-    Raises CheckpointError when the file is unreadable, incomplete or of another architecture.
+    From a training checkpoint with several towers comes the averaged one: `teacher` before `student`, `ema` before its
+    model. Pooling leaves no trace in names: the class token is assumed.
+
+    Raises CheckpointError when the file is unreadable, incomplete or of another architecture; a tensor of the tower
+    that would not be used means another architecture.
     """
     state = read_state_dict(path)
-    for marker, layout in LAYOUTS.items():
-        for key in state:
-            if key == marker or key.endswith("." + marker):
-                try:
-                    transformer = layout(_below(state, key.removesuffix(marker)))
-                    _check_shapes(transformer)
-                    return transformer
-                except KeyError as error:
-                    raise CheckpointError(
-                        f"{path}: the checkpoint lacks the tensor {error}; fetch the file again"
-                    ) from None
-                except ValueError as error:
-                    raise CheckpointError(f"{path}: its tensors do not fit together ({error})") from error
-    raise CheckpointError(
-        f"{path}: none of its {len(state)} tensors is named as in a DINOv2 or CLIP image tower "
-        f"(looked for {', '.join(LAYOUTS)})"
-    )
+    towers = [
+        (marker, key.removesuffix(marker))
+        for marker in LAYOUTS
+        for key in state
+        if key == marker or key.endswith("." + marker)
+    ]
+    if not towers:
+        raise CheckpointError(
+            f"{path}: none of its {len(state)} tensors is named as in a DINOv2 or CLIP image tower "
+            f"(looked for {', '.join(LAYOUTS)})"
+        )
+    towers = [tower for tower in towers if AVERAGED.search(tower[1])] or towers
+    if len(towers) > 1:
+        prefixes = ", ".join(repr(prefix) for _, prefix in towers)
+        raise CheckpointError(f"{path}: holds several image towers ({prefixes}); save the one that is meant alone")
+    (marker, prefix), *_ = towers
+    layout, unused = LAYOUTS[marker]
+    try:
+        tower = _Tower(state, prefix)
+        transformer = layout(tower)
+        _check(transformer)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: lacks the tensor {prefix}{error.args[0]}: it is incomplete or of an architecture that zsad "
+            "does not know"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: unusable as an image tower: {error}") from error
+    foreign = [prefix + name for name in tower.unread() if not re.fullmatch(unused, name)]
+    around = prefix.removesuffix("trunk.")  # open_clip's name for a tower of timm, which it projects by itself
+    foreign += [name for name in state if name.startswith(around) and not name.startswith(prefix)]
+    if foreign:
+        raise CheckpointError(f"{path}: holds {foreign[0]}, which belongs to an architecture that zsad does not know")
+    return transformer
 
 
-def _below(state: StateDict, prefix: str) -> Tensors:
-    return {
-        name[len(prefix) :]: np.asarray(tensor, np.float32) for name, tensor in state.items() if name.startswith(prefix)
-    }
+class _Tower(Tensors):
+    """The tensors below a prefix as float32 with at least one axis; remembers which have been read."""
+
+    def __init__(self, state: StateDict, prefix: str) -> None:
+        below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        # DINOv2's training groups its blocks: `blocks.<group>.<block>.`, where blocks are numbered through.
+        self._stored = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name): below[name] for name in below}
+        if len(self._stored) < len(below):
+            raise ValueError("the blocks of every group are numbered from 0, which is no layout of DINOv2's")
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = np.atleast_1d(np.asarray(self._stored[name], np.float32))
+        self._read.add(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def unread(self) -> list[str]:
+        return [name for name in self._stored if name not in self._read]
 
 
-def _check_shapes(vit: VisionTransformer) -> None:
-    """Raise ValueError where a tensor does not fit the others."""
+def _check(vit: VisionTransformer) -> None:
+    """Raise ValueError where a tensor does not fit the others or holds no numbers."""
     width, patches = vit.width, len(vit.positions) - 1
-    if math.isqrt(patches) ** 2 != patches:
-        raise ValueError(f"{patches} positions are no square grid")
-    found = {"patch": vit.patch_weight.shape, "positions": vit.positions.shape, "norm": vit.norm[0].shape}
-    expected: dict[str, tuple[int, ...]] = {
-        "patch": (width, 3, vit.patch_size, vit.patch_size),
-        "positions": (1 + patches, width),
-        "norm": (width,),
-    }
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        raise ValueError(f"{len(vit.positions)} positions are no class token and a square grid")
     if not vit.blocks:
         raise ValueError("there are no blocks")
+    tensors: list[tuple[str, Array, tuple[int, ...]]] = [
+        ("patch", vit.patch_weight, (width, 3, vit.patch_size, vit.patch_size)),
+        ("class token", vit.class_token, (width,)),
+        ("registers", vit.registers, (len(vit.registers), width)),
+        ("positions", vit.positions, (1 + patches, width)),
+    ]
+    if vit.patch_bias is not None:
+        tensors.append(("patch bias", vit.patch_bias, (width,)))
+    if vit.projection is not None:
+        tensors.append(("projection", vit.projection, (width, vit.projection.shape[-1])))
+    affines: dict[str, tuple[Affine, tuple[int, ...]]] = {"norm": (vit.norm, (width,))}
+    if vit.pre_norm is not None:
+        affines["pre_norm"] = (vit.pre_norm, (width,))
     for index, block in enumerate(vit.blocks):
-        hidden = block.fc2[0].shape[1]
+        hidden = block.fc2[0].shape[-1]
         wide = 2 * hidden if len(block.fc1[1]) == 2 * hidden else hidden
-        for name, out, inputs in (
-            ("qkv", 3 * width, width),
-            ("proj", width, width),
-            ("fc1", wide, width),
-            ("fc2", width, hidden),
-        ):
-            weight, bias = getattr(block, name)
-            found |= {f"block {index} {name}": weight.shape, f"block {index} {name} bias": bias.shape}
-            expected |= {f"block {index} {name}": (out, inputs), f"block {index} {name} bias": (out,)}
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{name} is {found[name]} instead of {shape}")
+        shapes: dict[str, tuple[int, ...]] = {
+            "norm1": (width,),
+            "qkv": (3 * width, width),
+            "proj": (width, width),
+            "norm2": (width,),
+            "fc1": (wide, width),
+            "fc2": (width, hidden),
+        }
+        affines |= {f"block {index} {name}": (getattr(block, name), shape) for name, shape in shapes.items()}
+    for name, ((weight, bias), shape) in affines.items():
+        tensors += [(name, weight, shape), (name + " bias", bias, shape[:1])]
+    for name, tensor, expected in tensors:
+        if tensor.shape != expected or 0 in expected[1:]:
+            raise ValueError(f"{name} is {tensor.shape} instead of {expected}")
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values: damaged; put a whole copy in its place")
 
 
 def _affine(state: Tensors, name: str) -> Affine:
@@ -124,7 +182,16 @@ def _affine(state: Tensors, name: str) -> Affine:
 def _scaled(affine: Affine, gamma: Array | None) -> Affine:
     """Fold a layer scale into the linear layer before it."""
     weight, bias = affine
-    return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
+    if gamma is None:
+        return weight, bias
+    if gamma.shape != bias.shape or gamma.shape != weight.shape[:1]:
+        raise ValueError(f"a layer scale {gamma.shape} does not fit weights {weight.shape}")
+    return (weight.T * gamma).T, bias * gamma
+
+
+def _rows(tensor: Array) -> Array:
+    """Return the vectors of a tensor, whose further axes are of length 1 or count them: [n, C]."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _count_blocks(state: Tensors, prefix: str) -> int:
@@ -134,12 +201,14 @@ def _count_blocks(state: Tensors, prefix: str) -> int:
 def _read_blocks(state: Tensors) -> VisionTransformer:
     """DINOv2's official names, which timm shares and also gives to CLIP's image tower."""
     clip = "norm_pre.weight" in state
-    width = state["cls_token"].shape[-1]
-    positions = state["pos_embed"].reshape(-1, width)
-    registers = state.get("register_tokens", state.get("reg_token", np.empty((0, width), np.float32)))
-    if math.isqrt(len(positions)) ** 2 == len(positions):
+    class_token, positions = state["cls_token"].reshape(-1), _rows(state["pos_embed"])
+    registers = state.get("register_tokens", np.empty((0, len(class_token)), np.float32))
+    if "reg_token" in state:
         # timm's register models keep the class token's position inside the token itself.
-        positions = np.concatenate([np.zeros((1, width), np.float32), positions])
+        registers = state["reg_token"]
+        positions = np.concatenate([np.zeros_like(positions[:1]), positions])
+    if clip and np.any(state.get("head.bias", 0)):  # of timm's CLIP towers it is zero
+        raise ValueError("head.bias belongs to a classifier; zsad needs CLIP's projection, which has none")
     blocks = []
     for index in range(_count_blocks(state, "blocks.")):
         block = f"blocks.{index}."
@@ -158,8 +227,8 @@ def _read_blocks(state: Tensors) -> VisionTransformer:
         architecture="clip" if clip else "dinov2",
         patch_weight=state["patch_embed.proj.weight"],
         patch_bias=state.get("patch_embed.proj.bias"),
-        class_token=state["cls_token"].reshape(-1),
-        registers=registers.reshape(-1, width),
+        class_token=class_token,
+        registers=_rows(registers),
         positions=positions,
         pre_norm=_affine(state, "norm_pre") if clip else None,
         blocks=blocks,
@@ -201,8 +270,8 @@ def _read_hugging_face_dinov2(state: Tensors) -> VisionTransformer:
 
 
 def _read_clip(state: Tensors) -> VisionTransformer:
-    """OpenAI's names, which open_clip shares."""
-    width = state["class_embedding"].shape[0]
+    """OpenAI's names, which open_clip shares; it knows layer scales besides."""
+    class_token = state["class_embedding"]
     blocks = []
     for index in range(_count_blocks(state, "transformer.resblocks.")):
         block = f"transformer.resblocks.{index}."
@@ -210,18 +279,18 @@ def _read_clip(state: Tensors) -> VisionTransformer:
             Block(
                 norm1=_affine(state, block + "ln_1"),
                 qkv=(state[block + "attn.in_proj_weight"], state[block + "attn.in_proj_bias"]),
-                proj=_affine(state, block + "attn.out_proj"),
+                proj=_scaled(_affine(state, block + "attn.out_proj"), state.get(block + "ls_1.gamma")),
                 norm2=_affine(state, block + "ln_2"),
                 fc1=_affine(state, block + "mlp.c_fc"),
-                fc2=_affine(state, block + "mlp.c_proj"),
+                fc2=_scaled(_affine(state, block + "mlp.c_proj"), state.get(block + "ls_2.gamma")),
             )
         )
     return VisionTransformer(
         architecture="clip",
         patch_weight=state["conv1.weight"],
         patch_bias=None,
-        class_token=state["class_embedding"],
-        registers=np.empty((0, width), np.float32),
+        class_token=class_token,
+        registers=np.empty((0, len(class_token)), np.float32),
         positions=state["positional_embedding"],
         pre_norm=_affine(state, "ln_pre"),
         blocks=blocks,
@@ -254,10 +323,13 @@ def _read_hugging_face_clip(state: Tensors) -> VisionTransformer:
     return _read_clip(renamed)
 
 
-# A tensor that only this layout has → its reader.
-LAYOUTS: dict[str, Callable[[Tensors], VisionTransformer]] = {
-    "patch_embed.proj.weight": _read_blocks,
-    "embeddings.patch_embeddings.projection.weight": _read_hugging_face_dinov2,
-    "ln_pre.weight": _read_clip,
-    "vision_model.pre_layrnorm.weight": _read_hugging_face_clip,
+# A tensor that only this layout has → its reader, and which tensors beside the tower's own change nothing.
+LAYOUTS: dict[str, tuple[Callable[[Tensors], VisionTransformer], str]] = {
+    "patch_embed.proj.weight": (_read_blocks, r"mask_token|head\.(weight|bias)"),
+    "embeddings.patch_embeddings.projection.weight": (_read_hugging_face_dinov2, r"embeddings\.mask_token"),
+    "ln_pre.weight": (_read_clip, ""),
+    "vision_model.pre_layrnorm.weight": (
+        _read_hugging_face_clip,
+        r"(text_model|text_projection|logit_scale)(\..*)?|vision_model\.embeddings\.position_ids",
+    ),
 }

@@ -19,7 +19,7 @@ from .vision_transformer import Affine, Block, VisionTransformer
 Array = NDArray[np.float32]
 
 # Part of every cache key: raise it whenever the graph changes.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 OPSET = 20
 IR_VERSION = 10
 
@@ -29,7 +29,9 @@ ATTENTIONS = ("fused", "standard")
 LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
 PADDING = 16  # columns
 IN_FP32 = "take fp32: zsad-export --precision fp32, zsad-infer --backbone-precision fp32"
-HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower
+HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower up to ViT-L, 1024 channels wide
+# Attention heads of the wider ones: ViT-H, ViT-g of CLIP and of DINOv2, ViT-bigG, ViT-e.
+WIDE_HEADS = {1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}
 
 
 def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = False) -> NDArray[np.float64]:
@@ -99,7 +101,7 @@ class _Graph:
         return name if known else self.constant(value, name)
 
     def weight(self, value: Array, name: str) -> str:
-        if not np.abs(value).max(initial=0) <= np.finfo(self.dtype).max:  # a NaN fails too
+        if np.abs(value).max(initial=0) > np.finfo(self.dtype).max:
             raise CheckpointError(f"{name} holds values beyond the range of {self.precision}; {IN_FP32}")
         return self.constant(np.ascontiguousarray(value.astype(self.dtype)), name)
 
@@ -393,7 +395,6 @@ def _take_images_singly(graph: _Graph, outputs: list[onnx.ValueInfoProto], image
 def check_options(vit: VisionTransformer, taps: Sequence[int], image_size: int, heads: int | None) -> int:
     """Return the number of attention heads; raises CheckpointError when an option does not fit the checkpoint."""
     taps, depth = list(taps), len(vit.blocks)
-    heads = heads if heads is not None else vit.width // HEAD_WIDTH
     if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
         raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
     if image_size <= 0 or image_size % vit.patch_size:
@@ -401,9 +402,20 @@ def check_options(vit: VisionTransformer, taps: Sequence[int], image_size: int, 
         raise CheckpointError(
             f"image size {image_size} is no multiple of the patch size {vit.patch_size}; use --image-size {nearest}"
         )
-    if heads < 1 or vit.width % heads:
-        raise CheckpointError(
-            f"{heads} attention heads do not divide a width of {vit.width}; name the number with --heads "
-            "(or `heads` of the backbone in the configuration)"
-        )
-    return heads
+    return attention_heads(vit.width, heads)
+
+
+def attention_heads(width: int, heads: int | None) -> int:
+    """Return the number of attention heads: the one asked for, else that of the published tower of this width.
+
+    No tensor tells it. Raises CheckpointError when it does not divide the width or there is no such tower.
+    """
+    known = width // HEAD_WIDTH if width <= 1024 and width % HEAD_WIDTH == 0 else WIDE_HEADS.get(width)
+    heads = known if heads is None else heads
+    if heads is None:
+        problem = f"how many attention heads a tower {width} wide has is not known"
+    elif heads < 1 or width % heads:
+        problem = f"{heads} attention heads do not divide a width of {width}"
+    else:
+        return heads
+    raise CheckpointError(f"{problem}; name the number with --heads (or `heads` of the backbone in the configuration)")

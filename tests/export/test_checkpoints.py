@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -15,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from zsad.export import checkpoints
-from zsad.export.checkpoints import find_checkpoint, read_manifest
+from zsad.export.checkpoints import Checkpoint, Source, find_checkpoint, read_manifest
 from zsad.export.cli import main
 from zsad.export.files import file_sha256
 from zsad.export.state_dict import CheckpointError
@@ -62,6 +63,28 @@ def test_weights_folder_can_be_named(tmp_path: Path, empty_cache: Path, monkeypa
     (tmp_path / "dinov2_vitl14_pretrain.pth").write_bytes(b"not the weights")
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         find_checkpoint("dinov2-vitl14")
+
+
+def test_a_file_may_be_called_like_a_home_folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nobody-of-this-name.safetensors").write_bytes(b"weights")
+    path, digest = find_checkpoint("~nobody-of-this-name.safetensors")
+    assert file_sha256(path) == digest
+
+
+def test_without_a_digest_the_architecture_must_be_right(
+    golden: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source("url", "tiny.safetensors", "http://127.0.0.1:1/tiny.safetensors", None, None, {})
+    known = Checkpoint("tiny", "dinov2", "MIT", (source,))
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda: {"tiny": known})
+    path = empty_cache / "weights" / source.file
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(golden / "dinov2_vit_tiny.safetensors", path)
+    assert find_checkpoint("tiny") == (path, file_sha256(path))
+    shutil.copyfile(golden / "clip_vit_tiny.safetensors", path)
+    with pytest.raises(CheckpointError, match="the image tower is of clip, but tiny is of dinov2"):
+        find_checkpoint("tiny")
 
 
 class FakePip:
@@ -146,8 +169,144 @@ def test_an_incomplete_checkpoint_names_the_tensor(golden: Path, tmp_path: Path)
     state = dict(load_file(golden / "dinov2_vit_tiny.safetensors"))
     del state["blocks.3.attn.qkv.bias"]
     save_file(state, tmp_path / "partial.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks\.3\.attn\.qkv\.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensor blocks\.3\.attn\.qkv\.bias.*architecture"):
         read_vision_transformer(tmp_path / "partial.safetensors")
+
+
+def changed(file: Path, folder: Path, prefix: str = "", **tensors: object) -> Path:
+    """Write a golden checkpoint with a prefix before all names and other or further tensors."""
+    state = {prefix + name: tensor for name, tensor in load_file(file).items()}
+    state |= {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    save_file(state, folder / "changed.safetensors")
+    return folder / "changed.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "tensor"),
+    [
+        ("dinov2", "", "blocks.0.attn.q_norm.weight"),
+        ("dinov2", "model.", "model.blocks.5.adapter.weight"),
+        ("dinov2", "", "fc_norm.weight"),
+        ("dinov2", "", "head.proj.weight"),
+        ("dinov2", "visual.trunk.", "visual.head.proj.weight"),  # a timm tower inside open_clip
+        ("clip", "", "visual.attn_pool.query"),
+    ],
+)
+def test_tensors_that_would_not_be_used_are_refused(
+    golden: Path, tmp_path: Path, name: str, prefix: str, tensor: str
+) -> None:
+    file = golden / f"{name}_vit_tiny.safetensors"
+    read_vision_transformer(changed(file, tmp_path, prefix))
+    with pytest.raises(CheckpointError, match=f"holds {re.escape(tensor)}, which belongs to an architecture"):
+        read_vision_transformer(changed(file, tmp_path, prefix, **{tensor: np.ones(16)}))
+
+
+def test_tensors_that_change_nothing_may_be_there(golden: Path, tmp_path: Path) -> None:
+    rest = {"mask_token": [[0]], "head.weight": [[0]], "head.bias": [1], "logit_scale": 1}
+    read_vision_transformer(
+        changed(
+            golden / "dinov2_vit_tiny.safetensors",
+            tmp_path,
+            "teacher.backbone.",
+            **{f"teacher.backbone.{name}": rest[name] for name in ("mask_token", "head.weight", "head.bias")},
+            **{"teacher.dino_head.mlp.0.weight": [[0]]},
+        )
+    )
+    clip = changed(golden / "clip_vit_tiny.safetensors", tmp_path, logit_scale=1, token_embedding=[[0]])
+    read_vision_transformer(clip)
+
+
+def test_layer_scale_of_open_clip_is_folded_in(golden: Path, tmp_path: Path) -> None:
+    file, rng = golden / "clip_vit_tiny.safetensors", np.random.default_rng(0)
+    plain = read_vision_transformer(file)
+    gammas = rng.normal(size=(2, plain.width)).astype(np.float32)
+    names = [f"visual.transformer.resblocks.1.ls_{number}.gamma" for number in (1, 2)]
+    scaled = read_vision_transformer(changed(file, tmp_path, **dict(zip(names, gammas, strict=True))))
+    for layer, gamma in zip(("proj", "fc2"), gammas, strict=True):
+        for found, weights in zip(getattr(scaled.blocks[1], layer), getattr(plain.blocks[1], layer), strict=True):
+            np.testing.assert_array_equal(found, (weights.T * gamma).T)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [
+        ("dinov2", "norm.weight", (47,)),
+        ("dinov2", "norm.bias", (1,)),
+        ("dinov2", "blocks.1.norm2.bias", (47,)),
+        ("dinov2", "blocks.2.attn.proj.weight", (48,)),
+        ("dinov2", "blocks.2.mlp.fc2.weight", ()),
+        ("dinov2", "patch_embed.proj.bias", (47,)),
+        ("dinov2", "patch_embed.proj.weight", (48, 3, 0, 0)),
+        ("dinov2", "cls_token", ()),
+        ("dinov2", "cls_token", (0,)),
+        ("dinov2", "pos_embed", (1, 0, 48)),
+        ("dinov2", "pos_embed", (1, 52, 24)),
+        ("dinov2", "pos_embed", (1, 16, 48)),  # 3 × 5 patches and the class token, not 4 × 4 patches
+        ("dinov2", "reg_token", (1, 4, 24)),
+        ("dinov2", "blocks.0.ls1.gamma", ()),
+        ("dinov2", "blocks.0.ls2.gamma", (1,)),
+        ("clip", "visual.class_embedding", ()),
+        ("clip", "visual.positional_embedding", (37,)),
+        ("clip", "visual.ln_pre.weight", (3,)),
+        ("clip", "visual.proj", (32,)),
+        ("clip", "visual.proj", (32, 0)),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    golden: Path, tmp_path: Path, name: str, tensor: str, shape: tuple[int, ...]
+) -> None:
+    path = changed(golden / f"{name}_vit_tiny.safetensors", tmp_path, **{tensor: np.zeros(shape)})
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: unusable as an image tower"):
+        read_vision_transformer(path)
+
+
+@pytest.mark.parametrize("tensor", ["blocks.2.mlp.fc1.weight", "norm.bias", "pos_embed"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_no_numbers_mean_damage(golden: Path, tmp_path: Path, tensor: str, value: float) -> None:
+    weights = load_file(golden / "dinov2_vit_tiny.safetensors")[tensor]
+    weights.flat[-1] = value
+    with pytest.raises(CheckpointError, match="holds NaN or infinite values: damaged"):
+        read_vision_transformer(changed(golden / "dinov2_vit_tiny.safetensors", tmp_path, **{tensor: weights}))
+
+
+def test_of_several_towers_the_averaged_one_is_taken(golden: Path, tmp_path: Path) -> None:
+    towers = load_file(golden / "dinov2_vit_tiny.safetensors")
+    for averaged, other in (("teacher.backbone.", "student.backbone."), ("state_dict_ema.", "state_dict.")):
+        others = {averaged + name: tensor for name, tensor in towers.items()}
+        others[averaged + "norm.bias"] = towers["norm.bias"] + 1
+        path = changed(golden / "dinov2_vit_tiny.safetensors", tmp_path, other, **others)
+        np.testing.assert_array_equal(read_vision_transformer(path).norm[1], towers["norm.bias"] + 1)
+    path = changed(golden / "dinov2_vit_tiny.safetensors", tmp_path, "a.", **{f"b.{n}": t for n, t in towers.items()})
+    with pytest.raises(CheckpointError, match=r"several image towers \('a\.', 'b\.'\)"):
+        read_vision_transformer(path)
+
+
+def test_blocks_in_groups_are_numbered_through(golden: Path, tmp_path: Path) -> None:
+    file = golden / "dinov2_vit_tiny.safetensors"
+    for numbering in (lambda block: f"blocks.{block // 3}.{block}", lambda block: f"blocks.{block // 3}.{block % 3}"):
+        renamed = {}
+        for name, tensor in load_file(file).items():
+            renamed[re.sub(r"^blocks\.(\d+)", lambda found, number=numbering: number(int(found[1])), name)] = tensor
+        save_file(renamed, tmp_path / f"grouped{len(list(tmp_path.iterdir()))}.safetensors")
+    found, plain = read_vision_transformer(tmp_path / "grouped0.safetensors"), read_vision_transformer(file)
+    for ours, theirs in zip(found.blocks, plain.blocks, strict=True):
+        np.testing.assert_array_equal(ours.qkv[0], theirs.qkv[0])
+    with pytest.raises(CheckpointError, match="numbered from 0"):
+        read_vision_transformer(tmp_path / "grouped1.safetensors")
+
+
+def test_shards_are_named_for_what_they_are(golden: Path, tmp_path: Path) -> None:
+    state = load_file(golden / "dinov2_vit_tiny.safetensors")
+    shard, index = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model.safetensors.index.json"
+    # Without the last block it would pass for a shallower tower.
+    save_file({name: tensor for name, tensor in state.items() if not name.startswith("blocks.5.")}, shard)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="one of several shards; join them"):
+        read_vision_transformer(shard)
+    with pytest.raises(CheckpointError, match=r"must be \.safetensors.* not '\.json'"):
+        read_vision_transformer(index)
+    with pytest.raises(CheckpointError, match="neither a checkpoint file nor a name"):
+        find_checkpoint(str(tmp_path))
 
 
 class Bomb:
@@ -164,7 +323,7 @@ def test_pickled_code_does_not_run(tmp_path: Path) -> None:
     target = tmp_path / "ran"
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"weight": Bomb(str(target))}))
-    with pytest.raises(CheckpointError, match=r"evil\.pth"):  # with PyTorch refused, without it not even opened
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
         read_vision_transformer(path)
     assert not target.exists()
 

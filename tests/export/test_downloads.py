@@ -2,7 +2,9 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,13 +22,17 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT; sends at most `limits[i]` bytes to the i-th request, then hangs up."""
+    """Serves `content`; sends at most `limits[i]` bytes to the i-th request, then hangs up."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.content = CONTENT
+        self.refusals: list[int] = []  # statuses of the first requests
         self.limits: list[int] = []
         self.ranges: list[str | None] = []  # of the requests, as they came
-        self.continues = True
+        self.continues = self.says_length = True
+        self.may_send = threading.Event()
+        self.may_send.set()
 
     @property
     def url(self) -> str:
@@ -42,15 +48,23 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("weights.pth"):
             self.send_error(404)
             return
+        if self.server.refusals:
+            self.send_error(self.server.refusals.pop(0))
+            return
+        content = self.server.content
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.continues else 0
-        if start >= len(CONTENT):
-            self.send_error(416)
+        if start and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        if self.server.says_length:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        limit = self.server.limits.pop(0) if self.server.limits else len(CONTENT)
-        self.wfile.write(CONTENT[start : start + limit])
+        self.server.may_send.wait()
+        limit = self.server.limits.pop(0) if self.server.limits else len(content)
+        self.wfile.write(content[start : start + limit])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -84,6 +98,33 @@ def test_a_download_killed_before_its_rename_is_finished(server: Server, tmp_pat
     (tmp_path / "w.pth.part").write_bytes(CONTENT)
     download(server.url, tmp_path / "w.pth", DIGEST)
     assert (tmp_path / "w.pth").read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={len(CONTENT)}-"]
+
+
+@pytest.mark.parametrize("digest", [DIGEST, None])
+def test_what_is_left_of_a_longer_file_is_dropped(server: Server, tmp_path: Path, digest: str | None) -> None:
+    (tmp_path / "w.pth.part").write_bytes(CONTENT + b"more")
+    assert download(server.url, tmp_path / "w.pth", digest) == DIGEST
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.refusals = [429, 503]
+    assert download(server.url, tmp_path / "w.pth", DIGEST) == DIGEST
+
+
+def test_of_two_downloads_at_once_one_waits_for_the_other(server: Server, tmp_path: Path) -> None:
+    server.may_send.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(download, server.url, tmp_path / "w.pth", DIGEST)
+        while not server.ranges:
+            time.sleep(0.01)
+        second = pool.submit(download, server.url, tmp_path / "w.pth", DIGEST)
+        time.sleep(0.3)  # in which the second would ask, too
+        server.may_send.set()
+        assert first.result() == second.result() == DIGEST
+    assert server.ranges == [None]
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
 def test_a_server_that_cannot_continue_starts_again(server: Server, tmp_path: Path) -> None:
@@ -109,6 +150,7 @@ def test_a_missing_file_and_a_missing_server(server: Server, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="404"):
         download(server.url.replace("weights", "nothing"), tmp_path / "w.pth", DIGEST)
     assert server.ranges == [None]  # not asked again
+    assert not list(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="refused"):
         download("http://127.0.0.1:1/weights.pth", tmp_path / "w.pth", DIGEST)
 
@@ -155,3 +197,21 @@ def test_when_no_source_answers_everything_is_said(one_checkpoint: Server, monke
     one_checkpoint.limits = [0] * 9
     with pytest.raises(CheckpointError, match=r"404[\s\S]*broke off[\s\S]*curl"):
         fetch_checkpoint("one")
+
+
+def test_without_a_digest_only_a_readable_tower_is_kept(
+    server: Server, golden: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source("url", "tiny.safetensors", server.url, None, None, {})
+    known = Checkpoint("tiny", "dinov2", "MIT", (source,))
+    monkeypatch.setattr(checkpoints, "read_manifest", lambda: {"tiny": known})
+    server.says_length = False
+    whole = (golden / "dinov2_vit_tiny.safetensors").read_bytes()
+    clip = (golden / "clip_vit_tiny.safetensors").read_bytes()
+    for content in (whole[:-1], b"<html>Log in first</html>", b"", clip):
+        server.content = content
+        with pytest.raises(CheckpointError, match=r"tiny\.safetensors: (damaged|the image tower is of clip)"):
+            fetch_checkpoint("tiny")
+        assert not list((empty_cache / "weights").iterdir())
+    server.content = whole
+    assert fetch_checkpoint("tiny").read_bytes() == whole

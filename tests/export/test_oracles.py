@@ -10,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from zsad.export.onnx_export import ExportOptions, export_onnx
 from zsad.export.parity import run_graph, sample_images
+from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
+from zsad.export.vit_graph import attention_heads
 
 IMAGES = sample_images(70)
 
@@ -80,8 +82,8 @@ def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
         np.testing.assert_allclose(embedding, torch.nn.functional.normalize(model(images)).numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
+@pytest.mark.parametrize(("activation", "layer_scale"), [("gelu", None), ("quick_gelu", None), ("gelu", 1.0)])
+def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_scale: float | None) -> None:
     import torch
 
     pytest.importorskip("open_clip", reason="needs open_clip")
@@ -89,7 +91,9 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
     from open_clip.transformer import VisionTransformer as OpenClip
 
     act = QuickGELU if activation == "quick_gelu" else torch.nn.GELU
-    model = OpenClip(70, 14, width=128, layers=3, heads=2, mlp_ratio=4, output_dim=32, act_layer=act)
+    model = OpenClip(
+        70, 14, width=128, layers=3, heads=2, mlp_ratio=4, ls_init_value=layer_scale, output_dim=32, act_layer=act
+    )
     checkpoint = save_random(model, tmp_path / "open_clip.safetensors", "visual.")
     tokens, embedding = export_and_run(checkpoint, activation=activation)
     blocks = []
@@ -100,6 +104,15 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
     np.testing.assert_allclose(embedding, expected.numpy(), atol=2e-5)
     for found, block in zip(tokens[0], blocks, strict=True):
         np.testing.assert_allclose(found, block.reshape(26, 128)[1:].numpy(), atol=1e-4)
+
+
+def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
+    towers = [open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()]
+    towers = [tower for tower in towers if isinstance(tower.get("layers"), int) and "patch_size" in tower]
+    assert len(towers) > 40
+    for tower in towers:
+        assert attention_heads(tower["width"], None) == tower["width"] // tower.get("head_width", 64)
 
 
 def same_weights(a: VisionTransformer, b: VisionTransformer) -> None:
@@ -176,3 +189,35 @@ def test_hugging_face_clip(golden: Path, tmp_path: Path) -> None:
             state[renamed] = tensor
     save_file(state, tmp_path / "port.safetensors")
     same_weights(read_vision_transformer(tmp_path / "port.safetensors"), read_vision_transformer(official))
+
+
+def test_timm_clip_has_no_projection_bias(golden: Path, tmp_path: Path) -> None:
+    official = golden / "clip_vit_tiny.safetensors"
+    parts = {
+        "visual.": "",
+        "conv1": "patch_embed.proj",
+        "positional_embedding": "pos_embed",
+        "class_embedding": "cls_token",
+        "transformer.resblocks.": "blocks.",
+        "ln_pre": "norm_pre",
+        "ln_post": "norm",
+        "ln_": "norm",
+        "in_proj_": "qkv.",
+        "out_proj": "proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    state = {}
+    for name, tensor in load_file(official).items():
+        renamed = name
+        for theirs, ours in parts.items():
+            renamed = renamed.replace(theirs, ours)
+        state[renamed] = tensor
+    state["head.weight"] = np.ascontiguousarray(state.pop("proj").T)
+    state["head.bias"] = np.zeros(32, np.float32)  # as timm's conversion of OpenAI's weights leaves it
+    save_file(state, tmp_path / "port.safetensors")
+    same_weights(read_vision_transformer(tmp_path / "port.safetensors"), read_vision_transformer(official))
+    state["head.bias"][3] = 0.1
+    save_file(state, tmp_path / "classifier.safetensors")
+    with pytest.raises(CheckpointError, match=r"head\.bias belongs to a classifier"):
+        read_vision_transformer(tmp_path / "classifier.safetensors")

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import LINEAR_LAYERS, bicubic_matrix, build_vit_graph, resize_positions
+from zsad.export.vit_graph import LINEAR_LAYERS, attention_heads, bicubic_matrix, build_vit_graph, resize_positions
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -95,13 +95,26 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
         ({"image_size": 0}, "--image-size 14"),
         ({"activation": "relu"}, "gelu, quick_gelu"),
         ({"heads": 5}, "do not divide"),
-        ({"heads": None}, "heads"),  # 48 wide: the default of 64 per head gives none
+        ({"heads": None}, "48 wide has is not known; name the number with --heads"),
+        ({"heads": 0}, "do not divide"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(dinov2: VisionTransformer, change, message: str) -> None:
     arguments = {"taps": [1, 3], "image_size": 70, "heads": 3, **change}
     with pytest.raises(CheckpointError, match=message):
         build_vit_graph(dinov2, **arguments)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 1), (384, 6), (896, 14), (1024, 16), (1280, 16), (1536, 24)])
+def test_heads_are_those_of_the_published_towers(width: int, heads: int) -> None:
+    assert attention_heads(width, None) == heads
+    assert attention_heads(width, 4) == 4
+
+
+@pytest.mark.parametrize("width", [1088, 1152, 2048])
+def test_heads_of_other_wide_towers_must_be_named(width: int) -> None:
+    with pytest.raises(CheckpointError, match="is not known; name the number with --heads"):
+        attention_heads(width, None)
 
 
 def test_positions_are_kept_at_the_stored_size(dinov2: VisionTransformer) -> None:
