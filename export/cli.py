@@ -2,13 +2,18 @@
 
 import argparse
 import importlib.util
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoints import fetch_checkpoint, read_manifest
+from .files import check_target
 from .onnx_export import ExportOptions, export_onnx
 from .state_dict import CheckpointError
 from .tensorrt_engine import LIBRARIES, EngineError, EngineOptions, build_engine, check_options, rebuild_command
@@ -31,34 +36,66 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `zsad-export`; 0 done, 2 usage or configuration."""
+    """Run `zsad-export`; 0 done, 2 usage or anything that stopped it, 130 interrupted."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        with _terminable():
+            _run(parser, arguments)
+    except KeyboardInterrupt:
+        print("zsad-export: interrupted", file=sys.stderr)
+        return 130
+    except (CheckpointError, EngineError, OSError) as error:
+        print(f"zsad-export: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # PyTorch's, which has no class for it
+            raise
+        detail = " ".join(str(error).split())
+        print(f"zsad-export: not enough memory ({detail}); take a smaller --image-size", file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command through its clean-up, as Ctrl-C does, unless the caller has other plans for it."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.list:
         for checkpoint in read_manifest().values():
             print(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
             for source in checkpoint.sources:
                 print(f"    {source.location}")
-        return 0
-    try:
-        if arguments.fetch:
-            for name in arguments.fetch:
-                print(fetch_checkpoint(name, arguments.output))
-            return 0
-        jobs = _jobs(parser, arguments)
-        if arguments.target != "onnx":  # before minutes of work on the graphs
-            check_options(_engine_options(arguments), jobs[0].options.precision)
-        for job in jobs:
-            if job.checkpoint in read_manifest():
-                fetch_checkpoint(job.checkpoint)
-            if arguments.target == "onnx":
-                print(_export(job, job.output))
-            else:
-                _build(job, arguments)
-    except (CheckpointError, EngineError, OSError) as error:
-        print(f"zsad-export: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return
+    if arguments.fetch:
+        for name in arguments.fetch:
+            print(fetch_checkpoint(name, arguments.output))
+        return
+    # What can be refused is refused before minutes of work.
+    jobs = _jobs(parser, arguments)
+    for job in jobs:
+        if job.output is not None:
+            # pathlib raises for a user that there is not.
+            check_target(job.output, Path(os.path.expanduser(job.checkpoint)))  # noqa: PTH111
+    if arguments.target != "onnx":
+        check_options(_engine_options(arguments), jobs[0].options.precision)
+    for job in jobs:
+        if job.checkpoint in read_manifest():
+            fetch_checkpoint(job.checkpoint)
+        if arguments.target == "onnx":
+            print(_export(job, job.output))
+        else:
+            _build(job, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,25 +120,31 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="the file, or the folder with --preset and --fetch (default: the cache)",
     )
-    graph = parser.add_argument_group("the graph (--preset brings the first four)")
+    graph = parser.add_argument_group("the graph")
     graph.add_argument("--taps", type=_numbers, metavar="5,11,...", help="blocks to tap, 0-based")
-    graph.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="(default: %(default)s)")
-    graph.add_argument("--heads", type=int, help="attention heads (default: width / 64)")
-    graph.add_argument(
-        "--preprocessing",
-        choices=["imagenet", "clip"],
-        default="imagenet",
-        help="noted in the file (default: %(default)s)",
-    )
     graph.add_argument(
         "--attention", choices=ATTENTIONS, help="operators of the attention (default: fused for onnx, else standard)"
     )
-    graph.add_argument(
+    own = parser.add_argument_group("the graph of a --checkpoint (a preset brings its own)")
+    own.add_argument("--activation", choices=ACTIVATIONS, help=f"(default: {ExportOptions.activation})")
+    own.add_argument("--heads", type=int, help="attention heads (default: the published tower's of this width)")
+    own.add_argument(
+        "--preprocessing",
+        choices=["imagenet", "clip"],
+        help=f"noted in the file (default: {ExportOptions.preprocessing})",
+    )
+    own.add_argument(
         "--antialias",
         action=argparse.BooleanOptionalAction,
         help="when resizing the position embedding (default: as the model does)",
     )
-    graph.add_argument("--no-embedding", action="store_true", help="leave out the image embedding and unused blocks")
+    own.add_argument(
+        "--no-embedding",
+        dest="embedding",
+        action="store_const",
+        const=False,
+        help="leave out the image embedding and unused blocks",
+    )
     engine = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)")
     engine.add_argument(
         "--batch", type=_numbers, default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch"
@@ -131,23 +174,33 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Job]:
     """The exports that the command line asks for."""
+    from zsad.engine.config import LARGEST_SIDE  # only here: the engine itself imports this package
+
     onnx = arguments.target == "onnx"
     if len(arguments.batch) != 3:
         parser.error("--batch takes three numbers: smallest, best and largest, for example 1,8,32")
+    if onnx and _engine_options(arguments) != EngineOptions(arguments.target):
+        parser.error("--batch, --device and the other options of an engine need --target tensorrt or tensorrt-rtx")
+    size = 518 if arguments.image_size is None else arguments.image_size
+    if not 0 < size <= LARGEST_SIDE:
+        parser.error(f"--image-size must be from 1 to {LARGEST_SIDE} pixels, not {size}")
+    own = {
+        name: value
+        for name in ("activation", "heads", "preprocessing", "antialias", "embedding")
+        if (value := getattr(arguments, name)) is not None
+    }
     options = ExportOptions(
         taps=arguments.taps or (),
-        image_size=arguments.image_size or 518,
-        activation=arguments.activation,
-        heads=arguments.heads,
-        embedding=not arguments.no_embedding,
+        image_size=size,
         precision=arguments.precision or ("fp32" if onnx else "fp16"),
         attention=arguments.attention or ("fused" if onnx else "standard"),
-        antialias=arguments.antialias,
-        preprocessing=arguments.preprocessing,
+        **own,
     )
     if not onnx and options.attention == "fused":
         parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
     if arguments.preset is not None:
+        if own:
+            parser.error(f"a preset brings its own {', '.join(own)}; leave it out (--config changes a preset)")
         return _preset_jobs(parser, arguments, options)
     if arguments.config is not None:
         parser.error("--config changes a preset; name one with --preset")
@@ -158,7 +211,6 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
 
 def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:
     """The exports that `zsad-infer --preset` would make itself, with the precision and target asked for."""
-    # Presets are the engine's, which itself imports this package.
     from zsad.engine.config import ConfigError, load_config
 
     try:
@@ -172,7 +224,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
     for name, backbone in config.backbones.items():
-        own = replace(config.export_options(name, options.precision, options.attention), antialias=options.antialias)
+        own = config.export_options(name, options.precision, options.attention)
         file = f"{name}-{own.image_size}-{own.precision}{suffix}"
         jobs.append(Job(backbone.checkpoint, own, arguments.output / file if arguments.output else None))
     return jobs

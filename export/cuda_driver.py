@@ -24,7 +24,7 @@ def use_device(device: int) -> str:
     count, handle, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
     _call(driver.cuInit(0), "cuInit")
     _call(driver.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
-    if device >= count.value:
+    if not 0 <= device < count.value:
         raise CudaError(f"there is no GPU {device}; this machine has {count.value}, numbered from 0")
     _call(driver.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
     capability = []

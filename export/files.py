@@ -2,21 +2,52 @@
 
 import hashlib
 import os
+import platform
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that becomes `path` only if the block succeeds."""
+    """Yield a path of the same name in a folder beside it; the file becomes `path` only if the block succeeds.
+
+    What killed processes left there of the same file goes first. Raises OSError, also where `check_target` does.
+    """
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    _sweep(path)
+    folder = path.with_name(f".{platform.node()}.{os.getpid()}.{path.name}")
+    folder.mkdir()
     try:
-        yield temporary
-        temporary.replace(path)
+        yield folder / path.name
+        (folder / path.name).replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove drafts of a file whose writers are dead; those of other machines may live."""
+    draft = re.compile(rf"\.{re.escape(platform.node())}\.(\d+)\.{re.escape(path.name)}")
+    for left in path.parent.iterdir():
+        if match := draft.fullmatch(left.name):
+            writer = int(match[1])
+            if writer == os.getpid() or not psutil.pid_exists(writer):  # in a container it often is the same number
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def check_target(path: Path, source: Path | None = None) -> None:
+    """Raise OSError where writing a file would replace what is no regular file, or what it is made from."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise OSError(f"{path.parent} is not a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}; name a file")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise OSError(f"{path} is what is to be read; name another file to write")
 
 
 def file_sha256(path: Path) -> str:

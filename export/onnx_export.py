@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import tempfile
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import onnx
 
 from .checkpoints import cache_folder, find_checkpoint
+from .files import check_target, written_whole
 from .parity import check_agreement, run_graph, sample_batch
 from .quantisation import sensitive_layers
 from .state_dict import CheckpointError
@@ -57,34 +58,51 @@ def export_onnx(
     after the checkpoint's digest and the options. oracle: what it is compared with, PyTorch or the fp32 graph in the
     other form of attention. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
 
-    Raises CheckpointError, also when the graph computes something else; OSError when the file cannot be written.
+    Raises CheckpointError, also when the graph computes something else; OSError when the file cannot be written, or is
+    the checkpoint itself.
     """
     source, digest = find_checkpoint(checkpoint)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
     path = output or cache_folder() / "models" / f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
-    if output is None and path.is_file():
+    sizes = path.with_name(path.name + ".json")
+    if output is None and sizes.is_file() and sizes.read_bytes() == _sizes(path):
         return ExportedModel(path, checkpoint, digest, built=False)
 
+    check_target(path, source)
     metadata = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    transformer = read_vision_transformer(source)
     try:
-        transformer = read_vision_transformer(source)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            draft = Path(folder) / path.name
+        with written_whole(path) as draft:
             save_graph(_build(transformer, options, metadata), draft)
             agreement = _verify(draft, transformer, options, oracle)
-            for file in (draft.with_name(draft.name + ".data"), draft):  # the graph last
-                if file.exists():
-                    file.replace(path.parent / file.name)
+            if weights_path(draft).exists():
+                shutil.copymode(draft, weights_path(draft))  # from onnx it is the owner's alone
+                weights_path(draft).replace(weights_path(path))
+            else:
+                weights_path(path).unlink(missing_ok=True)  # of a larger graph that had this name
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
+    if output is None:
+        with written_whole(sizes) as temporary:
+            temporary.write_bytes(_sizes(path))
     return ExportedModel(path, checkpoint, digest, built=True, agreement=agreement)
+
+
+def weights_path(graph: Path) -> Path:
+    """Return where a graph too large for one file keeps its weights."""
+    return graph.with_name(graph.name + ".data")
+
+
+def _sizes(path: Path) -> bytes:
+    """The sizes in bytes of a graph and its weights, as the cache keeps them to notice what was cut or lost."""
+    files = (file for file in (path, weights_path(path)) if file.is_file())
+    return json.dumps({file.name: file.stat().st_size for file in files}).encode()
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write a model, with large weights in `path` + `.data`."""
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=path.name + ".data")
+    onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
 
 
 def _build(vit: VisionTransformer, options: ExportOptions, metadata: dict[str, str]) -> onnx.ModelProto:

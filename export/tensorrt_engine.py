@@ -11,14 +11,14 @@ import platform
 import shlex
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import cache_folder
 from .cuda_driver import CudaError, use_device
 from .files import file_sha256, written_whole
-from .onnx_export import ExportOptions
+from .onnx_export import ExportOptions, weights_path
 from .parity import Array, check_agreement, run_graph
 from .state_dict import CheckpointError
 
@@ -29,6 +29,7 @@ LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
 }
 OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
 RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0", "12.1")  # what an engine runs on when none is named: not Turing
 
 
@@ -69,7 +70,11 @@ class Fingerprint:
     engine_bytes: int = 0
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({**asdict(self), "sha256": self.sha256()}, indent=2) + "\n"
+
+    def sha256(self) -> str:
+        """Return a digest of everything in it, by which an edited one is known."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     def key(self) -> str:
         """Return a digest of everything that decides the engine's content."""
@@ -124,7 +129,7 @@ def build_engine(
             pass  # damaged or foreign: build it again
     engine = _build(trt, onnx, fingerprint, options)
     fingerprint = replace(fingerprint, engine_sha256=hashlib.sha256(engine).hexdigest(), engine_bytes=len(engine))
-    with written_whole(path) as temporary, written_whole(fingerprint_path(path)) as beside:
+    with written_whole(fingerprint_path(path)) as beside, written_whole(path) as temporary:  # the engine appears first
         temporary.write_bytes(engine)
         beside.write_text(fingerprint.as_json(), encoding="utf-8")
     return BuiltEngine(path, fingerprint, built=True)
@@ -253,10 +258,13 @@ def check_options(options: EngineOptions, precision: str) -> tuple[Any, tuple[st
     trt = import_tensorrt(options.target)
     if precision == "int8":
         raise EngineError("int8 is for the CPU (--target onnx); TensorRT engines take --precision fp16 or fp32")
-    if not 0 < options.batch[0] <= options.batch[1] <= options.batch[2]:
+    if not 0 < options.batch[0] <= options.batch[1] <= options.batch[2] <= LARGEST_BATCH:
         raise EngineError(
-            f"batch sizes must rise from smallest to largest, for example --batch 1,8,32: {options.batch}"
+            f"batch sizes must rise from smallest to largest and not beyond {LARGEST_BATCH}, for example "
+            f"--batch 1,8,32, not {','.join(map(str, options.batch))}"
         )
+    if options.device < 0:
+        raise EngineError(f"--device counts GPUs from 0, not {options.device}")
     return trt, _rtx_capabilities(options) if options.target == "tensorrt-rtx" else _own_capability(options)
 
 
@@ -339,21 +347,20 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
 
 def _read_checked(path: Path) -> tuple[Fingerprint, bytes]:
     """Read an engine and its fingerprint, which must belong together."""
-    anew = f"build one: zsad-export --preset NAME --target tensorrt --output '{path.parent}'"
+    anew = f"build one: zsad-export --preset NAME --target tensorrt (or tensorrt-rtx) --output '{path.parent}'"
     if not path.is_file():
         raise EngineError(f"{path}: there is no such engine; {anew}")
     beside = fingerprint_path(path)
     try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
-        stored["compute_capabilities"] = tuple(stored["compute_capabilities"])
-        fingerprint = Fingerprint(**stored)
-        if fingerprint.library not in LIBRARIES:
-            raise ValueError(f"unknown library {fingerprint.library!r}")
+        stored = dict(json.loads(beside.read_text(encoding="utf-8")))
+        sha256, capabilities = stored.pop("sha256", ""), tuple(stored.pop("compute_capabilities", ()))
+        fingerprint = Fingerprint(**stored, compute_capabilities=capabilities)
+        if fingerprint.sha256() != sha256:
+            raise ValueError("edited or damaged")
     except FileNotFoundError:
         raise EngineError(f"{path}: has no fingerprint ({beside.name}), so zsad did not build it; {anew}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        names = ", ".join(field.name for field in fields(Fingerprint))
-        raise EngineError(f"{beside}: no fingerprint of this version ({error}; it holds {names}); {anew}") from None
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"{beside}: no fingerprint of this version ({error}); {anew}") from None
     engine = path.read_bytes()
     if len(engine) < fingerprint.engine_bytes:
         raise EngineError(
@@ -369,8 +376,7 @@ def _read_checked(path: Path) -> tuple[Fingerprint, bytes]:
 
 def _onnx_sha256(onnx: Path) -> str:
     """The digest of a graph, and of the file of weights beside it where there is one."""
-    data = onnx.with_name(onnx.name + ".data")
-    digests = [file_sha256(file) for file in (onnx, data) if file.is_file()]
+    digests = [file_sha256(file) for file in (onnx, weights_path(onnx)) if file.is_file()]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

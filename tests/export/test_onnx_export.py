@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from zsad.export import onnx_export, vit_graph
 from zsad.export.cli import main
 from zsad.export.files import file_sha256
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.onnx_export import ExportOptions, export_onnx, weights_path
 from zsad.export.parity import check_agreement, run_graph, sample_images
 from zsad.export.state_dict import CheckpointError
 
@@ -44,8 +44,30 @@ def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Pa
     ]
     models = [first, *(export_onnx(checkpoint, replace(OPTIONS, **change)) for change in changes)]
     assert all(model.built for model in models)
-    assert {path.name for path in (cache / "models").iterdir()} == {model.path.name for model in models}
+    assert set((cache / "models").glob("*.onnx")) == {model.path for model in models}
     assert len({model.path for model in models}) == len(models)
+
+
+def test_a_damaged_graph_in_the_cache_is_built_again(
+    random_dinov2: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
+    checkpoint = str(random_dinov2())
+    graph = export_onnx(checkpoint, OPTIONS).path
+    weights = weights_path(graph)
+    assert not export_onnx(checkpoint, OPTIONS).built
+    contents = graph.read_bytes(), weights.read_bytes()
+    for damage in (
+        lambda: graph.write_bytes(b""),
+        lambda: graph.write_bytes(contents[0][:-1]),
+        lambda: weights.write_bytes(contents[1][:-1]),
+        weights.unlink,
+        lambda: graph.with_name(graph.name + ".json").write_bytes(b"\xff"),
+    ):
+        damage()
+        assert export_onnx(checkpoint, OPTIONS).built
+        assert (graph.read_bytes(), weights.read_bytes()) == contents
+        assert not export_onnx(checkpoint, OPTIONS).built
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -95,13 +117,24 @@ def test_weights_beyond_protobuf_stand_beside_the_graph(
     monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
     checkpoint = str(random_dinov2())
     large = export_onnx(checkpoint, OPTIONS, tmp_path / "out" / "large.onnx")
-    assert {path.name for path in large.path.parent.iterdir()} == {"large.onnx", "large.onnx.data"}
-    assert large.path.stat().st_size < large.path.with_name("large.onnx.data").stat().st_size / 4
+    assert set(large.path.parent.iterdir()) == {large.path, weights_path(large.path)}
+    assert large.path.stat().st_size < weights_path(large.path).stat().st_size / 4
+    assert large.path.stat().st_mode == weights_path(large.path).stat().st_mode
+    outputs = run_graph(large.path, sample_images(70))
     monkeypatch.undo()
-    small = export_onnx(checkpoint, OPTIONS, tmp_path / "small.onnx")
-    images = sample_images(70)
-    for a, b in zip(run_graph(large.path, images), run_graph(small.path, images), strict=True):
+    small = export_onnx(checkpoint, OPTIONS, large.path)
+    assert list(large.path.parent.iterdir()) == [small.path]  # without the weights of the former
+    for a, b in zip(outputs, run_graph(small.path, sample_images(70)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_is_not_replaced_by_its_graph(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, content = random_dinov2(), random_dinov2().read_bytes()
+    (tmp_path / "link.onnx").symlink_to(checkpoint)
+    for output in (checkpoint, tmp_path / "link.onnx"):
+        with pytest.raises(OSError, match="is what is to be read"):
+            export_onnx(str(checkpoint), OPTIONS, output)
+    assert checkpoint.read_bytes() == content
 
 
 def test_metadata_says_what_is_in_the_file(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
@@ -151,7 +184,8 @@ def test_command_exports_a_preset(
 
     monkeypatch.setattr("zsad.export.cli.export_onnx", fake)
     monkeypatch.setattr("zsad.export.cli.fetch_checkpoint", lambda name: None)
-    assert main(["--preset", "challenge", "--precision", "fp16", "--output", str(tmp_path)]) == 0
+    arguments = ["--preset", "challenge", "--precision", "fp16", "--output", str(tmp_path)]
+    assert main([*arguments, "--batch", "1,8,32", "--device", "0"]) == 0  # as they are anyway
     taps = (5, 11, 17, 23)
     assert made == [
         (
@@ -175,4 +209,4 @@ def test_a_cut_checkpoint_leaves_nothing(golden: Path, tmp_path: Path, cache: Pa
     save_file(state, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match=r"odd\.safetensors.*block 1 fc1 is \(192, 47\) instead of \(192, 48\)"):
         export_onnx(str(tmp_path / "odd.safetensors"), replace(OPTIONS, heads=3))
-    assert not list((cache / "models").iterdir())
+    assert not cache.exists()

@@ -164,6 +164,7 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Pa
         "agreement": "",
         "engine_sha256": file_sha256(engine.path),
         "engine_bytes": 17,
+        "sha256": engine.fingerprint.sha256(),
     }
     build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
     assert tensorrt.asked[-1] == "timings b'measured'"
@@ -191,9 +192,16 @@ def test_engines_are_cached_by_fingerprint(tensorrt: FakeBuilder, graph: Path, c
 
 def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: Path) -> None:
     first = build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
-    first.path.write_bytes(b"plan")
-    assert build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
-    assert first.path.read_bytes() == b"plan of an engine"
+    stored = json.loads(fingerprint_path(first.path).read_text())
+    for damaged, content in (
+        (first.path, "plan"),
+        (fingerprint_path(first.path), ""),
+        (fingerprint_path(first.path), json.dumps({**stored, "engine_bytes": "x"})),
+    ):
+        damaged.write_text(content)
+        assert build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
+        assert first.path.read_bytes() == b"plan of an engine"
+        assert not build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
 
 
 def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: Path, cache: Path) -> None:
@@ -201,6 +209,54 @@ def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: Path, cache
     with pytest.raises(EngineError, match=r"built no engine.*out of memory.*smaller --batch"):
         build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
     assert not (cache / "engines").exists()
+
+
+def test_no_fingerprint_appears_without_its_engine(
+    tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.suffix == ".engine":
+            raise PermissionError(f"{target}: in use")
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError, match="in use"):
+        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again", tmp_path / "out" / "model.engine")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", "abc"),
+        ("version", None),
+        ("version", 7),
+        ("engine_bytes", "x"),
+        ("engine_bytes", None),
+        ("compute_capabilities", [8.9]),
+        ("compute_capabilities", 8.9),
+        ("library", "other"),
+        ("precision", "fp32"),
+        ("profile", {"images": [[1, 3, 70, 70], [8, 3, 70, 70], [64, 3, 70, 70]]}),
+        ("strip_weights", True),
+        ("version_compatible", True),
+        ("hardware_compatible", True),
+        ("agreement", "fine"),
+        ("sha256", ""),
+    ],
+)
+def test_an_edited_fingerprint_is_refused(
+    tensorrt: FakeBuilder, graph: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    path = tmp_path / "model.engine"
+    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again", path)
+    stored = json.loads(fingerprint_path(path).read_text())
+    assert stored[field] != value
+    fingerprint_path(path).write_text(json.dumps({**stored, field: value}))
+    with pytest.raises(EngineError, match=r"no fingerprint of this version.*--target tensorrt \(or tensorrt-rtx\)"):
+        read_engine(path)
 
 
 MAKE_AGAIN = "build it again: zsad-export --checkpoint x"
@@ -232,7 +288,7 @@ def test_engines_that_do_not_fit_are_refused(tensorrt: FakeBuilder, graph: Path,
     path.write_bytes(plan[::-1])
     with pytest.raises(EngineError, match=f"not the engine that its fingerprint describes; {MAKE_AGAIN}"):
         read_engine(path)
-    for text in ("{", "[]", "{}", json.dumps({**asdict(fingerprint), "library": "other"})):
+    for text in ("{", "[]", "{}", "7", '"text"', json.dumps(asdict(fingerprint))):
         fingerprint_path(path).write_text(text)
         with pytest.raises(EngineError, match=r"no fingerprint of this version.*build one: zsad-export --preset"):
             read_engine(path)
@@ -267,6 +323,8 @@ def test_compatible_engines_run_elsewhere(tensorrt: FakeBuilder, graph: Path, tm
         (EngineOptions("tensorrt"), "int8", "int8 is for the CPU"),
         (EngineOptions("tensorrt", (8, 1, 32)), "fp16", "--batch 1,8,32"),
         (EngineOptions("tensorrt", (0, 1, 2)), "fp16", "--batch 1,8,32"),
+        (EngineOptions("tensorrt", (1, 8, 3_000_000_000)), "fp16", "not beyond 4096.*, not 1,8,3000000000"),
+        (EngineOptions("tensorrt", device=-1), "fp16", "--device counts GPUs from 0, not -1"),
         (EngineOptions("tensorrt", compute_capabilities=("8.9",)), "fp16", "--compute-capability is TensorRT-RTX's"),
     ],
 )
@@ -299,8 +357,9 @@ def test_the_command_refuses_before_it_exports(
 
 
 def test_the_driver_is_asked_or_missing() -> None:
-    with pytest.raises(CudaError, match=r"no NVIDIA driver|there is no GPU 99"):
-        use_device(99)
+    for device in (99, -1):
+        with pytest.raises(CudaError, match=f"no NVIDIA driver|there is no GPU {device}"):
+            use_device(device)
 
 
 @pytest.mark.parametrize(("target", "extra"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt-rtx")])
