@@ -27,7 +27,7 @@ LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     "tensorrt": ("tensorrt", "tensorrt", {"Linux": ("x86_64", "aarch64"), "Windows": ("AMD64",)}),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", {"Linux": ("x86_64",), "Windows": ("AMD64",)}),
 }
-OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
 RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0", "12.1")  # what an engine runs on when none is named: not Turing
@@ -330,6 +330,8 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, capability in enumerate(options.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    if options.target == "tensorrt-rtx":  # else it may allocate while it runs, which no CUDA graph can hold
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     timings = None
     if options.target == "tensorrt":  # TensorRT-RTX does not time, and asks for a GPU when given a cache
         name = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"

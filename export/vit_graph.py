@@ -19,7 +19,7 @@ from .vision_transformer import Affine, Block, VisionTransformer
 Array = NDArray[np.float32]
 
 # Part of every cache key: raise it whenever the graph changes.
-BUILDER_VERSION = 4
+BUILDER_VERSION = 5
 OPSET = 20
 IR_VERSION = 10
 
@@ -272,7 +272,7 @@ def build_vit_graph(
     Without it, blocks behind the last tap go.
 
     attention: `fused` (ONNX Runtime's MultiHeadAttention) or `standard` (what TensorRT reads). precision `int8` runs in
-    ONNX Runtime only; exact: its linear layers that stay in fp32 (`block0.fc1`), see `sensitive_layers`. antialias: how
+    ONNX Runtime only; exact: its linear layers that stay in fp32 (`block0.fc1`), see `layers_in_fp32`. antialias: how
     position embeddings are resized, see `resize_positions`.
 
     Raises CheckpointError when taps, image size, activation, heads or precision do not fit the checkpoint.

@@ -26,7 +26,7 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
     code = (
         "import signal, sys; from zsad.export import cli, onnx_export\n"
-        f"onnx_export._verify = lambda *_: signal.raise_signal(signal.{name})\n"
+        f"onnx_export.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import ExportOptions, export_onnx
 from zsad.export.parity import SMALLEST_COSINE, run_graph, token_cosines
-from zsad.export.quantisation import sensitive_layers
+from zsad.export.quantisation import ALLOWED, int8_errors, layers_in_fp32
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
+from zsad.export.vit_graph import LINEAR_LAYERS
 
 OPTIONS = ExportOptions(taps=(0, 1), image_size=70, precision="int8")
 
@@ -34,24 +36,46 @@ def test_a_layer_behind_outlier_channels_is_found(random_dinov2: Callable[..., P
     plain = read_vision_transformer(random_dinov2())
     outliers = read_vision_transformer(with_outliers(random_dinov2(), tmp_path / "outliers.safetensors"))
     arguments = (70, "gelu", 1, None)
-    expected = set(sensitive_layers(plain, 2, *arguments)) | {"block1.fc1"}
-    found = sensitive_layers(outliers, 2, *arguments)
-    assert set(found) == expected
-    assert "block1.fc1" not in sensitive_layers(plain, 2, *arguments)
-    assert found == sensitive_layers(outliers, 2, *arguments)
-    assert "block1.fc1" not in sensitive_layers(outliers, 1, *arguments)
+    usual, found = (int8_errors(vit, (0, 1), *arguments) for vit in (plain, outliers))
+    assert max(found, key=lambda layer: found[layer][1]) == "block1.fc1"
+    assert found["block1.fc1"][0] == 0  # the tap in front of it
+    assert found["block1.fc1"][1] > 20 * usual["block1.fc1"][1]
+    np.testing.assert_allclose(found["block0.fc1"], usual["block0.fc1"], rtol=1e-3)
+    assert "block1.fc1" in next(layers_in_fp32(found))
+    assert "block1.fc1" not in next(layers_in_fp32(usual))
+    assert set(int8_errors(outliers, (0,), *arguments)) == {f"block0.{layer}" for layer in LINEAR_LAYERS}
 
 
-def test_an_export_leaves_them_in_fp32(
+def test_ever_more_layers_stay_in_fp32() -> None:
+    errors = {
+        "mild": np.array([0.1, 0.5]),
+        "late": np.array([0.0, 0.9]),
+        "early": np.array([0.7, 0.1]),
+        "broken": np.array([np.inf, np.inf]),
+    }
+    choices = list(layers_in_fp32({layer: ALLOWED * error for layer, error in errors.items()}))
+    assert choices[0] == ("late", "broken")
+    assert choices[-1] == tuple(errors)
+    assert all(set(fewer) < set(more) for fewer, more in pairwise(choices))
+
+
+def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
     random_dinov2: Callable[..., Path], tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = str(with_outliers(random_dinov2(), tmp_path / "outliers.safetensors"))
     model = export_onnx(checkpoint, OPTIONS)
     facts = {entry.key: entry.value for entry in onnx.load(model.path).metadata_props}
     assert "block1.fc1" in facts["exact"].split(",")
-    monkeypatch.setattr("zsad.export.onnx_export.sensitive_layers", lambda *_: ())
+    assert f"{len(facts['exact'].split(','))} linear layers in fp32" in model.agreement
+
+    offered = iter([(), ("block0.qkv",), ("block1.fc1",), ("block0.qkv", "block1.fc1")])
+    monkeypatch.setattr("zsad.export.onnx_export.layers_in_fp32", lambda errors: offered)
+    taken = export_onnx(checkpoint, replace(OPTIONS, taps=(1,)))
+    facts = {entry.key: entry.value for entry in onnx.load(taken.path).metadata_props}
+    assert facts["exact"] == "block1.fc1"
+    monkeypatch.setattr("zsad.export.onnx_export.layers_in_fp32", lambda errors: [()])
     with pytest.raises(CheckpointError, match="computes something else"):
-        export_onnx(checkpoint, replace(OPTIONS, taps=(1,)))
+        export_onnx(checkpoint, replace(OPTIONS, taps=(1,), embedding=False))
 
 
 def test_photographs_keep_the_promised_cosine(real_data: Path, tmp_path: Path) -> None:
