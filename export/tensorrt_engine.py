@@ -330,8 +330,6 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, capability in enumerate(options.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
-    if options.target == "tensorrt-rtx":  # else it may allocate while it runs, which no CUDA graph can hold
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     timings = None
     if options.target == "tensorrt":  # TensorRT-RTX does not time, and asks for a GPU when given a cache
         name = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"
