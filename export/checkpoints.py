@@ -38,6 +38,15 @@ class Source:
     size: int | None
     entry: Mapping[str, Any]
 
+    @property
+    def facts(self) -> str:
+        """What is known of the file."""
+        return f"sha256 {self.sha256 or 'not published'}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
+
+    def present(self) -> Path | None:
+        """Return the file in the first of the weights folders that has it, not yet verified."""
+        return next((path for folder in weights_folders() if (path := folder / self.file).is_file()), None)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -157,10 +166,8 @@ def _unknown(name: str) -> CheckpointError:
 
 def _find_present(known: Checkpoint) -> tuple[Path, str] | None:
     for source in known.sources:
-        for folder in weights_folders():
-            path = folder / source.file
-            if path.is_file():
-                return path, _verified(path, known, source)
+        if path := source.present():
+            return path, _verified(path, known, source)
     return None
 
 
@@ -222,8 +229,7 @@ def _how_to_bring(checkpoint: Checkpoint) -> str:
     ]
     lines.append("or, for a machine without a network, bring one of these files:")
     for source in checkpoint.sources:
-        size = f", {source.size / 2**20:.0f} MiB" if source.size else ""
-        lines.append(f"  {source.file} (sha256 {source.sha256 or 'not published'}{size})")
+        lines.append(f"  {source.file} ({source.facts})")
         lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")
     lines.append(f"into one of: {', '.join(str(folder) for folder in weights_folders())} (or set ZSAD_WEIGHTS)")
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         for checkpoint in read_manifest().values():
             print(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
             for source in checkpoint.sources:
-                print(f"    {source.location}")
+                print(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
         return
     if arguments.fetch:
         for name in arguments.fetch:

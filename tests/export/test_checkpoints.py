@@ -380,6 +380,15 @@ def test_anonymous_initializers_of_an_onnx_export_get_their_names_back(tmp_path:
     np.testing.assert_array_equal(block.fc1[0], weights["mlp/fc1"])
 
 
-def test_command_lists_the_manifest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lists_the_manifest_and_what_is_here(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    source = read_manifest()["dinov2-vitl14"].sources[0]
+    file = empty_cache / "weights" / source.file
+    file.parent.mkdir(parents=True)
+    file.touch()
     assert main(["--list"]) == 0
-    assert "dinov2-vitl14" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert f"{source.file}: sha256 {source.sha256}, {source.size / 2**20:.0f} MiB; {file}" in listed
+    assert listed.count(str(empty_cache)) == 1
