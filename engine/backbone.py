@@ -164,6 +164,8 @@ def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) 
     attention = "fused" if runtime.library == "onnxruntime" else "standard"
     graph = config.export_options(name, config.backbone_precision, attention)
     model = export_onnx(checkpoint, graph)
+    if model.built:
+        log.info("%s: exported, %s", checkpoint, model.agreement)
     if runtime.library == "onnxruntime":
         return OnnxRuntimeBackbone(model, runtime.device, batch_size)
     assert runtime.device is not None

@@ -101,6 +101,7 @@ def _sizes(path: Path) -> bytes:
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write a model, with large weights in `path` + `.data`."""
+    weights_path(path).unlink(missing_ok=True)  # onnx would append to it
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
 
@@ -112,11 +113,11 @@ def _write_verified(
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
+    heads = check_options(vit, options.taps, options.image_size, options.heads)
     images = sample_batch(options.image_size)
     name, expected = _expected(draft, vit, options, oracle, images)
     choices: Iterable[tuple[str, ...]] = [()]
     if options.precision == "int8":
-        heads = check_options(vit, options.taps, options.image_size, options.heads)
         taps = sorted({*options.taps, len(vit.blocks) - 1}) if options.embedding else options.taps
         choices = layers_in_fp32(
             int8_errors(vit, taps, options.image_size, options.activation, heads, options.antialias)

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -100,6 +101,15 @@ def test_a_graph_that_computes_something_else_is_not_written(
     with pytest.raises(CheckpointError, match="computes something else"):
         export_onnx(str(golden / "dinov2_vit_tiny.safetensors"), replace(OPTIONS, heads=3), oracle=oracle)
     assert not list((cache / "models").iterdir())
+
+
+@pytest.mark.parametrize("wrong", [{"taps": (2,)}, {"taps": (1, 0)}, {"image_size": 71}, {"heads": 7}])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_options_that_do_not_fit_are_refused_before_anything_is_compared(
+    random_dinov2: Callable[..., Path], wrong: dict[str, Any], precision: str
+) -> None:
+    with pytest.raises(CheckpointError, match=r"must be increasing|no multiple|do not divide"):
+        export_onnx(str(random_dinov2()), replace(OPTIONS, precision=precision, **wrong), oracle=TORCH)
 
 
 def test_agreement_has_limits_and_refuses_nan() -> None:
