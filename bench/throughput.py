@@ -17,7 +17,6 @@ the true shape are used, and the output says so.
 
 import argparse
 import importlib.util
-import resource
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.backbone import Backbone, Runtime, choose_runtime, load_backbone
+from zsad.engine.cli import peak_memory
 from zsad.engine.config import Config, ConfigError, Precision, load_config, preset_names
 from zsad.engine.demo import draw_demo
 from zsad.engine.images import Category, scan
@@ -224,14 +224,6 @@ def forget_peak_memory() -> None:
     """Let `peak_memory` count from now on, where the system can: Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory() -> int:
-    """Return the most bytes of host memory that this process has had resident."""
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Clock:

@@ -285,7 +285,7 @@ def _run(arguments: argparse.Namespace, interrupts: _Interrupts) -> int:
         "images_per_second": round(
             sum(len(record["images"]) for record in records if not record["resumed"]) / seconds, 3
         ),
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "device_memory_bytes": runtime.device.used_bytes() if runtime.device else None,
         "stages": {name: round(value, 3) for name, value in stages.seconds.items()},
         "library_share": round(sum(stages.seconds.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
@@ -448,7 +448,8 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Return the most bytes of host memory that this process has had resident."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere
 

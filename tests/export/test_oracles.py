@@ -115,6 +115,13 @@ def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
         assert attention_heads(tower["width"], None) == tower["width"] // tower.get("head_width", 64)
 
 
+def with_parts(name: str, parts: dict[str, str]) -> str:
+    """Replace parts of a tensor's name, one after the other."""
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def same_weights(a: VisionTransformer, b: VisionTransformer) -> None:
     assert a.architecture == b.architecture
     for name in ("patch_weight", "class_token", "registers", "positions"):
@@ -147,9 +154,8 @@ def test_hugging_face_dinov2(random_dinov2: Callable[..., Path], tmp_path: Path,
     }
     state = {}
     for name, tensor in load_file(official).items():
-        renamed = "layernorm." + name.removeprefix("norm.") if name.startswith("norm.") else whole.get(name, name)
-        for theirs, ours in parts.items():
-            renamed = renamed.replace(theirs, ours)
+        known = "layernorm." + name.removeprefix("norm.") if name.startswith("norm.") else whole.get(name, name)
+        renamed = with_parts(known, parts)
         if "attn.qkv." in renamed:
             for part, rows in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
                 state[renamed.replace("attn.qkv.", f"attention.attention.{part}.")] = rows.copy()
@@ -176,9 +182,7 @@ def test_hugging_face_clip(golden: Path, tmp_path: Path) -> None:
     }
     state = {"text_model.embeddings.token_embedding.weight": np.zeros((3, 2), np.float32)}
     for name, tensor in load_file(official).items():
-        renamed = name.removeprefix("visual.")
-        for theirs, ours in parts.items():
-            renamed = renamed.replace(theirs, ours)
+        renamed = with_parts(name.removeprefix("visual."), parts)
         if "attn.in_proj_" in renamed:
             block, kind = renamed.split("attn.in_proj_")
             for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
@@ -209,10 +213,7 @@ def test_timm_clip_has_no_projection_bias(golden: Path, tmp_path: Path) -> None:
     }
     state = {}
     for name, tensor in load_file(official).items():
-        renamed = name
-        for theirs, ours in parts.items():
-            renamed = renamed.replace(theirs, ours)
-        state[renamed] = tensor
+        state[with_parts(name, parts)] = tensor
     state["head.weight"] = np.ascontiguousarray(state.pop("proj").T)
     state["head.bias"] = np.zeros(32, np.float32)  # as timm's conversion of OpenAI's weights leaves it
     save_file(state, tmp_path / "port.safetensors")
