@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from zsad.engine.metrics import aupro, pixel_metrics
+from zsad.engine.evaluation.metrics import aupro, pixel_metrics
 
 from .records import RESULTS, append, environment
 

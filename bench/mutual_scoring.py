@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from zsad.engine.pipeline import deal_groups
 from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu import box_sum, inverse_lengths, layer_normalise
-from zsad.kernels.planner import available_cores
+from zsad.kernels.machine import available_cores
 
 from .records import RESULTS, append, environment
 

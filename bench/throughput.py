@@ -31,29 +31,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.engine.backbone import Backbone, Runtime, choose_runtime, load_backbone
-from zsad.engine.cli import peak_memory
 from zsad.engine.config import Config, ConfigError, Precision, load_config, preset_names
 from zsad.engine.demo import draw_demo
-from zsad.engine.images import Category, scan
-from zsad.engine.pipeline import (
-    CategoryScores,
-    Options,
-    Stages,
-    features_of,
-    rescore,
-    run_backbones,
-    score_category,
-)
+from zsad.engine.images.folders import Category, scan
+from zsad.engine.networks.runtime import Backbone, Runtime, choose_runtime, load_backbone
+from zsad.engine.pipeline import CategoryScores, Options, Stages, features_of, rescore, run_backbones, score_category
 from zsad.engine.placement import Placement, choose_placement
-from zsad.engine.results import write_category
+from zsad.engine.results.category import write_category
+from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
-from zsad.export.parity import check_agreement, run_graph, sample_images
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
 from zsad.kernels.cuda.device import Device
-from zsad.kernels.planner import available_cores
+from zsad.kernels.machine import available_cores, peak_memory
 
 from .mutual_scoring_cuda import peak_flops
 from .records import RESULTS, append, environment

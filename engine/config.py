@@ -15,8 +15,8 @@ else:
 from zsad.export.onnx_export import ExportOptions
 from zsad.export.vit_graph import ACTIVATIONS
 
-from .images import Preprocessing
-from .rescoring import ScoreRule
+from .images.decode import Preprocessing
+from .scores.image_scores import ScoreRule
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 Decoder = Literal["pillow", "nvimgcodec"]

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from zsad.kernels.timings import stopwatch
+from zsad.kernels.machine import stopwatch
 
-from .backbone import Backbone, run_in_parts
 from .config import Config
-from .images import Category, ImageError, InputImage, Preprocessing
+from .images.decode import ImageError, Preprocessing
+from .images.folders import Category, InputImage
+from .networks.runtime import Backbone, run_in_parts
 from .placement import Placement
-from .rescoring import image_scores, min_max, rscin
+from .scores.image_scores import image_scores, min_max, rscin
 
 log = logging.getLogger("zsad")
 

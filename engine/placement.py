@@ -14,13 +14,13 @@ from PIL import Image
 from zsad.kernels import cuda, mutual_scores
 from zsad.kernels.cpu import pair_kernel
 from zsad.kernels.cuda.device import Device
+from zsad.kernels.machine import default_memory_limit, scratch
 from zsad.kernels.mutual_scoring import plan_on_cpu
-from zsad.kernels.planner import default_memory_limit, scratch
 
-from .backbone import Backbone, Runtime
 from .config import Config, ConfigError
-from .device_jpegs import DeviceJpegs
-from .images import RECIPES, Preprocessing, decode, network_input
+from .images.decode import RECIPES, Preprocessing, decode, network_input
+from .images.device_jpegs import DeviceJpegs
+from .networks.runtime import Backbone, Runtime
 
 Array = Any  # a NumPy array, or an array on the device
 

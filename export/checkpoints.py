@@ -14,8 +14,9 @@ from typing import Any
 
 import platformdirs
 
+from zsad.kernels.files import file_sha256, written_whole
+
 from .downloads import download
-from .files import file_sha256, written_whole
 from .state_dict import CheckpointError
 
 if sys.version_info >= (3, 11):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import file_sha256
+from zsad.kernels.files import file_sha256
+
 from .state_dict import CheckpointError
 
 ATTEMPTS = 5  # in a row without a single new byte

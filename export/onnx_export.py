@@ -10,9 +10,10 @@ from typing import Literal
 
 import onnx
 
+from zsad.kernels.files import check_target, written_whole
+
+from .agreement import Array, check_agreement, run_graph, sample_batch
 from .checkpoints import cache_folder, find_checkpoint
-from .files import check_target, written_whole
-from .parity import Array, check_agreement, run_graph, sample_batch
 from .quantisation import int8_errors, layers_in_fp32
 from .state_dict import CheckpointError
 from .vision_transformer import VisionTransformer, read_vision_transformer

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .parity import SMALLEST_COSINE, sample_batch, token_cosines
+from .agreement import SMALLEST_COSINE, sample_batch, token_cosines
 from .vision_transformer import VisionTransformer
 from .vit_graph import LINEAR_LAYERS, build_block_graph, build_stem_graph
 

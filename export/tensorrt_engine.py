@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zsad.kernels.files import file_sha256, written_whole
+
+from .agreement import Array, check_agreement, run_graph
 from .checkpoints import cache_folder
 from .cuda_driver import CudaError, use_device
-from .files import file_sha256, written_whole
 from .onnx_export import ExportOptions, weights_path
-from .parity import Array, check_agreement, run_graph
 from .state_dict import CheckpointError
 
 # The library of each target: its import name, its extra of zsad, the platforms that it is made for.

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from . import cpu
 from .cpu.scoring import score_on_cpu
+from .machine import Timings, default_memory_limit
 from .minima import ReturnedMinima, ReturnMinima
-from .planner import Plan, default_memory_limit, plan_mutual_scoring, run_within_memory
+from .planner import Plan, plan_mutual_scoring, run_within_memory
 from .reference import interval_ranks
-from .timings import Timings
 
 Array = NDArray[np.float32]
 

@@ -2,57 +2,16 @@
 
 import gc
 import logging
-import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-import numpy as np
-import psutil
-from numpy.typing import DTypeLike, NDArray
+from .machine import available_cores, default_disk_limit
 
 log = logging.getLogger("zsad")
 
 FLOAT_BYTES = 4
 ROW_BLOCKS = (8, 2, 1)  # images per block where most memory goes to the minima of a few rows
-
-
-def available_cores() -> int:
-    """Return the processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def default_memory_limit() -> int:
-    """Return three quarters of the free memory in bytes, as the machine and its container see it."""
-    free = psutil.virtual_memory().available
-    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        free = min(free, int(limit.read_text()) - int(usage.read_text()))
-    return int(0.75 * max(free, 0))
-
-
-def default_disk_limit() -> int:
-    """Return the bytes that temporary files may take: what is free on their disk, less a tenth."""
-    return int(0.9 * shutil.disk_usage(tempfile.gettempdir()).free)
-
-
-@contextmanager
-def scratch(shape: tuple[int, ...], in_memory: bool, dtype: DTypeLike = np.float32) -> Iterator[NDArray[Any]]:
-    """Yield an array of any content, in memory or in a memory-mapped temporary file; raises OSError on a full disk."""
-    if in_memory:
-        yield np.empty(shape, dtype)
-        return
-    with tempfile.TemporaryFile(prefix="zsad-") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error when a page is written
-            os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * math.prod(shape))
-        yield np.memmap(file, dtype, "w+", shape=shape)
 
 
 class AnyPlan(Protocol):

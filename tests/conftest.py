@@ -10,8 +10,8 @@ from host_build import HostDevice
 from host_tensorrt import HostEngine, loaded
 
 from zsad.bench.towers import Shape, write_random_checkpoint
-from zsad.engine import backbone as backbones
-from zsad.engine import tensorrt_backbone
+from zsad.engine.networks import runtime as backbones
+from zsad.engine.networks import tensorrt as tensorrt_backbone
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.kernels import cuda
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from zsad.bench import tables
-from zsad.engine import cli, evaluate
+from zsad.engine.commands import evaluate, export, infer
 from zsad.engine.config import load_config, preset_names
-from zsad.export import cli as export_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +28,7 @@ def test_tables_come_from_the_committed_results(monkeypatch: pytest.MonkeyPatch)
 
 def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps = ""
-    for command in (cli.main, evaluate.main, export_cli.main):
+    for command in (infer.main, evaluate.main, export.main):
         with pytest.raises(SystemExit):
             command(["--help"])
         helps += capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..reference import LAYER_NORM_EPS, ZERO_NORM
+from zsad.kernels.reference import LAYER_NORM_EPS, ZERO_NORM
 
 _cpu: Any
 try:

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from threadpoolctl import threadpool_limits
 
-from .. import cpu
-from ..minima import ReturnedMinima
-from ..planner import Plan, available_cores, scratch
-from ..timings import Timings, stopwatch
+from zsad.kernels import cpu
+from zsad.kernels.machine import Timings, available_cores, scratch, stopwatch
+from zsad.kernels.minima import ReturnedMinima
+from zsad.kernels.planner import Plan
 
 Array = NDArray[np.float32]
 

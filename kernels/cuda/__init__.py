@@ -15,11 +15,12 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..minima import ReturnedMinima, ReturnMinima
-from ..mutual_scoring import checked_degrees, checked_grid, checked_interval
-from ..planner import run_within_memory
-from ..reference import interval_ranks
-from ..timings import Timings, stopwatch
+from zsad.kernels.machine import Timings, stopwatch
+from zsad.kernels.minima import ReturnedMinima, ReturnMinima
+from zsad.kernels.mutual_scoring import checked_degrees, checked_grid, checked_interval
+from zsad.kernels.planner import run_within_memory
+from zsad.kernels.reference import interval_ranks
+
 from .comparers import MAX_THREADS, OWN_PATCHES, Products, choose_comparer, filter_max_shape
 from .device import Device, DeviceError, DeviceMemoryError, filter_max_kernel, open_device, open_devices
 from .images import network_input, upsample

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Literal
 
-from ..planner import default_memory_limit
+from zsad.kernels.machine import default_memory_limit
+
 from .comparers import STAGED_IMAGES, Comparer, GramOnce, image_bytes
 
 SLICES = 32  # blocks that share an image's layer norm

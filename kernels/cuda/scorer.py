@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..minima import ReturnedMinima
-from ..planner import scratch
-from ..reference import LAYER_NORM_EPS
+from zsad.kernels.machine import scratch
+from zsad.kernels.minima import ReturnedMinima
+from zsad.kernels.reference import LAYER_NORM_EPS
+
 from .comparers import STAGED_IMAGES, Features, Layout
 from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
 from .plan import SLICES, CudaPlan, Share

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zsad.engine.backbone import Backbone, choose_runtime, load_backbone
-from zsad.engine.cli import main
+from zsad.engine.commands.infer import main
 from zsad.engine.config import load_config
-from zsad.engine.evaluate import ground_truth
-from zsad.engine.images import RECIPES, decode, network_input, scan
-from zsad.engine.metrics import image_metrics, pixel_metrics
-from zsad.engine.postprocess import upsample
-from zsad.engine.rescoring import image_scores, rscin
+from zsad.engine.evaluation.evaluate import ground_truth
+from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
+from zsad.engine.images.decode import RECIPES, decode, network_input
+from zsad.engine.images.folders import scan
+from zsad.engine.networks.runtime import Backbone, choose_runtime, load_backbone
+from zsad.engine.scores.image_scores import image_scores, rscin
+from zsad.engine.scores.maps import upsample
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels import mutual_scores, reference
@@ -129,7 +130,7 @@ def test_demo_finds_the_planted_defects(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_neither_torch_nor_cuda_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from zsad.engine.cli import main\n"
+        "import sys; from zsad.engine.commands.infer import main\n"
         f"assert main(['--demo', '--output', {str(tmp_path)!r}, '--image-size', '70', '-q']) == 0\n"
         "heavy = {'torch', 'cupy', 'tensorrt', 'timm', 'open_clip', 'sklearn', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"

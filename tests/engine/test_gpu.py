@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from runs import draw, record, scores_and_maps
 
-from zsad.engine import cli
-from zsad.engine.backbone import Runtime, choose_runtime, load_backbone, run_in_parts
+from zsad.engine.commands import infer as cli
 from zsad.engine.config import Config, ConfigError, load_config
+from zsad.engine.networks.runtime import Runtime, choose_runtime, load_backbone, run_in_parts
+from zsad.export.agreement import check_agreement, run_graph
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
-from zsad.export.parity import check_agreement, run_graph
 from zsad.export.vision_transformer import read_vision_transformer
 from zsad.kernels import cuda
 

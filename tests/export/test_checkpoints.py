@@ -14,12 +14,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from zsad.engine.commands.export import main
 from zsad.export import checkpoints
 from zsad.export.checkpoints import find_checkpoint, read_manifest
-from zsad.export.cli import main
-from zsad.export.files import file_sha256
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
+from zsad.kernels.files import file_sha256
 
 
 def test_manifest_is_complete() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from zsad.engine.commands.export import main
 from zsad.export import checkpoints, downloads
 from zsad.export.checkpoints import Checkpoint, Source, fetch_checkpoint, find_checkpoint
-from zsad.export.cli import main
 from zsad.export.downloads import download
 from zsad.export.state_dict import CheckpointError
 

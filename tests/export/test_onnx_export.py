@@ -11,12 +11,12 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from zsad.engine.commands.export import main
 from zsad.export import onnx_export, vit_graph
-from zsad.export.cli import main
-from zsad.export.files import file_sha256
+from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.onnx_export import ExportOptions, export_onnx, weights_path
-from zsad.export.parity import check_agreement, run_graph, sample_images
 from zsad.export.state_dict import CheckpointError
+from zsad.kernels.files import file_sha256
 
 OPTIONS = ExportOptions(taps=(0, 1), image_size=70)
 TORCH = "torch" if importlib.util.find_spec("torch") else "graph"
@@ -192,8 +192,8 @@ def test_command_exports_a_preset(
         made.append((checkpoint, options, output))
         return onnx_export.ExportedModel(output, checkpoint, "", built=True, agreement="fine")
 
-    monkeypatch.setattr("zsad.export.cli.export_onnx", fake)
-    monkeypatch.setattr("zsad.export.cli.fetch_checkpoint", lambda name: None)
+    monkeypatch.setattr("zsad.engine.commands.export.export_onnx", fake)
+    monkeypatch.setattr("zsad.engine.commands.export.fetch_checkpoint", lambda name: None)
     arguments = ["--preset", "challenge", "--precision", "fp16", "--output", str(tmp_path)]
     assert main([*arguments, "--batch", "1,8,32", "--device", "0"]) == 0  # as they are anyway
     taps = (5, 11, 17, 23)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from zsad.export.agreement import run_graph, sample_images
 from zsad.export.onnx_export import ExportOptions, export_onnx
-from zsad.export.parity import run_graph, sample_images
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
 from zsad.export.vit_graph import attention_heads

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from zsad.export.agreement import SMALLEST_COSINE, run_graph, token_cosines
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import ExportOptions, export_onnx
-from zsad.export.parity import SMALLEST_COSINE, run_graph, token_cosines
 from zsad.export.quantisation import ALLOWED, int8_errors, layers_in_fp32
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer

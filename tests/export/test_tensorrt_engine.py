@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from zsad.engine.commands.export import main
 from zsad.export import tensorrt_engine
-from zsad.export.cli import main
 from zsad.export.cuda_driver import CudaError, use_device
-from zsad.export.files import file_sha256
 from zsad.export.onnx_export import ExportOptions, export_onnx
 from zsad.export.tensorrt_engine import (
     EngineError,
@@ -28,6 +27,7 @@ from zsad.export.tensorrt_engine import (
     parse_network,
     read_engine,
 )
+from zsad.kernels.files import file_sha256
 
 RTX = EngineOptions("tensorrt-rtx")
 needs_rtx = pytest.mark.skipif(
@@ -381,7 +381,10 @@ def test_a_missing_library_says_how_to_install_it(target: str, extra: str, monke
 
 
 def test_importing_the_export_side_imports_neither_pytorch_nor_tensorrt() -> None:
-    code = "import sys, zsad.export.cli; print([m for m in ('torch', 'tensorrt', 'tensorrt_rtx') if m in sys.modules])"
+    code = (
+        "import sys, zsad.engine.commands.export;"
+        "print([m for m in ('torch', 'tensorrt', 'tensorrt_rtx') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

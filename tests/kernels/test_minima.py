@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from zsad.kernels import cpu, mutual_scores, reference
+from zsad.kernels.machine import default_disk_limit
 from zsad.kernels.minima import ReturnedMinima
-from zsad.kernels.planner import default_disk_limit, plan_mutual_scoring
+from zsad.kernels.planner import plan_mutual_scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
 

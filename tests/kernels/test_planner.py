@@ -2,7 +2,8 @@
 
 import pytest
 
-from zsad.kernels.planner import Plan, available_cores, compared_pairs, default_memory_limit, plan_mutual_scoring
+from zsad.kernels.machine import available_cores, default_memory_limit
+from zsad.kernels.planner import Plan, compared_pairs, plan_mutual_scoring
 
 GIB = 2**30
 

@@ -1,0 +1,67 @@
+"""From patch scores to one score per image, and RsCIN."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .maps import upsample
+
+ScoreRule = Literal["map_maximum", "top_two", "top_fraction"]
+
+TOP_FRACTION = 0.01
+
+
+def image_scores(
+    patch_scores: ArrayLike, grid: tuple[int, int], rule: ScoreRule, image_size: int
+) -> NDArray[np.float64]:
+    """Reduce patch scores [N, P] to image scores [N].
+
+    `map_maximum`: maximum of the map upsampled to image_size (MuSc). `top_two`: (3 · largest + second) / 4 of the patch
+    scores (challenge system). `top_fraction`: mean of the highest 1 % of the patch scores.
+    """
+    scores = np.asarray(patch_scores, np.float64)  # [N, P]
+    if rule == "map_maximum":
+        size = (image_size, image_size)
+        return np.array([upsample(image.reshape(grid), size).max() for image in scores])
+    if rule == "top_two":
+        top = np.sort(scores, axis=1)[:, -2:]  # [N, 2], or [N, 1] for a single patch
+        return (3 * top[:, -1] + top[:, 0]) / 4
+    count = max(1, round(TOP_FRACTION * scores.shape[1]))
+    return np.partition(scores, -count, axis=1)[:, -count:].mean(axis=1)  # type: ignore[no-any-return]
+
+
+def min_max(values: ArrayLike) -> NDArray[np.float64]:
+    """Stretch values to [0, 1]; equal values all become 0."""
+    v = np.asarray(values, np.float64)
+    low, high = v.min(), v.max()
+    return np.zeros_like(v) if high <= low else (v - low) / (high - low)
+
+
+def rscin(scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]) -> NDArray[np.float64]:
+    """Re-score images by their most similar ones (RsCIN; MuSc, section 3.3).
+
+    scores: [N]; embeddings: [N, D] image embeddings. Scores are stretched to [0, 1]; for each k every score becomes the
+    mean of the k most similar images' scores (the image itself among them), weighted by similarity; the results of all
+    ks are averaged. k above N means all. Returns [N] in [0, 1]. Raises ValueError for shapes or ks that make no sense.
+    """
+    stretched = min_max(scores)
+    e = np.asarray(embeddings, np.float64)
+    if stretched.ndim != 1 or e.ndim != 2 or len(e) != len(stretched):
+        raise ValueError(f"scores must be [N] and embeddings [N, D], got {stretched.shape} and {e.shape}")
+    if not ks or any(k < 1 for k in ks):
+        raise ValueError(f"ks must be positive neighbour counts, not {tuple(ks)}")
+    images = len(stretched)
+    rescored = np.zeros(images)
+    for image in range(images):
+        similarity = e @ e[image]  # [N]
+        others = np.arange(images) != image  # among equally similar images, itself first
+        order = np.lexsort((others, -similarity))[: max(ks)]
+        for k in ks:
+            kept = order[:k]
+            weight = similarity[kept].sum()
+            # Opposed embeddings can cancel; such a row says nothing, and the score stays.
+            value = similarity[kept] @ stretched[kept] / weight if weight > 1e-12 else stretched[image]
+            rescored[image] += value / len(ks)
+    return np.clip(rescored, 0.0, 1.0)

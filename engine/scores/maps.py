@@ -1,0 +1,74 @@
+"""From patch scores to pixel maps, verdicts and regions."""
+
+import functools
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@functools.lru_cache(maxsize=64)
+def _bilinear_matrix(source: int, target: int) -> NDArray[np.float32]:
+    """Return the weights [target, source] of a linear resize whose end samples coincide (align_corners=True)."""
+    position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+    left = np.minimum(position.astype(int), max(source - 2, 0))
+    fraction = position - left
+    weights = np.zeros((target, source))
+    rows = np.arange(target)
+    weights[rows, left] = 1 - fraction
+    if source > 1:
+        weights[rows, left + 1] = fraction
+    matrix = weights.astype(np.float32)
+    matrix.flags.writeable = False  # shared by every caller
+    return matrix
+
+
+def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc)."""
+    scores = np.asarray(patch_map, np.float32)
+    rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
+    upsampled: NDArray[np.float32] = (rows @ scores @ columns.T).astype(np.float32, copy=False)
+    return upsampled
+
+
+def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:
+    """Tell the object from the background by colour (the challenge system's rule).
+
+    image_bgr: [H, W, 3] uint8. A pixel is background when its colour is more than 90 away from more than 90 % of the
+    mean colours of 4 × 4 central cells and it lies outside the central circle of radius 4·(H//9). Returns [H, W], True
+    for the object.
+    """
+    image = np.asarray(image_bgr)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image_bgr must be [H, W, 3], got {image.shape}")
+    height, width = image.shape[:2]
+    side = height // 8
+    cells = [
+        image[(2 + i) * side : (3 + i) * side, (2 + j) * side : (3 + j) * side] for i in range(4) for j in range(4)
+    ]
+    colours = [cell.reshape(-1, 3).mean(axis=0) for cell in cells if cell.size]  # fewer where the image is narrow
+    if not colours:
+        return np.ones((height, width), bool)
+    pixels = image.astype(np.float32)
+    far = np.zeros((height, width), np.int32)
+    for colour in colours:
+        far += np.square(pixels - colour.astype(np.float32)).sum(axis=2) > 90.0**2
+    circle = np.zeros((height, width), np.uint8)
+    cv2.circle(circle, (width // 2, height // 2), (height // 9) * 4, 1, thickness=-1)
+    return (far <= 0.9 * len(colours)) | (circle > 0)
+
+
+def pixel_map(
+    patch_map: ArrayLike, size: tuple[int, int], scale: tuple[float, float], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """Upsample a patch map [H, W] to size [h, w] and map the scale to [0, 1], the background to 0.
+
+    scale: lowest and highest patch score of the category. mask: [any, any], True for the object.
+    """
+    low, high = scale
+    scores = upsample(patch_map, size)
+    scores = (scores - np.float32(low)) / np.float32(high - low) if high > low else np.zeros_like(scores)
+    if mask is not None:
+        resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        scores[resized == 0] = 0.0
+    return np.clip(scores, 0.0, 1.0)

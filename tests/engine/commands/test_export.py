@@ -1,0 +1,124 @@
+"""What `zsad-export` refuses, and how it ends when something stops it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zsad.engine.commands import export as cli
+from zsad.engine.commands.export import main
+
+
+@pytest.fixture(autouse=True)
+def cache(empty_cache: Path) -> Path:
+    return empty_cache
+
+
+@pytest.fixture
+def command(random_dinov2: Callable[..., Path]) -> list[str]:
+    """A command line that exports a tiny checkpoint."""
+    return ["--checkpoint", str(random_dinov2()), "--taps", "0", "--image-size", "70"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
+    code = (
+        "import signal, sys; from zsad.export import cli, onnx_export\n"
+        f"onnx_export.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "zsad-export: interrupted\n")
+    assert list((cache / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 9.9 TiB"), "not enough memory (Unable to allocate 9.9 TiB)"),
+        (RuntimeError("DefaultCPUAllocator:\ncan't allocate memory"), "(DefaultCPUAllocator: can't allocate memory)"),
+    ],
+)
+def test_want_of_memory_is_one_line(
+    command: list[str], error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "export_onnx", fail)
+    assert main(command) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert line.endswith("take a smaller --image-size")
+
+
+def test_faults_of_the_program_are_not_hidden(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(cli, "export_onnx", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(command)
+
+
+def test_a_damaged_checkpoint_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"nothing")
+    assert main(["--checkpoint", str(damaged), "--taps", "0"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"zsad-export: {damaged}: ")
+    assert said.count(str(damaged)) == 1
+
+
+def test_a_home_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", "~nobody-here/a.pth", "--taps", "0", "--output", str(tmp_path / "a.onnx")]) == 2
+    assert "'~nobody-here/a.pth' is neither a checkpoint file nor a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt-rtx"])
+def test_outputs_that_would_destroy_something(
+    command: list[str], target: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(command[1])
+    content = checkpoint.read_bytes()
+    for arguments, said in (
+        ([*command, "--output", str(checkpoint)], f"{checkpoint} is what is to be read; name another file to write"),
+        ([*command, "--output", str(tmp_path)], f"{tmp_path} is a folder; name a file"),
+        (["--preset", "small", "--output", str(checkpoint)], f"{checkpoint} is not a folder"),
+    ):
+        assert main([*arguments, "--target", target]) == 2
+        assert capsys.readouterr().err == f"zsad-export: {said}\n"
+    assert checkpoint.read_bytes() == content
+    assert not cache.exists()  # nothing was begun
+
+
+PRESET = ["--preset", "small"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--image-size", "0"], "--image-size must be from 1 to 4096 pixels, not 0"),
+        (["--image-size", "14000"], "--image-size must be from 1 to 4096 pixels, not 14000"),
+        (["--batch", "1,2,4"], "need --target tensorrt or tensorrt-rtx"),
+        (["--device", "1"], "need --target tensorrt or tensorrt-rtx"),
+        (["--compute-capability", "8.9"], "need --target tensorrt or tensorrt-rtx"),
+        (["--strip-weights"], "need --target tensorrt or tensorrt-rtx"),
+        (["--version-compatible"], "need --target tensorrt or tensorrt-rtx"),
+        (["--hardware-compatible"], "need --target tensorrt or tensorrt-rtx"),
+        ([*PRESET, "--activation", "gelu"], "a preset brings its own activation;"),
+        ([*PRESET, "--heads", "6"], "a preset brings its own heads;"),
+        ([*PRESET, "--preprocessing", "imagenet"], "a preset brings its own preprocessing;"),
+        ([*PRESET, "--no-antialias"], "a preset brings its own antialias;"),
+        ([*PRESET, "--no-embedding"], "a preset brings its own embedding;"),
+    ],
+)
+def test_no_option_is_ignored(
+    command: list[str], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = arguments if arguments[: len(PRESET)] == PRESET else [*command, *arguments]
+    with pytest.raises(SystemExit, match="2"):
+        main(line)
+    assert said in capsys.readouterr().err

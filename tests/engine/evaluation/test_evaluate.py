@@ -1,0 +1,357 @@
+"""zsad-eval on small fake results: values, both protocols, what is missing, output files and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.engine.commands.evaluate import main
+from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, ground_truth
+from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
+
+HEIGHT, WIDTH = 24, 32
+
+
+class Case:
+    """A folder of categories and a folder of results, filled image by image."""
+
+    def __init__(self, root: Path) -> None:
+        self.out, self.data = root / "out", root / "data"
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.rng = np.random.default_rng(0)
+
+    def add(
+        self, category: str, relative: str, score: float, mask: NDArray[Any] | None = None, image: bool = True
+    ) -> NDArray[np.float32]:
+        if image:
+            path = self.data / category / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (WIDTH, HEIGHT)).save(path)
+        if mask is not None:
+            self.add_mask(category, relative, mask)
+        map_ = self.rng.random((HEIGHT, WIDTH)).astype(np.float32)
+        if mask is not None and mask.shape == map_.shape:
+            map_ += 0.5 * (mask > 0)
+        stored = PurePosixPath("maps") / PurePosixPath(relative).with_suffix(".tiff")
+        map_path = self.out / category / stored
+        map_path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(map_).save(map_path)
+        rows = self.rows.setdefault(category, [])
+        rows.append({"path": relative, "score": score, "rank": len(rows) + 1, "raw_score": score, "map": str(stored)})
+        self.write_scores(category)
+        return map_
+
+    def add_mask(self, category: str, relative: str, mask: NDArray[Any]) -> Path:
+        _, path = ground_truth(self.data / category, PurePosixPath(relative))
+        assert path is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
+        return path
+
+    def write_scores(self, category: str) -> None:
+        with (self.out / category / "scores.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.rows[category][0])
+            writer.writeheader()
+            writer.writerows(self.rows[category])
+
+    def run(self, *options: str) -> int:
+        return main([str(self.out), str(self.data), *options])
+
+
+def make_mask(top: int, left: int, value: int = 255) -> NDArray[np.uint8]:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[top : top + 6, left : left + 7] = value
+    return mask
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    """Category `cable` with masks, `tile` with labels only."""
+    case = Case(tmp_path)
+    for category, masked in (("cable", True), ("tile", False)):
+        case.add(category, "test/good/000.png", 0.1)
+        case.add(category, "test/good/001.png", 0.6)
+        case.add(category, "test/cut/000.png", 0.5, make_mask(2, 3) if masked else None)
+        case.add(category, "test/hole/000.png", 0.9, make_mask(12, 20) if masked else None)
+    return case
+
+
+def test_ground_truth_of_a_path(tmp_path: Path) -> None:
+    assert ground_truth(tmp_path, PurePosixPath("test/good/000.png")) == (False, None)
+    expected = tmp_path / "ground_truth" / "cut" / "000_mask.png"
+    assert ground_truth(tmp_path, PurePosixPath("test/cut/000.JPG")) == (True, expected)
+    for path in ("000.png", "test/000.png", "train/good/000.png"):
+        assert ground_truth(tmp_path, PurePosixPath(path)) == (None, None)
+
+
+def test_values_means_and_silence(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert case.run("--json") == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    found = json.loads(output.out)
+    assert found.keys() == {"categories", "mean", "protocol"}
+    assert found["protocol"] == "official"
+    assert list(found["categories"]) == ["cable", "tile"]
+    cable, tile = found["categories"].values()
+    assert list(cable) == list(tile) == list(found["mean"]) == list(METRICS)
+
+    image = image_metrics([0, 0, 1, 1], [0.1, 0.6, 0.5, 0.9])
+    stored = sorted((case.out / "cable").glob("maps/test/*/*.tiff"))  # cut, good, good, hole
+    maps = [np.asarray(Image.open(path)) for path in stored]
+    empty = np.zeros((HEIGHT, WIDTH), np.uint8)
+    pixel = pixel_metrics([make_mask(2, 3, 1), empty, empty, make_mask(12, 20, 1)], maps)
+    expected = {f"image_{key}": value for key, value in image.items()}
+    expected |= {f"pixel_{key}": value for key, value in pixel.items()}
+    weights = CHALLENGE_WEIGHTS
+    challenge = sum(weights[key] * expected[key] for key in weights) / sum(weights.values())
+    assert cable == pytest.approx({**expected, "challenge": challenge})
+    assert all((value is None) == (not key.startswith("image")) for key, value in tile.items())
+    assert found["mean"] == pytest.approx(cable)  # both categories have the same image scores
+    assert found == evaluate(case.out, case.data)
+
+
+def test_table_and_files(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert case.run("--aupro-limit", "0.05") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "AUPRO@0.05" in head
+    assert [row.split()[:2] for row in rows] == [[name, "official"] for name in ("cable", "tile", "mean")]
+    assert rows[1].split()[2:] == ["75.00", "83.33", "80.00", "-", "-", "-", "-", "-"]
+    saved = json.loads((case.out / "metrics.json").read_text(encoding="utf-8"))
+    with (case.out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["category"] for row in table] == ["cable", "tile", "mean"]
+    assert {row["protocol"] for row in table} == {"official"}
+    assert float(table[0]["pixel_aupro"]) == saved["categories"]["cable"]["pixel_aupro"]
+    assert table[1]["pixel_aupro"] == ""
+
+    elsewhere = tmp_path / "reports" / "m.csv", tmp_path / "reports" / "m.json"
+    assert case.run("--aupro-limit", "0.05", "--csv", str(elsewhere[0]), "--output-json", str(elsewhere[1])) == 0
+    assert elsewhere[0].read_bytes() == (case.out / "metrics.csv").read_bytes()
+    assert elsewhere[1].read_bytes() == (case.out / "metrics.json").read_bytes()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_paper_protocol_resizes_and_keeps_full_intensity(case: Case) -> None:
+    found = evaluate(case.out, case.data, protocol="paper")
+    size, bilinear = (518, 518), Image.Resampling.BILINEAR
+    masks, maps = [], []
+    for path in sorted((case.out / "cable").glob("maps/test/*/*.tiff")):
+        mask = {"cut": make_mask(2, 3), "hole": make_mask(12, 20)}.get(path.parent.name, np.zeros((HEIGHT, WIDTH)))
+        resized = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, bilinear), np.float32) / 255
+        masks.append(resized.astype(np.int32))
+        maps.append(np.asarray(Image.open(path).resize(size, bilinear)))
+    expected = pixel_metrics(masks, maps, aupro_steps=200)
+    cable = found["categories"]["cable"]
+    assert found["protocol"] == "paper"
+    assert {key: cable[f"pixel_{key}"] for key in expected} == pytest.approx(expected)
+    assert cable != evaluate(case.out, case.data)["categories"]["cable"]
+
+
+def test_masks_of_zero_and_one_count_in_both_protocols(case: Case) -> None:
+    before = [evaluate(case.out, case.data, protocol) for protocol in ("official", "paper")]
+    case.add_mask("cable", "test/cut/000.png", make_mask(2, 3, 1))
+    assert [evaluate(case.out, case.data, protocol) for protocol in ("official", "paper")] == before
+
+
+def test_one_category_as_data_is_named_by_its_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(case.out, case.data)["categories"]["cable"]
+    monkeypatch.chdir(case.data / "cable")
+    messages: list[str] = []
+    assert evaluate(case.out, Path(), warn=messages.append)["categories"] == {"cable": whole}
+    assert messages == []
+
+
+def test_one_class_has_no_image_values(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    case.add("cable", "test/cut/000.png", 0.5, make_mask(2, 3))
+    values = evaluate(case.out, case.data)["categories"]["cable"]
+    assert all((value is None) == (not key.startswith("pixel")) for key, value in values.items())
+
+
+def drop_mask(case: Case) -> None:
+    case.add_mask("cable", "test/cut/000.png", make_mask(2, 3)).unlink()
+
+
+def shrink_mask(case: Case) -> None:
+    case.add_mask("cable", "test/cut/000.png", make_mask(2, 3)[:-1])
+
+
+def break_mask(case: Case) -> None:
+    case.add_mask("cable", "test/cut/000.png", make_mask(2, 3)).write_bytes(b"no image")
+
+
+def drop_map(case: Case) -> None:
+    (case.out / "cable/maps/test/cut/000.tiff").unlink()
+
+
+def spoil_map(case: Case) -> None:
+    Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32)).save(case.out / "cable/maps/test/cut/000.tiff")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (drop_mask, "its mask .*000_mask.png is missing"),
+        (shrink_mask, "000_mask.png is 32x23 px, the image 32x24 px"),
+        (break_mask, "cannot identify image file .*000_mask.png"),
+        (drop_map, "its map .*000.tiff is missing"),
+        (spoil_map, "000.tiff holds NaN"),
+    ],
+)
+def test_an_image_without_usable_pixels_keeps_its_score(
+    case: Case, capsys: pytest.CaptureFixture[str], damage: Callable[[Case], None], reason: str
+) -> None:
+    intact = evaluate(case.out, case.data)["categories"]["cable"]
+    damage(case)
+    assert case.run("--json") == 1
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert str(Path("cable/test/cut/000.png")) in output.err
+    assert re.search(reason, output.err)
+    damaged = json.loads(output.out)["categories"]["cable"]
+    assert [damaged[key] for key in METRICS[:3]] == [intact[key] for key in METRICS[:3]]
+    assert damaged["pixel_auroc"] not in (None, intact["pixel_auroc"])
+
+
+def add_stray_mask(case: Case) -> None:
+    case.add_mask("cable", "test/cut/777.png", make_mask(2, 3))
+
+
+def add_unscored_image(case: Case) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(case.data / "cable/test/good/777.png")
+
+
+def add_result_without_image(case: Case) -> None:
+    case.add("cable", "test/good/777.png", 0.3, image=False)
+
+
+def add_result_outside_test(case: Case) -> None:
+    case.add("cable", "777.png", 0.3)
+
+
+def add_unscored_category(case: Case) -> None:
+    (case.data / "wood777" / "test" / "good").mkdir(parents=True)
+
+
+def add_results_without_category(case: Case) -> None:
+    case.add("wood777", "test/good/000.png", 0.3, image=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (add_stray_mask, "777_mask.png: a mask without an image"),
+        (add_unscored_image, "777.png: no result in"),
+        (add_result_without_image, "777.png: no longer in the data"),
+        (add_result_outside_test, "777.png: not in test/<defect>/"),
+        (add_unscored_category, "wood777: no results in"),
+        (add_results_without_category, "wood777: results in"),
+    ],
+)
+def test_what_has_no_counterpart_is_named_and_the_rest_evaluated(
+    case: Case, capsys: pytest.CaptureFixture[str], change: Callable[[Case], None], reason: str
+) -> None:
+    intact = evaluate(case.out, case.data)
+    change(case)
+    assert case.run("--json") == 1
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert reason in output.err
+    assert json.loads(output.out) == intact
+
+
+@pytest.mark.parametrize("score", ["", "high", "nan"])
+def test_a_score_that_is_no_number_leaves_its_image_out(
+    case: Case, capsys: pytest.CaptureFixture[str], score: str
+) -> None:
+    case.rows["cable"][0]["score"] = score
+    case.write_scores("cable")
+    assert case.run("--json") == 1
+    output = capsys.readouterr()
+    assert "000.png: the score" in output.err
+    assert json.loads(output.out)["categories"]["cable"]["image_auroc"] == pytest.approx(0.5)
+
+
+def test_a_short_row_is_named(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    with (case.out / "cable" / "scores.csv").open("a", encoding="utf-8") as file:
+        file.write("test/good/777.png\n")
+    assert case.run() == 1
+    assert "777.png" in capsys.readouterr().err
+
+
+def test_missing_results_or_ground_truth_end_with_2(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for out, data, reason in (
+        (tmp_path / "nowhere", case.data, "run `zsad-infer`"),
+        (empty, case.data, "scores.csv"),
+        (case.out, tmp_path / "nowhere", "is not a folder"),
+        (case.out, empty, "holds no ground truth"),
+    ):
+        assert main([str(out), str(data)]) == 2
+        output = capsys.readouterr()
+        assert reason in output.err
+        assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"path,score\ntest/good/000.png,0.1\n", "lacks the column map"), (b"\xff\xfe", "lacks"), (b"", "lacks")],
+)
+def test_unreadable_scores_end_with_2(
+    case: Case, capsys: pytest.CaptureFixture[str], content: bytes, reason: str
+) -> None:
+    (case.out / "cable" / "scores.csv").write_bytes(content)
+    assert case.run() == 2
+    assert reason in capsys.readouterr().err
+    with pytest.raises(EvaluationError, match=reason):
+        evaluate(case.out, case.data)
+
+
+@pytest.mark.parametrize("limit", ["0", "1.5", "nan", "some"])
+def test_usage_errors_end_with_2(case: Case, limit: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        case.run("--aupro-limit", limit)
+    assert exit_.value.code == 2
+
+
+def test_names_that_are_no_unicode_are_evaluated(case: Case) -> None:
+    """The score table keeps the bytes of such names; so does the lookup of their masks."""
+    name = b"odd\xff".decode("utf-8", "surrogateescape")
+    scores = case.out / "cable" / "scores.csv"
+    text = scores.read_text(encoding="utf-8")
+    before = evaluate(case.out, case.data)
+    for folder, suffix in (
+        (case.data / "cable" / "test" / "good", ".png"),
+        (case.out / "cable" / "maps/test/good", ".tiff"),
+    ):
+        (folder / f"000{suffix}").rename(folder / f"{name}{suffix}")
+    scores.write_text(text.replace("good/000", f"good/{name}"), encoding="utf-8", errors="surrogateescape")
+    warnings: list[str] = []
+    assert evaluate(case.out, case.data, warn=warnings.append) == before
+    assert not warnings
+
+
+def test_results_without_maps_are_said_once(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = case.out / "cable" / "scores.csv"
+    with scores.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with scores.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "map": ""} for row in rows)
+    assert case.run() == 1
+    errors = capsys.readouterr().err
+    assert errors.count("no maps") == 1
+    assert evaluate(case.out, case.data, warn=lambda _: None)["categories"]["cable"]["pixel_auroc"] is None

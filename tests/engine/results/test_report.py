@@ -1,0 +1,322 @@
+"""The report: hostile names stay text, nothing is loaded, and the page does in a real browser what it promises."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from zsad.engine.results.report import TEMPLATE, write_report
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>.png",
+    "</script><script>window.hacked=1</script>.png",
+    "<!--<script>.png",
+    "\u2028\u2029&lt;\"'`${window.hacked=1}.png",
+    "javascript:window.hacked=1",
+]
+UNDECODABLE = "caf\udce9.png"  # a byte that is no UTF-8, as Python spells it
+
+
+def make_image(path: str, score: float, rank: int, **fields: Any) -> dict[str, Any]:
+    jpeg = cv2.imencode(".jpg", np.full((16, 16, 3), int(255 * score), np.uint8))[1].tobytes()
+    picture = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    return {
+        "path": path,
+        "score": score,
+        "raw_score": score / 2,
+        "rank": rank,
+        "label": None,
+        "anomalous": None,
+        "verdict": None,
+        "regions": [],
+        "image": picture,
+        "overlay": picture,
+        "overlay_file": "overlays/" + path,
+        **fields,
+    }
+
+
+def make_category(name: str, images: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "images": images,
+        "metrics": None,
+        "protocol": None,
+        "threshold": None,
+        "failures": [],
+        "groups": 1,
+        "group_size": None,
+        "seconds": 1.5,
+        **fields,
+    }
+
+
+def make_run(images: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "version": "0.1.0",
+        "preset": "small",
+        "device": "CPU",
+        "started": "2025-01-31 12:00:00",
+        "seconds": 3.0,
+        "images": images,
+        "images_per_second": images / 3.0,
+        "peak_memory_bytes": None,
+        "stages": {"decode": 1.0, "backbone": 2.0},
+        "config": {"size": 518},
+        "checkpoints": [{"name": "dinov2_vits14", "sha256": "0" * 64}],
+        "notes": [],
+        **fields,
+    }
+
+
+def read_data(page: str) -> Any:
+    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(block)
+
+
+def test_hostile_names_stay_data(tmp_path: Path) -> None:
+    names = [*HOSTILE, UNDECODABLE]
+    images = [make_image(name, 0.5, rank) for rank, name in enumerate(names, 1)]
+    values = dict.fromkeys(names, 1.0)
+    run = make_run(len(images), notes=names, config=values, stages=values)
+    write_report(tmp_path / "report.html", run, [make_category(HOSTILE[1], images)])
+    page = (tmp_path / "report.html").read_text(encoding="ascii")
+    for tag in ("<script", "</script", "<img", "<!--"):
+        assert page.count(tag) == TEMPLATE.read_text(encoding="utf-8").count(tag)
+    data = read_data(page)
+    assert [image["path"] for image in data["categories"][0]["images"]] == names
+    assert data["categories"][0]["name"] == HOSTILE[1]
+
+
+def test_overlay_links_stay_beside_the_page(tmp_path: Path) -> None:
+    links = ["javascript:alert(1)", "//host/a.png", "a b/c?d#e.png", UNDECODABLE, ""]
+    images = [make_image("a.png", 0.5, rank, overlay_file=link) for rank, link in enumerate(links, 1)]
+    write_report(tmp_path / "report.html", make_run(len(images)), [make_category("a", images)])
+    data = read_data((tmp_path / "report.html").read_text(encoding="ascii"))
+    written = [image["overlay_file"] for image in data["categories"][0]["images"]]
+    assert written == ["./javascript%3Aalert%281%29", ".///host/a.png", "./a%20b/c%3Fd%23e.png", "./caf%E9.png", ""]
+
+
+def test_page_names_no_other_place() -> None:
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|\bfetch\(|XMLHttpRequest|innerHTML|eval\(", text)
+    assert re.findall(r'<(?:link|script|img)[^>]*(?:src|href)="([^"]*)"', text) == ["data:,"]
+    assert "default-src 'none'; img-src data:;" in text
+
+
+def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_report(path, make_run(1, seconds=float("nan")), [])
+
+    def fill_disk(self: Path, _: bytes) -> int:
+        self.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_report(path, make_run(0), [])
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_replaces_the_old_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    write_report(path, make_run(0), [])
+    assert path.read_text().startswith("<!DOCTYPE html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no Chromium with chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-quic",
+        "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """The browser with a report of 150 bolts with ground truth, a few hostile names without, and no complaint."""
+    bolts = []
+    for index in range(150):
+        bad = index % 15 == 0
+        fields = {
+            "label": "bent" if bad else "good",
+            "anomalous": bad,
+            "verdict": "anomalous" if bad else "normal",
+            "regions": [{"x": 1, "y": 2, "width": 3, "height": 4, "area": 11, "peak": 0.9}] if bad else [],
+        }
+        bolts.append(make_image(f"test/bolt_{index:03d}.png", (0.81 if bad else 0.01) + index / 1000, 0, **fields))
+    for rank, image in enumerate(sorted(bolts, key=lambda each: -each["score"]), 1):
+        image["rank"] = rank
+    hostile = [make_image(name, 0.3 + rank / 100, rank) for rank, name in enumerate(HOSTILE, 1)]
+    categories = [
+        make_category("bolt", bolts, metrics={"image_auroc": 0.9876, "pixel_f1": None}, threshold=0.5),
+        make_category(HOSTILE[0], hostile, failures=[{"path": HOSTILE[1], "reason": HOSTILE[0]}]),
+    ]
+    run = make_run(155, notes=HOSTILE, config=dict.fromkeys(HOSTILE, 1))
+    write_report(tmp_path / "report.html", run, categories)
+    browser.get((tmp_path / "report.html").as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.hacked") is None
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+
+
+def find(page: Any, selector: str) -> Any:
+    return page.find_element("css selector", selector)
+
+
+def card_values(page: Any, key: str) -> list[str]:
+    script = "return [...document.querySelectorAll('[data-testid=card]')].map((card) => card.dataset[arguments[0]])"
+    values: list[str] = page.execute_script(script, key)
+    return values
+
+
+def set_value(page: Any, selector: str, value: str) -> None:
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', { bubbles: true }))"
+    page.execute_script(script, find(page, selector), value)
+
+
+def test_cards_are_sorted_and_made_when_needed(page: Any) -> None:
+    scores = [float(score) for score in card_values(page, "score")]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < len(scores) < 155
+    assert find(page, "#count").text == "155 of 155 images"
+    deadline = time.monotonic() + 20
+    while len(card_values(page, "score")) < 155 and time.monotonic() < deadline:
+        page.execute_script("scrollTo(0, document.body.scrollHeight)")
+        time.sleep(0.05)
+    assert len(card_values(page, "score")) == 155
+    set_value(page, "#sort", "low")
+    scores = [float(score) for score in card_values(page, "score")]
+    assert scores == sorted(scores)
+    set_value(page, "#sort", "path")
+    paths = card_values(page, "path")  # read once: more cards may come at any time
+    assert paths == sorted(paths)
+
+
+def test_filters_narrow_the_gallery(page: Any) -> None:
+    set_value(page, "#filter-category", "0")
+    assert find(page, "#count").text == "150 of 155 images"
+    assert set(card_values(page, "category")) == {"bolt"}
+    set_value(page, "#filter-low", "0.5")
+    assert find(page, "#count").text == "10 of 155 images"
+    assert all(float(score) >= 0.5 for score in card_values(page, "score"))
+    set_value(page, "#filter-high", "0.89")
+    assert find(page, "#count").text == "6 of 155 images"
+    set_value(page, "#filter-verdict", "normal")
+    assert find(page, "#count").text == "0 of 155 images"
+    assert find(page, "#empty").is_displayed()
+    find(page, "#reset").click()
+    assert find(page, "#count").text == "155 of 155 images"
+    set_value(page, "#filter-text", "BOLT_01")
+    assert find(page, "#count").text == "10 of 155 images"
+    set_value(page, "#filter-label", "anomalous")
+    assert card_values(page, "path") == ["test/bolt_015.png"]
+
+
+def test_histogram_counts_and_chooses(page: Any) -> None:
+    counts = "return [...document.querySelectorAll('[data-testid=bin]')].map((bin) => Number(bin.dataset.count))"
+    assert sum(page.execute_script(counts)) == 155
+    assert page.find_elements("css selector", "[data-testid=threshold]") == []  # the categories do not share one
+    set_value(page, "#filter-category", "0")
+    assert len(page.find_elements("css selector", "[data-testid=threshold]")) == 1
+    assert sum(page.execute_script(counts)) == 150
+    first = page.execute_script(counts)[0]
+    find(page, "[data-testid=bin]").click()
+    assert find(page, "#count").text == f"{first} of 155 images"
+    find(page, "[data-testid=bin]").click()
+    assert find(page, "#count").text == "150 of 155 images"
+
+
+def test_panels_tell_metrics_failures_and_run(page: Any) -> None:
+    metrics = find(page, "[data-testid=categories]").text
+    assert "AUROC" in metrics
+    assert "0.988" in metrics
+    for panel, words in (("failures", HOSTILE[:2]), ("run", ["backbone", "0" * 64, HOSTILE[0]])):
+        find(page, f"[data-testid={panel}] summary").click()
+        text = find(page, f"[data-testid={panel}]").text
+        assert all(word in text for word in words)
+
+
+def test_large_view_steps_with_the_arrows(page: Any) -> None:
+    find(page, "[data-testid=card]").click()
+    view = find(page, "[data-testid=view]")
+    assert view.is_displayed()
+    best, second = card_values(page, "path")[:2]
+    assert find(page, "#view-path").text == best
+    assert "0.900" in find(page, "#view-regions").text
+    assert find(page, "#view-pictures a").get_attribute("href").endswith(f"/overlays/{best}")
+    body = find(page, "body")
+    page.switch_to.active_element.send_keys("\ue014")  # right
+    assert find(page, "#view-path").text == second
+    page.switch_to.active_element.send_keys("\ue012")  # left
+    assert find(page, "#view-path").text == best
+    page.switch_to.active_element.send_keys("\ue00c")  # escape
+    assert not view.is_displayed()
+    assert page.switch_to.active_element != body  # back on the card
+
+
+def test_hostile_names_are_shown_as_they_are(page: Any) -> None:
+    set_value(page, "#filter-category", "1")
+    shown = [element.text for element in page.find_elements("css selector", ".card .path")]
+    assert HOSTILE[0] in shown
+    assert HOSTILE[1] in shown
+    assert page.find_elements("css selector", "[onerror]") == []
+    for card in page.find_elements("css selector", ".card"):
+        card.click()
+        find(page, "#view-close").click()
+
+
+def test_undecodable_name_opens(browser: Any, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", make_run(1), [make_category("a", [make_image(UNDECODABLE, 0.5, 1)])])
+    browser.get((tmp_path / "report.html").as_uri())
+    # chromedriver itself cannot speak of such a name, so the page clicks.
+    browser.execute_script("document.querySelector('.card').click()")
+    href = browser.execute_script("return document.querySelector('#view-pictures a').href")
+    assert href.endswith("/overlays/caf%E9.png")
+    assert browser.get_log("browser") == []
+
+
+def test_report_of_nothing_opens(browser: Any, tmp_path: Path) -> None:
+    failures = [{"path": "a.png", "reason": "not an image"}]
+    write_report(tmp_path / "report.html", make_run(0), [make_category("a", [], failures=failures)])
+    browser.get((tmp_path / "report.html").as_uri())
+    assert find(browser, "#count").text == "0 of 0 images"
+    assert find(browser, "[data-testid=failures]").is_displayed()
+    assert browser.get_log("browser") == []

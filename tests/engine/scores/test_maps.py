@@ -1,0 +1,122 @@
+"""Maps, masks, thresholds and regions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zsad.engine.scores.maps import object_mask, pixel_map, upsample
+from zsad.engine.scores.verdicts import auto_threshold, find_regions, region_threshold
+
+RNG = np.random.default_rng(5)
+
+
+@pytest.mark.parametrize(("name", "side", "size"), [("a", 8, 56), ("b", 6, 42)])
+def test_golden_pixel_maps(golden: Path, name: str, side: int, size: int) -> None:
+    arrays = np.load(golden / f"mutual_scoring_{name}.npz")
+    for patch_scores, expected in zip(arrays["patch_scores"], arrays["pixel_scores"], strict=True):
+        np.testing.assert_allclose(upsample(patch_scores.reshape(side, side), (size, size)), expected, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_upsampling_interpolates_between_aligned_corners(shape, size) -> None:
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    plane = 2 * y - 3 * x + 1  # linear functions are reproduced exactly
+    ys = np.linspace(0, shape[0] - 1, size[0]) if size[0] > 1 else np.zeros(1)
+    xs = np.linspace(0, shape[1] - 1, size[1]) if size[1] > 1 else np.zeros(1)
+    np.testing.assert_allclose(upsample(plane, size), 2 * ys[:, None] - 3 * xs + 1, atol=1e-4)
+
+
+def test_pixel_map_uses_the_scale_of_the_category_and_clears_the_background() -> None:
+    patch_map = RNG.uniform(2, 4, size=(5, 5))
+    scores = pixel_map(patch_map, (20, 30), (1.0, 5.0))
+    np.testing.assert_allclose(scores, (upsample(patch_map, (20, 30)) - 1) / 4, atol=1e-6)
+    mask = np.zeros((10, 15), bool)
+    mask[:5] = True
+    masked = pixel_map(patch_map, (20, 30), (1.0, 5.0), mask)
+    np.testing.assert_array_equal(masked[:10], scores[:10])
+    assert not masked[10:].any()
+
+
+def test_equal_scores_give_an_empty_map() -> None:
+    assert not pixel_map(np.full((4, 4), 0.7), (8, 8), (0.7, 0.7)).any()
+
+
+def naive_object_mask(image: np.ndarray) -> np.ndarray:
+    """The rule pixel by pixel, without the circle."""
+    height, width = image.shape[:2]
+    side = height // 8
+    colours = [
+        image[(2 + i) * side : (3 + i) * side, (2 + j) * side : (3 + j) * side].reshape(-1, 3).mean(axis=0)
+        for i in range(4)
+        for j in range(4)
+    ]
+    mask = np.ones((height, width), bool)
+    for y in range(height):
+        for x in range(width):
+            far = sum(np.linalg.norm(image[y, x] - colour) > 90 for colour in colours)
+            mask[y, x] = far <= 0.9 * 16
+    return mask
+
+
+def test_object_mask_follows_the_rule() -> None:
+    image = np.full((72, 72, 3), 250, np.uint8)
+    image[10:62, 10:62] = (40, 60, 80)
+    image = np.clip(image + RNG.integers(-20, 6, image.shape), 0, 255).astype(np.uint8)
+    mask = object_mask(image)
+    y, x = np.mgrid[:72, :72]
+    inside = (y - 36) ** 2 + (x - 36) ** 2 < 31**2  # safely inside the circle of radius 4 · (72 // 9)
+    outside = (y - 36) ** 2 + (x - 36) ** 2 > 33**2
+    assert mask[inside].all()
+    np.testing.assert_array_equal(mask[outside], naive_object_mask(image)[outside])
+    assert not mask[0, 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (8, 200), (200, 9), (64, 64)])
+def test_object_mask_of_small_and_narrow_images(shape) -> None:
+    mask = object_mask(np.zeros((*shape, 3), np.uint8))
+    assert mask.shape == shape
+    assert mask.dtype == bool
+    assert mask.all()
+
+
+def test_object_mask_needs_three_channels() -> None:
+    with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
+        object_mask(np.zeros((8, 8), np.uint8))
+
+
+def test_auto_threshold_separates_a_tail_from_a_normal_majority() -> None:
+    normal = RNG.normal(0.3, 0.03, 90)
+    threshold = auto_threshold(np.concatenate([normal, RNG.uniform(0.6, 1, 10)]))
+    assert normal.max() - 0.02 < threshold < 0.6
+    assert (normal > threshold).mean() < 0.05
+
+
+def test_auto_threshold_finds_nothing_where_all_scores_are_equal() -> None:
+    scores = np.zeros(10)
+    assert not (scores > auto_threshold(scores)).any()
+
+
+def test_region_threshold_looks_at_normal_images_only() -> None:
+    patches = np.zeros((4, 1000))
+    patches[:3] = np.linspace(0, 0.5, 1000)
+    patches[3] = 1
+    anomalous = np.array([False, False, False, True])
+    assert region_threshold(patches, anomalous) == pytest.approx(0.4995, abs=1e-3)
+    assert region_threshold(patches, np.ones(4, bool)) == 1.0
+
+
+def test_regions_are_boxed_measured_and_sorted() -> None:
+    scores = np.zeros((40, 60), np.float32)
+    scores[5:10, 20:30] = 0.6
+    scores[30:34, 2:5] = 0.9
+    scores[34, 5] = 0.8  # touches by a corner: same region
+    scores[0, 0] = 1.0  # too small
+    first, second = find_regions(scores, 0.5, least_area=4)
+    assert (first.x, first.y, first.width, first.height, first.area) == (2, 30, 4, 5, 13)
+    assert first.peak == pytest.approx(0.9)
+    assert (second.x, second.y, second.width, second.height, second.area) == (20, 5, 10, 5, 50)
+    assert find_regions(np.zeros((4, 4), np.float32), 0.5, 1) == []
