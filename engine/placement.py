@@ -18,7 +18,7 @@ from zsad.kernels.machine import default_memory_limit, scratch
 from zsad.kernels.mutual_scoring import plan_on_cpu
 
 from .config import Config, ConfigError
-from .images.decode import RECIPES, Preprocessing, decode, network_input
+from .images.decode import Preprocessing, decode, network_input, recipe
 from .images.device_jpegs import DeviceJpegs
 from .networks.runtime import Backbone, Runtime
 
@@ -109,7 +109,7 @@ class HostPlacement(_Scoring):
         return decode(path)
 
     def prepare(self, image: Image.Image) -> dict[Preprocessing, NDArray[np.float32]]:  # [3, S, S] each
-        return {kind: network_input(image, self._config.image_size, RECIPES[kind]) for kind in self._kinds}
+        return {kind: network_input(image, recipe(kind, self._config.image_size)) for kind in self._kinds}
 
     def network_inputs(self, prepared: Sequence[Any]) -> AbstractContextManager[Mapping[Preprocessing, Array]]:
         return nullcontext({kind: np.stack([image[kind] for image in prepared]) for kind in self._kinds})
@@ -180,10 +180,8 @@ class DevicePlacement(_Scoring):
                     on_device = self._device.empty(image.shape, np.uint8)
                     self._device.upload(image, on_device)
                 for kind, batch in self._inputs[self._slot].items():
-                    recipe = RECIPES[kind]
-                    cuda.network_input(
-                        self._device, on_device, batch[index], recipe.resampling, recipe.mean, recipe.deviation
-                    )
+                    how = recipe(kind, batch.shape[-1])
+                    cuda.network_input(self._device, on_device, batch[index], how.resampling, how.mean, how.deviation)
         with self._device.consuming(self._slot):
             yield {kind: batch[: len(prepared)] for kind, batch in self._inputs[self._slot].items()}
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.folders import SUFFIXES
+from zsad.engine.images.decode import SUFFIXES
 
 from .metrics import image_metrics, pixel_metrics
 

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
-from .decode import ImageError
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+from .decode import SUFFIXES, ImageError
 
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 

@@ -13,7 +13,7 @@ from zsad.engine.commands.infer import main
 from zsad.engine.config import load_config
 from zsad.engine.evaluation.evaluate import ground_truth
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
-from zsad.engine.images.decode import RECIPES, decode, network_input
+from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.folders import scan
 from zsad.engine.networks.runtime import Backbone, choose_runtime, load_backbone
 from zsad.engine.scores.image_scores import image_scores, rscin
@@ -50,7 +50,7 @@ def golden_run(golden: Path, real_data: Path, dinov2_small):
     """Golden arrays, and our tokens and embeddings of the same eight images."""
     arrays = np.load(golden / "end_to_end_dinov2s.npz")
     paths = [next((real_data / "ball_screw").rglob(Path(str(name)).name)) for name in arrays["files"]]
-    inputs = np.stack([network_input(decode(path), 518, RECIPES["imagenet"]) for path in paths])
+    inputs = np.stack([network_input(decode(path), recipe("imagenet", 518)) for path in paths])
     tokens, embeddings = zip(*(dinov2_small.run(image[None]) for image in inputs), strict=True)
     return arrays, inputs, np.concatenate(tokens), np.concatenate(embeddings)
 
@@ -108,7 +108,7 @@ def test_real_categories_beat_random_features_and_equal_the_oracle(real_data: Pa
     (category,) = scan(real_data / name)
     images = [category.images[i] for i in np.linspace(0, len(category.images) - 1, 32).astype(int)]
     backbone = load(image_size=SIZE)
-    inputs = (network_input(decode(image.path), SIZE, RECIPES["imagenet"]) for image in images)
+    inputs = (network_input(decode(image.path), recipe("imagenet", SIZE)) for image in images)
     tokens = np.concatenate([backbone.run(image[None])[0] for image in inputs])  # [32, 2, 256, 384]
     ours = _metrics(category, images, mutual_scores(tokens, degrees=(1, 3)), backbone.grid)
     oracle = _metrics(category, images, reference.mutual_scores(tokens, backbone.grid, (1, 3)), backbone.grid)
