@@ -1,4 +1,4 @@
-"""Writes the benchmark tables of the README from the committed results: `python -m zsad.bench.tables` in a clone."""
+"""Writes the benchmark tables of the pages from the committed results: `python -m zsad.bench.tables` in a clone."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from .roofline import GPUS, IMAGES, estimate
 
 Record = Mapping[str, Any]
 
-README = Path("README.md")
+PAGES = (Path("README.md"), Path("bench/README.md"))  # that have tables
 NAMES = {
     "reference": "reference's arithmetic: every degree, both directions, `torch.cdist`",
     "product": "one product per degree and direction, then the maximum",
@@ -34,6 +34,36 @@ def read(file: str) -> list[Record]:
 
 def where(record: Record) -> str:
     return f"{record['cpu']}, {record['cores']} cores, commit {record['commit'][:8]}, `{record['command']}`"
+
+
+def headline_table() -> str:
+    """Three numbers of the README: scoring, whole runs, metrics."""
+    scoring = next(
+        r for r in reversed(read("mutual_scoring.jsonl")) if (r["channels"], r["degrees"]) == (1024, [1, 3, 5])
+    )
+    median = {name: statistics.median(times) for name, times in scoring["ms_per_pair_and_layer"].items()}
+    rates = {
+        tuple(r["precision"]): r["images"] / r["seconds_together"]
+        for r in read("throughput.jsonl")
+        if r["kind"] == "run" and r["preset"] == "small"
+    }
+    metrics = read("metrics.jsonl")[-1]
+    exact, loop = (statistics.median(metrics[key]) for key in ("exact_on_reference_maps_s", "reference_s"))
+    rows = [
+        [
+            "mutual scoring, per pair of images and layer (1369 patches, 1024 channels, 3 degrees)",
+            f"{median['zsad']:.0f} ms: {median['reference'] / median['zsad']:.0f} times faster than the reference's",
+        ],
+        [
+            "a whole run of preset `small`, files to report",
+            f"{rates['fp32', 'fp32']:.1f} images/s, {rates['int8', 'int8']:.1f} with int8",
+        ],
+        [
+            f"all four pixel metrics of {metrics['reference_maps']} maps of {metrics['size']}×{metrics['size']}",
+            f"{exact:.1f} s: {loop / exact:.0f} times faster than the reference's loop",
+        ],
+    ]
+    return table([f"on {scoring['cores']} cores of an {scoring['cpu']}", ""], rows)
 
 
 def metrics_table() -> str:
@@ -143,6 +173,7 @@ def roofline_table() -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "backbones": backbones_table,
+    "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
     "roofline": roofline_table,
@@ -162,7 +193,8 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

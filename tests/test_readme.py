@@ -1,49 +1,120 @@
-"""The README's commands and tables are what runs and what was measured."""
+"""What the pages say is what runs, what there is, and what was measured."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from zsad.bench import tables
 from zsad.engine.commands import evaluate, export, infer
-from zsad.engine.config import load_config, preset_names
+from zsad.engine.config import preset_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "engine/README.md",
+    "kernels/README.md",
+    "export/README.md",
+    "bench/README.md",
+)
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README = PAGES["README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def prose(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture
+def helps(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What each command says to `--help`."""
+    said = {}
+    for command in (infer, evaluate, export):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        said[command.__name__.rpartition(".")[2]] = capsys.readouterr().out
+    return said
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 def test_continuous_integration_runs_the_test_command() -> None:
-    last = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()[-1]
-    assert "pytest" in last
-    assert f"```sh\n{last}\n```" in README
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python3 -m venv .*\[dev\].*$", run, flags=re.MULTILINE)
+    assert command.endswith("/bin/pytest")
+    command = command.replace('"$venv"', ".venv")
+    assert f"```sh\n{command}\n```" in README
 
 
-def test_tables_come_from_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_come_from_the_committed_results(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)
-    assert tables.fill(README) == README
-    for name in tables.TABLES:
-        assert f"<!-- table: {name} -->" in README
+    assert tables.fill(PAGES[name]) == PAGES[name]
+    assert ("<!-- table: " in PAGES[name]) == (Path(name) in tables.PAGES)
 
 
-def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    helps = ""
-    for command in (infer.main, evaluate.main, export.main):
-        with pytest.raises(SystemExit):
-            command(["--help"])
-        helps += capsys.readouterr().out
-    own = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    for option in set(re.findall(r"`(--[a-z-]+)", own)):
-        assert option in helps, option
+def test_every_table_is_on_a_page() -> None:
+    shown = re.findall(r"<!-- table: (.*?) -->", "".join(PAGES.values()))
+    assert sorted(shown) == sorted(tables.TABLES)
 
 
-def test_every_preset_is_described_and_loads() -> None:
+# The changelog also names what is gone, the page of the benchmarks their own options.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("CHANGELOG.md", "bench/README.md")])
+def test_every_option_it_names_exists(helps: dict[str, str], name: str) -> None:
+    known = "".join(helps.values())
+    for option in set(re.findall(r"`(--[a-z-]+)", prose(PAGES[name]))):
+        assert re.search(rf"{option}(?![a-z-])", known), option
+
+
+@pytest.mark.parametrize(("command", "name"), [("infer", "engine"), ("evaluate", "engine"), ("export", "export")])
+def test_every_option_is_described(helps: dict[str, str], command: str, name: str) -> None:
+    options = set(re.findall(r"(--[a-z][a-z-]+)", helps[command])) - {"--help", "--quiet", "--verbose"}
+    described = set(re.findall(r"(--[a-z][a-z-]+)", PAGES[f"{name}/README.md"]))
+    assert options <= described, options - described
+
+
+def test_every_preset_is_described() -> None:
     for preset in preset_names():
-        assert f"| `{preset}`" in README
-        assert load_config(preset).backbones
+        assert f"| `{preset}`" in PAGES["engine/README.md"]
 
 
-def test_every_file_it_links_exists() -> None:
-    for target in re.findall(r"\]\(([^)#]+?)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def test_every_extra_it_installs_exists() -> None:
+    extras = set(PROJECT["optional-dependencies"])
+    named = re.findall(r"(?:\"\.|'zsad)\[([a-z,-]+)\]", "".join(PAGES.values()))
+    assert {"cpu", "gpu", "gpu,tensorrt", "gpu,tensorrt-rtx", "dev"} <= set(named)
+    for name in named:
+        assert set(name.split(",")) <= extras, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", prose(PAGES[name])):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.findall(r"^## (.*)$", PAGES["CHANGELOG.md"], flags=re.MULTILINE)[0]
+    assert re.fullmatch(rf"\[{re.escape(PROJECT['version'])}\] - \d{{4}}-\d\d-\d\d", first), first

@@ -38,6 +38,7 @@ def save_random(model, path: Path, prefix: str = "") -> Path:
     return path
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("variant", ["plain", "registers", "swiglu"])
 def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
     import torch
@@ -59,6 +60,7 @@ def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
         np.testing.assert_allclose(embedding, model.forward_features(images)[:, 0].numpy(), atol=2e-5)
 
 
+@pytest.mark.torch
 def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
     import torch
 
@@ -82,6 +84,7 @@ def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
         np.testing.assert_allclose(embedding, torch.nn.functional.normalize(model(images)).numpy(), atol=2e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("activation", "layer_scale"), [("gelu", None), ("quick_gelu", None), ("gelu", 1.0)])
 def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_scale: float | None) -> None:
     import torch
@@ -106,6 +109,7 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_sca
         np.testing.assert_allclose(found, block.reshape(26, 128)[1:].numpy(), atol=1e-4)
 
 
+@pytest.mark.torch
 def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
     towers = [open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()]

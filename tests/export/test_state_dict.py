@@ -224,6 +224,7 @@ def test_truncated_and_foreign_archives_are_named(golden: Path, tmp_path: Path) 
             read_state_dict(tmp_path / name)
 
 
+@pytest.mark.torch
 def test_torchscript_archives_are_read_without_running_them(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="writing TorchScript needs PyTorch")
     model = torch.nn.Module()
@@ -237,6 +238,7 @@ def test_torchscript_archives_are_read_without_running_them(tmp_path: Path) -> N
         np.testing.assert_array_equal(read[name], tensor.numpy())
 
 
+@pytest.mark.torch
 def test_files_of_old_pytorch_are_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="writing the old format with PyTorch's own code")
     halves = torch.randn(3, 2).bfloat16()

@@ -232,6 +232,7 @@ def test_antialiasing_is_an_option_and_changes_only_resized_positions(clip: Visi
         assert relative_error(smooth, plain) > 0.01
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("source", "target"), [(24, 37), (37, 16), (6, 6)])
 def test_bicubic_matrix_equals_pytorch(source: int, target: int) -> None:
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
