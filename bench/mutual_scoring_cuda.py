@@ -30,7 +30,10 @@ from typing import Any
 import numpy as np
 
 from zsad.kernels import reference
-from zsad.kernels.cuda import Device, mutual_scores, open_device, plan_mutual_scoring
+from zsad.kernels.cuda import Device, open_device
+from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
+from zsad.kernels.cuda.scoring import Options
+from zsad.kernels.mutual_scoring import MutualScoring
 
 from .mutual_scoring import INTERVAL, make_tokens, unit_features
 from .records import RESULTS, append, environment
@@ -58,13 +61,30 @@ def seconds(device: Device, runs: Mapping[str, Callable[[], Any]], repeats: int)
     return times
 
 
+def score(
+    tokens: Any,  # [N, L, P, C]
+    side: int,
+    degrees: Sequence[int],
+    device: Device,
+    precision: str = "auto",
+    products: Any = None,
+    tiles: int | None = None,
+    timings: Any = None,
+) -> Any:
+    """Score tokens on one device; returns [N, P]."""
+    options = Options(products, tiles)
+    layers, channels = tokens.shape[1], tokens.shape[3]
+    scoring = MutualScoring((side, side), layers, channels, degrees, INTERVAL, precision, [device], options)
+    return scoring.scores(tokens, timings=timings)
+
+
 def validate(device: Device, side: int, channels: int, degrees: Sequence[int]) -> dict[str, float]:
     """Compare five images' scores by every variant with the float64 reference; SystemExit where they are off."""
     tokens = make_tokens(5, side, channels, seed=1)
     expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
     deviations = {}
     for name, (options, tolerance) in VARIANTS.items():
-        scores = mutual_scores(tokens, (side, side), degrees, INTERVAL, device, **options)
+        scores = score(tokens, side, degrees, device, **options)
         deviations[name] = float(np.abs(scores - expected).max())
         print(f"check: {name:<10} largest deviation from float64 {deviations[name]:.1e}")
         if not deviations[name] <= tolerance:
@@ -170,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
     features = device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
     pairs = layers * images * (images - 1) // 2
-    plan = plan_mutual_scoring(images, patches, channels, len(degrees), device.free_bytes(), device.cache_bytes)
+    plan = plan_mutual_scoring(Sizes(images, patches, channels, len(degrees)), device.free_bytes(), device.cache_bytes)
 
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.tiles)}
@@ -179,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for tiles in (None, *arguments.tiles):
             name = variant if tiles is None else f"{variant}, {tiles} tiles"
             stages[name], of_run[name] = {}, pairs
-            scored = partial(mutual_scores, tokens, (side, side), degrees, INTERVAL, device, **options)
+            scored = partial(score, tokens, side, degrees, device, **options)
             runs[name] = partial(scored, tiles=tiles, timings=stages[name])
     milliseconds = {
         name: [1e3 * s / of_run[name] for s in times]

@@ -10,7 +10,10 @@ import math
 from dataclasses import dataclass
 
 from zsad.engine.config import load_config
-from zsad.kernels.cuda import plan_mutual_scoring
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.methods.musc import Settings
+from zsad.engine.networks.build import export_options
+from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 
 from .towers import SHAPES
 
@@ -43,18 +46,21 @@ class Estimate:
 
 def estimate(preset: str, gpu: Gpu, images: int = IMAGES) -> Estimate:
     """Return the lower bound for a preset at its own image size."""
-    config = load_config(preset)
+    config = load_config(preset, method_of=method_class)
     forward = scoring = 0.0
     weights = tokens = plan_bytes = 0
-    degrees = len(set(config.degrees))
-    for name, backbone in config.backbones.items():
-        shape, graph = SHAPES[backbone.checkpoint], config.export_options(name, "fp16", "standard")
+    settings = config.settings
+    assert isinstance(settings, Settings)
+    degrees = len(set(settings.degrees))
+    for request in graph_requests(config):
+        spec = config.networks[request.network]
+        shape, graph = SHAPES[spec.checkpoint], export_options(spec, request, "fp16", "standard")
         patches = (config.image_size // shape.patch_size) ** 2
         forward += images * shape.flops(graph)
-        scoring += math.comb(images, 2) * len(backbone.taps) * 2 * shape.width * patches**2
+        scoring += math.comb(images, 2) * len(spec.taps) * 2 * shape.width * patches**2
         weights += 2 * shape.weights(graph)
-        tokens += 2 * images * len(backbone.taps) * patches * shape.width
-        plan = plan_mutual_scoring(images, patches, shape.width, degrees, gpu.memory, gpu.cache)
+        tokens += 2 * images * len(spec.taps) * patches * shape.width
+        plan = plan_mutual_scoring(Sizes(images, patches, shape.width, degrees), gpu.memory, gpu.cache)
         plan_bytes = max(plan_bytes, plan.peak_bytes)
     inputs = 2 * 8 * 3 * config.image_size**2 * 4
     return Estimate(gpu.name, preset, forward / gpu.flops, scoring / gpu.flops, weights + tokens + inputs + plan_bytes)

@@ -21,8 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +30,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.engine.config import Config, ConfigError, Precision, load_config, preset_names
+from zsad.engine.config import Config, ConfigError, Precision, load_config
 from zsad.engine.demo import draw_demo
 from zsad.engine.images.folders import Category, scan
-from zsad.engine.networks.runtime import Backbone, Runtime, choose_runtime, load_backbone
-from zsad.engine.pipeline import CategoryScores, Options, Stages, features_of, rescore, run_backbones, score_category
-from zsad.engine.placement import Placement, choose_placement
-from zsad.engine.results.category import write_category
+from zsad.engine.images.loader import Batch
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.networks.build import export_options, load_networks
+from zsad.engine.networks.network import Graph
+from zsad.engine.networks.runtime import Runtime, choose_runtime
+from zsad.engine.presets.names import preset_names
+from zsad.engine.run import CategoryJob, Options, Workplace, run_category, set_up
 from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
@@ -63,18 +65,18 @@ class Variant:
 
 def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
     """Replace checkpoints that are not here by random ones of the same shape; also return what each one is."""
-    weights, backbones = {}, dict(config.backbones)
-    for name, backbone in config.backbones.items():
+    weights, networks = {}, dict(config.networks)
+    for name, spec in config.networks.items():
         try:
-            find_checkpoint(backbone.checkpoint)
-            weights[name] = backbone.checkpoint
+            find_checkpoint(spec.checkpoint)
+            weights[name] = spec.checkpoint
         except CheckpointError:
-            path = folder / f"{backbone.checkpoint}-random.safetensors"
-            write_random_checkpoint(SHAPES[backbone.checkpoint], path)
-            backbones[name] = replace(backbone, checkpoint=str(path))
-            weights[name] = f"random, of the shape of {backbone.checkpoint}"
+            path = folder / f"{spec.checkpoint}-random.safetensors"
+            write_random_checkpoint(SHAPES[spec.checkpoint], path)
+            networks[name] = spec.model_copy(update={"checkpoint": str(path)})
+            weights[name] = f"random, of the shape of {spec.checkpoint}"
         print(f"weights of {name}: {weights[name]}")
-    return replace(config, backbones=backbones), weights
+    return config.model_copy(update={"networks": networks}), weights
 
 
 def runtimes(device: str) -> Iterator[tuple[str, Runtime, Precision]]:
@@ -117,13 +119,15 @@ def product_peak(runtime: Runtime) -> Callable[[], float]:
 def variants(
     config: Config, name: str, where: str, batch: NDArray[np.float32], vit: VisionTransformer
 ) -> Iterator[Variant]:
-    """Yield every variant of one backbone that can run here."""
+    """Yield every variant of one network's image tower that can run here."""
+    (request,) = (request for request in graph_requests(config) if request.network == name)
     for variant, runtime, precision in runtimes(where):
-        backbone = load_backbone(replace(config, backbone_precision=precision), name, runtime, len(batch))
+        chosen = config.model_copy(update={"network_precision": precision})
+        tower = load_networks(chosen, [request], runtime, len(batch))[name].graphs[request.graph]
         device = runtime.device
         images = batch if device is None else device.to_device(batch)
         fetch = np.asarray if device is None else device.to_host
-        yield Variant(variant, precision, partial(_complete, backbone, images, device), fetch)
+        yield Variant(variant, precision, partial(_complete, tower, images, device), fetch)
     if importlib.util.find_spec("torch") is None:
         print("PyTorch: not measured (it is not installed)")
         return
@@ -135,7 +139,7 @@ def variants(
     precision, torch_type, kind = "fp32", torch.float32, "cpu"
     if where != "cpu":
         precision, torch_type, kind = "fp16", torch.float16, f"cuda:{choose_runtime(where).devices[0].number}"
-    forward = TorchForward(vit, config.export_options(name, "fp32", "fused"), kind, torch_type)
+    forward = TorchForward(vit, export_options(config.networks[name], request, "fp32", "fused"), kind, torch_type)
     tensor = forward.tensor(batch)
 
     def run() -> Any:
@@ -147,8 +151,8 @@ def variants(
     yield Variant(f"PyTorch eager {precision}", precision, run, forward.fetch)
 
 
-def _complete(backbone: Backbone, images: Any, device: Device | None) -> Any:
-    tokens, _ = backbone.run(images)
+def _complete(tower: Graph, images: Any, device: Device | None) -> Any:
+    tokens = tower.run({"images": images})["tokens"]
     if device is not None:
         device.synchronise()
     return tokens
@@ -157,11 +161,12 @@ def _complete(backbone: Backbone, images: Any, device: Device | None) -> Any:
 def compare_backbones(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
     """Validate and time every variant of every backbone in turn, and append one record for each backbone."""
     peak = product_peak(choose_runtime(arguments.device))
-    for name, backbone in config.backbones.items():
+    for request in graph_requests(config):
+        name, spec = request.network, config.networks[request.network]
         batch = np.repeat(sample_images(config.image_size), arguments.batch_size, axis=0)
-        graph = config.export_options(name, "fp32", "fused")
-        vit = read_vision_transformer(find_checkpoint(backbone.checkpoint)[0])
-        expected = run_graph(export_onnx(backbone.checkpoint, graph).path, batch[:1])[:1]
+        graph = export_options(spec, request, "fp32", "fused")
+        vit = read_vision_transformer(find_checkpoint(spec.checkpoint)[0])
+        expected = run_graph(export_onnx(spec.checkpoint, graph).path, batch[:1])[:1]
         found = list(variants(config, name, arguments.device, batch, vit))
         agreement = {}
         for variant in found:
@@ -234,42 +239,29 @@ class Clock:
         self.seconds[stage] = time.perf_counter() - start
 
 
-def stages_alone(
-    category: Category,
-    config: Config,
-    runtime: Runtime,
-    backbones: Mapping[str, Backbone],
-    placement: Placement,
-    options: Options,
-) -> dict[str, float]:
+def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> dict[str, float]:
     """Run every stage of a category by itself over all images; returns seconds by stage."""
     clock, count = Clock(runtime), len(category.images)
-    with ThreadPoolExecutor(options.workers) as pool, ExitStack() as stack:
-        with clock.measure("decode"):
-            decoded = list(pool.map(lambda image: placement.decode(image.path), category.images))
-        with clock.measure("resize"):
-            prepared = list(pool.map(placement.prepare, decoded))
-            for start in range(0, count, options.batch_size):
-                with placement.network_inputs(prepared[start : start + options.batch_size]):
-                    pass
-        resident, memory_left = placement.share_memory(count, backbones)
-        features = stack.enter_context(features_of(count, resident, backbones, placement))
-        # Every batch runs on the input of the first one, so that nothing else is timed.
-        with placement.network_inputs(prepared[: options.batch_size]) as inputs, clock.measure("backbone"):
-            for start in range(0, count, options.batch_size):
-                batch = {name: images[: count - start] for name, images in inputs.items()}
-                run_backbones(batch, start, features, config, backbones, placement)
-        with clock.measure("scoring"):
-            scores = {
-                name: placement.patch_scores(
-                    features.tokens[name], backbone.grid, memory_left, lambda *_: None, {}, lambda plan: None
-                )
-                for name, backbone in backbones.items()
-            }
-        chosen = config.image_score.backbone
-        embeddings = placement.fetch(features.embeddings[chosen]) if config.image_score.rscin else None
-        with clock.measure("rescoring"):
-            rescore(config, scores[chosen], backbones[chosen].grid, embeddings)
+    loader, method = workplace.loader, workplace.method
+
+    def batches(members: range) -> Iterator[Batch]:
+        return loader.batches(category.images, members, None, lambda *_: None)
+
+    with clock.measure("decode"):
+        for _ in batches(range(count)):
+            pass
+    method.start(count)
+    # Every batch runs on the input of the first one, so that nothing else is timed.
+    for first in batches(range(min(loader.batch_size, count))):
+        with clock.measure("networks"):
+            for start in range(0, count, loader.batch_size):
+                inputs = {recipe: images[: count - start] for recipe, images in first.inputs.items()}
+                indices = list(range(start, min(start + loader.batch_size, count)))
+                list(method.take(Batch(indices, inputs, [])))
+    with clock.measure("scoring"):
+        scored = list(method.finish(lambda *_: None))
+    with clock.measure("rescoring"):
+        method.image_scores(scored)
     return clock.seconds
 
 
@@ -277,37 +269,28 @@ def whole_runs(
     config: Config, runtime: Runtime, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any
 ) -> None:
     """Time the stages alone and together, and append one record."""
-    config = runtime.resolve(config)
-    options = Options(arguments.batch_size, available_cores(), strict=True)
-    backbones = {name: load_backbone(config, name, runtime, options.batch_size) for name in config.backbones}
-    placement = choose_placement(config, runtime, options.batch_size, None)
+    workers = available_cores()
     with tempfile.TemporaryDirectory() as folder:
+        options = Options(Path(folder) / "out", batch_size=arguments.batch_size, strict=True)
+        workplace = set_up(config, runtime, options, workers)
         data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images, defects=arguments.images // 4)
         (category, *_) = scan(data)
         category = replace(category, images=category.images[: arguments.images])
 
-        def run(images: int) -> tuple[CategoryScores, float]:
+        def run(images: int) -> tuple[float, dict[str, float]]:
             part, start = replace(category, images=category.images[:images]), time.perf_counter()
-            scored = score_category(part, config, backbones, placement, options, Stages(), lambda *_: None)
-            write_category(Path(folder) / "out", part, scored, config, ["zsad"], "", options.workers)
-            return scored, time.perf_counter() - start
+            workplace.timings.clear()
+            run_category(CategoryJob(part, config, options, workers), workplace, lambda *_: None)
+            return time.perf_counter() - start, dict(workplace.timings)
 
         run(2)  # warms up
-        alone = stages_alone(category, config, runtime, backbones, placement, options)
+        alone = stages_alone(category, runtime, workplace)
         forget_peak_memory()
-        scored, together = run(len(category.images))
+        together, stages = run(len(category.images))
+        alone["write"] = stages["write"]  # nothing runs beside it
         host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
-        start = time.perf_counter()
-        write_category(Path(folder) / "out", category, scored, config, ["zsad"], "", options.workers)
-        alone["write"] = time.perf_counter() - start
-    count = len(category.images)
-    overlap = sum(alone.values()) / together
-    print(f"\nwhole runs: preset {config.preset}, {count} images, {runtime.describe()}")
-    for stage, value in alone.items():
-        print(f"  {stage:<12}{value:9.2f} s alone {1e3 * value / count:9.1f} ms per image")
+    print_run(config, runtime, len(category.images), alone, together)
     print(
-        f"  together    {together:9.2f} s       {1e3 * together / count:9.1f} ms per image, "
-        f"{count / together:.2f} images/s, overlap efficiency {overlap:.2f}\n"
         f"  peak memory {host / 2**30:.2f} GiB"
         + (f", on the device {device / 2**30:.2f} GiB" if device is not None else "")
     )
@@ -319,16 +302,26 @@ def whole_runs(
             "preset": config.preset,
             "weights": dict(weights),
             "runtime": runtime.describe(),
-            "precision": [config.backbone_precision, config.precision],
+            "precision": [workplace.record["network_precision"], workplace.record["settings"]["precision"]],
             "image_size": config.image_size,
-            "images": count,
-            "batch": options.batch_size,
+            "images": len(category.images),
+            "batch": workplace.loader.batch_size,
             "seconds_alone": alone,
             "seconds_together": together,
-            "overlap": overlap,
+            "overlap": sum(alone.values()) / together,
             "peak_host_bytes": host,
             "peak_device_bytes": device,
         },
+    )
+
+
+def print_run(config: Config, runtime: Runtime, count: int, alone: Mapping[str, float], together: float) -> None:
+    print(f"\nwhole runs: preset {config.preset}, {count} images, {runtime.describe()}")
+    for stage, value in alone.items():
+        print(f"  {stage:<12}{value:9.2f} s alone {1e3 * value / count:9.1f} ms per image")
+    print(
+        f"  together    {together:9.2f} s       {1e3 * together / count:9.1f} ms per image, "
+        f"{count / together:.2f} images/s, overlap efficiency {sum(alone.values()) / together:.2f}"
     )
 
 
@@ -353,20 +346,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = environment("zsad.bench.throughput", argv, ["numpy", "onnxruntime", "torch", "tensorrt", "zsad"])
     print(f"device: {runtime.describe()} ({runtime.reason})")
     overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
     with tempfile.TemporaryDirectory() as folder:
-        config, weights = use_random_weights(load_config(arguments.preset, arguments.config, overrides), Path(folder))
+        config, weights = use_random_weights(config, Path(folder))
         if arguments.only != "runs":
             compare_backbones(config, weights, arguments, record)
         if arguments.only != "backbones":
             found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
             for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
-                whole_runs(
-                    replace(config, backbone_precision=precision, precision=precision),
-                    runtime,
-                    weights,
-                    arguments,
-                    record,
-                )
+                settings = config.settings.model_copy(update={"precision": precision})
+                chosen = config.model_copy(update={"network_precision": precision, "settings": settings})
+                whole_runs(chosen, runtime, weights, arguments, record)
     return 0
 
 

@@ -1,130 +1,167 @@
 """Presets, the user's TOML file and the command line, merged into one checked configuration."""
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from .presets.names import PRESETS, preset_names
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from zsad.export.onnx_export import ExportOptions
-from zsad.export.vit_graph import ACTIVATIONS
-
-from .images.decode import Preprocessing
-from .scores.image_scores import ScoreRule
+LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
+SIDE = f"a number of pixels from 1 to {LARGEST_SIDE}"
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
-Decoder = Literal["pillow", "nvimgcodec"]
-
-PRESETS = Path(__file__).parent / "presets"
-LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+Block = Annotated[int, Field(ge=0)]
 
 
 class ConfigError(Exception):
     """A configuration that cannot run; the message says how to mend it."""
 
 
-@dataclass(frozen=True)
-class BackboneConfig:
-    """One backbone: which weights, where to tap them, how to feed them."""
+class Table(BaseModel):
+    """A table of a configuration: immutable, without keys that nobody reads, without conversions.
 
-    checkpoint: str  # a name of the manifest or a file
-    taps: tuple[int, ...]  # 0-based blocks
-    activation: str = "gelu"
-    heads: int | None = None  # by default those of the published tower of this width
-    preprocessing: Preprocessing = "imagenet"
+    A field's description completes the sentence "KEY must be …".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class MapConfig:
-    """Where the pixel maps come from."""
+class NetworkSpec(Table):
+    """One network: which weights, where to tap them, how to feed them."""
 
-    backbone: str
-    object_mask: bool = False
-
-
-@dataclass(frozen=True)
-class ImageScoreConfig:
-    """Where the image scores come from; no `rscin` means no rescoring."""
-
-    backbone: str
-    rule: ScoreRule = "map_maximum"
-    rscin: tuple[int, ...] = ()
+    checkpoint: str = Field(description="a name of the manifest or a file")
+    taps: tuple[Block, ...] = Field((), description="block numbers, counted from 0")
+    image_size: Side = Field(description=SIDE)  # the configuration's, unless a network has its own
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    heads: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of attention heads")
+    preprocessing: Literal["imagenet", "clip"] | None = None  # None: what the architecture was trained with
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Table):
     """Everything that decides the scores."""
 
     preset: str
-    image_size: int
-    degrees: tuple[int, ...]
-    interval: tuple[float, float]
-    backbones: dict[str, BackboneConfig]
-    map: MapConfig
-    image_score: ImageScoreConfig
-    group_size: int | None = None  # None scores the whole category as one batch
-    threshold: float | str | None = None  # a score in [0, 1] or "auto"
-    precision: Precision = "auto"  # of the products of mutual scoring; auto: fp32 on a CPU, fp16 on a GPU
-    backbone_precision: Precision = "auto"  # likewise
-    decoder: Decoder = "pillow"  # nvimgcodec: JPEG files on the GPU, to slightly other pixels
-    seed: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def export_options(self, name: str, precision: str, attention: str) -> ExportOptions:
-        """Return what the graph of one of the backbones is exported with."""
-        backbone = self.backbones[name]
-        return ExportOptions(
-            taps=backbone.taps,
-            image_size=self.image_size,
-            activation=backbone.activation,
-            heads=backbone.heads,
-            embedding=bool(self.image_score.rscin) and name == self.image_score.backbone,
-            precision=precision,
-            attention=attention,
-            preprocessing=backbone.preprocessing,
-        )
+    method: str = Field(description="the name of a method")
+    image_size: Side = Field(description=SIDE)
+    networks: dict[str, NetworkSpec] = Field(description="one table per network")
+    settings: SerializeAsAny[Table]  # of the method
+    object_mask: bool = Field(False, description="true or false")  # background by colour gets the lowest score
+    group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
+    threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
+        None, description="'auto' or a number in [0, 1]"
+    )
+    network_precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
+    decoder: Literal["pillow", "nvimgcodec"] = "pillow"  # nvimgcodec: JPEG files on the GPU, to slightly other pixels
+    bit_depth: Annotated[int, Field(ge=8, le=16)] | None = Field(
+        None, description="a number of bits from 8 to 16"
+    )  # of grey values in 16-bit files; None: as many as the category's files use
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="a whole number from 0")
 
 
-def preset_names() -> list[str]:
-    """Return the presets that come with zsad."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+class ConfiguredMethod(Protocol):
+    """What a configuration's check asks of its method."""
+
+    Settings: ClassVar[type[Table]]
+
+    @staticmethod
+    def graph_requests(config: Config) -> object:
+        """Raise ConfigError for networks that the method cannot use."""
 
 
-def load_config(preset: str, file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+MethodOf = Callable[[str], type[ConfiguredMethod]]
+SomeTable = TypeVar("SomeTable", bound=Table)
+
+
+def load_config(
+    preset: str,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    method_of: MethodOf,
+) -> Config:
     """Merge preset, file and overrides (later ones win) and check the result; raises ConfigError.
 
-    overrides: values by the keys of Config; `taps` goes to every backbone.
+    overrides: values by the keys of Config, or by those of the method's settings; `taps` and `image_size` go to every
+    network. method_of: gives the class of a method, and raises ConfigError for an unknown one.
     """
     if preset not in preset_names():
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(preset_names())}")
     merged = _read_toml(PRESETS / f"{preset}.toml")
     if file is not None:
-        merged = _merge(merged, _read_toml(file))
+        merged = _merged(merged, _read_toml(file))
+        if "preset" in merged:
+            raise ConfigError(f"{file}: unknown key 'preset' in the configuration; choose it with --preset")
         try:
-            _checked(preset, merged)
+            _checked(preset, merged, method_of)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
-    changes = dict(overrides or {})
-    if "taps" in changes:
-        taps = changes.pop("taps")
-        changes["backbones"] = {name: {**backbone, "taps": taps} for name, backbone in merged["backbones"].items()}
-    return _checked(preset, {**merged, **changes})
+    return _checked(preset, _override(merged, overrides or {}), method_of)
+
+
+def check(model: type[SomeTable], values: object, where: str = "") -> SomeTable:
+    """Make a table of values; raises ConfigError that names the key, what it takes and what was given.
+
+    where: the table's name as in the file, for example [settings].
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error.errors()[0], values, where)) from None
+
+
+def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Config:
+    values = {**merged, "preset": preset}
+    networks = values.get("networks")
+    if isinstance(networks, Mapping):
+        values["networks"] = {
+            name: {"image_size": values.get("image_size"), **table} if isinstance(table, Mapping) else table
+            for name, table in networks.items()
+        }
+    given = values.get("settings", {})
+    # Before the settings, whose table depends on the method.
+    method = method_of(check(Config, {**values, "settings": Table()}).method)
+    config = check(Config, {**values, "settings": check(method.Settings, given, "[settings]")})
+    method.graph_requests(config)
+    return config
+
+
+def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    changes = {key: value for key, value in overrides.items() if key in Config.model_fields}
+    everywhere = {key: overrides[key] for key in ("taps", "image_size") if key in overrides}
+    changes["networks"] = {name: {**table, **everywhere} for name, table in merged["networks"].items()}
+    own = {key: value for key, value in overrides.items() if key not in Config.model_fields and key != "taps"}
+    return {**merged, **changes, "settings": {**merged.get("settings", {}), **own}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return table
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
+    frozen: dict[str, Any] = _frozen(table)
+    return frozen
+
+
+def _frozen(value: Any) -> Any:
+    """Turn lists into tuples, at any depth."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _merged(preset: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    if file.get("method", preset["method"]) != preset["method"]:
+        preset = {**preset, "settings": {}}  # they are another method's
+    return _merge(preset, file)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,109 +172,36 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _build(kind: Any, values: Any, where: str) -> Any:
-    """Construct a dataclass from a table, naming keys that are unknown or missing; lists become tuples."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a table, not {values!r}")
-    known = [field.name for field in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} in {where}; it takes {', '.join(known)}")
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+def _explain(model: type[Table], error: Any, values: Any, where: str) -> str:
+    """Say which key of which table is wrong, what it takes, and what was given."""
+    description, given = "a table", values
+    path = list(error["loc"])
+    key = ""
+    while path and path[0] in model.model_fields:
+        key = str(path.pop(0))
+        field = model.model_fields[key]
+        description = field.description or _choices(field.annotation)
+        given = given.get(key) if isinstance(given, Mapping) else None
+        inner: Any = get_args(field.annotation)[-1] if get_origin(field.annotation) is dict else field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, Table)):
+            break
+        if inner is not field.annotation:  # one table for each name
+            if not path:
+                return f"[{key}] must hold {description}, not {given!r}"
+            key = f"{key}.{path.pop(0)}"
+            given = dict(given or {}).get(key.partition(".")[2])
+        model, where, key = inner, f"[{key}]", ""
+        description = "a table"
+    subject = " ".join(filter(None, (where, key))) or "the configuration"
+    if error["type"] == "extra_forbidden":
+        takes = ", ".join(name for name in model.model_fields if name != "preset")
+        return f"unknown key {path[0]!r} in {where or 'the configuration'}; it takes {takes}"
+    if error["type"] == "missing":
+        return f"{subject} is missing; it must be {description}"
+    return f"{subject} must be {description}, not {given!r}"
 
 
-def _checked(preset: str, merged: Mapping[str, Any]) -> Config:
-    backbones = merged.get("backbones")
-    if not isinstance(backbones, Mapping):
-        raise ConfigError(f"[backbones] must hold one table per backbone, not {backbones!r}")
-    if "preset" in merged:
-        raise ConfigError("unknown key 'preset' in the configuration; choose it with --preset")
-    config: Config = _build(
-        Config,
-        {
-            **merged,
-            "preset": preset,
-            "backbones": {name: _build(BackboneConfig, b, f"[backbones.{name}]") for name, b in backbones.items()},
-            "map": _build(MapConfig, merged.get("map"), "[map]"),
-            "image_score": _build(ImageScoreConfig, merged.get("image_score"), "[image_score]"),
-        },
-        "the configuration",
-    )
-    _require(
-        _is_int(config.image_size, 1) and config.image_size <= LARGEST_SIDE,
-        f"image_size must be a number of pixels from 1 to {LARGEST_SIDE}",
-        config.image_size,
-    )
-    _require(
-        _all_ints(config.degrees, 1) and all(d % 2 for d in config.degrees),
-        "degrees must be odd numbers",
-        config.degrees,
-    )
-    interval = config.interval
-    _require(
-        isinstance(interval, tuple)
-        and len(interval) == 2
-        and all(map(_is_number, interval))
-        and 0 <= interval[0] < interval[1],
-        "interval must be two finite bounds, 0 <= low < high",
-        interval,
-    )
-    _require(
-        config.group_size is None or _is_int(config.group_size, 2), "group_size must be at least 2", config.group_size
-    )
-    threshold = config.threshold
-    _require(
-        threshold in (None, "auto")
-        or (isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1),
-        "threshold must be 'auto' or a number in [0, 1]",
-        threshold,
-    )
-    _require_choice("precision", config.precision, get_args(Precision))
-    _require_choice("backbone_precision", config.backbone_precision, get_args(Precision))
-    _require_choice("decoder", config.decoder, get_args(Decoder))
-    _require(_is_int(config.seed, 0), "seed must be a whole number", config.seed)
-    for name, backbone in config.backbones.items():
-        where = f"[backbones.{name}]"
-        _require(
-            isinstance(backbone.checkpoint, str), f"{where} checkpoint must be a name or file", backbone.checkpoint
-        )
-        _require(_all_ints(backbone.taps, 0), f"{where} taps must be block numbers", backbone.taps)
-        _require(backbone.heads is None or _is_int(backbone.heads, 1), f"{where} heads must be a count", backbone.heads)
-        _require_choice(f"{where} activation", backbone.activation, ACTIVATIONS)
-        _require_choice(f"{where} preprocessing", backbone.preprocessing, get_args(Preprocessing))
-    _require_choice("[map] backbone", config.map.backbone, list(config.backbones))
-    _require_choice("[image_score] backbone", config.image_score.backbone, list(config.backbones))
-    _require_choice("[image_score] rule", config.image_score.rule, get_args(ScoreRule))
-    _require(
-        isinstance(config.map.object_mask, bool), "[map] object_mask must be true or false", config.map.object_mask
-    )
-    _require(
-        config.image_score.rscin == () or _all_ints(config.image_score.rscin, 1),
-        "[image_score] rscin must be neighbour counts",
-        config.image_score.rscin,
-    )
-    return config
-
-
-def _require(holds: bool, message: str, got: Any) -> None:
-    if not holds:
-        raise ConfigError(f"{message}, not {got!r}")
-
-
-def _require_choice(where: str, value: Any, choices: Sequence[str]) -> None:
-    _require(value in choices, f"{where} must be one of {', '.join(choices)}", value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _all_ints(values: Sequence[Any], least: int) -> bool:
-    return isinstance(values, tuple) and len(values) > 0 and all(_is_int(value, least) for value in values)
+def _choices(annotation: Any) -> str:
+    """Name what a literal type takes."""
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return f"one of {', '.join(str(value) for literal in literals for value in get_args(literal))}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import psutil
 from numpy.typing import DTypeLike, NDArray
 
@@ -29,17 +30,38 @@ def stopwatch(timings: Timings, stage: str) -> Iterator[None]:
         timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
+
+
 def available_cores() -> int:
-    """Return the processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the processors this process may keep busy: those it may run on, less where a container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    quota = _processor_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _processor_quota() -> float | None:
+    """Return how many processors' time the container may use; None without a quota."""
+    with suppress(OSError, ValueError):  # no container, or one without a quota ("max")
+        quota, period = (CONTROL_GROUP / "cpu.max").read_text("utf-8").split()
+        return int(quota) / int(period)
+    with suppress(OSError, ValueError):  # version 1
+        quota, period = (
+            (CONTROL_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text("utf-8") for name in ("quota", "period")
+        )
+        return int(quota) / int(period) if int(quota) > 0 else None
+    return None
+
+
+def cache_folder() -> Path:
+    """Return the folder of everything that can be fetched or built again: $ZSAD_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("ZSAD_CACHE") or platformdirs.user_cache_path("zsad"))
 
 
 def default_memory_limit() -> int:
     """Return three quarters of the free memory in bytes, as the machine and its container see it."""
     free = psutil.virtual_memory().available
-    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, usage = (CONTROL_GROUP / name for name in ("memory.max", "memory.current"))
     with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
         free = min(free, int(limit.read_text()) - int(usage.read_text()))
     return int(0.75 * max(free, 0))
@@ -57,7 +79,7 @@ def scratch(shape: tuple[int, ...], in_memory: bool, dtype: DTypeLike = np.float
         yield np.empty(shape, dtype)
         return
     with tempfile.TemporaryFile(prefix="zsad-") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error when a page is written
+        if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk is an error now, not a bus error at a page
             os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * math.prod(shape))
         yield np.memmap(file, dtype, "w+", shape=shape)
 

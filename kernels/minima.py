@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .task import Task
+
 Array = NDArray[np.float32]
 ReturnMinima = Literal[False, True, "each"]
 
@@ -16,13 +18,14 @@ class ReturnedMinima:
     `of` gives the distances [P, N] of one image, layer and degree, which are added to with the weight `share`.
     """
 
-    def __init__(self, kind: ReturnMinima, images: int, layers: int, degrees: int, patches: int) -> None:
+    def __init__(self, kind: ReturnMinima, images: int, task: Task) -> None:
         """kind: True averages over layers and degrees, [N, P, N]; "each" does not, [L, R, N, P, N]; False: nothing."""
         if kind not in (False, True, "each"):
             raise ValueError(f"return_minima must be False, True or 'each', not {kind!r}")
         self.each = kind == "each"
+        layers, degrees = task.layers, len(task.degrees)
         self.share = 1.0 if self.each else 1.0 / (layers * degrees)
-        one = (images, patches, images)
+        one = (images, task.patches, images)
         self._shape = ((layers, degrees, *one) if self.each else one) if kind else None
         self.bytes = 4 * math.prod(self._shape) if self._shape else 0
         self.array: Array | None = None

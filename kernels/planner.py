@@ -1,44 +1,11 @@
 """Decides, before any work starts, what mutual scoring keeps in memory and what it streams."""
 
-import gc
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from .machine import available_cores, default_disk_limit
 
-log = logging.getLogger("zsad")
-
 FLOAT_BYTES = 4
 ROW_BLOCKS = (8, 2, 1)  # images per block where most memory goes to the minima of a few rows
-
-
-class AnyPlan(Protocol):
-    @property
-    def peak_bytes(self) -> int: ...
-
-
-SomePlan = TypeVar("SomePlan", bound=AnyPlan)
-Result = TypeVar("Result")
-
-
-def run_within_memory(
-    limit: int, make_plan: Callable[[int], SomePlan], run: Callable[[SomePlan], Result], failure: type[MemoryError]
-) -> Result:
-    """Plan for `limit` bytes and run; where an allocation fails all the same, plan for half as much and run again.
-
-    failure: what `run` raises then. Raises the MemoryError of `make_plan` where nothing is left to halve.
-    """
-    while True:
-        plan = make_plan(limit)
-        try:
-            return run(plan)
-        except failure as error:
-            why = str(error)
-        gc.collect()  # the traceback held the arrays, perhaps in a cycle
-        limit = min(limit, plan.peak_bytes) // 2
-        log.warning("out of memory (%s): mutual scoring starts again with at most %d MiB", why, limit >> 20)
 
 
 def compared_pairs(images: int, rows: int) -> int:
@@ -80,66 +47,83 @@ class Plan:
         )
 
 
-def plan_mutual_scoring(
-    images: int,
-    patches: int,
-    channels: int,
-    degrees: int,
-    memory_limit: int,
-    feature_copies: int = 1,
-    remeasured_ranks: int = 0,
-    returned_bytes: int = 0,
-    disk_limit: int | None = None,
-) -> Plan:
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how much memory a call takes."""
+
+    images: int
+    patches: int
+    channels: int
+    degrees: int
+    feature_copies: int = (
+        1  # feature arrays kept per image (one for Gram-once, one per degree without the native kernel)
+    )
+    remeasured_ranks: int = 0  # ranks whose winners are measured again (int8; 0 for fp32)
+    returned_bytes: int = 0  # of the minima that the caller gets back, which stay in memory
+
+    def plan(self, rows: int, block: int, workers: int, minima_in_memory: bool) -> Plan:
+        """Count what a plan takes; `rows` or `block` may be 0, for what is left without them."""
+        tile = FLOAT_BYTES * self.patches**2
+        row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
+        loading = 2 * self.feature_bytes  # the image being normalised, in its source and its float32 form
+        # Scores, a layer's scores, flags of zero features.
+        always = self.returned_bytes + self.images * self.patches * (8 + 8 + self.degrees)
+        # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
+        # degree at a time. It may take what comparing takes.
+        selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)
+        at_once = min(max((tile + loading) // max(selecting, 1), 1), self.patches)
+        sides = 1 if block >= self.images else 2
+        peak = always + sides * block * self.feature_bytes + workers * max(tile + loading, at_once * selecting)
+        peak += rows * row * minima_in_memory
+        return Plan(self.images, rows, block, workers, minima_in_memory, at_once, peak, rows * row)
+
+    @property
+    def feature_bytes(self) -> int:
+        """What stays resident of one image: features, inverse lengths, and the winners of one degree."""
+        floats = self.channels * self.feature_copies + self.degrees + 3 * self.remeasured_ranks
+        return FLOAT_BYTES * self.patches * floats
+
+    def fits_disk(self, disk_limit: int | None) -> bool:
+        """Tell whether the minima of all images may go to a temporary file; by default nearly all that is free."""
+        return self.plan(self.images, 0, 0, False).minima_bytes <= (
+            default_disk_limit() if disk_limit is None else disk_limit
+        )
+
+
+def least_bytes(sizes: Sizes, disk_limit: int | None = None) -> int:
+    """Return the smallest memory limit for which there is a plan."""
+    return sizes.plan(1, 1, 1, not sizes.fits_disk(disk_limit)).peak_bytes
+
+
+def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None = None) -> Plan:
     """Fit the working set into `memory_limit` bytes, giving up speed in the order that costs least.
 
-    feature_copies: feature arrays kept per image (one for Gram-once, one per degree without the native kernel).
-    remeasured_ranks: ranks whose winners are measured again (int8; 0 for fp32).
-    returned_bytes: size of the minima that the caller gets back, which stay in memory.
     disk_limit: bytes that temporary files may take; nearly all of the free disk by default.
     First the minima move to disk, then blocks shrink, then workers go. Where the disk does not hold the minima of all
     images either, a few images at a time are compared with all others, which computes most products twice. Raises
     MemoryError below the minimum.
     """
-    disk_limit = default_disk_limit() if disk_limit is None else disk_limit
-    tile = FLOAT_BYTES * patches**2
-    row = FLOAT_BYTES * images * degrees * patches  # minima of one image
-    feature = FLOAT_BYTES * patches * (channels * feature_copies + degrees)
-    if remeasured_ranks:
-        feature += 3 * FLOAT_BYTES * remeasured_ranks * patches  # image, patch and cosine of the winners of one degree
-    loading = 2 * feature  # the image being normalised, in its source and its float32 form
-    always = returned_bytes + images * patches * (8 + 8 + degrees)  # scores, a layer's scores, flags of zero features
-    # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
-    # degree at a time. It may take what comparing takes.
-    selecting = FLOAT_BYTES * images * max(3 * degrees, 6 if remeasured_ranks else 0)
-    at_once = min(max((tile + loading) // max(selecting, 1), 1), patches)
-
-    def planned(rows: int, block: int, workers: int, minima_in_memory: bool) -> Plan:
-        sides = 1 if block >= images else 2
-        peak = always + sides * block * feature + workers * max(tile + loading, at_once * selecting)
-        peak += rows * row * minima_in_memory
-        return Plan(images, rows, block, workers, minima_in_memory, at_once, peak, rows * row)
-
+    images, feature = sizes.images, sizes.feature_bytes
+    row = sizes.plan(1, 0, 0, True).minima_bytes
     cores = min(available_cores(), max(1, images * (images - 1) // 2))
-    on_disk = images * row <= disk_limit
+    on_disk = sizes.fits_disk(disk_limit)
     for workers in [cores, *(w for w in (cores // 2, cores // 4, 1) if 0 < w < cores)]:
         for minima_in_memory in (True, False) if on_disk else (True,):
-            plan = planned(images, images, workers, minima_in_memory)
+            plan = sizes.plan(images, images, workers, minima_in_memory)
             if plan.peak_bytes <= memory_limit:
                 return plan
-        room = memory_limit - planned(0, 0, workers, False).peak_bytes
+        room = memory_limit - sizes.plan(0, 0, workers, False).peak_bytes
         block = int(min(room // (2 * feature), images))
         if block < 1 or (block < min(images, 4) and workers > 1):
             continue
         if on_disk:
-            return planned(images, block, workers, False)
+            return sizes.plan(images, block, workers, False)
         for block in ROW_BLOCKS:
             rows = int(min((room - 2 * block * feature) // row, images - 1))
             if rows >= block:
-                return planned(rows, block, workers, True)
+                return sizes.plan(rows, block, workers, True)
     raise MemoryError(
-        f"mutual scoring of {images} images with {patches} patches of {channels} channels needs at least "
-        f"{planned(1, 1, 1, not on_disk).peak_bytes / 2**20:.0f} MiB and the memory limit is "
-        f"{memory_limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller with --image-size or "
-        "--group-size"
+        f"mutual scoring of {images} images with {sizes.patches} patches of {sizes.channels} channels needs at least "
+        f"{least_bytes(sizes, disk_limit) / 2**20:.0f} MiB and the memory limit is {memory_limit / 2**20:.0f} MiB; "
+        "raise --memory-limit, or make the work smaller with --image-size or --group-size"
     )

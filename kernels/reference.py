@@ -3,6 +3,7 @@
 MuSc (Li et al., ICLR 2024): LNAMD is section 3.1, MSM section 3.2, the interval average section 3.2, eq. 4 and 5.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,14 +52,30 @@ def lnamd(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.f
     return pooled
 
 
+def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval as it is; raises ValueError where its bounds are none (see `interval_ranks`)."""
+    low, high = interval
+    if not 0 <= low < high < math.inf:
+        raise ValueError(f"interval must satisfy 0 <= low < high, not {tuple(interval)}")
+    for bound in interval:
+        if bound > 1 and bound != int(bound):
+            raise ValueError(f"interval {tuple(interval)}: a bound above 1 is a count of images and must be whole")
+    return low, high
+
+
 def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int]:
     """Turn an interval into ranks [first, last) among the sorted distances to the other images.
 
-    others: N − 1. A bound below 1 is a fraction of them, a bound of 1 or more a count. At least one rank is kept.
+    others: N − 1. A bound below 1 is a fraction of them, a bound above 1 a count. Of the bounds that are 1, an upper
+    one that is a float is the fraction that means all: (0.0, 1.0) averages every distance; an integer and a lower one
+    are a count: (0, 1) is the nearest image alone, (1.0, 3.0) the second and the third nearest. Counts of more images
+    than there are mean all of them; at least one rank is kept.
     """
-    low, high = (int(others * bound) if bound < 1 else int(bound) for bound in interval)
-    high = min(max(high, 1), others)
-    return min(low, high - 1), high
+    low, high = interval
+    first = int(others * low) if low < 1 else int(low)
+    is_fraction = high < 1 or (high == 1 and isinstance(high, float | np.floating))
+    last = min(max(int(others * high) if is_fraction else int(high), 1), others)
+    return min(first, last - 1), last
 
 
 def patch_minima_per_degree(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.float64]:

@@ -10,7 +10,8 @@ from host_build import HostDevice
 from host_tensorrt import HostEngine, loaded
 
 from zsad.bench.towers import Shape, write_random_checkpoint
-from zsad.engine.networks import runtime as backbones
+from zsad.engine.networks import build as networks
+from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_backbone
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.kernels import cuda
@@ -60,30 +61,38 @@ def tiny(random_dinov2: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("tiny")
     checkpoint = random_dinov2(width=48, depth=4)
     (folder / "config.toml").write_text(
-        f'image_size = 70\n[backbones.dinov2]\ncheckpoint = "{checkpoint}"\nheads = 3\ntaps = [1, 3]\n'
+        f'image_size = 70\n[networks.dinov2]\ncheckpoint = "{checkpoint}"\nheads = 3\ntaps = [1, 3]\n'
     )
     (folder / "cache").mkdir()
     return folder
 
 
 @pytest.fixture
-def two_backbones(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
-    """The challenge's preset with two tiny random backbones that want their images in different ways."""
+def two_networks(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
+    """The challenge's preset with two tiny random networks that want their images in different ways."""
     path = tmp_path / "challenge.toml"
     path.write_text(
         f"""
         image_size = 70
-        [backbones.dinov2]
+        [networks.dinov2]
         checkpoint = "{random_dinov2(width=48, depth=2)}"
         heads = 3
         taps = [0, 1]
-        [backbones.clip]
+        [networks.clip]
         checkpoint = "{random_dinov2()}"
         preprocessing = "clip"
         taps = [0, 1]
         """
     )
     return path
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that has no weights and no graphs at all."""
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +108,9 @@ def gpu() -> cuda.Device:
 def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
     device = HostDevice()
-    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backbones, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
+    monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(runtimes, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
     return device
 
 
@@ -118,6 +127,6 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
         engines.append(HostEngine(onnx, 32))
         return loaded(engines[-1])
 
-    monkeypatch.setattr(backbones, "build_engine", build)
+    monkeypatch.setattr(networks, "build_engine", build)
     monkeypatch.setattr(tensorrt_backbone, "load_engine", load)
     return engines

@@ -8,7 +8,7 @@ import pytest
 
 from zsad.bench import tables
 from zsad.engine.commands import evaluate, export, infer
-from zsad.engine.config import preset_names
+from zsad.engine.presets.names import preset_names
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -219,21 +219,25 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
 def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:
     """The exports that `zsad-infer --preset` would make itself, with the precision and target asked for."""
     from zsad.engine.config import ConfigError, load_config
+    from zsad.engine.methods.method import graph_requests, method_class
+    from zsad.engine.networks.build import export_options
 
     try:
         config = load_config(
             arguments.preset,
             arguments.config,
             {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None},
+            method_of=method_class,
         )
     except ConfigError as error:
         parser.error(str(error))
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
-    for name, backbone in config.backbones.items():
-        own = config.export_options(name, options.precision, options.attention)
-        file = f"{name}-{own.image_size}-{own.precision}{suffix}"
-        jobs.append(Job(backbone.checkpoint, own, arguments.output / file if arguments.output else None))
+    for request in graph_requests(config):
+        spec = config.networks[request.network]
+        own = export_options(spec, request, options.precision, options.attention)
+        file = f"{request.network}-{own.image_size}-{own.precision}{suffix}"
+        jobs.append(Job(spec.checkpoint, own, arguments.output / file if arguments.output else None))
     return jobs
 
 

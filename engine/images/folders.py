@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -34,6 +34,9 @@ class InputImage:
     path: Path
     relative: PurePosixPath  # to the category's folder, for example test/scratch/003.png
     key: PurePosixPath  # `relative` without its suffix, changed where results would clash or names be too long
+    anomalous: bool | None = None  # what the folders say; None where they say nothing
+    defect: str | None = None  # the folder's name, of an anomalous image
+    mask: Path | None = None  # which pixels are anomalous, of an anomalous image where there is such a file
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Category:
     name: str
     root: Path
     images: tuple[InputImage, ...]
-    ignored: tuple[Path, ...]  # files that do not claim to be images
+    ignored: Mapping[str, int]  # files that do not claim to be images, by suffix
     unreadable: tuple[tuple[PurePosixPath, str], ...]  # folders that could not be listed, and why
+    notes: tuple[str, ...] = ()  # one line each: how the folders were read where that is not plain
 
 
 def scan(data: Path, exclude: Path | None = None) -> list[Category]:
@@ -120,10 +124,23 @@ def _read_category(name: str, root: Path, hidden: str | None) -> Category:
     return Category(
         name,
         root,
-        tuple(map(InputImage, paths, relatives, _result_keys(relatives))),
-        tuple(path for path in files if not _is_image(path)),
+        tuple(
+            InputImage(path, relative, key, *_ground_truth(root, relative))
+            for path, relative, key in zip(paths, relatives, _result_keys(relatives), strict=True)
+        ),
+        Counter(path.suffix.lower() for path in files if not _is_image(path)),
         tuple(unreadable),
     )
+
+
+def _ground_truth(root: Path, relative: PurePosixPath) -> tuple[bool | None, str | None, Path | None]:
+    """Return label, defect and mask of an image, from its path relative to the category's folder."""
+    if len(relative.parts) < 3 or relative.parts[0] != "test":
+        return None, None, None
+    if relative.parts[1] == "good":
+        return False, None, None
+    mask = root.joinpath("ground_truth", *relative.parts[1:-1], f"{relative.stem}_mask.png")
+    return True, relative.parts[1], mask if _is(stat.S_ISREG, mask) else None
 
 
 def _result_keys(relatives: Sequence[PurePosixPath]) -> list[PurePosixPath]:

@@ -6,30 +6,20 @@ and embeddings are device arrays, and `run` only queues.
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
-from zsad.engine.config import Config, ConfigError
-from zsad.export.agreement import sample_batch
-from zsad.export.onnx_export import export_onnx
+from zsad.engine.config import ConfigError
 from zsad.export.tensorrt_engine import (
     RTX_CAPABILITIES,
     EngineError,
-    EngineOptions,
-    build_engine,
-    confirm_engine,
     import_tensorrt,
-    rebuild_command,
 )
 from zsad.kernels.cuda.device import Device, DeviceError, open_devices
-
-from .onnx_runtime import OnnxRuntimeBackbone
-from .tensorrt import TensorRTBackbone
 
 log = logging.getLogger("zsad")
 
@@ -79,21 +69,13 @@ class Runtime:
         version = ort.__version__ if self.library == "onnxruntime" else import_tensorrt(self.library).__version__
         return f"{self.library} {version} on {self.device.name if self.device else 'the CPU'}"
 
-    def resolve(self, config: Config) -> Config:
-        """Put the precisions that `auto` stands for into a configuration; raises ConfigError for impossible ones."""
-        backbones = ("fp16", "fp32") if self.device else ("fp32", "int8")
-        scoring = ("fp16", "int8") if self.devices else ("fp32", "int8")
-        chosen: dict[str, Any] = {}
-        for key, option, allowed, on_gpu in (
-            ("backbone_precision", "--backbone-precision", backbones, self.device),
-            ("precision", "--precision", scoring, self.devices),
-        ):
-            asked = getattr(config, key)
-            if asked not in ("auto", *allowed):
-                where = "a GPU" if on_gpu else "a CPU"
-                raise ConfigError(f"{option} {asked} is not available on {where}; use {' or '.join(allowed)}")
-            chosen[key] = allowed[0] if asked == "auto" else asked
-        return replace(config, **chosen)
+    def network_precision(self, asked: str) -> str:
+        """Return the precision that networks run in; raises ConfigError for one that is not to be had here."""
+        allowed = ("fp16", "fp32") if self.device else ("fp32", "int8")
+        if asked not in ("auto", *allowed):
+            where = "a GPU" if self.device else "a CPU"
+            raise ConfigError(f"--network-precision {asked} is not available on {where}; use {' or '.join(allowed)}")
+        return allowed[0] if asked == "auto" else asked
 
 
 def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
@@ -151,61 +133,3 @@ def _missing(library: str, device: Device) -> str | None:
             f"(only {', '.join(RTX_CAPABILITIES)})"
         )
     return None
-
-
-def load_backbone(config: Config, name: str, runtime: Runtime, batch_size: int) -> Backbone:
-    """Make one of the configuration's backbones ready: export its graph, build its engine, unless done before.
-
-    config: with its precisions resolved. batch_size: images per call at most, as far as memory allows.
-    An engine is compared with its graph the first time that it runs. Raises CheckpointError for weights that cannot be
-    had or used, EngineError for engines likewise, ConfigError where the library does not start.
-    """
-    checkpoint = config.backbones[name].checkpoint
-    attention = "fused" if runtime.library == "onnxruntime" else "standard"
-    graph = config.export_options(name, config.backbone_precision, attention)
-    model = export_onnx(checkpoint, graph)
-    if model.built:
-        log.info("%s: exported, %s", checkpoint, model.agreement)
-    if runtime.library == "onnxruntime":
-        return OnnxRuntimeBackbone(model, runtime.device, batch_size)
-    assert runtime.device is not None
-    options = EngineOptions(runtime.library, device=runtime.device.number)
-    command = rebuild_command(checkpoint, graph, options)
-    log.info("%s: loading its engine; the first time it is built, which can take minutes", checkpoint)
-    engine = build_engine(model.path, graph.image_size, graph.precision, options, command)
-    backbone = TensorRTBackbone(engine.path, model, runtime.device, batch_size)
-    if not engine.fingerprint.agreement:
-        log.info("%s: comparing its engine with its graph on the CPU, this once", checkpoint)
-        images = sample_batch(graph.image_size)
-        confirm_engine(engine, model.path, _outputs(backbone, images, runtime.device), images)
-    return backbone
-
-
-def _outputs(backbone: Backbone, images: NDArray[np.float32], device: Device) -> list[NDArray[np.float32]]:
-    """Return what a backbone on a device gives for images [B, 3, S, S], in host memory."""
-    parts = [
-        [device.to_host(array).astype(np.float32) for array in arrays if array is not None]
-        for _, *arrays in run_in_parts(backbone, device.to_device(images))
-    ]
-    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-
-
-def run_in_parts(backbone: Backbone, images: Array) -> Iterator[tuple[slice, Array, Array | None]]:
-    """Run images [B, 3, S, S] in parts that fit; yield which, their tokens and their embeddings.
-
-    A part that does not fit is halved, and later ones stay that small. Raises MemoryError where one image is too much.
-    """
-    start = 0
-    while start < len(images):
-        part = slice(start, min(start + backbone.largest_batch, len(images)))
-        try:
-            tokens, embeddings = backbone.run(images[part])
-        except MemoryError as error:
-            size = part.stop - part.start
-            if size == 1:
-                raise
-            backbone.largest_batch = size // 2
-            log.warning("%d images at once do not fit (%s); going on with %d", size, error, size // 2)
-            continue
-        yield part, tokens, embeddings
-        start = part.stop

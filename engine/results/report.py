@@ -7,84 +7,97 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from zsad.engine.evaluation.evaluate import Evaluation, ground_truth
+from zsad.engine.evaluation.evaluate import Evaluation
 from zsad.engine.images.folders import Category
 from zsad.kernels.files import written_whole
 
 from .category import read_thumbnails
+from .records import CategoryRecord, ImageRecord, RunRecord
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
-def write_report(path: Path, run: Mapping[str, Any], categories: Sequence[Mapping[str, Any]]) -> None:
+@dataclass(frozen=True)
+class ShownImage:
+    """What the page shows of an image."""
+
+    record: ImageRecord
+    label: str | None  # its defect, or good; None without ground truth
+    anomalous: bool | None
+    image: str  # data URIs, or empty
+    overlay: str
+
+
+@dataclass(frozen=True)
+class ShownCategory:
+    """What the page shows of a category."""
+
+    record: CategoryRecord
+    images: Sequence[ShownImage]
+    metrics: Mapping[str, float | None] | None  # by name
+    protocol: str | None
+
+
+def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory]) -> None:
     """Write a run's results as a self-contained page to `path`, replacing what was there only when it is complete.
 
-    `run` has the keys version, preset, device, started, seconds, images, images_per_second, peak_memory_bytes (or
-    None), stages (seconds by name), config, checkpoints (name, sha256) and notes. A category has name, images,
-    metrics (values by name, or None), protocol (or None), threshold (or None), failures (path, reason), groups,
-    group_size (or None) and seconds. An image has path, score (0 to 1), raw_score, rank (1 is the most anomalous),
-    label, anomalous, verdict (each may be None), regions (x, y, width, height, area in pixels, peak 0 to 1), image and
-    overlay (data URIs, or empty) and overlay_file (relative to the page). Values are plain Python ones; raises
-    TypeError for others, ValueError for a number that is not finite, and OSError if the file cannot be written.
+    Raises ValueError for a number that is not finite, and OSError if the file cannot be written.
     """
     page = TEMPLATE.read_text(encoding="utf-8")
     # The page allows these two blocks alone: even markup that slipped in could neither run nor load anything.
     for name, block in (("{{STYLE_HASH}}", "style"), ("{{SCRIPT_HASH}}", "script")):
         page = page.replace(name, _hash_block(page, block))
-    linked = [{**each, "images": [_link_overlay(image) for image in each["images"]]} for each in categories]
-    page = page.replace("{{DATA}}", _encode({"run": dict(run), "categories": linked}))
+    shown_run = {key: value for key, value in asdict(run).items() if key != "categories"}
+    page = page.replace("{{DATA}}", _encode({"run": shown_run, "categories": [_of_category(c) for c in categories]}))
 
     with written_whole(path) as temporary:
         temporary.write_bytes(page.encode())
 
 
 def shown_categories(
-    output: Path,
-    group_size: int | None,
-    categories: Sequence[Category],
-    records: Sequence[Mapping[str, Any]],
-    evaluation: Evaluation | None,
-) -> list[dict[str, Any]]:
-    """Return what `write_report` shows of a run's categories: their records, thumbnails, labels and metrics."""
+    output: Path, categories: Sequence[Category], records: Sequence[CategoryRecord], evaluation: Evaluation | None
+) -> list[ShownCategory]:
+    """Join the records of a run's categories with thumbnails, labels and metrics."""
     shown = []
     for category, record in zip(categories, records, strict=True):
-        thumbnails = read_thumbnails(output, category.name) if record["images"] else {}
+        thumbnails = read_thumbnails(output, category.name) if record.images else {}
+        labels = {str(image.relative): (image.defect, image.anomalous) for image in category.images}
         images = []
-        for image in record["images"]:
-            relative = PurePosixPath(image["path"])
-            anomalous, _ = ground_truth(category.root, relative)
-            images.append(
-                {
-                    "regions": [],
-                    "image": "",
-                    "overlay": "",
-                    **image,
-                    **thumbnails.get(image["path"], {}),
-                    "overlay_file": f"{category.name}/{image['overlay_file']}" if image["overlay_file"] else "",
-                    "label": None if anomalous is None else relative.parts[1],
-                    "anomalous": anomalous,
-                }
-            )
-        shown.append(
-            {
-                **{key: record[key] for key in ("name", "threshold", "failures", "groups", "seconds")},
-                "group_size": group_size,
-                "images": images,
-                "metrics": evaluation["categories"].get(category.name) if evaluation else None,
-                "protocol": evaluation["protocol"] if evaluation else None,
-            }
-        )
+        for image in record.images:
+            pictures = thumbnails.get(image.path, {})
+            defect, anomalous = labels.get(image.path, (None, None))
+            label = "good" if anomalous is False else defect
+            images.append(ShownImage(image, label, anomalous, pictures.get("image", ""), pictures.get("overlay", "")))
+        metrics = evaluation["categories"].get(category.name) if evaluation else None
+        shown.append(ShownCategory(record, images, metrics, evaluation["protocol"] if evaluation else None))
     return shown
 
 
-def _link_overlay(image: Mapping[str, Any]) -> dict[str, Any]:
-    # Quoted and anchored, a file's name can be neither a query nor another scheme; undecodable bytes keep their value.
-    file = image["overlay_file"]
-    return {**image, "overlay_file": file and "./" + quote(file, errors="surrogateescape")}
+def _of_category(category: ShownCategory) -> dict[str, Any]:
+    return {
+        **asdict(replace(category.record, images=[])),
+        "images": [_of_image(category.record.name, image) for image in category.images],
+        "metrics": category.metrics,
+        "protocol": category.protocol,
+    }
+
+
+def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
+    file = image.record.overlay_file
+    return {
+        **asdict(image.record),
+        "label": image.label,
+        "anomalous": image.anomalous,
+        "image": image.image,
+        "overlay": image.overlay,
+        # Quoted and anchored, a name can be neither a query nor another scheme; undecodable bytes keep their value.
+        "overlay_file": file and "./" + quote(f"{category}/{file}", errors="surrogateescape"),
+    }
 
 
 def _encode(data: Mapping[str, Any]) -> str:

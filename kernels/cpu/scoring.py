@@ -13,23 +13,79 @@ Where the distances to all images are handed back, all winners are measured.
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from threadpoolctl import threadpool_limits
 
 from zsad.kernels import cpu
-from zsad.kernels.machine import Timings, available_cores, scratch, stopwatch
+from zsad.kernels.machine import Timings, available_cores, default_memory_limit, scratch, stopwatch
 from zsad.kernels.minima import ReturnedMinima
-from zsad.kernels.planner import Plan
+from zsad.kernels.planner import Plan, Sizes, least_bytes, plan_mutual_scoring
+from zsad.kernels.task import Task
 
 Array = NDArray[np.float32]
 
 
-def score_on_cpu(
+class Scoring:
+    """Mutual scoring on the CPU."""
+
+    exhausted = MemoryError
+
+    def __init__(self, task: Task, precision: str) -> None:
+        """precision: "fp32", which "auto" stands for, or "int8"; raises ValueError where it is not to be had."""
+        self._task = task
+        self.precision = "fp32" if precision == "auto" else precision
+        self._kernel = cpu.pair_kernel(task.grid, task.degrees, self.precision)
+
+    def check(self, tokens: Any) -> None:
+        if tokens.dtype != np.float32:
+            raise ValueError(f"tokens must be float32, not {tokens.dtype}")
+
+    def memory_limit(self) -> int:
+        return default_memory_limit()
+
+    def needed(self, images: int) -> int:
+        return least_bytes(self._sizes(images))
+
+    def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
+        return plan_mutual_scoring(self._sizes(images, returned_bytes), memory_limit)
+
+    def _sizes(self, images: int, returned_bytes: int = 0) -> Sizes:
+        task, remeasured = self._task, 0
+        if isinstance(self._kernel, cpu.Int8GramOnce):
+            first, last = task.ranks(images)
+            remeasured = images - 1 if returned_bytes else last - first
+        copies = self._kernel.feature_copies
+        return Sizes(images, task.patches, task.channels, len(task.degrees), copies, remeasured, returned_bytes)
+
+    def run(
+        self,
+        tokens: Array,
+        plan: Plan,
+        returned: ReturnedMinima,
+        progress: Callable[[int, int], None] | None,
+        timings: Timings,
+    ) -> Array:
+        """Score tokens [N, L, P, C] as planned; returns [N, P] and fills `returned`."""
+        if not cpu.native_pass_covers(self._task.degrees):
+            warnings.warn(
+                "mutual scoring runs on NumPy alone (one product per degree, about "
+                f"{len(self._task.degrees)} times the arithmetic): the native kernel was not built or lacks a degree "
+                f"of {self._task.degrees}; install a C++17 compiler and reinstall zsad",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        ranks = self._task.ranks(len(tokens))
+        return _score(tokens, self._kernel, plan, ranks, returned, progress, timings)
+
+
+def _score(
     tokens: Array,
     kernel: cpu.PairKernel,
     plan: Plan,
@@ -38,7 +94,6 @@ def score_on_cpu(
     progress: Callable[[int, int], None] | None,
     timings: Timings,
 ) -> Array:
-    """Score tokens [N, L, P, C] as planned; returns [N, P] and fills `returned`."""
     images, layers, patches, channels = tokens.shape
     everything, degrees = range(images), len(kernel.degrees)
     scores = np.zeros((images, patches))

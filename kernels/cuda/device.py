@@ -6,7 +6,6 @@ NVRTC compiles them on first use into the user's cache, keyed by sources, option
 
 import hashlib
 import math
-import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from zsad.kernels.machine import cache_folder
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
@@ -177,13 +178,6 @@ def prebuilt(name: str) -> Path | None:
     return fatbin if all(digest in recorded for digest in current) else None
 
 
-def cache_folder() -> Path:
-    """Return the folder of compiled kernels; ZSAD_KERNEL_CACHE names another one."""
-    import platformdirs
-
-    return Path(os.environ.get("ZSAD_KERNEL_CACHE") or platformdirs.user_cache_path("zsad") / "kernels")
-
-
 def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -> Path:
     """Compile one kernel file for an architecture (`sm_89`) unless the cache has it; return the cubin's path."""
     from cupy.cuda import nvrtc
@@ -192,7 +186,7 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{define}" for define in defines))
     parts = [*texts.values(), *options, str(nvrtc.getVersion())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    path = cache_folder() / f"{name}-{architecture}-{key}.cubin"
+    path = cache_folder() / "kernels" / f"{name}-{architecture}-{key}.cubin"
     if path.exists():
         return path
     program = nvrtc.createProgram(texts[f"{name}.cu"], f"{name}.cu", [texts["device.h"].encode()], [b"device.h"])

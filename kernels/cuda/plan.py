@@ -97,82 +97,106 @@ class CudaPlan:
         )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What decides how much memory a call takes."""
+
+    images: int
+    patches: int
+    channels: int
+    degrees: int  # distinct ones
+    devices: int = 1
+    comparer: type[Comparer] = GramOnce  # says what comparing takes
+    returned_bytes: int = 0  # of the minima that the caller gets back, in host memory
+
+    @property
+    def image_bytes(self) -> int:
+        """Features and inverse lengths of an image."""
+        layout = self.comparer.layout(self.patches, self.channels, self.degrees)
+        return image_bytes(layout, self.patches, self.degrees)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Best cosines of one image with another."""
+        return 4 * self.degrees * self.patches
+
+    def plan(self, rows: int, columns: int, tiles: int, exchanges: bool, features: Where) -> CudaPlan:
+        """Count what a plan takes; `rows` may be 0, for what is left without them."""
+        images, patches = self.images, self.patches
+        # Scores, distances of one image to all others if they are handed back, staged tokens, sums, flags of images.
+        peak = 4 * patches * (images * (2 if self.returned_bytes else 1) + STAGED_IMAGES * self.channels)
+        peak += STAGED_IMAGES * (16 * SLICES + 4) + images * (self.degrees + 4)
+        peak += self.comparer.scratch_bytes(patches, self.channels) + 2 * tiles * self.comparer.tile_bytes(patches)
+        peak += rows * (self.image_bytes + images * self.entry_bytes) + 2 * columns * self.image_bytes
+        peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
+        host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
+        devices = max(min(self.devices, images), 1)
+        plan = CudaPlan(images, rows, columns, tiles, devices, features, exchanges, peak, host, self.comparer)
+        return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
+
+
+def least_bytes(sizes: Sizes) -> int:
+    """Return the smallest memory limit for which there is a plan, if the host has room for what does not fit."""
+    streaming = sizes.plan(1, min(1, sizes.images), 1, False, "in host memory").peak_bytes
+    if sizes.devices > 1 < sizes.images:
+        return streaming
+    return min(streaming, sizes.plan(sizes.images, 0, 1, False, "on the device").peak_bytes)
+
+
 def plan_mutual_scoring(
-    images: int,
-    patches: int,
-    channels: int,
-    degrees: int,
-    memory_limit: int,
-    cache_bytes: int,
-    *,
-    devices: int = 1,
-    host_limit: int | None = None,
-    returned_bytes: int = 0,
-    tiles: int | None = None,
-    comparer: type[Comparer] = GramOnce,
+    sizes: Sizes, memory_limit: int, cache_bytes: int, host_limit: int | None = None, tiles: int | None = None
 ) -> CudaPlan:
     """Fit the working set into `memory_limit` bytes on each device.
 
+    cache_bytes: of the second-level cache, in which tiles stay between their product and their pass.
     host_limit: bytes of host memory for what the devices do not hold; three quarters of what is free by default.
-    returned_bytes: size of the minima that the caller gets back, in host memory.
     tiles: pairs per launch instead of the planned ones.
-    comparer: what compares images; it says what that takes.
     Features that do not fit lie in host memory, or else in a file. Where the best cosines of all pairs do not fit,
     blocks of rows are compared in turn with everything else; what a pair gives to the other block is kept in host
     memory, or computed again where that does not hold it. Raises MemoryError where not even one row fits.
     """
     host_limit = default_memory_limit() if host_limit is None else host_limit
-    devices = max(min(devices, images), 1)
-    tile = comparer.tile_bytes(patches)
-    entries = 4 * degrees * patches  # best cosines of a pair, or inverse lengths of an image
-    resident = image_bytes(comparer.layout(patches, channels, degrees), patches, degrees)
-    # Scores, distances of one image to all others if they are handed back, staged tokens, sums, and flags of images.
-    always = 4 * patches * (images * (2 if returned_bytes else 1) + STAGED_IMAGES * channels)
-    always += STAGED_IMAGES * (16 * SLICES + 4) + images * (degrees + 4) + comparer.scratch_bytes(patches, channels)
-    store = images * resident
-    in_memory = returned_bytes + store <= host_limit
-    if returned_bytes > host_limit:
-        raise MemoryError(_too_little("in host memory", images, patches, channels, returned_bytes, host_limit))
+    if sizes.returned_bytes > host_limit:
+        raise MemoryError(_too_little("in host memory", sizes, sizes.returned_bytes, host_limit))
+    choices = _tiles_per_launch(sizes, cache_bytes, tiles)
+    devices = max(min(sizes.devices, sizes.images), 1)
+    if devices == 1:
+        for tiles in choices:
+            plan = sizes.plan(sizes.images, 0, tiles, False, "on the device")
+            if plan.peak_bytes <= memory_limit:
+                return plan
+    in_memory = sizes.returned_bytes + sizes.images * sizes.image_bytes <= host_limit
+    where: Where = "in host memory" if in_memory else "in a memory-mapped file"
+    own = -(-sizes.images // devices)
+    # A launch compares at most as many images as are fetched together, so few tiles cost less than few columns.
+    shapes = [(32, choices[0]), *((8, tiles) for tiles in choices), (1, choices[-1])]
+    for least in (*(rows for rows in HIDING_ROWS if rows < own), 1):
+        for exchanges, (columns, tiles) in product((True, False), shapes):
+            columns = min(columns, sizes.images)
+            room = memory_limit - sizes.plan(0, columns, tiles, False, where).peak_bytes
+            row = sizes.image_bytes + (sizes.images + 2 * columns * exchanges) * sizes.entry_bytes
+            rows = int(min(room // row, own))
+            if rows < least:
+                continue
+            plan = sizes.plan(rows, columns, tiles, exchanges, where)
+            if not exchanges or plan.host_bytes <= host_limit:
+                return plan
+    raise MemoryError(_too_little("on the device", sizes, least_bytes(sizes), memory_limit))
 
-    def planned(rows: int, columns: int, tiles: int, exchanges: bool) -> CudaPlan:
-        peak = always + 2 * tiles * tile + rows * (resident + images * entries) + 2 * columns * resident
-        peak += 2 * columns * rows * entries if exchanges else 0
-        where: Where = "on the device" if not columns else "in host memory" if in_memory else "in a memory-mapped file"
-        host = returned_bytes + (store if columns and in_memory else 0)
-        plan = CudaPlan(images, rows, columns, tiles, devices, where, exchanges, peak, host, comparer)
-        return replace(plan, host_bytes=host + plan.outside_pairs() * entries) if exchanges else plan
 
-    most = max(images - 1, 1)
+def _tiles_per_launch(sizes: Sizes, cache_bytes: int, wanted: int | None) -> list[int]:
+    """Return how many image pairs a launch may have, most first."""
+    most, tile = max(sizes.images - 1, 1), sizes.comparer.tile_bytes(sizes.patches)
     if tile:
         # Half the cache for each workspace; at least four, so that queueing a launch takes less time than running it.
         most = min(max(cache_bytes // 2 // tile, 4), most)
-    most = min(most if tiles is None else tiles, MAX_TILES)
-    choices = [most, *(fewer for fewer in (2, 1) if fewer < most and tile)]
-    if devices == 1:
-        for tiles in choices:
-            plan = planned(images, 0, tiles, False)
-            if plan.peak_bytes <= memory_limit:
-                return plan
-    own = -(-images // devices)
-    # A launch compares at most as many images as are fetched together, so few tiles cost less than few columns.
-    shapes = [(32, most), *((8, tiles) for tiles in choices), (1, choices[-1])]
-    for least in (*(rows for rows in HIDING_ROWS if rows < own), 1):
-        for exchanges, (columns, tiles) in product((True, False), shapes):
-            columns = min(columns, images)
-            room = memory_limit - planned(0, columns, tiles, False).peak_bytes
-            rows = int(min(room // (resident + (images + 2 * columns * exchanges) * entries), own))
-            if rows < least:
-                continue
-            plan = planned(rows, columns, tiles, exchanges)
-            if not exchanges or plan.host_bytes <= host_limit:
-                return plan
-    needed = planned(1, 1, choices[-1], False).peak_bytes
-    raise MemoryError(_too_little("on the device", images, patches, channels, needed, memory_limit))
+    most = min(most if wanted is None else wanted, MAX_TILES)
+    return [most, *(fewer for fewer in (2, 1) if fewer < most and tile)]
 
 
-def _too_little(where: str, images: int, patches: int, channels: int, needed: int, limit: int) -> str:
+def _too_little(where: str, sizes: Sizes, needed: int, limit: int) -> str:
     return (
-        f"mutual scoring of {images} images with {patches} patches of {channels} channels needs at least "
-        f"{needed / 2**20:.0f} MiB {where} and the limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or make the "
-        "work smaller with --image-size or --group-size"
+        f"mutual scoring of {sizes.images} images with {sizes.patches} patches of {sizes.channels} channels needs at "
+        f"least {needed / 2**20:.0f} MiB {where} and the limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or "
+        "make the work smaller with --image-size or --group-size"
     )

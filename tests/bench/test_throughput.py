@@ -9,9 +9,12 @@ import pytest
 from host_build import COMPILER, MISSING_COMPILER
 
 from zsad.bench import mutual_scoring_cuda, throughput
+from zsad.engine.config import load_config
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.networks.build import export_options
 from zsad.export.state_dict import CheckpointError
 
-STAGES = {"decode", "resize", "backbone", "scoring", "rescoring", "write"}
+STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 
 
 @pytest.fixture(autouse=True)
@@ -75,16 +78,17 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
     monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", throughput.Shape("dinov2", 64, 2, stored_grid=5))
-    config = throughput.load_config("challenge", overrides={"taps": (0, 1)})
-    backbones = {"dinov2": config.backbones["dinov2"]}
-    replaced, weights = throughput.use_random_weights(throughput.replace(config, backbones=backbones), tmp_path)
+    config = load_config("challenge", overrides={"taps": (0, 1)}, method_of=method_class)
+    only = config.model_copy(update={"networks": {"dinov2": config.networks["dinov2"]}})
+    replaced, weights = throughput.use_random_weights(only, tmp_path)
     assert weights == {"dinov2": "random, of the shape of dinov2-vitl14"}
     assert "random, of the shape of dinov2-vitl14" in capsys.readouterr().out
-    assert Path(replaced.backbones["dinov2"].checkpoint).is_file()
+    assert Path(replaced.networks["dinov2"].checkpoint).is_file()
 
 
 @pytest.mark.parametrize(("name", "teraflop"), [("dinov2-vitl14", 1.014), ("clip-vitl14-336", 1.014)])
 def test_arithmetic_of_a_large_tower(name: str, teraflop: float) -> None:
-    config = throughput.load_config("challenge")
-    graph = config.export_options(name.partition("-")[0], "fp32", "fused")
+    config = load_config("challenge", method_of=method_class)
+    (request,) = (each for each in graph_requests(config) if each.network == name.partition("-")[0])
+    graph = export_options(config.networks[request.network], request, "fp32", "fused")
     assert throughput.SHAPES[name].flops(graph) / 1e12 == pytest.approx(teraflop, abs=5e-4)

@@ -5,79 +5,87 @@ from typing import Any
 
 import pytest
 
-from zsad.engine.config import ConfigError, load_config, preset_names
+from zsad.engine.config import Config, ConfigError, load_config
+from zsad.engine.methods.method import method_class
+from zsad.engine.presets.names import preset_names
+
+
+def load(preset: str, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    return load_config(preset, file, overrides, method_of=method_class)
 
 
 def test_the_presets_are_complete_and_as_published() -> None:
     assert preset_names() == ["challenge", "musc", "small"]
-    small, musc, challenge = (load_config(name) for name in ("small", "musc", "challenge"))
-    assert musc.degrees == (1, 3, 5)
-    assert musc.backbones["clip"].preprocessing == "clip"
-    assert musc.backbones["clip"].taps == (5, 11, 17, 23)
-    assert (musc.image_score.rule, musc.image_score.rscin) == ("map_maximum", (1, 2, 3))
-    assert challenge.degrees == (1, 3)
-    assert {name: backbone.preprocessing for name, backbone in challenge.backbones.items()} == {
+    small, musc, challenge = (load(name) for name in ("small", "musc", "challenge"))
+    assert musc.settings.degrees == (1, 3, 5)
+    assert musc.networks["clip"].preprocessing == "clip"
+    assert musc.networks["clip"].taps == (5, 11, 17, 23)
+    assert (musc.settings.image_rule, musc.settings.rscin) == ("map_maximum", (1, 2, 3))
+    assert challenge.settings.degrees == (1, 3)
+    assert {name: network.preprocessing for name, network in challenge.networks.items()} == {
         "dinov2": "imagenet",
         "clip": "imagenet",
     }
-    assert (challenge.map.backbone, challenge.map.object_mask) == ("dinov2", True)
-    assert (challenge.image_score.backbone, challenge.image_score.rule) == ("clip", "top_two")
-    assert challenge.image_score.rscin == (1, 8, 9)
-    assert {backbone.activation for backbone in (*musc.backbones.values(), *challenge.backbones.values())} == {"gelu"}
-    assert small.backbones["dinov2"].taps == (5, 8)
-    assert small.image_score.rscin == ()
+    assert (challenge.settings.map_network, challenge.object_mask) == ("dinov2", True)
+    assert (challenge.settings.image_network, challenge.settings.image_rule) == ("clip", "top_two")
+    assert challenge.settings.rscin == (1, 8, 9)
+    assert {network.activation for network in (*musc.networks.values(), *challenge.networks.values())} == {"gelu"}
+    assert small.networks["dinov2"].taps == (5, 8)
+    assert small.settings.rscin == ()
     for config in (small, musc, challenge):
         assert config.image_size == 518
-        assert config.interval == (0.0, 0.3)
+        assert config.settings.interval == (0.0, 0.3)
 
 
 def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('degrees = [3]\nthreshold = "auto"\n[backbones.clip]\nheads = 2\n[map]\nobject_mask = false\n')
-    config = load_config("challenge", file, {"degrees": (1, 5), "taps": (2, 4)})
-    assert config.degrees == (1, 5)
+    file.write_text('threshold = "auto"\nobject_mask = false\n[networks.clip]\nheads = 2\n[settings]\ndegrees = [3]\n')
+    config = load("challenge", file, {"degrees": (1, 5), "taps": (2, 4)})
+    assert config.settings.degrees == (1, 5)
     assert config.threshold == "auto"
-    assert config.map.object_mask is False
-    assert config.map.backbone == "dinov2"
-    assert config.backbones["clip"].heads == 2
-    assert {backbone.taps for backbone in config.backbones.values()} == {(2, 4)}
+    assert config.object_mask is False
+    assert config.settings.map_network == "dinov2"
+    assert config.networks["clip"].heads == 2
+    assert {network.taps for network in config.networks.values()} == {(2, 4)}
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("degree = [1]", "'degree'"),
+        ("[settings]\ndegree = [1]", "'degree'"),
         ('preset = "musc"', "'preset'.*--preset"),
-        ("[map]\nbackbones = 'clip'", r"'backbones' in \[map\]"),
-        ("[backbones.dinov2]\ntap = [1]", r"'tap' in \[backbones.dinov2\]"),
-        ("[backbones.other]\ntaps = [1]", r"\[backbones.other\].*checkpoint"),
-        ("[backbones.dinov2]\ncheckpoint = 3", "checkpoint"),
-        ("[backbones.dinov2]\ntaps = 5", "taps"),
-        ("[backbones.dinov2]\ntaps = []", "taps"),
-        ("[backbones.dinov2]\ntaps = [true]", "taps"),
-        ("[backbones.dinov2]\nheads = 2.5", "heads"),
-        ("[backbones.dinov2]\nactivation = 'relu'", "activation must be one of gelu, quick_gelu"),
-        ("[backbones.dinov2]\npreprocessing = ['clip']", "preprocessing must be one of"),
-        ("backbones = 3", r"\[backbones\] must hold one table"),
-        ("backbones.dinov2 = 3", r"\[backbones.dinov2\] must be a table"),
-        ("map = 'dinov2'", r"\[map\] must be a table"),
-        ("[map]\nbackbone = 'clip'", r"\[map\] backbone must be one of dinov2"),
-        ("[map]\nbackbone = [['dinov2']]", r"\[map\] backbone"),
-        ("[map]\nbackbone = {name = 'dinov2'}", r"\[map\] backbone"),
-        ("[map]\nobject_mask = 'yes'", r"\[map\] object_mask"),
-        ("[image_score]\nrule = 'mean'", r"\[image_score\] rule must be one of"),
-        ("[image_score]\nrscin = 3", r"\[image_score\] rscin"),
-        ("[image_score]\nrscin = [0]", r"\[image_score\] rscin"),
+        ("[settings]\nnetwork = 'clip'", r"'network' in \[settings\]; it takes degrees, interval"),
+        ("method = 'patchcore'", "no method 'patchcore'; choose one of musc"),
+        ("method = 3", "method must be the name of a method, not 3"),
+        ("[networks.dinov2]\ntap = [1]", r"'tap' in \[networks.dinov2\]"),
+        ("[networks.other]\ntaps = [1]", r"\[networks.other\].*checkpoint"),
+        ("[networks.dinov2]\ncheckpoint = 3", "checkpoint"),
+        ("[networks.dinov2]\ntaps = 5", "taps"),
+        ("[networks.dinov2]\ntaps = []", "taps"),
+        ("[networks.dinov2]\ntaps = [true]", "taps"),
+        ("[networks.dinov2]\nheads = 2.5", "heads"),
+        ("[networks.dinov2]\nactivation = 'relu'", "activation must be one of gelu, quick_gelu"),
+        ("[networks.dinov2]\npreprocessing = ['clip']", "preprocessing must be one of"),
+        ("networks = 3", r"\[networks\] must hold one table"),
+        ("networks.dinov2 = 3", r"\[networks.dinov2\] must be a table"),
+        ("settings = 'dinov2'", r"\[settings\] must be a table"),
+        ("[settings]\nmap_network = 'clip'", r"\[settings\] map_network must be one of dinov2"),
+        ("[settings]\nmap_network = [['dinov2']]", r"\[settings\] map_network"),
+        ("[settings]\nmap_network = {name = 'dinov2'}", r"\[settings\] map_network"),
+        ("object_mask = 'yes'", "object_mask must be true or false, not 'yes'"),
+        ("[settings]\nimage_rule = 'mean'", r"\[settings\] image_rule must be one of"),
+        ("[settings]\nrscin = 3", r"\[settings\] rscin"),
+        ("[settings]\nrscin = [0]", r"\[settings\] rscin"),
         ("image_size = '518'", "image_size"),
         ("image_size = 100000", "image_size"),
         ("image_size = true", "image_size"),
-        ("degrees = [2]", "degrees must be odd"),
-        ("degrees = []", "degrees"),
-        ("degrees = 3", "degrees"),
-        ("interval = [0.3, 0.0]", "interval"),
-        ("interval = [0.0, inf]", "interval"),
-        ("interval = [nan, 1]", "interval"),
-        ("interval = 0.3", "interval"),
+        ("[settings]\ndegrees = [2]", "degrees must be odd"),
+        ("[settings]\ndegrees = []", "degrees"),
+        ("[settings]\ndegrees = 3", "degrees"),
+        ("[settings]\ninterval = [0.3, 0.0]", "interval"),
+        ("[settings]\ninterval = [0.0, inf]", "interval"),
+        ("[settings]\ninterval = [nan, 1]", "interval"),
+        ("[settings]\ninterval = 0.3", "interval"),
         ("group_size = 1", "group_size must be at least 2"),
         ("threshold = 1.5", "threshold"),
         ("threshold = true", "threshold"),
@@ -86,22 +94,22 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         (f"threshold = {10**400}", "threshold"),
         ("seed = -1", "seed"),
         ("seed = 0.5", "seed"),
-        ("degrees = [1", "cannot be read as TOML"),
-        ("degrees = [1]\ndegrees = [3]", "cannot be read as TOML"),
+        ("[settings]\ndegrees = [1", "cannot be read as TOML"),
+        ("[settings]\ndegrees = [1]\ndegrees = [3]", "cannot be read as TOML"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path: Path, text: str, names: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=f"(?s)mine.toml: .*{names}"):
-        load_config("small", file)
+        load("small", file)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     for name in ("absent.toml", "binary.toml", ""):
         with pytest.raises(ConfigError, match=f"{name or tmp_path.name}: cannot be read as TOML"):
-            load_config("small", tmp_path / name)
+            load("small", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +126,12 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(
     tmp_path: Path, overrides: dict[str, Any], names: str
 ) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text("degrees = [1]")
+    file.write_text("[settings]\ndegrees = [1]")
     with pytest.raises(ConfigError, match=names) as caught:
-        load_config("small", file, overrides)
+        load("small", file, overrides)
     assert "mine.toml" not in str(caught.value)
 
 
 def test_unknown_presets() -> None:
     with pytest.raises(ConfigError, match=r"no preset '\.\./small'; choose one of challenge, musc, small"):
-        load_config("../small")
+        load("../small")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from zsad.engine.commands.infer import main
 from zsad.engine.config import load_config
@@ -15,7 +16,10 @@ from zsad.engine.evaluation.evaluate import ground_truth
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.folders import scan
-from zsad.engine.networks.runtime import Backbone, choose_runtime, load_backbone
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import Graph
+from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.scores.image_scores import image_scores, rscin
 from zsad.engine.scores.maps import upsample
 from zsad.export.checkpoints import find_checkpoint
@@ -33,16 +37,21 @@ def _weights() -> None:
         pytest.skip(f"the embedded default's weights cannot be had here: {error}")
 
 
-def load(**overrides: object) -> Backbone:
-    """The preset `small`'s backbone on the CPU, one image at a time."""
-    runtime = choose_runtime("cpu")
-    return load_backbone(runtime.resolve(load_config("small", overrides=overrides)), "dinov2", runtime, 1)
+def load(**overrides: object) -> Graph:
+    """The image tower of the preset `small` on the CPU, one image at a time."""
+    config = load_config("small", overrides=overrides, method_of=method_class)
+    networks = load_networks(config, graph_requests(config), choose_runtime("cpu"), 1)
+    return networks["dinov2"].graphs["image"]
+
+
+def run(tower: Graph, image: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    return {name: output[0] for name, output in tower.run({"images": image[None]}).items()}
 
 
 @pytest.fixture(scope="module")
 def dinov2_small():
     """All four taps of the golden file, with the image embedding."""
-    return load(taps=(2, 5, 8, 11), image_score={"backbone": "dinov2", "rscin": (1, 8, 9)})
+    return load(taps=(2, 5, 8, 11), rscin=(1, 8, 9))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +60,8 @@ def golden_run(golden: Path, real_data: Path, dinov2_small):
     arrays = np.load(golden / "end_to_end_dinov2s.npz")
     paths = [next((real_data / "ball_screw").rglob(Path(str(name)).name)) for name in arrays["files"]]
     inputs = np.stack([network_input(decode(path), recipe("imagenet", 518)) for path in paths])
-    tokens, embeddings = zip(*(dinov2_small.run(image[None]) for image in inputs), strict=True)
-    return arrays, inputs, np.concatenate(tokens), np.concatenate(embeddings)
+    found = [run(dinov2_small, image) for image in inputs]
+    return arrays, inputs, np.stack([each["tokens"] for each in found]), np.stack([each["embedding"] for each in found])
 
 
 def test_network_input_equals_the_reference(golden_run) -> None:
@@ -107,13 +116,13 @@ def test_real_categories_beat_random_features_and_equal_the_oracle(real_data: Pa
     """
     (category,) = scan(real_data / name)
     images = [category.images[i] for i in np.linspace(0, len(category.images) - 1, 32).astype(int)]
-    backbone = load(image_size=SIZE)
+    tower, grid = load(image_size=SIZE), (SIZE // 14, SIZE // 14)
     inputs = (network_input(decode(image.path), recipe("imagenet", SIZE)) for image in images)
-    tokens = np.concatenate([backbone.run(image[None])[0] for image in inputs])  # [32, 2, 256, 384]
-    ours = _metrics(category, images, mutual_scores(tokens, degrees=(1, 3)), backbone.grid)
-    oracle = _metrics(category, images, reference.mutual_scores(tokens, backbone.grid, (1, 3)), backbone.grid)
+    tokens = np.stack([run(tower, image)["tokens"] for image in inputs])  # [32, 2, 256, 384]
+    ours = _metrics(category, images, mutual_scores(tokens, degrees=(1, 3)), grid)
+    oracle = _metrics(category, images, reference.mutual_scores(tokens, grid, (1, 3)), grid)
     noise = np.random.default_rng(0).normal(size=(32, 1, 256, 64)).astype(np.float32)
-    random = _metrics(category, images, mutual_scores(noise, degrees=(1, 3)), backbone.grid)
+    random = _metrics(category, images, mutual_scores(noise, degrees=(1, 3)), grid)
     for key, value in ours.items():
         assert abs(value - oracle[key]) <= 0.5
         assert value > max(random[key], 50), f"{key} AUROC {value:.1f}, with random features {random[key]:.1f}"

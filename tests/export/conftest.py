@@ -2,17 +2,8 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that has no weights and no graphs at all."""
-    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

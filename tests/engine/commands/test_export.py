@@ -25,7 +25,7 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
     code = (
-        "import signal, sys; from zsad.export import cli, onnx_export\n"
+        "import signal, sys; from zsad.engine.commands import export as cli; from zsad.export import onnx_export\n"
         f"onnx_export.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

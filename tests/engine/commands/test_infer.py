@@ -25,9 +25,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.commands import infer as cli
 from zsad.engine.commands.infer import main
-from zsad.engine.pipeline import deal_groups
+from zsad.engine.run import CategoryPass, deal_groups
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels import cpu
@@ -44,7 +43,7 @@ def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def infer(tiny: Path) -> Callable[..., int]:
-    """Run the command in this process with the tiny backbone."""
+    """Run the command in this process with the tiny network."""
     return lambda *arguments: main([*map(str, arguments), "--config", str(tiny / "config.toml")])
 
 
@@ -253,14 +252,14 @@ def test_one_failing_category_does_not_stop_the_others(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw(tmp_path / "data", "alone/0.png", *numbered(3, "bolt/"), *numbered(3, "cursed/"), *numbered(3, "nut/"))
-    score = cli.score_category
+    write = CategoryPass.write
 
-    def fail_once(category: Any, *rest: Any) -> Any:
-        if category.name == "cursed":
+    def fail_once(self: CategoryPass, *rest: Any) -> Any:
+        if self.category.name == "cursed":
             raise RuntimeError("the session broke")
-        return score(category, *rest)
+        return write(self, *rest)
 
-    monkeypatch.setattr(cli, "score_category", fail_once)
+    monkeypatch.setattr(CategoryPass, "write", fail_once)
     assert infer("data") == 1
     assert "cursed: the session broke" in capsys.readouterr().err
     check_whole(Path("out"))
@@ -493,14 +492,14 @@ def test_resume_redoes_what_changed_and_nothing_else(infer, tmp_path: Path, caps
     def done(*arguments: object) -> list[str]:
         """Run with --resume; return the categories that were scored again."""
         scored: list[str] = []
-        score = cli.score_category
+        write = CategoryPass.write
 
-        def noted(category: Any, *rest: Any) -> Any:
-            scored.append(category.name)
-            return score(category, *rest)
+        def noted(self: CategoryPass, *rest: Any) -> Any:
+            scored.append(self.category.name)
+            return write(self, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "score_category", noted)
+            patch.setattr(CategoryPass, "write", noted)
             assert infer(data, "--resume", *arguments) == 0
         return scored
 
@@ -585,15 +584,15 @@ class InterruptedFinalizer:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_inside_a_finalizer_is_not_lost(infer, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    score = cli.score_category
+    write = CategoryPass.write
 
     def interrupted(*arguments: Any) -> Any:
         InterruptedFinalizer()
-        return score(*arguments)
+        return write(*arguments)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr(cli, "score_category", interrupted)
+        monkeypatch.setattr(CategoryPass, "write", interrupted)
         assert infer(many, "-q") == 130
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -694,11 +693,11 @@ def test_progress_bars_only_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
         shown += read
     os.close(terminal)
     assert process.wait() == 0
-    assert b"data: backbone" in shown
+    assert b"data: networks" in shown
     process = start(tiny, "data", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     _, piped = process.communicate(timeout=ENOUGH)
     assert b"\r" not in piped
-    assert b"backbone" not in piped
+    assert b"networks" not in piped
 
 
 def test_groups_are_seeded_blind_and_reported(infer, tmp_path: Path) -> None:
@@ -799,9 +798,9 @@ def test_configuration_errors(
 
 @pytest.mark.parametrize("preset", ["challenge", "musc"])
 def test_the_large_presets_run(golden: Path, tmp_path: Path, preset: str) -> None:
-    clip = f'[backbones.clip]\ncheckpoint = "{golden / "clip_vit_tiny.safetensors"}"\nheads = 2\ntaps = [2, 5, 8, 11]\n'
+    clip = f'[networks.clip]\ncheckpoint = "{golden / "clip_vit_tiny.safetensors"}"\nheads = 2\ntaps = [2, 5, 8, 11]\n'
     dinov2 = (
-        f'[backbones.dinov2]\ncheckpoint = "{golden / "dinov2_vit_tiny.safetensors"}"\nheads = 3\ntaps = [1, 3, 5]\n'
+        f'[networks.dinov2]\ncheckpoint = "{golden / "dinov2_vit_tiny.safetensors"}"\nheads = 3\ntaps = [1, 3, 5]\n'
     )
     Path("tiny.toml").write_text("image_size = 84\n" + clip + (dinov2 if preset == "challenge" else ""))
     draw(tmp_path / "data", *numbered(11, "bolt/test/good/"), "bolt/test/bent/00.png")
@@ -839,7 +838,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture
     draw(tmp_path / "data", *numbered(2))
     Path("bad.safetensors").write_bytes(b"not weights")
     for checkpoint in ("bad.safetensors", "absent.safetensors", "data", ""):
-        Path("bad.toml").write_text(f'[backbones.dinov2]\ncheckpoint = "{checkpoint}"\n')
+        Path("bad.toml").write_text(f'[networks.dinov2]\ncheckpoint = "{checkpoint}"\n')
         assert main(["data", "--config", "bad.toml"]) == 2
         assert checkpoint in capsys.readouterr().err
 

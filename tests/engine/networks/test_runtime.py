@@ -4,7 +4,7 @@ import importlib.util
 import io
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +18,18 @@ from runs import draw, record, scores_and_maps
 
 from zsad.engine.commands.export import main as export
 from zsad.engine.commands.infer import main
-from zsad.engine.config import ConfigError, load_config
-from zsad.engine.networks import runtime as backbones
+from zsad.engine.config import ConfigError
+from zsad.engine.networks import build as networks
+from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_backbone
+from zsad.engine.networks.network import run_in_parts
 from zsad.engine.networks.onnx_runtime import OnnxRuntimeBackbone
-from zsad.engine.networks.runtime import choose_runtime, run_in_parts
+from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.networks.tensorrt import TensorRTBackbone
 from zsad.export.onnx_export import ExportedModel, ExportOptions, export_onnx
 from zsad.export.tensorrt_engine import EngineError
 from zsad.kernels.cuda import DeviceError
+from zsad.kernels.mutual_scoring import MutualScoring
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 needs_rtx = pytest.mark.skipif(
@@ -94,10 +97,10 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
         return types.SimpleNamespace(__version__="1.7")
 
     providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
-    monkeypatch.setattr(backbones, "open_devices", open_devices)
-    monkeypatch.setattr(backbones, "import_tensorrt", import_tensorrt)
-    monkeypatch.setattr(backbones.ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
+    monkeypatch.setattr(runtimes, "open_devices", open_devices)
+    monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
+    monkeypatch.setattr(runtimes.ort, "get_available_providers", lambda: providers)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +122,8 @@ def test_auto_takes_the_fastest_that_is_installed_and_says_why(
     assert (runtime.library, runtime.device_name) == (library, device_name)
     assert why in runtime.reason
     assert (runtime.device is None) == (device_name == "cpu")
-    config = runtime.resolve(load_config("small"))
-    assert config.backbone_precision == ("fp32" if device_name == "cpu" else "fp16")
-    assert config.precision == scoring_precision
+    assert runtime.network_precision("auto") == ("fp32" if device_name == "cpu" else "fp16")
+    assert MutualScoring((2, 2), 1, 8, (1,), (0.0, 0.3), "auto", runtime.devices).precision == scoring_precision
 
 
 def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,20 +153,18 @@ def test_a_runtime_that_cannot_be_had_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("installed", "option", "value", "message"),
+    ("installed", "precision", "message"),
     [
-        ("", "precision", "fp16", "--precision fp16 is not available on a CPU; use fp32 or int8"),
-        ("", "backbone_precision", "fp16", "--backbone-precision fp16 is not available on a CPU"),
-        ("cupy gpu tensorrt", "precision", "fp32", "--precision fp32 is not available on a GPU"),
-        ("cupy gpu tensorrt", "backbone_precision", "int8", "use fp16 or fp32"),
+        ("", "fp16", "--network-precision fp16 is not available on a CPU; use fp32 or int8"),
+        ("cupy gpu tensorrt", "int8", "use fp16 or fp32"),
     ],
 )
 def test_a_precision_that_the_device_lacks_is_refused(
-    monkeypatch: pytest.MonkeyPatch, installed: str, option: str, value: str, message: str
+    monkeypatch: pytest.MonkeyPatch, installed: str, precision: str, message: str
 ) -> None:
     having(monkeypatch, *installed.split())
     with pytest.raises(ConfigError, match=message):
-        choose_runtime().resolve(load_config("small", overrides={option: value}))
+        choose_runtime().network_precision(precision)
 
 
 # One protocol
@@ -280,11 +280,11 @@ class Narrow:
         self.room, self.largest_batch = room, largest_batch
         self.tried: list[int] = []
 
-    def run(self, batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
-        self.tried.append(len(batch))
-        if len(batch) > self.room:
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        self.tried.append(len(inputs["images"]))
+        if len(inputs["images"]) > self.room:
             raise MemoryError("no room")
-        return batch * 2, None
+        return {"doubled": inputs["images"] * 2}
 
 
 def test_a_batch_that_does_not_fit_halves_itself_and_stays_small() -> None:
@@ -292,12 +292,12 @@ def test_a_batch_that_does_not_fit_halves_itself_and_stays_small() -> None:
     batch = images(8)
     for _ in range(2):
         found = np.zeros_like(batch)
-        for part, tokens, _ in run_in_parts(narrow, batch):  # type: ignore[arg-type]
-            found[part] = tokens
+        for part, outputs in run_in_parts(narrow, {"images": batch}):  # type: ignore[arg-type]
+            found[part] = outputs["doubled"]
         np.testing.assert_array_equal(found, batch * 2)
     assert narrow.tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     with pytest.raises(MemoryError, match="no room"):
-        list(run_in_parts(Narrow(room=0, largest_batch=8), batch))  # type: ignore[arg-type]
+        list(run_in_parts(Narrow(room=0, largest_batch=8), {"images": batch}))  # type: ignore[arg-type]
 
 
 def test_onnx_runtime_out_of_memory_is_a_memory_error(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,7 @@ def test_onnx_runtime_out_of_memory_is_a_memory_error(model: ExportedModel, monk
 @needs_compiler
 @pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
 def test_a_run_on_a_device_equals_one_on_the_cpu(
-    two_backbones: Path,
+    two_networks: Path,
     emulated_gpu: HostDevice,
     tensorrt: list[HostEngine],
     tmp_path: Path,
@@ -334,12 +334,12 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
 ) -> None:
     data = draw(tmp_path / "data", 11)
     (data / "05.png").write_bytes(b"no image")
-    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "-v"]
+    common = [str(data), "--preset", "challenge", "--config", str(two_networks), "-v"]
     assert main([*common, "--device", "cpu", "--output", "cpu"]) == 1
     assert main([*common, "--device", "cuda:0", "--batch-size", "4", "--output", "gpu", *limit]) == 1
     said = capsys.readouterr().err
     assert "tensorrt 10.14.1 on the host" in said
-    assert ("are read in blocks" in said) == bool(limit)
+    assert ("are read in chunks" in said) == bool(limit)
     assert [engine.runs for engine in tensorrt] == [[4, 4, 2]] * 2
     assert emulated_gpu.recordings == 4  # two inputs of two backbones
     (scores, maps), (expected, expected_maps) = scores_and_maps("gpu"), scores_and_maps("cpu")
@@ -348,7 +348,7 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
         np.testing.assert_allclose(one, other, atol=0.02)
     assert np.argmax(scores) == 9
     assert record("gpu")["device"] == "cuda:0"
-    assert record("gpu")["config"]["backbone_precision"] == "fp16"
+    assert record("gpu")["config"]["network_precision"] == "fp16"
 
 
 @needs_compiler
@@ -362,18 +362,18 @@ def test_tokens_from_the_cpu_can_be_scored_on_a_device(
         assert main(arguments) == 0
     np.testing.assert_allclose(scores_and_maps("cuda:0")[0], scores_and_maps("cpu")[0], atol=0.02)
     assert record("cuda:0")["device"] == "cpu"
-    assert record("cuda:0")["config"]["precision"] == "fp16"
+    assert record("cuda:0")["config"]["settings"]["precision"] == "fp16"
 
 
 @needs_compiler
 def test_several_devices_share_the_scoring(
-    two_backbones: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_networks: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = [HostDevice(), HostDevice()]
     data = draw(tmp_path / "data", 7)
-    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0,1"]
+    common = [str(data), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0,1"]
     for count in (1, 2):
-        monkeypatch.setattr(backbones, "open_devices", lambda name, count=count: devices[:count])
+        monkeypatch.setattr(runtimes, "open_devices", lambda name, count=count: devices[:count])
         assert main([*common, "--output", f"on{count}"]) == 0
     assert devices[1].launches > 0
     np.testing.assert_array_equal(scores_and_maps("on1")[0], scores_and_maps("on2")[0])
@@ -381,7 +381,7 @@ def test_several_devices_share_the_scoring(
 
 @needs_compiler
 def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
-    two_backbones: Path,
+    two_networks: Path,
     emulated_gpu: HostDevice,
     tensorrt: list[HostEngine],
     tmp_path: Path,
@@ -400,7 +400,7 @@ def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
         upload(array, out)
 
     monkeypatch.setattr(emulated_gpu, "upload", fail_later)
-    arguments = [str(tmp_path / "data"), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0"]
+    arguments = [str(tmp_path / "data"), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0"]
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "the GPU failed (an illegal memory access was encountered)" in said
@@ -414,18 +414,18 @@ def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
 @needs_compiler
 @needs_rtx
 def test_zsad_infer_takes_the_engines_that_zsad_export_built(
-    two_backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ["--preset", "challenge", "--config", str(two_backbones)]
+    common = ["--preset", "challenge", "--config", str(two_networks)]
     assert export([*common, "--target", "tensorrt-rtx"]) == 0
-    built, real, device = [], backbones.build_engine, HostDevice()
+    built, real, device = [], networks.build_engine, HostDevice()
 
     def build(*arguments: Any) -> Any:
         built.append(real(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(backbones, "open_devices", lambda name: [device])
-    monkeypatch.setattr(backbones, "build_engine", build)
+    monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
+    monkeypatch.setattr(networks, "build_engine", build)
     monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), True))
     command = [str(draw(tmp_path / "data", 4)), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]
     assert main(command) == 0
@@ -448,7 +448,7 @@ def test_an_engine_that_computes_something_else_is_refused(
             wrong = lambda *arguments: [output + output[:, :, ::-1] for output in run(*arguments)]  # noqa: E731
             self.session = types.SimpleNamespace(run=wrong, get_outputs=self.session.get_outputs)
 
-    monkeypatch.setattr(backbones, "open_devices", lambda name: [HostDevice()])
+    monkeypatch.setattr(runtimes, "open_devices", lambda name: [HostDevice()])
     monkeypatch.setattr(tensorrt_backbone, "load_engine", lambda path, number, onnx: loaded(WrongEngine(onnx, 32)))
     arguments = [str(draw(tmp_path / "data", 4)), "--config", str(tiny / "config.toml"), "--device", "cuda:0"]
     for _ in range(2):  # also when it lies in the cache
@@ -475,7 +475,7 @@ class HostDecoder:
 
 @needs_compiler
 def test_jpegs_can_be_decoded_on_the_device(
-    two_backbones: Path,
+    two_networks: Path,
     tensorrt: list[HostEngine],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -491,7 +491,7 @@ def test_jpegs_can_be_decoded_on_the_device(
             image.resize((64, 64)).save(data / f"unknown{index}.jpg")
     whole = (data / "jpeg0.jpg").read_bytes()
     (data / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    common = [str(data), "--preset", "challenge", "--config", str(two_backbones), "--device", "cuda:0"]
+    common = [str(data), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0"]
     assert main([*common, "--output", "pillow"]) == 1
     on_device = [*common, "--output", "device", "--decoder", "nvimgcodec"]
     monkeypatch.setitem(sys.modules, "nvidia", None)
@@ -510,7 +510,7 @@ def test_jpegs_can_be_decoded_on_the_device(
     assert HostDecoder.decoded == ["JPEG RGB"] * 6
     for one, other in zip(scores_and_maps("device")[1], scores_and_maps("pillow")[1], strict=True):
         np.testing.assert_array_equal(one, other)
-    assert main([str(data), "--device", "cpu", "--decoder", "nvimgcodec", "--config", str(two_backbones)]) == 2
+    assert main([str(data), "--device", "cpu", "--decoder", "nvimgcodec", "--config", str(two_networks)]) == 2
 
 
 # Both tiny published architectures, from the checkpoint file to the scores
@@ -521,11 +521,11 @@ def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: 
     config.write_text(
         f"""
         image_size = 126
-        [backbones.dinov2]
+        [networks.dinov2]
         checkpoint = "{golden / "dinov2_vit_tiny.pth"}"
         heads = 3
         taps = [1, 3, 5]
-        [backbones.clip]
+        [networks.clip]
         checkpoint = "{golden / "clip_vit_tiny.safetensors"}"
         heads = 2
         taps = [5, 11]
@@ -538,4 +538,4 @@ def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: 
     assert graphs == ["clip-126-fp32.onnx", "dinov2-126-fp32.onnx"]
     assert main([str(data), *common]) == 0
     assert np.argmax(scores_and_maps("out")[0]) == 5
-    assert record("out")["config"]["image_score"]["rscin"] == [1, 8, 9]
+    assert record("out")["config"]["settings"]["rscin"] == [1, 8, 9]

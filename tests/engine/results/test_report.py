@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import cv2
 import numpy as np
 import pytest
 
-from zsad.engine.results.report import TEMPLATE, write_report
+from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, ImageRecord, RunRecord
+from zsad.engine.results.report import TEMPLATE, ShownCategory, ShownImage, write_report
+from zsad.engine.scores.verdicts import Region
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>.png",
@@ -27,56 +30,44 @@ HOSTILE = [
 UNDECODABLE = "caf\udce9.png"  # a byte that is no UTF-8, as Python spells it
 
 
-def make_image(path: str, score: float, rank: int, **fields: Any) -> dict[str, Any]:
+def make_image(path: str, score: float, rank: int, **fields: Any) -> ShownImage:
     jpeg = cv2.imencode(".jpg", np.full((16, 16, 3), int(255 * score), np.uint8))[1].tobytes()
     picture = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    return {
-        "path": path,
-        "score": score,
-        "raw_score": score / 2,
-        "rank": rank,
-        "label": None,
-        "anomalous": None,
-        "verdict": None,
-        "regions": [],
-        "image": picture,
-        "overlay": picture,
-        "overlay_file": "overlays/" + path,
-        **fields,
-    }
+    shown = {key: fields.pop(key) for key in ("label", "anomalous") if key in fields}
+    record = ImageRecord(path, score, score / 2, rank, **{"overlay_file": f"overlays/{path}", **fields})
+    return ShownImage(record, **{"label": None, "anomalous": None, **shown}, image=picture, overlay=picture)
 
 
-def make_category(name: str, images: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "images": images,
-        "metrics": None,
-        "protocol": None,
-        "threshold": None,
-        "failures": [],
-        "groups": 1,
-        "group_size": None,
-        "seconds": 1.5,
-        **fields,
-    }
+def make_category(name: str, images: list[ShownImage], **fields: Any) -> ShownCategory:
+    metrics = fields.pop("metrics", None)
+    record = CategoryRecord(name, groups=1, seconds=1.5, **fields)
+    return ShownCategory(record, images, metrics, None)
 
 
-def make_run(images: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "version": "0.1.0",
-        "preset": "small",
-        "device": "CPU",
-        "started": "2025-01-31 12:00:00",
-        "seconds": 3.0,
-        "images": images,
-        "images_per_second": images / 3.0,
-        "peak_memory_bytes": None,
-        "stages": {"decode": 1.0, "backbone": 2.0},
-        "config": {"size": 518},
-        "checkpoints": [{"name": "dinov2_vits14", "sha256": "0" * 64}],
-        "notes": [],
-        **fields,
-    }
+def make_run(images: int, **fields: Any) -> RunRecord:
+    run = RunRecord(
+        version="0.1.0",
+        preset="small",
+        method="musc",
+        device="CPU",
+        runtime="a library",
+        started="2025-01-31 12:00:00",
+        seconds=3.0,
+        images=images,
+        failed=0,
+        images_per_second=images / 3.0,
+        peak_memory_bytes=2**30,
+        device_memory_bytes=None,
+        stages={"decode": 1.0, "networks": 2.0},
+        library_share=0.5,
+        config={"size": 518},
+        checkpoints=[CheckpointRecord("dinov2_vits14", "0" * 64)],
+        versions={},
+        categories=[],
+        metrics=None,
+        notes=[],
+    )
+    return replace(run, **fields)
 
 
 def read_data(page: str) -> Any:
@@ -104,7 +95,13 @@ def test_overlay_links_stay_beside_the_page(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", make_run(len(images)), [make_category("a", images)])
     data = read_data((tmp_path / "report.html").read_text(encoding="ascii"))
     written = [image["overlay_file"] for image in data["categories"][0]["images"]]
-    assert written == ["./javascript%3Aalert%281%29", ".///host/a.png", "./a%20b/c%3Fd%23e.png", "./caf%E9.png", ""]
+    assert written == [
+        "./a/javascript%3Aalert%281%29",
+        "./a///host/a.png",
+        "./a/a%20b/c%3Fd%23e.png",
+        "./a/caf%E9.png",
+        "",
+    ]
 
 
 def test_page_names_no_other_place() -> None:
@@ -177,15 +174,15 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
             "label": "bent" if bad else "good",
             "anomalous": bad,
             "verdict": "anomalous" if bad else "normal",
-            "regions": [{"x": 1, "y": 2, "width": 3, "height": 4, "area": 11, "peak": 0.9}] if bad else [],
+            "regions": [Region(1, 2, 3, 4, 11, peak=0.9)] if bad else [],
         }
         bolts.append(make_image(f"test/bolt_{index:03d}.png", (0.81 if bad else 0.01) + index / 1000, 0, **fields))
-    for rank, image in enumerate(sorted(bolts, key=lambda each: -each["score"]), 1):
-        image["rank"] = rank
+    ranked = sorted(bolts, key=lambda each: -each.record.score)
+    bolts = [replace(each, record=replace(each.record, rank=ranked.index(each) + 1)) for each in bolts]
     hostile = [make_image(name, 0.3 + rank / 100, rank) for rank, name in enumerate(HOSTILE, 1)]
     categories = [
         make_category("bolt", bolts, metrics={"image_auroc": 0.9876, "pixel_f1": None}, threshold=0.5),
-        make_category(HOSTILE[0], hostile, failures=[{"path": HOSTILE[1], "reason": HOSTILE[0]}]),
+        make_category(HOSTILE[0], hostile, failures=[Failure(HOSTILE[1], HOSTILE[0])]),
     ]
     run = make_run(155, notes=HOSTILE, config=dict.fromkeys(HOSTILE, 1))
     write_report(tmp_path / "report.html", run, categories)
@@ -268,7 +265,7 @@ def test_panels_tell_metrics_failures_and_run(page: Any) -> None:
     metrics = find(page, "[data-testid=categories]").text
     assert "AUROC" in metrics
     assert "0.988" in metrics
-    for panel, words in (("failures", HOSTILE[:2]), ("run", ["backbone", "0" * 64, HOSTILE[0]])):
+    for panel, words in (("failures", HOSTILE[:2]), ("run", ["networks", "0" * 64, HOSTILE[0]])):
         find(page, f"[data-testid={panel}] summary").click()
         text = find(page, f"[data-testid={panel}]").text
         assert all(word in text for word in words)
@@ -314,7 +311,7 @@ def test_undecodable_name_opens(browser: Any, tmp_path: Path) -> None:
 
 
 def test_report_of_nothing_opens(browser: Any, tmp_path: Path) -> None:
-    failures = [{"path": "a.png", "reason": "not an image"}]
+    failures = [Failure("a.png", "not an image")]
     write_report(tmp_path / "report.html", make_run(0), [make_category("a", [], failures=failures)])
     browser.get((tmp_path / "report.html").as_uri())
     assert find(browser, "#count").text == "0 of 0 images"

@@ -9,6 +9,7 @@ import host_build
 import kernel_checks as checks
 import numpy as np
 import pytest
+from device_scores import device_scores
 from host_build import HostDevice, KernelError
 from minima_mutations import MUTATIONS
 from mutations import found
@@ -194,7 +195,7 @@ def test_mutual_scores_equal_the_reference(
     x = tokens(images, 2, grid, channels)
     seen: list[tuple[int, int]] = []
     timings: dict[str, float] = {}
-    scores = cuda.mutual_scores(
+    scores = device_scores(
         x,
         grid,
         degrees,
@@ -213,8 +214,8 @@ def test_mutual_scores_equal_the_reference(
 def test_mutual_scores_of_half_tokens_are_those_of_the_same_values() -> None:
     x = tokens(4, 1, (3, 4), 24).astype(np.float16)
     np.testing.assert_array_equal(
-        cuda.mutual_scores(x, (3, 4), device=HostDevice()),
-        cuda.mutual_scores(x.astype(np.float32), (3, 4), device=HostDevice()),
+        device_scores(x, (3, 4), device=HostDevice()),
+        device_scores(x.astype(np.float32), (3, 4), device=HostDevice()),
     )
 
 
@@ -223,13 +224,13 @@ def test_zero_features_follow_the_convention() -> None:
     x[1] = 3.0  # no variance: every feature of the image is zero
     x[4] = -1.0
     np.testing.assert_allclose(
-        cuda.mutual_scores(x, (4, 4), device=HostDevice()), reference.mutual_scores(x, (4, 4)), rtol=3e-3, atol=1e-6
+        device_scores(x, (4, 4), device=HostDevice()), reference.mutual_scores(x, (4, 4)), rtol=3e-3, atol=1e-6
     )
 
 
 def test_identical_images_are_at_distance_zero() -> None:
     x = np.repeat(tokens(1, 1, (4, 4), 64), 3, axis=0)
-    assert cuda.mutual_scores(x, (4, 4), device=HostDevice()).max() < 1e-3
+    assert device_scores(x, (4, 4), device=HostDevice()).max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_identical_images_are_at_distance_zero() -> None:
 def test_arguments_that_make_no_sense(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"tokens": tokens(2, 1, (2, 2), 3), "device": HostDevice(), **change}
     with pytest.raises(ValueError, match=message):
-        cuda.mutual_scores(**arguments)
+        device_scores(**arguments)
 
 
 def test_planted_bugs_in_the_minima_are_found() -> None:

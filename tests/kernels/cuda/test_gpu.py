@@ -7,6 +7,7 @@ from typing import Any
 import kernel_checks as checks
 import numpy as np
 import pytest
+from device_scores import device_scores
 from variant_checks import VARIANTS
 
 from zsad.kernels import cuda, reference
@@ -77,20 +78,20 @@ def test_mutual_scores_equal_the_reference(
     x = checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
     expected = reference.mutual_scores(x, grid, degrees)
     for options in VARIANTS.values():
-        scores = cuda.mutual_scores(x, grid, degrees, device=gpu, **options)
+        scores = device_scores(x, grid, degrees, device=gpu, **options)
         np.testing.assert_allclose(scores, expected, atol=2e-3)
-        np.testing.assert_array_equal(scores, cuda.mutual_scores(x, grid, degrees, device=gpu, **options))
+        np.testing.assert_array_equal(scores, device_scores(x, grid, degrees, device=gpu, **options))
 
 
 def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.Device) -> None:
     x = checks.rng(1).normal(size=(30, 2, 256, 384)).astype(np.float32)
     plans: list[cuda.CudaPlan] = []
-    expected = cuda.mutual_scores(x, device=gpu, on_plan=plans.append)
+    expected = device_scores(x, device=gpu, on_plan=plans.append)
     limit = plans[0].peak_bytes * 2 // 3
-    blocked = cuda.mutual_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
+    blocked = device_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
     assert plans[1].rows < 30
     np.testing.assert_allclose(blocked, expected, rtol=1e-5)
-    np.testing.assert_array_equal(cuda.mutual_scores(gpu.to_device(x), device=gpu), expected)
+    np.testing.assert_array_equal(device_scores(gpu.to_device(x), device=gpu), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -98,12 +99,10 @@ def test_streamed_features_give_the_same_scores(gpu: cuda.Device, variant: str) 
     x = checks.rng(2).normal(size=(40, 2, 256, 384)).astype(np.float32)
     plans: list[cuda.CudaPlan] = []
     options: Any = {"device": gpu, "tiles": 2, "on_plan": plans.append, "return_minima": True, **VARIANTS[variant]}
-    expected, minima = cuda.mutual_scores(x, **options)
+    expected, minima = device_scores(x, **options)
     for share, host_limit in ((0.8, 1 << 30), (0.5, 1 << 30), (0.5, 1 << 20)):
         limit = int(share * plans[0].peak_bytes)
-        scores, streamed = cuda.mutual_scores(
-            x, memory_limit=limit, host_memory_limit=minima.nbytes + host_limit, **options
-        )
+        scores, streamed = device_scores(x, memory_limit=limit, host_memory_limit=minima.nbytes + host_limit, **options)
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
         np.testing.assert_allclose(streamed, minima, rtol=1e-5, atol=1e-5)
     assert [plan.features for plan in plans[1:]] == [*["in host memory"] * 2, "in a memory-mapped file"]
@@ -114,10 +113,10 @@ def test_streamed_features_give_the_same_scores(gpu: cuda.Device, variant: str) 
 @pytest.mark.parametrize("kind", [True, "each"])
 def test_minima_equal_the_reference(gpu: cuda.Device, kind: Any) -> None:
     x = checks.rng(3).normal(size=(9, 2, 49, 100)).astype(np.float32)
-    scores, minima = cuda.mutual_scores(x, device=gpu, return_minima=kind)
+    scores, minima = device_scores(x, device=gpu, return_minima=kind)
     expected = reference.patch_minima(x, (7, 7))
     np.testing.assert_allclose(minima, expected if kind == "each" else expected.mean(axis=(0, 1)), rtol=2e-3)
-    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, device=gpu))
+    np.testing.assert_array_equal(scores, device_scores(x, device=gpu))
 
 
 def test_all_devices_share_the_work(gpu: cuda.Device) -> None:
@@ -125,8 +124,8 @@ def test_all_devices_share_the_work(gpu: cuda.Device) -> None:
     if len(devices) < 2:
         pytest.skip("there is one CUDA device only")
     x = checks.rng(4).normal(size=(31, 2, 256, 384)).astype(np.float32)
-    scores = cuda.mutual_scores(x, device=devices)
-    np.testing.assert_allclose(scores, cuda.mutual_scores(x, device=gpu), rtol=1e-5)
+    scores = device_scores(x, device=devices)
+    np.testing.assert_allclose(scores, device_scores(x, device=gpu), rtol=1e-5)
 
 
 def test_what_is_not_there_is_named(gpu: cuda.Device) -> None:

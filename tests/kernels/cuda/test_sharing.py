@@ -12,6 +12,7 @@ import host_build
 import kernel_checks as checks
 import numpy as np
 import pytest
+from device_scores import device_scores
 from host_build import HostDevice
 from variant_checks import VARIANTS, products_of_a_pair
 
@@ -34,7 +35,7 @@ def tokens(images: int, layers: int = 2, channels: int = CHANNELS) -> Any:
 @functools.cache
 def unplanned(variant: str, images: int) -> Any:
     """The scores of `tokens(images, 1)` where everything is resident."""
-    return cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=HostDevice(), **VARIANTS[variant])
+    return device_scores(tokens(images, 1), GRID, DEGREES, device=HostDevice(), **VARIANTS[variant])
 
 
 def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> CudaPlan:
@@ -177,7 +178,7 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
     limit = int(share * smallest_limit(images, **fitting))
     several = [HostDevice() for _ in range(devices)]
     how: Any = {"memory_limit": limit, "host_memory_limit": host_limit, "on_plan": plans.append, **VARIANTS[variant]}
-    scores = cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
+    scores = device_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
     np.testing.assert_array_equal(scores, unplanned(variant, images))
     (plan,) = plans
     each = products_of_a_pair(variant, DEGREES)
@@ -199,7 +200,7 @@ def test_blocks_of_one_device_exchange_too(devices: int, variant: str, images: i
     plans: list[CudaPlan] = []
     several = [HostDevice() for _ in range(devices)]
     how: Any = {"memory_limit": limit, "host_memory_limit": PLENTY, "on_plan": plans.append, **VARIANTS[variant]}
-    scores = cuda.mutual_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
+    scores = device_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
     np.testing.assert_array_equal(scores, unplanned(variant, images))
     assert plans[0].exchanges
     assert len(plans[0].rounds()) > 1
@@ -215,10 +216,8 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
     x = tokens(images)
     several = [HostDevice(cache_bytes=1 << 20) for _ in range(devices)]
     seen: list[tuple[int, int]] = []
-    scores = cuda.mutual_scores(
-        x, GRID, DEGREES, device=several, progress=lambda done, total: seen.append((done, total))
-    )
-    np.testing.assert_array_equal(scores, cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(cache_bytes=1 << 20)))
+    scores = device_scores(x, GRID, DEGREES, device=several, progress=lambda done, total: seen.append((done, total)))
+    np.testing.assert_array_equal(scores, device_scores(x, GRID, DEGREES, device=HostDevice(cache_bytes=1 << 20)))
     assert sum(device.products for device in several) == images * (images - 1)  # in two layers
     assert seen[-1] == (images * (images - 1),) * 2
 
@@ -238,13 +237,13 @@ def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
     x[2, 0, 4] = x[2, 0].mean()  # no zero feature, but a flat one
     x[5] = 2.0  # only zero features
     several = [HostDevice() for _ in range(devices)]
-    plain = cuda.mutual_scores(x, GRID, degrees, device=HostDevice(), **options)
-    scores, each = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima="each", **options)
+    plain = device_scores(x, GRID, degrees, device=HostDevice(), **options)
+    scores, each = device_scores(x, GRID, degrees, device=several, return_minima="each", **options)
     expected = reference.patch_minima(x, GRID, degrees)
     np.testing.assert_allclose(each, expected, rtol=3e-3, atol=1e-6)
     np.testing.assert_array_equal(scores, plain)
     np.testing.assert_allclose(reference.interval_average(each, (0.0, 0.3)).mean(axis=(0, 1)), scores, rtol=1e-5)
-    scores, averaged = cuda.mutual_scores(x, GRID, degrees, device=several, return_minima=True, **options)
+    scores, averaged = device_scores(x, GRID, degrees, device=several, return_minima=True, **options)
     np.testing.assert_allclose(averaged, each.mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(scores, plain)
     assert averaged.dtype == each.dtype == np.float32
@@ -254,11 +253,11 @@ def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
 def test_minima_count_in_the_plan() -> None:
     x, plans = tokens(7), []
     for options in ({}, {"return_minima": True}, {"return_minima": "each"}):
-        cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), on_plan=plans.append, **options)
+        device_scores(x, GRID, DEGREES, device=HostDevice(), on_plan=plans.append, **options)
     assert plans[1].peak_bytes - plans[0].peak_bytes == 4 * 9 * 7
     assert [plan.host_bytes for plan in plans] == [0, 4 * 7 * 9 * 7, 4 * 4 * 7 * 9 * 7]
     with pytest.raises(MemoryError, match="in host memory"):
-        cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True, host_memory_limit=1000)
+        device_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True, host_memory_limit=1000)
 
 
 @compiled
@@ -275,12 +274,12 @@ def test_a_failed_allocation_halves_the_budget(
     variant: str, images: int, devices: int, failing: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     x, how = tokens(images, 1), {"return_minima": True, **VARIANTS[variant]}
-    expected = cuda.mutual_scores(x, GRID, DEGREES, device=HostDevice(), **how)
+    expected = device_scores(x, GRID, DEGREES, device=HostDevice(), **how)
     several = [HostDevice() for _ in range(devices)]
     several[-1].fail_at = failing
     plans: list[CudaPlan] = []
     with caplog.at_level(logging.WARNING, "zsad"):
-        got = cuda.mutual_scores(x, GRID, DEGREES, device=several, on_plan=plans.append, **how)
+        got = device_scores(x, GRID, DEGREES, device=several, on_plan=plans.append, **how)
     for array, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(array, other)
     assert len(plans) == len(failing) + 1
@@ -294,7 +293,7 @@ def test_failing_allocations_end_in_the_usual_error() -> None:
     device = HostDevice()
     device.fail_at = set(range(1000))
     with pytest.raises(MemoryError, match="needs at least"):
-        cuda.mutual_scores(tokens(9), GRID, device=device)
+        device_scores(tokens(9), GRID, device=device)
 
 
 @compiled
@@ -303,9 +302,9 @@ def test_other_memory_serves_where_none_can_be_page_locked(monkeypatch: pytest.M
         raise cuda.DeviceMemoryError("no page can be locked")
 
     x = tokens(6)
-    expected = cuda.mutual_scores(x, GRID, device=HostDevice())
+    expected = device_scores(x, GRID, device=HostDevice())
     monkeypatch.setattr(HostDevice, "host_empty", refuse)
-    np.testing.assert_array_equal(cuda.mutual_scores(x, GRID, device=[HostDevice(), HostDevice()]), expected)
+    np.testing.assert_array_equal(device_scores(x, GRID, device=[HostDevice(), HostDevice()]), expected)
 
 
 @compiled
@@ -315,20 +314,20 @@ def test_what_one_device_meets_stops_all(devices: int) -> None:
     x = tokens(9)
     x[8, 1, 3, 3] = np.inf
     with pytest.raises(ValueError, match="image 8 are not finite"):
-        cuda.mutual_scores(x, GRID, device=several)
+        device_scores(x, GRID, device=several)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cuda.mutual_scores(tokens(9), GRID, device=several, progress=interrupt)
+        device_scores(tokens(9), GRID, device=several, progress=interrupt)
 
 
 @compiled
 def test_tiles_per_launch_can_be_chosen() -> None:
     x, plans = tokens(6), []
     for tiles in (1, 3, 5):
-        cuda.mutual_scores(x, GRID, device=HostDevice(), tiles=tiles, on_plan=plans.append)
+        device_scores(x, GRID, device=HostDevice(), tiles=tiles, on_plan=plans.append)
     assert [plan.tiles for plan in plans] == [1, 3, 5]
 
 
@@ -337,7 +336,7 @@ def test_device_tokens_are_not_shared() -> None:
         ndim, shape, dtype = 4, (4, 1, 9, 8), np.dtype(np.float32)
 
     with pytest.raises(ValueError, match="by that device alone"):
-        cuda.mutual_scores(OnDevice(), GRID, device=[HostDevice(), HostDevice()])
+        device_scores(OnDevice(), GRID, device=[HostDevice(), HostDevice()])
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cuda:0,", "cuda:0,x", "cuda:all,1", "cuda0"])

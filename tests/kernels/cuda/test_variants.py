@@ -11,6 +11,7 @@ import kernel_checks
 import numpy as np
 import pytest
 import variant_checks as checks
+from device_scores import device_scores
 from host_build import HostDevice, KernelError
 
 from zsad.kernels import cuda, reference
@@ -176,7 +177,7 @@ def test_mutual_scores_equal_the_reference(
     by_degree = [reference.mutual_scores(tokens, grid, [degree], (0.0, 0.5)) for degree in degrees]
     expected = np.mean(by_degree, axis=0)
     scores = {
-        name: cuda.mutual_scores(tokens, grid, degrees, (0.0, 0.5), HostDevice(), **options)
+        name: device_scores(tokens, grid, degrees, (0.0, 0.5), HostDevice(), **options)
         for name, options in checks.VARIANTS.items()
     }
     np.testing.assert_allclose(scores["fused"], scores["gram"], atol=1e-3)
@@ -192,7 +193,7 @@ def test_zero_features_follow_the_convention(variant: str) -> None:
     tokens = recurring_tokens(5, 16, 40)[:, None]
     tokens[1] = 3.0  # no variance: every feature of the image is zero
     tokens[4] = -1.0
-    scores = cuda.mutual_scores(tokens, (4, 4), (1, 3), (0.0, 0.5), HostDevice(), **checks.VARIANTS[variant])
+    scores = device_scores(tokens, (4, 4), (1, 3), (0.0, 0.5), HostDevice(), **checks.VARIANTS[variant])
     expected = reference.mutual_scores(tokens, (4, 4), (1, 3), (0.0, 0.5))
     np.testing.assert_allclose(scores, expected, rtol=3e-3, atol=1e-6)
 
@@ -201,7 +202,7 @@ def test_zero_features_follow_the_convention(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["fused", "int8"])
 def test_identical_images_are_at_distance_zero(variant: str) -> None:
     tokens = np.repeat(recurring_tokens(1, 16, 64)[:, None], 3, axis=0)
-    scores = cuda.mutual_scores(tokens, (4, 4), (1, 3), device=HostDevice(), **checks.VARIANTS[variant])
+    scores = device_scores(tokens, (4, 4), (1, 3), device=HostDevice(), **checks.VARIANTS[variant])
     assert scores.max() < 1e-3
 
 
@@ -213,7 +214,7 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
         devices = [HostDevice() for _ in capabilities]
         for device, capability in zip(devices, capabilities, strict=True):
             device.compute_capability = capability
-        cuda.mutual_scores(tokens, (2, 2), (1, 3), device=devices, on_plan=plans.append, **options)
+        device_scores(tokens, (2, 2), (1, 3), device=devices, on_plan=plans.append, **options)
         return sum(device.products for device in devices)
 
     monkeypatch.setattr(comparers, "FASTER", {"8.9": "fused"})
@@ -239,7 +240,7 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_choices_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cuda.mutual_scores(recurring_tokens(3, 4, 8)[:, None], device=HostDevice(), **options)
+        device_scores(recurring_tokens(3, 4, 8)[:, None], device=HostDevice(), **options)
 
 
 def test_int8_takes_no_more_patches_than_a_key_can_number() -> None:

@@ -1,0 +1,36 @@
+"""Values on the command line that several commands read. Imports nothing that `--help` would wait for."""
+
+import argparse
+import importlib.metadata
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """Return what reads numbers separated by commas."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
+
+    return parse
+
+
+def size(text: str) -> int:
+    """Read a number of bytes, for example 800MB or 4GiB; both count in powers of 1024."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    try:
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None
+
+
+class Version(argparse.Action):
+    """Prints the version, which is only looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"zsad {importlib.metadata.version('zsad')}")
+        parser.exit()

@@ -1,0 +1,112 @@
+"""What the commands share on a terminal: log lines, Ctrl-C and progress bars."""
+
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from zsad.kernels.files import printable
+
+log = logging.getLogger("zsad")
+
+DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+
+
+class _Formatter(logging.Formatter):
+    """Keeps names of files from steering the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
+
+
+@contextmanager
+def logging_to_stderr(command: str, level: int) -> Iterator[None]:
+    """Send the library's log lines and warnings to standard error, each with the command's name in front."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"{command}: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
+    log.setLevel(level)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
+    with warnings.catch_warnings():
+        # Pillow warns of large images and odd headers; what it cannot read it raises.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.showwarning = lambda message, *_: log.warning("%s", message)
+        yield
+
+
+class Interrupts:
+    """Remembers Ctrl-C: an exception that a signal raises inside a finalizer is dropped by the interpreter."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> "Interrupts":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Where the caller ignores the signal, or handles it, that stays so.
+        self.installed = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.installed:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, *_: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was a Ctrl-C; called wherever a run reports progress."""
+        if self.seen:
+            raise KeyboardInterrupt
+
+
+class ProgressBars:
+    """One bar per stage of a category on standard error, where that is a terminal."""
+
+    def __init__(self, quiet: bool, interrupts: Interrupts) -> None:
+        self.interrupts = interrupts
+        self.disabled = quiet or not sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.shown = ("", "")
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, category: str, stage: str, done: int, total: int) -> None:
+        self.interrupts.check()
+        if self.disabled:
+            return
+        if self.bar is None or (category, stage) != self.shown:
+            self.__exit__()
+            self.bar, self.shown = None, (category, stage)
+            if not total:
+                return
+            unit = "image" if stage == "networks" else "pair"
+            self.bar = tqdm(total=total, desc=f"{category}: {stage}", unit=unit, file=sys.stderr, leave=False)
+        self.bar.update(done - self.bar.n)
+        if done >= total:  # log lines may follow
+            self.__exit__()
+
+
+def emit(text: str) -> None:
+    """Print to standard output; raises OSError when that is full or gone."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # The interpreter writes what is left once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None

@@ -1,0 +1,167 @@
+"""Image files in, batches of network inputs out: in order, decoded in threads, on the host or on a device."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.kernels.cuda.device import Device
+from zsad.kernels.cuda.images import network_input as network_input_on_device
+from zsad.kernels.machine import stopwatch
+
+from .ahead import Ahead
+from .decode import ImageError, Recipe, decode, decoded_bytes, network_input
+from .device_jpegs import DeviceJpegs
+from .folders import InputImage
+
+Array = Any  # a NumPy array, or an array on the device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that were read together."""
+
+    indices: list[int]  # of the readable ones, within their category
+    inputs: Mapping[Recipe, Array]  # [B, 3, S, S] float32 each; valid until the next batch is asked for
+    failures: list[tuple[int, ImageError]]
+
+
+class Inputs(Protocol):
+    """Makes network inputs of decoded images."""
+
+    def read(self, path: Path, bit_depth: int | None) -> tuple[Any, Image.Image | None]:
+        """Read a file in a worker thread; returns what `batch` takes, and the image if it was decoded on the host.
+
+        Raises ImageError.
+        """
+
+    def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
+        """Make inputs [B, 3, S, S] of what `read` has given, valid within the context."""
+
+
+class HostInputs:
+    """Network inputs in host memory."""
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self._recipes = recipes
+
+    def read(self, path: Path, bit_depth: int | None) -> tuple[dict[Recipe, NDArray[np.float32]], Image.Image]:
+        image = decode(path, bit_depth)
+        return {recipe: network_input(image, recipe) for recipe in self._recipes}, image  # [3, S, S] each
+
+    def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
+        return nullcontext({recipe: np.stack([image[recipe] for image in images]) for recipe in self._recipes})
+
+
+class DeviceInputs:
+    """Network inputs on a device.
+
+    Images are uploaded and resized on one stream into one of two inputs while the networks read the other one on the
+    stream of the passes; the host waits for neither.
+    """
+
+    def __init__(self, device: Device, recipes: Sequence[Recipe], batch_size: int, jpegs: DeviceJpegs | None) -> None:
+        """jpegs: decodes on the device; None leaves all files to Pillow."""
+        self._device, self._jpegs = device, jpegs
+        self._inputs: list[dict[Recipe, Array]] = [
+            {recipe: device.empty((batch_size, 3, recipe.size, recipe.size), np.float32) for recipe in recipes}
+            for _ in range(2)
+        ]
+        self._slot = 0
+
+    def read(self, path: Path, bit_depth: int | None) -> tuple[Array, Image.Image | None]:  # [rows, columns, 3] uint8
+        on_device = None if self._jpegs is None else self._jpegs.decode(path)
+        if on_device is not None:
+            return on_device, None
+        image = decode(path, bit_depth)
+        return np.asarray(image), image
+
+    @contextmanager
+    def batch(self, images: Sequence[Any]) -> Iterator[Mapping[Recipe, Array]]:
+        self._slot = 1 - self._slot
+        with self._device.producing(self._slot):
+            for index, image in enumerate(images):
+                on_device = image
+                if isinstance(image, np.ndarray):
+                    on_device = self._device.empty(image.shape, np.uint8)
+                    self._device.upload(image, on_device)
+                for recipe, batch in self._inputs[self._slot].items():
+                    network_input_on_device(
+                        self._device, on_device, batch[index], recipe.resampling, recipe.mean, recipe.deviation
+                    )
+        with self._device.consuming(self._slot):
+            yield {recipe: batch[: len(images)] for recipe, batch in self._inputs[self._slot].items()}
+
+
+def held_bytes(path: Path) -> int:
+    """Return what an image takes while it is worked on; nothing where it cannot be read, which reading will say."""
+    try:
+        return decoded_bytes(path)
+    except ImageError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads images in batches of at most `batch_size`."""
+
+    inputs: Inputs
+    batch_size: int
+    workers: int  # threads that decode
+    memory_limit: int  # bytes that images on their way may take
+    timings: MutableMapping[str, float]
+
+    def batches(
+        self,
+        images: Sequence[InputImage],
+        members: Sequence[int],
+        bit_depth: int | None,
+        seen: Callable[[int, Image.Image | None], None],
+    ) -> Iterator[Batch]:
+        """Yield the images with these numbers; batches are full except the last.
+
+        bit_depth: of grey values in 16-bit files. seen: is told of every image that was read, in a worker thread.
+        """
+
+        def read(index: int, last_try: bool) -> Any:
+            try:
+                prepared, image = self.inputs.read(images[index].path, bit_depth)
+            except ImageError as error:
+                if isinstance(error, MemoryError) and not last_try:
+                    raise
+                return error
+            seen(index, image)
+            return prepared
+
+        def results() -> Iterator[tuple[int, Any]]:
+            for index in members:
+                yield from ahead.put(index, held_bytes(images[index].path))
+            yield from ahead.rest()
+
+        most = self.batch_size + self.workers
+        with Ahead(read, self.workers, most, self.memory_limit, "decode") as ahead:
+            following = results()
+            while True:
+                indices: list[int] = []
+                prepared: list[Any] = []
+                failures: list[tuple[int, ImageError]] = []
+                with stopwatch(self.timings, "decode"):
+                    for index, result in following:
+                        if isinstance(result, ImageError):
+                            failures.append((index, result))
+                        else:
+                            indices.append(index)
+                            prepared.append(result)
+                        if len(indices) == self.batch_size:
+                            break
+                if not indices:
+                    if failures:
+                        yield Batch([], {}, failures)
+                    return
+                with self.inputs.batch(prepared) as inputs:
+                    yield Batch(indices, inputs, failures)

@@ -1,0 +1,96 @@
+"""What a method is: images of one category in, one score and one map for each out.
+
+    run.py: for each group of a category
+        method.start(images)
+        for batch in loader: method.take(batch) → Scored, …       (methods that judge every image by itself)
+        method.finish(progress) → Scored, …                       (methods that compare the images of a group)
+
+A method is a class in a module of this folder, named in METHODS, and a preset that names it, its networks and its
+settings. Everything else (files, resuming, groups, scaling to [0, 1], verdicts, reports) is the same for all of them.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.engine.config import Config, ConfigError, Table
+from zsad.engine.images.decode import Recipe
+from zsad.engine.images.loader import Batch
+from zsad.engine.networks.network import GraphRequest, Network
+
+from .arrays import Arrays
+
+METHODS = {"musc": ".musc:MuSc"}  # name → module in this folder and class
+
+Progress = Callable[[str, int, int], None]  # stage, done, all
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method says of one image."""
+
+    index: int  # of the image within its category
+    raw_score: float  # in the method's own units; higher is more anomalous
+    map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
+    embedding: NDArray[np.float32] | None = None  # [D], where the method's image scores need one
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a method works with, and where."""
+
+    networks: Mapping[str, Network]
+    arrays: Arrays  # in host memory or on a device, as the networks' inputs and outputs are
+    timings: MutableMapping[str, float]  # seconds by stage, added up
+
+
+class Method(Protocol):
+    """Scores images of one category; made once for a run and used for all of its categories."""
+
+    Settings: ClassVar[type[Table]]  # [settings] of a preset that names this method
+    inputs: Sequence[Recipe]  # what the loader makes of each image
+    compares: bool  # whether results depend on the other images of the category or group
+    value_range: tuple[float, float] | None  # fixed range of scores and maps; None: they are relative to the category
+
+    def __init__(self, config: Config, place: Place) -> None:
+        """Raises ConfigError for settings that these networks or this machine cannot do."""
+
+    @staticmethod
+    def graph_requests(config: Config) -> list[GraphRequest]:
+        """Return which graphs of the networks the method runs; raises ConfigError for networks that it cannot use."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as they are in force, for fingerprints and the run record."""
+
+    def needed(self, images: int) -> int:
+        """Return the least bytes, of what `place.arrays` limits, in which a group of so many images can be scored."""
+
+    def start(self, images: int) -> None:
+        """Begin a group of at most this many images; whatever an earlier one has left is dropped."""
+
+    def take(self, batch: Batch) -> Iterable[Scored]:
+        """Run the networks over a batch; methods that judge every image by itself answer here."""
+
+    def finish(self, progress: Progress) -> Iterable[Scored]:
+        """End the group; methods that compare answer here. Raises MemoryError."""
+
+    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
+        """Return the scores [N] in [0, 1] of a whole category; asked only of methods that compare."""
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method; raises ConfigError for a name that there is not."""
+    if name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    module, _, found = METHODS[name].partition(":")
+    chosen: type[Method] = getattr(importlib.import_module(module, __package__), found)
+    return chosen
+
+
+def graph_requests(config: Config) -> list[GraphRequest]:
+    """Return which graphs of its networks a configuration's method runs."""
+    return method_class(config.method).graph_requests(config)

@@ -1,0 +1,82 @@
+"""A network: graphs with named arrays in and named arrays out, in whatever library runs them."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from zsad.engine.config import NetworkSpec
+
+log = logging.getLogger("zsad")
+
+Array = Any  # a NumPy array, or an array on the device
+
+
+@dataclass(frozen=True)
+class GraphRequest:
+    """A graph that a method asks of one of its preset's networks."""
+
+    network: str  # NAME of [networks.NAME]
+    graph: str = "image"
+    outputs: tuple[str, ...] = ("tokens",)  # of an image tower: tokens, embedding
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, without the batch, and type of a graph's input or output."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Graph(Protocol):
+    """One graph in one library, on a CPU or on a device."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    largest_batch: int  # falls where memory turns out to be short
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the outputs for at most `largest_batch` rows.
+
+        On a device this only queues, and the results are valid until the next call. Raises MemoryError where the batch
+        does not fit.
+        """
+
+
+@dataclass(frozen=True)
+class Network:
+    """The graphs of one checkpoint."""
+
+    spec: NetworkSpec
+    checkpoint: str
+    sha256: str  # of the checkpoint file
+    preprocessing: Literal["imagenet", "clip"]
+    graphs: Mapping[str, Graph]
+
+
+def run_in_parts(graph: Graph, inputs: Mapping[str, Array]) -> Iterator[tuple[slice, Mapping[str, Array]]]:
+    """Run a batch in parts that fit; yield which rows, and their outputs.
+
+    A part that does not fit is halved, and later ones stay that small. Raises MemoryError where one row is too much.
+    """
+    start, rows = 0, len(next(iter(inputs.values())))
+    while start < rows:
+        part = slice(start, min(start + graph.largest_batch, rows))
+        try:
+            outputs = graph.run({name: array[part] for name, array in inputs.items()})
+        except MemoryError as error:
+            size = part.stop - part.start
+            if size == 1:
+                raise
+            graph.largest_batch = size // 2
+            log.warning("%d images at once do not fit (%s); going on with %d", size, error, size // 2)
+            continue
+        yield part, outputs
+        start = part.stop

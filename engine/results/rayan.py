@@ -1,0 +1,22 @@
+"""The JSON files of the Rayan challenge: one per image, beside its other results."""
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE = 224  # pixels of the maps
+
+
+def challenge_json(score: float, scores: NDArray[np.float32]) -> str:
+    """Return the challenge's JSON for an image score and a map [224, 224], four decimals."""
+    return json.dumps(
+        {
+            "img_level_score": {"__ndarray__": round(score, 4), "dtype": "float64", "shape": []},
+            "pix_level_score": {
+                "__ndarray__": [np.round(scores.astype(np.float64), 4).tolist()],
+                "dtype": "float64",
+                "shape": [1, *scores.shape],
+            },
+        }
+    )

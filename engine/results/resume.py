@@ -1,0 +1,72 @@
+"""Whether results of an earlier run are still valid, and whether there is room for new ones."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zsad.engine.images.folders import RECORD, Category
+
+from .category import THUMBNAILS
+from .records import CategoryRecord
+
+
+class OutputError(Exception):
+    """Results that cannot be written; the message says why and what to do."""
+
+
+def fingerprint(
+    category: Category, config: Mapping[str, Any], checkpoints: Mapping[str, str], formats: Iterable[str]
+) -> str:
+    """Return a digest of everything that decides a category's results, to know whether they are still valid.
+
+    config: with the precisions in force. checkpoints: name → sha256.
+    """
+    files: list[tuple[str, int, int]] = []
+    for image in category.images:
+        try:
+            status = image.path.stat()
+        except OSError:  # decoding will say what is wrong with it
+            files.append((str(image.relative), -1, -1))
+        else:
+            files.append((str(image.relative), status.st_size, status.st_mtime_ns))
+    version = importlib.metadata.version("zsad")
+    content = json.dumps([version, files, config, dict(checkpoints), sorted(formats)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | None:
+    """Return the record of a category that an earlier run finished with the same fingerprint, else None.
+
+    A category whose files are no longer all there counts as unfinished.
+    """
+    folder = output / name
+    try:
+        record = CategoryRecord.from_json((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    written = [THUMBNAILS, "scores.csv"]
+    written += [file for image in record.images for file in (image.map, image.overlay_file, image.json_file)]
+    complete = record.fingerprint == wanted and all((folder / file).is_file() for file in written if file)
+    return record if complete else None
+
+
+def check_output(output: Path, categories: Sequence[Category]) -> None:
+    """Make sure, before any work, that results can be written; raises OutputError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
+            probe.write(bytes(4096))  # a full disk still takes empty files
+        taken = [
+            folder
+            for folder in (output / category.name for category in categories)
+            if os.path.lexists(folder) and not (folder / RECORD).is_file()
+        ]
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
+    if taken:
+        raise OutputError(f"{taken[0]}: exists and holds no zsad results; move it away or choose another --output")

@@ -1,0 +1,462 @@
+"""A run, in one place: set up once, then one category after another from its images to its record.
+
+data/<category>/… → folders: which images → resume: what is finished already → loader: batches of network inputs
+[B, 3, S, S] → method: a raw score and a map [h, w] for each image → scores and maps in [0, 1], verdicts → results: the
+category's folder → evaluation and report of all of them
+"""
+
+import errno
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.engine.config import Config, ConfigError
+from zsad.engine.evaluation.evaluate import Evaluation, evaluate
+from zsad.engine.images.decode import ImageError
+from zsad.engine.images.depth import batch_bit_depth
+from zsad.engine.images.device_jpegs import DeviceJpegs
+from zsad.engine.images.duplicates import Duplicates
+from zsad.engine.images.folders import Category, scan
+from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
+from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
+from zsad.engine.methods.method import Method, Place, Scored, method_class
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import Network
+from zsad.engine.networks.runtime import Runtime
+from zsad.engine.results.category import CategoryWriter, Format, Result, Writing
+from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
+from zsad.engine.results.report import shown_categories, write_report
+from zsad.engine.results.resume import check_output, fingerprint, finished_record
+from zsad.engine.scores.image_scores import min_max
+from zsad.engine.scores.verdicts import auto_threshold, region_threshold
+from zsad.kernels.files import printable, written_whole
+from zsad.kernels.machine import available_cores, default_memory_limit, peak_memory, stopwatch
+
+log = logging.getLogger("zsad")
+
+CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done, all
+
+# After these the next category would fail like the one before.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+# Timings inside these stages are spent in the product library or in ONNX Runtime.
+LIBRARY_STAGES = ("networks", "product")
+
+FEW_IMAGES = 10  # below, a group says little about what is usual
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides how a run goes, and nothing about its scores."""
+
+    output: Path
+    formats: Sequence[Format] = ("zsad",)
+    batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
+    workers: int | None = None  # threads that decode and write; None: one per core
+    memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free
+    strict: bool = False  # stop at the first unreadable image
+    resume: bool = False  # keep categories that an earlier run with these settings finished
+
+
+@dataclass(frozen=True)
+class CategoryJob:
+    """One category to be scored and written; can be handed to another process."""
+
+    category: Category
+    config: Config
+    options: Options
+    workers: int
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all categories of a run share."""
+
+    method: Method
+    loader: Loader
+    networks: Mapping[str, Network]
+    arrays: Arrays
+    record: Mapping[str, Any]  # the configuration in force
+    timings: MutableMapping[str, float]  # seconds by stage
+    fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
+
+
+class TooFewImagesError(ImageError):
+    """A category in which no two images can be compared; `failures` are its files and why they have no score."""
+
+    def __init__(self, message: str, failures: list[Failure]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+def run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
+    """Score all categories under a folder and write everything there is to write; returns the record of the run.
+
+    What goes wrong with single images or categories is in the record. Raises ConfigError, CheckpointError, EngineError,
+    OutputError and NothingToScoreError before any work, ImageError with `strict`, OSError when the disk is full.
+    """
+    start, started = time.perf_counter(), datetime.now(timezone.utc)
+    categories = scan(data, exclude=options.output)
+    check_output(options.output, categories)
+    workers = options.workers or available_cores()
+    workplace = set_up(config, runtime, options, workers)
+    check_memory(categories, config, workplace)
+    log.info(
+        "%d images in %d %s, preset %s, %s (%s)",
+        sum(len(category.images) for category in categories),
+        len(categories),
+        "categories" if len(categories) > 1 else "category",
+        config.preset,
+        runtime.describe(),
+        runtime.reason,
+    )
+    records = [
+        run_category(CategoryJob(category, config, options, workers), workplace, progress) for category in categories
+    ]
+    timings = workplace.timings
+    evaluation = _evaluated(data, options, categories, records, timings)
+    seconds = time.perf_counter() - start
+    record = RunRecord(
+        version=importlib.metadata.version("zsad"),
+        preset=config.preset,
+        method=config.method,
+        device=runtime.device_name,
+        runtime=runtime.describe(),
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        images=sum(len(category.images) for category in records),
+        failed=sum(len(category.failures) for category in records),
+        images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
+        peak_memory_bytes=peak_memory(),
+        device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
+        stages={name: round(value, 3) for name, value in timings.items()},
+        library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
+        config=dict(workplace.record),
+        checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
+        versions={"python": platform.python_version(), "numpy": np.__version__},
+        categories=records,
+        metrics=evaluation,
+        notes=_notes(records),
+    )
+    if "zsad" in options.formats:
+        shown = shown_categories(options.output, categories, records, evaluation)
+        write_report(options.output / "report.html", record, shown)
+    with written_whole(options.output / "run.json") as temporary:
+        temporary.write_text(record.to_json())
+    return record
+
+
+def set_up(config: Config, runtime: Runtime, options: Options, workers: int) -> Workplace:
+    """Load the networks and make the method, once for all categories; raises ConfigError where that cannot be."""
+    timings: dict[str, float] = {}
+    batch_size = options.batch_size or (8 if runtime.device else 1)
+    method_type = method_class(config.method)
+    try:
+        with stopwatch(timings, "load"):
+            networks = load_networks(config, method_type.graph_requests(config), runtime, batch_size)
+            graphs = [graph for network in networks.values() for graph in network.graphs.values()]
+            batch_size = min([batch_size, *(graph.largest_batch for graph in graphs)])
+            arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
+            method = method_type(config, Place(networks, arrays, timings))
+            inputs = _inputs(config, runtime, method, batch_size)
+    except MemoryError as error:
+        raise ConfigError(
+            f"too little memory to start ({error}); try --batch-size 1 or a smaller --image-size"
+        ) from None
+    return Workplace(
+        method=method,
+        loader=Loader(inputs, batch_size, workers, image_memory(runtime, options), timings),
+        networks=networks,
+        arrays=arrays,
+        record={
+            **config.model_dump(mode="json"),
+            "network_precision": runtime.network_precision(config.network_precision),
+            "settings": method.record(),
+        },
+        timings=timings,
+        fatal=tuple(error for device in runtime.devices[:1] for error in device.failures),
+    )
+
+
+def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -> Inputs:
+    if runtime.device is None:
+        if config.decoder == "nvimgcodec":
+            raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")
+        return HostInputs(method.inputs)
+    jpegs = DeviceJpegs(runtime.device) if config.decoder == "nvimgcodec" else None
+    return DeviceInputs(runtime.device, method.inputs, batch_size, jpegs)
+
+
+def image_memory(runtime: Runtime, options: Options) -> int:
+    """Return the bytes that images may take while they are decoded or written: half of what a run may take."""
+    asked = None if runtime.devices else options.memory_limit
+    return (default_memory_limit() if asked is None else asked) // 2
+
+
+def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:
+    """Make sure, before any work, that every group can be scored within the limit; raises ConfigError."""
+    limit = workplace.arrays.limit()
+    for category in categories:
+        largest = max(map(len, deal_groups(len(category.images), config.group_size, config.seed)))
+        needed = workplace.method.needed(largest)
+        if needed > limit:
+            raise ConfigError(
+                f"{printable(category.name)}: scoring {largest} images together needs at least "
+                f"{needed / 2**20:.0f} MiB and the memory limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or "
+                "make the work smaller with --image-size or --group-size"
+            )
+
+
+def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int]]:
+    """Deal image numbers at random into groups of nearly equal size, none above group_size (None: one group)."""
+    if group_size is None or images <= group_size:
+        return [list(range(images))]
+    # Never a group of one: it would have nothing to be compared with.
+    count = min(-(-images // group_size), images // 2)
+    shuffled = np.random.default_rng(seed).permutation(images)
+    return [sorted(part.tolist()) for part in np.array_split(shuffled, count)]
+
+
+def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgress) -> CategoryRecord:
+    """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
+    category, options = job.category, job.options
+    name = printable(category.name)
+    progress(name, "start", 0, 0)
+    unreadable = [Failure(str(path), reason) for path, reason in category.unreadable]
+    if unreadable and options.strict:
+        raise ImageError(f"{category.root / unreadable[0].path}: {unreadable[0].reason}")
+    for note in [ignored_files(category.ignored)] * bool(category.ignored) + list(category.notes):
+        log.info("%s: %s", name, note)
+    checkpoints = {network.checkpoint: network.sha256 for network in workplace.networks.values()}
+    digest = fingerprint(category, workplace.record, checkpoints, options.formats)
+    record = finished_record(options.output, category.name, digest) if options.resume else None
+    if record is not None:
+        log.info("%s: already finished", name)
+        return replace(record, resumed=True, seconds=0.0)
+    start = time.perf_counter()
+    try:
+        record = CategoryPass(job, workplace, progress).write(digest, unreadable)
+    except workplace.fatal as error:
+        raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
+    except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
+        if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
+            raise
+        log.error("%s: %s", name, error or type(error).__name__)
+        log.debug("%s", name, exc_info=True)
+        failures = [Failure(str(image.relative), "its category failed") for image in category.images]
+        if isinstance(error, TooFewImagesError):
+            failures = error.failures
+        record = CategoryRecord(category.name, failures=[*failures, *unreadable], notes=list(category.notes))
+    for failure in record.failures:
+        log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
+    return replace(record, seconds=round(time.perf_counter() - start, 3))
+
+
+class CategoryPass:
+    """One category's way from its images to its folder."""
+
+    def __init__(self, job: CategoryJob, workplace: Workplace, progress: CategoryProgress) -> None:
+        self.job, self.workplace = job, workplace
+        self.category, self.config, self.method = job.category, job.config, workplace.method
+        self.progress = partial(progress, printable(job.category.name))
+        self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
+        self.duplicates = Duplicates()
+        self.failures: dict[int, str] = {}  # why images have no score, by their number
+        self.notes = list(self.category.notes)
+
+    def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
+        """Score the images and write the category's folder; images without a score join what was unreadable before."""
+        bit_depth = self._bit_depth()
+        scored = self._scored(bit_depth)
+        results = self._compared(scored) if self.method.compares else map(self._absolute, scored)
+        timings, options = self.workplace.timings, self.job.options
+        writing = Writing(
+            options.formats, self.config.object_mask, self.job.workers, self.workplace.loader.memory_limit
+        )
+        with CategoryWriter(options.output, self.category.name, writing, bit_depth) as writer:
+            for result in results:
+                with stopwatch(timings, "write"):
+                    writer.write(result)
+            with stopwatch(timings, "write"):
+                scores = writer.scores()
+                threshold, above = self._thresholds(scores, results if isinstance(results, list) else None)
+                self._note_duplicates()
+                record = CategoryRecord(
+                    name=self.category.name,
+                    fingerprint=digest,
+                    failures=[*self._failures(), *unreadable],
+                    groups=len(self.groups),
+                    group_size=self.config.group_size,
+                    scale=writer.scale,
+                    relative=self.method.value_range is None,
+                    threshold=threshold,
+                    region_threshold=above,
+                    ignored=dict(self.category.ignored),
+                    notes=self.notes,
+                )
+                return writer.finish(record)
+
+    def _bit_depth(self) -> int | None:
+        """Return how many bits of the 16-bit files' grey values are in use."""
+        if self.config.bit_depth is not None:
+            return self.config.bit_depth
+        with stopwatch(self.workplace.timings, "decode"):
+            depth = batch_bit_depth([image.path for image in self.category.images])
+        if depth.note is not None:
+            self._note(depth.note)
+        return depth.bits
+
+    def _note(self, note: str) -> None:
+        log.warning("%s: %s", printable(self.category.name), note)
+        self.notes.append(note)
+
+    def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
+        """Yield what the method says of the readable images, group after group."""
+        method, timings, done = self.method, self.workplace.timings, 0
+        for number, members in enumerate(self.groups):
+            suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
+
+            def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
+                self.progress(stage + suffix, so_far, total)
+
+            readable: list[int] = []
+            method.start(len(members))
+            images, seen = self.category.images, self._seen
+            for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
+                self._take_failures(batch.failures)
+                if batch.indices:
+                    with stopwatch(timings, "networks"):
+                        answered = list(method.take(batch))
+                    yield from answered
+                readable += batch.indices
+                done += len(batch.indices) + len(batch.failures)
+                self.progress("networks", done, len(images))
+            if method.compares and len(readable) < 2:
+                self.failures.update((index, "no other readable image to compare it with") for index in readable)
+            else:
+                yield from method.finish(report)
+
+    def _seen(self, index: int, image: Image.Image | None) -> None:
+        with suppress(OSError):  # a file that has just gone is no copy of anything
+            self.duplicates.add(index, self.category.images[index].path, image)
+
+    def _take_failures(self, failures: Sequence[tuple[int, ImageError]]) -> None:
+        for index, error in failures:
+            if self.job.options.strict:
+                raise ImageError(f"{self.category.images[index].path}: {error}") from None
+            self.failures[index] = str(error)
+
+    def _failures(self) -> list[Failure]:
+        images = self.category.images
+        return [Failure(str(images[index].relative), self.failures[index]) for index in sorted(self.failures)]
+
+    def _compared(self, scored: Iterator[Scored]) -> list[Result]:
+        """Return the results of methods whose scores and maps are relative to the category."""
+        found = sorted(scored, key=lambda image: image.index)  # groups are random
+        if not found:
+            raise TooFewImagesError(
+                f"{self.category.root}: fewer than two readable images; method {self.config.method} compares images "
+                "with each other and needs at least two, and ten or more for useful scores",
+                self._failures(),
+            )
+        with stopwatch(self.workplace.timings, "rescoring"):
+            scores = self.method.image_scores(found)  # [N]
+        scale = self.method.value_range or (
+            min(float(image.map.min()) for image in found),
+            max(float(image.map.max()) for image in found),
+        )
+        return [
+            Result(self.category.images[image.index], float(score), image.raw_score, image.map, scale)
+            for image, score in zip(found, scores, strict=True)
+        ]
+
+    def _absolute(self, image: Scored) -> Result:
+        """Return the result of a method whose scores and maps have a fixed range."""
+        assert self.method.value_range is not None
+        low, high = self.method.value_range
+        score = min(max((image.raw_score - low) / (high - low), 0.0), 1.0)
+        return Result(self.category.images[image.index], score, image.raw_score, image.map, (low, high))
+
+    def _thresholds(
+        self, scores: NDArray[np.float64], results: Sequence[Result] | None
+    ) -> tuple[float | None, float | None]:
+        """Return the score above which images are anomalous, and the map value above which their pixels are.
+
+        results: of relative maps, whose pixels are judged by those of the normal images.
+        """
+        asked = self.config.threshold
+        if asked is None or not scores.size:
+            return None, None
+        threshold = auto_threshold(scores) if isinstance(asked, str) else asked
+        if results is None:
+            return threshold, threshold
+        maps = min_max(np.stack([result.map for result in results]))  # [N, h, w]
+        return threshold, region_threshold(maps, scores > threshold)
+
+    def _note_duplicates(self) -> None:
+        for copies in self.duplicates.groups():
+            names = [printable(str(self.category.images[index].relative)) for index in copies.indices]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            kind = "the same picture" if copies.exact else "nearly the same picture"
+            self._note(f"{', '.join(names[:3])}{more} are {kind}; copies of a defect hide it")
+
+
+def _evaluated(
+    data: Path,
+    options: Options,
+    categories: Sequence[Category],
+    records: Sequence[CategoryRecord],
+    timings: MutableMapping[str, float],
+) -> Evaluation | None:
+    """Compare with ground truth where the data have it; scoring never sees it."""
+    finished = {record.name for record in records if record.images}
+    labelled = any(image.anomalous is not None for category in categories for image in category.images)
+    if not (labelled and finished):
+        return None
+    # Without maps every image would be named for lacking one.
+    level = logging.WARNING if "zsad" in options.formats else logging.DEBUG
+    with stopwatch(timings, "evaluate"):
+        try:
+            # A category that failed in this run may still have the results of an earlier one.
+            return evaluate(
+                options.output, data, warn=lambda message: log.log(level, "%s", printable(message)), only=finished
+            )
+        except Exception as error:  # a mask that breaks its reader must not cost the report
+            log.warning("no metrics: %s", error)
+            return None
+
+
+def _notes(records: Sequence[CategoryRecord]) -> list[str]:
+    notes = []
+    for record in records:
+        if record.relative and 0 < len(record.images) < FEW_IMAGES:
+            notes.append(
+                f"{record.name}: only {len(record.images)} images. With so few it is hard to tell what is usual "
+                "from what is not; read the ranking with care."
+            )
+        if record.groups > 1:
+            notes.append(f"{record.name}: scored in {record.groups} random groups, each against itself only.")
+        if record.ignored:
+            notes.append(f"{record.name}: {ignored_files(record.ignored)}.")
+        notes += [f"{record.name}: {note}" for note in record.notes]
+    if any(record.relative for record in records):
+        notes.append("Scores are relative to this batch: 1 is its most unusual image or patch, not proof of a defect.")
+    return notes
+
+
+def ignored_files(ignored: Mapping[str, int]) -> str:
+    """Say how many files were passed over because of their names, by suffix."""
+    kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(ignored.items()))
+    return f"{sum(ignored.values())} files are no images by their names and are ignored ({kinds})"
