@@ -1,5 +1,6 @@
 """Files appear whole or not at all, in place of nothing but files."""
 
+import hashlib
 import os
 import platform
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from zsad.kernels.files import written_whole
+from zsad.kernels.files import check_target, file_sha256, printable, written_whole
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -63,3 +64,23 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
             draft.write_text("whole")
     assert set(tmp_path.iterdir()) == before
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_names_are_safe_to_print() -> None:
+    assert printable("Schraube 7 – größer.png") == "Schraube 7 – größer.png"
+    assert printable("a\x1b[2Jb\n\udcff") == "a\\x1b[2Jb\\n\\udcff"
+    assert printable("two\nlines", keep="\n") == "two\nlines"
+
+
+def test_digests_of_files(tmp_path: Path) -> None:
+    for size in (0, 3, (1 << 20) + 1):
+        (tmp_path / "file").write_bytes(b"x" * size)
+        assert file_sha256(tmp_path / "file") == hashlib.sha256(b"x" * size).hexdigest()
+
+
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    check_target(tmp_path / "other", tmp_path / "file")
+    with pytest.raises(OSError, match="is what is to be read"):
+        check_target(tmp_path / "link", tmp_path / "file")

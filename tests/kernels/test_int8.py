@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zsad.kernels import cpu, mutual_scores, reference
-from zsad.kernels.planner import plan_mutual_scoring
+from zsad.kernels.planner import Sizes, plan_mutual_scoring
 
 native = pytest.mark.skipif(cpu._cpu is None, reason="installed without a compiler: int8 needs the native kernel")
 
@@ -159,6 +159,6 @@ def test_more_patches_than_a_key_can_name_are_refused() -> None:
 
 
 def test_the_plan_counts_the_winners() -> None:
-    exact = plan_mutual_scoring(100, 1369, 1024, 3, 1 << 34)
-    measured = plan_mutual_scoring(100, 1369, 1024, 3, 1 << 34, remeasured_ranks=29)
+    exact = plan_mutual_scoring(Sizes(100, 1369, 1024, 3), 1 << 34)
+    measured = plan_mutual_scoring(Sizes(100, 1369, 1024, 3, remeasured_ranks=29), 1 << 34)
     assert measured.peak_bytes - exact.peak_bytes >= 100 * 29 * 1369 * 12  # image, patch and cosine in 4 bytes each

@@ -9,7 +9,8 @@ import pytest
 from zsad.kernels import cpu, mutual_scores, reference
 from zsad.kernels.machine import default_disk_limit
 from zsad.kernels.minima import ReturnedMinima
-from zsad.kernels.planner import plan_mutual_scoring
+from zsad.kernels.planner import Sizes, plan_mutual_scoring
+from zsad.kernels.task import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
 
@@ -92,7 +93,7 @@ def test_minima_count_in_the_plan(kind) -> None:
     tokens, plans = make_tokens(11), []
     mutual_scores(tokens, GRID, on_plan=plans.append)
     mutual_scores(tokens, GRID, on_plan=plans.append, return_minima=kind)
-    returned = ReturnedMinima(kind, 11, 2, 3, 20).bytes
+    returned = ReturnedMinima(kind, 11, Task(GRID, 2, 48, DEGREES, INTERVAL)).bytes
     assert returned == 4 * 11 * 20 * 11 * (6 if kind == "each" else 1)
     assert plans[1].peak_bytes - plans[0].peak_bytes == returned
     with pytest.raises(MemoryError, match="needs at least"):
@@ -178,4 +179,4 @@ def test_memory_that_always_fails_ends_in_the_usual_error(monkeypatch: pytest.Mo
 
 def test_the_disk_limit_is_less_than_the_disk_has() -> None:
     assert 0 < default_disk_limit() < 2**60
-    assert plan_mutual_scoring(20, 400, 64, 3, 4 << 20, disk_limit=0).rows < 20
+    assert plan_mutual_scoring(Sizes(20, 400, 64, 3), 4 << 20, disk_limit=0).rows < 20

@@ -1,6 +1,7 @@
 """The public call against the float64 reference, the golden arrays, and the properties it promises."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zsad.kernels import cpu, mutual_scores, mutual_scoring, reference
+from zsad.kernels.mutual_scoring import MutualScoring
 
 RNG = np.random.default_rng(7)
 
@@ -85,7 +87,7 @@ def test_equals_reference(seed, images, layers, grid, channels, degrees, interva
 
 def smallest_limit(tokens: np.ndarray, degrees) -> int:
     """The limit under which only one image per block stays resident."""
-    from zsad.kernels.planner import plan_mutual_scoring
+    from zsad.kernels.planner import Sizes, plan_mutual_scoring
 
     images, _, patches, channels = tokens.shape
     copies = cpu.pair_kernel((1, patches), degrees).feature_copies
@@ -93,7 +95,7 @@ def smallest_limit(tokens: np.ndarray, degrees) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            plan_mutual_scoring(images, patches, channels, len(degrees), middle, copies)
+            plan_mutual_scoring(Sizes(images, patches, channels, len(degrees), copies), middle)
             high = middle
         except MemoryError:
             low = middle
@@ -173,6 +175,9 @@ def test_tokens_are_not_changed() -> None:
         ({"degrees": ()}, "odd"),
         ({"interval": (0.3, 0.3)}, "low < high"),
         ({"interval": (-0.1, 0.3)}, "low < high"),
+        ({"interval": (0.0, np.inf)}, "low < high"),
+        ({"interval": (0.0, np.nan)}, "low < high"),
+        ({"interval": (0.0, 2.5)}, "must be whole"),
         ({"precision": "fp4"}, "precision"),
         ({"device": "tpu"}, "device"),
         ({"return_minima": "all"}, "return_minima"),
@@ -182,6 +187,40 @@ def test_bad_arguments(change, message: str) -> None:
     arguments = {"tokens": RNG.normal(size=(3, 1, 4, 3)).astype(np.float32), **change}
     with pytest.raises(ValueError, match=message):
         mutual_scores(**arguments)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("images", [2, 3, 11])
+@pytest.mark.parametrize("disk", [0, 1 << 40])
+def test_needed_is_the_least_that_works(
+    images: int, precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "int8" and cpu._cpu is None:
+        pytest.skip("installed without a compiler: int8 needs the native kernel")
+    monkeypatch.setattr("zsad.kernels.planner.default_disk_limit", lambda: disk)
+    tokens = make_tokens(6, images, 2, (4, 5), 24)
+    scoring = MutualScoring((4, 5), 2, 24, (1, 3), (0.0, 0.5), precision)
+    plans: list[Any] = []
+    needed = scoring.needed(images)
+    np.testing.assert_array_equal(scoring.scores(tokens, needed, on_plan=plans.append), scoring.scores(tokens))
+    assert plans[0].peak_bytes == needed
+    with pytest.raises(MemoryError, match="needs at least"):
+        scoring.scores(tokens, needed - 1)
+
+
+def test_the_plan_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "zsad"):
+        mutual_scores(make_tokens(7, 3, 1, (4, 4), 8))
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    assert "mutual scoring of 3 images" in caplog.text
+
+
+def test_tokens_of_another_shape_are_refused() -> None:
+    scoring = MutualScoring((4, 4), 2, 8, (1,), (0.0, 0.3))
+    assert scoring.precision == "fp32"
+    for shape in ((3, 1, 16, 8), (3, 2, 15, 8), (3, 2, 16, 9)):
+        with pytest.raises(ValueError, match=r"\[N, 2, 16, 8\]"):
+            scoring.scores(np.zeros(shape, np.float32))
 
 
 def test_tokens_that_are_not_finite_are_named() -> None:
@@ -203,9 +242,26 @@ def test_progress_and_timings() -> None:
 def test_interval_ranks() -> None:
     assert reference.interval_ranks(99, (0.0, 0.3)) == (0, 29)
     assert reference.interval_ranks(3, (0.0, 0.3)) == (0, 1)  # at least one rank
-    assert reference.interval_ranks(9, (2, 5)) == (2, 5)  # from 1 on a bound is a count
-    assert reference.interval_ranks(9, (0.5, 50)) == (4, 9)
+    assert reference.interval_ranks(9, (2, 5)) == (2, 5)  # above 1 a bound is a count
+    assert reference.interval_ranks(9, (0.5, 50)) == (4, 9)  # of as many as there are
     assert reference.interval_ranks(1, (0.9, 0.95)) == (0, 1)
+    assert reference.interval_ranks(9, (0.0, 11.0)) == (0, 9)
+
+
+def test_an_upper_bound_of_one_is_all_as_a_fraction_and_one_image_as_a_count() -> None:
+    assert reference.interval_ranks(9, (0.0, 1.0)) == (0, 9)
+    assert reference.interval_ranks(9, (0.5, np.float32(1))) == (4, 9)
+    assert reference.interval_ranks(9, (0, 1)) == (0, 1)
+    assert reference.interval_ranks(9, (1.0, 3.0)) == (1, 3)  # a lower bound of 1 is a count in either form
+    tokens = make_tokens(4, 7, 2, (4, 5), 24)
+    every = reference.patch_minima(tokens, (4, 5))
+    every[~np.isfinite(every)] = np.nan
+    np.testing.assert_allclose(
+        mutual_scores(tokens, (4, 5), interval=(0.0, 1.0)), np.nanmean(every, axis=-1).mean(axis=(0, 1)), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        mutual_scores(tokens, (4, 5), interval=(0, 1)), np.nanmin(every, axis=-1).mean(axis=(0, 1)), atol=1e-4
+    )
 
 
 def test_box_sum_and_layer_norm_equal_the_reference() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from zsad.kernels.machine import available_cores, default_memory_limit
-from zsad.kernels.planner import Plan, compared_pairs, plan_mutual_scoring
+from zsad.kernels.planner import Plan, Sizes, compared_pairs, plan_mutual_scoring
 
 GIB = 2**30
 
@@ -15,7 +15,7 @@ GIB = 2**30
 def test_plan_fits_the_limit(images: int, limit: int, disk: int, int8: bool) -> None:
     def plan(limit: int) -> Plan:
         ranks = max(1, int(0.3 * (images - 1))) if int8 else 0
-        return plan_mutual_scoring(images, 1369, 1024, 3, limit, remeasured_ranks=ranks, disk_limit=disk)
+        return plan_mutual_scoring(Sizes(images, 1369, 1024, 3, remeasured_ranks=ranks), limit, disk)
 
     if int8 and images == 20000 and limit == GIB:
         limit *= 2  # the winners of two images on each side, their minima and a worker take more than 1 GiB
@@ -35,7 +35,7 @@ def test_plan_fits_the_limit(images: int, limit: int, disk: int, int8: bool) -> 
 
 
 def test_no_images_need_next_to_nothing() -> None:
-    assert plan_mutual_scoring(0, 1369, 1024, 3, GIB).peak_bytes < GIB  # a folder without readable images
+    assert plan_mutual_scoring(Sizes(0, 1369, 1024, 3), GIB).peak_bytes < GIB  # a folder without readable images
 
 
 def test_rows_times_pairs() -> None:
@@ -45,21 +45,21 @@ def test_rows_times_pairs() -> None:
 
 
 def test_everything_stays_in_memory_when_it_fits() -> None:
-    plan = plan_mutual_scoring(100, 1369, 384, 2, 16 * GIB)
+    plan = plan_mutual_scoring(Sizes(100, 1369, 384, 2), 16 * GIB)
     assert plan.block == 100
     assert plan.minima_in_memory
     assert plan.workers == available_cores()
 
 
 def test_a_tighter_limit_spills_the_minima_first() -> None:
-    plan = plan_mutual_scoring(200, 1369, 384, 2, 600 * 2**20)
+    plan = plan_mutual_scoring(Sizes(200, 1369, 384, 2), 600 * 2**20)
     assert plan.block == 200
     assert not plan.minima_in_memory
 
 
 def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
     with pytest.raises(MemoryError, match=r"at least .* MiB.*--memory-limit"):
-        plan_mutual_scoring(100, 1369, 1024, 3, 10 * 2**20)
+        plan_mutual_scoring(Sizes(100, 1369, 1024, 3), 10 * 2**20)
 
 
 def test_default_limit_is_less_than_the_machine_has() -> None:

@@ -74,7 +74,7 @@ def test_a_fatbin_counts_only_for_the_sources_it_was_built_from(
 
 def test_nvrtc_compiles_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    monkeypatch.setenv("ZSAD_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
     paths = {cuda_device.compile_cubin(source, "sm_89") for source in SOURCES}
     paths.add(cuda_device.compile_cubin("filter_max", "sm_89", ("ZSAD_MASK=10",)))
     assert len(paths) == len(SOURCES) + 1

@@ -239,7 +239,7 @@ def test_identical_images_are_at_distance_zero() -> None:
         ({"tokens": np.zeros((1, 1, 4, 3), np.float32)}, "only one"),
         ({"tokens": np.zeros((2, 1, 4, 3))}, "float32 or float16"),
         ({"tokens": np.full((2, 1, 4, 3), np.nan, np.float32)}, "image 0 are not finite"),
-        ({"grid": (3, 3)}, "does not hold"),
+        ({"grid": (3, 3)}, r"\[N, 1, 9, 3\], not \[2, 1, 4, 3\]"),
         ({"degrees": (1, 11)}, "up to 9"),
         ({"interval": (0.5, 0.1)}, "low < high"),
         ({"precision": "fp32"}, "use precision='fp16'"),

@@ -18,7 +18,9 @@ from variant_checks import VARIANTS, products_of_a_pair
 
 from zsad.kernels import cuda, reference
 from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree, ProductPerDegree
-from zsad.kernels.cuda.plan import CudaPlan
+from zsad.kernels.cuda.plan import CudaPlan, Sizes, plan_mutual_scoring
+from zsad.kernels.cuda.scoring import Options
+from zsad.kernels.mutual_scoring import MutualScoring
 
 compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -43,13 +45,30 @@ def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -
     return CudaPlan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce)
 
 
+def plan_of(
+    images: int,
+    patches: int,
+    channels: int,
+    degrees: int,
+    limit: int,
+    cache: int,
+    *,
+    devices: int = 1,
+    comparer: type[Comparer] = GramOnce,
+    returned_bytes: int = 0,
+    **limits: Any,
+) -> CudaPlan:
+    sizes = Sizes(images, patches, channels, degrees, devices, comparer, returned_bytes)
+    return plan_mutual_scoring(sizes, limit, cache, **limits)
+
+
 def smallest_limit(images: int, **options: Any) -> int:
     """The smallest device memory that a plan fits in."""
     low, high = 0, PLENTY
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            cuda.plan_mutual_scoring(images, 9, CHANNELS, len(DEGREES), middle, 1, **options)
+            plan_of(images, 9, CHANNELS, len(DEGREES), middle, 1, **options)
             high = middle
         except MemoryError:
             low = middle
@@ -105,19 +124,19 @@ def test_what_was_sent_is_there_before_it_is_needed() -> None:
 @pytest.mark.parametrize("variant", COMPARERS)
 def test_plans_fit(images: int, devices: int, limit: int, variant: str) -> None:
     options: dict[str, Any] = {"devices": devices, "host_limit": 64 * GIB, "comparer": COMPARERS[variant]}
-    plan = cuda.plan_mutual_scoring(images, 1369, 1024, 3, limit * GIB, 72 << 20, **options)
+    plan = plan_of(images, 1369, 1024, 3, limit * GIB, 72 << 20, **options)
     assert plan.peak_bytes <= limit * GIB
     assert plan.host_bytes <= 64 * GIB
     assert 1 <= plan.rows <= images
     assert plan.tiles >= 1
     assert plan.describe()
-    more = cuda.plan_mutual_scoring(images, 1369, 1024, 3, 2 * limit * GIB, 72 << 20, **options)
+    more = plan_of(images, 1369, 1024, 3, 2 * limit * GIB, 72 << 20, **options)
     assert more.comparisons() <= plan.comparisons()
 
 
 def test_what_plans_keep_where() -> None:
     def plan(images: int, **options: Any) -> CudaPlan:
-        return cuda.plan_mutual_scoring(images, 1369, 1024, 3, 24 * GIB, 72 << 20, **options)
+        return plan_of(images, 1369, 1024, 3, 24 * GIB, 72 << 20, **options)
 
     assert plan(200).columns == 0
     assert "all features of a layer resident" in plan(200).describe()
@@ -137,7 +156,7 @@ def test_what_plans_keep_where() -> None:
 def test_fused_products_trade_tiles_for_features() -> None:
     def plan(variant: str, images: int, patches: int = 1369, **options: Any) -> CudaPlan:
         limit, comparer = 1000 * GIB, COMPARERS[variant]
-        return cuda.plan_mutual_scoring(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
+        return plan_of(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
 
     gram, fused, int8 = (
         plan(variant, 200).peak_bytes - plan(variant, 199).peak_bytes - 4 * 1369 * (3 * 399 + 1) - 3 - 4
@@ -157,9 +176,9 @@ def test_fused_products_trade_tiles_for_features() -> None:
 
 def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
     with pytest.raises(MemoryError, match=r"at least .* MiB on the device.*--memory-limit"):
-        cuda.plan_mutual_scoring(100, 1369, 1024, 3, 10 << 20, 1)
+        plan_of(100, 1369, 1024, 3, 10 << 20, 1)
     with pytest.raises(MemoryError, match=r"at least .* MiB in host memory.*--memory-limit"):
-        cuda.plan_mutual_scoring(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
+        plan_of(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
 
 
 @compiled
@@ -189,6 +208,26 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
         assert plan.rows < images
         assert plan.features == ("in host memory" if host == "much" else "in a memory-mapped file")
     assert not (host == "little" and plan.exchanges)
+
+
+@compiled
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("images", [2, 3, 9])
+@pytest.mark.parametrize("variant", COMPARERS)
+def test_needed_is_the_least_that_works(variant: str, images: int, devices: int) -> None:
+    how: dict[str, Any] = dict(VARIANTS[variant])
+    several = [HostDevice() for _ in range(devices)]
+    precision = how.get("precision", "auto")
+    options = Options(how.get("products"))
+    scoring = MutualScoring(GRID, 1, CHANNELS, DEGREES, (0.0, 0.3), precision, several, options)
+    needed = scoring.needed(images)
+    plans: list[CudaPlan] = []
+    scores = scoring.scores(tokens(images, 1), needed, on_plan=plans.append)
+    np.testing.assert_array_equal(scores, unplanned(variant, images))
+    assert plans[0].peak_bytes <= needed
+    assert max(sum(device.allocated) for device in several) <= needed
+    with pytest.raises(MemoryError, match="needs at least"):
+        scoring.scores(tokens(images, 1), needed - 1)
 
 
 @compiled

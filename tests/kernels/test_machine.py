@@ -1,0 +1,107 @@
+"""What the machine is said to have: cores within a container's quota, memory, and the folder of what can be fetched."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zsad.kernels import machine
+from zsad.kernels.machine import (
+    available_cores,
+    cache_folder,
+    default_disk_limit,
+    default_memory_limit,
+    peak_memory,
+    scratch,
+    stopwatch,
+)
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a container sees its limits, on a machine with 16 processors."""
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        ("max 100000\n", 16),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("5000 100000\n", 1),
+        ("9900000 100000\n", 16),
+        ("what no kernel writes", 16),
+    ],
+)
+def test_the_quota_of_a_container_counts(container: Path, text: str, cores: int) -> None:
+    (container / "cpu.max").write_text(text)
+    assert available_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("400000", 4), ("50000", 1)])
+def test_the_quota_of_version_1_counts(container: Path, quota: str, cores: int) -> None:
+    (container / "cpu").mkdir()
+    (container / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (container / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert available_cores() == cores
+
+
+def test_without_a_container_all_cores_count(container: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert available_cores() == 16
+    monkeypatch.delattr(machine.os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 3)
+    assert available_cores() == 3
+
+
+def test_the_memory_of_a_container_counts(container: Path) -> None:
+    plenty = default_memory_limit()
+    assert 0 < plenty < 2**50
+    (container / "memory.max").write_text("max\n")
+    (container / "memory.current").write_text("1000\n")
+    assert default_memory_limit() > plenty // 2
+    (container / "memory.max").write_text("5000\n")
+    assert default_memory_limit() == 3000
+
+
+def test_one_folder_for_what_can_be_fetched_or_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    for unset in ("", None):
+        monkeypatch.setenv("ZSAD_CACHE", unset) if unset is not None else monkeypatch.delenv("ZSAD_CACHE")
+        assert cache_folder().name == "zsad"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_scratch_holds_what_is_written(in_memory: bool) -> None:
+    with scratch((3, 5), in_memory, np.int16) as array:
+        assert array.shape == (3, 5)
+        assert isinstance(array, np.memmap) != in_memory
+        array[:] = 7
+        assert (array == np.int16(7)).all()
+
+
+def test_scratch_on_a_full_disk_fails_before_anything_is_written() -> None:
+    if not hasattr(machine.os, "posix_fallocate"):
+        pytest.skip("this system allocates no space ahead")
+    with pytest.raises(OSError, match=r"."), scratch((1 << 60,), False, np.uint8):
+        pass
+
+
+def test_limits_are_less_than_the_machine_has() -> None:
+    assert 0 < default_disk_limit() < 2**60
+    before = peak_memory()
+    np.ones(50 << 17)  # 50 MiB
+    assert 2**20 < before <= peak_memory() < 2**50
+
+
+def test_the_stopwatch_adds_up_also_where_the_block_fails() -> None:
+    timings = {"work": 1.0}
+    with suppress(KeyError), stopwatch(timings, "work"):
+        time.sleep(0.01)
+        raise KeyError
+    assert 1.01 <= timings["work"] < 2
