@@ -39,7 +39,8 @@ from zsad.engine.networks.build import export_options, load_networks
 from zsad.engine.networks.network import Graph
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
-from zsad.engine.run import CategoryJob, Options, Workplace, run_category, set_up
+from zsad.engine.run import CategoryJob, run_category
+from zsad.engine.workplace import Options, Workplace, set_up
 from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
@@ -269,10 +270,9 @@ def whole_runs(
     config: Config, runtime: Runtime, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any
 ) -> None:
     """Time the stages alone and together, and append one record."""
-    workers = available_cores()
     with tempfile.TemporaryDirectory() as folder:
         options = Options(Path(folder) / "out", batch_size=arguments.batch_size, strict=True)
-        workplace = set_up(config, runtime, options, workers)
+        workplace = set_up(config, runtime, options)
         data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images, defects=arguments.images // 4)
         (category, *_) = scan(data)
         category = replace(category, images=category.images[: arguments.images])
@@ -280,7 +280,7 @@ def whole_runs(
         def run(images: int) -> tuple[float, dict[str, float]]:
             part, start = replace(category, images=category.images[:images]), time.perf_counter()
             workplace.timings.clear()
-            run_category(CategoryJob(part, config, options, workers), workplace, lambda *_: None)
+            run_category(CategoryJob(part, config, options), workplace, lambda *_: None)
             return time.perf_counter() - start, dict(workplace.timings)
 
         run(2)  # warms up

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +25,19 @@ from zsad.engine.config import Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate
 from zsad.engine.images.decode import ImageError
 from zsad.engine.images.depth import batch_bit_depth
-from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Category, scan
-from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
-from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
-from zsad.engine.methods.method import Method, Place, Scored, method_class
-from zsad.engine.networks.build import load_networks
-from zsad.engine.networks.network import Network
+from zsad.engine.methods.method import Scored
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.category import CategoryWriter, Format, Result, Writing
+from zsad.engine.results.category import CategoryWriter, Result, Writing
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.resume import check_output, fingerprint, finished_record
 from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.verdicts import auto_threshold, region_threshold
+from zsad.engine.workplace import Options, Workplace, set_up
 from zsad.kernels.files import printable, written_whole
-from zsad.kernels.machine import available_cores, default_memory_limit, peak_memory, stopwatch
+from zsad.kernels.machine import peak_memory, stopwatch
 
 log = logging.getLogger("zsad")
 
@@ -58,39 +53,12 @@ FEW_IMAGES = 10  # below, a group says little about what is usual
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides how a run goes, and nothing about its scores."""
-
-    output: Path
-    formats: Sequence[Format] = ("zsad",)
-    batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
-    workers: int | None = None  # threads that decode and write; None: one per core
-    memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free
-    strict: bool = False  # stop at the first unreadable image
-    resume: bool = False  # keep categories that an earlier run with these settings finished
-
-
-@dataclass(frozen=True)
 class CategoryJob:
     """One category to be scored and written; can be handed to another process."""
 
     category: Category
     config: Config
     options: Options
-    workers: int
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What all categories of a run share."""
-
-    method: Method
-    loader: Loader
-    networks: Mapping[str, Network]
-    arrays: Arrays
-    record: Mapping[str, Any]  # the configuration in force
-    timings: MutableMapping[str, float]  # seconds by stage
-    fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
 
 
 class TooFewImagesError(ImageError):
@@ -110,8 +78,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     start, started = time.perf_counter(), datetime.now(timezone.utc)
     categories = scan(data, exclude=options.output)
     check_output(options.output, categories)
-    workers = options.workers or available_cores()
-    workplace = set_up(config, runtime, options, workers)
+    workplace = set_up(config, runtime, options)
     check_memory(categories, config, workplace)
     log.info(
         "%d images in %d %s, preset %s, %s (%s)",
@@ -122,9 +89,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         runtime.describe(),
         runtime.reason,
     )
-    records = [
-        run_category(CategoryJob(category, config, options, workers), workplace, progress) for category in categories
-    ]
+    records = [run_category(CategoryJob(category, config, options), workplace, progress) for category in categories]
     timings = workplace.timings
     evaluation = _evaluated(data, options, categories, records, timings)
     seconds = time.perf_counter() - start
@@ -156,53 +121,6 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     with written_whole(options.output / "run.json") as temporary:
         temporary.write_text(record.to_json())
     return record
-
-
-def set_up(config: Config, runtime: Runtime, options: Options, workers: int) -> Workplace:
-    """Load the networks and make the method, once for all categories; raises ConfigError where that cannot be."""
-    timings: dict[str, float] = {}
-    batch_size = options.batch_size or (8 if runtime.device else 1)
-    method_type = method_class(config.method)
-    try:
-        with stopwatch(timings, "load"):
-            networks = load_networks(config, method_type.graph_requests(config), runtime, batch_size)
-            graphs = [graph for network in networks.values() for graph in network.graphs.values()]
-            batch_size = min([batch_size, *(graph.largest_batch for graph in graphs)])
-            arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
-            method = method_type(config, Place(networks, arrays, timings))
-            inputs = _inputs(config, runtime, method, batch_size)
-    except MemoryError as error:
-        raise ConfigError(
-            f"too little memory to start ({error}); try --batch-size 1 or a smaller --image-size"
-        ) from None
-    return Workplace(
-        method=method,
-        loader=Loader(inputs, batch_size, workers, image_memory(runtime, options), timings),
-        networks=networks,
-        arrays=arrays,
-        record={
-            **config.model_dump(mode="json"),
-            "network_precision": runtime.network_precision(config.network_precision),
-            "settings": method.record(),
-        },
-        timings=timings,
-        fatal=tuple(error for device in runtime.devices[:1] for error in device.failures),
-    )
-
-
-def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -> Inputs:
-    if runtime.device is None:
-        if config.decoder == "nvimgcodec":
-            raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")
-        return HostInputs(method.inputs)
-    jpegs = DeviceJpegs(runtime.device) if config.decoder == "nvimgcodec" else None
-    return DeviceInputs(runtime.device, method.inputs, batch_size, jpegs)
-
-
-def image_memory(runtime: Runtime, options: Options) -> int:
-    """Return the bytes that images may take while they are decoded or written: half of what a run may take."""
-    asked = None if runtime.devices else options.memory_limit
-    return (default_memory_limit() if asked is None else asked) // 2
 
 
 def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:
@@ -283,7 +201,7 @@ class CategoryPass:
         results = self._compared(scored) if self.method.compares else map(self._absolute, scored)
         timings, options = self.workplace.timings, self.job.options
         writing = Writing(
-            options.formats, self.config.object_mask, self.job.workers, self.workplace.loader.memory_limit
+            options.formats, self.config.object_mask, self.workplace.loader.workers, self.workplace.loader.memory_limit
         )
         with CategoryWriter(options.output, self.category.name, writing, bit_depth) as writer:
             for result in results:

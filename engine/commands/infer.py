@@ -86,7 +86,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
     from zsad.engine.results.resume import check_output
-    from zsad.engine.run import Options, run
+    from zsad.engine.run import run
+    from zsad.engine.workplace import Options
 
     from .console import DONE, SOME_FAILED, ProgressBars, emit
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import draw, record, scores_and_maps
 
-from zsad.engine import run as runs_of
+from zsad.engine import workplace
 from zsad.engine.commands import infer as cli
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.methods.method import graph_requests, method_class
@@ -20,7 +20,7 @@ from zsad.export.agreement import check_agreement, run_graph
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
 from zsad.export.vision_transformer import read_vision_transformer
-from zsad.kernels import cuda
+from zsad.kernels.cuda.device import Device
 
 pytestmark = pytest.mark.gpu
 
@@ -91,7 +91,7 @@ def torch_networks(
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_network_gives_what_its_graph_gives(gpu: cuda.Device, two_networks: Path, library: str) -> None:
+def test_a_network_gives_what_its_graph_gives(gpu: Device, two_networks: Path, library: str) -> None:
     runtime = runtime_of(library)
     config = load_config("challenge", two_networks, method_of=method_class)
     (request,) = (each for each in graph_requests(config) if each.network == "clip")
@@ -110,7 +110,7 @@ def test_a_network_gives_what_its_graph_gives(gpu: cuda.Device, two_networks: Pa
 @pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
 @pytest.mark.parametrize("library", [*LIBRARIES, "torch"])
 def test_a_run_on_the_device_equals_one_on_the_cpu(
-    gpu: cuda.Device,
+    gpu: Device,
     two_networks: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +126,7 @@ def test_a_run_on_the_device_equals_one_on_the_cpu(
         if importlib.util.find_spec("torch") is None:
             pytest.skip("needs PyTorch")
         monkeypatch.setattr(runtimes, "choose_runtime", lambda *_: Runtime("onnxruntime", [gpu], gpu, "tested"))
-        monkeypatch.setattr(runs_of, "load_networks", torch_networks)
+        monkeypatch.setattr(workplace, "load_networks", torch_networks)
         common += ["--device", "cuda"]
     else:
         runtime_of(library)

@@ -12,9 +12,11 @@ import runs
 from zsad.engine.commands.infer import main
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.images.decode import decode, network_input, recipe
+from zsad.engine.images.folders import scan
 from zsad.engine.methods import method as methods
 from zsad.engine.results.records import CategoryRecord
-from zsad.engine.run import CategoryJob, Options
+from zsad.engine.run import CategoryJob
+from zsad.engine.workplace import Options
 from zsad.export.agreement import run_graph
 from zsad.export.onnx_export import ExportOptions, export_onnx
 
@@ -90,9 +92,7 @@ def test_images_are_written_as_they_come(text_image: Path, tmp_path: Path, monke
 def test_a_category_job_and_its_record_can_travel(text_image: Path, tmp_path: Path) -> None:
     data = runs.draw(tmp_path / "data", 3)
     config = load_config("small", text_image, method_of=methods.method_class)
-    from zsad.engine.images.folders import scan
-
-    job = CategoryJob(scan(data)[0], config, Options(tmp_path / "out"), 2)
+    job = CategoryJob(scan(data)[0], config, Options(tmp_path / "out"))
     assert pickle.loads(pickle.dumps(job)) == job
     main([str(data), "--config", str(text_image), "--output", str(tmp_path / "out")])
     record = CategoryRecord.from_json((tmp_path / "out/data/category.json").read_text())

@@ -1,0 +1,91 @@
+"""What all categories of a run share: networks, method and loader, made once, in host memory or on a device."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsad.engine.config import Config, ConfigError
+from zsad.engine.images.device_jpegs import DeviceJpegs
+from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
+from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
+from zsad.engine.methods.method import Method, Place, method_class
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import Network
+from zsad.engine.networks.runtime import Runtime
+from zsad.engine.results.category import Format
+from zsad.kernels.machine import available_cores, default_memory_limit, stopwatch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides how a run goes, and nothing about its scores."""
+
+    output: Path
+    formats: Sequence[Format] = ("zsad",)
+    batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
+    workers: int | None = None  # threads that decode and write; None: one per core
+    memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free
+    strict: bool = False  # stop at the first unreadable image
+    resume: bool = False  # keep categories that an earlier run with these settings finished
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all categories of a run share."""
+
+    method: Method
+    loader: Loader
+    networks: Mapping[str, Network]
+    arrays: Arrays
+    record: Mapping[str, Any]  # the configuration in force
+    timings: MutableMapping[str, float]  # seconds by stage
+    fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
+
+
+def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
+    """Load the networks and make the method, once for all categories; raises ConfigError where that cannot be."""
+    timings: dict[str, float] = {}
+    batch_size = options.batch_size or (8 if runtime.device else 1)
+    workers = options.workers or available_cores()
+    method_type = method_class(config.method)
+    try:
+        with stopwatch(timings, "load"):
+            networks = load_networks(config, method_type.graph_requests(config), runtime, batch_size)
+            graphs = [graph for network in networks.values() for graph in network.graphs.values()]
+            batch_size = min([batch_size, *(graph.largest_batch for graph in graphs)])
+            arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
+            method = method_type(config, Place(networks, arrays, timings))
+            inputs = _inputs(config, runtime, method, batch_size)
+    except MemoryError as error:
+        raise ConfigError(
+            f"too little memory to start ({error}); try --batch-size 1 or a smaller --image-size"
+        ) from None
+    return Workplace(
+        method=method,
+        loader=Loader(inputs, batch_size, workers, image_memory(runtime, options), timings),
+        networks=networks,
+        arrays=arrays,
+        record={
+            **config.model_dump(mode="json"),
+            "network_precision": runtime.network_precision(config.network_precision),
+            "settings": method.record(),
+        },
+        timings=timings,
+        fatal=tuple(error for device in runtime.devices[:1] for error in device.failures),
+    )
+
+
+def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -> Inputs:
+    if runtime.device is None:
+        if config.decoder == "nvimgcodec":
+            raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")
+        return HostInputs(method.inputs)
+    jpegs = DeviceJpegs(runtime.device) if config.decoder == "nvimgcodec" else None
+    return DeviceInputs(runtime.device, method.inputs, batch_size, jpegs)
+
+
+def image_memory(runtime: Runtime, options: Options) -> int:
+    """Return the bytes that images may take while they are decoded or written: half of what a run may take."""
+    asked = None if runtime.devices else options.memory_limit
+    return (default_memory_limit() if asked is None else asked) // 2
