@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .agreement import SMALLEST_COSINE, sample_batch, token_cosines
+from .libraries import ort
 from .vision_transformer import VisionTransformer
 from .vit_graph import LINEAR_LAYERS, build_block_graph, build_stem_graph
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from zsad.engine.evaluation.evaluate import EvaluationError, Protocol, evaluate, format_csv, format_table
-from zsad.kernels.files import written_whole
+from zsad.kernels.files import printable, written_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def warn(message: str) -> None:
         nonlocal warnings
         warnings += 1
-        print(f"zsad-eval: {message}", file=sys.stderr)
+        print(f"zsad-eval: {printable(message)}", file=sys.stderr)
 
     try:
         evaluation = evaluate(arguments.out, arguments.data, arguments.protocol, arguments.aupro_limit, warn)
@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             (arguments.output_json or arguments.out / "metrics.json", text),
         ):
             with written_whole(path) as temporary:
-                temporary.write_text(content, encoding="utf-8", newline="\n")
+                # Names that are no valid Unicode keep their bytes.
+                temporary.write_text(content, encoding="utf-8", errors="surrogateescape", newline="\n")
     except (EvaluationError, OSError) as error:
-        print(f"zsad-eval: {error}", file=sys.stderr)
+        print(f"zsad-eval: {printable(str(error))}", file=sys.stderr)
         return 2
-    print(text if arguments.json else format_table(evaluation, arguments.aupro_limit), end="")
+    table = printable(format_table(evaluation, arguments.aupro_limit), keep="\n")
+    print(text if arguments.json else table, end="")
     return 1 if warnings else 0

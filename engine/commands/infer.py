@@ -45,11 +45,20 @@ OF_THE_RUN = frozenset(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
     arguments = _parse(argv)
-    from .console import Interrupts, logging_to_stderr
+    from .console import USAGE, Interrupts, logging_to_stderr
 
     level = logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
     with logging_to_stderr("zsad", level), Interrupts() as interrupts:
-        return _guarded(arguments, interrupts)
+        try:
+            return _guarded(arguments, interrupts)
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            log.error(
+                "ONNX Runtime is not installed; in a clone of zsad run: pip install '.[cpu]', or '.[gpu]' for an "
+                "NVIDIA GPU"
+            )
+            return USAGE
 
 
 def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
@@ -161,7 +170,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or a layout of a public data set")
+    add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or MVTec layout")
     add("--demo", action="store_true", help="draw a small set of images with planted defects and score that")
     add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
     add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
@@ -169,7 +178,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda:N, or cuda:N,M (default: %(default)s)")
     add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
-    add("--bit-depth", type=int, metavar="BITS", help="of 16-bit files: 8 to 16 (default: as many as a category uses)")
+    add("--bit-depth", type=int, metavar="BITS", help="bits in use in 16-bit files: 8 to 16 (default: 16)")
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
     add(

@@ -187,8 +187,10 @@ def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
 def _relative_files(root: Path, folder: str, suffixes: frozenset[str] | set[str]) -> Iterator[PurePosixPath]:
     """Files under `<root>/<folder>/<defect>/` with one of the suffixes, relative to `root`."""
     for path in (root / folder).glob("*/**/*"):
-        if path.suffix.lower() in suffixes and path.is_file():
-            yield PurePosixPath(path.relative_to(root).as_posix())
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)  # as for scoring
+        if path.suffix.lower() in suffixes and not hidden and path.is_file():
+            yield PurePosixPath(relative.as_posix())
 
 
 def _load_pixels(

@@ -15,8 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Preprocessing = Literal["imagenet", "clip"]
 
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # JPEG covers the pairs of pictures of stereo cameras
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})  # of files that claim to be images
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP")  # JPEG covers the pairs of pictures of stereo cameras
+SUFFIXES = frozenset(
+    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp"]
+)  # of files that claim to be images
 
 # What decoding and writing hold per pixel at once: RGB twice, and maps and overlays in floats.
 BYTES_PER_PIXEL = 16

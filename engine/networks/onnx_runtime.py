@@ -3,13 +3,15 @@
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from zsad.engine.config import ConfigError
+from zsad.export.libraries import ort
 from zsad.export.onnx_export import ExportedModel
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.machine import available_cores
+
+Fail = ort.capi.onnxruntime_pybind11_state.Fail
+RuntimeException = ort.capi.onnxruntime_pybind11_state.RuntimeException
 
 Array = Any  # a NumPy array, or an array on the device
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-import onnxruntime as ort
 
 from zsad.engine.config import ConfigError
+from zsad.export.libraries import ort
 from zsad.export.tensorrt_engine import (
     RTX_CAPABILITIES,
     EngineError,

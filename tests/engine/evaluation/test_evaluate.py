@@ -355,3 +355,21 @@ def test_results_without_maps_are_said_once(case: Case, capsys: pytest.CaptureFi
     errors = capsys.readouterr().err
     assert errors.count("no maps") == 1
     assert evaluate(case.out, case.data, warn=lambda _: None)["categories"]["cable"]["pixel_auroc"] is None
+
+
+def test_hidden_files_of_other_systems_are_no_images_and_no_masks(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for root in sorted(case.data.glob("*/*/*/")):
+        (root / "._000.png").write_bytes(b"Mac OS X")
+    assert case.run() == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_category_whose_name_is_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case, name = Case(tmp_path), "caf\udce9"
+    case.add(name, "test/good/000.png", 0.1)
+    case.add(name, "test/bent/000.png", 0.9, make_mask(3, 4))
+    assert case.run() == 0
+    assert b"caf\xe9," in (case.out / "metrics.csv").read_bytes()
+    assert "caf\\udce9" in capsys.readouterr().out

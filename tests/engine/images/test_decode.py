@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.decode import ImageError, decode, network_input, recipe
+from zsad.engine.images.decode import SUFFIXES, ImageError, decode, network_input, recipe
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -254,3 +254,11 @@ def test_damage_anywhere_gives_an_image_or_an_image_error(tmp_path: Path, kind: 
         except ImageError:
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize(("suffix", "form"), [(".jfif", "JPEG"), (".jpe", "JPEG"), (".dib", "DIB"), (".DIB", "BMP")])
+def test_other_suffixes_of_the_formats_that_are_read(tmp_path: Path, suffix: str, form: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    Image.new("RGB", (8, 6), (200, 40, 30)).save(path, format=form)
+    assert path.suffix.lower() in SUFFIXES
+    np.testing.assert_allclose(np.asarray(decode(path))[3, 4], (200, 40, 30), atol=3)

@@ -33,7 +33,7 @@ def text_image(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     file = tmp_path / "text_image.toml"
     file.write_text(
         f'method = "text_image"\nimage_size = 70\nthreshold = 0.5\n[networks.dinov2]\n{checkpoint}\nheads = 3\n'
-        f'taps = []\n[settings]\nvectors = "{tmp_path / "texts.npy"}"\n'
+        f'taps = [1, 3]\n[settings]\nvectors = "{tmp_path / "texts.npy"}"\n'
     )
     return file
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -165,6 +167,16 @@ def test_a_precision_that_the_device_lacks_is_refused(
     having(monkeypatch, *installed.split())
     with pytest.raises(ConfigError, match=message):
         choose_runtime().network_precision(precision)
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_telemetry_is_off_unless_the_user_has_said_something(asked: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    if asked is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = asked
+    code = "import os, zsad.engine.networks.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == (asked or "1")
 
 
 # One protocol
