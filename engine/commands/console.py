@@ -32,6 +32,7 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{command}: %(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
+    before = log.level
     log.setLevel(level)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
@@ -39,7 +40,10 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
         # Pillow warns of large images and odd headers; what it cannot read it raises.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.showwarning = lambda message, *_: log.warning("%s", message)
-        yield
+        try:
+            yield
+        finally:
+            log.setLevel(before)
 
 
 class Interrupts:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from processor import needs_vnni
 from safetensors.numpy import load_file, save_file
 
 from zsad.export.agreement import SMALLEST_COSINE, run_graph, token_cosines
@@ -59,6 +60,7 @@ def test_ever_more_layers_stay_in_fp32() -> None:
     assert all(set(fewer) < set(more) for fewer, more in pairwise(choices))
 
 
+@needs_vnni
 def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
     random_dinov2: Callable[..., Path], tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
