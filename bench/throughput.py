@@ -144,7 +144,7 @@ def variants(
     tensor = forward.tensor(batch)
 
     def run() -> Any:
-        tokens = forward(tensor)[0]
+        tokens = forward(tensor)["tokens"]
         if where != "cpu":
             torch.cuda.synchronize()
         return tokens
@@ -167,13 +167,13 @@ def compare_backbones(config: Config, weights: Mapping[str, str], arguments: arg
         batch = np.repeat(sample_images(config.image_size), arguments.batch_size, axis=0)
         graph = export_options(spec, request, "fp32", "fused")
         vit = read_vision_transformer(find_checkpoint(spec.checkpoint)[0])
-        expected = run_graph(export_onnx(spec.checkpoint, graph).path, batch[:1])[:1]
+        expected = run_graph(export_onnx(spec.checkpoint, graph).path, {"images": batch[:1]})["tokens"]
         found = list(variants(config, name, arguments.device, batch, vit))
         agreement = {}
         for variant in found:
             tokens = variant.fetch(variant.run())[:1].astype(np.float32)
             agreement[variant.name] = check_agreement(
-                [tokens], expected, variant.precision, "the fp32 graph on the CPU"
+                {"tokens": tokens}, {"tokens": expected}, variant.precision, "the fp32 graph on the CPU"
             )
             print(f"check: {variant.name}: {agreement[variant.name]}")
         seconds: dict[str, list[float]] = {variant.name: [] for variant in found}

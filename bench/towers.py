@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from zsad.export.onnx_export import ExportOptions
+from zsad.export.options import ExportOptions
 from zsad.export.vision_transformer import VisionTransformer
 
 
@@ -36,7 +36,7 @@ class Shape:
         """Return the shape of weights that were read."""
         hidden = vit.blocks[0].fc2[0].shape[1]
         return cls(
-            vit.architecture,
+            vit.architecture.name,
             vit.width,
             len(vit.blocks),
             vit.patch_size,

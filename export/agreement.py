@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
-from .libraries import ort
+from .libraries import import_onnxruntime, install_command
 from .state_dict import CheckpointError
 from .vit_graph import IN_FP32
 
@@ -66,22 +67,26 @@ def token_cosines(found: Array, expected: Array) -> NDArray[np.float64]:
     return cosines
 
 
-def run_graph(path: Path, images: Array) -> list[Array]:
+def run_graph(path: Path, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
     """Return the outputs of an ONNX file on the CPU as fp32.
 
-    Raises CheckpointError where ONNX Runtime is too old, MemoryError where the images do not fit.
+    Raises EngineError without ONNX Runtime, CheckpointError where it is too old, MemoryError where the inputs do not
+    fit.
     """
+    ort = import_onnxruntime()
     runner = OnnxrtRunner(SessionFromOnnx(str(path), providers=["CPUExecutionProvider"]))
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            [(_, [outputs])] = Comparator.run([runner], data_loader=[{"images": images}])
+            [(_, [outputs])] = Comparator.run([runner], data_loader=[dict(inputs)])
     except Exception as error:  # ONNX Runtime has a dozen kinds with no base of their own
-        if isinstance(error, MemoryError) or "alloc" in str(error):  # nor one for want of memory
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # nor one where memory runs out
             raise MemoryError(str(error)) from error
+        package = "onnxruntime-gpu" if "CUDAExecutionProvider" in ort.get_available_providers() else "onnxruntime"
         raise CheckpointError(
-            f"ONNX Runtime {ort.__version__} cannot run the graph: {error}\nRun: pip install --upgrade onnxruntime"
+            f"ONNX Runtime {ort.__version__} cannot run the graph: {error}\n"
+            f"Run: {install_command(f'--upgrade {package}')}"
         ) from error
-    return [np.asarray(output, np.float32) for output in outputs.values()]
+    return {name: np.asarray(output, np.float32) for name, output in outputs.items()}
 
 
 class TokenAgreement:
@@ -108,11 +113,11 @@ class TokenAgreement:
         return bool(cosine >= SMALLEST_COSINE[self._precision])
 
 
-def check_agreement(found: list[Array], expected: list[Array], precision: str, oracle: str) -> str:
-    """Return one line on how close two lists of outputs are; raises CheckpointError when that is not close enough."""
+def check_agreement(found: Mapping[str, Array], expected: Mapping[str, Array], precision: str, oracle: str) -> str:
+    """Return one line on how close outputs are to expected ones; raises CheckpointError when not close enough."""
     runs, agreement = RunResults(), TokenAgreement(precision)
     for name, outputs in ((precision, found), (oracle, expected)):
-        runs.add([{str(index): output for index, output in enumerate(outputs)}], runner_name=name)
+        runs.add([dict(outputs)], runner_name=name)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         fine = bool(Comparator.compare_accuracy(runs, compare_func=agreement))
     line = f"{precision} against {oracle}: {agreement}"

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from zsad.kernels.files import file_sha256, written_whole
+from zsad.kernels.machine import cache_folder
 
 from .downloads import download
 from .state_dict import CheckpointError
@@ -56,12 +55,6 @@ class Checkpoint:
     architecture: str
     licence: str
     sources: tuple[Source, ...]
-
-
-def cache_folder() -> Path:
-    """Return the folder for fetched weights and built graphs: $ZSAD_CACHE, else the user's cache folder."""
-    override = os.environ.get("ZSAD_CACHE")
-    return Path(override) if override else Path(platformdirs.user_cache_dir("zsad"))
 
 
 def weights_folders() -> list[Path]:

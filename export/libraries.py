@@ -1,10 +1,74 @@
-"""ONNX Runtime, imported in this one place."""
+"""The inference libraries: each is imported here and nowhere else, and a missing one yields the line that brings it."""
 
+import importlib
+import importlib.util
 import os
+import platform
+import sys
+from functools import cache
+from typing import Any
 
-# On Linux and macOS it writes a device id and a queue of events into the user's cache unless told not to.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# The library of each TensorRT target: its import name and the platforms that it is made for. The targets' names are
+# also those of zsad's extras.
+TARGETS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "tensorrt": ("tensorrt", {"Linux": ("x86_64", "aarch64")}),
+    "tensorrt-rtx": ("tensorrt_rtx", {"Linux": ("x86_64",)}),
+}
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
 
-import onnxruntime as ort
 
-__all__ = ["ort"]
+class EngineError(Exception):
+    """An inference library or an engine of it that cannot be had or used; the message says how to mend it."""
+
+
+def install_command(what: str) -> str:
+    """Return the command that installs a requirement into this environment, which may have no pip."""
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {sys.executable} {what}"
+    return f"{sys.executable} -m pip install {what}"
+
+
+@cache
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime; raises EngineError with the line that installs it.
+
+    Its telemetry, which writes a device number and a queue of events into the home folder, is off unless the user has
+    set ORT_DISABLE_TELEMETRY; it reads that when it is loaded.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    cpu = install_command("'zsad[cpu]'")
+    both = f"run: {cpu} (with an NVIDIA GPU 'zsad[gpu]'; in a clone of zsad '.[cpu]' or '.[gpu]')"
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise EngineError(f"ONNX Runtime is not installed ({error}); {both}") from None
+    except (OSError, RuntimeError) as error:
+        raise EngineError(f"ONNX Runtime cannot be loaded ({error}); {both}") from error
+    if not hasattr(ort, "InferenceSession"):  # a folder that an uninstalled package has left
+        raise EngineError(f"the ONNX Runtime in {list(ort.__path__)} is incomplete; delete that folder, then {both}")
+    return ort
+
+
+def import_tensorrt(target: str) -> Any:
+    """Import the library of a target; raises EngineError with the line that installs it."""
+    module, platforms = TARGETS[target]
+    install = install_command(f"'zsad[gpu,{target}]'")
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as error:
+        system, machine = platform.system(), platform.machine()
+        if machine not in platforms.get(system, ()):
+            raise EngineError(f"{target} is not made for {system} on {machine}; use --target onnx") from None
+        raise EngineError(f"{target} is not installed ({error}); run: {install}") from None
+    except (OSError, RuntimeError) as error:  # its libraries, or the CUDA libraries that they want
+        raise EngineError(f"{target} cannot be loaded ({error}); run: {install} --force-reinstall") from error
+    if numbers(trt.__version__) < OLDEST[target]:
+        oldest = ".".join(map(str, OLDEST[target]))
+        raise EngineError(f"{target} {trt.__version__} is too old, {oldest} is needed; run: {install} --upgrade")
+    return trt
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version, or of a compute capability, for comparing."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import onnx
 
 from zsad.kernels.files import check_target, written_whole
+from zsad.kernels.machine import cache_folder
 
 from .agreement import Array, check_agreement, run_graph, sample_batch
-from .checkpoints import cache_folder, find_checkpoint
+from .checkpoints import find_checkpoint
+from .options import ExportOptions, Preprocessing
 from .quantisation import int8_errors, layers_in_fp32
 from .state_dict import CheckpointError
 from .vision_transformer import VisionTransformer, read_vision_transformer
@@ -23,27 +26,15 @@ LARGEST_FILE = 2**31 - 2**20  # bytes; beyond, protobuf cannot hold the weights 
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """Everything that decides what is in an exported graph besides the weights."""
-
-    taps: tuple[int, ...]
-    image_size: int
-    activation: str = "gelu"
-    heads: int | None = None
-    embedding: bool = True
-    precision: str = "fp32"  # fp32, fp16 or int8
-    attention: str = "fused"  # fused for ONNX Runtime, standard for TensorRT
-    antialias: bool | None = None  # of the position embedding's resize; None is the model's own way
-    preprocessing: str = "imagenet"  # only noted in the file: what the images have been normalised with
-
-
-@dataclass(frozen=True)
 class ExportedModel:
     """An ONNX file, the checkpoint it was made from, and whether this call made it."""
 
     path: Path
     checkpoint: str
     sha256: str  # of the checkpoint file
+    precision: str
+    preprocessing: Preprocessing  # what the images are to be normalised with
+    inputs: Mapping[str, tuple[int, ...]]  # their shapes without the batch
     built: bool
     agreement: str = ""  # how close it is to what it was compared with, if this call made it
 
@@ -60,19 +51,26 @@ def export_onnx(
     after the checkpoint's digest and the options. oracle: what it is compared with, PyTorch or the fp32 graph in the
     other form of attention. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
 
-    Raises CheckpointError, also when the graph computes something else; OSError when the file cannot be written, or is
-    the checkpoint itself.
+    Raises CheckpointError, also when the graph computes something else; EngineError without ONNX Runtime; OSError when
+    the file cannot be written, or is the checkpoint itself.
     """
     source, digest = find_checkpoint(checkpoint)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
     path = output or cache_folder() / "models" / f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
-    sizes = path.with_name(path.name + ".json")
-    if output is None and sizes.is_file() and sizes.read_bytes() == _sizes(path):
-        return ExportedModel(path, checkpoint, digest, built=False)
+    facts = path.with_name(path.name + ".json")
+    model = partial(ExportedModel, path, checkpoint, digest, options.precision, inputs=_input_shapes(options))
+    if output is None and (known := _read_facts(facts, path)) is not None:
+        return model(known, built=False)
 
     check_target(path, source)
-    metadata = {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest}
     transformer = read_vision_transformer(source)
+    preprocessing = options.preprocessing or transformer.architecture.preprocessing
+    metadata = {
+        "checkpoint": Path(checkpoint).name,
+        "checkpoint_sha256": digest,
+        "preprocessing": preprocessing,
+        "builder_version": str(BUILDER_VERSION),
+    }
     try:
         with written_whole(path) as draft:
             agreement = _write_verified(draft, transformer, options, metadata, oracle)
@@ -84,9 +82,9 @@ def export_onnx(
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if output is None:
-        with written_whole(sizes) as temporary:
-            temporary.write_bytes(_sizes(path))
-    return ExportedModel(path, checkpoint, digest, built=True, agreement=agreement)
+        with written_whole(facts) as temporary:
+            temporary.write_text(json.dumps({"sizes": _sizes(path), "preprocessing": preprocessing}), encoding="utf-8")
+    return model(preprocessing, built=True, agreement=agreement)
 
 
 def weights_path(graph: Path) -> Path:
@@ -94,10 +92,24 @@ def weights_path(graph: Path) -> Path:
     return graph.with_name(graph.name + ".data")
 
 
-def _sizes(path: Path) -> bytes:
+def _input_shapes(options: ExportOptions) -> dict[str, tuple[int, ...]]:
+    return {"images": (3, options.image_size, options.image_size)}
+
+
+def _read_facts(facts: Path, path: Path) -> Preprocessing | None:
+    """Return the preprocessing of a cached graph; None where it is not there as it was written."""
+    try:
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        preprocessing: Preprocessing = known["preprocessing"]
+        return preprocessing if known["sizes"] == _sizes(path) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _sizes(path: Path) -> dict[str, int]:
     """The sizes in bytes of a graph and its weights, as the cache keeps them to notice what was cut or lost."""
     files = (file for file in (path, weights_path(path)) if file.is_file())
-    return json.dumps({file.name: file.stat().st_size for file in files}).encode()
+    return {file.name: file.stat().st_size for file in files}
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
@@ -114,19 +126,16 @@ def _write_verified(
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
-    heads = check_options(vit, options.taps, options.image_size, options.heads)
+    check_options(vit, options)
     images = sample_batch(options.image_size)
     name, expected = _expected(draft, vit, options, oracle, images)
     choices: Iterable[tuple[str, ...]] = [()]
     if options.precision == "int8":
-        taps = sorted({*options.taps, len(vit.blocks) - 1}) if options.embedding else options.taps
-        choices = layers_in_fp32(
-            int8_errors(vit, taps, options.image_size, options.activation, heads, options.antialias)
-        )
+        choices = layers_in_fp32(int8_errors(vit, options))
     for exact in choices:
-        save_graph(_build(vit, options, metadata, exact), draft)
+        save_graph(build_vit_graph(vit, options, exact, metadata), draft)
         onnx.checker.check_model(str(draft), full_check=True)
-        found = run_graph(draft, images)
+        found = run_graph(draft, {"images": images})
         try:
             line = check_agreement(found, expected, options.precision, name)
         except CheckpointError as error:
@@ -136,35 +145,17 @@ def _write_verified(
     raise refusal
 
 
-def _build(
-    vit: VisionTransformer, options: ExportOptions, metadata: dict[str, str], exact: tuple[str, ...]
-) -> onnx.ModelProto:
-    return build_vit_graph(
-        vit,
-        options.taps,
-        options.image_size,
-        options.activation,
-        options.heads,
-        options.embedding,
-        options.precision,
-        options.attention,
-        options.antialias,
-        exact,
-        metadata={**metadata, "preprocessing": options.preprocessing, "builder_version": str(BUILDER_VERSION)},
-    )
-
-
 def _expected(
     draft: Path, vit: VisionTransformer, options: ExportOptions, oracle: str, images: Array
-) -> tuple[str, list[Array]]:
+) -> tuple[str, Mapping[str, Array]]:
     """Return what to compare a graph with, by name, and what that gives for images [B, 3, S, S]."""
     if oracle == "torch":
         from .torch_forward import TorchForward
 
         forward = TorchForward(vit, options)
-        return "PyTorch", [forward.fetch(output) for output in forward(forward.tensor(images))]
+        return "PyTorch", {name: forward.fetch(output) for name, output in forward(forward.tensor(images)).items()}
     other = "standard" if options.attention == "fused" else "fused"
     reference = draft.with_name("fp32") / draft.name
     reference.parent.mkdir()
-    save_graph(_build(vit, replace(options, precision="fp32", attention=other), {}, ()), reference)
-    return "the fp32 graph", run_graph(reference, images)
+    save_graph(build_vit_graph(vit, replace(options, precision="fp32", attention=other)), reference)
+    return "the fp32 graph", run_graph(reference, {"images": images})

@@ -1,15 +1,17 @@
 """Finds the linear layers of a vision transformer that do not bear 8 bits."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from .agreement import SMALLEST_COSINE, sample_batch, token_cosines
-from .libraries import ort
+from .libraries import import_onnxruntime
+from .options import ExportOptions
 from .vision_transformer import VisionTransformer
-from .vit_graph import LINEAR_LAYERS, build_block_graph, build_stem_graph
+from .vit_graph import LINEAR_LAYERS, build_block_graph, build_stem_graph, check_options
 
 Array = NDArray[np.float32]
 
@@ -18,35 +20,30 @@ ALLOWED = 1 - SMALLEST_COSINE["int8"]
 TIGHTER = 0.7  # from one choice of layers to the next
 
 
-def int8_errors(
-    vit: VisionTransformer,
-    taps: Collection[int],
-    image_size: int,
-    activation: str,
-    heads: int,
-    antialias: bool | None,
-) -> dict[str, NDArray[np.float64]]:
+def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArray[np.float64]]:
     """Return what each linear layer (`block0.fc1`) alone in int8 does to the tokens: the largest 1 - cosine [taps].
 
-    taps: rising block numbers. Errors are followed to the taps because they grow on their way: those of block 4's proj
-    in DINOv2 ViT-S/14, at the worst token of photographs, elevenfold up to block 11.
+    The image embedding counts as a tap behind the last block. Errors are followed to the taps because they grow on
+    their way: those of block 4's proj in DINOv2 ViT-S/14, at the worst token of photographs, elevenfold up to block 11.
 
     Measured at 8 x 8 patches, which rank the layers as 16 x 16 do; and measured on this machine: without VNNI other
     layers suffer, so a graph is to be exported where it is to run.
     """
-    side = min(image_size, GRID * vit.patch_size)
-    stem = _session(build_stem_graph(vit, side, antialias))
+    heads = check_options(vit, options)
+    taps = sorted({*options.taps, len(vit.blocks) - 1} if options.embedding else options.taps)
+    side = min(options.image_size, GRID * vit.patch_size)
+    stem = _session(build_stem_graph(vit, side, options.antialias))
     streams = [stem.run(None, {"images": image[None]})[0] for image in sample_batch(side)]  # [1, T, C] each
     altered: dict[str, list[Array]] = {}  # the same streams behind one layer in int8
     errors: dict[str, list[float]] = {}
     for index in range(max(taps) + 1):
         layers = [f"block{index}.{layer}" for layer in LINEAR_LAYERS]
-        exact = _session(build_block_graph(vit, index, activation, heads, layers))
+        exact = _session(build_block_graph(vit, index, options.activation, heads, layers))
         expected = _run(exact, streams)
         found = {layer: _run(exact, altered[layer]) for layer in altered}
         for layer in layers:
             rest = set(layers) - {layer}
-            found[layer] = _run(_session(build_block_graph(vit, index, activation, heads, rest)), streams)
+            found[layer] = _run(_session(build_block_graph(vit, index, options.activation, heads, rest)), streams)
         if index in taps:
             for layer, outputs in found.items():
                 cosines = [token_cosines(a[1], b[1]).min() for a, b in zip(outputs, expected, strict=True)]
@@ -79,10 +76,11 @@ def layers_in_fp32(errors: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[
         before, share = len(errors) - len(quantised), TIGHTER * share
 
 
-def _run(session: ort.InferenceSession, streams: list[Array]) -> list[list[Array]]:
+def _run(session: Any, streams: list[Array]) -> list[list[Array]]:
     """Return the residual stream and the tap [1, T, C] behind a block for each of several streams in front of it."""
     return [session.run(None, {"x": x}) for x in streams]
 
 
-def _session(model: onnx.ModelProto) -> ort.InferenceSession:
+def _session(model: onnx.ModelProto) -> Any:
+    ort = import_onnxruntime()
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

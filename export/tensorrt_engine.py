@@ -5,37 +5,28 @@ alone decides the precisions. TensorRT builds on the GPU that will run the engin
 """
 
 import hashlib
-import importlib
 import json
-import platform
 import shlex
-import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from zsad.kernels.files import file_sha256, written_whole
+from zsad.kernels.machine import cache_folder
 
 from .agreement import Array, check_agreement, run_graph
-from .checkpoints import cache_folder
 from .cuda_driver import CudaError, use_device
-from .onnx_export import ExportOptions, weights_path
+from .libraries import RTX_CAPABILITIES, EngineError, import_tensorrt, numbers
+from .onnx_export import ExportedModel, weights_path
+from .options import ExportOptions
 from .state_dict import CheckpointError
 
-# The library of each target: its import name, its extra of zsad, the platforms that it is made for.
-LIBRARIES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
-    "tensorrt": ("tensorrt", "tensorrt", {"Linux": ("x86_64", "aarch64"), "Windows": ("AMD64",)}),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", {"Linux": ("x86_64",), "Windows": ("AMD64",)}),
-}
-OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
 RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0", "12.1")  # what an engine runs on when none is named: not Turing
-
-
-class EngineError(Exception):
-    """An engine that cannot be built or must not be used; the message says how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +87,24 @@ class BuiltEngine:
     built: bool
 
 
-def build_engine(
-    onnx: Path, image_size: int, precision: str, options: EngineOptions, command: str, output: Path | None = None
-) -> BuiltEngine:
+def build_engine(graph: ExportedModel, options: EngineOptions, command: str, output: Path | None = None) -> BuiltEngine:
     """Build the engine of an exported graph (attention `standard`), or return the one built before.
 
-    image_size, precision: what the graph was exported with. command: what the fingerprint tells to run when the engine
-    must be made again. output: the file to write; by default one in the cache that is named after the fingerprint.
+    command: what the fingerprint tells to run when the engine must be made again. output: the file to write; by default
+    one in the cache that is named after the fingerprint.
 
     Raises EngineError when the library or the GPU is missing, or when the library refuses the graph.
     """
-    trt, capabilities = check_options(options, precision)
+    trt, capabilities = check_options(options, graph.precision)
+    onnx = graph.path
     fingerprint = Fingerprint(
         onnx=onnx.name,
         onnx_sha256=_onnx_sha256(onnx),
         library=options.target,
         version=trt.__version__,
         compute_capabilities=capabilities,
-        precision=precision,
-        profile={"images": [[batch, 3, image_size, image_size] for batch in options.batch]},
+        precision=graph.precision,
+        profile={name: [[batch, *shape] for batch in options.batch] for name, shape in graph.inputs.items()},
         strip_weights=options.strip_weights,
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
@@ -136,13 +126,15 @@ def build_engine(
     return BuiltEngine(path, fingerprint, built=True)
 
 
-def confirm_engine(engine: BuiltEngine, onnx: Path, found: list[Array], images: Array) -> None:
+def confirm_engine(
+    engine: BuiltEngine, onnx: Path, inputs: Mapping[str, NDArray[Any]], found: Mapping[str, Array]
+) -> None:
     """Note in the fingerprint that an engine computes what its graph does; raises EngineError where it does not.
 
-    found: what it gives for the images [B, 3, S, S].
+    found: what it gives for the inputs.
     """
     try:
-        line = check_agreement(found, run_graph(onnx, images), engine.fingerprint.precision, "its graph on the CPU")
+        line = check_agreement(found, run_graph(onnx, inputs), engine.fingerprint.precision, "its graph on the CPU")
     except CheckpointError as error:
         raise EngineError(f"{engine.path}: {error}") from None
     # Where the folder cannot be written to, the next run compares again.
@@ -152,9 +144,11 @@ def confirm_engine(engine: BuiltEngine, onnx: Path, found: list[Array], images: 
 
 def rebuild_command(checkpoint: str, graph: ExportOptions, options: EngineOptions, output: Path | None = None) -> str:
     """Return the command line that exports this graph and builds this engine of it."""
-    words = ["zsad-export", "--checkpoint", checkpoint, "--taps", ",".join(map(str, graph.taps))]
+    words = ["zsad-export", "--checkpoint", checkpoint]
+    words += ["--taps", ",".join(map(str, graph.taps))] if graph.taps else ["--no-tokens"]
     words += ["--target", options.target, "--precision", graph.precision, "--image-size", str(graph.image_size)]
-    words += ["--activation", graph.activation, "--preprocessing", graph.preprocessing]
+    words += ["--activation", graph.activation]
+    words += ["--preprocessing", graph.preprocessing] if graph.preprocessing else []
     words += ["--batch", ",".join(map(str, options.batch)), "--device", str(options.device)]
     words += ["--heads", str(graph.heads)] if graph.heads else []
     words += [] if graph.antialias is None else ["--antialias" if graph.antialias else "--no-antialias"]
@@ -176,7 +170,7 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     trt = import_tensorrt(fingerprint.library)
     again = f"; build it again: {fingerprint.command}"
     same_major = trt.__version__.split(".")[0] == fingerprint.version.split(".")[0]
-    newer = _version(trt.__version__) >= _version(fingerprint.version)
+    newer = numbers(trt.__version__) >= numbers(fingerprint.version)
     if trt.__version__ != fingerprint.version and not (fingerprint.version_compatible and same_major and newer):
         raise EngineError(
             f"{path}: built by {fingerprint.library} {fingerprint.version}, installed is {trt.__version__}{again}"
@@ -188,7 +182,7 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     except CudaError as error:
         raise EngineError(f"{path}: {error}; without a GPU use ONNX Runtime on the CPU: --device cpu") from None
     if capability not in fingerprint.compute_capabilities and not (
-        fingerprint.hardware_compatible and _version(capability) >= (8, 0)
+        fingerprint.hardware_compatible and numbers(capability) >= (8, 0)
     ):
         built_for = ", ".join(fingerprint.compute_capabilities)
         raise EngineError(f"{path}: built for compute capability {built_for}, device {device} has {capability}{again}")
@@ -230,25 +224,6 @@ def load_engine(path: Path, device: int = 0, onnx: Path | None = None) -> Loaded
 def fingerprint_path(engine: Path) -> Path:
     """Return where the fingerprint of an engine lies."""
     return engine.with_name(engine.name + ".json")
-
-
-def import_tensorrt(target: str) -> Any:
-    """Import the library of a target; raises EngineError with the line that installs it."""
-    module, extra, platforms = LIBRARIES[target]
-    install = f"{sys.executable} -m pip install 'zsad[{extra}]'"
-    try:
-        trt = importlib.import_module(module)
-    except ImportError as error:
-        system, machine = platform.system(), platform.machine()
-        if machine not in platforms.get(system, ()):
-            raise EngineError(f"{target} is not made for {system} on {machine}; use --target onnx") from None
-        raise EngineError(f"{target} is not installed ({error}); run: {install}") from None
-    except (OSError, RuntimeError) as error:  # its libraries, or the CUDA libraries that they want
-        raise EngineError(f"{target} cannot be loaded ({error}); run: {install} --force-reinstall") from error
-    if _version(trt.__version__) < OLDEST[target]:
-        oldest = ".".join(map(str, OLDEST[target]))
-        raise EngineError(f"{target} {trt.__version__} is too old, {oldest} is needed; run: {install} --upgrade")
-    return trt
 
 
 def check_options(options: EngineOptions, precision: str) -> tuple[Any, tuple[str, ...]]:
@@ -379,10 +354,6 @@ def _onnx_sha256(onnx: Path) -> str:
     """The digest of a graph, and of the file of weights beside it where there is one."""
     digests = [file_sha256(file) for file in (onnx, weights_path(onnx)) if file.is_file()]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _logger(trt: Any) -> Any:

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from .onnx_export import ExportOptions
+from .options import ExportOptions
 from .vision_transformer import Affine, Block, VisionTransformer
-from .vit_graph import attention_heads
 
 Array = NDArray[np.float32]
 
@@ -27,7 +26,7 @@ class TorchForward:
         """options: all but the precision, which is `dtype`, and the form of attention."""
         self._device, self._dtype = device, dtype
         self._vit, self._options = vit, options
-        self._heads = attention_heads(vit.width, options.heads)
+        self._heads = vit.architecture.attention_heads(vit.width, options.heads)
         self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in vit.blocks]
         self._norm = self._affine(vit.norm)
         self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)
@@ -45,8 +44,8 @@ class TorchForward:
         found: Array = tensor.float().cpu().numpy()
         return found
 
-    def __call__(self, images: Any) -> list[Any]:
-        """Return tokens [B, L, P, C] and, if the options ask for it, the embedding [B, D] of images [B, 3, S, S]."""
+    def __call__(self, images: Any) -> dict[str, Any]:
+        """Return of images [B, 3, S, S] what the options ask for: tokens [B, L, P, C], embedding [B, D]."""
         vit = self._vit
         with torch.inference_mode():
             x = functional.conv2d(images, *self._patches, stride=vit.patch_size)
@@ -60,19 +59,21 @@ class TorchForward:
                 x = x + self._attention(self._normed(x, block["norm1"]), block)
                 x = x + self._feed_forward(self._normed(x, block["norm2"]), block)
                 if index in self._options.taps:
-                    y = self._normed(x, self._norm) if vit.architecture == "dinov2" else x
+                    y = self._normed(x, self._norm) if vit.architecture.normed_taps else x
                     tapped.append(y[:, 1 + len(vit.registers) :])
-            outputs = [torch.stack(tapped, dim=1)]
+            outputs = {"tokens": torch.stack(tapped, dim=1)} if tapped else {}
             if self._options.embedding:
                 y = self._normed(x[:, 0], self._norm)
-                outputs.append(y if self._projection is None else functional.normalize(y @ self._projection, dim=-1))
+                outputs["embedding"] = (
+                    y if self._projection is None else functional.normalize(y @ self._projection, dim=-1)
+                )
             return outputs
 
     def _affine(self, affine: Affine) -> tuple[Any, Any]:
         return self.tensor(affine[0]), self.tensor(affine[1])
 
     def _normed(self, x: Any, affine: tuple[Any, Any]) -> Any:
-        return functional.layer_norm(x, x.shape[-1:], *affine, self._vit.norm_eps)
+        return functional.layer_norm(x, x.shape[-1:], *affine, self._vit.architecture.norm_eps)
 
     def _attention(self, x: Any, block: dict[str, tuple[Any, Any]]) -> Any:
         batch, count, width = x.shape
@@ -95,10 +96,11 @@ class TorchForward:
         stored = math.isqrt(len(positions) - 1)
         if stored == grid:
             return positions
-        smooth = len(vit.registers) > 0 if self._options.antialias is None else self._options.antialias
-        own_offset = vit.architecture == "dinov2" and not len(vit.registers)
+        own, antialias = vit.architecture, self._options.antialias
+        smooth = own.antialias if antialias is None else antialias
         # A scale factor is kept as the coordinates' scale; a size would recompute it.
-        where: dict[str, Any] = {"scale_factor": (grid + 0.1) / stored} if own_offset else {"size": (grid, grid)}
+        factor: dict[str, Any] = {"scale_factor": (grid + own.position_offset) / stored}
+        where = factor if own.position_offset else {"size": (grid, grid)}
         maps = positions[1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)
         maps = functional.interpolate(maps, mode="bicubic", antialias=smooth, **where)
         return torch.cat([positions[:1], maps.flatten(2)[0].T])

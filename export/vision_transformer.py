@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .options import Preprocessing
 from .state_dict import CheckpointError, StateDict, read_state_dict
 
 Array = NDArray[np.float32]
@@ -16,6 +17,50 @@ Tensors = Mapping[str, Array]
 Affine = tuple[Array, Array]  # weight and bias
 
 AVERAGED = re.compile(r"(^|[._])(teacher|ema)[._]")  # in names of towers that average others over the training
+
+
+HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower up to ViT-L, 1024 channels wide
+# Attention heads of the wider ones: ViT-H, ViT-g of CLIP and of DINOv2, ViT-bigG, ViT-e.
+WIDE_HEADS = {1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What distinguishes one kind of image tower from another and is in no tensor's shape."""
+
+    name: str
+    normed_taps: bool  # taps show the residual stream through the final norm, otherwise raw
+    norm_eps: float
+    position_offset: float  # patches that are added to the new grid where positions are resized
+    antialias: bool  # of that resize
+    preprocessing: Preprocessing  # what its images are normalised with unless told otherwise
+
+    def attention_heads(self, width: int, heads: int | None) -> int:
+        """Return the number of attention heads: the one asked for, else that of the published tower of this width.
+
+        No tensor tells it. Raises CheckpointError when it does not divide the width or there is no such tower.
+        """
+        known = width // HEAD_WIDTH if width <= 1024 and width % HEAD_WIDTH == 0 else WIDE_HEADS.get(width)
+        heads = known if heads is None else heads
+        if heads is None:
+            problem = f"how many attention heads a tower {width} wide has is not known"
+        elif heads < 1 or width % heads:
+            problem = f"{heads} attention heads do not divide a width of {width}"
+        else:
+            return heads
+        raise CheckpointError(
+            f"{problem}; name the number with --heads (or `heads` of the network in the configuration)"
+        )
+
+
+# DINOv2's `interpolate_pos_encoding` offsets the scale by 0.1 patches; with registers it antialiases instead.
+DINOV2 = Architecture(
+    "dinov2", normed_taps=True, norm_eps=1e-6, position_offset=0.1, antialias=False, preprocessing="imagenet"
+)
+DINOV2_REGISTERS = replace(DINOV2, position_offset=0.0, antialias=True)
+CLIP = Architecture(
+    "clip", normed_taps=False, norm_eps=1e-5, position_offset=0.0, antialias=False, preprocessing="clip"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +82,7 @@ class Block:
 class VisionTransformer:
     """The image tower of DINOv2 or CLIP."""
 
-    architecture: str  # "dinov2" or "clip"
+    architecture: Architecture
     patch_weight: Array  # [C, 3, patch, patch]
     patch_bias: Array | None  # [C]
     class_token: Array  # [C]
@@ -47,7 +92,6 @@ class VisionTransformer:
     blocks: list[Block]
     norm: Affine  # DINOv2's final norm, CLIP's ln_post
     projection: Array | None  # [C, D], CLIP only
-    norm_eps: float
 
     @property
     def width(self) -> int:
@@ -223,8 +267,9 @@ def _read_blocks(state: Tensors) -> VisionTransformer:
                 fc2=_scaled(_affine(state, f"{block}mlp.{fc2}"), state.get(block + "ls2.gamma")),
             )
         )
+    own = DINOV2_REGISTERS if len(_rows(registers)) else DINOV2
     return VisionTransformer(
-        architecture="clip" if clip else "dinov2",
+        architecture=CLIP if clip else own,
         patch_weight=state["patch_embed.proj.weight"],
         patch_bias=state.get("patch_embed.proj.bias"),
         class_token=class_token,
@@ -234,7 +279,6 @@ def _read_blocks(state: Tensors) -> VisionTransformer:
         blocks=blocks,
         norm=_affine(state, "norm"),
         projection=state["head.weight"].T if clip else None,
-        norm_eps=1e-5 if clip else 1e-6,
     )
 
 
@@ -286,7 +330,7 @@ def _read_clip(state: Tensors) -> VisionTransformer:
             )
         )
     return VisionTransformer(
-        architecture="clip",
+        architecture=CLIP,
         patch_weight=state["conv1.weight"],
         patch_bias=None,
         class_token=class_token,
@@ -296,7 +340,6 @@ def _read_clip(state: Tensors) -> VisionTransformer:
         blocks=blocks,
         norm=_affine(state, "ln_post"),
         projection=state["proj"],
-        norm_eps=1e-5,
     )
 
 

@@ -5,7 +5,7 @@ stream, LayerNorm, softmax and the image embedding in fp32, as under PyTorch's a
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from .options import ACTIVATIONS, ATTENTIONS, IMAGE_OUTPUTS, PRECISIONS, ExportOptions
 from .state_dict import CheckpointError
 from .vision_transformer import Affine, Block, VisionTransformer
 
@@ -23,15 +24,9 @@ BUILDER_VERSION = 5
 OPSET = 20
 IR_VERSION = 10
 
-ACTIVATIONS = ("gelu", "quick_gelu")
-PRECISIONS = ("fp32", "fp16", "int8")
-ATTENTIONS = ("fused", "standard")
 LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
 PADDING = 16  # columns
 IN_FP32 = "take fp32: zsad-export --precision fp32, zsad-infer --backbone-precision fp32"
-HEAD_WIDTH = 64  # in every published DINOv2 and CLIP image tower up to ViT-L, 1024 channels wide
-# Attention heads of the wider ones: ViT-H, ViT-g of CLIP and of DINOv2, ViT-bigG, ViT-e.
-WIDE_HEADS = {1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}
 
 
 def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = False) -> NDArray[np.float64]:
@@ -62,16 +57,13 @@ def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = Fal
 def resize_positions(vit: VisionTransformer, grid: int, antialias: bool | None = None) -> Array:
     """Return the position embedding for a grid × grid image, [1 + grid², C], class token first.
 
-    DINOv2 as in its `interpolate_pos_encoding`: without registers the scale is offset by 0.1 patches, with registers
-    it is not and the resize is antialiased. CLIP: the plain ratio. antialias overrides the model's own way.
+    antialias overrides the architecture's own way.
     """
     stored = math.isqrt(len(vit.positions) - 1)
     if stored == grid:
         return vit.positions
-    offset = 0.1 if vit.architecture == "dinov2" and not len(vit.registers) else 0.0
-    if antialias is None:
-        antialias = len(vit.registers) > 0
-    matrix = bicubic_matrix(stored, grid, (grid + offset) / stored, antialias)
+    smooth = vit.architecture.antialias if antialias is None else antialias
+    matrix = bicubic_matrix(stored, grid, (grid + vit.architecture.position_offset) / stored, smooth)
     maps = vit.positions[1:].reshape(stored, stored, -1)  # [G, G, C]
     resized = np.einsum("yi,xj,ijc->yxc", matrix, matrix, maps, optimize=True)
     return np.concatenate([vit.positions[:1], resized.reshape(grid * grid, -1)]).astype(np.float32)
@@ -135,7 +127,7 @@ class _Graph:
         front = np.concatenate([vit.class_token[None] + positions[:1], vit.registers])
         x = self.node("Pad", [x, self.constant(np.array([0, len(front), 0, 0, 0, 0]), "front.pads")], "front")
         x = self.node("Add", [x, self.constant(np.concatenate([front, positions[1:]])[None], "positions")], "embedded")
-        return x if vit.pre_norm is None else self.layer_norm(x, vit.pre_norm, vit.norm_eps, "pre_norm")
+        return x if vit.pre_norm is None else self.layer_norm(x, vit.pre_norm, vit.architecture.norm_eps, "pre_norm")
 
     def linear(self, x: str, affine: Affine, name: str) -> str:
         if self.precision == "int8" and name not in self.exact:
@@ -247,88 +239,89 @@ class _Graph:
         return self.node("Add", [x, y], name)
 
     def tap_norm(self, x: str, vit: VisionTransformer, name: str) -> str:
-        """The residual stream as a tap shows it: through DINOv2's final norm, raw for CLIP."""
-        return self.layer_norm(x, vit.norm, vit.norm_eps, name + ".norm") if vit.architecture == "dinov2" else x
+        """The residual stream as a tap shows it."""
+        if not vit.architecture.normed_taps:
+            return x
+        return self.layer_norm(x, vit.norm, vit.architecture.norm_eps, name + ".norm")
+
+    def patch_range(self, vit: VisionTransformer, patches: int) -> list[str]:
+        """Start, end and axis of the patches, which stand behind class token and registers."""
+        front = 1 + len(vit.registers)
+        start, axis = self.constant(np.array([front]), "tap.start"), self.constant(np.array([1]), "tap.axis")
+        return [start, self.constant(np.array([front + patches]), "tap.end"), axis]
+
+    def patch_tokens(self, x: str, vit: VisionTransformer, patches: list[str], name: str) -> str:
+        """What a tap gives of the residual stream [B, T, C]: [B, 1, P, C]."""
+        y = self.narrow(self.node("Slice", [self.tap_norm(x, vit, name), *patches], name + ".patches"))
+        return self.node("Unsqueeze", [y, patches[-1]], name)
+
+    def class_embedding(self, x: str, vit: VisionTransformer, output: str) -> None:
+        """The normed class token, projected to unit length where there is a projection: [B, D]."""
+        zero = self.constant(np.array(0), "class.index")
+        y = self.node("Gather", [x, zero], "class", axis=1)
+        y = self.layer_norm(y, vit.norm, vit.architecture.norm_eps, "class.norm")
+        if vit.projection is None:
+            self.node("Identity", [y], output)
+        else:
+            y = self.node("MatMul", [y, self.constant(vit.projection, "projection")], "class.projected")
+            self.node("LpNormalization", [y], output, axis=-1, p=2)
 
 
 def build_vit_graph(
     vit: VisionTransformer,
-    taps: Sequence[int],
-    image_size: int,
-    activation: str = "gelu",
-    heads: int | None = None,
-    embedding: bool = True,
-    precision: str = "fp32",
-    attention: str = "fused",
-    antialias: bool | None = None,
+    options: ExportOptions,
     exact: Collection[str] = (),
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Build the graph of an image tower.
 
-    Input `images` [B, 3, S, S] fp32; outputs `tokens` [B, L, P, C] (after each block of `taps`, 0-based; through the
-    final norm for DINOv2, raw for CLIP; class and register tokens dropped; fp16 if the precision is) and, if
-    `embedding`, `embedding` [B, D] fp32 (DINOv2: normed class token; CLIP: projected class token of unit length).
-    Without it, blocks behind the last tap go.
+    Input `images` [B, 3, S, S] fp32. Outputs, those of them that the options name: `tokens` [B, L, P, C] (after each
+    block of `taps`; through the final norm where the architecture has them so; class and register tokens dropped; fp16
+    if the precision is) and `embedding` [B, D] fp32 (DINOv2: normed class token; CLIP: projected class token of unit
+    length). Without the embedding, blocks behind the last tap go.
 
-    attention: `fused` (ONNX Runtime's MultiHeadAttention) or `standard` (what TensorRT reads). precision `int8` runs in
-    ONNX Runtime only; exact: its linear layers that stay in fp32 (`block0.fc1`), see `layers_in_fp32`. antialias: how
-    position embeddings are resized, see `resize_positions`.
+    exact: linear layers of an int8 graph that stay in fp32 (`block0.fc1`), see `layers_in_fp32`. metadata: facts that
+    are noted in the graph beside the options.
 
-    Raises CheckpointError when taps, image size, activation, heads or precision do not fit the checkpoint.
+    Raises CheckpointError when taps, outputs, image size, activation, heads or precision do not fit the checkpoint.
     """
-    taps = list(taps)
-    heads = check_options(vit, taps, image_size, heads)
-    for value, known in ((activation, ACTIVATIONS), (precision, PRECISIONS), (attention, ATTENTIONS)):
-        if value not in known:
-            raise CheckpointError(f"{value!r} must be one of {', '.join(known)}")
-
-    grid = image_size // vit.patch_size
-    graph = _Graph(precision, attention == "fused", exact)
-
-    images, tokens, class_embedding = "images", "tokens", "embedding"
-    if precision == "int8":
-        images, tokens, class_embedding = (f"image.{name}" for name in (images, tokens, class_embedding))
-    x = graph.embed(images, vit, grid, antialias)
-    extra = 1 + len(vit.registers)  # class token and registers stand before the patches
-    starts, axis = graph.constant(np.array([extra]), "tap.start"), graph.constant(np.array([1]), "tap.axis")
-    ends = graph.constant(np.array([extra + grid * grid]), "tap.end")
+    heads = check_options(vit, options)
+    size, grid = options.image_size, options.image_size // vit.patch_size
+    graph = _Graph(options.precision, options.attention == "fused", exact)
+    within = "image." if options.precision == "int8" else ""  # the loop over the batch, see `_take_images_singly`
+    x = graph.embed(within + "images", vit, grid, options.antialias)
+    patches = graph.patch_range(vit, grid * grid) if options.taps else []
     tapped = []
-    last = len(vit.blocks) - 1 if embedding else taps[-1]
+    last = len(vit.blocks) - 1 if options.embedding else options.taps[-1]
     for index, block in enumerate(vit.blocks[: last + 1]):
-        x = graph.block(x, block, heads, activation, vit.norm_eps, f"block{index}")
-        if index in taps:
-            tap = f"tap{index}"
-            y = graph.narrow(graph.node("Slice", [graph.tap_norm(x, vit, tap), starts, ends, axis], tap + ".patches"))
-            tapped.append(graph.node("Unsqueeze", [y, axis], tap))
-    graph.node("Concat", tapped, tokens, axis=1)
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(graph.dtype))
-    outputs = [helper.make_tensor_value_info("tokens", element, ["batch", len(taps), grid * grid, vit.width])]
+        x = graph.block(x, block, heads, options.activation, vit.architecture.norm_eps, f"block{index}")
+        if index in options.taps:
+            tapped.append(graph.patch_tokens(x, vit, patches, f"tap{index}"))
 
-    if embedding:
-        zero = graph.constant(np.array(0), "class.index")
-        y = graph.layer_norm(graph.node("Gather", [x, zero], "class", axis=1), vit.norm, vit.norm_eps, "class.norm")
-        if vit.projection is None:
-            graph.node("Identity", [y], class_embedding)
-        else:
-            y = graph.node("MatMul", [y, graph.constant(vit.projection, "projection")], "class.projected")
-            graph.node("LpNormalization", [y], class_embedding, axis=-1, p=2)
+    outputs = []
+    if tapped:
+        graph.node("Concat", tapped, within + "tokens", axis=1)
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(graph.dtype))
+        shape: list[str | int | None] = ["batch", len(tapped), grid * grid, vit.width]
+        outputs.append(helper.make_tensor_value_info("tokens", element, shape))
+    if options.embedding:
+        graph.class_embedding(x, vit, within + "embedding")
         dimension = vit.width if vit.projection is None else vit.projection.shape[1]
         outputs.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dimension]))
 
-    inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])]
-    if precision == "int8":
-        _take_images_singly(graph, outputs, image_size)
-    model = _model(graph, vit.architecture, inputs, outputs)
+    if options.precision == "int8":
+        _take_images_singly(graph, outputs, size)
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, size, size])
+    model = _model(graph, vit.architecture.name, [images], outputs)
     facts = {
-        "architecture": vit.architecture,
-        "taps": ",".join(map(str, taps)),
-        "activation": activation,
-        "image_size": str(image_size),
+        "architecture": vit.architecture.name,
+        "taps": ",".join(map(str, options.taps)),
+        "activation": options.activation,
+        "image_size": str(size),
         "grid": str(grid),
-        "precision": precision,
-        "attention": attention,
-        **({"exact": ",".join(exact)} if precision == "int8" else {}),
+        "precision": options.precision,
+        "attention": options.attention,
+        **({"exact": ",".join(exact)} if options.precision == "int8" else {}),
         **(metadata or {}),
     }
     helper.set_model_props(model, facts)
@@ -351,7 +344,7 @@ def build_block_graph(
     exact: the linear layers that stay in fp32. The tap holds all tokens.
     """
     graph = _Graph("int8", fused=True, exact=exact)
-    y = graph.block("x", vit.blocks[index], heads, activation, vit.norm_eps, f"block{index}")
+    y = graph.block("x", vit.blocks[index], heads, activation, vit.architecture.norm_eps, f"block{index}")
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
     return _model(graph, "block", [_stream("x", vit)], [_stream("y", vit), _stream("tap", vit)])
@@ -392,30 +385,27 @@ def _take_images_singly(graph: _Graph, outputs: list[onnx.ValueInfoProto], image
     graph.nodes = [helper.make_node("Scan", ["images"], names, name="images", body=body, num_scan_inputs=1)]
 
 
-def check_options(vit: VisionTransformer, taps: Sequence[int], image_size: int, heads: int | None) -> int:
+def check_options(vit: VisionTransformer, options: ExportOptions) -> int:
     """Return the number of attention heads; raises CheckpointError when an option does not fit the checkpoint."""
-    taps, depth = list(taps), len(vit.blocks)
-    if not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
-        raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
-    if image_size <= 0 or image_size % vit.patch_size:
-        nearest = max(1, round(image_size / vit.patch_size)) * vit.patch_size
+    taps, outputs, depth, size = list(options.taps), options.outputs, len(vit.blocks), options.image_size
+    if not outputs or not set(outputs) <= set(IMAGE_OUTPUTS):
         raise CheckpointError(
-            f"image size {image_size} is no multiple of the patch size {vit.patch_size}; use --image-size {nearest}"
+            f"an image tower gives {' and '.join(IMAGE_OUTPUTS)}, not {', '.join(outputs) or 'nothing'}"
         )
-    return attention_heads(vit.width, heads)
-
-
-def attention_heads(width: int, heads: int | None) -> int:
-    """Return the number of attention heads: the one asked for, else that of the published tower of this width.
-
-    No tensor tells it. Raises CheckpointError when it does not divide the width or there is no such tower.
-    """
-    known = width // HEAD_WIDTH if width <= 1024 and width % HEAD_WIDTH == 0 else WIDE_HEADS.get(width)
-    heads = known if heads is None else heads
-    if heads is None:
-        problem = f"how many attention heads a tower {width} wide has is not known"
-    elif heads < 1 or width % heads:
-        problem = f"{heads} attention heads do not divide a width of {width}"
-    else:
-        return heads
-    raise CheckpointError(f"{problem}; name the number with --heads (or `heads` of the backbone in the configuration)")
+    if "tokens" not in outputs and taps:
+        raise CheckpointError(f"taps {taps} give tokens, which are not wanted; leave them out")
+    if "tokens" in outputs and (not taps or taps != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth):
+        raise CheckpointError(f"taps {taps} must be increasing block numbers from 0 to {depth - 1}")
+    if size <= 0 or size % vit.patch_size:
+        nearest = max(1, round(size / vit.patch_size)) * vit.patch_size
+        raise CheckpointError(
+            f"image size {size} is no multiple of the patch size {vit.patch_size}; use --image-size {nearest}"
+        )
+    for value, known in (
+        (options.activation, ACTIVATIONS),
+        (options.precision, PRECISIONS),
+        (options.attention, ATTENTIONS),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{value!r} must be one of {', '.join(known)}")
+    return vit.architecture.attention_heads(vit.width, options.heads)

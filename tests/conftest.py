@@ -13,6 +13,7 @@ from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_backbone
+from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.kernels import cuda
 
@@ -119,8 +120,8 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
     """Engines are built in no time and run on the host; returns those that were loaded."""
     engines: list[HostEngine] = []
 
-    def build(onnx: Path, *_: object) -> Any:
-        return types.SimpleNamespace(path=onnx, fingerprint=types.SimpleNamespace(agreement="compared before"))
+    def build(graph: ExportedModel, *_: object) -> Any:
+        return types.SimpleNamespace(path=graph.path, fingerprint=types.SimpleNamespace(agreement="compared before"))
 
     def load(path: Path, number: int, onnx: Path) -> LoadedEngine:
         assert onnx == path

@@ -13,7 +13,8 @@ from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.decode import network_input, recipe
 from zsad.engine.scores.image_scores import image_scores, rscin
 from zsad.export.agreement import run_graph
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.onnx_export import export_onnx
+from zsad.export.options import ExportOptions
 from zsad.kernels import mutual_scores
 
 
@@ -70,5 +71,5 @@ def test_the_graph_of_a_network(tmp_path: Path, attention: str, precision: str, 
     )
     options = ExportOptions((0, 1), PATCH * SIDE, heads=HEADS, precision=precision, attention=attention)
     model = export_onnx(str(checkpoint), options, tmp_path / "graph.onnx")
-    tokens = run_graph(model.path, arrays["images"])[0]
+    tokens = run_graph(model.path, {"images": arrays["images"]})["tokens"]
     assert np.linalg.norm(tokens - arrays["tokens"]) < error * np.linalg.norm(arrays["tokens"])

@@ -10,20 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from zsad.export.checkpoints import fetch_checkpoint, read_manifest
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.libraries import TARGETS, EngineError
+from zsad.export.onnx_export import ExportedModel, export_onnx
+from zsad.export.options import ACTIVATIONS, ATTENTIONS, PRECISIONS, ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.tensorrt_engine import (
-    LIBRARIES,
-    EngineError,
     EngineOptions,
     build_engine,
     check_options,
     rebuild_command,
 )
-from zsad.export.vit_graph import ACTIVATIONS, ATTENTIONS, PRECISIONS
 from zsad.kernels.files import check_target
 
 EXAMPLES = """examples:
@@ -100,7 +100,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         if job.checkpoint in read_manifest():
             fetch_checkpoint(job.checkpoint)
         if arguments.target == "onnx":
-            print(_export(job, job.output))
+            print(_export(job, job.output).path)
         else:
             _build(job, arguments)
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--preset", metavar="NAME", help="export every backbone of a preset of zsad-infer")
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="with --preset: overrides, as in zsad-infer")
-    parser.add_argument("--target", choices=["onnx", *LIBRARIES], default="onnx", help="(default: %(default)s)")
+    parser.add_argument("--target", choices=["onnx", *TARGETS], default="onnx", help="(default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, help="(default: fp32 for onnx, else fp16)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: the preset's, else 518)")
     parser.add_argument(
@@ -138,20 +138,16 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--preprocessing",
         choices=["imagenet", "clip"],
-        help=f"noted in the file (default: {ExportOptions.preprocessing})",
+        help="noted in the file (default: the model's own)",
     )
     own.add_argument(
         "--antialias",
         action=argparse.BooleanOptionalAction,
         help="when resizing the position embedding (default: as the model does)",
     )
-    own.add_argument(
-        "--no-embedding",
-        dest="embedding",
-        action="store_const",
-        const=False,
-        help="leave out the image embedding and unused blocks",
-    )
+    without = partial(own.add_argument, dest="outputs", action="store_const")
+    without("--no-embedding", const=("tokens",), help="leave out the image embedding and unused blocks")
+    without("--no-tokens", const=("embedding",), help="leave out the patch tokens; takes no --taps")
     engine = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)")
     engine.add_argument(
         "--batch", type=_numbers, default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch"
@@ -193,7 +189,7 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
         parser.error(f"--image-size must be from 1 to {LARGEST_SIDE} pixels, not {size}")
     own = {
         name: value
-        for name in ("activation", "heads", "preprocessing", "antialias", "embedding")
+        for name in ("activation", "heads", "preprocessing", "antialias", "outputs")
         if (value := getattr(arguments, name)) is not None
     }
     options = ExportOptions(
@@ -211,7 +207,7 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
         return _preset_jobs(parser, arguments, options)
     if arguments.config is not None:
         parser.error("--config changes a preset; name one with --preset")
-    if not options.taps:
+    if not options.taps and "tokens" in options.outputs:
         parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
     return [Job(arguments.checkpoint, options, arguments.output)]
 
@@ -241,10 +237,10 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     return jobs
 
 
-def _export(job: Job, output: Path | None) -> Path:
+def _export(job: Job, output: Path | None) -> ExportedModel:
     model = export_onnx(job.checkpoint, job.options, output, oracle="torch" if _has_torch() else "graph")
     print(f"zsad-export: {job.checkpoint}: {model.agreement or 'already built'}", file=sys.stderr)
-    return model.path
+    return model
 
 
 def _has_torch() -> bool:
@@ -264,12 +260,11 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
 
 
 def _build(job: Job, arguments: argparse.Namespace) -> None:
-    onnx = _export(job, None)
+    graph = _export(job, None)
     started = time.monotonic()
-    size, precision = job.options.image_size, job.options.precision
     options = _engine_options(arguments)
     command = rebuild_command(job.checkpoint, job.options, options, job.output)
-    engine = build_engine(onnx, size, precision, options, command, job.output)
+    engine = build_engine(graph, options, command, job.output)
     said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"
     mebibytes = engine.fingerprint.engine_bytes / 2**20
     print(f"zsad-export: {engine.path.name}: {mebibytes:.0f} MiB, {said}", file=sys.stderr)

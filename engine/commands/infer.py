@@ -45,20 +45,11 @@ OF_THE_RUN = frozenset(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
     arguments = _parse(argv)
-    from .console import USAGE, Interrupts, logging_to_stderr
+    from .console import Interrupts, logging_to_stderr
 
     level = logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
     with logging_to_stderr("zsad", level), Interrupts() as interrupts:
-        try:
-            return _guarded(arguments, interrupts)
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            log.error(
-                "ONNX Runtime is not installed; in a clone of zsad run: pip install '.[cpu]', or '.[gpu]' for an "
-                "NVIDIA GPU"
-            )
-            return USAGE
+        return _guarded(arguments, interrupts)
 
 
 def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
@@ -67,8 +58,8 @@ def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.images.decode import ImageError
     from zsad.engine.images.folders import NothingToScoreError
     from zsad.engine.results.resume import OutputError
+    from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
-    from zsad.export.tensorrt_engine import EngineError
 
     from .console import INTERRUPTED, SOME_FAILED, USAGE
 

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from zsad.engine.config import NetworkSpec
+from zsad.export.options import Preprocessing
 
 log = logging.getLogger("zsad")
 
@@ -57,7 +58,7 @@ class Network:
     spec: NetworkSpec
     checkpoint: str
     sha256: str  # of the checkpoint file
-    preprocessing: Literal["imagenet", "clip"]
+    preprocessing: Preprocessing  # the configuration's, else the architecture's own
     graphs: Mapping[str, Graph]
 
 
@@ -76,7 +77,7 @@ def run_in_parts(graph: Graph, inputs: Mapping[str, Array]) -> Iterator[tuple[sl
             if size == 1:
                 raise
             graph.largest_batch = size // 2
-            log.warning("%d images at once do not fit (%s); going on with %d", size, error, size // 2)
+            log.warning("%d rows at once do not fit (%s); going on with %d", size, error, size // 2)
             continue
         yield part, outputs
         start = part.stop

@@ -1,26 +1,35 @@
-"""Backbones on ONNX Runtime: on a CPU, and on a CUDA device without copies through the host."""
+"""Graphs on ONNX Runtime: on a CPU, and on a CUDA device without copies through the host."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zsad.engine.config import ConfigError
-from zsad.export.libraries import ort
-from zsad.export.onnx_export import ExportedModel
+from zsad.export.libraries import import_onnxruntime, install_command
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.machine import available_cores
 
-Fail = ort.capi.onnxruntime_pybind11_state.Fail
-RuntimeException = ort.capi.onnxruntime_pybind11_state.RuntimeException
+from .network import TensorSpec
 
 Array = Any  # a NumPy array, or an array on the device
 
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
-class OnnxRuntimeBackbone:
-    """A session over one exported graph (see `Backbone`)."""
 
-    def __init__(self, model: ExportedModel, device: Device | None, batch_size: int) -> None:
+class OnnxRuntimeGraph:
+    """A session over one ONNX file (see `Graph`)."""
+
+    def __init__(self, path: Path, device: Device | None, batch_size: int) -> None:
         """device: None is the CPU. Raises ConfigError where the CUDA provider does not start."""
+        self._ort = ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
         # Threads that spin between batches would take their core from decoding and from mutual scoring.
@@ -35,47 +44,48 @@ class OnnxRuntimeBackbone:
                 "use_tf32": "0",
             }
             providers.insert(0, ("CUDAExecutionProvider", cuda))
-        self.session = ort.InferenceSession(str(model.path), options, providers=providers)
-        if len(self.session.get_providers()) < len(providers):  # it only warns and goes on with what is left
+        self._session = ort.InferenceSession(str(path), options, providers=providers)
+        if len(self._session.get_providers()) < len(providers):  # it only warns and goes on with what is left
+            again = install_command("--upgrade 'zsad[gpu]'")
             raise ConfigError(
                 "ONNX Runtime could not start its CUDA provider; its messages above say why, mostly CUDA or cuDNN of "
-                "another version than it was built for; run: pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]', or "
-                "use --device cpu"
+                f"another version than it was built for; run: {again}, or use --device cpu"
             )
-        self.checkpoint, self.sha256 = model.checkpoint, model.sha256
-        tokens, *embedding = self.session.get_outputs()
-        _, self.layers, patches, self.channels = tokens.shape
-        side = int(self.session.get_modelmeta().custom_metadata_map["grid"])
-        assert side * side == patches
-        self.grid = side, side
-        self.token_type = np.dtype(np.float16 if tokens.type == "tensor(float16)" else np.float32)
+        self.inputs = {tensor.name: _spec(tensor) for tensor in self._session.get_inputs()}
+        self.outputs = {tensor.name: _spec(tensor) for tensor in self._session.get_outputs()}
         self.largest_batch = batch_size
-        self.embedding_width = int(embedding[0].shape[1]) if embedding else None
-        self._device, self._outputs = device, {}
+        self._device = device
+        self._buffers: dict[str, Array] = {}  # of the outputs on the device
         if device is not None:
-            self._outputs["tokens"] = device.empty((batch_size, *tokens.shape[1:]), self.token_type)
-            if self.embedding_width:
-                self._outputs["embedding"] = device.empty((batch_size, self.embedding_width), np.float32)
+            for name, spec in self.outputs.items():
+                self._buffers[name] = device.empty((batch_size, *spec.shape), spec.dtype)
 
-    def run(self, images: Array) -> tuple[Array, Array | None]:
-        """See Backbone.run."""
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """See Graph.run."""
         try:
             if self._device is not None:
-                return self._queue(images, self._device)
-            outputs = self.session.run(None, {"images": images})
-        except (Fail, RuntimeException) as error:
-            if "allocat" in str(error):  # it has no error class of its own for want of memory
+                return self._queue(inputs, self._device)
+            outputs = self._session.run(None, dict(inputs))
+        except Exception as error:  # ONNX Runtime has a dozen kinds with no base of their own
+            if "allocat" in str(error):  # nor one where memory runs out
                 raise MemoryError(str(error)) from error
             raise
-        return outputs[0], outputs[1] if self.embedding_width else None
+        return dict(zip(self.outputs, outputs, strict=True))
 
-    def _queue(self, images: Array, device: Device) -> tuple[Array, Array | None]:
-        binding = self.session.io_binding()
-        binding.bind_input("images", device.kind, device.number, np.float32, images.shape, address(images))
-        outputs = {name: array[: len(images)] for name, array in self._outputs.items()}
+    def _queue(self, inputs: Mapping[str, Array], device: Device) -> dict[str, Array]:
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, device.kind, device.number, array.dtype, array.shape, address(array))
+        rows = len(next(iter(inputs.values())))
+        outputs = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         for name, array in outputs.items():
             binding.bind_output(name, device.kind, device.number, array.dtype, array.shape, address(array))
-        how = ort.RunOptions()
+        how = self._ort.RunOptions()
         how.add_run_config_entry("disable_synchronize_execution_providers", "1")  # later work waits on the stream
-        self.session.run_with_iobinding(binding, how)
-        return outputs["tokens"], outputs.get("embedding")
+        self._session.run_with_iobinding(binding, how)
+        return outputs
+
+
+def _spec(tensor: Any) -> TensorSpec:
+    """Describe a session's input or output, which is dynamic in the batch alone."""
+    return TensorSpec(tuple(int(size) for size in tensor.shape[1:]), np.dtype(TYPES[tensor.type]))

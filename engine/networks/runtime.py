@@ -1,73 +1,48 @@
-"""A vision transformer ready to run, and the choice among the libraries that can run it.
+"""Which library runs the networks, on what, and why.
 
-TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime on a CPU: one protocol. On a device images, tokens
-and embeddings are device arrays, and `run` only queues.
+TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime on a CPU.
 """
 
 import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
-
-import numpy as np
+from typing import Literal, get_args
 
 from zsad.engine.config import ConfigError
-from zsad.export.libraries import ort
-from zsad.export.tensorrt_engine import (
+from zsad.export.libraries import (
     RTX_CAPABILITIES,
     EngineError,
+    import_onnxruntime,
     import_tensorrt,
+    install_command,
 )
 from zsad.kernels.cuda.device import Device, DeviceError, open_devices
 
 log = logging.getLogger("zsad")
 
-Array = Any  # a NumPy array, or an array on the device
 Library = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-
-# The two packages share one folder: what is left of the other must go first.
-INSTALL_CUDA_ORT = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-
-
-class Backbone(Protocol):
-    """An image tower in some library, on a CPU or on a device."""
-
-    checkpoint: str
-    sha256: str  # of the checkpoint file
-    grid: tuple[int, int]
-    layers: int
-    channels: int
-    token_type: np.dtype[Any]  # float32 or float16
-    embedding_width: int | None  # None where the graph has no image embedding
-    largest_batch: int  # falls where memory turns out to be short
-
-    def run(self, images: Array) -> tuple[Array, Array | None]:
-        """Return patch tokens [B, L, P, C] and, where exported, image embeddings [B, D] of images [B, 3, S, S].
-
-        B is at most `largest_batch`. On a device the results are valid until the next call. Raises MemoryError where
-        the batch does not fit.
-        """
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which library runs the backbones, on what, where scores are computed, and why."""
+    """Which library runs the networks, on what, where scores are computed, and why."""
 
     library: Library
     devices: Sequence[Device]  # that score; none is the CPU
-    device: Device | None  # the one of them that runs the backbones; None is the CPU
+    device: Device | None  # the one of them that runs the networks; None is the CPU
     reason: str
 
     @property
     def device_name(self) -> str:
-        """What the backbones run on: cpu or cuda:N."""
+        """What the networks run on: cpu or cuda:N."""
         return f"cuda:{self.device.number}" if self.device else "cpu"
 
     def describe(self) -> str:
         """Name the library with its version and what it runs on."""
-        version = ort.__version__ if self.library == "onnxruntime" else import_tensorrt(self.library).__version__
-        return f"{self.library} {version} on {self.device.name if self.device else 'the CPU'}"
+        onnx_runtime = self.library == "onnxruntime"
+        library = import_onnxruntime() if onnx_runtime else import_tensorrt(self.library)
+        return f"{self.library} {library.__version__} on {self.device.name if self.device else 'the CPU'}"
 
     def network_precision(self, asked: str) -> str:
         """Return the precision that networks run in; raises ConfigError for one that is not to be had here."""
@@ -113,16 +88,21 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     if library in ("tensorrt", "tensorrt-rtx"):
         raise ConfigError(unusable[library])
     return Runtime(
-        "onnxruntime", devices, None, f"only scoring uses the GPU; for the backbones too, run: {INSTALL_CUDA_ORT}"
+        "onnxruntime", devices, None, f"only scoring uses the GPU, not the networks: {unusable['onnxruntime']}"
     )
 
 
 def _missing(library: str, device: Device) -> str | None:
-    """Say why a library cannot run backbones on a device; None where it can."""
+    """Say why a library cannot run networks on a device; None where it can."""
     if library == "onnxruntime":
-        if "CUDAExecutionProvider" in ort.get_available_providers():
+        try:
+            providers = import_onnxruntime().get_available_providers()
+        except EngineError as error:
+            return str(error)
+        if "CUDAExecutionProvider" in providers:
             return None
-        return f"the installed ONNX Runtime has no CUDA provider; run: {INSTALL_CUDA_ORT}"
+        gpu = install_command("'zsad[gpu]'")
+        return f"the installed ONNX Runtime has no CUDA provider; in a new environment run: {gpu}"
     try:
         import_tensorrt(library)
     except EngineError as error:

@@ -1,21 +1,25 @@
-"""Backbones on TensorRT and TensorRT-RTX engines: one execution context on the device's stream."""
+"""Graphs on TensorRT and TensorRT-RTX engines: one execution context on the device's stream."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zsad.export.onnx_export import ExportedModel
-from zsad.export.tensorrt_engine import EngineError, load_engine
+from zsad.export.libraries import EngineError
+from zsad.export.tensorrt_engine import load_engine
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.files import written_whole
+
+from .network import TensorSpec
 
 log = logging.getLogger("zsad")
 
 Array = Any  # an array on the device
+
+TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
 
 class CompiledKernels:
@@ -48,16 +52,19 @@ class CompiledKernels:
                 temporary.write_bytes(content)
 
 
-class TensorRTBackbone:
-    """An engine with one context and fixed outputs (see `Backbone`).
+class TensorRTGraph:
+    """An engine with one context and fixed outputs (see `Graph`).
 
     Full batches are replayed as a CUDA graph: a ViT-L is several hundred launches, more than the host queues in the
     time that a fast GPU takes for them.
     """
 
-    def __init__(self, path: Path, model: ExportedModel, device: Device, batch_size: int) -> None:
-        """Raises EngineError for an engine that is not for this machine, MemoryError where one image does not fit."""
-        self._loaded, self._device = load_engine(path, device.number, model.path), device
+    def __init__(self, path: Path, onnx: Path, device: Device, batch_size: int) -> None:
+        """onnx: the graph that the engine was built from.
+
+        Raises EngineError for an engine that is not for this machine, MemoryError where one row does not fit.
+        """
+        self._loaded, self._path, self._device = load_engine(path, device.number, onnx), path, device
         engine, library = self._loaded.engine, self._loaded.library
         # Its working memory is ours: as much as our batches need, not the largest one that the engine was built for.
         ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -71,70 +78,72 @@ class TensorRTBackbone:
             self._context = engine.create_execution_context(ours)
         if self._context is None:
             raise EngineError(f"{path}: {self._loaded.log.said()}; see nvidia-smi for what else uses the GPU")
-        self.checkpoint, self.sha256 = model.checkpoint, model.sha256
-        _, self.layers, patches, self.channels = (int(n) for n in engine.get_tensor_shape("tokens"))
-        side = round(patches**0.5)
-        assert side * side == patches
-        self.grid = side, side
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self.token_type = self._type("tokens")
-        self.embedding_width = int(engine.get_tensor_shape("embedding")[1]) if "embedding" in names else None
-        # The profile is dynamic in the batch alone.
-        _, _, (most, *self._image_shape) = engine.get_tensor_profile_shape("images", 0)
-        self.largest_batch = min(batch_size, int(most))
+        specs = {name: _spec(engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
+        is_input = {name: engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in specs}
+        self.inputs = {name: spec for name, spec in specs.items() if is_input[name]}
+        self.outputs = {name: spec for name, spec in specs.items() if not is_input[name]}
+        profiles = [engine.get_tensor_profile_shape(name, 0) for name in self.inputs]
+        self.largest_batch = min(batch_size, *(int(largest[0]) for _, _, largest in profiles))
         while True:
             try:
-                self._allocate([name for name in names if name != "images"])
+                self._allocate()
                 break
             except MemoryError as error:
                 if self.largest_batch == 1:
                     raise
                 self.largest_batch //= 2
-                log.warning("%s (%s); going on with batches of %d", model.checkpoint, error, self.largest_batch)
+                log.warning("%s (%s); going on with batches of %d", path.name, error, self.largest_batch)
         self._full = self.largest_batch
-        self._recorded: dict[int, Callable[[], None]] = {}  # address of a full batch → its CUDA graph
+        self._recorded: dict[tuple[int, ...], Callable[[], None]] = {}  # addresses of a full batch → its CUDA graph
 
-    def run(self, images: Array) -> tuple[Array, Array | None]:
-        """See Backbone.run."""
-        where = address(images)
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """See Graph.run."""
+        where = tuple(address(inputs[name]) for name in self.inputs)
+        rows = len(next(iter(inputs.values())))
 
         def queue() -> None:
-            for name, array in {"images": images, **self._outputs}.items():
+            for name, array in {**inputs, **self._buffers}.items():
                 self._context.set_tensor_address(name, address(array))
             if not self._context.execute_async_v3(self._device.stream):
-                raise EngineError(f"{self.checkpoint}: its engine failed: {self._loaded.log.said()}")
+                raise EngineError(f"{self._path}: the engine failed: {self._loaded.log.said()}")
 
-        if len(images) == self._full and where in self._recorded:
+        if rows == self._full and where in self._recorded:
             self._recorded[where]()
         else:
-            self._set_batch(len(images))
-            if len(images) < self._full or not self._recordable():
+            self._set_batch(rows)
+            if rows < self._full or not self._recordable():
                 queue()
-            else:  # the pipeline alternates between two inputs, so there are two recordings
+            else:  # the loader alternates between two inputs, so there are two recordings
                 self._recorded[where] = self._device.record(queue)
             if self._kernels is not None:
-                self._kernels.keep(len(images))
-        embedding = self._outputs.get("embedding")
-        return self._outputs["tokens"][: len(images)], None if embedding is None else embedding[: len(images)]
+                self._kernels.keep(rows)
+        return {name: buffer[:rows] for name, buffer in self._buffers.items()}
 
     def _recordable(self) -> bool:
         # TensorRT-RTX may want to allocate while it runs, which cannot be recorded.
         return self._kernels is None or bool(self._context.is_stream_capturable(self._device.stream))
 
-    def _type(self, name: str) -> np.dtype[Any]:
-        return np.dtype(np.float16 if "HALF" in str(self._loaded.engine.get_tensor_dtype(name)) else np.float32)
-
-    def _allocate(self, outputs: Sequence[str]) -> None:
+    def _allocate(self) -> None:
         """Make room for the largest batch; raises MemoryError."""
-        shapes = {name: self._loaded.engine.get_tensor_shape(name)[1:] for name in outputs}
-        self._outputs = {
-            name: self._device.empty((self.largest_batch, *shape), self._type(name)) for name, shape in shapes.items()
+        self._buffers = {
+            name: self._device.empty((self.largest_batch, *spec.shape), spec.dtype)
+            for name, spec in self.outputs.items()
         }
-        self._context.set_input_shape("images", (self.largest_batch, *self._image_shape))
+        self._set_shapes(self.largest_batch)
         self._workspace = self._device.empty((self._context.update_device_memory_size_for_shapes(),), np.uint8)
 
-    def _set_batch(self, size: int) -> None:
+    def _set_batch(self, rows: int) -> None:
         """Lay the working memory out for a batch; smaller ones need no more than the largest."""
-        self._context.set_input_shape("images", (size, *self._image_shape))
+        self._set_shapes(rows)
         self._context.update_device_memory_size_for_shapes()
         self._context.set_device_memory(address(self._workspace), self._workspace.nbytes)
+
+    def _set_shapes(self, rows: int) -> None:
+        for name, spec in self.inputs.items():
+            self._context.set_input_shape(name, (rows, *spec.shape))
+
+
+def _spec(engine: Any, name: str) -> TensorSpec:
+    """Describe an engine's input or output, which is dynamic in the batch alone."""
+    _, *shape = engine.get_tensor_shape(name)
+    return TensorSpec(tuple(map(int, shape)), np.dtype(TYPES[str(engine.get_tensor_dtype(name)).rpartition(".")[2]]))

@@ -67,7 +67,9 @@ def test_a_backbone_that_computes_something_else_is_not_timed(
     measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     real = throughput.run_graph
-    monkeypatch.setattr(throughput, "run_graph", lambda *arguments: [-output for output in real(*arguments)])
+    monkeypatch.setattr(
+        throughput, "run_graph", lambda *arguments: {name: -output for name, output in real(*arguments).items()}
+    )
     with pytest.raises(CheckpointError, match="computes something else"):
         measure("--device", "cpu", "--only", "backbones")
     assert not (tmp_path / "out.jsonl").exists()

@@ -73,10 +73,11 @@ class TorchTower:
         import cupy
 
         with self._torch.cuda.stream(self._stream):
-            tokens, *embedding = self._forward(self._torch.from_dlpack(inputs["images"]).half())
+            outputs = self._forward(self._torch.from_dlpack(inputs["images"]).half())
         with cupy.cuda.ExternalStream(self._stream.cuda_stream):
-            outputs = [tokens, *(vector.float() for vector in embedding)]
-            return {name: cupy.from_dlpack(output) for name, output in zip(self.outputs, outputs, strict=True)}
+            if "embedding" in outputs:
+                outputs["embedding"] = outputs["embedding"].float()
+            return {name: cupy.from_dlpack(output) for name, output in outputs.items()}
 
 
 def torch_networks(
@@ -97,14 +98,17 @@ def test_a_network_gives_what_its_graph_gives(gpu: Device, two_networks: Path, l
     (request,) = (each for each in graph_requests(config) if each.network == "clip")
     images = np.random.default_rng(0).normal(size=(11, 3, 70, 70)).astype(np.float32)
     spec = config.networks["clip"]
-    expected = run_graph(export_onnx(spec.checkpoint, export_options(spec, request, "fp32", "fused")).path, images)
+    expected = run_graph(
+        export_onnx(spec.checkpoint, export_options(spec, request, "fp32", "fused")).path, {"images": images}
+    )
     tower = load_networks(config, [request], runtime, 4)["clip"].graphs["image"]
     for _ in range(3):  # recorded, replayed, and shorter than a full batch
-        outputs: list[list[Any]] = [[], []]
+        outputs: dict[str, list[Any]] = {name: [] for name in tower.outputs}
         for _, arrays in run_in_parts(tower, {"images": gpu.to_device(images)}):
-            for output, array in zip(outputs, arrays.values(), strict=True):
-                output.append(gpu.to_host(array).astype(np.float32))
-        check_agreement([np.concatenate(output) for output in outputs], expected, "fp16", "the fp32 graph")
+            for name, array in arrays.items():
+                outputs[name].append(gpu.to_host(array).astype(np.float32))
+        found = {name: np.concatenate(parts) for name, parts in outputs.items()}
+        check_agreement(found, expected, "fp16", "the fp32 graph")
 
 
 @pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])

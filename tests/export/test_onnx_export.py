@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from zsad.engine.commands.export import main
 from zsad.export import onnx_export, vit_graph
 from zsad.export.agreement import check_agreement, run_graph, sample_images
-from zsad.export.onnx_export import ExportOptions, export_onnx, weights_path
+from zsad.export.onnx_export import export_onnx, weights_path
+from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.files import file_sha256
 
@@ -37,7 +38,7 @@ def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Pa
         {"image_size": 84},
         {"activation": "quick_gelu"},
         {"heads": 2},
-        {"embedding": False},
+        {"outputs": ("tokens",)},
         {"precision": "fp16"},
         {"attention": "standard"},
         {"antialias": True},
@@ -115,10 +116,12 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_compared(
 def test_agreement_has_limits_and_refuses_nan() -> None:
     tokens = np.random.default_rng(0).normal(size=(1, 2, 5, 8)).astype(np.float32)
     noise = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
-    assert "relative error 8.7e-05" in check_agreement([tokens + 1e-4 * noise], [tokens], "fp16", "itself")
+    assert "relative error 8.7e-05" in check_agreement(
+        {"tokens": tokens + 1e-4 * noise}, {"tokens": tokens}, "fp16", "itself"
+    )
     for precision, size in (("fp32", 2e-4), ("fp16", 0.1), ("int8", 0.1), ("fp16", np.nan)):
         with pytest.raises(CheckpointError, match="computes something else"):
-            check_agreement([tokens + np.float32(size) * noise], [tokens], precision, "itself")
+            check_agreement({"tokens": tokens + np.float32(size) * noise}, {"tokens": tokens}, precision, "itself")
 
 
 def test_weights_beyond_protobuf_stand_beside_the_graph(
@@ -130,12 +133,15 @@ def test_weights_beyond_protobuf_stand_beside_the_graph(
     assert set(large.path.parent.iterdir()) == {large.path, weights_path(large.path)}
     assert large.path.stat().st_size < weights_path(large.path).stat().st_size / 4
     assert large.path.stat().st_mode == weights_path(large.path).stat().st_mode
-    outputs = run_graph(large.path, sample_images(70))
+    images = {"images": sample_images(70)}
+    outputs = run_graph(large.path, images)
     monkeypatch.undo()
     small = export_onnx(checkpoint, OPTIONS, large.path)
     assert list(large.path.parent.iterdir()) == [small.path]  # without the weights of the former
-    for a, b in zip(outputs, run_graph(small.path, sample_images(70)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    found = run_graph(small.path, images)
+    assert list(found) == ["tokens", "embedding"]
+    for name, output in found.items():
+        np.testing.assert_array_equal(output, outputs[name])
 
 
 def test_a_checkpoint_is_not_replaced_by_its_graph(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
@@ -190,7 +196,9 @@ def test_command_exports_a_preset(
 
     def fake(checkpoint: str, options: ExportOptions, output: Path, oracle: str) -> onnx_export.ExportedModel:
         made.append((checkpoint, options, output))
-        return onnx_export.ExportedModel(output, checkpoint, "", built=True, agreement="fine")
+        return onnx_export.ExportedModel(
+            output, checkpoint, "", options.precision, "imagenet", inputs={}, built=True, agreement="fine"
+        )
 
     monkeypatch.setattr("zsad.engine.commands.export.export_onnx", fake)
     monkeypatch.setattr("zsad.engine.commands.export.fetch_checkpoint", lambda name: None)
@@ -200,10 +208,14 @@ def test_command_exports_a_preset(
     assert made == [
         (
             "dinov2-vitl14",
-            ExportOptions(taps, 518, embedding=False, precision="fp16"),
+            ExportOptions(taps, 518, outputs=("tokens",), precision="fp16", preprocessing="imagenet"),
             tmp_path / "dinov2-518-fp16.onnx",
         ),
-        ("clip-vitl14-336", ExportOptions(taps, 518, precision="fp16"), tmp_path / "clip-518-fp16.onnx"),
+        (
+            "clip-vitl14-336",
+            ExportOptions(taps, 518, precision="fp16", preprocessing="imagenet"),
+            tmp_path / "clip-518-fp16.onnx",
+        ),
     ]
     made.clear()
     assert main(["--preset", "musc", "--image-size", "336"]) == 0

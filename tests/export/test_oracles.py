@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zsad.export.agreement import run_graph, sample_images
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.onnx_export import export_onnx
+from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
-from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import attention_heads
+from zsad.export.vision_transformer import DINOV2, VisionTransformer, read_vision_transformer
 
 IMAGES = sample_images(70)
 
@@ -21,7 +21,7 @@ def export_and_run(checkpoint: Path, **options: object) -> list[np.ndarray]:
     model = export_onnx(
         str(checkpoint), ExportOptions((0, 2), 70, **options), checkpoint.with_name("graph.onnx"), oracle="torch"
     )
-    return run_graph(model.path, IMAGES)
+    return list(run_graph(model.path, {"images": IMAGES}).values())
 
 
 def save_random(model, path: Path, prefix: str = "") -> Path:
@@ -116,7 +116,7 @@ def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
     towers = [tower for tower in towers if isinstance(tower.get("layers"), int) and "patch_size" in tower]
     assert len(towers) > 40
     for tower in towers:
-        assert attention_heads(tower["width"], None) == tower["width"] // tower.get("head_width", 64)
+        assert DINOV2.attention_heads(tower["width"], None) == tower["width"] // tower.get("head_width", 64)
 
 
 def with_parts(name: str, parts: dict[str, str]) -> str:

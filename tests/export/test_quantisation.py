@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from zsad.export.agreement import SMALLEST_COSINE, run_graph, token_cosines
 from zsad.export.checkpoints import find_checkpoint
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.onnx_export import export_onnx
+from zsad.export.options import ExportOptions
 from zsad.export.quantisation import ALLOWED, int8_errors, layers_in_fp32
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
@@ -36,15 +37,15 @@ def with_outliers(checkpoint: Path, file: Path, channels: int = 1) -> Path:
 def test_a_layer_behind_outlier_channels_is_found(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
     plain = read_vision_transformer(random_dinov2())
     outliers = read_vision_transformer(with_outliers(random_dinov2(), tmp_path / "outliers.safetensors"))
-    arguments = (70, "gelu", 1, None)
-    usual, found = (int8_errors(vit, (0, 1), *arguments) for vit in (plain, outliers))
+    options = replace(OPTIONS, outputs=("tokens",))
+    usual, found = (int8_errors(vit, options) for vit in (plain, outliers))
     assert max(found, key=lambda layer: found[layer][1]) == "block1.fc1"
     assert found["block1.fc1"][0] == 0  # the tap in front of it
     assert found["block1.fc1"][1] > 20 * usual["block1.fc1"][1]
     np.testing.assert_allclose(found["block0.fc1"], usual["block0.fc1"], rtol=1e-3)
     assert "block1.fc1" in next(layers_in_fp32(found))
     assert "block1.fc1" not in next(layers_in_fp32(usual))
-    assert set(int8_errors(outliers, (0,), *arguments)) == {f"block0.{layer}" for layer in LINEAR_LAYERS}
+    assert set(int8_errors(outliers, replace(options, taps=(0,)))) == {f"block0.{layer}" for layer in LINEAR_LAYERS}
 
 
 def test_ever_more_layers_stay_in_fp32() -> None:
@@ -77,7 +78,7 @@ def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
     assert facts["exact"] == "block1.fc1"
     monkeypatch.setattr("zsad.export.onnx_export.layers_in_fp32", lambda errors: [()])
     with pytest.raises(CheckpointError, match="computes something else"):
-        export_onnx(checkpoint, replace(OPTIONS, taps=(1,), embedding=False))
+        export_onnx(checkpoint, replace(OPTIONS, taps=(1,), outputs=("tokens",)))
 
 
 def test_photographs_keep_the_promised_cosine(real_data: Path, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_photographs_keep_the_promised_cosine(real_data: Path, tmp_path: Path) -
     images = (np.stack(resized).transpose(0, 3, 1, 2) / 255 - 0.45) / 0.225
     tokens = []
     for precision in ("fp32", "int8"):
-        options = ExportOptions((5, 8), 280, embedding=False, precision=precision)
+        options = ExportOptions((5, 8), 280, outputs=("tokens",), precision=precision)
         model = export_onnx("dinov2-vits14", options, tmp_path / f"{precision}.onnx")
-        tokens.append(run_graph(model.path, images)[0])
+        tokens.append(run_graph(model.path, {"images": images})["tokens"])
     assert token_cosines(tokens[1], tokens[0]).min() >= SMALLEST_COSINE["int8"]

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from zsad.engine.commands.export import main
-from zsad.export import tensorrt_engine
+from zsad.export import libraries, tensorrt_engine
 from zsad.export.cuda_driver import CudaError, use_device
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.libraries import EngineError, import_tensorrt
+from zsad.export.onnx_export import ExportedModel, export_onnx
+from zsad.export.options import ExportOptions
 from zsad.export.tensorrt_engine import (
-    EngineError,
     EngineOptions,
     Fingerprint,
     build_engine,
     fingerprint_path,
-    import_tensorrt,
     load_engine,
     parse_network,
     read_engine,
@@ -41,10 +41,10 @@ def cache(empty_cache: Path) -> Path:
 
 
 @pytest.fixture
-def graph(random_dinov2: Callable[..., Path], tmp_path: Path) -> Path:
+def graph(random_dinov2: Callable[..., Path], tmp_path: Path) -> ExportedModel:
     """A tiny half-precision graph for TensorRT."""
     options = ExportOptions((0, 1), 70, precision="fp16", attention="standard")
-    return export_onnx(str(random_dinov2()), options, tmp_path / "tiny.onnx").path
+    return export_onnx(str(random_dinov2()), options, tmp_path / "tiny.onnx")
 
 
 class FakeBuilder:
@@ -130,11 +130,11 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
     return fake
 
 
-def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Path) -> None:
+def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: ExportedModel, cache: Path) -> None:
     options = EngineOptions(
         "tensorrt", (2, 4, 16), strip_weights=True, version_compatible=True, hardware_compatible=True
     )
-    engine = build_engine(graph, 70, "fp16", options, "again")
+    engine = build_engine(graph, options, "again")
     assert engine.built
     assert tensorrt.asked == [
         "network 2",
@@ -151,7 +151,7 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Pa
     stored = json.loads(fingerprint_path(engine.path).read_text())
     assert stored == {
         "onnx": "tiny.onnx",
-        "onnx_sha256": file_sha256(graph),
+        "onnx_sha256": file_sha256(graph.path),
         "library": "tensorrt",
         "version": "10.13.0.35",
         "compute_capabilities": ["8.9"],
@@ -166,32 +166,34 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: Path, cache: Pa
         "engine_bytes": 17,
         "sha256": engine.fingerprint.sha256(),
     }
-    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+    build_engine(graph, EngineOptions("tensorrt"), "again")
     assert tensorrt.asked[-1] == "timings b'measured'"
 
 
-def test_engines_are_cached_by_fingerprint(tensorrt: FakeBuilder, graph: Path, cache: Path, monkeypatch) -> None:
+def test_engines_are_cached_by_fingerprint(
+    tensorrt: FakeBuilder, graph: ExportedModel, cache: Path, monkeypatch
+) -> None:
     options = EngineOptions("tensorrt")
-    first = build_engine(graph, 70, "fp16", options, "again")
+    first = build_engine(graph, options, "again")
     calls = len(tensorrt.asked)
-    again = build_engine(graph, 70, "fp16", options, "another command")
+    again = build_engine(graph, options, "another command")
     assert (again.path, again.built, len(tensorrt.asked)) == (first.path, False, calls)
     paths = {first.path}
     for change in ({"batch": (1, 1, 1)}, {"strip_weights": True}, {"hardware_compatible": True}):
-        paths.add(build_engine(graph, 70, "fp16", replace(options, **change), "again").path)
-    paths.add(build_engine(graph, 70, "fp32", options, "again").path)
+        paths.add(build_engine(graph, replace(options, **change), "again").path)
+    paths.add(build_engine(replace(graph, precision="fp32"), options, "again").path)
     tensorrt.__version__ = "11.4.0.1"
-    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
+    paths.add(build_engine(graph, options, "again").path)
     monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "9.0")
-    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
-    graph.write_bytes(graph.read_bytes() + b"\x00")
-    paths.add(build_engine(graph, 70, "fp16", options, "again").path)
+    paths.add(build_engine(graph, options, "again").path)
+    graph.path.write_bytes(graph.path.read_bytes() + b"\x00")
+    paths.add(build_engine(graph, options, "again").path)
     assert len(paths) == 8
     assert set((cache / "engines").glob("*.engine")) == paths
 
 
-def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: Path) -> None:
-    first = build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: ExportedModel) -> None:
+    first = build_engine(graph, EngineOptions("tensorrt"), "again")
     stored = json.loads(fingerprint_path(first.path).read_text())
     for damaged, content in (
         (first.path, "plan"),
@@ -199,20 +201,20 @@ def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: Path) -> 
         (fingerprint_path(first.path), json.dumps({**stored, "engine_bytes": "x"})),
     ):
         damaged.write_text(content)
-        assert build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
+        assert build_engine(graph, EngineOptions("tensorrt"), "again").built
         assert first.path.read_bytes() == b"plan of an engine"
-        assert not build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again").built
+        assert not build_engine(graph, EngineOptions("tensorrt"), "again").built
 
 
-def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: Path, cache: Path) -> None:
+def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: ExportedModel, cache: Path) -> None:
     tensorrt.plan = None
     with pytest.raises(EngineError, match=r"built no engine.*out of memory.*smaller --batch"):
-        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+        build_engine(graph, EngineOptions("tensorrt"), "again")
     assert not (cache / "engines").exists()
 
 
 def test_no_fingerprint_appears_without_its_engine(
-    tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensorrt: FakeBuilder, graph: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_file = Path.replace
 
@@ -223,7 +225,7 @@ def test_no_fingerprint_appears_without_its_engine(
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(PermissionError, match="in use"):
-        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again", tmp_path / "out" / "model.engine")
+        build_engine(graph, EngineOptions("tensorrt"), "again", tmp_path / "out" / "model.engine")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -248,10 +250,10 @@ def test_no_fingerprint_appears_without_its_engine(
     ],
 )
 def test_an_edited_fingerprint_is_refused(
-    tensorrt: FakeBuilder, graph: Path, tmp_path: Path, field: str, value: object
+    tensorrt: FakeBuilder, graph: ExportedModel, tmp_path: Path, field: str, value: object
 ) -> None:
     path = tmp_path / "model.engine"
-    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again", path)
+    build_engine(graph, EngineOptions("tensorrt"), "again", path)
     stored = json.loads(fingerprint_path(path).read_text())
     assert stored[field] != value
     fingerprint_path(path).write_text(json.dumps({**stored, field: value}))
@@ -262,10 +264,12 @@ def test_an_edited_fingerprint_is_refused(
 MAKE_AGAIN = "build it again: zsad-export --checkpoint x"
 
 
-def test_engines_that_do_not_fit_are_refused(tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch) -> None:
+def test_engines_that_do_not_fit_are_refused(
+    tensorrt: FakeBuilder, graph: ExportedModel, tmp_path: Path, monkeypatch
+) -> None:
     path = tmp_path / "model.engine"
-    build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "zsad-export --checkpoint x", path)
-    plan, fingerprint = read_engine(path, onnx=graph)
+    build_engine(graph, EngineOptions("tensorrt"), "zsad-export --checkpoint x", path)
+    plan, fingerprint = read_engine(path, onnx=graph.path)
     assert plan == b"plan of an engine"
     assert isinstance(fingerprint, Fingerprint)
 
@@ -300,10 +304,12 @@ def test_engines_that_do_not_fit_are_refused(tensorrt: FakeBuilder, graph: Path,
         read_engine(path)
 
 
-def test_compatible_engines_run_elsewhere(tensorrt: FakeBuilder, graph: Path, tmp_path: Path, monkeypatch) -> None:
+def test_compatible_engines_run_elsewhere(
+    tensorrt: FakeBuilder, graph: ExportedModel, tmp_path: Path, monkeypatch
+) -> None:
     path = tmp_path / "model.engine"
     options = EngineOptions("tensorrt", version_compatible=True, hardware_compatible=True)
-    build_engine(graph, 70, "fp16", options, "zsad-export --checkpoint x", path)
+    build_engine(graph, options, "zsad-export --checkpoint x", path)
     monkeypatch.setattr(tensorrt_engine, "use_device", lambda device: "12.0")
     tensorrt.__version__ = "10.14.1"
     read_engine(path)
@@ -329,19 +335,19 @@ def test_compatible_engines_run_elsewhere(tensorrt: FakeBuilder, graph: Path, tm
     ],
 )
 def test_options_that_do_not_fit(
-    tensorrt: FakeBuilder, graph: Path, options: EngineOptions, precision: str, message: str
+    tensorrt: FakeBuilder, graph: ExportedModel, options: EngineOptions, precision: str, message: str
 ) -> None:
     with pytest.raises(EngineError, match=message):
-        build_engine(graph, 70, precision, options, "again")
+        build_engine(replace(graph, precision=precision), options, "again")
 
 
-def test_without_a_gpu(tensorrt: FakeBuilder, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu(tensorrt: FakeBuilder, graph: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(device: int) -> str:
         raise CudaError("no NVIDIA driver on this machine")
 
     monkeypatch.setattr(tensorrt_engine, "use_device", none)
     with pytest.raises(EngineError, match=r"no NVIDIA driver.*tensorrt-rtx builds without one"):
-        build_engine(graph, 70, "fp16", EngineOptions("tensorrt"), "again")
+        build_engine(graph, EngineOptions("tensorrt"), "again")
 
 
 def test_the_command_refuses_before_it_exports(
@@ -367,13 +373,13 @@ def test_a_missing_library_says_how_to_install_it(target: str, extra: str, monke
     module = target.replace("-", "_")
     monkeypatch.setitem(sys.modules, module, None)
     for system, machine in (("Darwin", "arm64"), ("Linux", "riscv64")):
-        monkeypatch.setattr(tensorrt_engine.platform, "system", lambda system=system: system)
-        monkeypatch.setattr(tensorrt_engine.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(libraries.platform, "system", lambda system=system: system)
+        monkeypatch.setattr(libraries.platform, "machine", lambda machine=machine: machine)
         with pytest.raises(EngineError, match=f"not made for {system} on {machine}; use --target onnx"):
             import_tensorrt(target)
-    monkeypatch.setattr(tensorrt_engine.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(tensorrt_engine.platform, "machine", lambda: "x86_64")
-    with pytest.raises(EngineError, match=rf"not installed.*-m pip install 'zsad\[{extra}\]'"):
+    monkeypatch.setattr(libraries.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(libraries.platform, "machine", lambda: "x86_64")
+    with pytest.raises(EngineError, match=rf"not installed.*-m pip install 'zsad\[gpu,{extra}\]'"):
         import_tensorrt(target)
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__version__="0.9.0"))
     with pytest.raises(EngineError, match=r"too old.*--upgrade"):
@@ -389,9 +395,9 @@ def test_importing_the_export_side_imports_neither_pytorch_nor_tensorrt() -> Non
 
 
 @needs_rtx
-def test_tensorrt_rtx_reads_the_types_that_the_graph_says(graph: Path) -> None:
+def test_tensorrt_rtx_reads_the_types_that_the_graph_says(graph: ExportedModel) -> None:
     trt = import_tensorrt("tensorrt-rtx")
-    _, network = parse_network(trt, graph, tensorrt_engine._logger(trt))
+    _, network = parse_network(trt, graph.path, tensorrt_engine._logger(trt))
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     types_of: dict[str, Counter] = {}
     for layer in layers:
@@ -410,18 +416,18 @@ def test_tensorrt_rtx_reads_the_types_that_the_graph_says(graph: Path) -> None:
 @needs_rtx
 def test_a_foreign_graph_is_refused_by_the_parser(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
     options = ExportOptions((0, 1), 70, precision="int8")
-    quantised = export_onnx(str(random_dinov2()), options, tmp_path / "int8.onnx").path
+    quantised = export_onnx(str(random_dinov2()), options, tmp_path / "int8.onnx")
     with pytest.raises(EngineError, match=r"refused by the parser.*--target tensorrt"):
-        build_engine(quantised, 70, "fp32", RTX, "again")
+        build_engine(replace(quantised, precision="fp32"), RTX, "again")
 
 
 @needs_rtx
-def test_tensorrt_rtx_builds_caches_and_needs_a_gpu_to_run(graph: Path, cache: Path) -> None:
-    engine = build_engine(graph, 70, "fp16", replace(RTX, compute_capabilities=("8.9", "12.0")), "again")
+def test_tensorrt_rtx_builds_caches_and_needs_a_gpu_to_run(graph: ExportedModel, cache: Path) -> None:
+    engine = build_engine(graph, replace(RTX, compute_capabilities=("8.9", "12.0")), "again")
     assert engine.built
     assert engine.fingerprint.compute_capabilities == ("8.9", "12.0")
     assert engine.path.stat().st_size == engine.fingerprint.engine_bytes > 100_000
-    assert not build_engine(graph, 70, "fp16", replace(RTX, compute_capabilities=("8.9", "12.0")), "again").built
+    assert not build_engine(graph, replace(RTX, compute_capabilities=("8.9", "12.0")), "again").built
     assert len(list((cache / "engines").iterdir())) == 2
     try:
         use_device(0)
@@ -438,9 +444,9 @@ def test_tensorrt_rtx_builds_caches_and_needs_a_gpu_to_run(graph: Path, cache: P
         (replace(RTX, compute_capabilities=("9.0",)), "does not know compute capability 9.0.*--target tensorrt"),
     ],
 )
-def test_options_that_tensorrt_rtx_does_not_take(graph: Path, options: EngineOptions, message: str) -> None:
+def test_options_that_tensorrt_rtx_does_not_take(graph: ExportedModel, options: EngineOptions, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        build_engine(graph, 70, "fp16", options, "again")
+        build_engine(graph, options, "again")
 
 
 @needs_rtx

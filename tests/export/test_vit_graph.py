@@ -4,19 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from processor import needs_vnni
 from safetensors.numpy import load_file, save_file
 
+from zsad.export.libraries import import_onnxruntime
+from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
-from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import LINEAR_LAYERS, attention_heads, bicubic_matrix, build_vit_graph, resize_positions
+from zsad.export.vision_transformer import CLIP, DINOV2, VisionTransformer, read_vision_transformer
+from zsad.export.vit_graph import LINEAR_LAYERS, bicubic_matrix, build_vit_graph, resize_positions
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
     onnx.checker.check_model(model)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"images": images.astype(np.float32)})
 
 
@@ -37,7 +38,7 @@ def clip(golden: Path) -> VisionTransformer:
 @pytest.mark.parametrize("size", [518, 224])
 def test_dinov2_equals_the_public_model(golden: Path, dinov2: VisionTransformer, size: int) -> None:
     arrays = np.load(golden / "dinov2_vit_tiny.npz")
-    model = build_vit_graph(dinov2, arrays["taps_zero_based"].tolist(), size, heads=3)
+    model = build_vit_graph(dinov2, ExportOptions(tuple(arrays["taps_zero_based"].tolist()), size, heads=3))
     tokens, embedding = run(model, arrays[f"image_{size}"])
     assert relative_error(tokens, arrays[f"patch_tokens_{size}"]) < 1e-5
     assert relative_error(embedding, arrays[f"image_embedding_{size}"]) < 1e-5
@@ -46,7 +47,7 @@ def test_dinov2_equals_the_public_model(golden: Path, dinov2: VisionTransformer,
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_clip_equals_the_public_model(golden: Path, clip: VisionTransformer, activation: str) -> None:
     arrays = np.load(golden / "clip_vit_tiny.npz")
-    model = build_vit_graph(clip, arrays["taps_zero_based"].tolist(), 126, activation, heads=2)
+    model = build_vit_graph(clip, ExportOptions(tuple(arrays["taps_zero_based"].tolist()), 126, activation, heads=2))
     tokens, embedding = run(model, arrays["image"])
     assert relative_error(tokens, arrays[f"patch_tokens_{activation}"]) < 1e-5
     assert relative_error(embedding, arrays[f"image_embedding_{activation}"]) < 1e-5
@@ -55,7 +56,7 @@ def test_clip_equals_the_public_model(golden: Path, clip: VisionTransformer, act
 
 def test_batch_is_dynamic_and_images_are_independent(golden: Path, clip: VisionTransformer) -> None:
     images = np.load(golden / "clip_vit_tiny.npz")["image"]
-    model = build_vit_graph(clip, [2, 5], 126, heads=2)
+    model = build_vit_graph(clip, ExportOptions((2, 5), 126, heads=2))
     together, _ = run(model, images)
     for index, image in enumerate(images):
         alone, _ = run(model, image[None])
@@ -64,15 +65,26 @@ def test_batch_is_dynamic_and_images_are_independent(golden: Path, clip: VisionT
 
 def test_without_embedding_later_blocks_are_left_out(dinov2: VisionTransformer) -> None:
     images = np.random.default_rng(0).normal(size=(1, 3, 70, 70))
-    full = build_vit_graph(dinov2, [0, 2], 70, heads=3)
-    short = build_vit_graph(dinov2, [0, 2], 70, heads=3, embedding=False)
+    full = build_vit_graph(dinov2, ExportOptions((0, 2), 70, heads=3))
+    short = build_vit_graph(dinov2, ExportOptions((0, 2), 70, heads=3, outputs=("tokens",)))
     assert len(short.graph.node) < len(full.graph.node)
     assert [output.name for output in short.graph.output] == ["tokens"]
     np.testing.assert_allclose(run(short, images)[0], run(full, images)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_embedding_alone_takes_no_taps(clip: VisionTransformer, precision: str) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 126, 126))
+    full = build_vit_graph(clip, ExportOptions((2, 5), 126, heads=2, precision=precision))
+    alone = build_vit_graph(clip, ExportOptions((), 126, heads=2, outputs=("embedding",), precision=precision))
+    assert [output.name for output in alone.graph.output] == ["embedding"]
+    onnx.checker.check_model(alone, full_check=True)
+    [embedding] = run(alone, images)
+    np.testing.assert_array_equal(embedding, run(full, images)[1])
+
+
 def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
-    model = build_vit_graph(dinov2, [1, 3], 70, heads=3, metadata={"checkpoint": "x"})
+    model = build_vit_graph(dinov2, ExportOptions((1, 3), 70, heads=3), metadata={"checkpoint": "x"})
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert facts == {
         "architecture": "dinov2",
@@ -89,9 +101,12 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"taps": [1, 6]}, "from 0 to 5"),
-        ({"taps": []}, "increasing"),
-        ({"taps": [3, 1]}, "increasing"),
+        ({"taps": (1, 6)}, "from 0 to 5"),
+        ({"taps": ()}, "increasing"),
+        ({"outputs": ("embedding",)}, r"taps \[1, 3\] give tokens, which are not wanted"),
+        ({"outputs": ()}, "gives tokens and embedding, not nothing"),
+        ({"outputs": ("masks",)}, "gives tokens and embedding, not masks"),
+        ({"taps": (3, 1)}, "increasing"),
         ({"image_size": 500}, "--image-size 504"),
         ({"image_size": 0}, "--image-size 14"),
         ({"activation": "relu"}, "gelu, quick_gelu"),
@@ -101,21 +116,22 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused(dinov2: VisionTransformer, change, message: str) -> None:
-    arguments = {"taps": [1, 3], "image_size": 70, "heads": 3, **change}
+    arguments = {"taps": (1, 3), "image_size": 70, "heads": 3, **change}
     with pytest.raises(CheckpointError, match=message):
-        build_vit_graph(dinov2, **arguments)
+        build_vit_graph(dinov2, ExportOptions(**arguments))
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (384, 6), (896, 14), (1024, 16), (1280, 16), (1536, 24)])
 def test_heads_are_those_of_the_published_towers(width: int, heads: int) -> None:
-    assert attention_heads(width, None) == heads
-    assert attention_heads(width, 4) == 4
+    for architecture in (DINOV2, CLIP):
+        assert architecture.attention_heads(width, None) == heads
+        assert architecture.attention_heads(width, 4) == 4
 
 
 @pytest.mark.parametrize("width", [1088, 1152, 2048])
 def test_heads_of_other_wide_towers_must_be_named(width: int) -> None:
     with pytest.raises(CheckpointError, match="is not known; name the number with --heads"):
-        attention_heads(width, None)
+        CLIP.attention_heads(width, None)
 
 
 def test_positions_are_kept_at_the_stored_size(dinov2: VisionTransformer) -> None:
@@ -139,7 +155,7 @@ def test_registers_stand_between_class_token_and_patches(golden: Path, tmp_path:
     save_file(state, tmp_path / "without.safetensors")
     images = np.random.default_rng(0).normal(size=(2, 3, 518, 518))
     results = [
-        run(build_vit_graph(read_vision_transformer(tmp_path / name), [0, 5], 518, heads=3), images)
+        run(build_vit_graph(read_vision_transformer(tmp_path / name), ExportOptions((0, 5), 518, heads=3)), images)
         for name in ("with.safetensors", "without.safetensors")
     ]
     for with_registers, without in zip(*results, strict=True):
@@ -155,7 +171,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
 def test_half_precision_has_its_islands_in_fp32(request: pytest.FixtureRequest, name: str) -> None:
     vit: VisionTransformer = request.getfixturevalue(name)
-    model = build_vit_graph(vit, [1, 3, 5], 70, heads=2, precision="fp16", attention="standard")
+    model = build_vit_graph(vit, ExportOptions((1, 3, 5), 70, heads=2, precision="fp16", attention="standard"))
     onnx.checker.check_model(model, full_check=True)
     types = types_of(model)
     operators = {node.output[0]: node.op_type for node in model.graph.node}
@@ -179,8 +195,8 @@ def test_lower_precisions_stay_close(
     golden: Path, clip: VisionTransformer, precision: str, cosine: float, attention: str
 ) -> None:
     arrays = np.load(golden / "clip_vit_tiny.npz")
-    taps = arrays["taps_zero_based"].tolist()
-    model = build_vit_graph(clip, taps, 126, heads=2, precision=precision, attention=attention)
+    taps = tuple(arrays["taps_zero_based"].tolist())
+    model = build_vit_graph(clip, ExportOptions(taps, 126, heads=2, precision=precision, attention=attention))
     for found, name in zip(run(model, arrays["image"]), ("patch_tokens_gelu", "image_embedding_gelu"), strict=True):
         found, expected = found.astype(np.float64), arrays[name].astype(np.float64)
         lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
@@ -188,14 +204,14 @@ def test_lower_precisions_stay_close(
 
 
 def test_standard_attention_uses_no_foreign_operators(dinov2: VisionTransformer) -> None:
-    model = build_vit_graph(dinov2, [1], 70, heads=3, precision="fp16", attention="standard")
+    model = build_vit_graph(dinov2, ExportOptions((1,), 70, heads=3, precision="fp16", attention="standard"))
     assert {node.domain for node in model.graph.node} == {""}
     assert [entry.domain for entry in model.opset_import] == [""]
 
 
 def test_int8_results_do_not_depend_on_the_batch(golden: Path, clip: VisionTransformer) -> None:
     images = np.load(golden / "clip_vit_tiny.npz")["image"]
-    model = build_vit_graph(clip, [2, 5], 126, heads=2, precision="int8")
+    model = build_vit_graph(clip, ExportOptions((2, 5), 126, heads=2, precision="int8"))
     together = run(model, np.concatenate([images, 50 * images]))
     for alone, all_of_them in zip(run(model, images[:1]), together, strict=True):
         np.testing.assert_array_equal(alone, all_of_them[:1])
@@ -205,10 +221,10 @@ def test_int8_results_do_not_depend_on_the_batch(golden: Path, clip: VisionTrans
 def test_exact_layers_of_an_int8_graph_are_computed_in_fp32(clip: VisionTransformer, attention: str) -> None:
     images = np.random.default_rng(0).normal(size=(2, 3, 126, 126))
     layers = [f"block{index}.{layer}" for index in range(len(clip.blocks)) for layer in LINEAR_LAYERS]
-    expected = run(build_vit_graph(clip, [2, 5], 126, heads=2), images)
+    expected = run(build_vit_graph(clip, ExportOptions((2, 5), 126, heads=2)), images)
     deviations = []
     for exact in (layers, layers[1:], []):
-        model = build_vit_graph(clip, [2, 5], 126, heads=2, precision="int8", attention=attention, exact=exact)
+        model = build_vit_graph(clip, ExportOptions((2, 5), 126, heads=2, precision="int8", attention=attention), exact)
         (loop,) = model.graph.node
         operators = [node.op_type for node in loop.attribute[0].g.node]
         assert operators.count("DynamicQuantizeMatMul") == len(layers) - len(exact)
@@ -221,7 +237,9 @@ def test_weights_beyond_half_precision_are_refused(golden: Path, tmp_path: Path)
     state["blocks.2.mlp.fc1.weight"] = state["blocks.2.mlp.fc1.weight"] * 1e6
     save_file(state, tmp_path / "large.safetensors")
     with pytest.raises(CheckpointError, match=r"block2\.fc1\.weight.*beyond the range of fp16"):
-        build_vit_graph(read_vision_transformer(tmp_path / "large.safetensors"), [1], 70, heads=3, precision="fp16")
+        build_vit_graph(
+            read_vision_transformer(tmp_path / "large.safetensors"), ExportOptions((1,), 70, heads=3, precision="fp16")
+        )
 
 
 def test_antialiasing_is_an_option_and_changes_only_resized_positions(clip: VisionTransformer) -> None:

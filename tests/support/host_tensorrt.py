@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from host_build import RECORDING
 from numpy.typing import NDArray
 
+from zsad.export.libraries import import_onnxruntime
 from zsad.export.tensorrt_engine import LoadedEngine
 
 
 def loaded(engine: "HostEngine", rtx: bool = False) -> LoadedEngine:
     """Give an engine the library, TensorRT or TensorRT-RTX, and the logger that it comes with."""
     library = types.SimpleNamespace(
-        ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed")
+        ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
+        TensorIOMode=types.SimpleNamespace(INPUT="input"),
     )
     if rtx:
         library.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER="eager")
@@ -29,6 +30,7 @@ class HostEngine:
     """An ICudaEngine on the host: ONNX Runtime behind the calls that TensorRT has, addresses in host memory."""
 
     def __init__(self, onnx: Path, most: int) -> None:
+        ort = import_onnxruntime()
         self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
         self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.num_io_tensors = len(self.tensors)
@@ -37,6 +39,9 @@ class HostEngine:
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name == "images" else "output"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, *self.tensors[name].shape[1:])

@@ -112,7 +112,8 @@ PRESET = ["--preset", "small"]
         ([*PRESET, "--heads", "6"], "a preset brings its own heads;"),
         ([*PRESET, "--preprocessing", "imagenet"], "a preset brings its own preprocessing;"),
         ([*PRESET, "--no-antialias"], "a preset brings its own antialias;"),
-        ([*PRESET, "--no-embedding"], "a preset brings its own embedding;"),
+        ([*PRESET, "--no-embedding"], "a preset brings its own outputs;"),
+        ([*PRESET, "--no-tokens"], "a preset brings its own outputs;"),
     ],
 )
 def test_no_option_is_ignored(

@@ -18,7 +18,8 @@ from zsad.engine.results.records import CategoryRecord
 from zsad.engine.run import CategoryJob
 from zsad.engine.workplace import Options
 from zsad.export.agreement import run_graph
-from zsad.export.onnx_export import ExportOptions, export_onnx
+from zsad.export.onnx_export import export_onnx
+from zsad.export.options import ExportOptions
 
 WIDTH = 48
 
@@ -33,7 +34,7 @@ def text_image(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     file = tmp_path / "text_image.toml"
     file.write_text(
         f'method = "text_image"\nimage_size = 70\nthreshold = 0.5\n[networks.dinov2]\n{checkpoint}\nheads = 3\n'
-        f'taps = [1, 3]\n[settings]\nvectors = "{tmp_path / "texts.npy"}"\n'
+        f'taps = []\n[settings]\nvectors = "{tmp_path / "texts.npy"}"\n'
     )
     return file
 
@@ -43,7 +44,7 @@ def expected(config: Config, image: Path) -> float:
     options = ExportOptions(taps=(1, 3), image_size=70, heads=3)
     graph = export_onnx(spec.checkpoint, options).path
     pixels = network_input(decode(image), recipe("imagenet", 70))
-    vector = run_graph(graph, pixels[None])[1][0].astype(np.float64)
+    vector = run_graph(graph, {"images": pixels[None]})["embedding"][0].astype(np.float64)
     texts = np.load(config.settings.vectors)  # type: ignore[attr-defined]
     cosines = texts @ vector / np.linalg.norm(texts, axis=1) / np.linalg.norm(vector)
     return float(1 / (1 + np.exp(100 * (cosines[0] - cosines[1]))))

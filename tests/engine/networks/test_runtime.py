@@ -24,12 +24,13 @@ from zsad.engine.config import ConfigError
 from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_backbone
-from zsad.engine.networks.network import run_in_parts
-from zsad.engine.networks.onnx_runtime import OnnxRuntimeBackbone
+from zsad.engine.networks.network import TensorSpec, run_in_parts
+from zsad.engine.networks.onnx_runtime import OnnxRuntimeGraph
 from zsad.engine.networks.runtime import choose_runtime
-from zsad.engine.networks.tensorrt import TensorRTBackbone
-from zsad.export.onnx_export import ExportedModel, ExportOptions, export_onnx
-from zsad.export.tensorrt_engine import EngineError
+from zsad.engine.networks.tensorrt import TensorRTGraph
+from zsad.export.libraries import EngineError
+from zsad.export.onnx_export import ExportedModel, export_onnx
+from zsad.export.options import ExportOptions
 from zsad.kernels.cuda import DeviceError
 from zsad.kernels.mutual_scoring import MutualScoring
 
@@ -76,6 +77,20 @@ def model(random_dinov2: Callable[..., Path]) -> ExportedModel:
     return export_onnx(str(random_dinov2()), ExportOptions((0, 1), 70, precision="fp16", attention="fused"))
 
 
+INPUTS = {"images": TensorSpec((3, 70, 70), np.dtype(np.float32))}
+OUTPUTS = {
+    "tokens": TensorSpec((2, 25, 64), np.dtype(np.float16)),
+    "embedding": TensorSpec((64,), np.dtype(np.float32)),
+}
+
+
+def check_equal(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> None:
+    assert list(found) == list(expected) == list(OUTPUTS)
+    for name, output in found.items():
+        assert output.shape[1:] == OUTPUTS[name].shape
+        np.testing.assert_array_equal(output, expected[name])
+
+
 def images(count: int) -> NDArray[np.float32]:
     return np.random.default_rng(count).normal(size=(count, 3, 70, 70)).astype(np.float32)
 
@@ -102,7 +117,8 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
     monkeypatch.setattr(runtimes, "open_devices", open_devices)
     monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
-    monkeypatch.setattr(runtimes.ort, "get_available_providers", lambda: providers)
+    onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")
+    monkeypatch.setattr(runtimes, "import_onnxruntime", lambda: onnx_runtime)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +129,7 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
         ("cupy gpu tensorrt tensorrt-rtx cuda", "tensorrt", "cuda:0", "fp16", "the fastest"),
         ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "fp16", "tensorrt cannot be used here"),
         ("cupy gpu cuda", "onnxruntime", "cuda:0", "fp16", "tensorrt and tensorrt-rtx cannot be used here"),
-        ("cupy gpu", "onnxruntime", "cpu", "fp16", "pip install 'onnxruntime-gpu"),
+        ("cupy gpu", "onnxruntime", "cpu", "fp16", "has no CUDA provider"),
     ],
 )
 def test_auto_takes_the_fastest_that_is_installed_and_says_why(
@@ -174,7 +190,10 @@ def test_telemetry_is_off_unless_the_user_has_said_something(asked: str | None) 
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     if asked is not None:
         environment["ORT_DISABLE_TELEMETRY"] = asked
-    code = "import os, zsad.engine.networks.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = (
+        "import os; from zsad.engine.networks.runtime import choose_runtime; choose_runtime('cpu').describe()\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == (asked or "1")
 
@@ -184,32 +203,24 @@ def test_telemetry_is_off_unless_the_user_has_said_something(asked: str | None) 
 
 def test_io_binding_gives_what_a_plain_session_gives(model: ExportedModel) -> None:
     device = HostDevice()
-    plain = OnnxRuntimeBackbone(model, None, 3)
-    bound = OnnxRuntimeBackbone(model, device, 3)
-    assert (bound.layers, bound.grid, bound.channels, bound.embedding_width) == (2, (5, 5), 64, 64)
-    assert bound.token_type == np.float16
+    plain = OnnxRuntimeGraph(model.path, None, 3)
+    bound = OnnxRuntimeGraph(model.path, device, 3)
+    assert bound.inputs == plain.inputs == INPUTS
+    assert bound.outputs == plain.outputs == OUTPUTS
     for count in (3, 1, 2):  # outputs that are longer than the batch keep their rest
-        batch = device.to_device(images(count))
-        tokens, embedding = bound.run(batch)
-        expected, expected_embedding = plain.run(images(count))
-        assert tokens.shape == expected.shape == (count, 2, 25, 64)
-        np.testing.assert_array_equal(tokens, expected)
-        np.testing.assert_array_equal(embedding, expected_embedding)
+        check_equal(bound.run({"images": device.to_device(images(count))}), plain.run({"images": images(count)}))
 
 
 def test_an_engine_gives_what_onnx_runtime_gives(model: ExportedModel, tensorrt: list[HostEngine]) -> None:
     device = HostDevice()
-    engine = TensorRTBackbone(model.path, model, device, 4)
-    plain = OnnxRuntimeBackbone(model, None, 4)
-    assert (engine.layers, engine.grid, engine.channels, engine.embedding_width) == (2, (5, 5), 64, 64)
+    engine = TensorRTGraph(model.path, model.path, device, 4)
+    plain = OnnxRuntimeGraph(model.path, None, 4)
+    assert (engine.inputs, engine.outputs) == (INPUTS, OUTPUTS)
     slots = [device.empty((4, 3, 70, 70), np.float32) for _ in range(2)]
     for turn, count in enumerate((4, 4, 4, 3, 4, 1)):
         batch = slots[turn % 2][:count]
         batch[...] = images(count) + turn
-        tokens, embedding = engine.run(batch)
-        expected, expected_embedding = plain.run(images(count) + turn)
-        np.testing.assert_array_equal(tokens, expected)
-        np.testing.assert_array_equal(embedding, expected_embedding)
+        check_equal(engine.run({"images": batch}), plain.run({"images": images(count) + turn}))
     assert device.recordings == 2  # one for each of the two inputs; parts of a batch are queued launch by launch
     assert sorted(set(tensorrt[0].runs)) == [1, 3, 4]
 
@@ -224,11 +235,11 @@ def test_kernels_that_tensorrt_rtx_compiles_are_kept(
     kernels = tmp_path / "tiny.engine.kernels"
 
     def run(*batches: int) -> list[int]:
-        backbone = TensorRTBackbone(engine, model, device, 4)
+        graph = TensorRTGraph(engine, model.path, device, 4)
         for count in batches:
-            tokens, _ = backbone.run(device.to_device(images(count)))
-            np.testing.assert_array_equal(tokens, OnnxRuntimeBackbone(model, None, 4).run(images(count))[0])
-        compiled: list[int] = backbone._context.kernels.compiled
+            found = graph.run({"images": device.to_device(images(count))})
+            check_equal(found, OnnxRuntimeGraph(model.path, None, 4).run({"images": images(count)}))
+        compiled: list[int] = graph._context.kernels.compiled
         return compiled
 
     assert run(4, 4, 3) == [4, 3]
@@ -247,20 +258,20 @@ def test_kernels_that_tensorrt_rtx_compiles_are_kept(
 
 
 def test_an_engine_takes_no_more_than_its_profile(model: ExportedModel, tensorrt: list[HostEngine]) -> None:
-    assert TensorRTBackbone(model.path, model, HostDevice(), 99).largest_batch == 32
+    assert TensorRTGraph(model.path, model.path, HostDevice(), 99).largest_batch == 32
 
 
 def test_an_engine_that_fails_says_so(
     model: ExportedModel, tensorrt: list[HostEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice()
-    backbone = TensorRTBackbone(model.path, model, device, 2)
-    backbone._context.fails = True
-    with pytest.raises(EngineError, match="its engine failed: no reason given"):
-        backbone.run(device.to_device(images(1)))
+    graph = TensorRTGraph(model.path, model.path, device, 2)
+    graph._context.fails = True
+    with pytest.raises(EngineError, match="the engine failed: no reason given"):
+        graph.run({"images": device.to_device(images(1))})
     monkeypatch.setattr(HostEngine, "create_execution_context", lambda self, strategy: None)
     with pytest.raises(EngineError, match="see nvidia-smi"):
-        TensorRTBackbone(model.path, model, device, 2)
+        TensorRTGraph(model.path, model.path, device, 2)
 
 
 def test_an_engine_takes_as_large_a_batch_as_the_device_has_room_for(
@@ -276,17 +287,17 @@ def test_an_engine_takes_as_large_a_batch_as_the_device_has_room_for(
         return empty(shape, dtype)
 
     monkeypatch.setattr(device, "empty", full)
-    backbone = TensorRTBackbone(model.path, model, device, 8)
-    assert backbone.largest_batch == 2  # 8 and 4 need more than 3000 bytes
-    tokens, _ = backbone.run(device.to_device(images(2)))
-    np.testing.assert_array_equal(tokens, OnnxRuntimeBackbone(model, None, 2).run(images(2))[0])
+    graph = TensorRTGraph(model.path, model.path, device, 8)
+    assert graph.largest_batch == 2  # 8 and 4 need more than 3000 bytes
+    found = graph.run({"images": device.to_device(images(2))})
+    check_equal(found, OnnxRuntimeGraph(model.path, None, 2).run({"images": images(2)}))
     room = 1000
     with pytest.raises(MemoryError, match="no room"):
-        TensorRTBackbone(model.path, model, device, 8)
+        TensorRTGraph(model.path, model.path, device, 8)
 
 
 class Narrow:
-    """A backbone whose memory holds a few images at once."""
+    """A graph whose memory holds a few images at once."""
 
     def __init__(self, room: int, largest_batch: int) -> None:
         self.room, self.largest_batch = room, largest_batch
@@ -313,22 +324,20 @@ def test_a_batch_that_does_not_fit_halves_itself_and_stays_small() -> None:
 
 
 def test_onnx_runtime_out_of_memory_is_a_memory_error(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zsad.engine.networks.onnx_runtime import RuntimeException
-
-    backbone = OnnxRuntimeBackbone(model, None, 2)
+    graph = OnnxRuntimeGraph(model.path, None, 2)
 
     def fail(message: str) -> Any:
         def run(*_: object) -> None:
-            raise RuntimeException(message)
+            raise RuntimeError(message)
 
         return types.SimpleNamespace(run=run)
 
-    monkeypatch.setattr(backbone, "session", fail("Failed to allocate memory for requested buffer of size 99"))
+    monkeypatch.setattr(graph, "_session", fail("Failed to allocate memory for requested buffer of size 99"))
     with pytest.raises(MemoryError, match="size 99"):
-        backbone.run(images(1))
-    monkeypatch.setattr(backbone, "session", fail("something else"))
-    with pytest.raises(RuntimeException, match="something else"):
-        backbone.run(images(1))
+        graph.run({"images": images(1)})
+    monkeypatch.setattr(graph, "_session", fail("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        graph.run({"images": images(1)})
 
 
 # Whole runs on a device
