@@ -1,24 +1,22 @@
-"""Image files in: decode them safely, make a network's input of them."""
+"""Images in: a file's pixels in 8-bit RGB, and a network's input of them."""
 
-import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from .stored import FORMATS as FORMATS
+from .stored import SUFFIXES as SUFFIXES
+from .stored import ImageError as ImageError
+from .stored import ImageMemoryError as ImageMemoryError
+from .stored import Stored, read_stored, size_of
+from .stored import opened as opened
 
 Preprocessing = Literal["imagenet", "clip"]
-
-
-FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP")  # JPEG covers the pairs of pictures of stereo cameras
-SUFFIXES = frozenset(
-    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp"]
-)  # of files that claim to be images
 
 # What decoding and writing hold per pixel at once: RGB twice, and maps and overlays in floats.
 BYTES_PER_PIXEL = 16
@@ -34,14 +32,6 @@ class Recipe:
     deviation: tuple[float, float, float]
 
 
-class ImageError(Exception):
-    """A file that cannot be scored; the message says why."""
-
-
-class ImageMemoryError(ImageError, MemoryError):
-    """A file for whose pixels there is no memory at the moment."""
-
-
 def recipe(preprocessing: Preprocessing, size: int) -> Recipe:
     """Return what a kind of preprocessing means. imagenet: DINOv2, and both networks of the challenge; clip: MuSc."""
     if preprocessing == "imagenet":
@@ -50,15 +40,48 @@ def recipe(preprocessing: Preprocessing, size: int) -> Recipe:
 
 
 def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
-    """Read an image file as 8-bit RGB, upright.
+    """Read an image file as 8-bit RGB, upright; of several frames the first.
 
-    `bit_depth` is the number of bits that files of 16 bits use (None: all 16, whose grey is divided by 257). Alpha is
-    dropped, EXIF orientation applied, of several frames the first is taken.
+    `bit_depth` is how many bits the values of 16-bit PNG and TIFF files use; None means all 16, which are divided by
+    257. Fully transparent pixels are black, whatever colour they hide; where nothing at all is visible, alpha means
+    something else and the colours count. Alpha is dropped otherwise.
     Raises ImageError for what is unreadable, truncated, too large (Pillow's decompression bomb limit) or no image.
     """
-    with opened(path) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), bit_depth or 16)
+    stored = read_stored(path)
+    values = stored.values
+    image = values if isinstance(values, Image.Image) else Image.fromarray(_eight_bits(stored, values, bit_depth or 16))
+    try:
+        rgb = image.convert("RGB")
+        if stored.hidden is None:
+            return rgb
+        pixels = np.array(rgb)  # [h, w, 3]
+        pixels[stored.hidden] = 0
+        return Image.fromarray(pixels)
+    except MemoryError:
+        raise ImageMemoryError("not enough memory to decode it") from None
+    except ValueError as error:  # of Pillow, about a mode such as LAB
+        raise ImageError(str(error)) from None
+
+
+def _eight_bits(stored: Stored, levels: NDArray[Any], bit_depth: int) -> NDArray[np.uint8]:
+    """Scale levels to 8 bits, by their bits and not to the image's own range: images of a batch stay comparable."""
+    if levels.dtype.kind == "f":
+        raise ImageError("32-bit float images have no defined range; convert it to 8 or 16 bit")
+    if levels.dtype.itemsize > 2 and (levels.min() < 0 or levels.max() > 65535):
+        raise ImageError("grey values do not fit 16 bits; convert it to 8 or 16 bit")
+    white = 2 ** (bit_depth if stored.unscaled else 16) - 1
+    table = _table(white)
+    if stored.white_is_zero:  # inverted within all 16 bits, or within a camera's own
+        table = table[::-1] if levels.max() > white else np.pad(table[white::-1], (0, 65535 - white))
+    eight: NDArray[np.uint8] = table[levels]
+    return eight
+
+
+@lru_cache
+def _table(white: int) -> NDArray[np.uint8]:
+    """Return the 8-bit values [65536] of all 16-bit levels, rounded to the nearest."""
+    levels = np.arange(65536)
+    return np.minimum((levels * 255 + white // 2) // white, 255).astype(np.uint8)
 
 
 def decoded_bytes(path: Path) -> int:
@@ -66,56 +89,8 @@ def decoded_bytes(path: Path) -> int:
 
     Raises ImageError where not even the header can be read.
     """
-    with opened(path) as image:
-        return image.width * image.height * BYTES_PER_PIXEL
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file whose pixels are not decoded yet; whatever fails in the context becomes an ImageError."""
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not a regular file")
-            if status.st_size == 0:
-                raise ImageError("empty file")
-            with Image.open(file, formats=FORMATS) as image:
-                yield image
-    except ImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise ImageError(
-            f"too large: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels; cut it into tiles"
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError("not a PNG, JPEG, BMP, TIFF or WebP image") from None
-    except FileNotFoundError:
-        raise ImageError("link to nothing" if path.is_symlink() else "no longer there") from None
-    except OSError as error:
-        raise ImageError(error.strerror or str(error)) from None
-    except MemoryError:
-        raise ImageMemoryError("not enough memory to decode it") from None
-    except Exception as error:  # damaged headers make Pillow's readers raise whatever they stumble over
-        raise ImageError(f"damaged: {error or type(error).__name__}") from None
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open as asked, but return at once for a pipe that nobody writes to."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _to_rgb(image: Image.Image, bit_depth: int) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError("32-bit float images have no defined range; convert it to 8 or 16 bit")
-    if image.mode.startswith("I"):
-        values = np.asarray(image, np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError("grey values do not fit 16 bits; convert it to 8 or 16 bit")
-        # Fixed, not stretched to the image's own range: images of a batch must stay comparable.
-        white = 2**bit_depth - 1
-        image = Image.fromarray(np.minimum((values * 255 + white // 2) // white, 255).astype(np.uint8))
-    return image.convert("RGB")
+    rows, columns = size_of(path)
+    return rows * columns * BYTES_PER_PIXEL
 
 
 def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:

@@ -5,13 +5,16 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.decode import SUFFIXES, ImageError, decode, network_input, recipe
+from zsad.engine.images.decode import SUFFIXES, ImageError, decode, decoded_bytes, network_input, recipe
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -45,13 +48,14 @@ def test_formats(tmp_path: Path, suffix: str, options: dict[str, object], tolera
 
 
 GREY = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+SEEN = np.where(GREY[::-1] == 0, 0, GREY)  # with GREY[::-1] as alpha
 
 
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
         ("grey.png", Image.fromarray(GREY), GREY),
-        ("grey-alpha.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(GREY[::-1])]), GREY),
+        ("grey-alpha.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(GREY[::-1])]), SEEN),
         ("sixteen.png", Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
         ("sixteen.tif", Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
         ("thirty-two.tif", Image.fromarray(GREY.astype(np.int32) * 257), GREY),
@@ -93,7 +97,8 @@ def test_of_several_pictures_the_first_is_taken(tmp_path: Path) -> None:
 def test_palette_with_transparency(tmp_path: Path) -> None:
     image = picture().convert("P", palette=Image.Palette.ADAPTIVE)
     image.save(tmp_path / "image.png", transparency=bytes([0, 128, 255]))
-    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "image.png")), np.asarray(image.convert("RGB")))
+    expected = np.where(np.asarray(image)[:, :, None] == 0, 0, np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "image.png")), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -197,7 +202,7 @@ def test_bad_content_says_why(tmp_path: Path, content: bytes, reason: str) -> No
 def test_the_content_decides_not_the_suffix(tmp_path: Path) -> None:
     picture().save(tmp_path / "image.jpg", format="PNG")
     np.testing.assert_array_equal(np.asarray(decode(tmp_path / "image.jpg")), np.asarray(picture()))
-    picture().save(tmp_path / "image.png", format="GIF")  # a format that is not promised is not read by luck
+    picture().save(tmp_path / "image.png", format="PCX")  # a format that is not promised is not read by luck
     with pytest.raises(ImageError, match="not a PNG"):
         decode(tmp_path / "image.png")
 
@@ -262,3 +267,272 @@ def test_other_suffixes_of_the_formats_that_are_read(tmp_path: Path, suffix: str
     Image.new("RGB", (8, 6), (200, 40, 30)).save(path, format=form)
     assert path.suffix.lower() in SUFFIXES
     np.testing.assert_allclose(np.asarray(decode(path))[3, 4], (200, 40, 30), atol=3)
+
+
+# More than 8 bits per channel
+
+
+LEVELS = np.random.default_rng(0).integers(0, 65536, (40, 52, 4), dtype=np.uint16)
+
+
+def eight_bits(levels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Levels [h, w, 1 or 3] as RGB, by the rule that 65535 levels become 255."""
+    return np.repeat(np.round(levels / 257).astype(np.uint8), 3 // levels.shape[2], axis=2)
+
+
+def stored_tiff(path: Path, levels: NDArray[Any], separate: bool = False, **options: Any) -> Path:
+    samples = levels.shape[2]
+    if samples in (2, 4):
+        options["extrasamples"] = ["unassalpha"]
+    if samples > 1:
+        options["planarconfig"] = "separate" if separate else "contig"
+    arranged = np.moveaxis(levels, 2, 0) if separate else levels if samples > 1 else levels[:, :, 0]
+    tifffile.imwrite(path, arranged, metadata=None, **options)
+    return path
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize(("samples", "separate"), [(1, False), (2, False), (2, True), (3, False), (3, True), (4, True)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_arrangements(
+    tmp_path: Path, dtype: type, samples: int, separate: bool, tile: tuple[int, int] | None, order: str, deflated: bool
+) -> None:
+    levels = LEVELS[:, :, :samples] if dtype is np.uint16 else (LEVELS[:, :, :samples] >> 8).astype(np.uint8)
+    options = {"compression": "deflate", "predictor": True} if deflated else {}
+    kind = "rgb" if samples > 2 else "minisblack"
+    path = stored_tiff(tmp_path / "a.tif", levels, separate, photometric=kind, tile=tile, byteorder=order, **options)
+    colours = levels[:, :, : samples - (samples + 1) % 2]
+    expected = eight_bits(colours.astype(np.uint16) * (257 if dtype is np.uint8 else 1))
+    if samples in (2, 4):
+        expected[levels[:, :, -1] == 0] = 0
+    np.testing.assert_array_equal(np.asarray(decode(path)), expected)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("options", [{}, {"compression": "deflate", "predictor": True}, {"tile": (16, 16)}])
+def test_white_is_zero(tmp_path: Path, dtype: type, order: str, options: dict[str, Any]) -> None:
+    levels = LEVELS[:, :, :1] if dtype is np.uint16 else (LEVELS[:, :, :1] >> 8).astype(np.uint8)
+    stored_tiff(tmp_path / "a.tif", np.iinfo(dtype).max - levels, photometric="miniswhite", byteorder=order, **options)
+    expected = eight_bits(levels.astype(np.uint16) * (257 if dtype is np.uint8 else 1))
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.tif")), expected)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_adobe_deflate", "tiff_deflate"])
+def test_compressed_sixteen_bit_tiff(tmp_path: Path, compression: str) -> None:
+    grey = LEVELS[:, :, 0]
+    for white, values in ((1, grey), (0, 65535 - grey)):
+        Image.fromarray(values).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: white})
+        np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.tif")), eight_bits(LEVELS[:, :, :1]))
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8, 32773])  # none, LZW, deflate, packbits
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+@pytest.mark.parametrize("samples", [3, 4])
+def test_sixteen_bit_colour(tmp_path: Path, samples: int, suffix: str, compression: int) -> None:
+    levels = LEVELS[:, :, :samples].copy()
+    levels[:5, :5, -1] = 0
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, compression] if suffix == ".tif" else []
+    cv2.imwrite(str(tmp_path / f"a{suffix}"), levels[:, :, [2, 1, 0, 3][:samples]], options)
+    expected = eight_bits(levels[:, :, :3])
+    if samples == 4 and suffix == ".png":  # OpenCV does not say in a TIFF that the fourth sample is alpha
+        expected[:5, :5] = 0
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / f"a{suffix}")), expected)
+
+
+def png(header: tuple[int, int, int, int], rows: NDArray[Any], *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of width, height, bits and colour type, its rows unfiltered, with further chunks before the pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)),
+        *chunks,
+        (b"IDAT", zlib.compress(data)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_sixteen_bit_grey_with_alpha_and_transparent_keys(tmp_path: Path) -> None:
+    levels = LEVELS[:, :, :2].astype(">u2")
+    levels[3, 4, 1] = 0
+    (tmp_path / "la.png").write_bytes(png((52, 40, 16, 4), levels))
+    expected = eight_bits(levels[:, :, :1])
+    expected[levels[:, :, 1] == 0] = 0
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "la.png")), expected)
+
+    grey = levels[:, :, :1]
+    (tmp_path / "key.png").write_bytes(png((52, 40, 16, 0), grey, (b"tRNS", grey[7, 7].tobytes())))
+    expected = eight_bits(grey)
+    expected[grey[:, :, 0] == grey[7, 7]] = 0
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "key.png")), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_bit_depth_scales_to_its_own_white(tmp_path: Path, bits: int) -> None:
+    white = 2**bits - 1
+    levels = np.array([[0, 1, white // 2, white - 1, white, white + 1, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    expected = np.minimum(np.round(levels / white * 255), 255)
+    assert np.asarray(decode(tmp_path / "a.png", bits))[:, :, 0].tolist() == expected.tolist()
+    small = levels[:, :5]
+    for black in (white, 65535):  # inverted by the camera, or by a program
+        Image.fromarray(black - small).save(tmp_path / "a.tif", tiffinfo={262: 0})
+        assert np.asarray(decode(tmp_path / "a.tif", bits))[:, :, 0].tolist() == expected[:, :5].tolist()
+
+
+def test_truncated_deep_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png((52, 40, 16, 2), LEVELS[:, :, :3].astype(">u2"))[:-3000])
+    stored_tiff(tmp_path / "rgb.tif", LEVELS[:, :, :3], photometric="rgb")
+    stored_tiff(tmp_path / "planes.tif", LEVELS[:, :, :3], True, photometric="rgb")
+    stored_tiff(tmp_path / "grey.tif", LEVELS[:, :, :1], photometric="miniswhite", byteorder=">")
+    for name in ("a.png", "rgb.tif", "planes.tif", "grey.tif"):
+        path = tmp_path / name
+        if name != "a.png":
+            path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(ImageError):
+            decode(path)
+
+
+def test_float_colour_is_refused_with_a_reason(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 4, 3), np.float32), photometric="rgb")
+    with pytest.raises(ImageError, match="float"):
+        decode(tmp_path / "a.tif")
+
+
+# Transparency
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize("kind", ["RGBA.png", "RGBA.tif", "RGBA.webp", "LA.png", "P.png", "P.gif", "RGB.png", "L.png"])
+def test_hidden_colours_do_not_count(tmp_path: Path, kind: str) -> None:
+    mode, suffix = kind.split(".")
+    seen: list[bytes] = []
+    for hidden in (10, 200):
+        values = np.full((8, 8), 90, np.uint8)
+        values[2:4, 2:4] = hidden
+        grey = Image.fromarray(values)
+        options: dict[str, Any] = {"lossless": True, "exact": True} if suffix == "webp" else {}
+        if mode in ("RGBA", "LA"):
+            image = grey.convert(mode)
+            image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+        else:
+            image = grey.convert(mode)
+            options["transparency"] = (hidden,) * 3 if mode == "RGB" else hidden
+        image.save(tmp_path / f"{hidden}.{suffix}", **options)
+        decoded = decode(tmp_path / f"{hidden}.{suffix}")
+        assert decoded.getpixel((0, 0)) == (90, 90, 90)
+        seen.append(decoded.tobytes())
+    assert seen[0] == seen[1]
+
+
+def test_alpha_that_hides_everything_is_no_alpha(tmp_path: Path) -> None:
+    image = picture()
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.png")), np.asarray(picture()))
+
+
+# Metadata that is damaged or too large, of valid files
+
+
+def with_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + jpeg[2:]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_metadata_never_keep_an_image_from_being_read(tmp_path: Path) -> None:
+    picture().save(tmp_path / "plain.jpg", quality=95)
+    jpeg, expected = (tmp_path / "plain.jpg").read_bytes(), np.asarray(decode(tmp_path / "plain.jpg"))
+    for number, (marker, data) in enumerate(
+        [
+            (0xE1, b"Exif\0\0" + b"\xff" * 40),
+            (0xE1, b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 30),
+            (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta" + b"<" * 200),
+            (0xE2, b"ICC_PROFILE\0\x01\x02" + b"\0" * 60000),
+            (0xE2, b"MPF\0" + b"\xff" * 60),
+            (0xED, b"Photoshop 3.0\x008BIM\xff\xff\xff\xff\xff"),
+        ]
+    ):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(with_segment(jpeg, marker, data))
+        np.testing.assert_array_equal(np.asarray(decode(path)), expected)
+        assert decoded_bytes(path) == decoded_bytes(tmp_path / "plain.jpg")
+
+    rows, expected = LEVELS[:, :, :3].astype(np.uint8), LEVELS[:, :, :3].astype(np.uint8)
+    bomb = zlib.compress(bytes(80 << 20))
+    for number, (kind, data) in enumerate(
+        [
+            (b"iCCP", b"name\0\0" + bomb),
+            (b"iCCP", b"name\0\0not deflated"),
+            (b"zTXt", b"Comment\0\0" + bomb),
+            (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + bomb),
+            (b"tEXt", b"\xff\xfe"),
+            (b"eXIf", b"\xff" * 30),
+            (b"pHYs", struct.pack(">IIB", 0, 0, 1)),
+            (b"pHYs", b"\0"),
+            (b"gAMA", b""),
+            (b"cHRM", b"\0\0\0"),
+        ]
+    ):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(png((52, 40, 8, 2), rows, (kind, data)))
+        np.testing.assert_array_equal(np.asarray(decode(path)), expected, err_msg=repr((kind, data[:20])))
+
+
+def test_orientation_survives_metadata_that_is_dropped(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = LEVELS[:, :, :3].astype(np.uint8)
+    bomb = zlib.compress(bytes(80 << 20))
+    chunks = [(b"zTXt", b"Comment\0\0" + bomb), (b"eXIf", exif.tobytes()[6:])]
+    (tmp_path / "a.png").write_bytes(png((52, 40, 8, 2), rows, *chunks))
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.png")), np.rot90(rows, -1))
+
+
+def test_odd_tiff_tags(tmp_path: Path) -> None:
+    levels = LEVELS[:, :, :3].astype(np.uint8)
+    tags = [(34675, 7, 10, b"\xff" * 10, True), (700, 1, 5, b"<x>\0\0", True), (34665, 4, 1, 99999999, True)]
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb", extratags=tags, resolution=((77, 1), (77, 1)))
+    content = (tmp_path / "a.tif").read_bytes()
+    resolution = struct.pack("<II", 77, 1)
+    assert resolution in content
+    (tmp_path / "a.tif").write_bytes(content.replace(resolution, bytes(8)))
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.tif")), levels)
+
+
+# Further formats
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".dib", ".gif", ".jp2", ".j2k", ".pgm", ".ppm", ".pnm", ".tga"])
+def test_further_suffixes(tmp_path: Path, suffix: str) -> None:
+    assert suffix in SUFFIXES
+    grey = Image.fromarray(np.repeat(GREY, 2, axis=1))
+    image = grey if suffix in (".pgm", ".gif") else grey.convert("RGB")
+    image.save(tmp_path / f"a{suffix}", format={".jpe": "JPEG", ".jfif": "JPEG"}.get(suffix))
+    difference = np.asarray(decode(tmp_path / f"a{suffix}"), int) - np.asarray(grey.convert("RGB"), int)
+    assert np.abs(difference).max() <= (40 if suffix in (".jpe", ".jfif") else 0)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
+    first, second = Image.new("L", (8, 8), 30), Image.new("L", (8, 8), 200)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert decode(tmp_path / "a.gif").getpixel((0, 0)) == (30, 30, 30)
+
+
+def test_levels_of_a_pgm_are_scaled_by_its_own_largest(tmp_path: Path) -> None:
+    levels = np.array([[0, 2048, 4095]], ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 4095\n" + levels.tobytes())
+    assert np.asarray(decode(tmp_path / "a.pgm", 12))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_words_are_no_image_whatever_their_suffix(tmp_path: Path) -> None:
+    for suffix in sorted(SUFFIXES):
+        (tmp_path / f"a{suffix}").write_bytes(b"these are words, and more of them than any header has" * 20)
+        with pytest.raises(ImageError):
+            decode(tmp_path / f"a{suffix}")

@@ -1,0 +1,179 @@
+"""More than 8 bits per channel: the kinds of PNG and TIFF whose values Pillow cuts to 8 bits, mixes up or refuses."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other
+ALPHA = (1, 2)  # of TIFF's ExtraSamples: premultiplied or not
+
+
+@dataclass(frozen=True)
+class Tiff:
+    """What the tags of a TIFF's first picture say of its values."""
+
+    shape: tuple[int, int]  # rows, columns
+    bits: tuple[int, ...]  # per sample
+    samples: int  # per pixel
+    signed_or_float: bool
+    photometric: int
+    separate: bool
+    extra: tuple[int, ...]  # what the samples beyond grey or RGB are
+    orientation: int
+    said_bits: int | None  # of fewer bits in use than there are
+
+    @property
+    def white_is_zero(self) -> bool:
+        return self.photometric == 0
+
+    @property
+    def rgb(self) -> bool:
+        return self.photometric == 2
+
+    @property
+    def readable(self) -> bool:
+        """Whether this is grey or RGB of 8 to 16 bits, which `tiff_values` reads."""
+        return (
+            8 <= min(self.bits) <= max(self.bits) <= 16
+            and not self.signed_or_float
+            and self.photometric in (0, 1, 2)
+            and self.samples >= (3 if self.rgb else 1)
+        )
+
+    @property
+    def beyond_pillow(self) -> bool:
+        """Whether Pillow cuts the channels to 8 bits, mixes them up or has no mode for them."""
+        several = self.samples > 1 and max(self.bits) > 8
+        return self.readable and (several or (self.samples == 2 and self.separate))
+
+    @property
+    def alpha(self) -> int | None:
+        """The sample that says how opaque a pixel is."""
+        first = 3 if self.rgb else 1
+        for number, kind in enumerate(self.extra[: self.samples - first]):
+            if kind in ALPHA:
+                return first + number
+        return None
+
+
+def tiff_of_pillow(image: Any) -> Tiff:
+    """Return what a TIFF that Pillow has opened says."""
+    tags = image.tag_v2
+
+    def values(tag: int, default: int) -> tuple[int, ...]:
+        found = tags.get(tag, default)
+        return tuple(found) if isinstance(found, tuple) else (int(found),)
+
+    return Tiff(
+        (tags.get(257, image.height), tags.get(256, image.width)),
+        values(258, 1),
+        values(277, 1)[0],
+        any(kind not in (1, 4) for kind in values(339, 1)),
+        values(262, 1)[0],
+        values(284, 1)[0] == SEPARATE,
+        values(338, 0) if 338 in tags else (),
+        values(274, 1)[0],
+        _said_bits(max(values(258, 1)), max(values(281, 0)), str(tags.get(270, ""))),
+    )
+
+
+def tiff_of_file(file: BinaryIO) -> Tiff:
+    """Return what a TIFF that Pillow does not open says; raises tifffile's errors."""
+    from tifffile import TiffFile
+
+    file.seek(0)
+    with TiffFile(file) as tiff:
+        page: Any = tiff.pages[0]
+        return Tiff(
+            (page.imagelength, page.imagewidth),
+            (page.bitspersample,),
+            page.samplesperpixel,
+            page.sampleformat not in (1, 4),
+            int(page.photometric),
+            page.planarconfig == SEPARATE,
+            tuple(map(int, page.extrasamples)),
+            int(page.tags.valueof(274, 1)),
+            _said_bits(page.bitspersample, np.max(page.tags.valueof(281, 0)), page.description),
+        )
+
+
+def _said_bits(bits: int, largest: int, description: str) -> int | None:
+    """Bits in use by BitsPerSample, MaxSampleValue or OME's SignificantBits; None where these say no more than 16."""
+    said = [found for found in (bits, int(largest).bit_length()) if 8 < found < 16]
+    said += [int(found) for found in re.findall(r'SignificantBits="(\d+)"', description) if 8 < int(found) < 16]
+    return min(said, default=None)
+
+
+def tiff_values(file: BinaryIO, tiff: Tiff) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Read a TIFF; returns its stored values [h, w] or [h, w, 3] (uint8, uint16) and what is fully transparent [h, w].
+
+    OpenCV knows all compressions but no separate planes; tifffile knows all arrangements, and more compressions where
+    imagecodecs is installed. Raises ValueError.
+    """
+    with_opencv = not tiff.separate and tiff.samples in (1, 3, 4) and set(tiff.bits) == {16}
+    values = _by_opencv(file) if with_opencv else None
+    if values is None:
+        values = _by_tifffile(file, tiff)
+    values = values.reshape(*tiff.shape, tiff.samples)  # [h, w, C]
+    hidden = None if tiff.alpha is None else values[:, :, tiff.alpha] == 0
+    return (values[:, :, :3] if tiff.rgb else values[:, :, 0]), hidden
+
+
+def _by_opencv(file: BinaryIO) -> NDArray[np.uint16] | None:
+    file.seek(0)
+    values = _decoded(file.read())
+    if values is None or values.dtype != np.uint16:
+        return None
+    return values if values.ndim == 2 else values[:, :, [2, 1, 0, *range(3, values.shape[2])]]
+
+
+def _by_tifffile(file: BinaryIO, tiff: Tiff) -> NDArray[Any]:
+    from tifffile import TiffFile
+
+    end = file.seek(0, 2)
+    file.seek(0)
+    with TiffFile(file) as pages:
+        page: Any = pages.pages[0]
+        if any(start + size > end for start, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
+            raise ValueError("image file is truncated")
+        try:
+            values = np.asarray(page.asarray())
+        except (KeyError, ValueError) as error:
+            if "imagecodecs" in str(error):
+                raise ValueError(
+                    f"its {max(tiff.bits)} bits are compressed with {page.compression.name} in an order that needs "
+                    "imagecodecs; run: pip install imagecodecs"
+                ) from None
+            raise
+    return np.moveaxis(values.reshape(tiff.samples, *tiff.shape), 0, -1) if tiff.separate else values
+
+
+def png_values(file: BinaryIO) -> tuple[NDArray[np.uint16], NDArray[np.bool_] | None]:
+    """Read a PNG of 16 bits with colour or alpha; returns as `tiff_values` does. Raises ValueError."""
+    file.seek(0)
+    values = _decoded(file.read())
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise ValueError("a PNG of 16 bits that OpenCV does not read")
+    hidden = values[:, :, 3] == 0 if values.shape[2] == 4 else None
+    return values[:, :, 2::-1], hidden
+
+
+def _decoded(content: bytes) -> NDArray[Any] | None:
+    """OpenCV's stored values, channels in the order BGRA; None for what it does not read."""
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        if error.code == -4:  # StsNoMem
+            raise MemoryError from None
+        return None
+
+
+def is_deep_png(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether Pillow would cut the channels of this PNG to 8 bits."""
+    file.seek(24)
+    return image.format == "PNG" and file.read(1) == b"\x10" and not image.mode.startswith("I")

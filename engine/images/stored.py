@@ -1,0 +1,284 @@
+"""Image files as they are stored: every kind that is read, opened safely, with its pixels upright."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError, features
+
+from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
+from .metadata import without_metadata
+
+_AVIF = features.check("avif")
+
+# Told by their first bytes. JPEG covers the pairs of pictures of stereo cameras, PPM all of PBM, PGM, PNM and PPM.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM", *(("AVIF",) if _AVIF else ()))
+# These have no first bytes of their own: anything may look like them, so the suffix decides too.
+BY_SUFFIX = {".tga": "TGA", ".dib": "DIB"}
+# Of files that claim to be images.
+SUFFIXES = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".j2k"),
+        *(".pbm", ".pgm", ".pnm", ".ppm", ".tga"),
+        *([".avif"] if _AVIF else []),
+    )
+)
+
+ORIENTATION = 274  # tag of EXIF and TIFF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """A file that cannot be scored; the message says why."""
+
+
+class ImageMemoryError(ImageError, MemoryError):
+    """A file for whose pixels there is no memory at the moment."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The first picture of a file, upright."""
+
+    # An image of 8 bits per channel (or of 1, or indexed colours), or levels [h, w] or [h, w, 3] of more.
+    values: Image.Image | NDArray[Any]
+    hidden: NDArray[np.bool_] | None  # [h, w], pixels that are fully transparent; None: there are none
+    format: str  # as Pillow names it
+    white_is_zero: bool = False  # levels still to be inverted: which of them is white depends on the bits in use
+    unscaled: bool = False  # 16-bit levels that may come from a camera of fewer bits
+    said_bits: int | None = None  # how many bits of them the file says are in use
+
+
+def read_stored(path: Path) -> Stored:
+    """Read a file's first picture.
+
+    Raises ImageError for what is unreadable, truncated, too large (Pillow's decompression bomb limit) or no image.
+    """
+    with regular_file(path) as file:
+        try:
+            image = _loaded(file, path.suffix)
+        except (Image.DecompressionBombError, MemoryError):
+            raise
+        except Exception as refusal:
+            return _deep_tiff(file, _readable_tiff(file, refusal))
+        if image.format == "TIFF" and (tiff := tiff_of_pillow(image)).beyond_pillow:
+            return _deep_tiff(file, tiff)
+        if is_deep_png(image, file):
+            values, transparent = png_values(file)
+            bits = _significant_bits(file, image)
+            found = Stored(values, _hidden(transparent), "PNG", unscaled=True, said_bits=bits)
+            return _turned(found, _orientation(image))
+        return _of_pillow(file, image)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return rows and columns from a file's header; raises ImageError."""
+    with regular_file(path) as file:
+        try:
+            image = _opened(file, path.suffix)
+        except UnidentifiedImageError as refusal:
+            return _readable_tiff(file, refusal).shape
+        return image.height, image.width
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file whose pixels are not decoded yet; whatever fails in the context becomes an ImageError."""
+    with regular_file(path) as file, _opened(file, path.suffix) as image:
+        yield image
+
+
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file with something in it; whatever fails in the context becomes an ImageError."""
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not a regular file")
+            if status.st_size == 0:
+                raise ImageError("empty file")
+            yield file
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"too large: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels; cut it into tiles"
+        ) from None
+    except UnidentifiedImageError:
+        kinds = "PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000" + (", AVIF" if _AVIF else "")
+        raise ImageError(f"not a {kinds} or PNM image") from None
+    except FileNotFoundError:
+        raise ImageError("link to nothing" if path.is_symlink() else "no longer there") from None
+    except MemoryError:
+        raise ImageMemoryError("not enough memory to decode it") from None
+    except OSError as error:
+        if "out of memory" in str(error):  # as Pillow's C decoders say it
+            raise ImageMemoryError("not enough memory to decode it") from None
+        raise ImageError(error.strerror or str(error)) from None
+    except Exception as error:  # damaged headers make readers raise whatever they stumble over
+        raise ImageError(f"damaged: {error or type(error).__name__}") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open as asked, but return at once for a pipe that nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _opened(file: BinaryIO, suffix: str) -> Image.Image:
+    """Open an image; what Pillow refuses for its metadata is opened without them."""
+    file.seek(0)
+    by_suffix = BY_SUFFIX.get(suffix.lower())
+    try:
+        return Image.open(file, formats=FORMATS if by_suffix is None else (*FORMATS, by_suffix))
+    except (Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception as refusal:
+        for content in _without_metadata(file):
+            with suppress(OSError, SyntaxError, ValueError):
+                return Image.open(content, formats=FORMATS)
+        raise refusal
+
+
+def _loaded(file: BinaryIO, suffix: str) -> Image.Image:
+    """Open an image and decode its pixels."""
+    image = _opened(file, suffix)
+    try:
+        image.load()
+        return image
+    except MemoryError:
+        raise
+    except Exception as refusal:  # metadata may also follow the pixels
+        for content in _without_metadata(file):
+            with suppress(OSError, SyntaxError, ValueError):
+                image = Image.open(content, formats=FORMATS)
+                image.load()
+                return image
+        raise refusal
+
+
+def _without_metadata(file: BinaryIO) -> Iterator[BytesIO]:
+    """Yield a file without profiles and comments, then also without EXIF, if it is of a kind that can be."""
+    file.seek(0)
+    content = file.read()
+    for with_exif in (True, False):
+        bare = without_metadata(content, with_exif)
+        if bare is not None:
+            yield BytesIO(bare)
+
+
+def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
+    """Return what the tags say of a TIFF that Pillow refuses; raises its refusal again for all that is none."""
+    file.seek(0)
+    if file.read(2) not in (b"II", b"MM"):
+        raise refusal
+    try:
+        tiff = tiff_of_file(file)
+    except Exception:
+        raise refusal from None
+    if tiff.signed_or_float:
+        raise ImageError("float and signed images have no defined range; convert it to 8 or 16 bit")
+    if not tiff.readable:
+        raise refusal
+    if tiff.shape[0] * tiff.shape[1] > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+        raise Image.DecompressionBombError
+    return tiff
+
+
+def _deep_tiff(file: BinaryIO, tiff: Tiff) -> Stored:
+    values, transparent = tiff_values(file, tiff)
+    if values.dtype == np.uint8:
+        values = 255 - values if tiff.white_is_zero else values
+        found = Stored(Image.fromarray(np.ascontiguousarray(values)), _hidden(transparent), "TIFF")
+    else:
+        bits = tiff.said_bits
+        found = Stored(values, _hidden(transparent), "TIFF", tiff.white_is_zero, unscaled=True, said_bits=bits)
+    return _turned(found, tiff.orientation)
+
+
+def _of_pillow(file: BinaryIO, image: Image.Image) -> Stored:
+    """What Pillow has decoded right."""
+    kind = image.format or ""
+    if not image.mode.startswith(("I", "F")):
+        transparent = None
+        if image.has_transparency_data:
+            transparent = np.asarray(image.convert("RGBA").getchannel("A")) == 0
+        return _turned(Stored(image, _hidden(transparent), kind), _orientation(image))
+    values = np.asarray(image)
+    key = image.info.get("transparency")
+    white_is_zero, bits = False, None
+    if kind == "TIFF":
+        tiff = tiff_of_pillow(image)
+        white_is_zero, bits = tiff.white_is_zero and max(tiff.bits) <= 16, tiff.said_bits
+    elif kind == "PNG":
+        bits = _significant_bits(file, image)
+    found = Stored(
+        values,
+        _hidden(values == key if isinstance(key, int) else None),
+        kind,
+        white_is_zero,
+        unscaled=kind in ("PNG", "TIFF"),
+        said_bits=bits,
+    )
+    return _turned(found, _orientation(image))
+
+
+def _significant_bits(file: BinaryIO, image: Image.Image) -> int | None:
+    """Return what a PNG's chunk sBIT says."""
+    file.seek(0)
+    header = file.read(4096).partition(b"IDAT")[0]
+    found = header.find(b"sBIT")
+    return (
+        max(header[found + 4 : found + 4 + (3 if len(image.getbands()) > 2 else 1)], default=None)
+        if found > 0
+        else None
+    )
+
+
+def _hidden(transparent: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Return transparent pixels where there are any; where nothing can be seen, alpha means something else."""
+    return transparent if transparent is not None and transparent.any() and not transparent.all() else None
+
+
+def _orientation(image: Image.Image) -> int:
+    with suppress(Exception):  # EXIF that is damaged says nothing
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def _turned(found: Stored, orientation: int) -> Stored:
+    if orientation not in _UPRIGHT:
+        return found
+    how = _UPRIGHT[orientation]
+    values, hidden = found.values, found.hidden
+    return replace(
+        found,
+        values=values.transpose(how) if isinstance(values, Image.Image) else _transposed(values, how),
+        hidden=None if hidden is None else _transposed(hidden, how),
+    )
+
+
+def _transposed(values: NDArray[Any], how: Image.Transpose) -> NDArray[Any]:
+    """Do to an array [h, w, …] what Pillow's transpose does to an image."""
+    turns = {Image.Transpose.ROTATE_90: 1, Image.Transpose.ROTATE_180: 2, Image.Transpose.ROTATE_270: 3}
+    if how in turns:
+        return np.rot90(values, turns[how])
+    if how in (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE):
+        turned = np.swapaxes(values, 0, 1)
+        return turned if how == Image.Transpose.TRANSPOSE else turned[::-1, ::-1]
+    return values[:, ::-1] if how == Image.Transpose.FLIP_LEFT_RIGHT else values[::-1]
