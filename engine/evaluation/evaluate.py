@@ -16,6 +16,7 @@ from PIL import Image
 
 from zsad.engine.images.decode import SUFFIXES
 
+from .masks import MaskError, read_mask
 from .metrics import image_metrics, pixel_metrics
 
 Protocol = Literal["official", "paper"]
@@ -208,9 +209,10 @@ def _load_pixels(
     elif not mask_path.is_file():
         raise ValueError(f"its mask {mask_path} is missing")
     else:
-        with Image.open(mask_path) as image:
-            # Masks of 0/1 and 0/255 are both in use; the paper's resizing needs the latter.
-            mask = image.convert("L").point([0] + [255] * 255)
+        try:
+            mask = Image.fromarray(read_mask(mask_path)).convert("L")  # 0 and 255, for the paper's resizing
+        except MaskError as error:
+            raise ValueError(f"its mask {mask_path}: {error}") from None
     if mask.size != map_.size:
         raise ValueError(
             f"its mask {mask_path} is {mask.width}x{mask.height} px, the image {map_.width}x{map_.height} px"

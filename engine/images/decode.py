@@ -52,10 +52,11 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
     image = values if isinstance(values, Image.Image) else Image.fromarray(_eight_bits(stored, values, bit_depth or 16))
     try:
         rgb = image.convert("RGB")
-        if stored.hidden is None:
+        hidden = stored.hidden
+        if hidden is None:
             return rgb
         pixels = np.array(rgb)  # [h, w, 3]
-        pixels[stored.hidden] = 0
+        pixels[hidden] = 0
         return Image.fromarray(pixels)
     except MemoryError:
         raise ImageMemoryError("not enough memory to decode it") from None

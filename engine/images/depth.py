@@ -53,8 +53,9 @@ def batch_bit_depth(paths: Iterable[Path]) -> Depth:
 def _largest(stored: Stored) -> int:
     """Return the largest level that can be seen, counted from black."""
     levels = np.asarray(stored.values)
-    if stored.hidden is not None:
-        levels = levels[~stored.hidden]
+    hidden = stored.hidden
+    if hidden is not None:
+        levels = levels[~hidden]
     largest = int(levels.max())
     # Inverted within a camera's own bits, or within all 16: black is then the largest number that there is.
     return min(largest, 65535 - int(levels.min())) if stored.white_is_zero else largest

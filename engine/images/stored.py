@@ -57,11 +57,17 @@ class Stored:
 
     # An image of 8 bits per channel (or of 1, or indexed colours), or levels [h, w] or [h, w, 3] of more.
     values: Image.Image | NDArray[Any]
-    hidden: NDArray[np.bool_] | None  # [h, w], pixels that are fully transparent; None: there are none
+    transparent: NDArray[np.bool_] | None  # [h, w], pixels without any opacity; None: all have all of it
     format: str  # as Pillow names it
     white_is_zero: bool = False  # levels still to be inverted: which of them is white depends on the bits in use
     unscaled: bool = False  # 16-bit levels that may come from a camera of fewer bits
     said_bits: int | None = None  # how many bits of them the file says are in use
+
+    @property
+    def hidden(self) -> NDArray[np.bool_] | None:
+        """Pixels [h, w] that cannot be seen, if there are any; where none can be, alpha means something else."""
+        found = self.transparent
+        return found if found is not None and found.any() and not found.all() else None
 
 
 def read_stored(path: Path) -> Stored:
@@ -81,7 +87,7 @@ def read_stored(path: Path) -> Stored:
         if is_deep_png(image, file):
             values, transparent = png_values(file)
             bits = _significant_bits(file, image)
-            found = Stored(values, _hidden(transparent), "PNG", unscaled=True, said_bits=bits)
+            found = Stored(values, transparent, "PNG", unscaled=True, said_bits=bits)
             return _turned(found, _orientation(image))
         return _of_pillow(file, image)
 
@@ -204,10 +210,10 @@ def _deep_tiff(file: BinaryIO, tiff: Tiff) -> Stored:
     values, transparent = tiff_values(file, tiff)
     if values.dtype == np.uint8:
         values = 255 - values if tiff.white_is_zero else values
-        found = Stored(Image.fromarray(np.ascontiguousarray(values)), _hidden(transparent), "TIFF")
+        found = Stored(Image.fromarray(np.ascontiguousarray(values)), transparent, "TIFF")
     else:
         bits = tiff.said_bits
-        found = Stored(values, _hidden(transparent), "TIFF", tiff.white_is_zero, unscaled=True, said_bits=bits)
+        found = Stored(values, transparent, "TIFF", tiff.white_is_zero, unscaled=True, said_bits=bits)
     return _turned(found, tiff.orientation)
 
 
@@ -218,7 +224,7 @@ def _of_pillow(file: BinaryIO, image: Image.Image) -> Stored:
         transparent = None
         if image.has_transparency_data:
             transparent = np.asarray(image.convert("RGBA").getchannel("A")) == 0
-        return _turned(Stored(image, _hidden(transparent), kind), _orientation(image))
+        return _turned(Stored(image, transparent, kind), _orientation(image))
     values = np.asarray(image)
     key = image.info.get("transparency")
     white_is_zero, bits = False, None
@@ -229,7 +235,7 @@ def _of_pillow(file: BinaryIO, image: Image.Image) -> Stored:
         bits = _significant_bits(file, image)
     found = Stored(
         values,
-        _hidden(values == key if isinstance(key, int) else None),
+        values == key if isinstance(key, int) else None,
         kind,
         white_is_zero,
         unscaled=kind in ("PNG", "TIFF"),
@@ -250,11 +256,6 @@ def _significant_bits(file: BinaryIO, image: Image.Image) -> int | None:
     )
 
 
-def _hidden(transparent: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """Return transparent pixels where there are any; where nothing can be seen, alpha means something else."""
-    return transparent if transparent is not None and transparent.any() and not transparent.all() else None
-
-
 def _orientation(image: Image.Image) -> int:
     with suppress(Exception):  # EXIF that is damaged says nothing
         return int(image.getexif().get(ORIENTATION, 1))
@@ -265,11 +266,11 @@ def _turned(found: Stored, orientation: int) -> Stored:
     if orientation not in _UPRIGHT:
         return found
     how = _UPRIGHT[orientation]
-    values, hidden = found.values, found.hidden
+    values, transparent = found.values, found.transparent
     return replace(
         found,
         values=values.transpose(how) if isinstance(values, Image.Image) else _transposed(values, how),
-        hidden=None if hidden is None else _transposed(hidden, how),
+        transparent=None if transparent is None else _transposed(transparent, how),
     )
 
 

@@ -202,7 +202,7 @@ def spoil_map(case: Case) -> None:
     [
         (drop_mask, "its mask .*000_mask.png is missing"),
         (shrink_mask, "000_mask.png is 32x23 px, the image 32x24 px"),
-        (break_mask, "cannot identify image file .*000_mask.png"),
+        (break_mask, "000_mask.png: not a PNG"),
         (drop_map, "its map .*000.tiff is missing"),
         (spoil_map, "000.tiff holds NaN"),
     ],
