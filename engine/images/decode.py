@@ -13,13 +13,11 @@ from .stored import FORMATS as FORMATS
 from .stored import SUFFIXES as SUFFIXES
 from .stored import ImageError as ImageError
 from .stored import ImageMemoryError as ImageMemoryError
-from .stored import Stored, read_stored, size_of
+from .stored import Stored, read_stored
+from .stored import decoded_bytes as decoded_bytes
 from .stored import opened as opened
 
 Preprocessing = Literal["imagenet", "clip"]
-
-# What decoding and writing hold per pixel at once: RGB twice, and maps and overlays in floats.
-BYTES_PER_PIXEL = 16
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,9 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
     image = values if isinstance(values, Image.Image) else Image.fromarray(_eight_bits(stored, values, bit_depth or 16))
     try:
         rgb = image.convert("RGB")
-        hidden = stored.hidden
-        if hidden is None:
-            return rgb
-        pixels = np.array(rgb)  # [h, w, 3]
-        pixels[hidden] = 0
-        return Image.fromarray(pixels)
+        if (hidden := stored.hidden) is not None:
+            rgb.paste((0, 0, 0), mask=Image.fromarray(hidden))
+        return rgb
     except MemoryError:
         raise ImageMemoryError("not enough memory to decode it") from None
     except ValueError as error:  # of Pillow, about a mode such as LAB
@@ -83,15 +78,6 @@ def _table(white: int) -> NDArray[np.uint8]:
     """Return the 8-bit values [65536] of all 16-bit levels, rounded to the nearest."""
     levels = np.arange(65536)
     return np.minimum((levels * 255 + white // 2) // white, 255).astype(np.uint8)
-
-
-def decoded_bytes(path: Path) -> int:
-    """Return about how many bytes decoding an image and writing its results hold at once, from the file's header.
-
-    Raises ImageError where not even the header can be read.
-    """
-    rows, columns = size_of(path)
-    return rows * columns * BYTES_PER_PIXEL
 
 
 def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:

@@ -31,6 +31,10 @@ SUFFIXES = frozenset(
     )
 )
 
+# That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three, and
+# maps of floats. A test measures it.
+BYTES_PER_PIXEL = 22
+
 ORIENTATION = 274  # tag of EXIF and TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,14 +96,19 @@ def read_stored(path: Path) -> Stored:
         return _of_pillow(file, image)
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Return rows and columns from a file's header; raises ImageError."""
+def decoded_bytes(path: Path) -> int:
+    """Return about how many bytes reading an image and writing its results hold at once; raises ImageError.
+
+    Only the header is read.
+    """
     with regular_file(path) as file:
         try:
             image = _opened(file, path.suffix)
         except UnidentifiedImageError as refusal:
-            return _readable_tiff(file, refusal).shape
-        return image.height, image.width
+            rows, columns = _readable_tiff(file, refusal).shape
+        else:
+            rows, columns = image.height, image.width
+        return rows * columns * BYTES_PER_PIXEL
 
 
 @contextmanager
@@ -223,7 +232,8 @@ def _of_pillow(file: BinaryIO, image: Image.Image) -> Stored:
     if not image.mode.startswith(("I", "F")):
         transparent = None
         if image.has_transparency_data:
-            transparent = np.asarray(image.convert("RGBA").getchannel("A")) == 0
+            alpha = image if "A" in image.getbands() else image.convert("RGBA")
+            transparent = np.asarray(alpha.getchannel("A")) == 0
         return _turned(Stored(image, transparent, kind), _orientation(image))
     values = np.asarray(image)
     key = image.info.get("transparency")

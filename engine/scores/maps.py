@@ -49,10 +49,12 @@ def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:
     colours = [cell.reshape(-1, 3).mean(axis=0) for cell in cells if cell.size]  # fewer where the image is narrow
     if not colours:
         return np.ones((height, width), bool)
-    pixels = image.astype(np.float32)
     far = np.zeros((height, width), np.int32)
-    for colour in colours:
-        far += np.square(pixels - colour.astype(np.float32)).sum(axis=2) > 90.0**2
+    rows = max(1, 2**20 // width)  # at once: in floats a whole image takes many times its bytes
+    for start in range(0, height, rows):
+        pixels = image[start : start + rows].astype(np.float32)
+        for colour in colours:
+            far[start : start + rows] += np.square(pixels - colour.astype(np.float32)).sum(axis=2) > 90.0**2
     circle = np.zeros((height, width), np.uint8)
     cv2.circle(circle, (width // 2, height // 2), (height // 9) * 4, 1, thickness=-1)
     return (far <= 0.9 * len(colours)) | (circle > 0)
