@@ -1,5 +1,6 @@
 """More than 8 bits per channel: the kinds of PNG and TIFF whose values Pillow cuts to 8 bits, mixes up or refuses."""
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -8,6 +9,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+# What is wrong with a file is said once, in the error that refuses it, not by the libraries that were asked.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other
 ALPHA = (1, 2)  # of TIFF's ExtraSamples: premultiplied or not

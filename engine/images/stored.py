@@ -31,8 +31,8 @@ SUFFIXES = frozenset(
     )
 )
 
-# That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three, and
-# maps of floats. A test measures it.
+# That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three,
+# and maps of floats. A test measures it.
 BYTES_PER_PIXEL = 22
 
 ORIENTATION = 274  # tag of EXIF and TIFF
