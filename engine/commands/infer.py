@@ -169,7 +169,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda:N, or cuda:N,M (default: %(default)s)")
     add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
-    add("--bit-depth", type=int, metavar="BITS", help="bits in use in 16-bit files: 8 to 16 (default: as many as a category uses)")
+    add(
+        "--bit-depth",
+        type=int,
+        metavar="BITS",
+        help="bits in use in 16-bit files: 8 to 16 (default: what a category uses)",
+    )
     add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
     add(
