@@ -2,7 +2,7 @@
 
 from .comparers import MAX_THREADS, OWN_PATCHES, Products, choose_comparer, filter_max_shape
 from .device import Device, DeviceError, DeviceMemoryError, filter_max_kernel, open_device, open_devices
-from .images import network_input, upsample
+from .images import network_input
 from .plan import CudaPlan, plan_mutual_scoring
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "open_device",
     "open_devices",
     "plan_mutual_scoring",
-    "upsample",
 ]

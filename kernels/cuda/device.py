@@ -40,7 +40,6 @@ KERNELS = {
     "winner_cosines": "int8_winners",
     "interval_average": "interval_average",
     "minimum_distances": "interval_average",
-    "upsample": "upsample",
     "resize": "resize_normalise",
     "resize_normalise": "resize_normalise",
 }

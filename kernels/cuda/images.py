@@ -1,4 +1,4 @@
-"""The image side of the CUDA kernels: decoded images to the network's input, patch scores to maps."""
+"""The image side of the CUDA kernels: decoded images to the network's input."""
 
 import math
 from functools import lru_cache
@@ -11,14 +11,6 @@ from numpy.typing import NDArray
 from .device import DEVICE_ARRAY, Device, int32
 
 Resampling = Literal["bilinear", "bicubic"]
-
-
-def upsample(device: Device, scores: DEVICE_ARRAY, grid: tuple[int, int], size: tuple[int, int]) -> DEVICE_ARRAY:
-    """Turn patch scores [N, P] on the device into maps [N, rows, columns]: bilinear, corners aligned."""
-    maps = device.empty((len(scores), *size), np.float32)
-    blocks = (-(-math.prod(size) // 256), len(scores))
-    device.launch("upsample", blocks, 256, (scores, *int32(*grid), maps, *int32(*size)))
-    return maps
 
 
 def network_input(

@@ -196,17 +196,6 @@ def check_interval_average(
     np.testing.assert_allclose(np.asarray(minima), together, rtol=1e-5, atol=1e-6)
 
 
-def check_upsample(run: Run, make: Make, grid: tuple[int, int], size: tuple[int, int]) -> None:
-    scores = rng(*grid).normal(size=(2, *grid)).astype(np.float32)
-    maps = make(np.full((2, *size), 9e9, np.float32))
-    numbers = [np.int32(n) for n in (*grid, *size)]
-    run("upsample", (-(-math.prod(size) // 64), 2), 64, (make(scores), *numbers[:2], maps, *numbers[2:]))
-    rows, columns = (np.linspace(0, n - 1, m) if m > 1 else np.zeros(1) for n, m in zip(grid, size, strict=True))
-    tall = np.stack([[np.interp(rows, range(grid[0]), column) for column in image.T] for image in scores])  # [2, w, H]
-    expected = [[np.interp(columns, range(grid[1]), row) for row in image.T] for image in tall]
-    np.testing.assert_allclose(np.asarray(maps), expected, atol=2e-6)
-
-
 def check_resize(device: Any, source: tuple[int, int], size: int, resampling: Any) -> None:
     """Bit for bit what Pillow makes of noise with saturated areas."""
     image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)

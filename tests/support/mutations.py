@@ -42,10 +42,6 @@ def _interval_average(run: checks.Run, make: checks.Make) -> None:
     checks.check_interval_average(run, make, 7, 49, (2, 5), ties=True)
 
 
-def _upsample(run: checks.Run, make: checks.Make) -> None:
-    checks.check_upsample(run, make, (5, 9), (13, 20))
-
-
 def _pool_features(run: checks.Run, make: checks.Make) -> None:
     variant_checks.check_pool_features(run, make, (5, 7), 40, 3)
     variant_checks.check_pool_features(run, make, (5, 7), 8, 3, zeros=True)
@@ -70,7 +66,6 @@ CHECKS: dict[str, Check] = {
     "pooled_norms": _pooled_norms,
     "filter_max": _filter_max,
     "interval_average": _interval_average,
-    "upsample": _upsample,
     "pool_features": _pool_features,
     "fused": _fused,
     "int8_quantise": _int8_quantise,
@@ -154,8 +149,6 @@ MUTATIONS = [
         "zero_there ? max(found, float_to_key(0.5f)) : found",
         "found",
     ),
-    Mutation("right neighbour past the border", "upsample", "low + 1 < in ? low + 1 : low", "low + 1"),
-    Mutation("half-pixel centres", "upsample", "i * (in - 1) : 0", "i * in : 0"),
     Mutation(
         "right border one column too far", "pool_features", "columns + reach, columns - 1)", "columns + reach, columns)"
     ),

@@ -55,21 +55,21 @@ def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) 
 def test_a_fatbin_counts_only_for_the_sources_it_was_built_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in ("upsample.cu", "device.h"):
+    for file in ("pooled_norms.cu", "device.h"):
         shutil.copy(cuda_device.FOLDER / file, tmp_path / file)
     monkeypatch.setattr(cuda_device, "FOLDER", tmp_path)
-    assert cuda_device.prebuilt("upsample") is None
-    (tmp_path / "upsample.fatbin").write_bytes(b"")
+    assert cuda_device.prebuilt("pooled_norms") is None
+    (tmp_path / "pooled_norms.fatbin").write_bytes(b"")
     # As `cmake -E sha256sum` writes it.
     sums = [
         f"{hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()}  {file}\n"
-        for file in ("upsample.cu", "device.h")
+        for file in ("pooled_norms.cu", "device.h")
     ]
-    (tmp_path / "upsample.sha256").write_text("".join(sums), "utf-8")
-    assert cuda_device.prebuilt("upsample") == tmp_path / "upsample.fatbin"
+    (tmp_path / "pooled_norms.sha256").write_text("".join(sums), "utf-8")
+    assert cuda_device.prebuilt("pooled_norms") == tmp_path / "pooled_norms.fatbin"
     with (tmp_path / "device.h").open("a") as header:
         header.write("// changed\n")
-    assert cuda_device.prebuilt("upsample") is None
+    assert cuda_device.prebuilt("pooled_norms") is None
 
 
 def test_nvrtc_compiles_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,13 +160,6 @@ def test_interval_average(images: int, ranks: tuple[int, int], case: str) -> Non
     )
 
 
-@pytest.mark.parametrize(
-    ("grid", "size"), [((1, 1), (3, 2)), ((7, 7), (20, 33)), ((5, 9), (5, 9)), ((4, 3), (1, 1)), ((37, 37), (64, 70))]
-)
-def test_upsample(grid: tuple[int, int], size: tuple[int, int]) -> None:
-    checks.check_upsample(run, host_build.copied, grid, size)
-
-
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("source", "size"),

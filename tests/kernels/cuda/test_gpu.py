@@ -53,10 +53,6 @@ def test_interval_average(gpu: cuda.Device, case: str) -> None:
     )
 
 
-def test_upsample(gpu: cuda.Device) -> None:
-    checks.check_upsample(OnDevice(gpu), np.array, (37, 37), (518, 518))
-
-
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("source", [(700, 900), (900, 700), (300, 1000), (1024, 1024)])
 def test_resize_equals_pillow(gpu: cuda.Device, source: tuple[int, int], resampling: str) -> None:
