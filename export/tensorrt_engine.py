@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from zsad.kernels.files import file_sha256, written_whole
-from zsad.kernels.machine import cache_folder
+from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph
 from .cuda_driver import CudaError, use_device
@@ -87,13 +87,16 @@ class BuiltEngine:
     built: bool
 
 
-def build_engine(graph: ExportedModel, options: EngineOptions, command: str, output: Path | None = None) -> BuiltEngine:
+def build_engine(
+    graph: ExportedModel, options: EngineOptions, command: str, output: Path | None = None, keep: bool = False
+) -> BuiltEngine:
     """Build the engine of an exported graph (attention `standard`), or return the one built before.
 
     command: what the fingerprint tells to run when the engine must be made again. output: the file to write; by default
-    one in the cache that is named after the fingerprint.
+    one in the cache that is named after the fingerprint. keep: see `export_onnx`.
 
-    Raises EngineError when the library or the GPU is missing, or when the library refuses the graph.
+    Raises EngineError when the library or the GPU is missing, or when the library refuses the graph; CacheError when
+    the cache cannot be written.
     """
     trt, capabilities = check_options(options, graph.precision)
     onnx = graph.path
@@ -110,14 +113,13 @@ def build_engine(graph: ExportedModel, options: EngineOptions, command: str, out
         hardware_compatible=options.hardware_compatible,
         command=command,
     )
-    path = output or cache_folder() / "engines" / f"{onnx.stem}-{fingerprint.key()}.engine"
-    if path.is_file() and fingerprint_path(path).is_file():
-        try:
+    name = f"{onnx.stem}-{fingerprint.key()}.engine"
+    for path in [output] if output else [folder / name for folder in cache_places("engines")]:
+        with suppress(EngineError):  # missing, damaged or foreign: build it
             found, _ = _read_checked(path)
             if found.key() == fingerprint.key():
                 return BuiltEngine(path, found, built=False)
-        except EngineError:
-            pass  # damaged or foreign: build it again
+    path = output or cache_to_write("engines", keep) / name
     engine = _build(trt, onnx, fingerprint, options)
     fingerprint = replace(fingerprint, engine_sha256=hashlib.sha256(engine).hexdigest(), engine_bytes=len(engine))
     with written_whole(fingerprint_path(path)) as beside, written_whole(path) as temporary:  # the engine appears first
@@ -306,17 +308,17 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, capability in enumerate(options.compute_capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
-    timings = None
+    timings = ""
     if options.target == "tensorrt":  # TensorRT-RTX does not time, and asks for a GPU when given a cache
-        name = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"
-        timings = cache_folder() / "engines" / name
-        known = timings.read_bytes() if timings.is_file() else b""
+        timings = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"
+        found = [file for folder in cache_places("engines") if (file := folder / timings).is_file()]
+        known = found[-1].read_bytes() if found else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{options.target} built no engine from {onnx}: {log.said()}; try a smaller --batch")
-    if timings is not None:
-        with written_whole(timings) as temporary:
+    if timings:
+        with written_whole(cache_to_write("engines") / timings) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 

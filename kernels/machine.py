@@ -1,5 +1,8 @@
-"""The machine that the work runs on: its cores and memory, temporary arrays, and how long what took."""
+"""The machine that the work runs on: its cores and memory, its cache, temporary arrays, and how long what took."""
 
+import atexit
+import errno
+import logging
 import math
 import os
 import resource
@@ -16,6 +19,8 @@ import numpy as np
 import platformdirs
 import psutil
 from numpy.typing import DTypeLike, NDArray
+
+log = logging.getLogger("zsad")
 
 Timings = MutableMapping[str, float]
 
@@ -56,6 +61,62 @@ def _processor_quota() -> float | None:
 def cache_folder() -> Path:
     """Return the folder of everything that can be fetched or built again: $ZSAD_CACHE, else the user's cache folder."""
     return Path(os.environ.get("ZSAD_CACHE") or platformdirs.user_cache_path("zsad"))
+
+
+class CacheError(Exception):
+    """The cache cannot be written; the message says why and how to mend it."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(
+            f"the cache {cache_folder()} cannot be written ({reason.strerror}); "
+            "set ZSAD_CACHE to a folder that can be: export ZSAD_CACHE=/path/to/folder"
+        )
+        self.read_only = reason.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+_stand_ins: dict[Path, Path] = {}  # cache that cannot be written → temporary folder of this process
+
+
+def cache_places(kind: str) -> list[Path]:
+    """Return the folders to look for a kind of file in: those there are of the cache and of what stands in for it."""
+    cache = cache_folder()
+    places = [folder / kind for folder in (cache, _stand_ins.get(cache)) if folder is not None]
+    return [place for place in places if os.access(place, os.R_OK | os.X_OK)]
+
+
+def cache_to_write(kind: str, keep: bool = False) -> Path:
+    """Return the folder, which is there, that files of a kind are to be written into.
+
+    keep: they are of no use but in the cache. Otherwise a temporary folder, which goes when the process ends, stands in
+    for a cache that may only be read. Raises CacheError.
+    """
+    cache = cache_folder()
+    try:
+        _check_writable(cache / kind)
+        return cache / kind
+    except OSError as error:
+        problem = CacheError(error)
+    if keep or not problem.read_only:
+        raise problem
+    if cache not in _stand_ins:
+        _stand_ins[cache] = Path(tempfile.mkdtemp(prefix="zsad-cache-"))
+        atexit.register(shutil.rmtree, _stand_ins[cache], ignore_errors=True)
+        log.warning("what is built now goes into a temporary folder that is removed at the end, because %s", problem)
+    folder = _stand_ins[cache] / kind
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Make sure of a folder and that files can be made in it; raises OSError."""
+    if not folder.is_absolute() and not os.environ.get("ZSAD_CACHE"):
+        raise OSError(errno.EACCES, "there is no home folder")
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise OSError(errno.ENOTDIR, f"{part} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # modes and mounts do not tell: trying does
+        pass
 
 
 def default_memory_limit() -> int:

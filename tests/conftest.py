@@ -1,5 +1,7 @@
 """What several test files need."""
 
+import errno
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +96,23 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a folder one in which nothing can be made, also for root."""
+
+    def protect(folder: Path) -> None:
+        real = tempfile.TemporaryFile
+
+        def refuse(**options: Any) -> Any:
+            if Path(options["dir"]).is_relative_to(folder):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return real(**options)
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+
+    return protect
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from zsad.export.tensorrt_engine import (
     rebuild_command,
 )
 from zsad.kernels.files import check_target
+from zsad.kernels.machine import CacheError
 
 EXAMPLES = """examples:
   zsad-export --preset challenge --target tensorrt-rtx      every engine that the preset needs
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zsad-export: interrupted", file=sys.stderr)
         return 130
-    except (CheckpointError, EngineError, OSError) as error:
+    except (CheckpointError, EngineError, CacheError, OSError) as error:
         print(f"zsad-export: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -100,7 +101,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         if job.checkpoint in read_manifest():
             fetch_checkpoint(job.checkpoint)
         if arguments.target == "onnx":
-            print(_export(job, job.output).path)
+            print(_export(job, job.output, keep=True).path)
         else:
             _build(job, arguments)
 
@@ -237,8 +238,8 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     return jobs
 
 
-def _export(job: Job, output: Path | None) -> ExportedModel:
-    model = export_onnx(job.checkpoint, job.options, output, oracle="torch" if _has_torch() else "graph")
+def _export(job: Job, output: Path | None, keep: bool) -> ExportedModel:
+    model = export_onnx(job.checkpoint, job.options, output, "torch" if _has_torch() else "graph", keep)
     print(f"zsad-export: {job.checkpoint}: {model.agreement or 'already built'}", file=sys.stderr)
     return model
 
@@ -260,11 +261,11 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
 
 
 def _build(job: Job, arguments: argparse.Namespace) -> None:
-    graph = _export(job, None)
+    graph = _export(job, None, keep=arguments.strip_weights)  # which loading such an engine takes
     started = time.monotonic()
     options = _engine_options(arguments)
     command = rebuild_command(job.checkpoint, job.options, options, job.output)
-    engine = build_engine(graph, options, command, job.output)
+    engine = build_engine(graph, options, command, job.output, keep=True)
     said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"
     mebibytes = engine.fingerprint.engine_bytes / 2**20
     print(f"zsad-export: {engine.path.name}: {mebibytes:.0f} MiB, {said}", file=sys.stderr)

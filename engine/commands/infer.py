@@ -60,13 +60,14 @@ def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.results.resume import OutputError
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
+    from zsad.kernels.machine import CacheError
 
     from .console import INTERRUPTED, SOME_FAILED, USAGE
 
     go_on = f"What was finished is in {arguments.output}; add --resume to go on from there"
     try:
         return _run(arguments, interrupts)
-    except (ConfigError, CheckpointError, EngineError, OutputError, NothingToScoreError) as error:
+    except (ConfigError, CheckpointError, EngineError, CacheError, OutputError, NothingToScoreError) as error:
         log.error("%s", error)
         return USAGE
     except ImageError as error:

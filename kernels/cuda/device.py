@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.kernels.machine import cache_folder
+from zsad.kernels.machine import cache_places, cache_to_write
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
@@ -185,9 +185,10 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{define}" for define in defines))
     parts = [*texts.values(), *options, str(nvrtc.getVersion())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    path = cache_folder() / "kernels" / f"{name}-{architecture}-{key}.cubin"
-    if path.exists():
-        return path
+    file = f"{name}-{architecture}-{key}.cubin"
+    for folder in cache_places("kernels"):
+        if (folder / file).exists():
+            return folder / file
     program = nvrtc.createProgram(texts[f"{name}.cu"], f"{name}.cu", [texts["device.h"].encode()], [b"device.h"])
     try:
         nvrtc.compileProgram(program, options)
@@ -198,10 +199,10 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
         ) from error
     finally:
         nvrtc.destroyProgram(program)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(cubin)
-    Path(file.name).replace(path)  # another process may be writing the same
+    path = cache_to_write("kernels") / file
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
+        draft.write(cubin)
+    Path(draft.name).replace(path)  # another process may be writing the same
     return path
 
 

@@ -194,7 +194,7 @@ def test_command_exports_a_preset(
     """Every backbone with the options of its preset, named after it."""
     made = []
 
-    def fake(checkpoint: str, options: ExportOptions, output: Path, oracle: str) -> onnx_export.ExportedModel:
+    def fake(checkpoint: str, options: ExportOptions, output: Path, *_: object) -> onnx_export.ExportedModel:
         made.append((checkpoint, options, output))
         return onnx_export.ExportedModel(
             output, checkpoint, "", options.precision, "imagenet", inputs={}, built=True, agreement="fine"

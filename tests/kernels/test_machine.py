@@ -1,6 +1,10 @@
-"""What the machine is said to have: cores within a container's quota, memory, and the folder of what can be fetched."""
+"""What the machine is said to have: cores within a container's quota, memory, a cache that may be written or not."""
 
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,8 +13,11 @@ import pytest
 
 from zsad.kernels import machine
 from zsad.kernels.machine import (
+    CacheError,
     available_cores,
     cache_folder,
+    cache_places,
+    cache_to_write,
     default_disk_limit,
     default_memory_limit,
     peak_memory,
@@ -105,3 +112,63 @@ def test_the_stopwatch_adds_up_also_where_the_block_fails() -> None:
         time.sleep(0.01)
         raise KeyError
     assert 1.01 <= timings["work"] < 2
+
+
+def test_the_cache_is_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "a" / "cache"))
+    assert cache_places("models") == []
+    assert cache_to_write("models") == cache_to_write("models", keep=True) == tmp_path / "a" / "cache" / "models"
+    assert cache_places("models") == [tmp_path / "a" / "cache" / "models"]
+    assert not list(cache_to_write("models").iterdir())
+
+
+def test_a_temporary_folder_stands_in_for_a_cache_that_may_only_be_read(
+    tmp_path: Path, read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    read_only(tmp_path)
+    with pytest.raises(CacheError, match=r"cannot be written \(Read-only file system\); .* export ZSAD_CACHE="):
+        cache_to_write("weights", keep=True)
+    places = [cache_to_write(kind) for kind in ("models", "models", "engines")]
+    assert {place.parent for place in places} == {places[0].parent}
+    assert not places[0].is_relative_to(tmp_path)
+    assert cache_places("models") == [tmp_path / "models", places[0]]
+    [record] = caplog.records  # once
+    assert record.levelname == "WARNING"
+    assert "set ZSAD_CACHE to a folder that can be" in record.getMessage()
+
+
+def test_what_stands_in_goes_with_the_process(tmp_path: Path) -> None:
+    code = (
+        "import errno, os, tempfile; from zsad.kernels import machine\n"
+        "def refuse(**_): raise OSError(errno.EACCES, 'Permission denied')\n"
+        "tempfile.TemporaryFile = refuse; folder = machine.cache_to_write('models')\n"
+        "(folder / 'graph').touch(); print(folder, (folder / 'graph').exists())"
+    )
+    environment = {**os.environ, "ZSAD_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{next(iter(ran.stdout.split()))} True\n"
+    assert ran.stdout.startswith(str(tmp_path / "zsad-cache-"))
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_cache_that_is_a_file_is_an_error(tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache" / below))
+    assert cache_places("models") == []
+    with pytest.raises(CacheError, match=f"{tmp_path / 'cache'} is a file.; set ZSAD_CACHE"):
+        cache_to_write("models")
+
+
+def test_without_a_home_nothing_is_written_into_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZSAD_CACHE", raising=False)
+    monkeypatch.setattr(machine.platformdirs, "user_cache_path", lambda name: Path("~/.cache") / name)
+    with pytest.raises(CacheError, match="there is no home folder"):
+        cache_to_write("weights", keep=True)
+    assert cache_to_write("models").is_dir()
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.machine import cache_folder
 
 COMPILER = shutil.which("g++")
 MISSING_COMPILER = "g++ is not installed: the CUDA sources cannot be compiled for the host"
@@ -47,7 +48,7 @@ def digest(*texts: str) -> str:
 
 
 def host_cache() -> Path:
-    folder: Path = cuda_device.cache_folder() / "host"
+    folder: Path = cache_folder() / "host"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

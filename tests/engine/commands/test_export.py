@@ -123,3 +123,16 @@ def test_no_option_is_ignored(
     with pytest.raises(SystemExit, match="2"):
         main(line)
     assert said in capsys.readouterr().err
+
+
+def test_a_cache_that_may_only_be_read_gives_what_it_has(
+    command: list[str], cache: Path, read_only: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    built = capsys.readouterr().out
+    read_only(cache)
+    assert main(command) == 0
+    assert capsys.readouterr().out == built
+    assert main([*command, "--precision", "fp16"]) == 2  # a graph that is gone when the command ends is of no use
+    assert "cannot be written (Read-only file system); set ZSAD_CACHE" in capsys.readouterr().err
+    assert main([*command, "--precision", "fp16", "--output", str(cache.parent / "graph.onnx")]) == 0

@@ -834,6 +834,38 @@ def test_missing_weights_say_how_to_bring_them(
     assert not Path("out/data").exists()
 
 
+def test_a_cache_that_may_only_be_read(
+    infer,
+    tiny: Path,
+    tmp_path: Path,
+    read_only: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw(tmp_path / "data", *numbered(3))
+    cache = tmp_path / "cache"
+    shutil.copytree(tiny / "cache", cache)
+    monkeypatch.setenv("ZSAD_CACHE", str(cache))
+    before = sorted(cache.rglob("*"))
+    read_only(cache)
+    assert infer("data", "--image-size", "84") == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "ZSAD_CACHE" in line]
+    assert "temporary folder that is removed at the end" in line
+    assert sorted(cache.rglob("*")) == before
+    check_whole(Path("out"))
+
+
+def test_a_cache_that_is_a_file(
+    infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "data", *numbered(2))
+    Path("cache").touch()
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
+    assert infer("data") == 2
+    assert f"{tmp_path / 'cache'} is a file); set ZSAD_CACHE to a folder" in capsys.readouterr().err
+    assert not Path("out/data").exists()
+
+
 def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(2))
     Path("bad.safetensors").write_bytes(b"not weights")
