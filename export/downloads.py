@@ -41,7 +41,7 @@ def download(url: str, target: Path, sha256: str, size: int | None = None) -> No
         try:
             if target.is_file() and file_sha256(target) == sha256:
                 return
-            _fetch(url, part, size)
+            fetch(url, part, size)
             if (digest := file_sha256(part)) != sha256:
                 part.unlink()
                 raise CheckpointError(
@@ -53,7 +53,7 @@ def download(url: str, target: Path, sha256: str, size: int | None = None) -> No
                 part.unlink(missing_ok=True)
 
 
-def _fetch(url: str, part: Path, size: int | None) -> None:
+def fetch(url: str, part: Path, size: int | None = None) -> None:
     """Append to `part` until nothing is missing; raises CheckpointError when the server refuses or stays away."""
     with tqdm(
         total=size, desc=part.stem, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()

