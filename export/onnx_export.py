@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,8 @@ from .quantisation import int8_errors, layers_in_fp32
 from .state_dict import CheckpointError
 from .vision_transformer import VisionTransformer, read_vision_transformer
 from .vit_graph import BUILDER_VERSION, build_vit_graph, check_options
+
+log = logging.getLogger("zsad")
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; beyond, protobuf cannot hold the weights and they go into a file of their own
 
@@ -57,6 +60,7 @@ def export_onnx(
     when the cache cannot be written; OSError when the file cannot be, or is the checkpoint itself.
     """
     source, digest = find_checkpoint(checkpoint)
+    log.debug("%s: weights of %s, sha256 %s", checkpoint, source, digest)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
     name = f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
     inputs = {"images": (3, options.image_size, options.image_size)}
@@ -145,6 +149,7 @@ def _write_verified(
         try:
             line = check_agreement(found, expected, options.precision, name)
         except CheckpointError as error:
+            log.debug("with %d linear layers in fp32: %s", len(exact), error)
             refusal = error
         else:
             return f"{line}; {len(exact)} linear layers in fp32" if exact else line

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from .downloads import TIMEOUT, fetch
 from .state_dict import CheckpointError
+
+log = logging.getLogger("zsad")
 
 INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")  # environments without pip are mostly uv's
 PYPI = "https://pypi.org/simple"
@@ -51,6 +54,7 @@ def _from_index(package: str, version: str, folder: Path) -> Path:
         name = unquote(urlsplit(link).path).rpartition("/")[2]
         distribution, *rest = name.split("-")
         if name.endswith(".whl") and [_normalised(distribution), *rest[:1]] == [_normalised(package), version]:
+            log.debug("without pip: %s", link)
             fetch(link, folder / name)
             return folder / name
     raise CheckpointError(f"{page} has no wheel of version {version}")

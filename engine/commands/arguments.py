@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,18 @@ def size(text: str) -> int:
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None
+
+
+def add_loudness(parser: argparse.ArgumentParser, verbose: str) -> None:
+    """Add -v and -q, which `log_level` reads; verbose: what is said with -v."""
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help=verbose)
+    loudness.add_argument("-q", "--quiet", action="store_true", help="errors only")
+
+
+def log_level(arguments: argparse.Namespace) -> int:
+    """Return the level from which on log lines are shown."""
+    return logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
 
 
 class Version(argparse.Action):

@@ -47,29 +47,34 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
 
 
 class Interrupts:
-    """Remembers Ctrl-C: an exception that a signal raises inside a finalizer is dropped by the interpreter."""
+    """Ends a command through its clean-up at Ctrl-C and SIGTERM, each a KeyboardInterrupt.
+
+    It is remembered: an exception that a signal raises inside a finalizer is dropped by the interpreter.
+    """
+
+    UNHANDLED = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
 
     def __init__(self) -> None:
         self.seen = False
 
     def __enter__(self) -> "Interrupts":
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # Where the caller ignores the signal, or handles it, that stays so.
-        self.installed = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self.installed:
-            signal.signal(signal.SIGINT, self._note)
+        # Where the caller ignores a signal, or handles it, that stays so.
+        self.installed = {s: h for s, h in self.UNHANDLED if in_main_thread and signal.getsignal(s) is h}
+        for number in self.installed:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.installed.items():
+            signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
         self.seen = True
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if there was a Ctrl-C; called wherever a run reports progress."""
+        """Raise KeyboardInterrupt if there was one before; called wherever a command gets on."""
         if self.seen:
             raise KeyboardInterrupt
 

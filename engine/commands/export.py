@@ -2,30 +2,27 @@
 
 import argparse
 import importlib.util
+import logging
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from zsad.export.checkpoints import fetch_checkpoint, read_manifest
-from zsad.export.libraries import TARGETS, EngineError
-from zsad.export.onnx_export import ExportedModel, export_onnx
+from zsad.export.libraries import TARGETS
 from zsad.export.options import ACTIVATIONS, ATTENTIONS, PRECISIONS, ExportOptions
-from zsad.export.state_dict import CheckpointError
-from zsad.export.tensorrt_engine import (
-    EngineOptions,
-    build_engine,
-    check_options,
-    rebuild_command,
-)
-from zsad.kernels.files import check_target
-from zsad.kernels.machine import CacheError
+
+from .arguments import add_loudness, log_level, numbers
+
+if TYPE_CHECKING:  # `--help` waits for nothing that works on graphs
+    from zsad.export.onnx_export import ExportedModel
+    from zsad.export.tensorrt_engine import EngineOptions
+
+    from .console import Interrupts
+
+log = logging.getLogger("zsad")
 
 EXAMPLES = """examples:
   zsad-export --preset challenge --target tensorrt-rtx      every engine that the preset needs
@@ -47,47 +44,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-export`; 0 done, 2 usage or anything that stopped it, 130 interrupted."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    from .console import Interrupts, logging_to_stderr
+
+    with logging_to_stderr("zsad-export", log_level(arguments)), Interrupts() as interrupts:
+        return _guarded(parser, arguments, interrupts)
+
+
+def _guarded(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
+    """Turn what stops a command into a message and an exit code."""
+    from zsad.export.libraries import EngineError
+    from zsad.export.state_dict import CheckpointError
+    from zsad.kernels.machine import CacheError
+
+    from .console import DONE, INTERRUPTED, USAGE
+
     try:
-        with _terminable():
-            _run(parser, arguments)
+        _run(parser, arguments, interrupts)
     except KeyboardInterrupt:
-        print("zsad-export: interrupted", file=sys.stderr)
-        return 130
+        log.error("interrupted")
+        return INTERRUPTED
     except (CheckpointError, EngineError, CacheError, OSError) as error:
-        print(f"zsad-export: {error}", file=sys.stderr)
-        return 2
+        log.error("%s", error)
+        return USAGE
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocat" not in str(error):  # PyTorch's, which has no class for it
             raise
-        detail = " ".join(str(error).split())
-        print(f"zsad-export: not enough memory ({detail}); take a smaller --image-size", file=sys.stderr)
-        return 2
-    return 0
+        log.error("not enough memory (%s); take a smaller --image-size", " ".join(str(error).split()))
+        return USAGE
+    return DONE
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a command through its clean-up, as Ctrl-C does, unless the caller has other plans for it."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interrupts: "Interrupts") -> None:
+    """Do what is asked for; standard output gets the list, or the path of every file, and nothing else."""
+    from zsad.export.checkpoints import fetch_checkpoint, read_manifest
+    from zsad.export.tensorrt_engine import check_options
+    from zsad.kernels.files import check_target
 
+    from .console import emit
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.list:
         for checkpoint in read_manifest().values():
-            print(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
+            emit(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
             for source in checkpoint.sources:
-                print(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
+                emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
         return
     if arguments.fetch:
         for name in arguments.fetch:
-            print(fetch_checkpoint(name, arguments.output))
+            emit(str(fetch_checkpoint(name, arguments.output)))
+            interrupts.check()
         return
     # What can be refused is refused before minutes of work.
     jobs = _jobs(parser, arguments)
@@ -100,10 +104,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     for job in jobs:
         if job.checkpoint in read_manifest():
             fetch_checkpoint(job.checkpoint)
-        if arguments.target == "onnx":
-            print(_export(job, job.output, keep=True).path)
-        else:
-            _build(job, arguments)
+        onnx = arguments.target == "onnx"
+        emit(str(_export(job, job.output, keep=True).path if onnx else _build(job, arguments)))
+        interrupts.check()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,69 +119,65 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="list the checkpoints of the manifest and exit")
     what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch checkpoints of the manifest and exit")
-    what.add_argument("--preset", metavar="NAME", help="export every backbone of a preset of zsad-infer")
+    what.add_argument("--preset", metavar="NAME", help="export every network of a preset of zsad-infer")
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="with --preset: overrides, as in zsad-infer")
-    parser.add_argument("--target", choices=["onnx", *TARGETS], default="onnx", help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="(default: fp32 for onnx, else fp16)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: the preset's, else 518)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE.toml", help="with --preset: overrides, as in zsad-infer")
+    add("--target", choices=["onnx", *TARGETS], default="onnx", help="(default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="(default: fp32 for onnx, else fp16)")
+    add("--image-size", type=int, metavar="PIXELS", help="(default: the preset's, else 518)")
+    add(
         "--output",
         type=Path,
         metavar="PATH",
         help="the file, or the folder with --preset and --fetch (default: the cache)",
     )
+    add_loudness(parser, "which weights, and how close graphs come")
+    _add_graph(parser)
+    _add_engine(parser)
+    return parser
+
+
+def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("the graph")
-    graph.add_argument("--taps", type=_numbers, metavar="5,11,...", help="blocks to tap, 0-based")
+    graph.add_argument("--taps", type=numbers(int), metavar="5,11,...", help="blocks to tap, 0-based")
     graph.add_argument(
         "--attention", choices=ATTENTIONS, help="operators of the attention (default: fused for onnx, else standard)"
     )
-    own = parser.add_argument_group("the graph of a --checkpoint (a preset brings its own)")
-    own.add_argument("--activation", choices=ACTIVATIONS, help=f"(default: {ExportOptions.activation})")
-    own.add_argument("--heads", type=int, help="attention heads (default: the published tower's of this width)")
-    own.add_argument(
-        "--preprocessing",
-        choices=["imagenet", "clip"],
-        help="noted in the file (default: the model's own)",
-    )
-    own.add_argument(
+    add = parser.add_argument_group("the graph of a --checkpoint (a preset brings its own)").add_argument
+    add("--activation", choices=ACTIVATIONS, help=f"(default: {ExportOptions.activation})")
+    add("--heads", type=int, help="attention heads (default: the published tower's of this width)")
+    add("--preprocessing", choices=["imagenet", "clip"], help="noted in the file (default: the model's own)")
+    add(
         "--antialias",
         action=argparse.BooleanOptionalAction,
         help="when resizing the position embedding (default: as the model does)",
     )
-    without = partial(own.add_argument, dest="outputs", action="store_const")
+    without = partial(add, dest="outputs", action="store_const")
     without("--no-embedding", const=("tokens",), help="leave out the image embedding and unused blocks")
     without("--no-tokens", const=("embedding",), help="leave out the patch tokens; takes no --taps")
-    engine = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)")
-    engine.add_argument(
-        "--batch", type=_numbers, default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch"
-    )
-    engine.add_argument("--device", type=int, default=0, metavar="GPU", help="GPU to build for (default: %(default)s)")
-    engine.add_argument(
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)").add_argument
+    add("--batch", type=numbers(int), default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch")
+    add("--device", type=int, default=0, metavar="GPU", help="GPU to build for (default: %(default)s)")
+    add(
         "--compute-capability",
         type=lambda text: tuple(text.split(",")),
         default=(),
         metavar="8.9,...",
         help="GPUs to build for, tensorrt-rtx only (default: all from 8.0)",
     )
-    engine.add_argument(
-        "--strip-weights", action="store_true", help="leave the weights out; loading takes the ONNX file"
-    )
-    engine.add_argument("--version-compatible", action="store_true", help="run in later TensorRT versions too")
-    engine.add_argument("--hardware-compatible", action="store_true", help="run on every GPU from 8.0 (slower)")
-    return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
+    add("--strip-weights", action="store_true", help="leave the weights out; loading takes the ONNX file")
+    add("--version-compatible", action="store_true", help="run in later TensorRT versions too")
+    add("--hardware-compatible", action="store_true", help="run on every GPU from 8.0 (slower)")
 
 
 def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Job]:
     """The exports that the command line asks for."""
     from zsad.engine.config import LARGEST_SIDE
+    from zsad.export.tensorrt_engine import EngineOptions
 
     onnx = arguments.target == "onnx"
     if len(arguments.batch) != 3:
@@ -238,17 +237,18 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     return jobs
 
 
-def _export(job: Job, output: Path | None, keep: bool) -> ExportedModel:
-    model = export_onnx(job.checkpoint, job.options, output, "torch" if _has_torch() else "graph", keep)
-    print(f"zsad-export: {job.checkpoint}: {model.agreement or 'already built'}", file=sys.stderr)
+def _export(job: Job, output: Path | None, keep: bool) -> "ExportedModel":
+    from zsad.export.onnx_export import export_onnx
+
+    has_torch = importlib.util.find_spec("torch") is not None
+    model = export_onnx(job.checkpoint, job.options, output, "torch" if has_torch else "graph", keep)
+    log.info("%s: %s", job.checkpoint, model.agreement or "already built")
     return model
 
 
-def _has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None
+def _engine_options(arguments: argparse.Namespace) -> "EngineOptions":
+    from zsad.export.tensorrt_engine import EngineOptions
 
-
-def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         arguments.target,
         arguments.batch,
@@ -260,13 +260,15 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
     )
 
 
-def _build(job: Job, arguments: argparse.Namespace) -> None:
+def _build(job: Job, arguments: argparse.Namespace) -> Path:
+    """Export a graph, build its engine, and return the engine's file."""
+    from zsad.export.tensorrt_engine import build_engine, rebuild_command
+
     graph = _export(job, None, keep=arguments.strip_weights)  # which loading such an engine takes
     started = time.monotonic()
     options = _engine_options(arguments)
     command = rebuild_command(job.checkpoint, job.options, options, job.output)
     engine = build_engine(graph, options, command, job.output, keep=True)
     said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"
-    mebibytes = engine.fingerprint.engine_bytes / 2**20
-    print(f"zsad-export: {engine.path.name}: {mebibytes:.0f} MiB, {said}", file=sys.stderr)
-    print(engine.path)
+    log.info("%s: %.0f MiB, %s", engine.path.name, engine.fingerprint.engine_bytes / 2**20, said)
+    return engine.path

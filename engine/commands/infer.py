@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsad.engine.presets.names import preset_names
 
-from .arguments import Version, numbers, size
+from .arguments import Version, add_loudness, log_level, numbers, size
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.results.records import RunRecord
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     from .console import Interrupts, logging_to_stderr
 
-    level = logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
-    with logging_to_stderr("zsad", level), Interrupts() as interrupts:
+    with logging_to_stderr("zsad", log_level(arguments)), Interrupts() as interrupts:
         return _guarded(arguments, interrupts)
 
 
@@ -221,9 +220,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
     add("--strict", action="store_true", help="stop at the first unreadable image")
     add("--json", action="store_true", help="print the run record as JSON on standard output")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="store_true", help="plans and the time per stage")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    add_loudness(parser, "plans and the time per stage")
     add("--version", action=Version, nargs=0, help="print the version and exit")
 
 

@@ -200,8 +200,8 @@ def test_command_exports_a_preset(
             output, checkpoint, "", options.precision, "imagenet", inputs={}, built=True, agreement="fine"
         )
 
-    monkeypatch.setattr("zsad.engine.commands.export.export_onnx", fake)
-    monkeypatch.setattr("zsad.engine.commands.export.fetch_checkpoint", lambda name: None)
+    monkeypatch.setattr("zsad.export.onnx_export.export_onnx", fake)
+    monkeypatch.setattr("zsad.export.checkpoints.fetch_checkpoint", lambda name: None)
     arguments = ["--preset", "challenge", "--precision", "fp16", "--output", str(tmp_path)]
     assert main([*arguments, "--batch", "1,8,32", "--device", "0"]) == 0  # as they are anyway
     taps = (5, 11, 17, 23)

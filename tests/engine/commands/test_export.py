@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from zsad.engine.commands import export as cli
 from zsad.engine.commands.export import main
 
 
@@ -24,8 +23,10 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
+    # A background job, as tests may be, starts its children with SIGINT ignored.
     code = (
-        "import signal, sys; from zsad.engine.commands import export as cli; from zsad.export import onnx_export\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from zsad.engine.commands import export as cli; from zsad.export import onnx_export\n"
         f"onnx_export.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
@@ -47,18 +48,32 @@ def test_want_of_memory_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "export_onnx", fail)
+    monkeypatch.setattr("zsad.export.onnx_export.export_onnx", fail)
     assert main(command) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
     assert line.endswith("take a smaller --image-size")
 
 
+def test_loudness(command: list[str], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for option in ("-q", "--image-size=70", "-v"):
+        assert main([*command, option]) == 0
+        printed = capsys.readouterr()
+        [graph] = (cache / "models").glob("*.onnx")
+        assert printed.out == f"{graph}\n"
+        said[option] = printed.err.splitlines()
+    assert said["-q"] == []
+    assert said["--image-size=70"] == [f"zsad-export: {command[1]}: already built"]
+    assert said["-v"][-1:] == said["--image-size=70"]
+    assert f"{command[1]}: weights of {command[1]}, sha256 " in said["-v"][0]
+
+
 def test_faults_of_the_program_are_not_hidden(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(cli, "export_onnx", fail)
+    monkeypatch.setattr("zsad.export.onnx_export.export_onnx", fail)
     with pytest.raises(RuntimeError, match="something else"):
         main(command)
 

@@ -560,11 +560,21 @@ def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, mom
     assert sorted(path.name for path in Path("out").iterdir() if path.is_dir()) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("moment", ["at the start", "while writing", "after the first category"])
-def test_interrupted_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("at the start", signal.SIGINT),
+        ("while writing", signal.SIGINT),
+        ("while writing", signal.SIGTERM),
+        ("after the first category", signal.SIGINT),
+    ],
+)
+def test_interrupted_at_any_moment(
+    tiny: Path, infer, many: Path, tmp_path: Path, moment: str, number: signal.Signals
+) -> None:
     process = start(tiny, many, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     wait_for(lambda: MOMENTS[moment](tmp_path / "out"), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=ENOUGH)
     assert process.returncode == 130, error
     assert b"interrupted. What was finished is in out; add --resume" in error
