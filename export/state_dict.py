@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load_file
 
@@ -238,6 +236,9 @@ def _read_onnx_initializers(path: Path) -> StateDict:
     Linear weights appear transposed as the right operand of a MatMul whose node is named after its module; the position
     embedding was cut into the class token's row and the patches' rows.
     """
+    import onnx
+    from onnx import numpy_helper
+
     try:
         graph = onnx.load(path).graph
     except Exception as error:  # protobuf raises its own DecodeError

@@ -388,7 +388,7 @@ def test_a_missing_library_says_how_to_install_it(target: str, extra: str, monke
 
 def test_importing_the_export_side_imports_neither_pytorch_nor_tensorrt() -> None:
     code = (
-        "import sys, zsad.engine.commands.export;"
+        "import sys, zsad.export.onnx_export, zsad.export.tensorrt_engine;"
         "print([m for m in ('torch', 'tensorrt', 'tensorrt_rtx') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
