@@ -1,9 +1,9 @@
 """The two things the export side asks of a GPU, straight from the driver: what it is, and to make it current."""
 
 import ctypes
-import platform
 from typing import Any
 
+DRIVER = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
@@ -16,11 +16,10 @@ def use_device(device: int) -> str:
 
     Raises CudaError when there is no driver or no such device.
     """
-    library = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(library)
+        driver = ctypes.CDLL(DRIVER)
     except OSError:
-        raise CudaError(f"no NVIDIA driver on this machine ({library} is missing)") from None
+        raise CudaError(f"no NVIDIA driver on this machine ({DRIVER} is missing)") from None
     count, handle, context = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
     _call(driver.cuInit(0), "cuInit")
     _call(driver.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
