@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from zsad.export.options import ExportOptions
-from zsad.export.vision_transformer import VisionTransformer
+from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, Architecture, VisionTransformer
 
 
 @dataclass(frozen=True)
 class Shape:
     """What decides the arithmetic of an image tower."""
 
-    family: str  # dinov2 or clip
+    architecture: Architecture
     width: int
     depth: int
     patch_size: int = 14
@@ -36,7 +36,7 @@ class Shape:
         """Return the shape of weights that were read."""
         hidden = vit.blocks[0].fc2[0].shape[1]
         return cls(
-            vit.architecture.name,
+            vit.architecture,
             vit.width,
             len(vit.blocks),
             vit.patch_size,
@@ -64,16 +64,20 @@ class Shape:
 
 # By the manifest's names.
 SHAPES = {
-    "dinov2-vits14": Shape("dinov2", 384, 12),
-    "dinov2-vitb14": Shape("dinov2", 768, 12),
-    "dinov2-vitl14": Shape("dinov2", 1024, 24),
-    "dinov2-vitg14": Shape("dinov2", 1536, 40, gated=True),
-    "clip-vitl14-336": Shape("clip", 1024, 24, stored_grid=24, projection=768),
-    "clip-vitl14": Shape("clip", 1024, 24, stored_grid=16, projection=768),
-    "clip-vitb16": Shape("clip", 768, 12, patch_size=16, stored_grid=14, projection=512),
-    "clip-vitb16plus-240": Shape("clip", 896, 12, patch_size=16, stored_grid=15, projection=640),
+    "dinov2-vits14": Shape(DINOV2, 384, 12),
+    "dinov2-vitb14": Shape(DINOV2, 768, 12),
+    "dinov2-vitl14": Shape(DINOV2, 1024, 24),
+    "dinov2-vitg14": Shape(DINOV2, 1536, 40, gated=True),
+    "clip-vitl14-336": Shape(CLIP, 1024, 24, stored_grid=24, projection=768),
+    "clip-vitl14": Shape(CLIP, 1024, 24, stored_grid=16, projection=768),
+    "clip-vitb16": Shape(CLIP, 768, 12, patch_size=16, stored_grid=14, projection=512),
+    "clip-vitb16plus-240": Shape(CLIP, 896, 12, patch_size=16, stored_grid=15, projection=640),
 }
-SHAPES |= {f"{name}-reg": replace(shape, registers=4) for name, shape in SHAPES.items() if shape.family == "dinov2"}
+SHAPES |= {
+    f"{name}-reg": replace(shape, architecture=DINOV2_REGISTERS, registers=4)
+    for name, shape in SHAPES.items()
+    if shape.architecture == DINOV2
+}
 
 
 def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, seed: int = 0) -> None:
@@ -90,7 +94,7 @@ def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, s
 
     patch = (shape.width, 3, shape.patch_size, shape.patch_size)
     width, hidden, positions = shape.width, shape.hidden, 1 + shape.stored_grid**2
-    if shape.family == "dinov2":
+    if shape.architecture != CLIP:
         normal("cls_token", 1, 1, width)
         normal("pos_embed", 1, positions, width)
         if shape.registers:

@@ -26,7 +26,7 @@ IR_VERSION = 10
 
 LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
 PADDING = 16  # columns
-IN_FP32 = "take fp32: zsad-export --precision fp32, zsad-infer --backbone-precision fp32"
+IN_FP32 = "take fp32: zsad-export --precision fp32, zsad-infer --network-precision fp32"
 
 
 def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = False) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_backbone
 from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import LoadedEngine
+from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
 from zsad.kernels import cuda
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
@@ -48,7 +49,9 @@ def random_dinov2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
     def write(width: int = 64, depth: int = 2, gated: bool = False, registers: int = 0) -> Path:
         path = tmp_path_factory.mktemp("dinov2") / f"dinov2-{width}-{depth}.safetensors"
-        shape = Shape("dinov2", width, depth, stored_grid=5, gated=gated, registers=registers)
+        shape = Shape(
+            DINOV2_REGISTERS if registers else DINOV2, width, depth, stored_grid=5, gated=gated, registers=registers
+        )
         write_random_checkpoint(shape, path, deviation=0.05)
         return path
 

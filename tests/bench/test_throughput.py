@@ -13,6 +13,7 @@ from zsad.engine.config import load_config
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.networks.build import export_options
 from zsad.export.state_dict import CheckpointError
+from zsad.export.vision_transformer import DINOV2
 
 STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 
@@ -79,7 +80,7 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", throughput.Shape("dinov2", 64, 2, stored_grid=5))
+    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", throughput.Shape(DINOV2, 64, 2, stored_grid=5))
     config = load_config("challenge", overrides={"taps": (0, 1)}, method_of=method_class)
     only = config.model_copy(update={"networks": {"dinov2": config.networks["dinov2"]}})
     replaced, weights = throughput.use_random_weights(only, tmp_path)
