@@ -274,7 +274,7 @@ def whole_runs(
         options = Options(Path(folder) / "out", batch_size=arguments.batch_size, strict=True)
         workplace = set_up(config, runtime, options)
         data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images, defects=arguments.images // 4)
-        (category, *_) = scan(data)
+        (category, *_) = scan(data).categories
         category = replace(category, images=category.images[: arguments.images])
 
         def run(images: int) -> tuple[float, dict[str, float]]:

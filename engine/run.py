@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
-from zsad.engine.evaluation.evaluate import Evaluation, evaluate
+from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
 from zsad.engine.images.decode import ImageError
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
-from zsad.engine.images.folders import Category, scan
+from zsad.engine.images.folders import Category, Dataset, scan
 from zsad.engine.methods.method import Scored
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import CategoryWriter, Result, Writing
@@ -76,7 +76,8 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     OutputError and NothingToScoreError before any work, ImageError with `strict`, OSError when the disk is full.
     """
     start, started = time.perf_counter(), datetime.now(timezone.utc)
-    categories = scan(data, exclude=options.output)
+    dataset = scan(data, exclude=options.output)
+    categories = dataset.categories
     check_output(options.output, categories)
     workplace = set_up(config, runtime, options)
     check_memory(categories, config, workplace)
@@ -89,9 +90,11 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         runtime.describe(),
         runtime.reason,
     )
+    for note in dataset.notes:
+        log.info("%s", note)
     records = [run_category(CategoryJob(category, config, options), workplace, progress) for category in categories]
     timings = workplace.timings
-    evaluation = _evaluated(data, options, categories, records, timings)
+    dataset, evaluation = _evaluated(dataset, options, records, timings)
     seconds = time.perf_counter() - start
     record = RunRecord(
         version=importlib.metadata.version("zsad"),
@@ -113,10 +116,10 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         versions={"python": platform.python_version(), "numpy": np.__version__},
         categories=records,
         metrics=evaluation,
-        notes=_notes(records),
+        notes=[*dataset.notes, *_notes(records)],
     )
     if "zsad" in options.formats:
-        shown = shown_categories(options.output, categories, records, evaluation)
+        shown = shown_categories(options.output, dataset.categories, records, evaluation)
         write_report(options.output / "report.html", record, shown)
     with written_whole(options.output / "run.json") as temporary:
         temporary.write_text(record.to_json())
@@ -332,28 +335,27 @@ class CategoryPass:
 
 
 def _evaluated(
-    data: Path,
-    options: Options,
-    categories: Sequence[Category],
-    records: Sequence[CategoryRecord],
-    timings: MutableMapping[str, float],
-) -> Evaluation | None:
-    """Compare with ground truth where the data have it; scoring never sees it."""
+    dataset: Dataset, options: Options, records: Sequence[CategoryRecord], timings: MutableMapping[str, float]
+) -> tuple[Dataset, Evaluation | None]:
+    """Compare with ground truth where the data have it; scoring never sees it. Returns the images with their labels."""
+    # A category that failed in this run may still have the results of an earlier one.
     finished = {record.name for record in records if record.images}
-    labelled = any(image.anomalous is not None for category in categories for image in category.images)
-    if not (labelled and finished):
-        return None
+    comparable = {category.name for category in dataset.categories if category.has_ground_truth} & finished
+    if not comparable:
+        return dataset, None
     # Without maps every image would be named for lacking one.
     level = logging.WARNING if "zsad" in options.formats else logging.DEBUG
+
+    def warn(message: str) -> None:
+        log.log(level, "%s", message)
+
     with stopwatch(timings, "evaluate"):
         try:
-            # A category that failed in this run may still have the results of an earlier one.
-            return evaluate(
-                options.output, data, warn=lambda message: log.log(level, "%s", printable(message)), only=finished
-            )
+            dataset = replace(dataset, categories=tuple(labelled(category, warn) for category in dataset.categories))
+            return dataset, evaluate(options.output, dataset, warn=warn, only=comparable)
         except Exception as error:  # a mask that breaks its reader must not cost the report
             log.warning("no metrics: %s", error)
-            return None
+            return dataset, None
 
 
 def _notes(records: Sequence[CategoryRecord]) -> list[str]:

@@ -1,56 +1,45 @@
 """`zsad-eval OUT DATA`: compare the results of `zsad-infer` with ground truth."""
 
-from __future__ import annotations
-
 import argparse
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from zsad.engine.evaluation.evaluate import EvaluationError, Protocol, evaluate, format_csv, format_table
-from zsad.kernels.files import printable, written_whole
+from .arguments import Version
+
+log = logging.getLogger("zsad")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-eval`; returns 0 when done, 1 when something was left out, 2 when nothing could be evaluated."""
-    parser = argparse.ArgumentParser(
-        prog="zsad-eval",
-        description="Compare the results of zsad-infer with ground truth in the MVTec layout.",
-        epilog="Exit codes: 0 done, 1 something was left out (each named on stderr), 2 usage or configuration.",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder that zsad-infer wrote")
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder of categories, or one category")
-    parser.add_argument("--json", action="store_true", help="print JSON on stdout instead of the table")
-    parser.add_argument(
-        "--protocol",
-        choices=get_args(Protocol),
-        default="official",
-        help="official: full resolution, exact AUPRO; paper: 518x518 and 200-step AUPRO as in MuSc's tables",
-    )
-    parser.add_argument(
-        "--aupro-limit",
-        metavar="FPR",
-        type=float,
-        default=0.3,
-        help="false-positive rate up to which AUPRO integrates (default %(default)s)",
-    )
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="the table as CSV (default OUT/metrics.csv)")
-    parser.add_argument("--output-json", metavar="FILE", type=Path, help="the JSON (default OUT/metrics.json)")
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.aupro_limit <= 1:
-        parser.error(f"--aupro-limit {arguments.aupro_limit} must lie in (0, 1], usually 0.3 or 0.05")
+    arguments = _parse(argv)
+    from .console import logging_to_stderr
+
+    level = logging.ERROR if arguments.quiet else logging.INFO
+    with logging_to_stderr("zsad-eval", level):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from zsad.engine.evaluation.evaluate import EvaluationError, evaluate, format_csv, format_table
+    from zsad.engine.images.folders import NothingToScoreError, scan
+    from zsad.kernels.files import printable, written_whole
+
+    from .console import DONE, SOME_FAILED, USAGE
 
     warnings = 0
 
     def warn(message: str) -> None:
         nonlocal warnings
         warnings += 1
-        print(f"zsad-eval: {printable(message)}", file=sys.stderr)
+        log.warning("%s", message)
 
     try:
-        evaluation = evaluate(arguments.out, arguments.data, arguments.protocol, arguments.aupro_limit, warn)
+        dataset = scan(arguments.data, exclude=arguments.out)
+        for note in dataset.all_notes():
+            log.info("%s", note)
+        evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
         text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
         for path, content in (
             (arguments.csv or arguments.out / "metrics.csv", format_csv(evaluation)),
@@ -59,9 +48,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             with written_whole(path) as temporary:
                 # Names that are no valid Unicode keep their bytes.
                 temporary.write_text(content, encoding="utf-8", errors="surrogateescape", newline="\n")
-    except (EvaluationError, OSError) as error:
-        print(f"zsad-eval: {printable(str(error))}", file=sys.stderr)
-        return 2
+    except (EvaluationError, NothingToScoreError, OSError) as error:
+        log.error("%s", error)
+        return USAGE
     table = printable(format_table(evaluation, arguments.aupro_limit), keep="\n")
     print(text if arguments.json else table, end="")
-    return 1 if warnings else 0
+    return SOME_FAILED if warnings else DONE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="zsad-eval",
+        description="Compare the results of zsad-infer with the labels and masks that lie among the images.",
+        epilog="Exit codes: 0 done, 1 something was left out (each named on stderr), 2 usage or configuration.",
+    )
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="folder that zsad-infer wrote")
+    add("data", metavar="DATA", type=Path, help="folder that zsad-infer was given")
+    add("--json", action="store_true", help="print JSON on stdout instead of the table")
+    add(
+        "--protocol",
+        choices=("official", "paper"),
+        default="official",
+        help="official: full resolution, exact AUPRO; paper: 518x518 and 200-step AUPRO as in MuSc's tables",
+    )
+    add(
+        "--aupro-limit",
+        metavar="FPR",
+        type=float,
+        default=0.3,
+        help="false-positive rate up to which AUPRO integrates (default %(default)s)",
+    )
+    add("--csv", metavar="FILE", type=Path, help="the table as CSV (default OUT/metrics.csv)")
+    add("--output-json", metavar="FILE", type=Path, help="the JSON (default OUT/metrics.json)")
+    add("-q", "--quiet", action="store_true", help="errors only")
+    add("--version", action=Version, nargs=0, help="print the version and exit")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.aupro_limit <= 1:
+        parser.error(f"--aupro-limit {arguments.aupro_limit} must lie in (0, 1], usually 0.3 or 0.05")
+    return arguments

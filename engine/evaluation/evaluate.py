@@ -1,11 +1,12 @@
-"""Compare the results of `zsad-infer` with ground truth in the MVTec layout: `zsad-eval OUT DATA`."""
+"""Compare the results of `zsad-infer` with the ground truth that lies among the images: `zsad-eval OUT DATA`."""
 
 from __future__ import annotations
 
 import csv
+import logging
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict
@@ -14,10 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.decode import SUFFIXES
+from zsad.engine.images.folders import Category, Dataset, InputImage
+from zsad.engine.images.ground_truth import is_folder_of
+from zsad.engine.images.layouts import MASK_FOLDERS, is_test
 
 from .masks import MaskError, read_mask
-from .metrics import image_metrics, pixel_metrics
+from .metrics import Region, image_metrics, pixel_metrics
+from .saturation import Saturation, read_saturation, saturation_area
+
+log = logging.getLogger("zsad")
 
 Protocol = Literal["official", "paper"]
 Values = dict[str, float | None]
@@ -37,6 +43,8 @@ METRICS = (*CHALLENGE_WEIGHTS, "challenge")
 PAPER_SIZE = 518
 PAPER_STEPS = 200
 
+LOOKED_FOR = "looked for test/good/ and test/<defect>/, for good/ beside folders of defects, and for masks"
+
 
 class Evaluation(TypedDict):
     """Metrics in [0, 1] by the names in `METRICS`, None where the ground truth for one is missing."""
@@ -50,33 +58,19 @@ class EvaluationError(Exception):
     """Nothing can be evaluated: results or ground truth are missing, or not in the layout that is read."""
 
 
-def ground_truth(category_root: Path, relative: PurePosixPath) -> tuple[bool | None, Path | None]:
-    """Label and mask path of an image, from its path relative to the category's folder.
-
-    The label is True for an anomalous image, False for one in `test/good`, and None where the path is not
-    `test/<defect>/…`. Only an anomalous image has a mask path, which need not exist.
-    """
-    if len(relative.parts) < 3 or relative.parts[0] != "test":
-        return None, None
-    if relative.parts[1] == "good":
-        return False, None
-    return True, category_root.joinpath("ground_truth", *relative.parts[1:-1], f"{relative.stem}_mask.png")
-
-
 def evaluate(
     out: Path,
-    data: Path,
+    dataset: Dataset,
     protocol: Protocol = "official",
     aupro_limit: float = 0.3,
-    warn: Warn = lambda message: print(message, file=sys.stderr),
+    warn: Warn = log.warning,
     only: Collection[str] | None = None,
 ) -> Evaluation:
     """Metrics of every category and their mean over the categories that have a value.
 
-    `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there; `data` holds the categories, or
-    is one. `warn` gets a sentence for each thing left out. `only` names the categories to look at, where results of
-    others may be stale. Raises EvaluationError where nothing can be evaluated, and ValueError for an AUPRO limit
-    outside (0, 1].
+    `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there. `warn` gets a sentence for each
+    thing left out. `only` names the categories to look at, where results of others may be stale or have no ground
+    truth. Raises EvaluationError where nothing can be evaluated, and ValueError for an AUPRO limit outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
     follows MuSc's published MVTec tables: each mask goes to 518×518 with Pillow's bilinear filter, as torchvision's
@@ -84,54 +78,57 @@ def evaluate(
     to integers; AUPRO takes 200 steps. The reference upsamples its patch grid to 518×518; here the stored map, which
     has the image's resolution, goes there with the same filter as the mask, so the two stay aligned.
     """
-    roots = _category_roots(data)
+    wanted = {category.name: category for category in dataset.categories if only is None or category.name in only}
+    known = {name: category for name, category in wanted.items() if category.has_ground_truth}
+    if not known:
+        raise EvaluationError(f"{dataset.root} holds no ground truth: {LOOKED_FOR}")
     with_results = {path.parent.name for path in out.glob("*/scores.csv")}
     if only is not None:
-        roots = {name: root for name, root in roots.items() if name in only}
         with_results &= set(only)
-    if not with_results & roots.keys():
+    if not with_results & known.keys():
         raise EvaluationError(
-            f"{out} holds no results for the categories of {data}: expected {out / '<category>' / 'scores.csv'}; "
-            f"run `zsad-infer` on {data} first"
+            f"{out} holds no results for the categories of {dataset.root}: expected "
+            f"{out / '<category>' / 'scores.csv'}; run `zsad-infer {dataset.root} --output {out}` first"
         )
-    for name in sorted(roots.keys() - with_results):
-        warn(f"{name}: no results in {out / name}, category left out; run `zsad-infer` on {roots[name]}")
-    if not (data / "test").is_dir():
-        for name in sorted(with_results - roots.keys()):
-            warn(f"{name}: results in {out / name}, but {data} has no such category with a test folder; left out")
+    for name in sorted(known.keys() - with_results):
+        warn(f"{name}: no results in {out / name}, category left out; run `zsad-infer` on {known[name].root}")
+    # Beside the results of one category those of others may lie, of other runs.
+    one_of_several = any(category.root == dataset.root for category in dataset.categories)
+    for name in sorted(with_results - known.keys() if not one_of_several else ()):
+        reason = f"no ground truth in {dataset.root}: {LOOKED_FOR}" if name in wanted else f"not in {dataset.root}"
+        warn(f"{name}: results in {out / name}, but {reason}; left out")
     categories = {
-        name: evaluate_category(out / name, root, protocol, aupro_limit, warn)
-        for name, root in roots.items()
+        name: evaluate_category(out / name, category, protocol, aupro_limit, warn)
+        for name, category in known.items()
         if name in with_results
     }
     mean = {key: _mean([values[key] for values in categories.values()]) for key in METRICS}
     return {"categories": categories, "mean": mean, "protocol": protocol}
 
 
-def evaluate_category(results: Path, category_root: Path, protocol: Protocol, aupro_limit: float, warn: Warn) -> Values:
-    """Metrics of one category, from the folder of its results and the folder of its data; see `evaluate`."""
+def evaluate_category(results: Path, category: Category, protocol: Protocol, aupro_limit: float, warn: Warn) -> Values:
+    """Metrics of one category, from the folder of its results and its images; see `evaluate`."""
     rows = _read_scores(results / "scores.csv")
-    images = set(_relative_files(category_root, "test", SUFFIXES))
-    for path in sorted(images - rows.keys()):
-        warn(f"{category_root / path}: no result in {results / 'scores.csv'}, image left out")
-    expected_masks = {ground_truth(category_root, path)[1] for path in images}
-    masks = {category_root / path for path in _relative_files(category_root, "ground_truth", {".png"})}
-    for mask in sorted(masks - expected_masks):
-        warn(f"{mask}: a mask without an image, left out")
-
-    with_pixels = bool(masks & expected_masks)
-    if with_pixels and not any(row["map"] for row in rows.values()):
-        warn(f"{results}: holds no maps, so there are no pixel metrics; run `zsad-infer` with `--format zsad`")
-        with_pixels = False
+    images = {image.relative: image for image in labelled(category, warn).images}
+    for path in sorted(images.keys() - rows.keys()):
+        warn(f"{category.root / path}: no result in {results / 'scores.csv'}, image left out")
+    for mask in category.stray_masks:
+        warn(f"{category.root / mask}: a mask without an image, left out")
+    with_pixels = _has_pixels(results, category, images.values(), rows.values(), warn)
+    try:
+        saturation = read_saturation(category.root)
+    except ValueError as error:
+        warn(f"{error}; regions count by their whole area")
+        saturation = None
 
     labels: list[bool] = []
     scores: list[float] = []
-    pixels: list[tuple[NDArray[np.bool_], NDArray[np.float32]]] = []
+    pixels: list[Pixels] = []
     for relative, row in rows.items():
-        anomalous, mask_path = ground_truth(category_root, relative)
-        source = category_root / relative
-        if anomalous is None or relative not in images:
-            reason = "not in test/<defect>/, so without a label" if anomalous is None else "no longer in the data"
+        source = category.root / relative
+        image = images.get(relative)
+        if image is None or image.anomalous is None:
+            reason = "no longer in the data" if image is None else f"without a label ({LOOKED_FOR})"
             warn(f"{source}: {reason}; result left out")
             continue
         try:
@@ -141,36 +138,78 @@ def evaluate_category(results: Path, category_root: Path, protocol: Protocol, au
         if not math.isfinite(score):
             warn(f"{source}: the score {row['score']!r} in {results / 'scores.csv'} is not a number, image left out")
             continue
-        labels.append(anomalous)
+        labels.append(image.anomalous)
         scores.append(score)
         if not with_pixels:
             continue
         try:
-            pixels.append(_load_pixels(mask_path, results / row["map"], protocol))
+            pixels.append(_load_pixels(category.root, image, results / row["map"], protocol, saturation))
         except (OSError, ValueError) as error:
             warn(f"{source}: left out of the pixel metrics: {error}")
 
     at_image = image_metrics(labels, scores)
     steps = PAPER_STEPS if protocol == "paper" else None
-    at_pixel = pixel_metrics([mask for mask, _ in pixels], [map_ for _, map_ in pixels], aupro_limit, steps)
+    at_pixel = pixel_metrics(
+        [of_image.mask for of_image in pixels],
+        [of_image.map for of_image in pixels],
+        aupro_limit,
+        steps,
+        [of_image.regions for of_image in pixels],
+    )
     found = {f"image_{key}": value for key, value in at_image.items()}
     found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
     values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
     return {**values, "challenge": _challenge(values)}
 
 
-def _category_roots(data: Path) -> dict[str, Path]:
-    if (data / "test").is_dir():
-        return {data.resolve().name: data}
-    if not data.is_dir():
-        raise EvaluationError(f"{data} is not a folder: pass the folder that zsad-infer was given")
-    roots = {path.parent.name: path.parent for path in sorted(data.glob("*/test")) if path.is_dir()}
-    if not roots:
-        raise EvaluationError(
-            f"{data} holds no ground truth: expected {data}/<category>/test/<defect>/ or {data}/test/<defect>/, "
-            "with the normal images in test/good"
-        )
-    return roots
+def labelled(category: Category, warn: Warn = log.warning) -> Category:
+    """Return a category with labels for its images: where no folder has any, by masks that are empty or not.
+
+    A label stays None where it cannot be told, of which `warn` hears.
+    """
+    if not category.has_ground_truth or any(image.anomalous is not None for image in category.images):
+        return category
+    images, without = [], 0
+    for image in category.images:
+        try:
+            anomalous = any(read_mask(category.root / mask).any() for mask in image.masks)
+        except MaskError as error:
+            warn(f"{category.root / image.relative}: its mask {image.masks[0]}: {error}")
+            images.append(image)
+            continue
+        without += not image.masks
+        images.append(replace(image, anomalous=anomalous, defect="defect" if anomalous else None))
+    if without:
+        log.info("%s: %d of %d images have no mask and count as normal", category.name, without, len(images))
+    return replace(category, images=tuple(images))
+
+
+def _has_pixels(
+    results: Path,
+    category: Category,
+    images: Collection[InputImage],
+    rows: Collection[Mapping[str, str]],
+    warn: Warn,
+) -> bool:
+    """Tell whether pixels can be compared; if not, say why."""
+    anomalous = [image for image in images if image.anomalous]
+    if not any(image.masks for image in anomalous):
+        if anomalous:
+            log.info("%s: no masks, so no pixel metrics: %s", category.name, _where_masks_lie(anomalous[0]))
+        return False
+    if not any(row["map"] for row in rows):
+        warn(f"{results}: holds no maps, so there are no pixel metrics; run `zsad-infer` with `--format zsad`")
+        return False
+    return True
+
+
+def _where_masks_lie(image: InputImage) -> str:
+    place = image.relative.relative_to(image.relative.parts[0]) if is_test(image.relative.parts[0]) else image.relative
+    first, *others = MASK_FOLDERS
+    return (
+        f"looked for {first}/{place.with_suffix('')}_mask.png, also with _label, _GT or nothing for _mask and any image "
+        f"suffix, in {', '.join(others)} and beside the image"
+    )
 
 
 def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
@@ -185,42 +224,49 @@ def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
         raise EvaluationError(f"{path} is not a CSV file ({error}): run `zsad-infer` again") from error
 
 
-def _relative_files(root: Path, folder: str, suffixes: frozenset[str] | set[str]) -> Iterator[PurePosixPath]:
-    """Files under `<root>/<folder>/<defect>/` with one of the suffixes, relative to `root`."""
-    for path in (root / folder).glob("*/**/*"):
-        relative = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in relative.parts)  # as for scoring
-        if path.suffix.lower() in suffixes and not hidden and path.is_file():
-            yield PurePosixPath(relative.as_posix())
+@dataclass(frozen=True)
+class Pixels:
+    """What there is to compare of one image, at the protocol's size."""
+
+    mask: NDArray[np.bool_]  # [H, W]
+    map: NDArray[np.float32]  # [H, W]
+    regions: Sequence[Region] | None  # None: those of the mask that hang together
 
 
 def _load_pixels(
-    mask_path: Path | None, map_path: Path, protocol: Protocol
-) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Mask and map of one image, both [H, W] at the protocol's size; ValueError or OSError says what is wrong."""
+    root: Path, image: InputImage, map_path: Path, protocol: Protocol, saturation: Saturation | None
+) -> Pixels:
+    """Mask and map of one image; ValueError or OSError says what is wrong."""
     if not map_path.is_file():
         raise ValueError(f"its map {map_path} is missing; run `zsad-infer` again")
-    with Image.open(map_path) as image:
-        map_ = image.convert("F")
+    with Image.open(map_path) as file:
+        map_ = file.convert("F")
     if not np.isfinite(np.asarray(map_)).all():
         raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
-    if mask_path is None:
-        mask = Image.new("L", map_.size)
-    elif not mask_path.is_file():
-        raise ValueError(f"its mask {mask_path} is missing")
-    else:
+    if image.anomalous and not image.masks:
+        raise ValueError(f"its mask is missing: {_where_masks_lie(image)}")
+    mask = np.zeros((map_.height, map_.width), np.bool_)
+    by_file = bool(image.masks) and is_folder_of(image.relative, image.masks[0])
+    regions: list[Region] = []
+    for path in image.masks:
         try:
-            mask = Image.fromarray(read_mask(mask_path)).convert("L")  # 0 and 255, for the paper's resizing
+            part = read_mask(root / path)  # [H, W]
         except MaskError as error:
-            raise ValueError(f"its mask {mask_path}: {error}") from None
-    if mask.size != map_.size:
-        raise ValueError(
-            f"its mask {mask_path} is {mask.width}x{mask.height} px, the image {map_.width}x{map_.height} px"
-        )
+            raise ValueError(f"its mask {root / path}: {error}") from None
+        if part.shape != mask.shape:
+            size = f"{part.shape[1]}x{part.shape[0]} px, the image {map_.width}x{map_.height} px"
+            raise ValueError(f"its mask {root / path} is {size}")
+        mask |= part
+        if by_file and part.any():
+            regions.append(Region(part, saturation_area(root / path, part, saturation)))
+    if bool(mask.any()) != image.anomalous:
+        said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
+        raise ValueError(f"its mask {root / image.masks[0]} {said} {image.defect or 'normal'}")
     if protocol == "paper":
-        size, bilinear = (PAPER_SIZE, PAPER_SIZE), Image.Resampling.BILINEAR
-        mask, map_ = mask.resize(size, bilinear), map_.resize(size, bilinear)
-    return np.asarray(mask) == 255, np.asarray(map_)
+        size_, bilinear = (PAPER_SIZE, PAPER_SIZE), Image.Resampling.BILINEAR
+        resized = Image.fromarray(mask).convert("L").resize(size_, bilinear)  # 0 and 255 before
+        return Pixels(np.asarray(resized) == 255, np.asarray(map_.resize(size_, bilinear)), None)
+    return Pixels(mask, np.asarray(map_), regions if by_file else None)
 
 
 def _challenge(values: Mapping[str, float | None]) -> float | None:

@@ -18,8 +18,9 @@ from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.decode import ImageError, decode
-from zsad.engine.images.folders import RECORD, InputImage
+from zsad.engine.images.folders import InputImage
 from zsad.engine.images.loader import held_bytes
+from zsad.engine.images.tree import RECORD, SCORES
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
 
@@ -202,7 +203,7 @@ def _write_tables(folder: Path, images: Sequence[ImageRecord], with_verdicts: bo
         ["verdict", "regions", "defect_area"] if with_verdicts else []
     )
     # Names that are no valid Unicode keep their bytes.
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (folder / SCORES).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(columns)
         for image in sorted(images, key=lambda image: image.rank):

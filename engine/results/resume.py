@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zsad.engine.images.folders import RECORD, Category
+from zsad.engine.images.folders import Category
+from zsad.engine.images.tree import RECORD, SCORES, is_results
 
 from .category import THUMBNAILS
 from .records import CategoryRecord
@@ -49,7 +50,7 @@ def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | No
         record = CategoryRecord.from_json((folder / RECORD).read_text())
     except (OSError, ValueError):
         return None
-    written = [THUMBNAILS, "scores.csv"]
+    written = [THUMBNAILS, SCORES]
     written += [file for image in record.images for file in (image.map, image.overlay_file, image.json_file)]
     complete = record.fingerprint == wanted and all((folder / file).is_file() for file in written if file)
     return record if complete else None
@@ -64,7 +65,7 @@ def check_output(output: Path, categories: Sequence[Category]) -> None:
         taken = [
             folder
             for folder in (output / category.name for category in categories)
-            if os.path.lexists(folder) and not (folder / RECORD).is_file()
+            if os.path.lexists(folder) and not is_results(folder)
         ]
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from zsad.engine.commands.infer import main
 from zsad.engine.config import load_config
-from zsad.engine.evaluation.evaluate import ground_truth
+from zsad.engine.evaluation.masks import read_mask
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.folders import scan
@@ -93,15 +93,14 @@ def test_scores_equal_the_reference(golden_run) -> None:
 
 def _metrics(category, images, scores: np.ndarray, grid: tuple[int, int]) -> dict[str, float]:
     """Image AUROC, and pixel AUROC where the category has masks, of patch scores [N, P]; in percent."""
-    truth = [ground_truth(category.root, image.relative) for image in images]
-    labels = np.array([bool(anomalous) for anomalous, _ in truth])
+    labels = np.array([image.anomalous for image in images])
     found = {"image": image_metrics(labels, image_scores(scores, grid, "top_fraction", SIZE))["auroc"]}
-    if any(mask is not None and mask.is_file() for _, mask in truth):
+    if any(image.masks for image in images):
         pairs = []
-        for (anomalous, mask), patch_scores in zip(truth, scores, strict=True):
-            if anomalous and not mask.is_file():
+        for image, patch_scores in zip(images, scores, strict=True):
+            if image.anomalous and not image.masks:
                 continue
-            pixels = np.asarray(decode(mask))[:, :, 0] > 127 if anomalous else np.zeros((SIZE, SIZE), bool)
+            pixels = read_mask(category.root / image.masks[0]) if image.masks else np.zeros((SIZE, SIZE), bool)
             pairs.append((pixels, upsample(patch_scores.reshape(grid), pixels.shape)))
         found["pixel"] = pixel_metrics([m for m, _ in pairs], [s for _, s in pairs])["auroc"]
     return {name: 100 * value for name, value in found.items()}
@@ -114,7 +113,7 @@ def test_real_categories_beat_random_features_and_equal_the_oracle(real_data: Pa
     The random features know nothing of the pixels: features that do, even untrained ones, separate ball_screw's images
     by their brightness, which happens to differ between its normal and its anomalous photographs.
     """
-    (category,) = scan(real_data / name)
+    (category,) = scan(real_data / name).categories
     images = [category.images[i] for i in np.linspace(0, len(category.images) - 1, 32).astype(int)]
     tower, grid = load(image_size=SIZE), (SIZE // 14, SIZE // 14)
     inputs = (network_input(decode(image.path), recipe("imagenet", SIZE)) for image in images)

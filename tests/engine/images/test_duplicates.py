@@ -49,7 +49,7 @@ def found(folder: Path, images: list[Image.Image], suffixes: dict[int, str] | No
 
     def add(index: int) -> None:
         path = folder / f"{index}{(suffixes or {}).get(index, '.png')}"
-        images[index].save(path)
+        images[index].copy().save(path)  # Pillow keeps the settings of a format in the picture
         duplicates.add(index, path, decode(path))
 
     with ThreadPoolExecutor(4) as pool:

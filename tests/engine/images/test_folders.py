@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad.engine.images.folders import RECORD, NothingToScoreError, scan
+from zsad.engine.images.folders import NothingToScoreError, scan
+from zsad.engine.images.tree import RECORD, SCORES
 from zsad.kernels.files import printable
 
 
@@ -25,7 +26,9 @@ def touch_images(root: Path, *names: str) -> None:
 
 
 def found(root: Path, exclude: Path | None = None) -> dict[str, list[str]]:
-    return {category.name: [str(image.relative) for image in category.images] for category in scan(root, exclude)}
+    return {
+        category.name: [str(image.relative) for image in category.images] for category in scan(root, exclude).categories
+    }
 
 
 # Layouts
@@ -56,7 +59,7 @@ def test_a_folder_of_images_and_folders_of_folders(tmp_path: Path) -> None:
     assert found(tmp_path / "flat") == {"flat": ["a.jpeg", "b.png", "deep/er/c.TIF"]}
     assert found(tmp_path / "labelled") == {"labelled": ["bad/0.png", "good/0.png"]}
     assert list(found(tmp_path)) == ["flat", "labelled"]
-    assert dict(scan(tmp_path / "flat")[0].ignored) == {".txt": 1}
+    assert dict(scan(tmp_path / "flat").categories[0].ignored) == {".txt": 1}
 
 
 def test_nothing_to_score_says_why(tmp_path: Path) -> None:
@@ -75,6 +78,7 @@ def test_nothing_to_score_says_why(tmp_path: Path) -> None:
 def test_results_of_this_and_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
     touch_images(tmp_path, "a.png", "b.png", "out/part/overlays/a.jpg", "before/part/overlays/a.jpg")
     (tmp_path / "before" / "part" / RECORD).write_text("{}")
+    (tmp_path / "before" / "part" / SCORES).write_text("path,score,rank,raw_score,map\n")
     assert found(tmp_path, exclude=tmp_path / "out") == {tmp_path.name: ["a.png", "b.png"]}
 
 
@@ -103,7 +107,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_read(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    bolt, nut = scan(tmp_path)
+    bolt, nut = scan(tmp_path).categories
     assert [str(image.relative) for image in bolt.images] == ["test/good/0.png"]
     assert [(str(path), why) for path, why in bolt.unreadable] == [
         ("test/bent", "cannot be listed (Permission denied)")
@@ -119,7 +123,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_read(
 
 def test_two_images_with_one_stem_keep_their_own_results(tmp_path: Path) -> None:
     touch_images(tmp_path, "a.png", "a.jpg", "b.png", "a.png.bmp", "B.tif", "c/a.png")
-    keys = {str(image.relative): str(image.key) for image in scan(tmp_path)[0].images}
+    keys = {str(image.relative): str(image.key) for image in scan(tmp_path).categories[0].images}
     assert keys["a.png"] == "a.png"
     assert keys["a.jpg"] == "a.jpg"
     assert keys["c/a.png"] == "c/a"
@@ -139,7 +143,7 @@ def test_result_files_and_folders_never_share_a_name(tmp_path: Path) -> None:
         f"{'d' * 255}/x.png",
         "e\u0301" * 80 + ".png",
     )
-    keys = [image.key for image in scan(tmp_path)[0].images]
+    keys = [image.key for image in scan(tmp_path).categories[0].images]
     for pattern in ("maps/{}.tiff", "overlays/{}.jpg", "{}_scores.json"):
         files = [Path(pattern.format(key)) for key in keys]
         folders = {parent for file in files for parent in file.parents}

@@ -93,7 +93,7 @@ def test_images_are_written_as_they_come(text_image: Path, tmp_path: Path, monke
 def test_a_category_job_and_its_record_can_travel(text_image: Path, tmp_path: Path) -> None:
     data = runs.draw(tmp_path / "data", 3)
     config = load_config("small", text_image, method_of=methods.method_class)
-    job = CategoryJob(scan(data)[0], config, Options(tmp_path / "out"))
+    job = CategoryJob(scan(data).categories[0], config, Options(tmp_path / "out"))
     assert pickle.loads(pickle.dumps(job)) == job
     main([str(data), "--config", str(text_image), "--output", str(tmp_path / "out")])
     record = CategoryRecord.from_json((tmp_path / "out/data/category.json").read_text())

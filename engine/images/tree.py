@@ -1,0 +1,116 @@
+"""Folders as they lie on disk, each listed once, whatever links lead to it."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from .decode import SUFFIXES
+from .layouts import is_hidden
+
+RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
+SCORES = "scores.csv"
+RUN = "run.json"
+DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
+
+_SCORES_START = b"path,score,rank,raw_score,map"
+_RUN_START = (b'"version": ', b'"preset": ')
+
+
+@dataclass
+class Folder:
+    """What is in a folder, without what systems leave there and without results of zsad."""
+
+    path: Path
+    files: list[str] = field(default_factory=list)  # in sorted order; whatever is no folder, also broken links
+    folders: dict[str, "Folder"] = field(default_factory=dict)  # in sorted order; circles where links make them
+    links: set[str] = field(default_factory=set)  # which of the folders are links
+    error: str | None = None  # why it could not be listed
+
+    def images(self) -> list[str]:
+        """Return the names of the files in it that claim to be images."""
+        return [name for name in self.files if is_image(name)]
+
+    def walk(self, enter: Callable[[PurePosixPath], bool] = lambda path: True) -> list[tuple[PurePosixPath, "Folder"]]:
+        """Return this folder and all below it with their relative paths, sorted, each once.
+
+        Links are followed to folders that are not met without them. `enter` is asked before any folder is entered.
+        """
+        found: list[tuple[PurePosixPath, Folder]] = []
+        met: set[int] = set()
+        waiting, links = deque([(PurePosixPath(), self)]), deque[tuple[PurePosixPath, Folder]]()
+        while waiting or links:
+            path, folder = waiting.pop() if waiting else links.popleft()
+            if id(folder) in met:
+                continue
+            met.add(id(folder))
+            found.append((path, folder))
+            for name, child in folder.folders.items():
+                if enter(path / name):
+                    (links if name in folder.links else waiting).append((path / name, child))
+        return sorted(found, key=lambda item: item[0].parts)
+
+    def count(self) -> int:
+        """Return how many files in it and below claim to be images."""
+        return sum(len(folder.images()) for _, folder in self.walk())
+
+
+def is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def read_tree(root: Path, hidden: str | None) -> Folder:
+    """List a folder and everything below it; `hidden` is the real path of a folder to leave out."""
+    top = Folder(root)
+    known, waiting = {os.path.realpath(root): top}, [top]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder.path) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            folder.error = f"cannot be listed ({error.strerror})"
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if not _leads_to_folder(entry):
+                folder.files.append(entry.name)
+                continue
+            real = os.path.realpath(entry.path)
+            if real == hidden:
+                continue
+            if real not in known:
+                known[real] = Folder(folder.path / entry.name)
+                waiting.append(known[real])
+            folder.folders[entry.name] = known[real]
+            if entry.is_symlink():
+                folder.links.add(entry.name)
+    for folder in known.values():
+        if is_results(folder.path):
+            folder.files.clear()
+            folder.folders.clear()
+        elif RUN in folder.files and all(part in _start(folder.path / RUN) for part in _RUN_START):
+            folder.folders.pop(DEMO, None)
+    return top
+
+
+def is_results(folder: Path) -> bool:
+    """Tell whether a folder holds a category's finished results: files of others may have the same names."""
+    return (folder / RECORD).is_file() and _start(folder / SCORES).startswith(_SCORES_START)
+
+
+def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that may not be entered
+        return False
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""
