@@ -14,7 +14,7 @@ from host_tensorrt import HostEngine, loaded
 from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
-from zsad.engine.networks import tensorrt as tensorrt_backbone
+from zsad.engine.networks import tensorrt as tensorrt_graphs
 from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
@@ -151,5 +151,5 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
         return loaded(engines[-1])
 
     monkeypatch.setattr(networks, "build_engine", build)
-    monkeypatch.setattr(tensorrt_backbone, "load_engine", load)
+    monkeypatch.setattr(tensorrt_graphs, "load_engine", load)
     return engines

@@ -28,6 +28,7 @@ from zsad.export.tensorrt_engine import (
     read_engine,
 )
 from zsad.kernels.files import file_sha256
+from zsad.kernels.machine import CacheError
 
 RTX = EngineOptions("tensorrt-rtx")
 needs_rtx = pytest.mark.skipif(
@@ -204,6 +205,23 @@ def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: ExportedM
         assert build_engine(graph, EngineOptions("tensorrt"), "again").built
         assert first.path.read_bytes() == b"plan of an engine"
         assert not build_engine(graph, EngineOptions("tensorrt"), "again").built
+
+
+def test_a_cache_that_may_only_be_read(
+    tensorrt: FakeBuilder, graph: ExportedModel, cache: Path, read_only: Callable[[Path], None]
+) -> None:
+    options = EngineOptions("tensorrt")
+    kept = build_engine(graph, options, "again")
+    read_only(cache)
+    assert build_engine(graph, options, "again", keep=True).path == kept.path
+    larger = replace(options, batch=(1, 8, 64))
+    with pytest.raises(CacheError, match="cannot be written"):
+        build_engine(graph, larger, "again", keep=True)
+    here = build_engine(graph, larger, "again")
+    assert here.built
+    assert not here.path.is_relative_to(cache)
+    assert build_engine(graph, larger, "again") == replace(here, built=False)  # in the same process
+    assert list((cache / "engines").glob("*.engine")) == [kept.path]
 
 
 def test_a_failed_build_leaves_nothing(tensorrt: FakeBuilder, graph: ExportedModel, cache: Path) -> None:

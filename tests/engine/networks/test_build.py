@@ -1,0 +1,93 @@
+"""Networks made ready: from checkpoints and engines to scores."""
+
+import importlib.util
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_build import COMPILER, MISSING_COMPILER, HostDevice
+from host_tensorrt import HostEngine, loaded
+from runs import draw, record, scores_and_maps
+
+from zsad.engine.commands.export import main as export
+from zsad.engine.commands.infer import main
+from zsad.engine.networks import build as networks
+from zsad.engine.networks import runtime as runtimes
+from zsad.engine.networks import tensorrt as tensorrt_graphs
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX (pip install tensorrt-rtx)"
+)
+
+
+@needs_compiler
+@needs_rtx
+def test_zsad_infer_takes_the_engines_that_zsad_export_built(
+    two_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--preset", "challenge", "--config", str(two_networks)]
+    assert export([*common, "--target", "tensorrt-rtx"]) == 0
+    built, real, device = [], networks.build_engine, HostDevice()
+
+    def build(*arguments: Any) -> Any:
+        built.append(real(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
+    monkeypatch.setattr(networks, "build_engine", build)
+    monkeypatch.setattr(tensorrt_graphs, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), True))
+    command = [str(draw(tmp_path / "data", 4)), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]
+    assert main(command) == 0
+    assert [engine.built for engine in built] == [False, False]
+    assert len(scores_and_maps("out")[0]) == 4
+    assert not any(engine.fingerprint.agreement for engine in built)
+    assert main(command) == 0  # what the first run found is in the fingerprints
+    assert all("fp16 against its graph on the CPU" in engine.fingerprint.agreement for engine in built[2:])
+
+
+@needs_compiler
+@needs_rtx
+def test_an_engine_that_computes_something_else_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class WrongEngine(HostEngine):
+        def __init__(self, onnx: Path, most: int) -> None:
+            super().__init__(onnx, most)
+            run = self.session.run
+            wrong = lambda *arguments: [output + output[:, :, ::-1] for output in run(*arguments)]  # noqa: E731
+            self.session = types.SimpleNamespace(run=wrong, get_outputs=self.session.get_outputs)
+
+    monkeypatch.setattr(runtimes, "open_devices", lambda name: [HostDevice()])
+    monkeypatch.setattr(tensorrt_graphs, "load_engine", lambda path, number, onnx: loaded(WrongEngine(onnx, 32)))
+    arguments = [str(draw(tmp_path / "data", 4)), "--config", str(tiny / "config.toml"), "--device", "cuda:0"]
+    for _ in range(2):  # also when it lies in the cache
+        assert main([*arguments, "--runtime", "tensorrt-rtx"]) == 2
+        assert "engine: it computes something else (limit: cosine 0.999)" in capsys.readouterr().err
+
+
+def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: Path) -> None:
+    config = tmp_path / "golden.toml"
+    config.write_text(
+        f"""
+        image_size = 126
+        [networks.dinov2]
+        checkpoint = "{golden / "dinov2_vit_tiny.pth"}"
+        heads = 3
+        taps = [1, 3, 5]
+        [networks.clip]
+        checkpoint = "{golden / "clip_vit_tiny.safetensors"}"
+        heads = 2
+        taps = [5, 11]
+        """
+    )
+    data = draw(tmp_path / "data", 6)
+    common = ["--preset", "challenge", "--config", str(config)]
+    assert export([*common, "--target", "onnx", "--output", str(tmp_path / "graphs")]) == 0
+    graphs = sorted(path.name for path in (tmp_path / "graphs").iterdir())
+    assert graphs == ["clip-126-fp32.onnx", "dinov2-126-fp32.onnx"]
+    assert main([str(data), *common]) == 0
+    assert np.argmax(scores_and_maps("out")[0]) == 5
+    assert record("out")["config"]["settings"]["rscin"] == [1, 8, 9]

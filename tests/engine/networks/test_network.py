@@ -1,0 +1,37 @@
+"""Batches that do not fit, on any runtime."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_graph import images
+
+from zsad.engine.networks.network import run_in_parts
+
+
+class Narrow:
+    """A graph whose memory holds a few images at once."""
+
+    def __init__(self, room: int, largest_batch: int) -> None:
+        self.room, self.largest_batch = room, largest_batch
+        self.tried: list[int] = []
+
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        self.tried.append(len(inputs["images"]))
+        if len(inputs["images"]) > self.room:
+            raise MemoryError("no room")
+        return {"doubled": inputs["images"] * 2}
+
+
+def test_a_batch_that_does_not_fit_halves_itself_and_stays_small() -> None:
+    narrow = Narrow(room=3, largest_batch=8)
+    batch = images(8)
+    for _ in range(2):
+        found = np.zeros_like(batch)
+        for part, outputs in run_in_parts(narrow, {"images": batch}):  # type: ignore[arg-type]
+            found[part] = outputs["doubled"]
+        np.testing.assert_array_equal(found, batch * 2)
+    assert narrow.tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    with pytest.raises(MemoryError, match="no room"):
+        list(run_in_parts(Narrow(room=0, largest_batch=8), {"images": batch}))  # type: ignore[arg-type]

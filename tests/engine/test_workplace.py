@@ -1,0 +1,113 @@
+"""Whole runs on a device: the real data flow, kernels as host code, no GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
+from host_tensorrt import HostEngine
+from machines import having
+from numpy.typing import NDArray
+from runs import draw, record, scores_and_maps
+
+from zsad.engine.commands.infer import main
+from zsad.engine.networks import runtime as runtimes
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
+def test_a_run_on_a_device_equals_one_on_the_cpu(
+    two_networks: Path,
+    emulated_gpu: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    limit: list[str],
+) -> None:
+    data = draw(tmp_path / "data", 11)
+    (data / "05.png").write_bytes(b"no image")
+    common = [str(data), "--preset", "challenge", "--config", str(two_networks), "-v"]
+    assert main([*common, "--device", "cpu", "--output", "cpu"]) == 1
+    assert main([*common, "--device", "cuda:0", "--batch-size", "4", "--output", "gpu", *limit]) == 1
+    said = capsys.readouterr().err
+    assert "tensorrt 10.14.1 on the host" in said
+    assert ("are read in chunks" in said) == bool(limit)
+    assert [engine.runs for engine in tensorrt] == [[4, 4, 2]] * 2
+    assert emulated_gpu.recordings == 4  # two inputs of two backbones
+    (scores, maps), (expected, expected_maps) = scores_and_maps("gpu"), scores_and_maps("cpu")
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    for one, other in zip(maps, expected_maps, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02)
+    assert np.argmax(scores) == 9
+    assert record("gpu")["device"] == "cuda:0"
+    assert record("gpu")["config"]["network_precision"] == "fp16"
+
+
+@needs_compiler
+def test_tokens_from_the_cpu_can_be_scored_on_a_device(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, "cupy", "gpu")
+    data = draw(tmp_path / "data", 6)
+    for name in ("cpu", "cuda:0"):
+        arguments = [str(data), "--device", name, "--output", name, "--config", str(tiny / "config.toml")]
+        assert main(arguments) == 0
+    np.testing.assert_allclose(scores_and_maps("cuda:0")[0], scores_and_maps("cpu")[0], atol=0.02)
+    assert record("cuda:0")["device"] == "cpu"
+    assert record("cuda:0")["config"]["settings"]["precision"] == "fp16"
+
+
+@needs_compiler
+def test_several_devices_share_the_scoring(
+    two_networks: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [HostDevice(), HostDevice()]
+    data = draw(tmp_path / "data", 7)
+    common = [str(data), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0,1"]
+    for count in (1, 2):
+        monkeypatch.setattr(runtimes, "open_devices", lambda name, count=count: devices[:count])
+        assert main([*common, "--output", f"on{count}"]) == 0
+    assert devices[1].launches > 0
+    np.testing.assert_array_equal(scores_and_maps("on1")[0], scores_and_maps("on2")[0])
+
+
+@needs_compiler
+def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
+    two_networks: Path,
+    emulated_gpu: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in "abc":
+        draw(tmp_path / "data" / name, 4)
+    upload, images = emulated_gpu.upload, 0
+
+    def fail_later(array: NDArray[Any], out: NDArray[Any]) -> None:
+        nonlocal images
+        images += array.dtype == np.uint8
+        if images == 7:
+            raise KernelError("an illegal memory access was encountered")
+        upload(array, out)
+
+    monkeypatch.setattr(emulated_gpu, "upload", fail_later)
+    arguments = [str(tmp_path / "data"), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "the GPU failed (an illegal memory access was encountered)" in said
+    assert "add --resume to go on from there" in said
+    assert (Path("out") / "a" / "category.json").is_file()
+    assert not (Path("out") / "b").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert "a: already finished" in capsys.readouterr().err

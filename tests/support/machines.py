@@ -1,0 +1,34 @@
+"""Machines with other libraries installed than this one."""
+
+import types
+from typing import Any
+
+import pytest
+from host_build import HostDevice
+
+from zsad.engine.networks import runtime as runtimes
+from zsad.export.libraries import EngineError
+from zsad.kernels.cuda import DeviceError
+
+
+def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "8.9") -> None:
+    """A machine with some of cupy, a gpu, tensorrt, tensorrt-rtx and ONNX Runtime's CUDA provider (cuda)."""
+    device = HostDevice()
+    device.compute_capability = capability
+
+    def open_devices(name: str) -> list[HostDevice]:
+        if "gpu" not in installed:
+            raise DeviceError("CuPy finds no CUDA device")
+        return [device]
+
+    def import_tensorrt(target: str) -> Any:
+        if target not in installed:
+            raise EngineError(f"{target} is not installed; run: pip install it")
+        return types.SimpleNamespace(__version__="1.7")
+
+    providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
+    monkeypatch.setattr(runtimes, "open_devices", open_devices)
+    monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
+    onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")
+    monkeypatch.setattr(runtimes, "import_onnxruntime", lambda: onnx_runtime)
