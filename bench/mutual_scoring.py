@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from zsad.engine.run import deal_groups
 from zsad.kernels import mutual_scores, reference
-from zsad.kernels.cpu import box_sum, inverse_lengths, layer_normalise
+from zsad.kernels.cpu.arrays import box_sum, inverse_lengths, layer_normalise
 from zsad.kernels.machine import available_cores
 
 from .records import RESULTS, append, environment
@@ -87,7 +87,8 @@ def nearest_by_cdist() -> Callable[[Array, Array], Array] | None:
 
     def nearest(left: Array, right: Array) -> Array:
         distances = torch.cdist(torch.from_numpy(left), torch.from_numpy(right))
-        return distances.min(dim=1)[0].numpy()  # type: ignore[no-any-return]
+        smallest: Array = distances.min(dim=1)[0].numpy()
+        return smallest
 
     return nearest
 

@@ -7,7 +7,7 @@ All variants run in turn in one process on the same device; those of one kind in
 
     reference   every degree in both directions: torch.cdist in fp32, then the minimum, on a few pairs (needs PyTorch)
     product     every degree in both directions: fp16 product of unit features, then the maximum, on the same pairs
-    zsad        zsad.kernels.cuda.mutual_scores, complete, on all pairs, one fp16 product for all degrees
+    zsad        mutual_scores, complete, on all pairs, one fp16 product for all degrees
                 (products="gram"); tokens already on the device
     zsad fused  the same with a fused fp16 product per degree (products="fused")
     zsad int8   the same with precision="int8"
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from zsad.kernels import reference
-from zsad.kernels.cuda import Device, open_device
+from zsad.kernels.cuda.device import Device, open_device
 from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 from zsad.kernels.cuda.scoring import Options
 from zsad.kernels.mutual_scoring import MutualScoring

@@ -18,7 +18,7 @@ from zsad.engine.networks import tensorrt as tensorrt_graphs
 from zsad.export.onnx_export import ExportedModel
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
-from zsad.kernels import cuda
+from zsad.kernels.cuda.device import Device, DeviceError, open_device
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -119,11 +119,11 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
-def gpu() -> cuda.Device:
+def gpu() -> Device:
     """The first CUDA device; tests that use it carry the marker `gpu`."""
     try:
-        return cuda.open_device("cuda")
-    except cuda.DeviceError as error:
+        return open_device("cuda")
+    except DeviceError as error:
         pytest.skip(str(error))
 
 

@@ -28,7 +28,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class CudaPlan:
+class Plan:
     """How one call of mutual scoring runs on its devices; every plan gives the same scores."""
 
     images: int
@@ -120,7 +120,7 @@ class Sizes:
         """Best cosines of one image with another."""
         return 4 * self.degrees * self.patches
 
-    def plan(self, rows: int, columns: int, tiles: int, exchanges: bool, features: Where) -> CudaPlan:
+    def plan(self, rows: int, columns: int, tiles: int, exchanges: bool, features: Where) -> Plan:
         """Count what a plan takes; `rows` may be 0, for what is left without them."""
         images, patches = self.images, self.patches
         # Scores, distances of one image to all others if they are handed back, staged tokens, sums, flags of images.
@@ -131,7 +131,7 @@ class Sizes:
         peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
         host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
         devices = max(min(self.devices, images), 1)
-        plan = CudaPlan(images, rows, columns, tiles, devices, features, exchanges, peak, host, self.comparer)
+        plan = Plan(images, rows, columns, tiles, devices, features, exchanges, peak, host, self.comparer)
         return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
 
 
@@ -145,7 +145,7 @@ def least_bytes(sizes: Sizes) -> int:
 
 def plan_mutual_scoring(
     sizes: Sizes, memory_limit: int, cache_bytes: int, host_limit: int | None = None, tiles: int | None = None
-) -> CudaPlan:
+) -> Plan:
     """Fit the working set into `memory_limit` bytes on each device.
 
     cache_bytes: of the second-level cache, in which tiles stay between their product and their pass.

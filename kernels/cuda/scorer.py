@@ -21,7 +21,7 @@ from zsad.kernels.reference import LAYER_NORM_EPS
 
 from .comparers import STAGED_IMAGES, Features, Layout
 from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
-from .plan import SLICES, CudaPlan, Share
+from .plan import SLICES, Plan, Share
 
 LOWEST_KEY = -(2**31)  # below the key of every cosine
 SQUARE = 32  # of minimum_distances in interval_average.cu
@@ -45,7 +45,7 @@ class Work:
     def patches(self) -> int:
         return math.prod(self.grid)
 
-    def layout(self, plan: CudaPlan) -> Layout:
+    def layout(self, plan: Plan) -> Layout:
         """Return what is kept of an image beside its inverse lengths."""
         return plan.comparer.layout(self.patches, self.channels, len(self.degrees))
 
@@ -62,7 +62,7 @@ class Store:
 
 
 @contextmanager
-def open_store(device: Device, plan: CudaPlan, work: Work) -> Iterator[Store]:
+def open_store(device: Device, plan: Plan, work: Work) -> Iterator[Store]:
     """Allocate as planned; raises OSError where the disk does not hold the file."""
     images, degrees, patches = plan.images, len(work.degrees), work.patches
 
@@ -122,7 +122,7 @@ class _Block:
 class Scorer:
     """The arrays of one call on one device."""
 
-    def __init__(self, device: Device, plan: CudaPlan, work: Work) -> None:
+    def __init__(self, device: Device, plan: Plan, work: Work) -> None:
         self.device, self.plan, self.work = device, plan, work
         images, patches, degrees = plan.images, work.patches, len(work.degrees)
         device.use()

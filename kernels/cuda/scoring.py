@@ -22,7 +22,7 @@ from zsad.kernels.task import Task
 
 from .comparers import Products, choose_comparer
 from .device import Device, DeviceMemoryError
-from .plan import CudaPlan, Sizes, least_bytes, plan_mutual_scoring
+from .plan import Plan, Sizes, least_bytes, plan_mutual_scoring
 from .scorer import Scorer, Work, open_store
 
 MAX_DEGREE = 9
@@ -74,7 +74,7 @@ class Scoring:
     def needed(self, images: int) -> int:
         return least_bytes(self._sizes(images))
 
-    def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> CudaPlan:
+    def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
         cache_bytes, options = min(device.cache_bytes for device in self._devices), self._options
         sizes = self._sizes(images, returned_bytes)
         return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.tiles)
@@ -87,7 +87,7 @@ class Scoring:
     def run(
         self,
         tokens: Any,
-        plan: CudaPlan,
+        plan: Plan,
         returned: ReturnedMinima,
         progress: Callable[[int, int], None] | None,
         timings: Timings,
@@ -110,7 +110,7 @@ class Scoring:
 def _score(
     tokens: Any,
     devices: Sequence[Device],
-    plan: CudaPlan,
+    plan: Plan,
     work: Work,
     progress: Callable[[int, int], None] | None,
     timings: Timings,

@@ -6,10 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from zsad.kernels import cpu, mutual_scores, reference
+from zsad.kernels import mutual_scores, reference
+from zsad.kernels.cpu import comparers, scorer
+from zsad.kernels.cpu.arrays import aligned_empty
+from zsad.kernels.cpu.plan import Sizes, plan_mutual_scoring
 from zsad.kernels.machine import default_disk_limit
 from zsad.kernels.minima import ReturnedMinima
-from zsad.kernels.planner import Sizes, plan_mutual_scoring
 from zsad.kernels.task import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
@@ -31,8 +33,8 @@ def make_tokens(images: int = 8, layers: int = 2, zeros: bool = False) -> np.nda
 @pytest.fixture(params=["native", "numpy", "int8"])
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
-        monkeypatch.setattr(cpu, "_cpu", None)
-    elif cpu._cpu is None:
+        monkeypatch.setattr(comparers, "_cpu", None)
+    elif comparers._cpu is None:
         pytest.skip("installed without a compiler: the native kernels are not there")
     return "int8" if request.param == "int8" else "fp32"
 
@@ -123,7 +125,7 @@ def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
 ) -> None:
     tokens, options = make_tokens(11, zeros=True), {"precision": precision, "return_minima": "each"}
     expected = mutual_scores(tokens, GRID, **options)
-    monkeypatch.setattr("zsad.kernels.planner.default_disk_limit", lambda: disk)
+    monkeypatch.setattr("zsad.kernels.cpu.plan.default_disk_limit", lambda: disk)
     plans, seen = [], []
     smallest = smallest_limit(tokens, **options)
     for limit in (smallest, smallest + 20_000, smallest + 60_000):
@@ -150,7 +152,7 @@ def test_a_failed_allocation_halves_the_budget(
 ) -> None:
     tokens = make_tokens(30)
     expected = mutual_scores(tokens, GRID, return_minima=True)
-    empty, failed = cpu.aligned_empty, []
+    empty, failed = aligned_empty, []
 
     def scarce(shape, dtype):
         if len(failed) < failures:
@@ -158,7 +160,7 @@ def test_a_failed_allocation_halves_the_budget(
             raise MemoryError("no such memory")
         return empty(shape, dtype)
 
-    monkeypatch.setattr(cpu, "aligned_empty", scarce)
+    monkeypatch.setattr(scorer, "aligned_empty", scarce)
     plans = []
     got = mutual_scores(tokens, GRID, return_minima=True, on_plan=plans.append)
     for array, other in zip(got, expected, strict=True):
@@ -172,7 +174,7 @@ def test_memory_that_always_fails_ends_in_the_usual_error(monkeypatch: pytest.Mo
     def none(shape, dtype):
         raise MemoryError("no such memory")
 
-    monkeypatch.setattr(cpu, "aligned_empty", none)
+    monkeypatch.setattr(scorer, "aligned_empty", none)
     with pytest.raises(MemoryError, match="needs at least"):
         mutual_scores(make_tokens(5), GRID)
 

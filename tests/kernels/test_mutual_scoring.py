@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsad.kernels import cpu, mutual_scores, mutual_scoring, reference
+from zsad.kernels import mutual_scores, mutual_scoring, reference
+from zsad.kernels.cpu import comparers
+from zsad.kernels.cpu.arrays import box_sum, layer_normalise
+from zsad.kernels.cpu.plan import Sizes, plan_mutual_scoring
 from zsad.kernels.mutual_scoring import MutualScoring
 
 RNG = np.random.default_rng(7)
@@ -28,8 +31,8 @@ def make_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], chan
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with the native pass and with NumPy alone."""
     if request.param == "numpy":
-        monkeypatch.setattr(cpu, "_cpu", None)
-    elif cpu._cpu is None:
+        monkeypatch.setattr(comparers, "_cpu", None)
+    elif comparers._cpu is None:
         pytest.skip("installed without a compiler: the native pass is not there")
     return str(request.param)
 
@@ -87,15 +90,13 @@ def test_equals_reference(seed, images, layers, grid, channels, degrees, interva
 
 def smallest_limit(tokens: np.ndarray, degrees) -> int:
     """The limit under which only one image per block stays resident."""
-    from zsad.kernels.planner import Sizes, plan_mutual_scoring
-
     images, _, patches, channels = tokens.shape
-    copies = cpu.pair_kernel((1, patches), degrees).feature_copies
+    comparer = comparers.choose_comparer("fp32", degrees, patches)
     low, high = 0, 1 << 40
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            plan_mutual_scoring(Sizes(images, patches, channels, len(degrees), copies), middle)
+            plan_mutual_scoring(Sizes(images, patches, channels, len(degrees), comparer), middle)
             high = middle
         except MemoryError:
             low = middle
@@ -111,11 +112,11 @@ def test_order_of_images_does_not_matter(kernel: str) -> None:
 
 
 def test_native_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    if cpu._cpu is None:
+    if comparers._cpu is None:
         pytest.skip("installed without a compiler: the native pass is not there")
     tokens = make_tokens(5, 6, 2, (9, 9), 64)
     native = mutual_scores(tokens)
-    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(comparers, "_cpu", None)
     with pytest.warns(RuntimeWarning, match="native kernel was not built"):
         alone = mutual_scores(tokens)
     np.testing.assert_allclose(native, alone, atol=1e-5)
@@ -195,9 +196,9 @@ def test_bad_arguments(change, message: str) -> None:
 def test_needed_is_the_least_that_works(
     images: int, precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if precision == "int8" and cpu._cpu is None:
+    if precision == "int8" and comparers._cpu is None:
         pytest.skip("installed without a compiler: int8 needs the native kernel")
-    monkeypatch.setattr("zsad.kernels.planner.default_disk_limit", lambda: disk)
+    monkeypatch.setattr("zsad.kernels.cpu.plan.default_disk_limit", lambda: disk)
     tokens = make_tokens(6, images, 2, (4, 5), 24)
     scoring = MutualScoring((4, 5), 2, 24, (1, 3), (0.0, 0.5), precision)
     plans: list[Any] = []
@@ -268,9 +269,9 @@ def test_box_sum_and_layer_norm_equal_the_reference() -> None:
     x = RNG.normal(size=(35, 6)).astype(np.float32)
     for degree in (1, 3, 5, 9, 15):
         np.testing.assert_allclose(
-            cpu.box_sum(x, (5, 7), degree), degree**2 * reference.box_mean(x, (5, 7), degree), rtol=1e-4, atol=1e-4
+            box_sum(x, (5, 7), degree), degree**2 * reference.box_mean(x, (5, 7), degree), rtol=1e-4, atol=1e-4
         )
-    np.testing.assert_allclose(cpu.layer_normalise(x), reference.spatial_layer_norm(x), atol=1e-5)
+    np.testing.assert_allclose(layer_normalise(x), reference.spatial_layer_norm(x), atol=1e-5)
 
 
 def test_interrupt_stops_the_pool() -> None:

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.kernels import cuda, reference
+from zsad.kernels import reference
+from zsad.kernels.cuda.comparers import filter_max_shape
+from zsad.kernels.cuda.device import filter_max_kernel
+from zsad.kernels.cuda.images import network_input
 
 # run(kernel, grid, threads, arguments, shared_bytes): on the host or on a device
 Run = Callable[..., None]
@@ -105,7 +108,7 @@ def check_filter_max(
     best_columns = make(np.full((tiles, 3, pair), LOWEST_KEY, np.int32))
 
     mask = sum(1 << degree // 2 for degree in degrees)
-    shape = cuda.filter_max_shape(grid, mask, tiles, 5)
+    shape = filter_max_shape(grid, mask, tiles, 5)
     segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
     strip = 4 if mask < 4 else 2 if mask < 8 else 1
     blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-grid[0] // band)
@@ -125,7 +128,7 @@ def check_filter_max(
         np.int32(segment),
         np.int32(band),
     )
-    run(cuda.filter_max_kernel(mask), (blocks, tiles), threads, arguments, shared)
+    run(filter_max_kernel(mask), (blocks, tiles), threads, arguments, shared)
 
     rows, columns = np.asarray(best_rows), np.asarray(best_columns)
     assert (rows[:, 1:] == LOWEST_KEY).all()
@@ -201,7 +204,7 @@ def check_resize(device: Any, source: tuple[int, int], size: int, resampling: An
     image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     on_device = device.empty((3, size, size), np.float32)
-    cuda.network_input(device, device.to_device(image), on_device, resampling, mean, deviation)
+    network_input(device, device.to_device(image), on_device, resampling, mean, deviation)
     out = device.to_host(on_device)
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     pillow = np.asarray(Image.fromarray(image).resize((size, size), filters[resampling]))

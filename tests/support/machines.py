@@ -8,7 +8,7 @@ from host_build import HostDevice
 
 from zsad.engine.networks import runtime as runtimes
 from zsad.export.libraries import EngineError
-from zsad.kernels.cuda import DeviceError
+from zsad.kernels.cuda.device import DeviceError
 
 
 def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "8.9") -> None:

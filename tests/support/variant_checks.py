@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zsad.kernels import reference
 from zsad.kernels.cuda import variants
 
-# [name] -> what selects it in zsad.kernels.cuda.mutual_scores
+# [name] -> what selects it in `device_scores`
 VARIANTS: dict[str, Any] = {
     "gram": {"products": "gram"},
     "fused": {"products": "fused"},

@@ -29,7 +29,7 @@ from zsad.engine.commands.infer import main
 from zsad.engine.run import CategoryPass, deal_groups
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
-from zsad.kernels import cpu
+from zsad.kernels.cpu import comparers
 
 ENOUGH = 30.0  # seconds that a waiting test gives up after
 
@@ -886,7 +886,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_int8_products_give_nearly_the_same_scores(infer, tmp_path: Path, monkeypatch, capsys) -> None:
-    if cpu._cpu is None:
+    if comparers._cpu is None:
         pytest.skip("installed without a compiler: int8 needs the native kernel")
     data = draw(tmp_path / "data", *numbered(8))
     raw = {}
@@ -895,6 +895,6 @@ def test_int8_products_give_nearly_the_same_scores(infer, tmp_path: Path, monkey
         record = json.loads((tmp_path / precision / "data" / "category.json").read_text())
         raw[precision] = np.array([image["raw_score"] for image in record["images"]])
     np.testing.assert_allclose(raw["int8"], raw["fp32"], atol=2e-3)
-    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(comparers, "_cpu", None)
     assert infer(data, "--output", tmp_path / "without", "--precision", "int8") == 2
     assert "compiler" in capsys.readouterr().err

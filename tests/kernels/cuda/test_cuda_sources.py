@@ -14,8 +14,9 @@ from host_build import HostDevice, KernelError
 from minima_mutations import MUTATIONS
 from mutations import found
 
-from zsad.kernels import cuda, reference
+from zsad.kernels import reference
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda.comparers import MAX_THREADS, OWN_PATCHES, filter_max_shape
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -133,20 +134,20 @@ def test_filter_max_at_full_size() -> None:
 
 
 def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
-    shape = cuda.filter_max_shape((64, 64), 0b111, 2, 132)
+    shape = filter_max_shape((64, 64), 0b111, 2, 132)
     assert shape.band < 64
-    assert shape.threads <= cuda.MAX_THREADS
-    assert (shape.band + 4) * 64 <= cuda.OWN_PATCHES * shape.threads
+    assert shape.threads <= MAX_THREADS
+    assert (shape.band + 4) * 64 <= OWN_PATCHES * shape.threads
     assert shape.shared_bytes <= 99 * 1024
     with pytest.raises(ValueError, match="too wide"):
-        cuda.filter_max_shape((4, 1000), 0b111, 1, 132)
+        filter_max_shape((4, 1000), 0b111, 1, 132)
 
 
 @pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])
 @pytest.mark.parametrize("grid", [(1408, 1), (1, 280), (37, 37), (12, 117), (100, 100)])
 def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int) -> None:
-    shape = cuda.filter_max_shape(grid, mask, 4, 128)
-    assert 32 <= shape.threads <= cuda.MAX_THREADS
+    shape = filter_max_shape(grid, mask, 4, 128)
+    assert 32 <= shape.threads <= MAX_THREADS
     assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
 
 

@@ -10,7 +10,9 @@ import pytest
 from device_scores import device_scores
 from variant_checks import VARIANTS
 
-from zsad.kernels import cuda, reference
+from zsad.kernels import reference
+from zsad.kernels.cuda.device import Device, DeviceError, DeviceMemoryError, open_devices
+from zsad.kernels.cuda.plan import Plan
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.gpu
 class OnDevice:
     """Runs a check's kernel on the device and copies the outputs back into the check's own arrays."""
 
-    def __init__(self, device: cuda.Device) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
 
     def __call__(self, kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
@@ -30,24 +32,24 @@ class OnDevice:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_layer_norm(gpu: cuda.Device, dtype: Any) -> None:
+def test_layer_norm(gpu: Device, dtype: Any) -> None:
     checks.check_layer_norm(OnDevice(gpu), np.array, 3, 1369 * 64 + 5, dtype, threads=256)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (7, 7), (37, 37)])
-def test_pooled_norms(gpu: cuda.Device, grid: tuple[int, int]) -> None:
+def test_pooled_norms(gpu: Device, grid: tuple[int, int]) -> None:
     checks.check_pooled_norms(OnDevice(gpu), np.array, grid, 1024, (1, 3, 5), zeros=grid == (7, 7))
 
 
 @pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5), (3, 7), (1, 9)])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 9), (16, 16), (37, 37), (45, 40)])
-def test_filter_max(gpu: cuda.Device, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
+def test_filter_max(gpu: Device, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
     checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=2)
     checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=1, negative=True)
 
 
 @pytest.mark.parametrize("case", ["plain", "zeros", "ties"])
-def test_interval_average(gpu: cuda.Device, case: str) -> None:
+def test_interval_average(gpu: Device, case: str) -> None:
     checks.check_interval_average(
         OnDevice(gpu), np.array, 60, 1369, (3, 18), zeros=case == "zeros", ties=case == "ties", image_first=50
     )
@@ -55,7 +57,7 @@ def test_interval_average(gpu: cuda.Device, case: str) -> None:
 
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("source", [(700, 900), (900, 700), (300, 1000), (1024, 1024)])
-def test_resize_equals_pillow(gpu: cuda.Device, source: tuple[int, int], resampling: str) -> None:
+def test_resize_equals_pillow(gpu: Device, source: tuple[int, int], resampling: str) -> None:
     checks.check_resize(gpu, source, 518, resampling)
 
 
@@ -69,7 +71,7 @@ def test_resize_equals_pillow(gpu: cuda.Device, source: tuple[int, int], resampl
     ],
 )
 def test_mutual_scores_equal_the_reference(
-    gpu: cuda.Device, images: int, layers: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
+    gpu: Device, images: int, layers: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
 ) -> None:
     x = checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
     expected = reference.mutual_scores(x, grid, degrees)
@@ -79,9 +81,9 @@ def test_mutual_scores_equal_the_reference(
         np.testing.assert_array_equal(scores, device_scores(x, grid, degrees, device=gpu, **options))
 
 
-def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.Device) -> None:
+def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: Device) -> None:
     x = checks.rng(1).normal(size=(30, 2, 256, 384)).astype(np.float32)
-    plans: list[cuda.CudaPlan] = []
+    plans: list[Plan] = []
     expected = device_scores(x, device=gpu, on_plan=plans.append)
     limit = plans[0].peak_bytes * 2 // 3
     blocked = device_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
@@ -91,9 +93,9 @@ def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: cuda.
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_streamed_features_give_the_same_scores(gpu: cuda.Device, variant: str) -> None:
+def test_streamed_features_give_the_same_scores(gpu: Device, variant: str) -> None:
     x = checks.rng(2).normal(size=(40, 2, 256, 384)).astype(np.float32)
-    plans: list[cuda.CudaPlan] = []
+    plans: list[Plan] = []
     options: Any = {"device": gpu, "tiles": 2, "on_plan": plans.append, "return_minima": True, **VARIANTS[variant]}
     expected, minima = device_scores(x, **options)
     for share, host_limit in ((0.8, 1 << 30), (0.5, 1 << 30), (0.5, 1 << 20)):
@@ -107,7 +109,7 @@ def test_streamed_features_give_the_same_scores(gpu: cuda.Device, variant: str) 
 
 
 @pytest.mark.parametrize("kind", [True, "each"])
-def test_minima_equal_the_reference(gpu: cuda.Device, kind: Any) -> None:
+def test_minima_equal_the_reference(gpu: Device, kind: Any) -> None:
     x = checks.rng(3).normal(size=(9, 2, 49, 100)).astype(np.float32)
     scores, minima = device_scores(x, device=gpu, return_minima=kind)
     expected = reference.patch_minima(x, (7, 7))
@@ -115,8 +117,8 @@ def test_minima_equal_the_reference(gpu: cuda.Device, kind: Any) -> None:
     np.testing.assert_array_equal(scores, device_scores(x, device=gpu))
 
 
-def test_all_devices_share_the_work(gpu: cuda.Device) -> None:
-    devices = cuda.open_devices("cuda:all")
+def test_all_devices_share_the_work(gpu: Device) -> None:
+    devices = open_devices("cuda:all")
     if len(devices) < 2:
         pytest.skip("there is one CUDA device only")
     x = checks.rng(4).normal(size=(31, 2, 256, 384)).astype(np.float32)
@@ -124,13 +126,13 @@ def test_all_devices_share_the_work(gpu: cuda.Device) -> None:
     np.testing.assert_allclose(scores, device_scores(x, device=gpu), rtol=1e-5)
 
 
-def test_what_is_not_there_is_named(gpu: cuda.Device) -> None:
-    with pytest.raises(cuda.DeviceMemoryError):
+def test_what_is_not_there_is_named(gpu: Device) -> None:
+    with pytest.raises(DeviceMemoryError):
         gpu.empty((1 << 45,), np.uint8)
-    with pytest.raises(cuda.DeviceError, match="does not exist"):
-        cuda.open_devices("cuda:0,9999")
+    with pytest.raises(DeviceError, match="does not exist"):
+        open_devices("cuda:0,9999")
 
 
-def test_memory_in_use_counts_what_is_allocated(gpu: cuda.Device) -> None:
+def test_memory_in_use_counts_what_is_allocated(gpu: Device) -> None:
     array = gpu.empty((1 << 30,), np.uint8)
     assert gpu.used_bytes() >= array.nbytes

@@ -16,9 +16,10 @@ from device_scores import device_scores
 from host_build import HostDevice
 from variant_checks import VARIANTS, products_of_a_pair
 
-from zsad.kernels import cuda, reference
+from zsad.kernels import reference
 from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree, ProductPerDegree
-from zsad.kernels.cuda.plan import CudaPlan, Sizes, plan_mutual_scoring
+from zsad.kernels.cuda.device import DeviceError, DeviceMemoryError, open_device, open_devices
+from zsad.kernels.cuda.plan import Plan, Sizes, plan_mutual_scoring
 from zsad.kernels.cuda.scoring import Options
 from zsad.kernels.mutual_scoring import MutualScoring
 
@@ -40,9 +41,9 @@ def unplanned(variant: str, images: int) -> Any:
     return device_scores(tokens(images, 1), GRID, DEGREES, device=HostDevice(), **VARIANTS[variant])
 
 
-def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> CudaPlan:
+def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> Plan:
     columns = 0 if devices == 1 and rows >= images else 2
-    return CudaPlan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce)
+    return Plan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce)
 
 
 def plan_of(
@@ -57,7 +58,7 @@ def plan_of(
     comparer: type[Comparer] = GramOnce,
     returned_bytes: int = 0,
     **limits: Any,
-) -> CudaPlan:
+) -> Plan:
     sizes = Sizes(images, patches, channels, degrees, devices, comparer, returned_bytes)
     return plan_mutual_scoring(sizes, limit, cache, **limits)
 
@@ -135,7 +136,7 @@ def test_plans_fit(images: int, devices: int, limit: int, variant: str) -> None:
 
 
 def test_what_plans_keep_where() -> None:
-    def plan(images: int, **options: Any) -> CudaPlan:
+    def plan(images: int, **options: Any) -> Plan:
         return plan_of(images, 1369, 1024, 3, 24 * GIB, 72 << 20, **options)
 
     assert plan(200).columns == 0
@@ -154,7 +155,7 @@ def test_what_plans_keep_where() -> None:
 
 
 def test_fused_products_trade_tiles_for_features() -> None:
-    def plan(variant: str, images: int, patches: int = 1369, **options: Any) -> CudaPlan:
+    def plan(variant: str, images: int, patches: int = 1369, **options: Any) -> Plan:
         limit, comparer = 1000 * GIB, COMPARERS[variant]
         return plan_of(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
 
@@ -191,7 +192,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
 )
 @pytest.mark.parametrize("host", ["much", "little"])
 def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: int, host: str, share: float) -> None:
-    plans: list[CudaPlan] = []
+    plans: list[Plan] = []
     host_limit = PLENTY if host == "much" else 1
     fitting: Any = {"devices": devices, "host_limit": host_limit, "comparer": COMPARERS[variant]}
     limit = int(share * smallest_limit(images, **fitting))
@@ -221,7 +222,7 @@ def test_needed_is_the_least_that_works(variant: str, images: int, devices: int)
     options = Options(how.get("products"))
     scoring = MutualScoring(GRID, 1, CHANNELS, DEGREES, (0.0, 0.3), precision, several, options)
     needed = scoring.needed(images)
-    plans: list[CudaPlan] = []
+    plans: list[Plan] = []
     scores = scoring.scores(tokens(images, 1), needed, on_plan=plans.append)
     np.testing.assert_array_equal(scores, unplanned(variant, images))
     assert plans[0].peak_bytes <= needed
@@ -236,7 +237,7 @@ def test_needed_is_the_least_that_works(variant: str, images: int, devices: int)
 def test_blocks_of_one_device_exchange_too(devices: int, variant: str, images: int, share: float) -> None:
     fitting: Any = {"devices": devices, "host_limit": PLENTY, "comparer": COMPARERS[variant]}
     limit = int(share * smallest_limit(images, **fitting))
-    plans: list[CudaPlan] = []
+    plans: list[Plan] = []
     several = [HostDevice() for _ in range(devices)]
     how: Any = {"memory_limit": limit, "host_memory_limit": PLENTY, "on_plan": plans.append, **VARIANTS[variant]}
     scores = device_scores(tokens(images, 1), GRID, DEGREES, device=several, **how)
@@ -316,7 +317,7 @@ def test_a_failed_allocation_halves_the_budget(
     expected = device_scores(x, GRID, DEGREES, device=HostDevice(), **how)
     several = [HostDevice() for _ in range(devices)]
     several[-1].fail_at = failing
-    plans: list[CudaPlan] = []
+    plans: list[Plan] = []
     with caplog.at_level(logging.WARNING, "zsad"):
         got = device_scores(x, GRID, DEGREES, device=several, on_plan=plans.append, **how)
     for array, other in zip(got, expected, strict=True):
@@ -338,7 +339,7 @@ def test_failing_allocations_end_in_the_usual_error() -> None:
 @compiled
 def test_other_memory_serves_where_none_can_be_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: HostDevice, shape: tuple[int, ...], dtype: Any) -> Any:
-        raise cuda.DeviceMemoryError("no page can be locked")
+        raise DeviceMemoryError("no page can be locked")
 
     x = tokens(6)
     expected = device_scores(x, GRID, device=HostDevice())
@@ -380,12 +381,12 @@ def test_device_tokens_are_not_shared() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cuda:0,", "cuda:0,x", "cuda:all,1", "cuda0"])
 def test_bad_device_names(name: str) -> None:
-    with pytest.raises(cuda.DeviceError, match="is not 'cuda'"):
-        cuda.open_devices(name)
-    with pytest.raises(cuda.DeviceError, match="is not 'cuda'"):
-        cuda.open_device(name)
+    with pytest.raises(DeviceError, match="is not 'cuda'"):
+        open_devices(name)
+    with pytest.raises(DeviceError, match="is not 'cuda'"):
+        open_device(name)
 
 
 def test_a_device_is_not_named_twice() -> None:
-    with pytest.raises(cuda.DeviceError, match="twice"):
-        cuda.open_devices("cuda:0,0")
+    with pytest.raises(DeviceError, match="twice"):
+        open_devices("cuda:0,0")

@@ -14,9 +14,11 @@ import variant_checks as checks
 from device_scores import device_scores
 from host_build import HostDevice, KernelError
 
-from zsad.kernels import cuda, reference
+from zsad.kernels import reference
 from zsad.kernels.cuda import comparers, variants
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda.comparers import choose_comparer
+from zsad.kernels.cuda.device import Device
 
 needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -248,14 +250,14 @@ def test_int8_takes_no_more_patches_than_a_key_can_number() -> None:
     assert variants.index_mask(1369) == 2047
     assert variants.index_mask(2048) == 2047
     most = variants.MAX_INT8_PATCHES
-    assert cuda.choose_comparer([], "int8", None, most).layout(most, 8, 1)
+    assert choose_comparer([], "int8", None, most).layout(most, 8, 1)
     with pytest.raises(ValueError, match="use precision='fp16'"):
-        cuda.choose_comparer([], "int8", None, most + 1)
+        choose_comparer([], "int8", None, most + 1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("images", "patches", "channels"), [(1, 1, 24), (5, 49, 100), (3, 256, 384), (4, 1369, 1024)])
-def test_products_on_a_device(gpu: cuda.Device, images: int, patches: int, channels: int) -> None:
+def test_products_on_a_device(gpu: Device, images: int, patches: int, channels: int) -> None:
     how = (gpu.launch, gpu.to_device)
     for negative in (False, True):
         checks.check_fused_max(*how, images, patches, channels, negative=negative, get=gpu.to_host)
@@ -266,7 +268,7 @@ def test_products_on_a_device(gpu: cuda.Device, images: int, patches: int, chann
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("grid", "channels"), [((1, 1), 24), ((5, 9), 100), ((37, 37), 1024)])
-def test_features_on_a_device(gpu: cuda.Device, grid: tuple[int, int], channels: int) -> None:
+def test_features_on_a_device(gpu: Device, grid: tuple[int, int], channels: int) -> None:
     for degree in (1, 3, 5):
         checks.check_pool_features(gpu.launch, gpu.to_device, grid, channels, degree, get=gpu.to_host)
     checks.check_int8_quantise(gpu.launch, gpu.to_device, grid[0] * grid[1], channels, get=gpu.to_host)

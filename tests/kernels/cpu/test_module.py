@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
-from zsad.kernels import cpu, reference
+from zsad.kernels import reference
+from zsad.kernels.cpu import arrays, comparers
+from zsad.kernels.cpu.arrays import box_sum, empty_tile
+from zsad.kernels.cpu.comparers import winning_patches
 
-if cpu._cpu is None:
+if comparers._cpu is None:
     pytest.skip("installed without a compiler: the native kernels are not there", allow_module_level=True)
 
-PASS_SETS = cpu._cpu.instruction_sets("tile_pass")
-INT8_SETS = cpu._cpu.instruction_sets("int8")
+PASS_SETS = comparers._cpu.instruction_sets("tile_pass")
+INT8_SETS = comparers._cpu.instruction_sets("int8")
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 3), (4, 4), (3, 11), (7, 7), (16, 2), (9, 13), (20, 17)]
 
 
@@ -19,7 +22,7 @@ def make_pair(seed: int, patches: int, channels: int, offset: float = 0.0) -> li
 
 
 def inverse_lengths(x: np.ndarray, grid: tuple[int, int], degrees) -> np.ndarray:
-    return np.stack([cpu.inverse_lengths(cpu.box_sum(x, grid, degree)) for degree in degrees])
+    return np.stack([arrays.inverse_lengths(box_sum(x, grid, degree)) for degree in degrees])
 
 
 def cosines_by_definition(pair, grid: tuple[int, int], degree: int) -> np.ndarray:
@@ -34,7 +37,7 @@ def run_pass(pair, grid, degrees, gram=None, **options) -> list[np.ndarray]:
     patches = len(pair[0])
     gram = pair[0] @ pair[1].T if gram is None else gram
     out = [np.full((len(degrees), patches), np.nan, np.float32) for _ in range(2)]
-    cpu._cpu.tile_pass(gram, grid, degrees, *(inverse_lengths(x, grid, degrees) for x in pair), *out, **options)
+    comparers._cpu.tile_pass(gram, grid, degrees, *(inverse_lengths(x, grid, degrees) for x in pair), *out, **options)
     return out
 
 
@@ -57,12 +60,12 @@ def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> N
     pair = make_pair(2, patches, 19)
     left, right = run_pass(pair, grid, degrees, keys=True, instruction_set=instruction_set)
     # A key gives up as many of its 23 mantissa bits as a patch number takes; it lies between 0 and 2.
-    precision = 2.0 ** (cpu._cpu.index_mask(patches).bit_length() - 22)
+    precision = 2.0 ** (comparers._cpu.index_mask(patches).bit_length() - 22)
     for r, degree in enumerate(degrees):
         cosines = cosines_by_definition(pair, grid, degree)
         for keys, rows in ((left[r], cosines), (right[r], cosines.T)):
             np.testing.assert_allclose(1 - keys, rows.max(axis=1), atol=precision + 2e-6)
-            winners = cpu.winning_patches(keys, patches)
+            winners = winning_patches(keys, patches)
             assert winners.min() >= 0
             assert winners.max() < patches
             chosen = np.take_along_axis(rows, winners[:, None], axis=1)[:, 0]
@@ -80,7 +83,7 @@ def test_keys_tell_close_neighbours_apart(instruction_set: str) -> None:
     keys, _ = run_pass([left, right], grid, [1], keys=True, instruction_set=instruction_set)
     unit = right / np.linalg.norm(right, axis=1, keepdims=True).astype(np.float64)
     cosines = left.astype(np.float64) @ unit.T
-    chosen = np.take_along_axis(cosines, cpu.winning_patches(keys[0], patches)[:, None], axis=1)[:, 0]
+    chosen = np.take_along_axis(cosines, winning_patches(keys[0], patches)[:, None], axis=1)[:, 0]
     np.testing.assert_allclose(chosen, cosines.max(axis=1), atol=1e-6)
 
 
@@ -121,7 +124,7 @@ def test_rows_of_the_tile_may_be_apart(instruction_set: str) -> None:
 
 def test_pass_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="no such kernel"):
-        cpu._cpu.instruction_sets("abacus")
+        comparers._cpu.instruction_sets("abacus")
     pair = make_pair(6, 12, 5)
     for grid, degrees, options, message in (
         ((3, 5), [1], {}, "P = rows"),
@@ -133,16 +136,16 @@ def test_pass_refuses_what_does_not_fit() -> None:
     ):
         inverse, out = np.ones((len(degrees), 12), np.float32), np.empty((len(degrees), 12), np.float32)
         with pytest.raises(ValueError, match=message):
-            cpu._cpu.tile_pass(pair[0] @ pair[1].T, grid, degrees, inverse, inverse, out, out.copy(), **options)
+            comparers._cpu.tile_pass(pair[0] @ pair[1].T, grid, degrees, inverse, inverse, out, out.copy(), **options)
     inverse, out = np.ones((1, 12), np.float32), np.empty((1, 12), np.float32)
     gram = pair[0] @ pair[1].T
     with pytest.raises(ValueError, match="contiguous rows"):
-        cpu._cpu.tile_pass(gram.T, (3, 4), [1], inverse, inverse, out, out.copy())
+        comparers._cpu.tile_pass(gram.T, (3, 4), [1], inverse, inverse, out, out.copy())
     with pytest.raises(ValueError, match=r"\[R, P\]"):
-        cpu._cpu.tile_pass(gram, (3, 4), [1, 3], inverse, inverse, out, out.copy())
+        comparers._cpu.tile_pass(gram, (3, 4), [1, 3], inverse, inverse, out, out.copy())
 
 
-@pytest.mark.parametrize("instruction_set", cpu._cpu.instruction_sets("pool"))
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("pool"))
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("channels", [1, 16, 45])
 def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> None:
@@ -151,7 +154,7 @@ def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> 
     x[patches // 2] = 0
     inverse = np.full((5, patches), np.nan, np.float32)
     unit = np.full((5, patches, channels), np.nan, np.float32)
-    cpu._cpu.pool(x, grid, degrees, reference.ZERO_NORM, inverse, unit, instruction_set)
+    comparers._cpu.pool(x, grid, degrees, reference.ZERO_NORM, inverse, unit, instruction_set)
     for r, degree in enumerate(degrees):
         pooled = reference.box_mean(x, grid, degree) * degree**2
         lengths = np.linalg.norm(pooled, axis=1)
@@ -161,7 +164,7 @@ def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> 
     assert inverse[0, patches // 2] == 0
     assert not unit[0, patches // 2].any()
     alone = np.empty_like(inverse)
-    cpu._cpu.pool(x, grid, degrees, reference.ZERO_NORM, alone, instruction_set=instruction_set)
+    comparers._cpu.pool(x, grid, degrees, reference.ZERO_NORM, alone, instruction_set=instruction_set)
     np.testing.assert_array_equal(alone, inverse)
     for arguments, message in (
         ((x, (grid[0], grid[1] + 1), degrees), "P = rows"),
@@ -169,13 +172,13 @@ def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> 
         ((x, grid, [1]), r"\[R, P\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._cpu.pool(*arguments, 0.0, inverse, unit)
+            comparers._cpu.pool(*arguments, 0.0, inverse, unit)
 
 
 def quantise(x: np.ndarray, instruction_set: str, mean: np.ndarray | None = None) -> np.ndarray:
-    codes = np.full(cpu._cpu.int8_bytes(*x.shape), 0xAA, np.uint8)
+    codes = np.full(comparers._cpu.int8_bytes(*x.shape), 0xAA, np.uint8)
     mean = np.zeros(x.shape[1], np.float32) if mean is None else mean
-    cpu._cpu.int8_quantise(x, mean, codes, instruction_set)
+    comparers._cpu.int8_quantise(x, mean, codes, instruction_set)
     return codes
 
 
@@ -186,9 +189,9 @@ def test_int8_gram_tile(instruction_set: str, patches: int, channels: int) -> No
     pair = make_pair(7, patches, channels)
     if patches > 2:
         pair[0][2] = 0
-    tile = cpu.empty_tile(patches)
+    tile = empty_tile(patches)
     tile[:] = np.nan
-    cpu._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), tile, instruction_set)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), tile, instruction_set)
     exact = pair[0].astype(np.float64) @ pair[1].T
     # Rounding moves every code by at most half a step; with C independent errors the sum grows with its root.
     steps = [np.abs(x).max(axis=1) / 127 for x in pair]
@@ -202,10 +205,10 @@ def test_a_common_mean_takes_no_part_in_the_rounding(instruction_set: str) -> No
     rng = np.random.default_rng(12)
     left, right = make_pair(13, 40, 90)
     mean = (100 * rng.normal(size=90)).astype(np.float32)
-    tile, centred = cpu.empty_tile(40), cpu.empty_tile(40)
-    cpu._cpu.int8_multiply(*(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set)
+    tile, centred = empty_tile(40), empty_tile(40)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set)
     codes = [quantise(x + mean, instruction_set, mean) for x in (left, right)]
-    cpu._cpu.int8_multiply(*codes, tile, instruction_set)
+    comparers._cpu.int8_multiply(*codes, tile, instruction_set)
     exact = (left + mean).astype(np.float64) @ (right + mean).T.astype(np.float64)
     error = np.abs(centred - left.astype(np.float64) @ right.T).max()
     np.testing.assert_allclose(tile, exact, atol=error + 1e-6 * exact.max())
@@ -216,9 +219,9 @@ def test_int8_instruction_sets_agree(channels: int) -> None:
     pair, mean = make_pair(8, 61, channels), make_pair(9, 1, channels)[0][0]
     tiles = []
     for instruction_set in INT8_SETS:
-        tiles.append(cpu.empty_tile(61))
+        tiles.append(empty_tile(61))
         codes = [quantise(x, instruction_set, mean) for x in pair]
-        cpu._cpu.int8_multiply(*codes, tiles[-1], instruction_set)
+        comparers._cpu.int8_multiply(*codes, tiles[-1], instruction_set)
         np.testing.assert_allclose(tiles[-1], tiles[0], atol=1e-4)  # the integers are the same
 
 
@@ -232,8 +235,8 @@ def test_int8_products_of_the_largest_codes_do_not_overflow(instruction_set: str
     signs = rng.choice([-1.0, 1.0], size=(20, 2048))
     signs[3], signs[4] = 1, -1
     x = (signs @ walsh / np.sqrt(2048)).astype(np.float32)
-    tile = cpu.empty_tile(20)
-    cpu._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, tile, instruction_set)
+    tile = empty_tile(20)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, tile, instruction_set)
     np.testing.assert_allclose(tile, signs @ signs.T, rtol=1e-5, atol=1e-2)
 
 
@@ -241,24 +244,24 @@ def test_int8_refuses_what_does_not_fit() -> None:
     x = np.zeros((20, 8), np.float32)
     codes = quantise(x, "")
     with pytest.raises(ValueError, match="int8_bytes"):
-        cpu._cpu.int8_quantise(x, x[0], codes[:-1])
+        comparers._cpu.int8_quantise(x, x[0], codes[:-1])
     with pytest.raises(ValueError, match="mean"):
-        cpu._cpu.int8_quantise(x, x[0, 1:], codes)
+        comparers._cpu.int8_quantise(x, x[0, 1:], codes)
     with pytest.raises(ValueError, match="rounded up"):
-        cpu._cpu.int8_multiply(codes, codes, np.empty((20, 20), np.float32))
+        comparers._cpu.int8_multiply(codes, codes, np.empty((20, 20), np.float32))
     with pytest.raises(ValueError, match="int8_bytes"):
-        cpu._cpu.int8_multiply(codes, quantise(np.zeros((20, 12), np.float32), ""), cpu.empty_tile(20))
+        comparers._cpu.int8_multiply(codes, quantise(np.zeros((20, 12), np.float32), ""), empty_tile(20))
     with pytest.raises(ValueError, match="int8_bytes"):
-        cpu._cpu.int8_multiply(codes[1:], codes[1:], cpu.empty_tile(20))
+        comparers._cpu.int8_multiply(codes[1:], codes[1:], empty_tile(20))
     with pytest.raises(ValueError, match="channels"):
-        cpu._cpu.int8_multiply(codes[:3], codes[:3], cpu.empty_tile(20))
+        comparers._cpu.int8_multiply(codes[:3], codes[:3], empty_tile(20))
     with pytest.raises(ValueError, match="channels"):
-        cpu._cpu.int8_bytes(20, 0)
+        comparers._cpu.int8_bytes(20, 0)
     with pytest.raises(ValueError, match="abacus"):
-        cpu._cpu.int8_quantise(x, x[0], codes, "abacus")
+        comparers._cpu.int8_quantise(x, x[0], codes, "abacus")
 
 
-@pytest.mark.parametrize("instruction_set", cpu._cpu.instruction_sets("winner_cosines"))
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("winner_cosines"))
 @pytest.mark.parametrize("channels", [1, 5, 16, 50, 96])
 def test_winner_cosines(instruction_set: str, channels: int) -> None:
     rng = np.random.default_rng(10)
@@ -268,13 +271,13 @@ def test_winner_cosines(instruction_set: str, channels: int) -> None:
     image = rng.integers(0, 2 * first + images, (ranks, patches)).astype(np.int32)  # some are not resident
     patch = rng.integers(0, patches, (ranks, patches)).astype(np.int32)
     cosines = np.full((ranks, patches), 7, np.float32)
-    cpu._cpu.winner_cosines(left, right, first, image, patch, cosines, instruction_set)
+    comparers._cpu.winner_cosines(left, right, first, image, patch, cosines, instruction_set)
     resident = (image >= first) & (image < first + images)
     assert resident.any()
     assert not resident.all()
     chosen = right[np.where(resident, image - first, 0), patch].astype(np.float64)  # [K, P, C]
     np.testing.assert_allclose(cosines, np.where(resident, (chosen * left).sum(axis=2), 7), atol=1e-4)
     with pytest.raises(ValueError, match="0 to P - 1"):
-        cpu._cpu.winner_cosines(left, right, first, image, patch + np.int32(1), cosines)
+        comparers._cpu.winner_cosines(left, right, first, image, patch + np.int32(1), cosines)
     with pytest.raises(ValueError, match=r"\[K, P\]"):
-        cpu._cpu.winner_cosines(left, right, first, image[:, 1:].copy(), patch, cosines)
+        comparers._cpu.winner_cosines(left, right, first, image[:, 1:].copy(), patch, cosines)

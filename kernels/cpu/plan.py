@@ -1,8 +1,10 @@
-"""Decides, before any work starts, what mutual scoring keeps in memory and what it streams."""
+"""Decides how mutual scoring runs on a CPU: what it keeps in memory and what it streams."""
 
 from dataclasses import dataclass
 
-from .machine import available_cores, default_disk_limit
+from zsad.kernels.machine import available_cores, default_disk_limit
+
+from .comparers import Comparer, GramOnce
 
 FLOAT_BYTES = 4
 ROW_BLOCKS = (8, 2, 1)  # images per block where most memory goes to the minima of a few rows
@@ -32,6 +34,7 @@ class Plan:
     patches_at_once: int  # whose ranks a worker selects together
     peak_bytes: int
     minima_bytes: int
+    comparer: type[Comparer]
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
@@ -55,9 +58,7 @@ class Sizes:
     patches: int
     channels: int
     degrees: int
-    feature_copies: int = (
-        1  # feature arrays kept per image (one for Gram-once, one per degree without the native kernel)
-    )
+    comparer: type[Comparer] = GramOnce  # says what features take
     remeasured_ranks: int = 0  # ranks whose winners are measured again (int8; 0 for fp32)
     returned_bytes: int = 0  # of the minima that the caller gets back, which stay in memory
 
@@ -65,7 +66,7 @@ class Sizes:
         """Count what a plan takes; `rows` or `block` may be 0, for what is left without them."""
         tile = FLOAT_BYTES * self.patches**2
         row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
-        loading = 2 * self.feature_bytes  # the image being normalised, in its source and its float32 form
+        loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.
         always = self.returned_bytes + self.images * self.patches * (8 + 8 + self.degrees)
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
@@ -73,15 +74,15 @@ class Sizes:
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)
         at_once = min(max((tile + loading) // max(selecting, 1), 1), self.patches)
         sides = 1 if block >= self.images else 2
-        peak = always + sides * block * self.feature_bytes + workers * max(tile + loading, at_once * selecting)
+        peak = always + sides * block * self.image_bytes + workers * max(tile + loading, at_once * selecting)
         peak += rows * row * minima_in_memory
-        return Plan(self.images, rows, block, workers, minima_in_memory, at_once, peak, rows * row)
+        return Plan(self.images, rows, block, workers, minima_in_memory, at_once, peak, rows * row, self.comparer)
 
     @property
-    def feature_bytes(self) -> int:
+    def image_bytes(self) -> int:
         """What stays resident of one image: features, inverse lengths, and the winners of one degree."""
-        floats = self.channels * self.feature_copies + self.degrees + 3 * self.remeasured_ranks
-        return FLOAT_BYTES * self.patches * floats
+        features = self.comparer.feature_bytes(self.patches, self.channels, self.degrees)
+        return features + FLOAT_BYTES * self.patches * (self.degrees + 3 * self.remeasured_ranks)
 
     def fits_disk(self, disk_limit: int | None) -> bool:
         """Tell whether the minima of all images may go to a temporary file; by default nearly all that is free."""
@@ -103,7 +104,7 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
     images either, a few images at a time are compared with all others, which computes most products twice. Raises
     MemoryError below the minimum.
     """
-    images, feature = sizes.images, sizes.feature_bytes
+    images, image = sizes.images, sizes.image_bytes
     row = sizes.plan(1, 0, 0, True).minima_bytes
     cores = min(available_cores(), max(1, images * (images - 1) // 2))
     on_disk = sizes.fits_disk(disk_limit)
@@ -113,13 +114,13 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
             if plan.peak_bytes <= memory_limit:
                 return plan
         room = memory_limit - sizes.plan(0, 0, workers, False).peak_bytes
-        block = int(min(room // (2 * feature), images))
+        block = int(min(room // (2 * image), images))
         if block < 1 or (block < min(images, 4) and workers > 1):
             continue
         if on_disk:
             return sizes.plan(images, block, workers, False)
         for block in ROW_BLOCKS:
-            rows = int(min((room - 2 * block * feature) // row, images - 1))
+            rows = int(min((room - 2 * block * image) // row, images - 1))
             if rows >= block:
                 return sizes.plan(rows, block, workers, True)
     raise MemoryError(

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from zsad.kernels import cpu, mutual_scores, reference
-from zsad.kernels.planner import Sizes, plan_mutual_scoring
+from zsad.kernels import mutual_scores, reference
+from zsad.kernels.cpu import comparers
+from zsad.kernels.cpu.plan import Sizes, plan_mutual_scoring
 
-native = pytest.mark.skipif(cpu._cpu is None, reason="installed without a compiler: int8 needs the native kernel")
+INSTRUCTION_SETS = [] if comparers._cpu is None else comparers._cpu.instruction_sets("int8")
+native = pytest.mark.skipif(comparers._cpu is None, reason="installed without a compiler: int8 needs the native kernel")
 
 
 def vit_like_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], channels: int) -> np.ndarray:
@@ -52,12 +54,12 @@ def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degree
 
 
 @native
-@pytest.mark.parametrize("instruction_set", cpu._cpu.instruction_sets("int8") if cpu._cpu is not None else [])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_every_instruction_set_gives_the_same_scores(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = vit_like_tokens(2, 6, 1, (7, 8), 100)
     expected = mutual_scores(tokens, (7, 8), precision="int8")
-    multiply = cpu._cpu.int8_multiply
-    monkeypatch.setattr(cpu._cpu, "int8_multiply", lambda *a: multiply(*a, instruction_set=instruction_set))
+    multiply = comparers._cpu.int8_multiply
+    monkeypatch.setattr(comparers._cpu, "int8_multiply", lambda *a: multiply(*a, instruction_set=instruction_set))
     np.testing.assert_allclose(mutual_scores(tokens, (7, 8), precision="int8"), expected, atol=5e-4)
 
 
@@ -140,7 +142,7 @@ def test_timings_and_tokens() -> None:
 
 
 def test_without_the_native_kernel_the_error_says_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(comparers, "_cpu", None)
     tokens = vit_like_tokens(9, 3, 1, (4, 4), 16)
     with pytest.raises(ValueError, match="install a C\\+\\+17 compiler"):
         mutual_scores(tokens, precision="int8")
@@ -155,7 +157,7 @@ def test_degrees_beyond_the_native_kernel_are_refused() -> None:
 @native
 def test_more_patches_than_a_key_can_name_are_refused() -> None:
     with pytest.raises(ValueError, match="65536 patches"):
-        cpu.pair_kernel((257, 256), [1], "int8")
+        comparers.choose_comparer("int8", [1], 257 * 256)
 
 
 def test_the_plan_counts_the_winners() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from zsad.kernels.cpu.plan import Plan, Sizes, compared_pairs, plan_mutual_scoring
 from zsad.kernels.machine import available_cores, default_memory_limit
-from zsad.kernels.planner import Plan, Sizes, compared_pairs, plan_mutual_scoring
 
 GIB = 2**30
 

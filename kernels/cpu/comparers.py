@@ -1,0 +1,235 @@
+"""How a CPU finds the best cosines of image pairs at every degree.
+
+    GramOnce          one fp32 product (BLAS) serves all degrees, and the native pass reduces its tile
+    Int8GramOnce      the same from an int8 product, which only chooses the winners; they are measured again in fp32
+    ProductPerDegree  NumPy alone: a product for each degree, and features per degree
+
+The plan counts what a comparer takes (plan.py); a scorer prepares images and compares pairs through it (scorer.py).
+"""
+
+import importlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.kernels.reference import ZERO_NORM
+
+from .arrays import Array, box_sum, inverse_lengths, layer_normalise
+
+_cpu: Any
+try:
+    _cpu = importlib.import_module("._cpu", __package__)
+except ImportError:  # installed without a working compiler
+    _cpu = None
+
+MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
+
+Layout = tuple[tuple[int, ...], type[np.generic]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What comparing reads of one image."""
+
+    inverse: Array  # [R, P] inverse lengths, 0 for a zero feature
+    array: NDArray[Any]  # as the comparer lays it out
+
+
+Prepare = Callable[[Array, Features], None]  # fills features from tokens [P, C]
+
+
+@dataclass(frozen=True)
+class Winners:
+    """Winners of one image and degree: those of the chosen ranks, or of all other images in their order."""
+
+    image: NDArray[np.int32]  # [K, P]
+    patch: NDArray[np.int32]  # [K, P]
+    cosines: Array  # [K, P], filled in when they are measured
+
+
+class Comparer(ABC):
+    """Finds the best cosines of image pairs at every degree."""
+
+    description: ClassVar[str]
+
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
+        self.grid, self.degrees = grid, tuple(degrees)
+
+    @staticmethod
+    @abstractmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        """Return shape and type of one image's features."""
+
+    @classmethod
+    def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
+        """Return what an image's features take at most, without their inverse lengths."""
+        shape, dtype = cls.layout(patches, channels, degrees)
+        return math.prod(shape) * np.dtype(dtype).itemsize
+
+    def start_layer(self, tokens: Array) -> None:  # noqa: B027
+        """Learn from the tokens [N, P, C] of a layer what `prepare` has to know about all of its images."""
+
+    @abstractmethod
+    def prepare(self, tokens: Array, features: Features) -> None:
+        """Fill an image's features from its tokens [P, C]."""
+
+    @abstractmethod
+    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+        """Fill best, the largest cosine [R, P] of each patch of left and right with any patch of the other image.
+
+        With int8 they are keys. tile: [P, P], for what the product leaves. Returns the seconds inside the product.
+        """
+
+
+class GramOnce(Comparer):
+    """One product per pair serves every degree; the native pass filters the tile and takes both maxima."""
+
+    description = "one product for all degrees"
+    keys: ClassVar[bool] = False  # whether the maxima also name the winning patch
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (patches, channels), np.float32
+
+    def prepare(self, tokens: Array, features: Features) -> None:
+        features.array[:] = layer_normalise(tokens)
+        _cpu.pool(features.array, self.grid, self.degrees, ZERO_NORM, features.inverse)
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
+        """Fill tile [P, P] with the products of two images' features."""
+        np.matmul(left, right.T, out=tile)
+
+    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+        start = time.perf_counter()
+        self.multiply(left.array, right.array, tile)
+        seconds = time.perf_counter() - start
+        _cpu.tile_pass(tile, self.grid, self.degrees, left.inverse, right.inverse, *best, keys=self.keys)
+        return seconds
+
+
+class Int8GramOnce(GramOnce):
+    """Gram-once with an int8 product, which only chooses the winners; their distances are measured again in fp32.
+
+    Tokens are quantised around the layer's mean token with one scale each. The int32 sums, scaled back, are an fp32
+    Gram tile with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
+    product per degree would take longer than the pass that it saves. The pass returns keys: 1 − cosine, with the
+    winner's patch number in the lowest bits of the mantissa, which costs no memory and next to no time.
+    `measure_winners` then replaces what was selected by exact cosines of unit features.
+    """
+
+    description = "one int8 product for all degrees, its winners measured in fp32"
+    keys = True
+
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
+        super().__init__(grid, degrees)
+        self.mean: Array = np.zeros(0, np.float32)  # [C] of the present layer
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (int(_cpu.int8_bytes(patches, channels)),), np.uint8
+
+    @classmethod
+    def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
+        codes = super().feature_bytes(patches, channels, degrees)
+        return max(codes, 4 * patches * channels)  # the unit features of one degree take the place of the codes
+
+    def start_layer(self, tokens: Array) -> None:
+        # Any vector gives the same products up to rounding, and a mean over some images leaves little to round.
+        sample = tokens[:: -(-len(tokens) // MEAN_IMAGES)]
+        self.mean = np.mean([layer_normalise(np.asarray(image)).mean(axis=0) for image in sample], axis=0)
+
+    def prepare(self, tokens: Array, features: Features) -> None:
+        normalised = layer_normalise(tokens)
+        _cpu.pool(normalised, self.grid, self.degrees, ZERO_NORM, features.inverse)
+        _cpu.int8_quantise(normalised, self.mean, features.array)
+
+    def prepare_unit(self, degree: int) -> Prepare:
+        """Return what fills the unit features [P, C] of one degree and their inverse lengths [1, P]."""
+
+        def prepare(tokens: Array, features: Features) -> None:
+            normalised = layer_normalise(tokens)
+            _cpu.pool(normalised, self.grid, [degree], ZERO_NORM, features.inverse, features.array[None])
+
+        return prepare
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
+        _cpu.int8_multiply(left, right, tile)
+
+    def measure_winners(self, left: Array, right: Array, first: int, winners: Winners) -> None:
+        """Fill in the exact cosines of those winners whose image is among the resident ones.
+
+        left: [P, C] and right: [B, P, C], unit features of one image and of the images from number `first` on;
+        winners: of the left image's patches.
+        """
+        _cpu.winner_cosines(left, right, first, winners.image, winners.patch, winners.cosines)
+
+
+class ProductPerDegree(Comparer):
+    """NumPy alone: one product per degree on filtered unit features.
+
+    Filtering the tile with array operations would cost more than the products it saves.
+    """
+
+    description = "a product per degree"
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (degrees, patches, channels), np.float32
+
+    def prepare(self, tokens: Array, features: Features) -> None:
+        normalised = layer_normalise(tokens)
+        for r, degree in enumerate(self.degrees):
+            pooled = box_sum(normalised, self.grid, degree)
+            features.inverse[r] = inverse_lengths(pooled)
+            np.multiply(pooled, features.inverse[r, :, None], out=features.array[r])
+
+    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+        seconds = 0.0
+        for r in range(len(self.degrees)):
+            start = time.perf_counter()
+            np.matmul(left.array[r], right.array[r].T, out=tile)
+            seconds += time.perf_counter() - start
+            tile.max(axis=1, out=best[0][r])
+            tile.max(axis=0, out=best[1][r])
+        return seconds
+
+
+def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
+    """Read the patch numbers out of keys of any shape."""
+    numbers: NDArray[np.int32] = (keys.view(np.uint32) & np.uint32(_cpu.index_mask(patches))).astype(np.int32)
+    return numbers
+
+
+def native_pass_covers(degrees: Sequence[int]) -> bool:
+    """Tell whether the native pass was built and has these degrees."""
+    return _cpu is not None and bool(max(degrees) <= _cpu.MAX_DEGREE)
+
+
+def choose_comparer(precision: str, degrees: Sequence[int], patches: int) -> type[Comparer]:
+    """Choose the fastest comparer that this installation has for these degrees.
+
+    precision: "fp32", or "int8", which pays on processors with AVX-512 VNNI. Raises ValueError for another one, where
+    the native kernel that int8 needs is missing or too small, and for more patches than int8 can number.
+    """
+    native = native_pass_covers(degrees)
+    if precision == "fp32":
+        return GramOnce if native else ProductPerDegree
+    if precision != "int8":
+        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision='fp32' or 'int8'")
+    if not native:
+        raise ValueError(
+            "precision='int8' needs the native kernel, which was not built or lacks a degree of "
+            f"{tuple(degrees)}; use precision='fp32', or install a C++17 compiler and reinstall zsad"
+        )
+    if patches > _cpu.MAX_KEY_PATCHES:
+        raise ValueError(
+            f"precision='int8' takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; "
+            "use precision='fp32'"
+        )
+    return Int8GramOnce

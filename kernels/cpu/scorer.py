@@ -1,0 +1,294 @@
+"""The arrays of mutual scoring on a CPU, and the threads that fill them.
+
+tokens → comparer.prepare → for one image against others: comparer.compare → select
+
+With int8 products the best cosines are approximate and come as keys that also name the winning patch. The ranks are
+selected by them, and only then are the winners of the selected ranks measured again from fp32 unit features: 30 % of
+all winners with the default interval, read degree by degree so that one copy of the features is resident. Where the
+int8 product chose the right winners and ranks the scores are exact; elsewhere the chosen winner is nearly as close.
+Where the distances to all images are handed back, all winners are measured.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.kernels.machine import Timings, stopwatch
+from zsad.kernels.minima import ReturnedMinima
+from zsad.kernels.task import Task
+
+from .arrays import Array, aligned_empty, empty_tile
+from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
+from .plan import Plan
+
+Report = Callable[[int], None]  # is told how many image pairs were compared
+
+
+class _Block:
+    """Features of a run of images of one layer."""
+
+    def __init__(self, size: int, room: int, degrees: int, patches: int) -> None:
+        """size: images at most; room: bytes of one image's features at most.
+
+        One block serves all layers: the first touch of fresh memory can take longer than what is then done with it.
+        """
+        self.first, self.count = 0, 0
+        self._memory = aligned_empty((size, room), np.uint8)
+        self._inverse = np.empty((size, degrees, patches), np.float32)
+
+    def hold(self, layout: Layout, degrees: int) -> None:
+        """Make room for features of this shape and type and for the inverse lengths of this many degrees."""
+        (shape, dtype), size = layout, len(self._memory)
+        taken = size * math.prod(shape) * np.dtype(dtype).itemsize
+        self.features: NDArray[Any] = self._memory.reshape(-1)[:taken].view(dtype).reshape(size, *shape)
+        self.inverse = self._inverse[:, :degrees]  # [B, R, P]
+
+    def of(self, at: int) -> Features:
+        """Return those of an image."""
+        return Features(self.inverse[at], self.features[at])
+
+    def load(self, first: int, tokens: Array, prepare: Prepare, pool: ThreadPoolExecutor) -> None:
+        """tokens: [B, P, C] of the images from number `first` on."""
+        self.first, self.count = first, len(tokens)
+
+        def fill(b: int) -> None:
+            image = np.asarray(tokens[b])
+            if not np.isfinite(image).all():
+                raise ValueError(f"the tokens of image {first + b} are not finite; check the backbone's precision")
+            prepare(image, self.of(b))
+
+        list(pool.map(fill, range(self.count)))
+
+
+class Scorer:
+    """The arrays of one call."""
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        plan: Plan,
+        task: Task,
+        returned: ReturnedMinima,
+        best: Array,
+        timings: Timings,
+    ) -> None:
+        """best: [rows, N, R, P] of any content, for the best cosines of some images, the rows, with all images."""
+        self.pool, self.plan, self.task, self.returned, self.timings = pool, plan, task, returned, timings
+        images, patches, degrees = plan.images, task.patches, len(task.degrees)
+        self.comparer = plan.comparer(task.grid, task.degrees)
+        self.ranks = task.ranks(images)
+        self.best = best
+        self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
+        self.scores = np.zeros((images, patches))
+        room = plan.comparer.feature_bytes(patches, task.channels, degrees)
+        sides = 1 if plan.block >= images else 2  # of a pair of blocks
+        self.blocks = [_Block(plan.block, room, degrees, patches) for _ in range(sides)]
+        self.lock = threading.Lock()
+
+    def start_layer(self, tokens: Array, layer: int) -> None:
+        """Take the tokens [N, P, C] of a layer, which are read when they are compared."""
+        self.tokens, self.layer = tokens, layer
+        self.comparer.start_layer(tokens)
+
+    def compare(self, rows: range, report: Report) -> None:
+        """Find the best cosines of the rows with all images: every pair once, block against block."""
+        self._hold(self.comparer.layout(self.task.patches, self.task.channels, len(self.task.degrees)))
+        own = threading.local()  # a tile for each worker, gone before the ranks are selected
+
+        def against(left: _Block, right: _Block) -> None:
+            for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, own), range(left.count)):
+                report(pairs)
+
+        runs = runs_of(rows, self.plan.block)
+        for number, images in enumerate(runs):
+            left = self._load_features(0, images)
+            against(left, left)
+            for others in (*runs[number + 1 :], *self._outside(rows)):
+                against(left, self._load_features(1, others))
+
+    def select(self, rows: range) -> None:
+        """Add the mean distances of the rows over the chosen ranks and the degrees to the scores, hand back minima."""
+        averages = self._remeasured(rows) if isinstance(self.comparer, Int8GramOnce) else self._selected(rows)
+        self.scores[rows.start : rows.stop] += averages / self.task.layers
+
+    def _hold(self, layout: Layout, degrees: int | None = None) -> None:
+        for block in self.blocks:
+            block.hold(layout, len(self.task.degrees) if degrees is None else degrees)
+
+    def _load(self, side: int, images: range, prepare: Prepare) -> _Block:
+        block = self.blocks[side]
+        with stopwatch(self.timings, "normalise"):
+            block.load(images.start, self.tokens[images.start : images.stop], prepare, self.pool)
+        return block
+
+    def _load_features(self, side: int, images: range) -> _Block:
+        block = self._load(side, images, self.comparer.prepare)
+        self.usable[images.start : images.stop] = block.inverse[: block.count] > 0
+        return block
+
+    def _outside(self, rows: range) -> list[range]:
+        """Cut the images that are no rows into blocks."""
+        before, after = range(rows.start), range(rows.stop, self.plan.images)
+        return [*runs_of(before, self.plan.block), *runs_of(after, self.plan.block)]
+
+    def _compare_image(self, left: _Block, i: int, right: _Block, rows: range, own: threading.local) -> int:
+        """Compare image i of the left block with the right block's images (only the later ones in its own block)."""
+        if not hasattr(own, "tile"):
+            own.tile = empty_tile(self.task.patches)
+            own.unwanted = np.empty(self.best.shape[2:], np.float32)
+        start, product = time.perf_counter(), 0.0
+        partners = range(i + 1 if left is right else 0, right.count)
+        a = left.first + i
+        for j in partners:
+            b = right.first + j
+            low = left.of(i), self.best[a - rows.start, b]
+            high = right.of(j), self.best[b - rows.start, a] if b in rows else own.unwanted
+            if b < a:  # one order of every pair, so that every plan rounds alike
+                low, high = high, low
+            product += self.comparer.compare(low[0], high[0], own.tile, (low[1], high[1]))
+        seconds = time.perf_counter() - start
+        with self.lock:
+            timings, workers = self.timings, self.plan.workers
+            timings["product"] = timings.get("product", 0.0) + product / workers
+            timings["filter and max"] = timings.get("filter and max", 0.0) + (seconds - product) / workers
+        return len(partners)
+
+    def _hand_back(self, degree: int, image: int, patches: slice, distances: Array) -> None:
+        """Add an image's distances to the others, [N-1, p], to what the caller gets back; degree: its position."""
+        returned = self.returned
+        kept = returned.of(self.layer, degree, image)  # [P, N]
+        if kept is not None:
+            kept[patches, :image] += np.float32(returned.share) * distances[:image].T
+            kept[patches, image + 1 :] += np.float32(returned.share) * distances[image:].T
+
+    def _selected(self, rows: range) -> NDArray[np.float64]:
+        """Turn best cosines into mean distances over the chosen ranks and the degrees, [rows, P]."""
+        first, last = self.ranks
+        zeros = _any_zero(self.usable)  # [N, R]
+
+        def average(image: int) -> NDArray[np.float64]:
+            cosines = self.best[image - rows.start]  # [N, R, P]
+            others = np.arange(len(cosines)) != image
+            scores = np.empty(cosines.shape[-1])
+            for patches in _slices(len(scores), self.plan.patches_at_once):
+                distances = _distances(  # [N-1, R, p]
+                    cosines[..., patches][others], self.usable[image, :, patches], zeros[others][..., None]
+                )
+                for r in range(cosines.shape[1]):
+                    self._hand_back(r, image, patches, distances[:, r])
+                distances.partition(_boundaries(self.ranks), axis=0)
+                scores[patches] = distances[first:last].mean(axis=(0, 1), dtype=np.float64)
+            return scores
+
+        with stopwatch(self.timings, "select"):
+            return np.array(list(self.pool.map(average, rows)))
+
+    def _remeasured(self, rows: range) -> NDArray[np.float64]:
+        """Turn keys into mean distances over the chosen ranks and the degrees, [rows, P], all of them measured."""
+        comparer, runs = self.comparer, runs_of(rows, self.plan.block)
+        assert isinstance(comparer, Int8GramOnce)
+        self._hold(((self.task.patches, self.task.channels), np.float32), 1)
+        total = np.zeros((len(rows), self.task.patches))
+
+        def measure(left: _Block, i: int, right: _Block, winners: Winners) -> None:
+            comparer.measure_winners(left.features[i], right.features[: right.count], right.first, winners)
+
+        for r, degree in enumerate(self.task.degrees):
+            prepare = comparer.prepare_unit(degree)
+            for images in runs:
+                left = self._load(0, images, prepare)
+                with stopwatch(self.timings, "select"):
+                    keys = self.best[images.start - rows.start : images.stop - rows.start, :, r]
+                    winners = list(self.pool.map(lambda i, k: self._choose_winners(i, r, k), images, keys))  # noqa: B023
+                for others in (*runs, *self._outside(rows)):
+                    right = left if others == images else self._load(1, others, prepare)
+                    with stopwatch(self.timings, "re-measure"):
+                        list(self.pool.map(lambda i: measure(left, i, right, winners[i]), range(left.count)))  # noqa: B023
+                with stopwatch(self.timings, "select"):
+                    list(self.pool.map(lambda i, w: self._add_average(i, r, w, total[i - rows.start]), images, winners))  # noqa: B023
+                winners.clear()  # the next ones would otherwise stand beside them
+        return total
+
+    def _choose_winners(self, image: int, r: int, keys: Array) -> Winners:
+        """Choose the winners of one image by its keys [N, P] of one degree; r: the degree's position."""
+        others = np.flatnonzero(np.arange(len(keys)) != image)
+        usable = self.usable[:, r]
+        zeros, everyone = _any_zero(usable)[others, None], self.returned.array is not None
+        first, last = (0, len(others)) if everyone else self.ranks
+        shape = last - first, keys.shape[1]
+        winners = Winners(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.float32))
+        for patches in _slices(keys.shape[1], self.plan.patches_at_once):
+            candidates = keys[:, patches][others]  # [N-1, p]
+            if everyone:
+                winners.image[:, patches] = others[:, None]
+            else:
+                squared = _squared_distances(1.0 - candidates, usable[image, patches], zeros)
+                chosen = np.argpartition(squared, _boundaries(self.ranks), axis=0)[first:last]  # [K, p]
+                winners.image[:, patches] = others[chosen]
+                candidates = np.take_along_axis(candidates, chosen, axis=0)
+            winners.patch[:, patches] = winning_patches(candidates, keys.shape[1])
+        return winners
+
+    def _add_average(self, image: int, r: int, winners: Winners, total: NDArray[np.float64]) -> None:
+        """Add to total [P] the mean measured distance of one image and degree, its share of all degrees.
+
+        r: the degree's position.
+        """
+        first, last = self.ranks
+        zeros = _any_zero(self.usable[:, r])  # [N]
+        for patches in _slices(self.task.patches, self.plan.patches_at_once):
+            distances = _distances(  # [K, p]
+                winners.cosines[:, patches], self.usable[image, r, patches], zeros[winners.image[:, patches]]
+            )
+            if self.returned.array is not None:
+                self._hand_back(r, image, patches, distances)
+                distances.partition(_boundaries(self.ranks), axis=0)
+                distances = distances[first:last]
+            total[patches] += distances.mean(axis=0, dtype=np.float64) / len(self.task.degrees)
+
+
+def runs_of(images: range, size: int) -> list[range]:
+    """Cut images into runs of at most this many."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _slices(patches: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, patches, size)]
+
+
+def _squared_distances(cosines: Array, usable: NDArray[np.bool_], zero_there: NDArray[np.bool_]) -> Array:
+    """Turn cosines into squared distances between unit vectors.
+
+    usable: False where the patch's own feature is zero; zero_there: whether the other image has a zero feature. A zero
+    feature lies at distance 1 from every unit vector and at distance 0 from another zero feature.
+    """
+    squared: Array = -2.0 * cosines
+    squared += 2.0
+    if zero_there.any():
+        np.minimum(squared, 1.0, out=squared, where=zero_there)
+    if not usable.all():
+        np.copyto(squared, np.where(zero_there, np.float32(0.0), np.float32(1.0)), where=~usable)
+    return np.maximum(squared, 0.0, out=squared)
+
+
+def _distances(cosines: Array, usable: NDArray[np.bool_], zero_there: NDArray[np.bool_]) -> Array:
+    """Turn cosines into distances; the arguments are those of `_squared_distances`."""
+    squared = _squared_distances(cosines, usable, zero_there)
+    return np.sqrt(squared, out=squared)
+
+
+def _any_zero(usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tell which images have a zero feature; [..., P] -> [...]."""
+    zero: NDArray[np.bool_] = np.any(~usable, axis=-1)
+    return zero
+
+
+def _boundaries(ranks: tuple[int, int]) -> list[int]:
+    """Return where a partition has to be exact so that positions first … last − 1 hold those ranks."""
+    return [rank - 1 for rank in ranks if rank > 0]
