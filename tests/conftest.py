@@ -109,7 +109,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         real = tempfile.TemporaryFile
 
         def refuse(**options: Any) -> Any:
-            if Path(options["dir"]).is_relative_to(folder):
+            if Path(options.get("dir", "/")).is_relative_to(folder):
                 raise OSError(errno.EROFS, "Read-only file system")
             return real(**options)
 

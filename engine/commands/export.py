@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="the file, or the folder with --preset and --fetch (default: the cache)",
     )
-    add_loudness(parser, "which weights, and how close graphs come")
+    add_loudness(parser, "which weights are read, and how close each try in int8 comes")
     _add_graph(parser)
     _add_engine(parser)
     return parser
