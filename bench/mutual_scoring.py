@@ -94,15 +94,15 @@ def nearest_by_cdist() -> Callable[[Array, Array], Array] | None:
 
 
 def bare_products(tokens: Array) -> None:
-    """One product per pair, threads over pairs as in zsad, each into a tile of its own."""
+    """One product per pair, threads over pairs as in zsad, each into a Gram of its own."""
     images, _, patches, _ = tokens.shape
     workers = available_cores()
     pairs = [(i, j) for i in range(images) for j in range(i + 1, images)]
 
     def run(worker: int) -> None:
-        tile = np.empty((patches, patches), np.float32)
+        gram = np.empty((patches, patches), np.float32)
         for i, j in pairs[worker::workers]:
-            np.matmul(tokens[i, 0], tokens[j, 0].T, out=tile)
+            np.matmul(tokens[i, 0], tokens[j, 0].T, out=gram)
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, range(workers)))

@@ -1,6 +1,6 @@
 """Time of mutual scoring on a CUDA device, against the reference's arithmetic and the device's product peak.
 
-    python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--tiles 2,8]
+    python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--pairs 2,8]
                                              [--refcheck]
 
 All variants run in turn in one process on the same device; those of one kind in interleaved rounds:
@@ -14,7 +14,7 @@ All variants run in turn in one process on the same device; those of one kind in
     floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
     peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
 
-With --tiles, every zsad variant also runs with each of these numbers of image pairs per launch.
+With --pairs, every zsad variant also runs with each of these numbers of image pairs per launch.
 
 Validates first: scores of a few images by every zsad variant against the float64 reference.
 """
@@ -68,11 +68,11 @@ def score(
     device: Device,
     precision: str = "auto",
     products: Any = None,
-    tiles: int | None = None,
+    pairs: int | None = None,
     timings: Any = None,
 ) -> Any:
     """Score tokens on one device; returns [N, P]."""
-    options = Options(products, tiles)
+    options = Options(products, pairs)
     layers, channels = tokens.shape[1], tokens.shape[3]
     scoring = MutualScoring((side, side), layers, channels, degrees, INTERVAL, precision, [device], options)
     return scoring.scores(tokens, timings=timings)
@@ -109,16 +109,16 @@ def peak_flops(device: Device, repeats: int) -> float:
     return 10 * 2 * PEAK_SIDE**3 / statistics.median(seconds(device, {"peak": multiply}, repeats)["peak"])
 
 
-def bare_products(device: Device, features: Any, tiles: int) -> Callable[[], None]:
-    """Every pair's product of features [N, P, C], a few tiles at a time."""
+def bare_products(device: Device, features: Any, pairs: int) -> Callable[[], None]:
+    """Every pair's product of features [N, P, C], a few pairs at a time."""
     images, patches, _ = features.shape
-    workspace = device.empty((tiles, patches, -(-patches // 32) * 32), np.float32)
+    workspace = device.empty((pairs, patches, -(-patches // 32) * 32), np.float32)
 
     def run() -> None:
         with device.producing(0):
             for i in range(images):
-                for start in range(i + 1, images, tiles):
-                    device.product(features[i], features[start : start + tiles], workspace)
+                for start in range(i + 1, images, pairs):
+                    device.product(features[i], features[start : start + pairs], workspace)
         with device.consuming(0):
             pass
 
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=37, help="of the patch grid (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--degrees", type=numbers, default=[1, 3, 5])
-    parser.add_argument("--tiles", type=numbers, default=[], help="image pairs per launch to try beside the planned")
+    parser.add_argument("--pairs", type=numbers, default=[], help="image pairs per launch to try beside the planned")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
@@ -189,18 +189,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for layer in range(layers):
             tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
     features = device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
-    pairs = layers * images * (images - 1) // 2
+    compared = layers * images * (images - 1) // 2
     plan = plan_mutual_scoring(Sizes(images, patches, channels, len(degrees)), device.free_bytes(), device.cache_bytes)
 
     stages: dict[str, dict[str, float]] = {}
-    runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.tiles)}
-    of_run = {"floor": pairs // layers}  # pairs
+    runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.pairs)}
+    of_run = {"floor": compared // layers}  # pairs
     for variant, (options, _) in VARIANTS.items():
-        for tiles in (None, *arguments.tiles):
-            name = variant if tiles is None else f"{variant}, {tiles} tiles"
-            stages[name], of_run[name] = {}, pairs
+        for pairs in (None, *arguments.pairs):
+            name = variant if pairs is None else f"{variant}, {pairs} pairs"
+            stages[name], of_run[name] = {}, compared
             scored = partial(score, tokens, side, degrees, device, **options)
-            runs[name] = partial(scored, tiles=tiles, timings=stages[name])
+            runs[name] = partial(scored, pairs=pairs, timings=stages[name])
     milliseconds = {
         name: [1e3 * s / of_run[name] for s in times]
         for name, times in seconds(device, runs, arguments.repeats).items()

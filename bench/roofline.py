@@ -3,7 +3,7 @@
     python -m zsad.bench.roofline
 
 Counted are the products of the backbones and of mutual scoring (one per image pair and layer) at the rate below;
-decoding, copies, the passes over the tiles and everything on the host come on top.
+decoding, copies, the passes over the Grams and everything on the host come on top.
 """
 
 import math

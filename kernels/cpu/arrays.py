@@ -21,8 +21,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def empty_tile(patches: int) -> Array:
-    """Allocate a tile [P, P] whose rows are filled up to whole cache lines, and with them to whole panels of int8."""
+def empty_gram(patches: int) -> Array:
+    """Allocate a Gram [P, P] whose rows are filled up to whole cache lines, and with them to whole panels of int8."""
     floats = CACHE_LINE // 4
     return aligned_empty((patches, -(-patches // floats) * floats), np.float32)[:, :patches]
 

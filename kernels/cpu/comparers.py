@@ -1,6 +1,6 @@
 """How a CPU finds the best cosines of image pairs at every degree.
 
-    GramOnce          one fp32 product (BLAS) serves all degrees, and the native pass reduces its tile
+    GramOnce          one fp32 product (BLAS) serves all degrees, and the native pass reduces the Gram
     Int8GramOnce      the same from an int8 product, which only chooses the winners; they are measured again in fp32
     ProductPerDegree  NumPy alone: a product for each degree, and features per degree
 
@@ -80,15 +80,15 @@ class Comparer(ABC):
         """Fill an image's features from its tokens [P, C]."""
 
     @abstractmethod
-    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+    def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         """Fill best, the largest cosine [R, P] of each patch of left and right with any patch of the other image.
 
-        With int8 they are keys. tile: [P, P], for what the product leaves. Returns the seconds inside the product.
+        With int8 they are keys. gram: [P, P], for what the product leaves. Returns the seconds inside the product.
         """
 
 
 class GramOnce(Comparer):
-    """One product per pair serves every degree; the native pass filters the tile and takes both maxima."""
+    """One product per pair serves every degree; the native pass filters the Gram and takes both maxima."""
 
     description = "one product for all degrees"
     keys: ClassVar[bool] = False  # whether the maxima also name the winning patch
@@ -101,15 +101,15 @@ class GramOnce(Comparer):
         features.array[:] = layer_normalise(tokens)
         _cpu.pool(features.array, self.grid, self.degrees, ZERO_NORM, features.inverse)
 
-    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
-        """Fill tile [P, P] with the products of two images' features."""
-        np.matmul(left, right.T, out=tile)
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
+        """Fill gram [P, P] with the products of two images' features."""
+        np.matmul(left, right.T, out=gram)
 
-    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+    def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         start = time.perf_counter()
-        self.multiply(left.array, right.array, tile)
+        self.multiply(left.array, right.array, gram)
         seconds = time.perf_counter() - start
-        _cpu.tile_pass(tile, self.grid, self.degrees, left.inverse, right.inverse, *best, keys=self.keys)
+        _cpu.gram_pass(gram, self.grid, self.degrees, left.inverse, right.inverse, *best, keys=self.keys)
         return seconds
 
 
@@ -117,7 +117,7 @@ class Int8GramOnce(GramOnce):
     """Gram-once with an int8 product, which only chooses the winners; their distances are measured again in fp32.
 
     Tokens are quantised around the layer's mean token with one scale each. The int32 sums, scaled back, are an fp32
-    Gram tile with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
+    Gram with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
     product per degree would take longer than the pass that it saves. The pass returns keys: 1 − cosine, with the
     winner's patch number in the lowest bits of the mantissa, which costs no memory and next to no time.
     `measure_winners` then replaces what was selected by exact cosines of unit features.
@@ -158,8 +158,8 @@ class Int8GramOnce(GramOnce):
 
         return prepare
 
-    def multiply(self, left: NDArray[Any], right: NDArray[Any], tile: Array) -> None:
-        _cpu.int8_multiply(left, right, tile)
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
+        _cpu.int8_multiply(left, right, gram)
 
     def measure_winners(self, left: Array, right: Array, first: int, winners: Winners) -> None:
         """Fill in the exact cosines of those winners whose image is among the resident ones.
@@ -173,7 +173,7 @@ class Int8GramOnce(GramOnce):
 class ProductPerDegree(Comparer):
     """NumPy alone: one product per degree on filtered unit features.
 
-    Filtering the tile with array operations would cost more than the products it saves.
+    Filtering the Gram with array operations would cost more than the products it saves.
     """
 
     description = "a product per degree"
@@ -189,14 +189,14 @@ class ProductPerDegree(Comparer):
             features.inverse[r] = inverse_lengths(pooled)
             np.multiply(pooled, features.inverse[r, :, None], out=features.array[r])
 
-    def compare(self, left: Features, right: Features, tile: Array, best: tuple[Array, Array]) -> float:
+    def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         seconds = 0.0
         for r in range(len(self.degrees)):
             start = time.perf_counter()
-            np.matmul(left.array[r], right.array[r].T, out=tile)
+            np.matmul(left.array[r], right.array[r].T, out=gram)
             seconds += time.perf_counter() - start
-            tile.max(axis=1, out=best[0][r])
-            tile.max(axis=0, out=best[1][r])
+            gram.max(axis=1, out=best[0][r])
+            gram.max(axis=0, out=best[1][r])
         return seconds
 
 

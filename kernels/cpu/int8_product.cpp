@@ -1,4 +1,4 @@
-// Gram tile from int8 codes: an approximation that is good enough to find winners, at a fraction of the fp32 product.
+// Gram from int8 codes: an approximation that is good enough to find winners, at a fraction of the fp32 product.
 //
 //   u[p]       = orthogonal transform of x[p] - mean
 //   scale[p]   = max over c of |u[p, c]| / 127;   code[p, c] = round(u[p, c] / scale[p])

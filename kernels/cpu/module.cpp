@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "gram_pass.h"
 #include "int8_product.h"
 #include "pooling.h"
-#include "tile_pass.h"
 #include "winner_cosines.h"
 
 namespace nb = nanobind;
@@ -23,7 +23,7 @@ using namespace nb::literals;
 
 namespace {
 
-#if defined(ZSAD_HAS_tile_pass_avx2)
+#if defined(ZSAD_HAS_gram_pass_avx2)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -56,11 +56,11 @@ class Variants {
   std::vector<std::pair<std::string, Function>> variants_;
 };
 
-const Variants<zsad::TilePassFunction>& tile_passes() {
+const Variants<zsad::GramPassFunction>& gram_passes() {
   static const auto variants = [] {
-    Variants<zsad::TilePassFunction> v;
-    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::tile_pass_avx512); v.add(has_avx2(), "avx2", zsad::tile_pass_avx2);)
-    v.add(true, "portable", zsad::tile_pass_portable);
+    Variants<zsad::GramPassFunction> v;
+    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::gram_pass_avx512); v.add(has_avx2(), "avx2", zsad::gram_pass_avx2);)
+    v.add(true, "portable", zsad::gram_pass_portable);
     return v;
   }();
   return variants;
@@ -107,8 +107,8 @@ const Variants<Int8Product>& int8_products() {
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Tile = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
-using TileOutput = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using Gram = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using GramOutput = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using FeaturesOutput = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -124,7 +124,7 @@ bool has_shape(const A& array, std::size_t rows, std::size_t columns) {
   return array.shape(0) == rows && array.shape(1) == columns;
 }
 
-void tile_pass(const Tile& gram, std::pair<int, int> grid, const std::vector<int>& degrees, const Matrix& inverse_left,
+void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int>& degrees, const Matrix& inverse_left,
                const Matrix& inverse_right, const Output& best_left, const Output& best_right, bool keys,
                const std::string& instruction_set) {
   require(grid.first >= 1 && grid.second >= 1, "the grid needs at least one row and one column");
@@ -141,8 +141,8 @@ void tile_pass(const Tile& gram, std::pair<int, int> grid, const std::vector<int
   require(!keys || P <= zsad::kMaxKeyPatches,
           "keys hold patch numbers of at most " + std::to_string(zsad::kMaxKeyPatches) + " patches");
 
-  const auto run = tile_passes().choose(instruction_set);
-  const zsad::TilePass arguments{
+  const auto run = gram_passes().choose(instruction_set);
+  const zsad::GramPass arguments{
       gram.data(), gram.stride(0),      grid.first,           grid.second,      degrees.data(),
       int(R),      inverse_left.data(), inverse_right.data(), best_left.data(), best_right.data(),
       keys};
@@ -186,7 +186,7 @@ void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& 
   run(tokens.data(), mean.data(), layout, out.data());
 }
 
-void int8_multiply(const Bytes& left, const Bytes& right, const TileOutput& gram, const std::string& instruction_set) {
+void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, const std::string& instruction_set) {
   const std::size_t P = gram.shape(0), padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   // What is not header is codes, so the size tells the channels, rounded up to whole quads.
@@ -217,7 +217,7 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
 }
 
 std::vector<std::string> instruction_sets(const std::string& kernel) {
-  if (kernel == "tile_pass") return tile_passes().names();
+  if (kernel == "gram_pass") return gram_passes().names();
   if (kernel == "pool") return poolings().names();
   if (kernel == "int8") return int8_products().names();
   if (kernel == "winner_cosines") return winner_kernels().names();
@@ -230,12 +230,12 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_DEGREE") = 2 * zsad::kMaxReach + 1;
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
-  m.def("instruction_sets", &instruction_sets, "kernel"_a = "tile_pass",
-        "Instruction sets of a kernel (tile_pass, pool, int8, winner_cosines) that build and processor share, "
+  m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
+        "Instruction sets of a kernel (gram_pass, pool, int8, winner_cosines) that build and processor share, "
         "fastest first.");
-  m.def("tile_pass", &tile_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
+  m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
-        "Box-filter one Gram tile for every degree and take the maxima of both directions, as cosines or as keys.");
+        "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.");
   m.def("pool", &pool, "tokens"_a, "grid"_a, "degrees"_a, "zero_length"_a, "inverse"_a, "unit"_a = nb::none(),
         "instruction_set"_a = "",
         "Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].");
@@ -246,7 +246,7 @@ NB_MODULE(_cpu, m) {
   m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "",
         "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "instruction_set"_a = "",
-        "Fill the Gram tile [P, P] of two quantised images.");
+        "Fill the Gram [P, P] of two quantised images.");
   m.def(
       "winner_cosines", &winner_cosines, "left"_a, "right"_a, "first"_a, "image"_a, "patch"_a, "cosines"_a,
       "instruction_set"_a = "",

@@ -7,13 +7,13 @@ from zsad.kernels.machine import available_cores, default_disk_limit
 from .comparers import Comparer, GramOnce
 
 FLOAT_BYTES = 4
-ROW_BLOCKS = (8, 2, 1)  # images per block where most memory goes to the minima of a few rows
+ROW_CHUNKS = (8, 2, 1)  # images per chunk where most memory goes to the minima of a few rows
 
 
 def compared_pairs(images: int, rows: int) -> int:
-    """Count the products of a layer where blocks of rows are compared in turn with themselves and everything else.
+    """Count the products of a layer where chunks of rows are compared in turn with themselves and everything else.
 
-    Pairs within a block of rows serve both directions; all others are computed once for each.
+    Pairs within a chunk of rows serve both directions; all others are computed once for each.
     """
     total = 0
     for first in range(0, images, rows):
@@ -28,8 +28,8 @@ class Plan:
 
     images: int
     rows: int  # images whose minima with all others are kept at a time
-    block: int  # images of one layer whose features are resident, on each side of a pair of blocks
-    workers: int  # image pairs in flight, each with a Gram tile of its own
+    chunk: int  # images of one layer whose features are resident, on each side of a pair of chunks
+    workers: int  # image pairs in flight, each with a Gram of its own
     minima_in_memory: bool  # else [rows, N, R, P] lives in a memory-mapped temporary file
     patches_at_once: int  # whose ranks a worker selects together
     peak_bytes: int
@@ -41,7 +41,7 @@ class Plan:
         return compared_pairs(self.images, self.rows)
 
     def describe(self) -> str:
-        resident = "all features of a layer resident" if self.block >= self.images else f"{self.block} images per block"
+        resident = "all features of a layer resident" if self.chunk >= self.images else f"{self.chunk} images per chunk"
         turns = "" if self.rows >= self.images else f"{self.rows} images in turn against all others, "
         minima = "in memory" if self.minima_in_memory else "in a memory-mapped temporary file"
         return (
@@ -62,9 +62,9 @@ class Sizes:
     remeasured_ranks: int = 0  # ranks whose winners are measured again (int8; 0 for fp32)
     returned_bytes: int = 0  # of the minima that the caller gets back, which stay in memory
 
-    def plan(self, rows: int, block: int, workers: int, minima_in_memory: bool) -> Plan:
-        """Count what a plan takes; `rows` or `block` may be 0, for what is left without them."""
-        tile = FLOAT_BYTES * self.patches**2
+    def plan(self, rows: int, chunk: int, workers: int, minima_in_memory: bool) -> Plan:
+        """Count what a plan takes; `rows` or `chunk` may be 0, for what is left without them."""
+        gram = FLOAT_BYTES * self.patches**2
         row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
         loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.
@@ -72,11 +72,11 @@ class Sizes:
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
         # degree at a time. It may take what comparing takes.
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)
-        at_once = min(max((tile + loading) // max(selecting, 1), 1), self.patches)
-        sides = 1 if block >= self.images else 2
-        peak = always + sides * block * self.image_bytes + workers * max(tile + loading, at_once * selecting)
+        at_once = min(max((gram + loading) // max(selecting, 1), 1), self.patches)
+        sides = 1 if chunk >= self.images else 2
+        peak = always + sides * chunk * self.image_bytes + workers * max(gram + loading, at_once * selecting)
         peak += rows * row * minima_in_memory
-        return Plan(self.images, rows, block, workers, minima_in_memory, at_once, peak, rows * row, self.comparer)
+        return Plan(self.images, rows, chunk, workers, minima_in_memory, at_once, peak, rows * row, self.comparer)
 
     @property
     def image_bytes(self) -> int:
@@ -100,7 +100,7 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
     """Fit the working set into `memory_limit` bytes, giving up speed in the order that costs least.
 
     disk_limit: bytes that temporary files may take; nearly all of the free disk by default.
-    First the minima move to disk, then blocks shrink, then workers go. Where the disk does not hold the minima of all
+    First the minima move to disk, then chunks shrink, then workers go. Where the disk does not hold the minima of all
     images either, a few images at a time are compared with all others, which computes most products twice. Raises
     MemoryError below the minimum.
     """
@@ -114,15 +114,15 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
             if plan.peak_bytes <= memory_limit:
                 return plan
         room = memory_limit - sizes.plan(0, 0, workers, False).peak_bytes
-        block = int(min(room // (2 * image), images))
-        if block < 1 or (block < min(images, 4) and workers > 1):
+        chunk = int(min(room // (2 * image), images))
+        if chunk < 1 or (chunk < min(images, 4) and workers > 1):
             continue
         if on_disk:
-            return sizes.plan(images, block, workers, False)
-        for block in ROW_BLOCKS:
-            rows = int(min((room - 2 * block * image) // row, images - 1))
-            if rows >= block:
-                return sizes.plan(rows, block, workers, True)
+            return sizes.plan(images, chunk, workers, False)
+        for chunk in ROW_CHUNKS:
+            rows = int(min((room - 2 * chunk * image) // row, images - 1))
+            if rows >= chunk:
+                return sizes.plan(rows, chunk, workers, True)
     raise MemoryError(
         f"mutual scoring of {images} images with {sizes.patches} patches of {sizes.channels} channels needs at least "
         f"{least_bytes(sizes, disk_limit) / 2**20:.0f} MiB and the memory limit is {memory_limit / 2**20:.0f} MiB; "

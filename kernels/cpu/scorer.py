@@ -23,20 +23,20 @@ from zsad.kernels.machine import Timings, stopwatch
 from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task
 
-from .arrays import Array, aligned_empty, empty_tile
+from .arrays import Array, aligned_empty, empty_gram
 from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
 from .plan import Plan
 
 Report = Callable[[int], None]  # is told how many image pairs were compared
 
 
-class _Block:
+class _Chunk:
     """Features of a run of images of one layer."""
 
     def __init__(self, size: int, room: int, degrees: int, patches: int) -> None:
         """size: images at most; room: bytes of one image's features at most.
 
-        One block serves all layers: the first touch of fresh memory can take longer than what is then done with it.
+        One chunk serves all layers: the first touch of fresh memory can take longer than what is then done with it.
         """
         self.first, self.count = 0, 0
         self._memory = aligned_empty((size, room), np.uint8)
@@ -87,8 +87,8 @@ class Scorer:
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
         self.scores = np.zeros((images, patches))
         room = plan.comparer.feature_bytes(patches, task.channels, degrees)
-        sides = 1 if plan.block >= images else 2  # of a pair of blocks
-        self.blocks = [_Block(plan.block, room, degrees, patches) for _ in range(sides)]
+        sides = 1 if plan.chunk >= images else 2  # of a pair of chunks
+        self.chunks = [_Chunk(plan.chunk, room, degrees, patches) for _ in range(sides)]
         self.lock = threading.Lock()
 
     def start_layer(self, tokens: Array, layer: int) -> None:
@@ -97,15 +97,15 @@ class Scorer:
         self.comparer.start_layer(tokens)
 
     def compare(self, rows: range, report: Report) -> None:
-        """Find the best cosines of the rows with all images: every pair once, block against block."""
+        """Find the best cosines of the rows with all images: every pair once, chunk against chunk."""
         self._hold(self.comparer.layout(self.task.patches, self.task.channels, len(self.task.degrees)))
-        own = threading.local()  # a tile for each worker, gone before the ranks are selected
+        own = threading.local()  # a Gram for each worker, gone before the ranks are selected
 
-        def against(left: _Block, right: _Block) -> None:
+        def against(left: _Chunk, right: _Chunk) -> None:
             for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, own), range(left.count)):
                 report(pairs)
 
-        runs = runs_of(rows, self.plan.block)
+        runs = runs_of(rows, self.plan.chunk)
         for number, images in enumerate(runs):
             left = self._load_features(0, images)
             against(left, left)
@@ -118,29 +118,29 @@ class Scorer:
         self.scores[rows.start : rows.stop] += averages / self.task.layers
 
     def _hold(self, layout: Layout, degrees: int | None = None) -> None:
-        for block in self.blocks:
-            block.hold(layout, len(self.task.degrees) if degrees is None else degrees)
+        for chunk in self.chunks:
+            chunk.hold(layout, len(self.task.degrees) if degrees is None else degrees)
 
-    def _load(self, side: int, images: range, prepare: Prepare) -> _Block:
-        block = self.blocks[side]
+    def _load(self, side: int, images: range, prepare: Prepare) -> _Chunk:
+        chunk = self.chunks[side]
         with stopwatch(self.timings, "normalise"):
-            block.load(images.start, self.tokens[images.start : images.stop], prepare, self.pool)
-        return block
+            chunk.load(images.start, self.tokens[images.start : images.stop], prepare, self.pool)
+        return chunk
 
-    def _load_features(self, side: int, images: range) -> _Block:
-        block = self._load(side, images, self.comparer.prepare)
-        self.usable[images.start : images.stop] = block.inverse[: block.count] > 0
-        return block
+    def _load_features(self, side: int, images: range) -> _Chunk:
+        chunk = self._load(side, images, self.comparer.prepare)
+        self.usable[images.start : images.stop] = chunk.inverse[: chunk.count] > 0
+        return chunk
 
     def _outside(self, rows: range) -> list[range]:
-        """Cut the images that are no rows into blocks."""
+        """Cut the images that are no rows into chunks."""
         before, after = range(rows.start), range(rows.stop, self.plan.images)
-        return [*runs_of(before, self.plan.block), *runs_of(after, self.plan.block)]
+        return [*runs_of(before, self.plan.chunk), *runs_of(after, self.plan.chunk)]
 
-    def _compare_image(self, left: _Block, i: int, right: _Block, rows: range, own: threading.local) -> int:
-        """Compare image i of the left block with the right block's images (only the later ones in its own block)."""
-        if not hasattr(own, "tile"):
-            own.tile = empty_tile(self.task.patches)
+    def _compare_image(self, left: _Chunk, i: int, right: _Chunk, rows: range, own: threading.local) -> int:
+        """Compare image i of the left chunk with the right chunk's images (only the later ones in its own chunk)."""
+        if not hasattr(own, "gram"):
+            own.gram = empty_gram(self.task.patches)
             own.unwanted = np.empty(self.best.shape[2:], np.float32)
         start, product = time.perf_counter(), 0.0
         partners = range(i + 1 if left is right else 0, right.count)
@@ -151,7 +151,7 @@ class Scorer:
             high = right.of(j), self.best[b - rows.start, a] if b in rows else own.unwanted
             if b < a:  # one order of every pair, so that every plan rounds alike
                 low, high = high, low
-            product += self.comparer.compare(low[0], high[0], own.tile, (low[1], high[1]))
+            product += self.comparer.compare(low[0], high[0], own.gram, (low[1], high[1]))
         seconds = time.perf_counter() - start
         with self.lock:
             timings, workers = self.timings, self.plan.workers
@@ -191,12 +191,12 @@ class Scorer:
 
     def _remeasured(self, rows: range) -> NDArray[np.float64]:
         """Turn keys into mean distances over the chosen ranks and the degrees, [rows, P], all of them measured."""
-        comparer, runs = self.comparer, runs_of(rows, self.plan.block)
+        comparer, runs = self.comparer, runs_of(rows, self.plan.chunk)
         assert isinstance(comparer, Int8GramOnce)
         self._hold(((self.task.patches, self.task.channels), np.float32), 1)
         total = np.zeros((len(rows), self.task.patches))
 
-        def measure(left: _Block, i: int, right: _Block, winners: Winners) -> None:
+        def measure(left: _Chunk, i: int, right: _Chunk, winners: Winners) -> None:
             comparer.measure_winners(left.features[i], right.features[: right.count], right.first, winners)
 
         for r, degree in enumerate(self.task.degrees):

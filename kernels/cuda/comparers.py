@@ -1,7 +1,7 @@
 """How a device finds the best cosines of image pairs at every degree.
 
-    GramOnce              one fp16 product (cuBLAS) serves all degrees, and filter_max reduces its tile
-    ProductPerDegree      an fp16 product for each degree takes its maxima on the spot: no tile, but features per degree
+    GramOnce              one fp16 product (cuBLAS) serves all degrees, and filter_max reduces the Gram
+    ProductPerDegree      an fp16 product for each degree takes its maxima on the spot: no Gram, but features per degree
     Int8ProductPerDegree  the same in int8, which only chooses the winners; their cosines are measured in fp16
 
 The plan counts what a comparer takes (plan.py); a scorer prepares images and queues pairs through it (scorer.py).
@@ -52,9 +52,9 @@ class Comparer(ABC):
     description: ClassVar[str]
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
     ) -> None:
-        """degrees: distinct and ascending. tiles: image pairs that a call of `compare` gets at most."""
+        """degrees: distinct and ascending. pairs: image pairs that a call of `compare` gets at most."""
         self.device, self.grid, self.degrees = device, grid, degrees
 
     @staticmethod
@@ -64,7 +64,7 @@ class Comparer(ABC):
 
     @staticmethod
     @abstractmethod
-    def tile_bytes(patches: int) -> int:
+    def gram_bytes(patches: int) -> int:
         """Return what a pair takes in each of two workspaces; 0 where there are none."""
 
     @staticmethod
@@ -91,18 +91,18 @@ class Comparer(ABC):
 
 
 class GramOnce(Comparer):
-    """One product per pair serves every degree; a pass filters its tile and takes both maxima."""
+    """One product per pair serves every degree; a pass filters the Gram and takes both maxima."""
 
     description = "one product for all degrees"
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
     ) -> None:
-        super().__init__(device, grid, channels, degrees, tiles)
+        super().__init__(device, grid, channels, degrees, pairs)
         patches = math.prod(grid)
         self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
         self.mask = sum(1 << degree // 2 for degree in degrees)
-        self.workspaces = [device.empty((tiles, patches, tile_stride(patches)), np.float32) for _ in range(2)]
+        self.workspaces = [device.empty((pairs, patches, gram_stride(patches)), np.float32) for _ in range(2)]
         self.launches = 0
 
     @staticmethod
@@ -110,8 +110,8 @@ class GramOnce(Comparer):
         return (((patches, channels), np.float16),)
 
     @staticmethod
-    def tile_bytes(patches: int) -> int:
-        return 4 * patches * tile_stride(patches)
+    def gram_bytes(patches: int) -> int:
+        return 4 * patches * gram_stride(patches)
 
     @staticmethod
     def scratch_bytes(patches: int, channels: int) -> int:
@@ -143,9 +143,9 @@ class GramOnce(Comparer):
         device, (features,) = self.device, rows.arrays
         slot = self.launches % 2  # one workspace is filled while the other is reduced
         self.launches += 1
-        tiles = self.workspaces[slot]
+        grams = self.workspaces[slot]
         with device.producing(slot):
-            device.product(column.arrays[0], features, tiles)
+            device.product(column.arrays[0], features, grams)
         shape = filter_max_shape(self.grid, self.mask, len(features), device.multiprocessors)
         with device.consuming(slot):
             device.launch(
@@ -153,9 +153,9 @@ class GramOnce(Comparer):
                 (shape.blocks, len(features)),
                 shape.threads,
                 (
-                    tiles,
-                    np.int32(tiles.shape[2]),
-                    np.int64(tiles.shape[1] * tiles.shape[2]),
+                    grams,
+                    np.int32(grams.shape[2]),
+                    np.int64(grams.shape[1] * grams.shape[2]),
                     *int32(*self.grid),
                     rows.inverse,
                     column.inverse,
@@ -175,9 +175,9 @@ class ProductPerDegree(Comparer):
     description = "a fused product per degree"
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], tiles: int
+        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
     ) -> None:
-        super().__init__(device, grid, channels, degrees, tiles)
+        super().__init__(device, grid, channels, degrees, pairs)
         self.staged = device.empty((STAGED_IMAGES, math.prod(grid), channels), np.float16)
 
     @staticmethod
@@ -185,7 +185,7 @@ class ProductPerDegree(Comparer):
         return (((degrees, patches, variants.feature_stride(channels)), np.float16),)
 
     @staticmethod
-    def tile_bytes(patches: int) -> int:
+    def gram_bytes(patches: int) -> int:
         return 0
 
     @staticmethod
@@ -281,8 +281,8 @@ def image_bytes(layout: Layout, patches: int, degrees: int) -> int:
     return 4 * degrees * patches + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout)
 
 
-def tile_stride(patches: int) -> int:
-    """Pad the rows of a tile to whole memory sectors; cuBLAS then writes whole vectors."""
+def gram_stride(patches: int) -> int:
+    """Pad the rows of a Gram to whole memory sectors; cuBLAS then writes whole vectors."""
     return -(-patches // 32) * 32
 
 
@@ -296,13 +296,13 @@ class FilterMaxShape:
 
     segment: int
     band: int
-    blocks: int  # per tile
+    blocks: int  # per Gram
     threads: int
     shared_bytes: int
 
 
 @lru_cache
-def filter_max_shape(grid: tuple[int, int], mask: int, tiles: int, multiprocessors: int) -> FilterMaxShape:
+def filter_max_shape(grid: tuple[int, int], mask: int, pairs: int, multiprocessors: int) -> FilterMaxShape:
     """Choose segments that fill the device in few waves without walking the margins too often."""
     rows, columns = grid
     reach = mask.bit_length() - 1
@@ -317,7 +317,7 @@ def filter_max_shape(grid: tuple[int, int], mask: int, tiles: int, multiprocesso
     at_once = multiprocessors * max(1, 768 // threads)
 
     def cost(segment: int) -> int:
-        waves = -(-strips * bands * tiles * -(-columns // segment) // at_once)
+        waves = -(-strips * bands * pairs * -(-columns // segment) // at_once)
         return waves * (segment + 2 * reach)
 
     segment = min(range(1, columns + 1), key=cost)

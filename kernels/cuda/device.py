@@ -115,10 +115,10 @@ class Device(Protocol):
     ) -> None:
         """Queue a kernel; arguments are device arrays, NumPy scalars of the kernel's types, or None for a null."""
 
-    def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, tiles: DEVICE_ARRAY) -> None:
-        """Queue tiles[t, p, q] = rows[t, p] · column[q], fp16 in, fp32 sums; q beyond P is left alone.
+    def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, grams: DEVICE_ARRAY) -> None:
+        """Queue grams[t, p, q] = rows[t, p] · column[q], fp16 in, fp32 sums; q beyond P is left alone.
 
-        column: [P, C], rows: [T, P, C], tiles: [>= T, P, stride].
+        column: [P, C], rows: [T, P, C], grams: [>= T, P, stride].
         """
 
     def producing(self, slot: int) -> Any:
@@ -312,7 +312,7 @@ class CupyDevice:
 
     @_names_exhaustion
     def upload(self, array: NDArray[Any], out: DEVICE_ARRAY) -> None:
-        # Pinned memory copies at the bus's speed and lets the host prepare the next block meanwhile.
+        # Pinned memory copies at the bus's speed and lets the host prepare the next images meanwhile.
         pinned = self._cupy.cuda.alloc_pinned_memory(array.nbytes)
         host = np.frombuffer(pinned, array.dtype, array.size).reshape(array.shape)
         np.copyto(host, array)
@@ -364,9 +364,9 @@ class CupyDevice:
             function(grid, (threads,), pointers, shared_mem=shared_bytes)
 
     @_names_exhaustion
-    def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, tiles: DEVICE_ARRAY) -> None:
+    def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, grams: DEVICE_ARRAY) -> None:
         cublas, half, single = self._cublas, self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
-        (patches, channels), stride = column.shape, tiles.shape[-1]
+        (patches, channels), stride = column.shape, grams.shape[-1]
         # cuBLAS counts columns first: the row-major [T·P, stride] workspace is its [stride, T·P].
         cublas.gemmEx(
             self._cublas_handle(),
@@ -383,7 +383,7 @@ class CupyDevice:
             half,
             channels,
             self._zero.ctypes.data,
-            tiles.data.ptr,
+            grams.data.ptr,
             single,
             stride,
             cublas.CUBLAS_COMPUTE_32F,

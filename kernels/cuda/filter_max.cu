@@ -1,22 +1,22 @@
-// Filter-and-max pass over a workspace of Gram tiles: one image (columns) against a few (rows), every degree at once.
+// Filter-and-max pass over a workspace of Grams: one image (columns) against a few (rows), every degree at once.
 //
-//   S_k[p, q]   = sum of tile over the (2k + 1)² neighbourhood of p and of q, zero outside the grid
+//   S_k[p, q]   = sum of gram over the (2k + 1)² neighbourhood of p and of q, zero outside the grid
 //   cos_k[p, q] = S_k[p, q] * inverse_rows[k, p] * inverse_columns[k, q]
 //   best_rows[k, p] = max over q of cos_k;   best_columns[k, q] = max over p of cos_k
 //
 // filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory shared_bytes of filter_max_shape (comparers.py)
-//   tiles           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride >= P
-//   tile_step       floats from one tile to the next
+//   grams           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride >= P
+//   gram_step       floats from one Gram to the next
 //   inverse_rows    [T, R, P] float: inverse lengths of the row images, 0 for a zero feature (pooled_norms.cu)
 //   inverse_columns [R, P] float
-//   best_rows       [R, P] int per tile, tile t at best_rows + t * rows_step; best_columns likewise. Keys of cosines
+//   best_rows       [R, P] int per Gram, Gram t at best_rows + t * rows_step; best_columns likewise. Keys of cosines
 //                   (float_to_key), raised to the maximum: INT_MIN before the first launch. 0 drops a direction.
 //   segment         columns of the row patches' grid that a block walks; segments = ceil(columns / segment)
 //   band            grid rows of the column patches that a block covers; bands = ceil(rows / band);
 //                   (band + 2 reach) * columns, cut at the grid, must fit 2 patches per thread
 // Bit k of the mask asks for degree 2k + 1; R bits are set, in ascending order.
 //
-// Why this shape. The product leaves a tile of 7.5 MB (P = 1369) in L2 every 10 to 23 µs, so the pass must read it about
+// Why this shape. The product leaves a Gram of 7.5 MB (P = 1369) in L2 every 10 to 23 µs, so the pass must read it about
 // few times and spend well under 100 instructions on an entry. A thread owns 2 column patches and walks along `segment`
 // columns of a strip of grid rows of row patches (4 rows, 2 with degree 5, 1 beyond):
 // - loads are coalesced over q; an entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment times;
@@ -26,7 +26,7 @@
 //   the strip's rows side by side, so that one vector access serves them all;
 // - a block covers all q (as long as they fit), so row maxima need one redux per warp and an atomic in shared memory,
 //   and column maxima stay in registers until the end. Maxima are exact in any order: the result is deterministic.
-// Estimate for reaches 0, 1, 2: 65 instructions and 18 words of shared memory an entry, which is 4 to 6 µs a tile on a
+// Estimate for reaches 0, 1, 2: 65 instructions and 18 words of shared memory an entry, which is 4 to 6 µs a Gram on a
 // H200 and on a 4090 where latencies are hidden. Nothing here has been measured; segment, strip_rows and kOwn are what
 // to vary.
 //
@@ -50,9 +50,9 @@ struct alignas(4 * Rows) Strip {
 };
 
 struct FilterMax {
-  const float* tiles;
+  const float* grams;
   int stride;
-  long long tile_step;
+  long long gram_step;
   int rows, columns;
   const float *inverse_rows, *inverse_columns;
   int* best_rows;
@@ -93,7 +93,7 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
   for (int i = threadIdx.x; i < kDegrees * kStrip * a.segment; i += blockDim.x) row_best[i] = float_to_key(kLowest);
   __syncthreads();
 
-  const float* const tile = a.tiles + blockIdx.y * a.tile_step;
+  const float* const gram = a.grams + blockIdx.y * a.gram_step;
   const float* const inverse_rows = a.inverse_rows + static_cast<long long>(blockIdx.y) * kDegrees * P;
   int q[kOwn], cell[kOwn];
   bool loads[kOwn], owns[kOwn];
@@ -118,7 +118,7 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
       const bool inside = py >= 0 && py < H && x >= 0 && x < W;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        loaded[y][i] = inside && loads[i] ? tile[static_cast<long long>(py * W + x) * a.stride + q[i]] : 0.0f;
+        loaded[y][i] = inside && loads[i] ? gram[static_cast<long long>(py * W + x) * a.stride + q[i]] : 0.0f;
     }
     float vertical[kStrip][kOwn];
 #pragma unroll
@@ -199,10 +199,10 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
 
 #define ZSAD_FILTER_MAX_(mask)                                                                                        \
   ZSAD_KERNEL(kMaxThreads, 1)                                                                                         \
-  filter_max_##mask(const float* tiles, int stride, long long tile_step, int rows, int columns,                       \
+  filter_max_##mask(const float* grams, int stride, long long gram_step, int rows, int columns,                       \
                     const float* inverse_rows, const float* inverse_columns, int* best_rows, long long rows_step,     \
                     int* best_columns, long long columns_step, int segment, int band) {                               \
-    filter_max<mask>({tiles, stride, tile_step, rows, columns, inverse_rows, inverse_columns, best_rows, rows_step,   \
+    filter_max<mask>({grams, stride, gram_step, rows, columns, inverse_rows, inverse_columns, best_rows, rows_step,   \
                       best_columns, columns_step, segment, band});                                                    \
   }
 #define ZSAD_FILTER_MAX(mask) ZSAD_FILTER_MAX_(mask)

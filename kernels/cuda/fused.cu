@@ -1,4 +1,4 @@
-// Tensor-core product of one image (columns) and a few others (rows) with the maxima taken on the spot, without a tile.
+// Tensor-core product of one image (columns) and a few others (rows) with the maxima taken on the spot, without a Gram.
 //
 //   cos[t, p, q]       = row_weights[t, p] * column_weights[q] * sum over c of rows[t, p, c] * column[q, c]
 //   best_rows[t, p]    = max over q of cos;   best_columns[t, q] = max over p of cos
@@ -17,41 +17,41 @@
 //                   (float_to_key), raised to the maximum: INT_MIN before the first launch. 0 drops a direction.
 //   index_mask      fused_max_s8 only: the bits that hold a patch number, 2^b - 1 >= P - 1
 //
-// Tiling. A block owns 128 x 128 entries of one image pair, its 4 warps 64 x 64 each: 128 sums a thread, and two blocks
+// A block owns 128 x 128 entries of one image pair, its 4 warps 64 x 64 each: 128 sums a thread, and two blocks
 // on a multiprocessor with up to 255 registers a thread. (With 64 x 32 a warp loads half as much again per product,
 // which is all that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, which are two multiply_add
 // deep for either type. Three stages of 16 KB hold a step of both sides; while one is multiplied the next two are on
 // their way (cp.async), with one barrier a step. With 48 KB two blocks also fit the 100 KB of sm_86, 89 and 120.
-//   - 16-byte chunk c of row r lies at chunk c ^ (r / 2 % 4): the 8 rows that a quarter of load_matrices reads are in
-//     different banks, and so are the 8 chunks that 8 threads copy.
+//   - 16-byte piece c of row r lies at piece c ^ (r / 2 % 4): the 8 rows that a quarter of load_matrices reads are in
+//     different banks, and so are the 8 pieces that 8 threads copy.
 //   - Patches past the end are copies of the last one: they change no maximum, so neither loop nor epilogue masks.
 //   - Epilogue: maxima over a lane's entries, then over the lanes that share a row (or column), then through shared
 //     memory over the warps that do; one atomic per row and column of the block. Maxima are exact in any order: the
 //     result is deterministic.
 // Estimates for P = 1369, C = 1024; nothing has been measured. The epilogue is 7 % (fp16) and 20 % (int8) of what the
-// products take on an sm_80, where the other block does not hide it. Padding to 11 tiles costs 6 %. A pair reads 62 MB
+// products take on an sm_80, where the other block does not hide it. Padding to 11 blocks costs 6 %. A pair reads 62 MB
 // (fp16) or 31 MB (int8) out of L2: no limit on an RTX 4090, but on a H200 it holds fp16 to about half of the tensor
-// peak. Tiles of 128 x 256 read a fifth less at 9 % more padding; tile and stages are what to vary.
+// peak. Blocks of 128 x 256 read a fifth less at 9 % more padding; their size and the stages are what to vary.
 //
 // 1: first version.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "device.h"
 
-constexpr int kTile = 128;  // patches of both sides per block
+constexpr int kSpan = 128;  // patches of both sides per block
 constexpr int kWarpRows = 64, kWarpColumns = 64;
-constexpr int kWarpsDown = kTile / kWarpRows, kWarpsAcross = kTile / kWarpColumns;
+constexpr int kWarpsDown = kSpan / kWarpRows, kWarpsAcross = kSpan / kWarpColumns;
 constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarp;
-static_assert(kThreads == kTile, "a thread for each row's and each column's maximum");
+static_assert(kThreads == kSpan, "a thread for each row's and each column's maximum");
 constexpr int kRowSets = kWarpRows / 16, kColumnSets = kWarpColumns / 8;  // of multiply_add in a warp
 
-constexpr int kChunk = 16, kChunks = 4;  // bytes of a copy, copies of a patch's channels per step
-constexpr int kStep = kChunks * kChunk;
+constexpr int kPiece = 16, kPieces = 4;  // bytes of a copy, copies of a patch's channels per step
+constexpr int kStep = kPieces * kPiece;
 constexpr int kDepth = 32;  // bytes of channels per multiply_add
 constexpr int kStages = 3;
-constexpr int kSide = kTile * kStep;                 // bytes of one side of a stage
-constexpr int kCopied = kTile * kChunks / kThreads;  // chunks per thread and side
-constexpr int kRowsApart = kThreads / kChunks;       // between the chunks of a thread
+constexpr int kSide = kSpan * kStep;                 // bytes of one side of a stage
+constexpr int kCopied = kSpan * kPieces / kThreads;  // pieces per thread and side
+constexpr int kRowsApart = kThreads / kPieces;       // between the pieces of a thread
 
 struct Fused {
   const unsigned char* rows;
@@ -68,7 +68,7 @@ struct Fused {
   unsigned index_mask;
 };
 
-ZSAD_DEVICE int swizzled(int row, int chunk) { return row * kStep + (chunk ^ (row / 2 % kChunks)) * kChunk; }
+ZSAD_DEVICE int swizzled(int row, int piece) { return row * kStep + (piece ^ (row / 2 % kPieces)) * kPiece; }
 
 // Copies one side of a step, patches `first` and following, to the byte `side` of the stages.
 struct Loader {
@@ -76,12 +76,12 @@ struct Loader {
   int target;
 
   ZSAD_DEVICE Loader(const unsigned char* image, int first, const Fused& a) {
-    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    target = swizzled(row, chunk);
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    target = swizzled(row, piece);
 #pragma unroll
     for (int i = 0; i < kCopied; ++i) {
       const int patch = min(first + row + i * kRowsApart, a.patches - 1);
-      source[i] = image + static_cast<long long>(patch) * a.patch_bytes + chunk * kChunk;
+      source[i] = image + static_cast<long long>(patch) * a.patch_bytes + piece * kPiece;
     }
   }
 
@@ -116,24 +116,24 @@ struct Value<int> {
 };
 
 // Raise the key of one of the block's patches, which start at `first`, to the maximum of what the warps have found:
-// found[Warps][kTile].
+// found[Warps][kSpan].
 template <int Warps>
 ZSAD_DEVICE void raise(const float* found, int first, int patches, int* best, long long step) {
   const int mine = threadIdx.x;
   if (!best || first + mine >= patches) return;
   float value = found[mine];
 #pragma unroll
-  for (int w = 1; w < Warps; ++w) value = fmaxf(value, found[w * kTile + mine]);
+  for (int w = 1; w < Warps; ++w) value = fmaxf(value, found[w * kSpan + mine]);
   atomicMax(best + blockIdx.y * step + first + mine, float_to_key(value));
 }
 
 template <class Sum>
 ZSAD_DEVICE void fused_max(const Fused& a) {
-  ZSAD_SHARED(unsigned char, stages);  // [kStages, 2 sides, kTile, kStep]
+  ZSAD_SHARED(unsigned char, stages);  // [kStages, 2 sides, kSpan, kStep]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * kWarpColumns;
-  const int tiles = (a.patches + kTile - 1) / kTile;
-  const int p0 = blockIdx.x / tiles * kTile, q0 = blockIdx.x % tiles * kTile;
+  const int spans = (a.patches + kSpan - 1) / kSpan;
+  const int p0 = blockIdx.x / spans * kSpan, q0 = blockIdx.x % spans * kSpan;
 
   const Loader row_loader(a.rows + blockIdx.y * a.image_bytes, p0, a), column_loader(a.column, q0, a);
   const int steps = a.patch_bytes / kStep;
@@ -157,14 +157,14 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
 #pragma unroll
     for (int depth = 0; depth < kStep / kDepth; ++depth) {
       unsigned left[kRowSets][4], right[kColumnSets / 2][4];
-      const int chunk = depth * (kDepth / kChunk);
+      const int piece = depth * (kDepth / kPiece);
 #pragma unroll
       for (int i = 0; i < kRowSets; ++i)
-        load_matrices(left[i], stages, row_side + swizzled(warp_row + 16 * i + lane % 16, chunk + lane / 16));
+        load_matrices(left[i], stages, row_side + swizzled(warp_row + 16 * i + lane % 16, piece + lane / 16));
 #pragma unroll
       for (int j = 0; j < kColumnSets / 2; ++j) {
         const int column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
-        load_matrices(right[j], stages, column_side + swizzled(column, chunk + lane / 8 % 2));
+        load_matrices(right[j], stages, column_side + swizzled(column, piece + lane / 8 % 2));
       }
 #pragma unroll
       for (int i = 0; i < kRowSets; ++i)
@@ -186,8 +186,8 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
       column_best[j][e] = kLowest;
     }
   __syncthreads();  // the stages are read to the end and hold the warps' maxima from now on
-  float* const row_found = reinterpret_cast<float*>(stages);     // [kWarpsAcross, kTile]
-  float* const column_found = row_found + kWarpsAcross * kTile;  // [kWarpsDown, kTile]
+  float* const row_found = reinterpret_cast<float*>(stages);     // [kWarpsAcross, kSpan]
+  float* const column_found = row_found + kWarpsAcross * kSpan;  // [kWarpsDown, kSpan]
 #pragma unroll
   for (int i = 0; i < kRowSets; ++i)
 #pragma unroll
@@ -205,7 +205,7 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
         }
 #pragma unroll
       for (int other = 1; other < 4; other *= 2) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, other));
-      if (lane % 4 == 0) row_found[warp % kWarpsAcross * kTile + row] = best;
+      if (lane % 4 == 0) row_found[warp % kWarpsAcross * kSpan + row] = best;
     }
 #pragma unroll
   for (int j = 0; j < kColumnSets; ++j)
@@ -214,7 +214,7 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
       float best = column_best[j][e];
 #pragma unroll
       for (int other = 4; other < kWarp; other *= 2) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, other));
-      if (lane < 4) column_found[warp / kWarpsAcross * kTile + warp_column + 8 * j + 2 * lane + e] = best;
+      if (lane < 4) column_found[warp / kWarpsAcross * kSpan + warp_column + 8 * j + 2 * lane + e] = best;
     }
   __syncthreads();
   raise<kWarpsAcross>(row_found, p0, a.patches, a.best_rows, a.rows_step);

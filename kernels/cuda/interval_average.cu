@@ -8,13 +8,13 @@
 // A zero feature has no direction: it lies at distance 1 from unit vectors (as if cos = 1/2) and at distance 0 from
 // another zero feature (cos = 1).
 //
-// interval_average: grid (ceil(P / threads), images of the block), any block
+// interval_average: grid (ceil(P / threads), images of the chunk), any block
 //   best          [B, N, R, P] int: keys of the best cosines of images image_first … image_first + B - 1
 //   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature
 //   has_zero      [N, R] bytes: 1 where an image has a zero feature
 //   weight        [R] float: 1 / (last - first), shared among layers and degrees
 //   scores        [N, P] float, added to
-// minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the block), whole warps, shared memory 4 * 32 * 33 bytes
+// minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the chunk), whole warps, shared memory 4 * 32 * 33 bytes
 //   best, inverse, has_zero as above; weight [R] float
 //   minima        [B, P, N] float out
 //

@@ -1,6 +1,6 @@
 """Decides how mutual scoring runs on CUDA devices: which images each one holds, and what streams past them from where.
 
-Every device owns a run of images and compares them, a block of rows after another, with each other and with everything
+Every device owns a run of images and compares them, a chunk of rows after another, with each other and with everything
 else. Their best cosines with all images are resident until their ranks are selected.
 """
 
@@ -13,7 +13,7 @@ from zsad.kernels.machine import default_memory_limit
 from .comparers import STAGED_IMAGES, Comparer, GramOnce, image_bytes
 
 SLICES = 32  # blocks that share an image's layer norm
-MAX_TILES = 65535  # a launch's grid has no more rows of blocks
+MAX_PAIRS = 65535  # a launch's grid has no more rows of blocks
 HIDING_ROWS = (16, 4)  # comparing so many rows with an image takes longer than fetching it, or not much less
 
 Where = Literal["on the device", "in host memory", "in a memory-mapped file"]
@@ -21,7 +21,7 @@ Where = Literal["on the device", "in host memory", "in a memory-mapped file"]
 
 @dataclass(frozen=True)
 class Share:
-    """Pairs of a block's rows with images outside of it that the block compares."""
+    """Pairs of a chunk's rows with images outside of it that the chunk compares."""
 
     own: range
     others: range
@@ -33,33 +33,33 @@ class Plan:
 
     images: int
     rows: int  # images of a device whose best cosines with all others are resident
-    columns: int  # images per block that streams past the rows, two of which are resident; 0 where nothing does
-    tiles: int  # image pairs per launch
+    columns: int  # images per chunk that streams past the rows, two of which are resident; 0 where nothing does
+    pairs: int  # image pairs per launch
     devices: int
     features: Where  # those that are not resident
-    exchanges: bool  # whether pairs of two blocks are compared once, and what the other block needs goes there
+    exchanges: bool  # whether pairs of two chunks are compared once, and what the other chunk needs goes there
     peak_bytes: int  # on each device
     host_bytes: int
     comparer: type[Comparer]
 
     def rounds(self) -> list[list[range]]:
-        """Return, for every round, the block of rows of each device; the last ones may be empty."""
+        """Return, for every round, the chunk of rows of each device; the last ones may be empty."""
         share, more = divmod(self.images, self.devices)
         starts = [device * share + min(device, more) for device in range(self.devices + 1)]
         runs = [range(start, stop) for start, stop in pairwise(starts)]
         return [[run[at : at + self.rows] for run in runs] for at in range(0, len(runs[0]), self.rows)]
 
     def shares(self, rows: range) -> dict[range, Share]:
-        """Return what a block of rows compares with images outside of it, by the run that these are of.
+        """Return what a chunk of rows compares with images outside of it, by the run that these are of.
 
-        Where blocks exchange, the two of one round halve their pairs and an earlier round takes all of a later one's.
+        Where chunks exchange, the two of one round halve their pairs and an earlier round takes all of a later one's.
         """
         if not self.exchanges:
             outside = range(rows.start), range(rows.stop, self.images)
             return {others: Share(rows, others) for others in outside if others}
         rounds = self.rounds()
-        now = next(number for number, blocks in enumerate(rounds) if rows in blocks)
-        shares = {others: Share(rows, others) for blocks in rounds[now + 1 :] for others in blocks}
+        now = next(number for number, chunks in enumerate(rounds) if rows in chunks)
+        shares = {others: Share(rows, others) for chunks in rounds[now + 1 :] for others in chunks}
         for others in rounds[now]:
             if rows.start < others.start:
                 shares[others] = Share(rows, others[: len(others) // 2])
@@ -67,17 +67,17 @@ class Plan:
                 shares[others] = Share(rows[len(rows) // 2 :], others)
         return {others: share for others, share in shares.items() if share.own and share.others}
 
-    def blocks(self) -> list[range]:
-        return [rows for blocks in self.rounds() for rows in blocks if rows]
+    def chunks(self) -> list[range]:
+        return [rows for chunks in self.rounds() for rows in chunks if rows]
 
     def outside_pairs(self) -> int:
-        """Count the pairs of a layer that are compared across blocks."""
-        both_ways = sum(len(rows) * (self.images - len(rows)) for rows in self.blocks())
+        """Count the pairs of a layer that are compared across chunks."""
+        both_ways = sum(len(rows) * (self.images - len(rows)) for rows in self.chunks())
         return both_ways // 2 if self.exchanges else both_ways
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
-        return sum(len(rows) * (len(rows) - 1) // 2 for rows in self.blocks()) + self.outside_pairs()
+        return sum(len(rows) * (len(rows) - 1) // 2 for rows in self.chunks()) + self.outside_pairs()
 
     def describe(self) -> str:
         where = "the device" if self.devices == 1 else f"{self.devices} devices"
@@ -85,14 +85,14 @@ class Plan:
             resident = "all features of a layer resident"
         else:
             resident = (
-                f"{self.rows} images per block of rows, {self.columns} at a time stream past, "
+                f"{self.rows} images per chunk of rows, {self.columns} at a time stream past, "
                 f"features {self.features}, "
-                f"pairs across blocks compared {'once' if self.exchanges else 'by both sides'}"
+                f"pairs across chunks compared {'once' if self.exchanges else 'by both sides'}"
             )
         host = f", {self.host_bytes / 2**20:.0f} MiB on the host" if self.host_bytes else ""
         return (
             f"mutual scoring of {self.images} images on {where}: {resident}, {self.comparer.description}, "
-            f"{self.tiles} pairs per launch, "
+            f"{self.pairs} pairs per launch, "
             f"{self.peak_bytes / 2**20:.0f} MiB at the peak{' of each' if self.devices > 1 else ''}{host}"
         )
 
@@ -120,18 +120,18 @@ class Sizes:
         """Best cosines of one image with another."""
         return 4 * self.degrees * self.patches
 
-    def plan(self, rows: int, columns: int, tiles: int, exchanges: bool, features: Where) -> Plan:
+    def plan(self, rows: int, columns: int, pairs: int, exchanges: bool, features: Where) -> Plan:
         """Count what a plan takes; `rows` may be 0, for what is left without them."""
         images, patches = self.images, self.patches
         # Scores, distances of one image to all others if they are handed back, staged tokens, sums, flags of images.
         peak = 4 * patches * (images * (2 if self.returned_bytes else 1) + STAGED_IMAGES * self.channels)
         peak += STAGED_IMAGES * (16 * SLICES + 4) + images * (self.degrees + 4)
-        peak += self.comparer.scratch_bytes(patches, self.channels) + 2 * tiles * self.comparer.tile_bytes(patches)
+        peak += self.comparer.scratch_bytes(patches, self.channels) + 2 * pairs * self.comparer.gram_bytes(patches)
         peak += rows * (self.image_bytes + images * self.entry_bytes) + 2 * columns * self.image_bytes
         peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
         host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
         devices = max(min(self.devices, images), 1)
-        plan = Plan(images, rows, columns, tiles, devices, features, exchanges, peak, host, self.comparer)
+        plan = Plan(images, rows, columns, pairs, devices, features, exchanges, peak, host, self.comparer)
         return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
 
 
@@ -144,54 +144,54 @@ def least_bytes(sizes: Sizes) -> int:
 
 
 def plan_mutual_scoring(
-    sizes: Sizes, memory_limit: int, cache_bytes: int, host_limit: int | None = None, tiles: int | None = None
+    sizes: Sizes, memory_limit: int, cache_bytes: int, host_limit: int | None = None, pairs: int | None = None
 ) -> Plan:
     """Fit the working set into `memory_limit` bytes on each device.
 
-    cache_bytes: of the second-level cache, in which tiles stay between their product and their pass.
+    cache_bytes: of the second-level cache, in which Grams stay between their product and their pass.
     host_limit: bytes of host memory for what the devices do not hold; three quarters of what is free by default.
-    tiles: pairs per launch instead of the planned ones.
+    pairs: per launch, instead of the planned ones.
     Features that do not fit lie in host memory, or else in a file. Where the best cosines of all pairs do not fit,
-    blocks of rows are compared in turn with everything else; what a pair gives to the other block is kept in host
+    chunks of rows are compared in turn with everything else; what a pair gives to the other chunk is kept in host
     memory, or computed again where that does not hold it. Raises MemoryError where not even one row fits.
     """
     host_limit = default_memory_limit() if host_limit is None else host_limit
     if sizes.returned_bytes > host_limit:
         raise MemoryError(_too_little("in host memory", sizes, sizes.returned_bytes, host_limit))
-    choices = _tiles_per_launch(sizes, cache_bytes, tiles)
+    choices = _pairs_per_launch(sizes, cache_bytes, pairs)
     devices = max(min(sizes.devices, sizes.images), 1)
     if devices == 1:
-        for tiles in choices:
-            plan = sizes.plan(sizes.images, 0, tiles, False, "on the device")
+        for pairs in choices:
+            plan = sizes.plan(sizes.images, 0, pairs, False, "on the device")
             if plan.peak_bytes <= memory_limit:
                 return plan
     in_memory = sizes.returned_bytes + sizes.images * sizes.image_bytes <= host_limit
     where: Where = "in host memory" if in_memory else "in a memory-mapped file"
     own = -(-sizes.images // devices)
-    # A launch compares at most as many images as are fetched together, so few tiles cost less than few columns.
-    shapes = [(32, choices[0]), *((8, tiles) for tiles in choices), (1, choices[-1])]
+    # A launch compares at most as many images as are fetched together, so few pairs cost less than few columns.
+    shapes = [(32, choices[0]), *((8, pairs) for pairs in choices), (1, choices[-1])]
     for least in (*(rows for rows in HIDING_ROWS if rows < own), 1):
-        for exchanges, (columns, tiles) in product((True, False), shapes):
+        for exchanges, (columns, pairs) in product((True, False), shapes):
             columns = min(columns, sizes.images)
-            room = memory_limit - sizes.plan(0, columns, tiles, False, where).peak_bytes
+            room = memory_limit - sizes.plan(0, columns, pairs, False, where).peak_bytes
             row = sizes.image_bytes + (sizes.images + 2 * columns * exchanges) * sizes.entry_bytes
             rows = int(min(room // row, own))
             if rows < least:
                 continue
-            plan = sizes.plan(rows, columns, tiles, exchanges, where)
+            plan = sizes.plan(rows, columns, pairs, exchanges, where)
             if not exchanges or plan.host_bytes <= host_limit:
                 return plan
     raise MemoryError(_too_little("on the device", sizes, least_bytes(sizes), memory_limit))
 
 
-def _tiles_per_launch(sizes: Sizes, cache_bytes: int, wanted: int | None) -> list[int]:
+def _pairs_per_launch(sizes: Sizes, cache_bytes: int, wanted: int | None) -> list[int]:
     """Return how many image pairs a launch may have, most first."""
-    most, tile = max(sizes.images - 1, 1), sizes.comparer.tile_bytes(sizes.patches)
-    if tile:
+    most, gram = max(sizes.images - 1, 1), sizes.comparer.gram_bytes(sizes.patches)
+    if gram:
         # Half the cache for each workspace; at least four, so that queueing a launch takes less time than running it.
-        most = min(max(cache_bytes // 2 // tile, 4), most)
-    most = min(most if wanted is None else wanted, MAX_TILES)
-    return [most, *(fewer for fewer in (2, 1) if fewer < most and tile)]
+        most = min(max(cache_bytes // 2 // gram, 4), most)
+    most = min(most if wanted is None else wanted, MAX_PAIRS)
+    return [most, *(fewer for fewer in (2, 1) if fewer < most and gram)]
 
 
 def _too_little(where: str, sizes: Sizes, needed: int, limit: int) -> str:

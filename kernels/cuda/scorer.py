@@ -2,8 +2,8 @@
 
 tokens → layer_norm → comparer.prepare → for one image against a few: comparer.compare → interval_average
 
-Comparers (comparers.py) differ in what they keep of an image and in how they multiply. Images from outside the block of
-rows come over a stream of their own, into one of two blocks while the other is compared.
+Comparers (comparers.py) differ in what they keep of an image and in how they multiply. Images from outside the chunk of
+rows come over a stream of their own, into one of two chunks while the other is compared.
 """
 
 import math
@@ -52,12 +52,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Store:
-    """What lies on the host during a layer: features that are not resident, and maxima for other blocks' rows."""
+    """What lies on the host during a layer: features that are not resident, and maxima for other chunks' rows."""
 
     inverse: NDArray[np.float32]  # [N, R, P]
     features: tuple[NDArray[Any], ...]  # [N, ...] as in the comparer's layout
     has_zero: NDArray[np.uint8]  # [N, R]
-    # [block that compares, block it is for] -> the pairs, and their keys [others, own, R, P]
+    # [chunk that compares, chunk it is for] -> the pairs, and their keys [others, own, R, P]
     exchange: dict[tuple[range, range], tuple[Share, NDArray[np.int32]]]
 
 
@@ -74,7 +74,7 @@ def open_store(device: Device, plan: Plan, work: Work) -> Iterator[Store]:
 
     exchange = {
         (rows, others): (share, page_locked((len(share.others), len(share.own), degrees, patches), np.int32))
-        for rows in (plan.blocks() if plan.exchanges else ())
+        for rows in (plan.chunks() if plan.exchanges else ())
         for others, share in plan.shares(rows).items()
     }
     inverse, has_zero = page_locked((images, degrees, patches), np.float32), np.empty((images, degrees), np.uint8)
@@ -88,7 +88,7 @@ def open_store(device: Device, plan: Plan, work: Work) -> Iterator[Store]:
         yield Store(inverse, features, has_zero, exchange)
 
 
-class _Block:
+class _Chunk:
     """Features of a run of images of one layer."""
 
     def __init__(self, device: Device, size: int, layout: Layout, work: Work) -> None:
@@ -102,7 +102,7 @@ class _Block:
         return len(self.all.inverse)
 
     def fetched_from(self, store: Store, images: range) -> list[tuple[NDArray[Any], DEVICE_ARRAY]]:
-        """Return the copies that fill the block."""
+        """Return the copies that fill the chunk."""
         self.images = images
         return self.copies(store, images)
 
@@ -127,9 +127,9 @@ class Scorer:
         images, patches, degrees = plan.images, work.patches, len(work.degrees)
         device.use()
         layout = work.layout(plan)
-        self.rows = _Block(device, min(plan.rows, images), layout, work)
-        self.columns = [_Block(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
-        self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.tiles)
+        self.rows = _Chunk(device, min(plan.rows, images), layout, work)
+        self.columns = [_Chunk(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
+        self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.pairs)
         # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
         self.best = device.empty((len(self.rows), images, degrees, patches), np.int32)
         room = plan.columns * len(self.rows) * degrees * patches if plan.exchanges else 0
@@ -145,11 +145,11 @@ class Scorer:
         self.finite = device.empty((images,), np.int32)
         device.fill(self.scores, 0)
 
-    def normalise(self, tokens: Any, layer: int, blocks: Sequence[range], store: Store | None) -> None:
-        """Prepare the features of this device's blocks of rows; the last block's stay."""
+    def normalise(self, tokens: Any, layer: int, chunks: Sequence[range], store: Store | None) -> None:
+        """Prepare the features of this device's chunks of rows; the last chunk's stay."""
         self.device.use()
         self.device.fill(self.has_zero, 0)
-        for images in blocks:
+        for images in chunks:
             self._load(tokens, layer, images)
             if store is not None:
                 at = slice(images.start, images.stop)
@@ -159,7 +159,7 @@ class Scorer:
         self.device.synchronise()
 
     def compare(self, rows: range, store: Store | None, report: Report) -> None:
-        """Find the best cosines of a block of rows: with each other, and with the outside as its shares say."""
+        """Find the best cosines of a chunk of rows: with each other, and with the outside as its shares say."""
         if not rows:
             return
         device = self.device
@@ -185,7 +185,7 @@ class Scorer:
         device.synchronise()
 
     def select(self, layer: int, rows: range, store: Store | None) -> None:
-        """Take what other blocks have sent, add the layer's interval averages to the scores, and hand back minima."""
+        """Take what other chunks have sent, add the layer's interval averages to the scores, and hand back minima."""
         if not rows:
             return
         device, work = self.device, self.work
@@ -235,7 +235,7 @@ class Scorer:
         device.synchronise()
 
     def _steps(self, rows: range, store: Store) -> list["_Step"]:
-        """Cut what a block of rows compares with the outside into blocks of columns."""
+        """Cut what a chunk of rows compares with the outside into chunks of columns."""
         steps = []
         for to, share in self.plan.shares(rows).items():
             _, target = store.exchange.get((rows, to), (share, None))
@@ -248,7 +248,7 @@ class Scorer:
         self.device.fetch(slot, self.columns[slot].fetched_from(step.store, step.others))
 
     def _load(self, tokens: Any, layer: int, images: range) -> None:
-        """Normalise a block of rows and make its features."""
+        """Normalise a chunk of rows and make its features."""
         self.device.synchronise()  # products may still be reading what is overwritten
         self.rows.images = images
         for start in range(0, len(images), STAGED_IMAGES):
@@ -330,8 +330,8 @@ class Scorer:
         best_columns: DEVICE_ARRAY | None,  # [T, R, P] of the column's patches
     ) -> None:
         """Queue the comparison of one image with a run of others, a few pairs at a time."""
-        for start in range(0, len(rows.inverse), self.plan.tiles):
-            at = slice(start, start + self.plan.tiles)
+        for start in range(0, len(rows.inverse), self.plan.pairs):
+            at = slice(start, start + self.plan.pairs)
             self.comparer.compare(
                 column,
                 rows.of(at),

@@ -36,7 +36,7 @@ class Options:
     """What is otherwise chosen by the shapes and the devices; every choice gives the same scores up to rounding."""
 
     products: Products | None = None  # in fp16, "gram": one for all degrees; "fused": one per degree, no Gram in memory
-    tiles: int | None = None  # image pairs per launch
+    pairs: int | None = None  # image pairs per launch
     host_memory_limit: int | None = None  # bytes of host memory for what the devices do not hold
 
 
@@ -77,7 +77,7 @@ class Scoring:
     def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
         cache_bytes, options = min(device.cache_bytes for device in self._devices), self._options
         sizes = self._sizes(images, returned_bytes)
-        return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.tiles)
+        return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.pairs)
 
     def _sizes(self, images: int, returned_bytes: int = 0) -> Sizes:
         task = self._task
@@ -127,9 +127,9 @@ def _score(
         scorers = [Scorer(device, plan, work) for device in devices]
         store = stack.enter_context(open_store(devices[0], plan, work)) if plan.columns else None
         for layer in range(layers):
-            blocks = [[mine[d] for mine in rounds if mine[d]] for d in range(len(devices))]
+            chunks = [[mine[d] for mine in rounds if mine[d]] for d in range(len(devices))]
             with stopwatch(timings, "normalise"):
-                team.do(lambda d: scorers[d].normalise(tokens, layer, blocks[d], store))  # noqa: B023
+                team.do(lambda d: scorers[d].normalise(tokens, layer, chunks[d], store))  # noqa: B023
             for mine in rounds:
                 with stopwatch(timings, "product, filter and max"):
                     team.do(lambda d: scorers[d].compare(mine[d], store, team.report))  # noqa: B023

@@ -1,4 +1,4 @@
-"""Launches of the fused product variants: features of one degree, maxima without a tile, int8 winners measured again.
+"""Launches of the fused product variants: features of one degree, maxima without a Gram, int8 winners measured again.
 
 fp16: layer-normed tokens → pool_features → fused_max → interval average
 int8: layer-normed tokens → pool_features → int8_quantise → fused_max → winner_cosines → interval average
@@ -19,8 +19,8 @@ Launch = Callable[..., None]  # Device.launch
 MAX_INT8_PATCHES = 1 << 16  # leaves an approximate cosine 7 bits of mantissa
 
 # As in fused.cu.
-TILE, STEP_BYTES, STAGES, THREADS = 128, 64, 3, 128
-SHARED_BYTES = STAGES * 2 * TILE * STEP_BYTES
+SPAN, STEP_BYTES, STAGES, THREADS = 128, 64, 3, 128
+SHARED_BYTES = STAGES * 2 * SPAN * STEP_BYTES
 
 PATCH_WARPS = 4  # patches per block of the kernels with one warp per patch
 
@@ -119,7 +119,7 @@ def fused_max(
     is_int8 = rows.dtype == np.int8
     launch(
         "fused_max_s8" if is_int8 else "fused_max_f16",
-        ((-(-patches // TILE)) ** 2, images),
+        ((-(-patches // SPAN)) ** 2, images),
         THREADS,
         (
             *_pairs(rows, column, row_weights, column_weights, best_rows, best_columns),

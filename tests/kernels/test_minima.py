@@ -87,7 +87,7 @@ def test_every_plan_hands_back_the_same(precision: str) -> None:
         for array, other in zip(got, expected, strict=True):
             np.testing.assert_array_equal(array, other)
         assert plans[-1].peak_bytes <= limit
-    assert len({plan.block for plan in plans}) > 1
+    assert len({plan.chunk for plan in plans}) > 1
 
 
 @pytest.mark.parametrize("kind", [True, "each"])

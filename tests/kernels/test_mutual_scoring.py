@@ -84,12 +84,12 @@ def test_equals_reference(seed, images, layers, grid, channels, degrees, interva
     # A single patch and few channels can make features nearly equal, where sqrt amplifies rounding.
     np.testing.assert_allclose(scores, expected, atol=2e-3 if channels < 4 or grid == (1, 1) else 1e-4)
     if limit == "least" and images > 2:
-        assert plans[0].block < images
+        assert plans[0].chunk < images
         assert not plans[0].minima_in_memory
 
 
 def smallest_limit(tokens: np.ndarray, degrees) -> int:
-    """The limit under which only one image per block stays resident."""
+    """The limit under which only one image per chunk stays resident."""
     images, _, patches, channels = tokens.shape
     comparer = comparers.choose_comparer("fp32", degrees, patches)
     low, high = 0, 1 << 40
@@ -122,7 +122,7 @@ def test_native_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(native, alone, atol=1e-5)
 
 
-def test_memory_map_and_blocks_give_the_same_scores(tmp_path: Path) -> None:
+def test_memory_map_and_chunks_give_the_same_scores(tmp_path: Path) -> None:
     tokens = make_tokens(11, 12, 2, (7, 7), 32)
     mapped = np.memmap(tmp_path / "tokens", np.float32, "w+", shape=tokens.shape)
     mapped[:] = tokens

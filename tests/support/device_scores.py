@@ -20,7 +20,7 @@ def device_scores(
     precision: str = "auto",
     *,
     products: Any = None,
-    tiles: int | None = None,
+    pairs: int | None = None,
     host_memory_limit: int | None = None,
     **call: Any,
 ) -> Any:
@@ -28,5 +28,5 @@ def device_scores(
     _, layers, patches, channels = tokens.shape
     grid = grid or (math.isqrt(patches),) * 2
     devices = device if isinstance(device, Sequence) else [device]
-    options = Options(products, tiles, host_memory_limit)
+    options = Options(products, pairs, host_memory_limit)
     return MutualScoring(grid, layers, channels, degrees, interval, precision, devices, options).scores(tokens, **call)

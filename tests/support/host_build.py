@@ -253,11 +253,11 @@ class HostDevice:
         with LAUNCHING:
             run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
 
-    def product(self, column: NDArray[Any], rows: NDArray[Any], tiles: NDArray[Any]) -> None:
+    def product(self, column: NDArray[Any], rows: NDArray[Any], grams: NDArray[Any]) -> None:
         self.products += len(rows)
         patches = len(column)
-        tiles[...] = poison(tiles.dtype)
-        tiles[: len(rows), :, :patches] = rows.astype(np.float32) @ column.astype(np.float32).T
+        grams[...] = poison(grams.dtype)
+        grams[: len(rows), :, :patches] = rows.astype(np.float32) @ column.astype(np.float32).T
 
     @contextmanager
     def producing(self, slot: int) -> Iterator[None]:

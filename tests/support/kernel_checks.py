@@ -76,9 +76,9 @@ def check_pooled_norms(
         assert (np.asarray(has_zero)[:, r] == (lengths == 0).any(axis=1)).all()
 
 
-def box(tile: NDArray[Any], grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+def box(gram: NDArray[Any], grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
     """Box-sum [P, Q] over the neighbourhoods of both sides."""
-    left = reference.box_mean(tile, grid, degree) * degree**2
+    left = reference.box_mean(gram, grid, degree) * degree**2
     both: NDArray[np.float64] = (reference.box_mean(left.T, grid, degree) * degree**2).T
     return both
 
@@ -88,27 +88,27 @@ def check_filter_max(
     make: Make,
     grid: tuple[int, int],
     degrees: Sequence[int],
-    tiles: int = 2,
+    pairs: int = 2,
     negative: bool = False,
     band: int | None = None,
     segment: int | None = None,
     directions: tuple[bool, bool] = (True, True),
 ) -> None:
-    """Both directions of every tile, with padded tile rows, poisoned padding and room between the outputs."""
+    """Both directions of every Gram, with padded rows, poisoned padding and room between the outputs."""
     patches, stride, pair = math.prod(grid), math.prod(grid) + 3, len(degrees) * math.prod(grid)
-    random = rng(patches, tiles)
-    products = random.normal(size=(tiles, patches, patches)).astype(np.float32)
+    random = rng(patches, pairs)
+    products = random.normal(size=(pairs, patches, patches)).astype(np.float32)
     if negative:
         products = -np.abs(products)
-    padded = np.full((tiles, patches, stride), 1e36, np.float32)
+    padded = np.full((pairs, patches, stride), 1e36, np.float32)
     padded[..., :patches] = products
-    inverse_rows = random.uniform(0.2, 2, (tiles, len(degrees), patches)).astype(np.float32)
+    inverse_rows = random.uniform(0.2, 2, (pairs, len(degrees), patches)).astype(np.float32)
     inverse_columns = random.uniform(0.2, 2, (len(degrees), patches)).astype(np.float32)
-    best_rows = make(np.full((tiles, 2, pair), LOWEST_KEY, np.int32))
-    best_columns = make(np.full((tiles, 3, pair), LOWEST_KEY, np.int32))
+    best_rows = make(np.full((pairs, 2, pair), LOWEST_KEY, np.int32))
+    best_columns = make(np.full((pairs, 3, pair), LOWEST_KEY, np.int32))
 
     mask = sum(1 << degree // 2 for degree in degrees)
-    shape = filter_max_shape(grid, mask, tiles, 5)
+    shape = filter_max_shape(grid, mask, pairs, 5)
     segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
     strip = 4 if mask < 4 else 2 if mask < 8 else 1
     blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-grid[0] // band)
@@ -128,12 +128,12 @@ def check_filter_max(
         np.int32(segment),
         np.int32(band),
     )
-    run(filter_max_kernel(mask), (blocks, tiles), threads, arguments, shared)
+    run(filter_max_kernel(mask), (blocks, pairs), threads, arguments, shared)
 
     rows, columns = np.asarray(best_rows), np.asarray(best_columns)
     assert (rows[:, 1:] == LOWEST_KEY).all()
     assert (columns[:, 1:] == LOWEST_KEY).all()
-    for t in range(tiles):
+    for t in range(pairs):
         for r, degree in enumerate(degrees):
             cosines = box(products[t], grid, degree) * inverse_rows[t, r][:, None] * inverse_columns[r]
             for keys, axis, kept in ((rows, 1, directions[0]), (columns, 0, directions[1])):
@@ -160,8 +160,8 @@ def check_interval_average(
     """
     degrees, first, last = 2, *ranks
     random = rng(images, patches, first, last)
-    block = images - image_first
-    cosines = random.uniform(-1, 1, (block, images, degrees, patches)).astype(np.float32)
+    rows = images - image_first
+    cosines = random.uniform(-1, 1, (rows, images, degrees, patches)).astype(np.float32)
     if ties:
         cosines = (np.round(cosines * 2) / 2).astype(np.float32)
     inverse = np.ones((images, degrees, patches), np.float32)
@@ -170,27 +170,27 @@ def check_interval_average(
         inverse[0] = 1
     has_zero = (inverse == 0).any(axis=2)  # [N, R]
     best = floats_to_keys(cosines)
-    for b in range(block):
+    for b in range(rows):
         best[b, image_first + b] = 2**31 - 1  # an image is not compared with itself
     weights = np.array([0.25, 2], np.float32)
     scores = make(np.full((images, patches), 0.5, np.float32))
-    minima = make(np.full((block, patches, images), 9e9, np.float32))
+    minima = make(np.full((rows, patches, images), 9e9, np.float32))
     arguments = (make(best), make(inverse[image_first:]), make(has_zero.astype(np.uint8)), make(weights))
     sizes = [np.int32(n) for n in (images, degrees, patches, image_first)]
     run(
         "interval_average",
-        (-(-patches // 32), block),
+        (-(-patches // 32), rows),
         32,
         (*arguments, *sizes, np.int32(first), np.int32(last), scores),
     )
     squares = -(-patches // 32) * -(-images // 32)
-    run("minimum_distances", (squares, block), 64, (*arguments, *sizes, minima), 4 * 32 * 33)
+    run("minimum_distances", (squares, rows), 64, (*arguments, *sizes, minima), 4 * 32 * 33)
 
     squared = 2 - 2 * cosines.astype(np.float64)  # [B, N, R, P]
     there, here = has_zero[:, :, None], inverse[image_first:, None] == 0
     squared = np.where(here, 1.0 - there, np.where(there, np.minimum(squared, 1), squared))
     distances = np.sqrt(np.maximum(squared, 0))
-    distances[range(block), range(image_first, images)] = np.inf
+    distances[range(rows), range(image_first, images)] = np.inf
     expected = np.full((images, patches), 0.5)
     lowest = np.sort(distances, axis=1)[:, first:last].sum(axis=1)  # [B, R, P]
     expected[image_first:] += np.einsum("r,brp->bp", weights, lowest)

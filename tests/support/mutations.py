@@ -94,8 +94,8 @@ MUTATIONS = [
     Mutation(
         "no barrier after zeroing",
         "filter_max",
-        "  __syncthreads();\n\n  const float* const tile",
-        "\n  const float* const tile",
+        "  __syncthreads();\n\n  const float* const gram",
+        "\n  const float* const gram",
     ),
     Mutation("no barrier before row maxima leave", "filter_max", FINAL, "    int* const best_rows"),
     Mutation("halo one row short", "filter_max", "min(band1 + kReach, H)", "min(band1 + kReach - 1, H)"),
@@ -120,7 +120,7 @@ MUTATIONS = [
     Mutation(
         "keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;", 0, "device.h"
     ),
-    Mutation("tile step ignored", "filter_max", "a.tiles + blockIdx.y * a.tile_step", "a.tiles"),
+    Mutation("Gram step ignored", "filter_max", "a.grams + blockIdx.y * a.gram_step", "a.grams"),
     Mutation(
         "scratch reused without a barrier",
         "layer_norm",
@@ -172,9 +172,9 @@ MUTATIONS = [
     ),
     Mutation("last step forgotten", "fused", "step < steps; ++step", "step < steps - 1; ++step"),
     Mutation("every step reads the first channels", "fused", "source[i] + step * kStep", "source[i]"),
-    Mutation("copies not swizzled", "fused", "target = swizzled(row, chunk)", "target = row * kStep + chunk * kChunk"),
+    Mutation("copies not swizzled", "fused", "target = swizzled(row, piece)", "target = row * kStep + piece * kPiece"),
     Mutation("patches past the end not replaced", "fused", "kRowsApart, a.patches - 1)", "kRowsApart, a.patches)"),
-    Mutation("matrices of the row patches in the wrong order", "fused", "chunk + lane / 16)", "chunk + lane / 8 % 2)"),
+    Mutation("matrices of the row patches in the wrong order", "fused", "piece + lane / 16)", "piece + lane / 8 % 2)"),
     Mutation("matrices of the column patches mixed up", "fused", "right[j / 2][j % 2 * 2],", "right[j / 2][j % 2],"),
     Mutation("rows and columns of a set swapped", "fused", "sums[i][j][2 * half + e]", "sums[i][j][half + 2 * e]"),
     Mutation(

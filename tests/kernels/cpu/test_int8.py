@@ -122,7 +122,7 @@ def test_every_plan_gives_the_same_scores() -> None:
     for limit in (50_000, 80_000, 200_000, 400_000):
         scores = mutual_scores(tokens, precision="int8", memory_limit=limit, on_plan=plans.append)
         np.testing.assert_array_equal(scores, expected)
-    assert len({plan.block for plan in plans}) > 1
+    assert len({plan.chunk for plan in plans}) > 1
     assert any(not plan.minima_in_memory for plan in plans)
 
 

@@ -5,13 +5,13 @@ import pytest
 
 from zsad.kernels import reference
 from zsad.kernels.cpu import arrays, comparers
-from zsad.kernels.cpu.arrays import box_sum, empty_tile
+from zsad.kernels.cpu.arrays import box_sum, empty_gram
 from zsad.kernels.cpu.comparers import winning_patches
 
 if comparers._cpu is None:
     pytest.skip("installed without a compiler: the native kernels are not there", allow_module_level=True)
 
-PASS_SETS = comparers._cpu.instruction_sets("tile_pass")
+PASS_SETS = comparers._cpu.instruction_sets("gram_pass")
 INT8_SETS = comparers._cpu.instruction_sets("int8")
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 3), (4, 4), (3, 11), (7, 7), (16, 2), (9, 13), (20, 17)]
 
@@ -37,7 +37,7 @@ def run_pass(pair, grid, degrees, gram=None, **options) -> list[np.ndarray]:
     patches = len(pair[0])
     gram = pair[0] @ pair[1].T if gram is None else gram
     out = [np.full((len(degrees), patches), np.nan, np.float32) for _ in range(2)]
-    comparers._cpu.tile_pass(gram, grid, degrees, *(inverse_lengths(x, grid, degrees) for x in pair), *out, **options)
+    comparers._cpu.gram_pass(gram, grid, degrees, *(inverse_lengths(x, grid, degrees) for x in pair), *out, **options)
     return out
 
 
@@ -111,7 +111,7 @@ def test_zero_features_have_cosine_zero(instruction_set: str, keys: bool) -> Non
 
 
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
-def test_rows_of_the_tile_may_be_apart(instruction_set: str) -> None:
+def test_rows_of_the_gram_may_be_apart(instruction_set: str) -> None:
     grid, degrees = (6, 7), [1, 3, 5]
     pair = make_pair(5, 42, 12)
     store = np.full((42, 101), np.nan, np.float32)
@@ -136,13 +136,13 @@ def test_pass_refuses_what_does_not_fit() -> None:
     ):
         inverse, out = np.ones((len(degrees), 12), np.float32), np.empty((len(degrees), 12), np.float32)
         with pytest.raises(ValueError, match=message):
-            comparers._cpu.tile_pass(pair[0] @ pair[1].T, grid, degrees, inverse, inverse, out, out.copy(), **options)
+            comparers._cpu.gram_pass(pair[0] @ pair[1].T, grid, degrees, inverse, inverse, out, out.copy(), **options)
     inverse, out = np.ones((1, 12), np.float32), np.empty((1, 12), np.float32)
     gram = pair[0] @ pair[1].T
     with pytest.raises(ValueError, match="contiguous rows"):
-        comparers._cpu.tile_pass(gram.T, (3, 4), [1], inverse, inverse, out, out.copy())
+        comparers._cpu.gram_pass(gram.T, (3, 4), [1], inverse, inverse, out, out.copy())
     with pytest.raises(ValueError, match=r"\[R, P\]"):
-        comparers._cpu.tile_pass(gram, (3, 4), [1, 3], inverse, inverse, out, out.copy())
+        comparers._cpu.gram_pass(gram, (3, 4), [1, 3], inverse, inverse, out, out.copy())
 
 
 @pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("pool"))
@@ -185,19 +185,19 @@ def quantise(x: np.ndarray, instruction_set: str, mean: np.ndarray | None = None
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
 @pytest.mark.parametrize("patches", [1, 7, 16, 49, 100])
 @pytest.mark.parametrize("channels", [1, 3, 16, 50, 128, 384, 513])
-def test_int8_gram_tile(instruction_set: str, patches: int, channels: int) -> None:
+def test_int8_gram(instruction_set: str, patches: int, channels: int) -> None:
     pair = make_pair(7, patches, channels)
     if patches > 2:
         pair[0][2] = 0
-    tile = empty_tile(patches)
-    tile[:] = np.nan
-    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), tile, instruction_set)
+    gram = empty_gram(patches)
+    gram[:] = np.nan
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), gram, instruction_set)
     exact = pair[0].astype(np.float64) @ pair[1].T
     # Rounding moves every code by at most half a step; with C independent errors the sum grows with its root.
     steps = [np.abs(x).max(axis=1) / 127 for x in pair]
     lengths = [np.linalg.norm(x, axis=1) for x in pair]
     bound = 4 * (steps[0][:, None] * lengths[1] + lengths[0][:, None] * steps[1])
-    assert (np.abs(tile - exact) <= bound + 1e-6).all()
+    assert (np.abs(gram - exact) <= bound + 1e-6).all()
 
 
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
@@ -205,24 +205,24 @@ def test_a_common_mean_takes_no_part_in_the_rounding(instruction_set: str) -> No
     rng = np.random.default_rng(12)
     left, right = make_pair(13, 40, 90)
     mean = (100 * rng.normal(size=90)).astype(np.float32)
-    tile, centred = empty_tile(40), empty_tile(40)
+    gram, centred = empty_gram(40), empty_gram(40)
     comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set)
     codes = [quantise(x + mean, instruction_set, mean) for x in (left, right)]
-    comparers._cpu.int8_multiply(*codes, tile, instruction_set)
+    comparers._cpu.int8_multiply(*codes, gram, instruction_set)
     exact = (left + mean).astype(np.float64) @ (right + mean).T.astype(np.float64)
     error = np.abs(centred - left.astype(np.float64) @ right.T).max()
-    np.testing.assert_allclose(tile, exact, atol=error + 1e-6 * exact.max())
+    np.testing.assert_allclose(gram, exact, atol=error + 1e-6 * exact.max())
 
 
 @pytest.mark.parametrize("channels", [6, 64, 200])
 def test_int8_instruction_sets_agree(channels: int) -> None:
     pair, mean = make_pair(8, 61, channels), make_pair(9, 1, channels)[0][0]
-    tiles = []
+    grams = []
     for instruction_set in INT8_SETS:
-        tiles.append(empty_tile(61))
+        grams.append(empty_gram(61))
         codes = [quantise(x, instruction_set, mean) for x in pair]
-        comparers._cpu.int8_multiply(*codes, tiles[-1], instruction_set)
-        np.testing.assert_allclose(tiles[-1], tiles[0], atol=1e-4)  # the integers are the same
+        comparers._cpu.int8_multiply(*codes, grams[-1], instruction_set)
+        np.testing.assert_allclose(grams[-1], grams[0], atol=1e-4)  # the integers are the same
 
 
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
@@ -235,9 +235,9 @@ def test_int8_products_of_the_largest_codes_do_not_overflow(instruction_set: str
     signs = rng.choice([-1.0, 1.0], size=(20, 2048))
     signs[3], signs[4] = 1, -1
     x = (signs @ walsh / np.sqrt(2048)).astype(np.float32)
-    tile = empty_tile(20)
-    comparers._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, tile, instruction_set)
-    np.testing.assert_allclose(tile, signs @ signs.T, rtol=1e-5, atol=1e-2)
+    gram = empty_gram(20)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, gram, instruction_set)
+    np.testing.assert_allclose(gram, signs @ signs.T, rtol=1e-5, atol=1e-2)
 
 
 def test_int8_refuses_what_does_not_fit() -> None:
@@ -250,11 +250,11 @@ def test_int8_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="rounded up"):
         comparers._cpu.int8_multiply(codes, codes, np.empty((20, 20), np.float32))
     with pytest.raises(ValueError, match="int8_bytes"):
-        comparers._cpu.int8_multiply(codes, quantise(np.zeros((20, 12), np.float32), ""), empty_tile(20))
+        comparers._cpu.int8_multiply(codes, quantise(np.zeros((20, 12), np.float32), ""), empty_gram(20))
     with pytest.raises(ValueError, match="int8_bytes"):
-        comparers._cpu.int8_multiply(codes[1:], codes[1:], empty_tile(20))
+        comparers._cpu.int8_multiply(codes[1:], codes[1:], empty_gram(20))
     with pytest.raises(ValueError, match="channels"):
-        comparers._cpu.int8_multiply(codes[:3], codes[:3], empty_tile(20))
+        comparers._cpu.int8_multiply(codes[:3], codes[:3], empty_gram(20))
     with pytest.raises(ValueError, match="channels"):
         comparers._cpu.int8_bytes(20, 0)
     with pytest.raises(ValueError, match="abacus"):

@@ -21,7 +21,7 @@ def test_plan_fits_the_limit(images: int, limit: int, disk: int, int8: bool) -> 
         limit *= 2  # the winners of two images on each side, their minima and a worker take more than 1 GiB
     planned, more = plan(limit), plan(2 * limit)
     assert planned.peak_bytes <= limit
-    assert 1 <= planned.block <= images
+    assert 1 <= planned.chunk <= images
     assert 1 <= planned.rows <= images
     assert planned.workers >= 1
     assert planned.describe()
@@ -46,14 +46,14 @@ def test_rows_times_pairs() -> None:
 
 def test_everything_stays_in_memory_when_it_fits() -> None:
     plan = plan_mutual_scoring(Sizes(100, 1369, 384, 2), 16 * GIB)
-    assert plan.block == 100
+    assert plan.chunk == 100
     assert plan.minima_in_memory
     assert plan.workers == available_cores()
 
 
 def test_a_tighter_limit_spills_the_minima_first() -> None:
     plan = plan_mutual_scoring(Sizes(200, 1369, 384, 2), 600 * 2**20)
-    assert plan.block == 200
+    assert plan.chunk == 200
     assert not plan.minima_in_memory
 
 

@@ -28,9 +28,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
 
 def test_every_variant_is_checked_and_timed(device: HostDevice, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    assert benchmark.main([*SMALL, "--tiles", "1", "--output", str(output)]) == 0
+    assert benchmark.main([*SMALL, "--pairs", "1", "--output", str(output)]) == 0
     (record,) = map(json.loads, output.read_text("utf-8").splitlines())
-    zsad = [f"{name}{tiles}" for name in benchmark.VARIANTS for tiles in ("", ", 1 tiles")]
+    zsad = [f"{name}{pairs}" for name in benchmark.VARIANTS for pairs in ("", ", 1 pairs")]
     assert set(record["ms_per_pair_and_layer"]) == {"floor", *zsad}
     assert all(len(times) == 1 for times in record["ms_per_pair_and_layer"].values())
     assert set(record["stages_s"]) == set(zsad)

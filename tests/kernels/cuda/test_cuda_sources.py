@@ -115,7 +115,7 @@ def test_filter_max_where_every_product_is_negative(grid: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("degrees", [(5,), (3, 7), (1, 9)])
 def test_filter_max_of_other_degrees(degrees: tuple[int, ...]) -> None:
-    checks.check_filter_max(run, host_build.copied, (6, 5), degrees, tiles=1)
+    checks.check_filter_max(run, host_build.copied, (6, 5), degrees, pairs=1)
 
 
 @pytest.mark.parametrize("band", [1, 3, 8])
@@ -130,7 +130,7 @@ def test_filter_max_drops_a_direction(directions: tuple[bool, bool]) -> None:
 
 
 def test_filter_max_at_full_size() -> None:
-    checks.check_filter_max(run, host_build.copied, (37, 37), (1, 3, 5), tiles=1, negative=True)
+    checks.check_filter_max(run, host_build.copied, (37, 37), (1, 3, 5), pairs=1, negative=True)
 
 
 def test_filter_max_shape_cuts_large_grids_into_bands() -> None:

@@ -44,8 +44,8 @@ def test_pooled_norms(gpu: Device, grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5), (3, 7), (1, 9)])
 @pytest.mark.parametrize("grid", [(1, 1), (5, 9), (16, 16), (37, 37), (45, 40)])
 def test_filter_max(gpu: Device, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
-    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=2)
-    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, tiles=1, negative=True)
+    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, pairs=2)
+    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, pairs=1, negative=True)
 
 
 @pytest.mark.parametrize("case", ["plain", "zeros", "ties"])
@@ -86,9 +86,9 @@ def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: Devic
     plans: list[Plan] = []
     expected = device_scores(x, device=gpu, on_plan=plans.append)
     limit = plans[0].peak_bytes * 2 // 3
-    blocked = device_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
+    in_chunks = device_scores(x, device=gpu, memory_limit=limit, on_plan=plans.append)
     assert plans[1].rows < 30
-    np.testing.assert_allclose(blocked, expected, rtol=1e-5)
+    np.testing.assert_allclose(in_chunks, expected, rtol=1e-5)
     np.testing.assert_array_equal(device_scores(gpu.to_device(x), device=gpu), expected)
 
 
@@ -96,7 +96,7 @@ def test_tokens_on_the_device_and_a_small_memory_limit_change_nothing(gpu: Devic
 def test_streamed_features_give_the_same_scores(gpu: Device, variant: str) -> None:
     x = checks.rng(2).normal(size=(40, 2, 256, 384)).astype(np.float32)
     plans: list[Plan] = []
-    options: Any = {"device": gpu, "tiles": 2, "on_plan": plans.append, "return_minima": True, **VARIANTS[variant]}
+    options: Any = {"device": gpu, "pairs": 2, "on_plan": plans.append, "return_minima": True, **VARIANTS[variant]}
     expected, minima = device_scores(x, **options)
     for share, host_limit in ((0.8, 1 << 30), (0.5, 1 << 30), (0.5, 1 << 20)):
         limit = int(share * plans[0].peak_bytes)

@@ -84,10 +84,10 @@ def test_every_row_meets_every_other_image_once(images: int, devices: int, excha
         plan = planned(images, rows, devices, exchanges)
         met: Counter[tuple[int, int]] = Counter()
         compared = 0
-        for block in plan.blocks():
-            met.update((i, j) for i in block for j in block if i != j)
-            compared += len(block) * (len(block) - 1) // 2
-            for share in plan.shares(block).values():
+        for chunk in plan.chunks():
+            met.update((i, j) for i in chunk for j in chunk if i != j)
+            compared += len(chunk) * (len(chunk) - 1) // 2
+            for share in plan.shares(chunk).values():
                 pairs = [(i, j) for i in share.own for j in share.others]
                 compared += len(pairs)
                 met.update(pairs)
@@ -102,9 +102,9 @@ def test_every_row_meets_every_other_image_once(images: int, devices: int, excha
 @pytest.mark.parametrize("devices", [2, 3])
 def test_devices_get_equal_parts_of_the_work(devices: int) -> None:
     plan = planned(60, 30, devices, exchanges=True)
-    (blocks,) = plan.rounds()
+    (chunks,) = plan.rounds()
     work = []
-    for rows in blocks:
+    for rows in chunks:
         shares = plan.shares(rows).values()
         work.append(len(rows) * (len(rows) - 1) // 2 + sum(len(s.own) * len(s.others) for s in shares))
     assert max(work) == min(work)
@@ -113,8 +113,8 @@ def test_devices_get_equal_parts_of_the_work(devices: int) -> None:
 def test_what_was_sent_is_there_before_it_is_needed() -> None:
     plan = planned(11, 2, devices=2, exchanges=True)
     rounds = plan.rounds()
-    for number, blocks in enumerate(rounds):
-        for rows in filter(None, blocks):
+    for number, chunks in enumerate(rounds):
+        for rows in filter(None, chunks):
             for to in plan.shares(rows):
                 assert any(to in later for later in rounds[number:])
 
@@ -129,7 +129,7 @@ def test_plans_fit(images: int, devices: int, limit: int, variant: str) -> None:
     assert plan.peak_bytes <= limit * GIB
     assert plan.host_bytes <= 64 * GIB
     assert 1 <= plan.rows <= images
-    assert plan.tiles >= 1
+    assert plan.pairs >= 1
     assert plan.describe()
     more = plan_of(images, 1369, 1024, 3, 2 * limit * GIB, 72 << 20, **options)
     assert more.comparisons() <= plan.comparisons()
@@ -154,7 +154,7 @@ def test_what_plans_keep_where() -> None:
     assert huge.rows >= 16
 
 
-def test_fused_products_trade_tiles_for_features() -> None:
+def test_fused_products_trade_grams_for_features() -> None:
     def plan(variant: str, images: int, patches: int = 1369, **options: Any) -> Plan:
         limit, comparer = 1000 * GIB, COMPARERS[variant]
         return plan_of(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
@@ -167,12 +167,12 @@ def test_fused_products_trade_tiles_for_features() -> None:
     assert gram == 2 * 1369 * 1024 + lengths
     assert fused == 3 * 2 * 1369 * 1024 + lengths
     assert int8 == 3 * 3 * 1369 * 1024 + 2 * lengths
-    assert plan("gram", 200, tiles=100).peak_bytes > plan("gram", 200, tiles=1).peak_bytes
+    assert plan("gram", 200, pairs=100).peak_bytes > plan("gram", 200, pairs=1).peak_bytes
     for variant in ("fused", "int8"):
-        assert plan(variant, 200, tiles=100).peak_bytes == plan(variant, 200, tiles=1).peak_bytes
-        assert plan(variant, 200).tiles == 199
-        assert plan(variant, 200, tiles=3).tiles == 3
-        assert plan(variant, 100_000, 1).tiles == 65535  # what a launch takes
+        assert plan(variant, 200, pairs=100).peak_bytes == plan(variant, 200, pairs=1).peak_bytes
+        assert plan(variant, 200).pairs == 199
+        assert plan(variant, 200, pairs=3).pairs == 3
+        assert plan(variant, 100_000, 1).pairs == 65535  # what a launch takes
 
 
 def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
@@ -234,7 +234,7 @@ def test_needed_is_the_least_that_works(variant: str, images: int, devices: int)
 @compiled
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(("variant", "images", "share"), [("gram", 13, 1.5), ("fused", 9, 1.5), ("int8", 9, 1.6)])
-def test_blocks_of_one_device_exchange_too(devices: int, variant: str, images: int, share: float) -> None:
+def test_chunks_of_one_device_exchange_too(devices: int, variant: str, images: int, share: float) -> None:
     fitting: Any = {"devices": devices, "host_limit": PLENTY, "comparer": COMPARERS[variant]}
     limit = int(share * smallest_limit(images, **fitting))
     plans: list[Plan] = []
@@ -364,11 +364,11 @@ def test_what_one_device_meets_stops_all(devices: int) -> None:
 
 
 @compiled
-def test_tiles_per_launch_can_be_chosen() -> None:
+def test_pairs_per_launch_can_be_chosen() -> None:
     x, plans = tokens(6), []
-    for tiles in (1, 3, 5):
-        device_scores(x, GRID, device=HostDevice(), tiles=tiles, on_plan=plans.append)
-    assert [plan.tiles for plan in plans] == [1, 3, 5]
+    for pairs in (1, 3, 5):
+        device_scores(x, GRID, device=HostDevice(), pairs=pairs, on_plan=plans.append)
+    assert [plan.pairs for plan in plans] == [1, 3, 5]
 
 
 def test_device_tokens_are_not_shared() -> None:

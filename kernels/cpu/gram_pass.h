@@ -16,7 +16,7 @@ inline std::uint32_t index_mask(int patches) {
 }
 
 // One image pair and layer; P = rows * columns patches on both sides, R degrees.
-struct TilePass {
+struct GramPass {
   const float* gram;           // [P, P], row p at gram + p * gram_stride: dot products of layer-normed tokens
   std::ptrdiff_t gram_stride;  // in floats
   int rows, columns;           // the patch grid
@@ -29,10 +29,10 @@ struct TilePass {
   bool keys;                   // keys instead of cosines; P at most kMaxKeyPatches
 };
 
-using TilePassFunction = void (*)(const TilePass&);
+using GramPassFunction = void (*)(const GramPass&);
 
-void tile_pass_portable(const TilePass&);
-void tile_pass_avx2(const TilePass&);
-void tile_pass_avx512(const TilePass&);
+void gram_pass_portable(const GramPass&);
+void gram_pass_avx2(const GramPass&);
+void gram_pass_avx512(const GramPass&);
 
 }  // namespace zsad

@@ -1,19 +1,19 @@
-// Filter-and-max pass over one Gram tile.
+// Filter-and-max pass over one Gram.
 //
 //   S_r[p, q] = sum of gram over the r x r neighbourhoods of p and of q (zero outside the grid)
 //   cos_r[p, q] = S_r[p, q] * inverse_left[r, p] * inverse_right[r, q]
 //   best_left[r, p] = max over q of cos_r[p, q];   best_right[r, q] = max over p of cos_r[p, q]
 //
-// Shapes and types of the arguments: tile_pass.h.
+// Shapes and types of the arguments: gram_pass.h.
 //
-// A box filter is linear, so the one product serves every degree. The sum over p runs over whole tile rows: vertical
-// neighbours are added as the rows stream by and the horizontal ones come from a ring of 2k + 1 such sums, so the
-// working set (ring, one filtered row, maxima) stays in L2 and the tile is read 2k + 1 times from the cache that the
+// A box filter is linear, so the one product serves every degree. The sum over p runs over whole rows of the Gram:
+// vertical neighbours are added as they stream by and the horizontal ones come from a ring of 2k + 1 such sums, so the
+// working set (ring, one filtered row, maxima) stays in L2 and the Gram is read 2k + 1 times from the cache that the
 // product left it in. The sum over q runs inside one row: shifts by one patch with the grid's edges masked, then
 // shifts by one grid row between zero margins.
 //
 // Keys: where the caller also wants to know which patch won, the candidates carry their patch number in the lowest bits
-// of the mantissa while the maxima are taken (one logical operation per candidate), see tile_pass.h.
+// of the mantissa while the maxima are taken (one logical operation per candidate), see gram_pass.h.
 //
 // This file is compiled once per instruction set (ZSAD_TARGET); the loops are plain so that each compiler flag set
 // vectorises them its own way.
@@ -21,7 +21,7 @@
 // Times at P = 1369, degrees 1, 3, 5, on one Zen 4 core:
 //   1: vertical ring, masked horizontal shifts            4.2 ms
 //   2: overlapping whole vectors instead of remainders    3.5 ms, with keys the same (before: 7.9 ms)
-#include "tile_pass.h"
+#include "gram_pass.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -166,7 +166,7 @@ void filter_row(const float* const* rows, const RowWork& w, const Row& row) {
 }
 
 template <bool Keys>
-void filter_and_reduce(const TilePass& a) {
+void filter_and_reduce(const GramPass& a) {
   using FilterRow = void (*)(const float* const*, const RowWork&, const Row&);
   constexpr FilterRow kFilterRow[kMaxReach + 1] = {nullptr, filter_row<1, Keys>, filter_row<2, Keys>,
                                                    filter_row<3, Keys>, filter_row<4, Keys>};
@@ -235,7 +235,7 @@ void filter_and_reduce(const TilePass& a) {
 
 }  // namespace
 
-void ZSAD_JOIN(tile_pass_, ZSAD_TARGET)(const TilePass& a) {
+void ZSAD_JOIN(gram_pass_, ZSAD_TARGET)(const GramPass& a) {
   a.keys ? filter_and_reduce<true>(a) : filter_and_reduce<false>(a);
 }
 
