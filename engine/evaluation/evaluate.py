@@ -18,6 +18,7 @@ from PIL import Image
 from zsad.engine.images.folders import Category, Dataset, InputImage
 from zsad.engine.images.ground_truth import is_folder_of
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
+from zsad.engine.images.tree import SCORES
 
 from .masks import MaskError, read_mask
 from .metrics import Region, image_metrics, pixel_metrics
@@ -82,13 +83,13 @@ def evaluate(
     known = {name: category for name, category in wanted.items() if category.has_ground_truth}
     if not known:
         raise EvaluationError(f"{dataset.root} holds no ground truth: {LOOKED_FOR}")
-    with_results = {path.parent.name for path in out.glob("*/scores.csv")}
+    with_results = {path.parent.name for path in out.glob(f"*/{SCORES}")}
     if only is not None:
         with_results &= set(only)
     if not with_results & known.keys():
         raise EvaluationError(
             f"{out} holds no results for the categories of {dataset.root}: expected "
-            f"{out / '<category>' / 'scores.csv'}; run `zsad-infer {dataset.root} --output {out}` first"
+            f"{out / '<category>' / SCORES}; run `zsad-infer {dataset.root} --output {out}` first"
         )
     for name in sorted(known.keys() - with_results):
         warn(f"{name}: no results in {out / name}, category left out; run `zsad-infer` on {known[name].root}")
@@ -108,58 +109,66 @@ def evaluate(
 
 def evaluate_category(results: Path, category: Category, protocol: Protocol, aupro_limit: float, warn: Warn) -> Values:
     """Metrics of one category, from the folder of its results and its images; see `evaluate`."""
-    rows = _read_scores(results / "scores.csv")
+    rows = _read_scores(results / SCORES)
     images = {image.relative: image for image in labelled(category, warn).images}
     for path in sorted(images.keys() - rows.keys()):
-        warn(f"{category.root / path}: no result in {results / 'scores.csv'}, image left out")
+        warn(f"{category.root / path}: no result in {results / SCORES}, image left out")
     for mask in category.stray_masks:
         warn(f"{category.root / mask}: a mask without an image, left out")
-    with_pixels = _has_pixels(results, category, images.values(), rows.values(), warn)
-    try:
-        saturation = read_saturation(category.root)
-    except ValueError as error:
-        warn(f"{error}; regions count by their whole area")
-        saturation = None
+    usable = {
+        relative: score
+        for relative, row in rows.items()
+        if (score := _usable_score(category.root / relative, images.get(relative), row["score"], warn)) is not None
+    }
+    labels = [images[relative].anomalous for relative in usable]
+    at_image = image_metrics(np.array(labels, np.bool_), list(usable.values()))
 
-    labels: list[bool] = []
-    scores: list[float] = []
     pixels: list[Pixels] = []
-    for relative, row in rows.items():
-        source = category.root / relative
-        image = images.get(relative)
-        if image is None or image.anomalous is None:
-            reason = "no longer in the data" if image is None else f"without a label ({LOOKED_FOR})"
-            warn(f"{source}: {reason}; result left out")
-            continue
-        try:
-            score = float(row["score"])
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
-            warn(f"{source}: the score {row['score']!r} in {results / 'scores.csv'} is not a number, image left out")
-            continue
-        labels.append(image.anomalous)
-        scores.append(score)
-        if not with_pixels:
-            continue
-        try:
-            pixels.append(_load_pixels(category.root, image, results / row["map"], protocol, saturation))
-        except (OSError, ValueError) as error:
-            warn(f"{source}: left out of the pixel metrics: {error}")
-
-    at_image = image_metrics(labels, scores)
-    steps = PAPER_STEPS if protocol == "paper" else None
+    if _has_pixels(results, category, images.values(), rows.values(), warn):
+        saturation = _saturation(category, warn)
+        for relative in usable:
+            try:
+                map_path = results / rows[relative]["map"]
+                pixels.append(_load_pixels(category.root, images[relative], map_path, protocol, saturation))
+            except (OSError, ValueError) as error:
+                warn(f"{category.root / relative}: left out of the pixel metrics: {error}")
     at_pixel = pixel_metrics(
         [of_image.mask for of_image in pixels],
         [of_image.map for of_image in pixels],
         aupro_limit,
-        steps,
+        PAPER_STEPS if protocol == "paper" else None,
         [of_image.regions for of_image in pixels],
     )
     found = {f"image_{key}": value for key, value in at_image.items()}
     found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
     values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
     return {**values, "challenge": _challenge(values)}
+
+
+def _usable_score(source: Path, image: InputImage | None, text: str, warn: Warn) -> float | None:
+    """Return the score of an image that has a label, else None, after a word on what is missing."""
+    if image is None:
+        warn(f"{source}: no longer in the data; result left out")
+        return None
+    if image.anomalous is None:
+        warn(f"{source}: without a label ({LOOKED_FOR}); result left out")
+        return None
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        warn(f"{source}: the score {text!r} is not a number, image left out")
+        return None
+    return score
+
+
+def _saturation(category: Category, warn: Warn) -> Saturation | None:
+    try:
+        return read_saturation(category.root)
+    except ValueError as error:
+        warn(f"{error}; regions count by their whole area")
+        return None
 
 
 def labelled(category: Category, warn: Warn = log.warning) -> Category:
@@ -204,11 +213,13 @@ def _has_pixels(
 
 
 def _where_masks_lie(image: InputImage) -> str:
-    place = image.relative.relative_to(image.relative.parts[0]) if is_test(image.relative.parts[0]) else image.relative
+    place = image.relative.with_suffix("")
+    if is_test(place.parts[0]):
+        place = place.relative_to(place.parts[0])
     first, *others = MASK_FOLDERS
     return (
-        f"looked for {first}/{place.with_suffix('')}_mask.png, also with _label, _GT or nothing for _mask and any image "
-        f"suffix, in {', '.join(others)} and beside the image"
+        f"looked for {first}/{place}_mask.png, also with _label, _GT or nothing for _mask and any image suffix, "
+        f"in {', '.join(others)} and beside the image"
     )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.commands.evaluate import main
-from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate
+from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, labelled
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.folders import scan
 
@@ -373,3 +376,135 @@ def test_a_category_whose_name_is_no_unicode(tmp_path: Path, capsys: pytest.Capt
     assert case.run() == 0
     assert b"caf\xe9," in (case.out / "metrics.csv").read_bytes()
     assert "caf\\udce9" in capsys.readouterr().out
+
+
+def test_an_empty_mask_of_a_defective_image_and_a_drawn_one_of_a_normal_image(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = evaluate(case.out, scan(case.data))["categories"]["cable"]
+    case.add_mask("cable", "test/cut/000.png", make_mask(2, 3, 0))
+    case.add_mask("cable", "test/good/000.png", make_mask(2, 3))
+    case.add_mask("cable", "test/good/001.png", make_mask(2, 3, 0))
+    assert case.run("--json") == 1
+    output = capsys.readouterr()
+    empty, drawn = sorted(complaints(output.err))
+    assert "cut/000_mask.png is empty, though the image counts as cut" in empty
+    assert "good/000_mask.png is not empty, though the image counts as normal" in drawn
+    found = json.loads(output.out)["categories"]["cable"]
+    assert found["image_auroc"] == before["image_auroc"]
+    maps = case.out / "cable/maps/test"
+    used = [(make_mask(12, 20, 1), maps / "hole/000.tiff"), (make_mask(0, 0, 0), maps / "good/001.tiff")]
+    expected = pixel_metrics([mask for mask, _ in used], [np.asarray(Image.open(path)) for _, path in used])
+    assert found["pixel_auroc"] == pytest.approx(expected["auroc"])
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Case:
+    """Images without labels, with masks beside them: one drawn, one empty; and one image without a mask."""
+    case = Case(tmp_path)
+    for index, mask in enumerate((make_mask(2, 3), make_mask(2, 3, 0), None)):
+        case.add("part", f"{index}.png", 0.9 - index / 4)
+        if mask is not None:
+            Image.fromarray(mask).save(case.data / "part" / f"{index}_label.bmp")
+    return case
+
+
+def test_where_no_folder_says_so_masks_tell_the_defective_images(
+    flat: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flat.run("--json") == 0
+    output = capsys.readouterr()
+    assert "part: 1 of 3 images have no mask and count as normal" in output.err
+    assert json.loads(output.out)["categories"]["part"]["image_auroc"] == 1
+    labels = [image.anomalous for image in labelled(scan(flat.data).categories[0]).images]
+    assert labels == [True, False, False]
+
+
+def test_a_mask_that_says_nothing_leaves_its_image_without_a_label(
+    flat: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (flat.data / "part" / "1_label.bmp").write_bytes(b"BM damaged")
+    assert flat.run() == 1
+    errors = capsys.readouterr().err
+    assert errors.count("1_label.bmp") == 1
+    assert "1.png: without a label" in errors
+
+
+def test_quiet_says_errors_only(flat: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    assert flat.run("-q") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_help_waits_for_nothing_that_works_on_images() -> None:
+    code = "import sys; from zsad.engine.commands.evaluate import main; main(['--help'])"
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "zsad-eval" in result.stdout
+    assert not [line for line in result.stderr.splitlines() if re.search(r"\| +(numpy|cv2|PIL|onnx)", line)]
+
+
+# Regions that saturate
+
+
+def add_regions(case: Case, values: Sequence[int]) -> None:
+    """Put an image with one mask file for each region into the category `loco`."""
+    case.add("loco", "test/good/000.png", 0.1)
+    case.add("loco", "test/logical/000.png", 0.9)
+    folder = case.data / "loco/ground_truth/logical/000"
+    folder.mkdir(parents=True)
+    for index, value in enumerate(values):
+        Image.fromarray(make_mask(2 + 8 * index, 3 + 5 * index, value)).save(folder / f"{index:03d}.png")
+
+
+def spro_loop(case: Case, regions: Sequence[tuple[NDArray[Any], float]], limit: float) -> float:
+    """The area under the saturated per-region overlap, threshold after threshold."""
+    good, bad = (np.asarray(Image.open(case.out / f"loco/maps/test/{name}/000.tiff")) for name in ("good", "logical"))
+    outside = ~np.any([mask > 0 for mask, _ in regions], axis=0)
+    negatives = np.concatenate([good.ravel(), bad[outside]])
+    points = [(0.0, 0.0)]
+    for threshold in sorted({*good.ravel().tolist(), *bad.ravel().tolist()}, reverse=True):
+        overlaps = [min(np.count_nonzero(bad[mask > 0] >= threshold) / area, 1) for mask, area in regions]
+        points.append((float(np.mean(negatives >= threshold)), float(np.mean(overlaps))))
+    area = 0.0
+    for (r0, o0), (r1, o1) in pairwise(points):
+        if r0 >= limit or r1 == r0:
+            continue
+        end = min(r1, limit)
+        at_end = o0 + (o1 - o0) * (end - r0) / (r1 - r0)
+        area += (end - r0) * (o0 + at_end) / 2
+    return area / limit
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3])
+def test_saturated_regions(tmp_path: Path, limit: float) -> None:
+    case = Case(tmp_path)
+    add_regions(case, (255, 254))
+    config = [
+        {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 10, "relative_saturation": False},
+        {"defect_name": "moved", "pixel_value": 254, "saturation_threshold": 0.4, "relative_saturation": True},
+    ]
+    whole = [(make_mask(2, 3), 42.0), (make_mask(10, 8), 42.0)]
+    values = evaluate(case.out, scan(case.data), aupro_limit=limit)["categories"]["loco"]
+    assert values["pixel_aupro"] == pytest.approx(spro_loop(case, whole, limit))
+    (case.data / "loco" / "defects_config.json").write_text(json.dumps(config))
+    values = evaluate(case.out, scan(case.data), aupro_limit=limit)["categories"]["loco"]
+    saturated = [(make_mask(2, 3), 10.0), (make_mask(10, 8), 0.4 * 42)]
+    assert values["pixel_aupro"] == pytest.approx(spro_loop(case, saturated, limit))
+    assert spro_loop(case, saturated, limit) != spro_loop(case, whole, limit)
+
+
+def test_a_region_or_a_file_that_saturation_cannot_be_read_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tmp_path)
+    add_regions(case, (255,))
+    config = case.data / "loco" / "defects_config.json"
+    config.write_text(
+        '[{"defect_name": "a", "pixel_value": 7, "saturation_threshold": 1, "relative_saturation": true}]'
+    )
+    assert case.run() == 1
+    assert "has the value 255, which defects_config.json does not name" in capsys.readouterr().err
+    config.write_text('[{"defect_name": "a"}]')
+    assert case.run() == 1
+    assert re.search(r"defects_config.json cannot be read .*whole area", capsys.readouterr().err)

@@ -3,26 +3,12 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import touch_images
 
 from zsad.engine.images.folders import NothingToScoreError, scan
-from zsad.engine.images.tree import RECORD, SCORES
+from zsad.engine.images.tree import RECORD, RUN, SCORES
 from zsad.kernels.files import printable
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth colour image, so that lossy formats stay close to it."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-
-
-def touch_images(root: Path, *names: str) -> None:
-    for seed, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path, format="PNG")
 
 
 def found(root: Path, exclude: Path | None = None) -> dict[str, list[str]]:
@@ -75,11 +61,110 @@ def test_nothing_to_score_says_why(tmp_path: Path) -> None:
         scan(tmp_path, exclude=tmp_path / "empty" / "..")
 
 
+def numbered(count: int, folder: str = "") -> list[str]:
+    return [f"{folder}{index}.png" for index in range(count)]
+
+
+@pytest.mark.parametrize("strays", [1, 3])
+def test_stray_pictures_beside_categories(tmp_path: Path, strays: int) -> None:
+    touch_images(tmp_path, *numbered(6, "ring/"), *numbered(6, "plate/"), *numbered(strays, "overview"))
+    dataset = scan(tmp_path)
+    assert [category.name for category in dataset.categories] == ["plate", "ring"]
+    assert len(dataset.notes) == 1
+    assert "overview0.png" in dataset.notes[0]
+    assert ("and 2 more" in dataset.notes[0]) == (strays == 3)
+
+
+def test_stray_pictures_beside_data_sets_of_any_size(tmp_path: Path) -> None:
+    touch_images(tmp_path, "ring/test/good/0.png", "ring/test/bad/0.png", *numbered(9))
+    dataset = scan(tmp_path)
+    assert found(tmp_path) == {"ring": ["test/bad/0.png", "test/good/0.png"]}
+    assert "8 more" in dataset.notes[0]
+
+
+def test_many_pictures_beside_folders_are_one_category_with_them(tmp_path: Path) -> None:
+    touch_images(tmp_path, *numbered(6), *numbered(20, "a/"), *numbered(20, "b/"))
+    (category,) = scan(tmp_path).categories
+    assert len(category.images) == 46
+    assert "in the folders a, b are scored together" in category.notes[0]
+
+
+def test_what_lies_beside_a_split_is_named(tmp_path: Path) -> None:
+    touch_images(tmp_path, "test/good/0.png", "train/good/0.png", "extra/0.png", "logo.png")
+    (category,) = scan(tmp_path).categories
+    assert [str(image.relative) for image in category.images] == ["test/good/0.png"]
+    assert category.notes == ("only test/ is scored; left out: extra/, logo.png",)
+
+
+def test_a_category_called_test_beside_others(tmp_path: Path) -> None:
+    touch_images(tmp_path, "test/test/good/0.png", "nut/test/good/0.png")
+    assert list(found(tmp_path)) == ["nut", "test"]
+
+
+def test_a_test_without_normal_images_says_so(tmp_path: Path) -> None:
+    touch_images(tmp_path, "test/fine/0.png", "test/bent/0.png")
+    (category,) = scan(tmp_path).categories
+    assert {image.anomalous for image in category.images} == {True}
+    assert category.notes == (
+        "no image of test/ counts as normal: looked for a folder named good, ok or normal; found bent, fine",
+    )
+
+
+def test_masks_are_never_images_and_are_said(tmp_path: Path) -> None:
+    touch_images(tmp_path, "a.png", "b.png", "a_GT.bmp", "LABELS/b.png", "annotations/b.xml.png")
+    (category,) = scan(tmp_path).categories
+    assert {str(image.relative): [str(mask) for mask in image.masks] for image in category.images} == {
+        "a.png": ["a_GT.bmp"],
+        "b.png": ["LABELS/b.png"],
+    }
+    assert category.notes == (
+        "taken for masks because of their names and not scored: 1 in LABELS/, 1 in annotations/, 1 beside their "
+        "images, such as a_GT.bmp",
+    )
+    assert [str(path) for path in category.stray_masks] == ["annotations/b.xml.png"]
+
+
+def test_a_defect_called_label_and_a_product_called_mask(tmp_path: Path) -> None:
+    touch_images(tmp_path, "jar/test/good/0.png", "jar/test/label/0.png", "jar/ground_truth/label/0_mask.png")
+    touch_images(tmp_path, "mask/test/good/0.png", "mask/test/torn/0.png", "labels/0.png")
+    dataset = scan(tmp_path)
+    assert found(tmp_path) == {
+        "jar": ["test/good/0.png", "test/label/0.png"],
+        "mask": ["test/good/0.png", "test/torn/0.png"],
+    }
+    assert len(dataset.notes) == 1
+    assert "labels: taken for masks" in dataset.notes[0]
+
+
+def test_a_folder_of_masks_alone_says_what_to_do(tmp_path: Path) -> None:
+    touch_images(tmp_path, "labels/0.png", "labels/1.png")
+    with pytest.raises(NothingToScoreError, match=r"taken for masks because of its name: .*zsad-infer .*labels"):
+        scan(tmp_path)
+    assert found(tmp_path / "labels") == {"labels": ["0.png", "1.png"]}
+
+
+def finish(folder: Path) -> None:
+    """Leave a finished category's tables in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text("{}")
+    (folder / SCORES).write_text("path,score,rank,raw_score,map\n")
+
+
 def test_results_of_this_and_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
     touch_images(tmp_path, "a.png", "b.png", "out/part/overlays/a.jpg", "before/part/overlays/a.jpg")
-    (tmp_path / "before" / "part" / RECORD).write_text("{}")
-    (tmp_path / "before" / "part" / SCORES).write_text("path,score,rank,raw_score,map\n")
+    touch_images(tmp_path, "before/demo-data/flange/test/good/0.png")
+    finish(tmp_path / "before" / "part")
+    (tmp_path / "before" / RUN).write_text('{\n "version": "0.1",\n "preset": "small"\n}')
     assert found(tmp_path, exclude=tmp_path / "out") == {tmp_path.name: ["a.png", "b.png"]}
+
+
+def test_files_of_others_with_our_names_hide_nothing(tmp_path: Path) -> None:
+    touch_images(tmp_path, "maps/a.png", "demo-data/b.png", "report.html/c.png", "a.png", "b.png", "c.png", "d.png")
+    for name in (RECORD, RUN, "metrics.json"):
+        (tmp_path / name).write_text('{"images": [], "annotations": []}')  # as COCO has them
+    (tmp_path / SCORES).write_text("file,score\n")
+    names = ["a.png", "b.png", "c.png", "d.png", "demo-data/b.png", "maps/a.png", "report.html/c.png"]
+    assert found(tmp_path) == {tmp_path.name: names}
 
 
 def test_links_in_circles_and_to_folders_read_before(tmp_path: Path) -> None:
@@ -93,6 +178,34 @@ def test_links_in_circles_and_to_folders_read_before(tmp_path: Path) -> None:
     (tmp_path / "ring").symlink_to("ring")
     (tmp_path / "twin").symlink_to(part)
     assert list(found(tmp_path)) == ["elsewhere", "part", "twin"]
+
+
+def test_linked_splits_and_masks(tmp_path: Path) -> None:
+    touch_images(tmp_path, "store/good/0.png", "store/bent/0.png", "store/masks/bent/0.png")
+    (tmp_path / "bolt" / "test").mkdir(parents=True)
+    for name in ("good", "bent"):
+        (tmp_path / "bolt" / "test" / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "bolt" / "ground_truth").symlink_to(tmp_path / "store" / "masks")
+    (category,) = scan(tmp_path / "bolt").categories
+    assert {str(image.relative): list(map(str, image.masks)) for image in category.images} == {
+        "test/bent/0.png": ["ground_truth/bent/0.png"],
+        "test/good/0.png": [],
+    }
+
+
+def test_a_tree_deeper_than_python_calls_functions(tmp_path: Path) -> None:
+    folders = [tmp_path / "a"]
+    for _ in range(1100):
+        folders.append(folders[-1] / "d")
+    for folder in folders:
+        folder.mkdir()
+    touch_images(folders[0], "0.png", "d/0.png")
+    touch_images(folders[-1], "0.png")
+    assert len(found(tmp_path / "a")["a"]) == 3
+    for folder in reversed(folders):  # what clears temporary folders gives up on these
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
 
 
 def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_read(

@@ -1,0 +1,20 @@
+"""Small pictures in folders of any layout."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A smooth colour image, so that lossy formats stay close to it."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def touch_images(root: Path, *names: str) -> None:
+    """Draw an image for every name, in the format PNG whatever the suffix."""
+    for seed, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path, format="PNG")
