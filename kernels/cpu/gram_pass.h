@@ -29,8 +29,6 @@ struct GramPass {
   bool keys;                   // keys instead of cosines; P at most kMaxKeyPatches
 };
 
-using GramPassFunction = void (*)(const GramPass&);
-
 void gram_pass_portable(const GramPass&);
 void gram_pass_avx2(const GramPass&);
 void gram_pass_avx512(const GramPass&);

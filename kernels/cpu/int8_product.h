@@ -28,18 +28,14 @@ struct Int8Layout {
 
 // tokens: [P, C], layer-normed; mean: [C], the same for all images that are to be multiplied with each other;
 // out: a buffer of layout.bytes bytes, aligned to 4 bytes and best to a cache line.
-using Int8QuantiseFunction = void (*)(const float* tokens, const float* mean, const Int8Layout& layout,
-                                      unsigned char* out);
+void int8_quantise_portable(const float* tokens, const float* mean, const Int8Layout& layout, unsigned char* out);
+void int8_quantise_avx2(const float*, const float*, const Int8Layout&, unsigned char*);
+void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, unsigned char*);
 
 // left, right: quantised images; gram: [P, P] out, row p at gram + p * stride, stride at least P in whole panels (the
 // rest of a row's last panel is overwritten).
-using Int8MultiplyFunction = void (*)(const unsigned char* left, const unsigned char* right, const Int8Layout& layout,
-                                      float* gram, std::ptrdiff_t stride);
-
-void int8_quantise_portable(const float*, const float*, const Int8Layout&, unsigned char*);
-void int8_quantise_avx2(const float*, const float*, const Int8Layout&, unsigned char*);
-void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, unsigned char*);
-void int8_multiply_portable(const unsigned char*, const unsigned char*, const Int8Layout&, float*, std::ptrdiff_t);
+void int8_multiply_portable(const unsigned char* left, const unsigned char* right, const Int8Layout& layout,
+                            float* gram, std::ptrdiff_t stride);
 void int8_multiply_avx2(const unsigned char*, const unsigned char*, const Int8Layout&, float*, std::ptrdiff_t);
 void int8_multiply_avx512vnni(const unsigned char*, const unsigned char*, const Int8Layout&, float*, std::ptrdiff_t);
 

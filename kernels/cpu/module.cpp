@@ -23,12 +23,13 @@ using namespace nb::literals;
 
 namespace {
 
-#if defined(ZSAD_HAS_gram_pass_avx2)
+#if defined(ZSAD_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #define ZSAD_IF_X86(...) __VA_ARGS__
 #else
 #define ZSAD_IF_X86(...)
@@ -56,53 +57,21 @@ class Variants {
   std::vector<std::pair<std::string, Function>> variants_;
 };
 
-const Variants<zsad::GramPassFunction>& gram_passes() {
-  static const auto variants = [] {
-    Variants<zsad::GramPassFunction> v;
-    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::gram_pass_avx512); v.add(has_avx2(), "avx2", zsad::gram_pass_avx2);)
-    v.add(true, "portable", zsad::gram_pass_portable);
-    return v;
-  }();
-  return variants;
-}
+// The variants of a function that is compiled once per instruction set; `widest` is the set beyond AVX2.
+#define ZSAD_VARIANTS(function, widest, has_widest)                        \
+  [] {                                                                     \
+    Variants<decltype(&zsad::function##_portable)> v;                      \
+    ZSAD_IF_X86(v.add(has_widest(), #widest, zsad::function##_##widest);   \
+                v.add(has_avx2(), "avx2", zsad::function##_avx2);)         \
+    v.add(true, "portable", zsad::function##_portable);                    \
+    return v;                                                              \
+  }()
 
-const Variants<zsad::PoolingFunction>& poolings() {
-  static const auto variants = [] {
-    Variants<zsad::PoolingFunction> v;
-    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::pooling_avx512); v.add(has_avx2(), "avx2", zsad::pooling_avx2);)
-    v.add(true, "portable", zsad::pooling_portable);
-    return v;
-  }();
-  return variants;
-}
-
-const Variants<zsad::WinnerCosinesFunction>& winner_kernels() {
-  static const auto variants = [] {
-    Variants<zsad::WinnerCosinesFunction> v;
-    ZSAD_IF_X86(v.add(has_avx512(), "avx512", zsad::winner_cosines_avx512);
-                v.add(has_avx2(), "avx2", zsad::winner_cosines_avx2);)
-    v.add(true, "portable", zsad::winner_cosines_portable);
-    return v;
-  }();
-  return variants;
-}
-
-struct Int8Product {
-  zsad::Int8QuantiseFunction quantise;
-  zsad::Int8MultiplyFunction multiply;
-};
-
-const Variants<Int8Product>& int8_products() {
-  static const auto variants = [] {
-    Variants<Int8Product> v;
-    ZSAD_IF_X86(v.add(has_avx512() && __builtin_cpu_supports("avx512vnni"), "avx512vnni",
-                      {zsad::int8_quantise_avx512vnni, zsad::int8_multiply_avx512vnni});
-                v.add(has_avx2(), "avx2", {zsad::int8_quantise_avx2, zsad::int8_multiply_avx2});)
-    v.add(true, "portable", {zsad::int8_quantise_portable, zsad::int8_multiply_portable});
-    return v;
-  }();
-  return variants;
-}
+const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
+const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
+const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
+const auto int8_quantisers = ZSAD_VARIANTS(int8_quantise, avx512vnni, has_avx512vnni);
+const auto int8_multipliers = ZSAD_VARIANTS(int8_multiply, avx512vnni, has_avx512vnni);
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -141,7 +110,7 @@ void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int
   require(!keys || P <= zsad::kMaxKeyPatches,
           "keys hold patch numbers of at most " + std::to_string(zsad::kMaxKeyPatches) + " patches");
 
-  const auto run = gram_passes().choose(instruction_set);
+  const auto run = gram_passes.choose(instruction_set);
   const zsad::GramPass arguments{
       gram.data(), gram.stride(0),      grid.first,           grid.second,      degrees.data(),
       int(R),      inverse_left.data(), inverse_right.data(), best_left.data(), best_right.data(),
@@ -159,7 +128,7 @@ void pool(const Matrix& tokens, std::pair<int, int> grid, const std::vector<int>
   require(has_shape(inverse, R, P), "inverse lengths must be [R, P]");
   require(!unit || (has_shape(*unit, R, P) && unit->shape(2) == C), "unit features must be [R, P, C]");
 
-  const auto run = poolings().choose(instruction_set);
+  const auto run = poolings.choose(instruction_set);
   const zsad::Pooling arguments{tokens.data(), grid.first,     grid.second,
                                 int(C),        degrees.data(), int(R),
                                 zero_length,   inverse.data(), unit ? unit->data() : nullptr};
@@ -181,7 +150,7 @@ void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& 
   require(mean.shape(0) == tokens.shape(1), "mean must be [C]");
   require(out.shape(0) == layout.bytes, "out must have int8_bytes(P, C) bytes");
   require(reinterpret_cast<std::uintptr_t>(out.data()) % sizeof(float) == 0, "out must be aligned to 4 bytes");
-  const auto run = int8_products().choose(instruction_set).quantise;
+  const auto run = int8_quantisers.choose(instruction_set);
   nb::gil_scoped_release release;
   run(tokens.data(), mean.data(), layout, out.data());
 }
@@ -196,7 +165,7 @@ void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram
   require(gram.shape(1) == gram.shape(0) && gram.stride(1) == 1 && gram.stride(0) >= layout.panels * zsad::kPanel,
           "gram must be [P, P] with contiguous rows, each with room for P rounded up to " +
               std::to_string(zsad::kPanel) + " floats");
-  const auto run = int8_products().choose(instruction_set).multiply;
+  const auto run = int8_multipliers.choose(instruction_set);
   nb::gil_scoped_release release;
   run(left.data(), right.data(), layout, gram.data(), gram.stride(0));
 }
@@ -209,7 +178,7 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
           "image, patch and cosines must be [K, P]");
   require(std::all_of(patch.data(), patch.data() + K * P, [P](std::int32_t q) { return q >= 0 && std::size_t(q) < P; }),
           "patch must hold numbers of 0 to P - 1");
-  const auto run = winner_kernels().choose(instruction_set);
+  const auto run = winner_kernels.choose(instruction_set);
   const zsad::WinnerCosines arguments{left.data(),         right.data(), int(P),       int(C),       first,
                                       int(right.shape(0)), int(K),       image.data(), patch.data(), cosines.data()};
   nb::gil_scoped_release release;
@@ -217,10 +186,10 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
 }
 
 std::vector<std::string> instruction_sets(const std::string& kernel) {
-  if (kernel == "gram_pass") return gram_passes().names();
-  if (kernel == "pool") return poolings().names();
-  if (kernel == "int8") return int8_products().names();
-  if (kernel == "winner_cosines") return winner_kernels().names();
+  if (kernel == "gram_pass") return gram_passes.names();
+  if (kernel == "pool") return poolings.names();
+  if (kernel == "int8") return int8_multipliers.names();
+  if (kernel == "winner_cosines") return winner_kernels.names();
   throw std::invalid_argument("no such kernel: " + kernel);
 }
 

@@ -13,8 +13,6 @@ struct Pooling {
   float* unit;        // [R, P, C] out: box sums of unit length, or null
 };
 
-using PoolingFunction = void (*)(const Pooling&);
-
 void pooling_portable(const Pooling&);
 void pooling_avx2(const Pooling&);
 void pooling_avx512(const Pooling&);

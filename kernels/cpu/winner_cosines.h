@@ -16,8 +16,6 @@ struct WinnerCosines {
   float* cosines;             // [K, P] out
 };
 
-using WinnerCosinesFunction = void (*)(const WinnerCosines&);
-
 void winner_cosines_portable(const WinnerCosines&);
 void winner_cosines_avx2(const WinnerCosines&);
 void winner_cosines_avx512(const WinnerCosines&);

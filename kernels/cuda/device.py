@@ -6,6 +6,7 @@ NVRTC compiles them on first use into the user's cache, keyed by sources, option
 
 import hashlib
 import math
+import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,28 +22,9 @@ from zsad.kernels.machine import cache_places, cache_to_write
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
-BUILT_IN_MASKS = (0b1, 0b11, 0b111)  # the choices of degrees that filter_max.cu compiles without being asked
 DEVICE_ARRAY = Any  # a cupy.ndarray
 STAGED_UPLOADS = 8  # on their way before the host waits for the first of them
 OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status
-
-# [kernel] -> its source file
-KERNELS = {
-    "layer_norm_sums_f32": "layer_norm",
-    "layer_norm_sums_f16": "layer_norm",
-    "layer_norm_apply_f32": "layer_norm",
-    "layer_norm_apply_f16": "layer_norm",
-    "pooled_norms": "pooled_norms",
-    "pool_features": "pool_features",
-    "fused_max_f16": "fused",
-    "fused_max_s8": "fused",
-    "int8_quantise": "int8_quantise",
-    "winner_cosines": "int8_winners",
-    "interval_average": "interval_average",
-    "minimum_distances": "interval_average",
-    "resize": "resize_normalise",
-    "resize_normalise": "resize_normalise",
-}
 
 
 class DeviceError(ValueError):
@@ -160,6 +142,26 @@ def int32(*values: int) -> tuple[np.int32, ...]:
 def filter_max_kernel(mask: int) -> str:
     """Name the filter-and-max kernel of a choice of degrees: bit k stands for degree 2k + 1."""
     return f"filter_max_{mask}"
+
+
+def kernels_of(source: str) -> list[str]:
+    """Name the kernels that a source text defines, for filter_max those of the degrees that it does not wait for."""
+    masks = re.findall(r"^ZSAD_FILTER_MAX\((\d+)\)", source, re.MULTILINE)
+    return re.findall(r"^ZSAD_KERNEL\(.*\)\s(\w+)\(", source, re.MULTILINE) + [filter_max_kernel(int(m)) for m in masks]
+
+
+@cache
+def _source_files() -> dict[str, str]:
+    """Return the name of every kernel's source file."""
+    return {kernel: path.stem for path in FOLDER.glob("*.cu") for kernel in kernels_of(path.read_text("utf-8"))}
+
+
+def build_of(kernel: str) -> tuple[str, tuple[str, ...]]:
+    """Return the name of a kernel's source file and what must be defined for it; raises KeyError for no kernel."""
+    name, _, mask = kernel.rpartition("_")
+    if name == "filter_max" and kernel not in _source_files():  # degrees that are compiled when first asked for
+        return name, (f"ZSAD_MASK={mask}",)
+    return _source_files()[kernel], ()
 
 
 def sources(name: str) -> dict[str, str]:
@@ -439,10 +441,7 @@ class CupyDevice:
             stream.synchronize()
 
     def _load(self, kernel: str) -> Any:
-        name = KERNELS.get(kernel, "filter_max")
-        defines: tuple[str, ...] = ()
-        if name == "filter_max" and int(kernel.rpartition("_")[2]) not in BUILT_IN_MASKS:
-            defines = (f"ZSAD_MASK={kernel.rpartition('_')[2]}",)
+        name, defines = build_of(kernel)
         fatbin = None if defines else prebuilt(name)
         module = None
         if fatbin is not None:

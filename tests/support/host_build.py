@@ -75,8 +75,7 @@ def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL
 
     folder: holds device.h and host/cuda_host.h.
     """
-    kernels = re.findall(r"^ZSAD_KERNEL\(.*\)\s(\w+)\(", source, re.MULTILINE)
-    kernels += [f"filter_max_{mask}" for mask in re.findall(r"^ZSAD_FILTER_MAX\((\d+)\)", source, re.MULTILINE)]
+    kernels = cuda_device.kernels_of(source)
     kernels += [f"filter_max_{define.split('=')[1]}" for define in defines if define.startswith("ZSAD_MASK=")]
     entries = "".join(
         f"ZSAD_ENTRY launch_{kernel}(zsad_host::Launch* how, void** arguments) {{ "
@@ -244,9 +243,7 @@ class HostDevice:
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
-        name = cuda_device.KERNELS.get(kernel, "filter_max")
-        mask = int(kernel.rpartition("_")[2]) if name == "filter_max" else 1
-        defines = () if mask in cuda_device.BUILT_IN_MASKS else (f"ZSAD_MASK={mask}",)
+        name, defines = cuda_device.build_of(kernel)
         self.launches += 1
         if name == "fused":
             self.products += grid[1]

@@ -25,10 +25,14 @@ def nvcc_version() -> tuple[int, ...]:
     return tuple(int(part) for part in release.groups())
 
 
-def test_every_kernel_has_a_source() -> None:
-    assert set(cuda_device.KERNELS.values()) | {"filter_max"} == set(SOURCES)
-    for kernel, source in cuda_device.KERNELS.items():
-        assert re.search(rf"^ZSAD_KERNEL\(.*\)\s{kernel}\(", cuda_device.sources(source)[f"{source}.cu"], re.MULTILINE)
+def test_every_source_has_kernels_that_are_found_by_name() -> None:
+    for source in SOURCES:
+        kernels = cuda_device.kernels_of(cuda_device.sources(source)[f"{source}.cu"])
+        assert kernels
+        assert {cuda_device.build_of(kernel) for kernel in kernels} == {(source, ())}
+    assert cuda_device.build_of("filter_max_10") == ("filter_max", ("ZSAD_MASK=10",))
+    with pytest.raises(KeyError):
+        cuda_device.build_of("abacus")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

@@ -26,7 +26,7 @@ seeds = itertools.count()
 
 
 def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
-    built = host_build.library(cuda_device.KERNELS[kernel])
+    built = host_build.library(cuda_device.build_of(kernel)[0])
     host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
 
 
