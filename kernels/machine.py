@@ -120,8 +120,11 @@ def _check_writable(folder: Path) -> None:
 
 
 def default_memory_limit() -> int:
-    """Return three quarters of the free memory in bytes, as the machine and its container see it."""
+    """Return three quarters of the free memory in bytes, as the machine, its container and `ulimit -v` see it."""
     free = psutil.virtual_memory().available
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        free = min(free, address_space - psutil.Process().memory_info().vms)
     limit, usage = (CONTROL_GROUP / name for name in ("memory.max", "memory.current"))
     with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
         free = min(free, int(limit.read_text()) - int(usage.read_text()))

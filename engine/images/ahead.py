@@ -3,11 +3,18 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from enum import Enum
 from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class _Failed(Enum):
+    """Stands for a result: a MemoryError would keep alive all that was allocated before it, by its traceback."""
+
+    FOR_LACK_OF_MEMORY = 0
 
 
 class Ahead(Generic[Item, Result]):
@@ -20,7 +27,7 @@ class Ahead(Generic[Item, Result]):
         """
         self._work, self._most, self._limit = work, most, limit
         self._pool = ThreadPoolExecutor(threads, name)
-        self._queue: deque[tuple[Item, int, Future[Result]]] = deque()
+        self._queue: deque[tuple[Item, int, Future[Result | _Failed]]] = deque()
         self._bytes = 0
 
     def __enter__(self) -> "Ahead[Item, Result]":
@@ -37,19 +44,24 @@ class Ahead(Generic[Item, Result]):
         while self._queue and (len(self._queue) >= self._most or self._bytes + size > self._limit):
             yield self._take()
         self._bytes += size
-        self._queue.append((item, size, self._pool.submit(self._work, item, False)))
+        self._queue.append((item, size, self._pool.submit(self._first_try, item)))
 
     def rest(self) -> Iterator[tuple[Item, Result]]:
         """Yield all results that are left."""
         while self._queue:
             yield self._take()
 
+    def _first_try(self, item: Item) -> Result | _Failed:
+        try:
+            return self._work(item, False)
+        except MemoryError:
+            return _Failed.FOR_LACK_OF_MEMORY
+
     def _take(self) -> tuple[Item, Result]:
         item, size, future = self._queue.popleft()
-        error = future.exception()
-        if isinstance(error, MemoryError):  # perhaps it was only the others that left too little
-            del error  # its traceback keeps alive what the first try had allocated
+        result = future.result()
+        if isinstance(result, _Failed):  # perhaps it was only the others that left too little
             wait([other for _, _, other in self._queue])
-            future = self._pool.submit(self._work, item, True)
+            result = self._pool.submit(self._work, item, True).result()
         self._bytes -= size
-        return item, future.result()
+        return item, result

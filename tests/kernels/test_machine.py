@@ -1,6 +1,7 @@
 """What the machine is said to have: cores within a container's quota, memory, a cache that may be written or not."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -73,6 +74,14 @@ def test_the_memory_of_a_container_counts(container: Path) -> None:
     assert default_memory_limit() > plenty // 2
     (container / "memory.max").write_text("5000\n")
     assert default_memory_limit() == 3000
+
+
+def test_a_limit_of_the_address_space_counts() -> None:
+    code = "from zsad.kernels.machine import default_memory_limit as limit; print(limit())"
+    plenty = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    limited = f"ulimit -v 2000000 && exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    found = int(subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=True).stdout)
+    assert 0 < found < min(plenty, 0.75 * 2_000_000 * 1024)
 
 
 def test_one_folder_for_what_can_be_fetched_or_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
