@@ -4,7 +4,7 @@
 //   cos_k[p, q] = S_k[p, q] * inverse_rows[k, p] * inverse_columns[k, q]
 //   best_rows[k, p] = max over q of cos_k;   best_columns[k, q] = max over p of cos_k
 //
-// filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory shared_bytes of filter_max_shape (comparers.py)
+// filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory as filter_max_shape says
 //   grams           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride >= P
 //   gram_step       floats from one Gram to the next
 //   inverse_rows    [T, R, P] float: inverse lengths of the row images, 0 for a zero feature (pooled_norms.cu)
@@ -16,8 +16,8 @@
 //                   (band + 2 reach) * columns, cut at the grid, must fit 2 patches per thread
 // Bit k of the mask asks for degree 2k + 1; R bits are set, in ascending order.
 //
-// Why this shape. The product leaves a Gram of 7.5 MB (P = 1369) in L2 every 10 to 23 µs, so the pass must read it about
-// few times and spend well under 100 instructions on an entry. A thread owns 2 column patches and walks along `segment`
+// Why this shape. The product leaves a Gram of 7.5 MB (P = 1369) in L2 every 10 to 23 µs, so the pass must read it few
+// times and spend well under 100 instructions on an entry. A thread owns 2 column patches and walks along `segment`
 // columns of a strip of grid rows of row patches (4 rows, 2 with degree 5, 1 beyond):
 // - loads are coalesced over q; an entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment times;
 // - the box over p stays in registers: vertical sums nest (degree 5 adds two rows to degree 3), horizontal ones are
@@ -30,9 +30,7 @@
 // H200 and on a 4090 where latencies are hidden. Nothing here has been measured; segment, strip_rows and kOwn are what
 // to vary.
 //
-// 1: first version.
-//
-// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+// Run: bound in comparers.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
 constexpr int kOwn = 2;           // column patches per thread
@@ -183,7 +181,10 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
     for (int r = 0; r < kDegrees; ++r)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        if (owns[i]) atomicMax(best_columns + r * P + q[i], float_to_key(column_best[r][i] * a.inverse_columns[r * P + q[i]]));
+        if (owns[i]) {
+          const int at = r * P + q[i];
+          atomicMax(best_columns + at, float_to_key(column_best[r][i] * a.inverse_columns[at]));
+        }
   }
   if (a.best_rows) {
     __syncthreads();

@@ -19,8 +19,8 @@
 //
 // A block owns 128 x 128 entries of one image pair, its 4 warps 64 x 64 each: 128 sums a thread, and two blocks
 // on a multiprocessor with up to 255 registers a thread. (With 64 x 32 a warp loads half as much again per product,
-// which is all that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, which are two multiply_add
-// deep for either type. Three stages of 16 KB hold a step of both sides; while one is multiplied the next two are on
+// which is all that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, two multiply_add deep
+// for either type. Three stages of 16 KB hold a step of both sides; while one is multiplied the next two are on
 // their way (cp.async), with one barrier a step. With 48 KB two blocks also fit the 100 KB of sm_86, 89 and 120.
 //   - 16-byte piece c of row r lies at piece c ^ (r / 2 % 4): the 8 rows that a quarter of load_matrices reads are in
 //     different banks, and so are the 8 pieces that 8 threads copy.
@@ -32,8 +32,6 @@
 // products take on an sm_80, where the other block does not hide it. Padding to 11 blocks costs 6 %. A pair reads 62 MB
 // (fp16) or 31 MB (int8) out of L2: no limit on an RTX 4090, but on a H200 it holds fp16 to about half of the tensor
 // peak. Blocks of 128 x 256 read a fifth less at 9 % more padding; their size and the stages are what to vary.
-//
-// 1: first version.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "device.h"

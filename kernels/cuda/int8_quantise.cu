@@ -5,8 +5,8 @@
 //   weight[n, p] = scale * inverse[n, p]
 //
 // The transform, Walsh-Hadamard over every 32 channels, leaves all dot products as they are and spreads the few large
-// channels that vision transformers have: patch scores of DINOv2 tokens then stray 3 to 6 times less from those of exact
-// winners, at most 2.4e-3 in one layer and degree instead of 5.8e-3 (ViT-S, three sets of real images, NumPy).
+// channels that vision transformers have: patch scores of DINOv2 tokens then stray 3 to 6 times less from those of
+// exact winners, at most 2.4e-3 in one layer and degree instead of 5.8e-3 (ViT-S, three sets of real images, NumPy).
 //
 // int8_quantise: grid (ceil(P / warps per block), N), whole warps
 //   z             [P, stride] fp16 bits per image, image n at z + n * z_step (pool_features.cu)
@@ -18,8 +18,6 @@
 //
 // One warp per patch and one channel of a group of 32 per lane, so that the transform is five shuffles. The feature is
 // read and transformed twice, the second time from L1, instead of being kept for an unknown number of channels.
-//
-// 1: first version.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "device.h"

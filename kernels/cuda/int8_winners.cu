@@ -13,11 +13,9 @@
 //   best_rows       [P] int per image: in, the keys of fused_max_s8; out, keys of cosines; 0 leaves a direction out
 //
 // Every winner is measured, not only those that the interval will select: interval_average.cu then needs no numbers of
-// winners, and selects by exact distances. A winner is a read of one feature from anywhere in an image, and an image fits
-// into L2. One warp per patch takes both directions; 16 bytes a lane. Estimate at P = 1369, C = 1024: 11 MB out of L2 per
-// pair and degree, 3 MB of which come from memory (the rows' features, once), 2 to 3 µs.
-//
-// 1: first version.
+// winners, and selects by exact distances. A winner is a read of one feature from anywhere in an image, and an image
+// fits into L2. One warp per patch takes both directions; 16 bytes a lane. Estimate at P = 1369, C = 1024: 11 MB out of
+// L2 per pair and degree, 3 MB of which come from memory (the rows' features, once), 2 to 3 µs.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "device.h"

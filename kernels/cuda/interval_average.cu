@@ -14,7 +14,7 @@
 //   has_zero      [N, R] bytes: 1 where an image has a zero feature
 //   weight        [R] float: 1 / (last - first), shared among layers and degrees
 //   scores        [N, P] float, added to
-// minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the chunk), whole warps, shared memory 4 * 32 * 33 bytes
+// minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the chunk), whole warps, 4 * 32 * 33 bytes shared
 //   best, inverse, has_zero as above; weight [R] float
 //   minima        [B, P, N] float out
 //
@@ -23,10 +23,9 @@
 // threads read neighbouring patches. Ranks equal to the threshold key are added as often as they are counted, so
 // equal distances need no order. The sum runs over j in one order. Distances are handed out image by image along a row:
 // a square of them is turned over in shared memory, so that both sides are read and written in whole lines.
+// Bisection takes 25 or so passes over N values (estimate: the slab of one image stays in L2).
 //
-// 1: bisection; 25 or so passes over N values (estimate: the slab of one image stays in L2).
-//
-// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+// Run: bound in scorer.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
 ZSAD_DEVICE float distance(int key) {

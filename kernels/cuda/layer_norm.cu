@@ -13,10 +13,9 @@
 //
 // The slices are added in one order by every block: the result does not depend on the schedule. Doubles hold the sums
 // because one image has a million entries; there are few enough of them even for a GeForce's slow doubles.
+// Two launches: the second recombines the slices itself.
 //
-// 1: two launches, the second recombines the slices itself.
-//
-// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+// Run: bound in scorer.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
 ZSAD_DEVICE float load(const float* x) { return *x; }

@@ -15,8 +15,6 @@
 // One warp per patch, lanes over channels. Neighbouring patches share a block so that the neighbourhoods meet in L1.
 // The mean stays in the range of the layer-normed tokens, where fp16 is at home, whatever the degree.
 //
-// 1: first version.
-//
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "device.h"
 

@@ -14,9 +14,7 @@
 // One warp per patch, lanes over channels: a neighbourhood is read once, ring by ring, for all degrees; neighbouring
 // patches share a block so that the neighbourhoods meet in L1.
 //
-// 1: first version.
-//
-// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+// Run: bound in comparers.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
 constexpr int kMaxDegrees = 8;

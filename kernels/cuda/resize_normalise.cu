@@ -16,9 +16,9 @@
 //   out           [rows, out_columns, 3] uint8 out, or [3, rows, out_columns] float out
 //   mean, deviation [3] float
 //
-// 1: first version; one thread per pixel of three channels.
+// One thread per pixel of three channels.
 //
-// Run: bound in device.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
+// Run: bound in images.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
 constexpr int kFractionBits = 22;
