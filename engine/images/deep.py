@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 # What is wrong with a file is said once, in the error that refuses it, not by the libraries that were asked.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+(getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, and OpenCV 5; 0: silent
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
 from .metadata import without_metadata
 
-_AVIF = features.check("avif")
+_AVIF = "avif" in features.modules and features.check("avif")  # older versions of Pillow warn of what they do not know
 
 # Told by their first bytes. JPEG covers the pairs of pictures of stereo cameras, PPM all of PBM, PGM, PNM and PPM.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "PPM", *(("AVIF",) if _AVIF else ()))
