@@ -7,7 +7,6 @@
 The plan counts what a comparer takes (plan.py); a scorer prepares images and compares pairs through it (scorer.py).
 """
 
-import importlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -22,11 +21,10 @@ from zsad.kernels.reference import ZERO_NORM
 
 from .arrays import Array, box_sum, inverse_lengths, layer_normalise
 
-_cpu: Any
 try:
-    _cpu = importlib.import_module("._cpu", __package__)
+    from . import _cpu
 except ImportError:  # installed without a working compiler
-    _cpu = None
+    _cpu = None  # type: ignore[assignment]
 
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 
@@ -132,7 +130,7 @@ class Int8GramOnce(GramOnce):
 
     @staticmethod
     def layout(patches: int, channels: int, degrees: int) -> Layout:
-        return (int(_cpu.int8_bytes(patches, channels)),), np.uint8
+        return (_cpu.int8_bytes(patches, channels),), np.uint8
 
     @classmethod
     def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
@@ -208,7 +206,7 @@ def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
 
 def native_pass_covers(degrees: Sequence[int]) -> bool:
     """Tell whether the native pass was built and has these degrees."""
-    return _cpu is not None and bool(max(degrees) <= _cpu.MAX_DEGREE)
+    return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
 
 
 def choose_comparer(precision: str, degrees: Sequence[int], patches: int) -> type[Comparer]:

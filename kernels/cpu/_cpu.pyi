@@ -1,0 +1,46 @@
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+MAX_DEGREE: int = 9
+
+MAX_KEY_PATCHES: int = 65536
+
+PANEL: int = 16
+
+def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
+    """
+    Instruction sets of a kernel (gram_pass, pool, int8, winner_cosines) that build and processor share, fastest first.
+    """
+
+def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, instruction_set: str = '') -> None:
+    """
+    Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.
+    """
+
+def pool(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], zero_length: float, inverse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], unit: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')] | None = None, instruction_set: str = '') -> None:
+    """
+    Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].
+    """
+
+def index_mask(patches: int) -> int:
+    """Bits of a key that hold the winner's patch number."""
+
+def int8_bytes(patches: int, channels: int) -> int:
+    """Size of a quantised image."""
+
+def int8_quantise(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], mean: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.
+    """
+
+def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')], instruction_set: str = '') -> None:
+    """Fill the Gram [P, P] of two quantised images."""
+
+def winner_cosines(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], first: int, image: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], patch: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Dot products [K, P] of unit features with those winners that are among images first, first + 1, ... of right.
+    """
