@@ -68,6 +68,7 @@ def test_other_errors_and_a_second_lack_of_memory_are_raised() -> None:
         raise item
 
     for error in (MemoryError, ValueError):
-        with Ahead(work, threads=1, most=1, limit=1, name="test") as ahead, pytest.raises(error):
+        with Ahead(work, threads=1, most=1, limit=1, name="test") as ahead:
             list(ahead.put(error, 1))
-            list(ahead.rest())
+            with pytest.raises(error):
+                list(ahead.rest())
