@@ -227,7 +227,7 @@ def mutual_scores(
 ) -> Array | tuple[Array, Array]:
     """Score every patch by how far it is from the nearest patches of the other images (MuSc, sections 3.1 and 3.2).
 
-    tokens: [N, L, P, C] float32 patch tokens straight from the backbone, without the class token; an array or a
+    tokens: [N, L, P, C] float32 patch tokens straight from the network, without the class token; an array or a
         memory map. They are read a few images at a time and not changed.
     grid: rows and columns of the patch grid; a square one by default.
     degrees: odd sizes of the neighbourhoods that LNAMD averages.

@@ -43,3 +43,11 @@ def make_task(
     rows, columns = grid
     low, high = interval
     return Task((int(rows), int(columns)), layers, channels, tuple(int(degree) for degree in degrees), (low, high))
+
+
+def not_finite(image: int) -> ValueError:
+    """Return the error of an image whose tokens hold infinities or no numbers."""
+    return ValueError(
+        f"the tokens of image {image} are not finite: the network that made them overflows in its precision; run it in "
+        "fp32 (zsad-infer --network-precision fp32)"
+    )

@@ -149,6 +149,17 @@ void add_horizontal(const float* s, const float* masks, int mask_stride, int P, 
   }
 }
 
+// The masks of add_horizontal, `stride` floats apart.
+Buffer edge_masks(int reach, int P, int W, int stride) {
+  Buffer masks(std::size_t(2 * std::max(reach, 1)) * stride);
+  for (int d = 0; d < reach; ++d)
+    for (int q = 0; q < P; ++q) {
+      masks.get()[std::size_t(2 * d) * stride + q] = q % W > d ? 1.0f : 0.0f;
+      masks.get()[std::size_t(2 * d + 1) * stride + q] = q % W + d + 1 < W ? 1.0f : 0.0f;
+    }
+  return masks;
+}
+
 struct RowWork {
   int P, W, mask_stride;
   std::uint32_t index_mask;
@@ -178,12 +189,7 @@ void filter_and_reduce(const GramPass& a) {
   for (int k = 1; k <= reach; ++k) rings.emplace_back(std::size_t(2 * k + 1) * stride);
   const auto ring_row = [&](int k, int x) { return rings[k - 1].get() + std::size_t(x % (2 * k + 1)) * stride; };
 
-  Buffer masks(std::size_t(2 * std::max(reach, 1)) * stride);
-  for (int d = 0; d < reach; ++d)
-    for (int q = 0; q < P; ++q) {
-      masks.get()[std::size_t(2 * d) * stride + q] = q % W > d ? 1.0f : 0.0f;
-      masks.get()[std::size_t(2 * d + 1) * stride + q] = q % W + d + 1 < W ? 1.0f : 0.0f;
-    }
+  const Buffer masks = edge_masks(reach, P, W, stride);
   Buffer summed(stride + 2 * kLanes), filtered(std::size_t(stride) + 2 * kMaxReach * W + 2 * kLanes);
   const RowWork work{P,
                      W,

@@ -76,7 +76,17 @@ class Sizes:
         sides = 1 if chunk >= self.images else 2
         peak = always + sides * chunk * self.image_bytes + workers * max(gram + loading, at_once * selecting)
         peak += rows * row * minima_in_memory
-        return Plan(self.images, rows, chunk, workers, minima_in_memory, at_once, peak, rows * row, self.comparer)
+        return Plan(
+            images=self.images,
+            rows=rows,
+            chunk=chunk,
+            workers=workers,
+            minima_in_memory=minima_in_memory,
+            patches_at_once=at_once,
+            peak_bytes=peak,
+            minima_bytes=rows * row,
+            comparer=self.comparer,
+        )
 
     @property
     def image_bytes(self) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from zsad.kernels.machine import Timings, stopwatch
 from zsad.kernels.minima import ReturnedMinima
-from zsad.kernels.task import Task
+from zsad.kernels.task import Task, not_finite
 
 from .arrays import Array, aligned_empty, empty_gram
 from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
@@ -60,7 +60,7 @@ class _Chunk:
         def fill(b: int) -> None:
             image = np.asarray(tokens[b])
             if not np.isfinite(image).all():
-                raise ValueError(f"the tokens of image {first + b} are not finite; check the backbone's precision")
+                raise not_finite(first + b)
             prepare(image, self.of(b))
 
         list(pool.map(fill, range(self.count)))

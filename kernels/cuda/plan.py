@@ -130,8 +130,18 @@ class Sizes:
         peak += rows * (self.image_bytes + images * self.entry_bytes) + 2 * columns * self.image_bytes
         peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
         host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
-        devices = max(min(self.devices, images), 1)
-        plan = Plan(images, rows, columns, pairs, devices, features, exchanges, peak, host, self.comparer)
+        plan = Plan(
+            images=images,
+            rows=rows,
+            columns=columns,
+            pairs=pairs,
+            devices=max(min(self.devices, images), 1),
+            features=features,
+            exchanges=exchanges,
+            peak_bytes=peak,
+            host_bytes=host,
+            comparer=self.comparer,
+        )
         return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
 
 

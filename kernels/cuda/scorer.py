@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zsad.kernels.machine import scratch
 from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.reference import LAYER_NORM_EPS
+from zsad.kernels.task import not_finite
 
 from .comparers import STAGED_IMAGES, Features, Layout
 from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
@@ -258,8 +259,7 @@ class Scorer:
             self.comparer.prepare(features, self.has_zero[part.start : part.stop])
         finite = self.device.to_host(self.finite[images.start : images.stop])
         if not finite.all():
-            bad = images.start + int(np.argmin(finite))
-            raise ValueError(f"the tokens of image {bad} are not finite; check the backbone's precision")
+            raise not_finite(images.start + int(np.argmin(finite)))
 
     def _normalise(self, tokens: Any, out: DEVICE_ARRAY, images: range) -> None:
         """Fill out [B, P, C] with the layer-normed tokens [B, P, C], which are on the host or the device."""
