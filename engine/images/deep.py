@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .upright import ORIENTATION, upright_array
+
 # What is wrong with a file is said once, in the error that refuses it, not by the libraries that were asked.
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, and OpenCV 5; 0: silent
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -53,8 +55,7 @@ class Tiff:
     @property
     def beyond_pillow(self) -> bool:
         """Whether Pillow cuts the channels to 8 bits, mixes them up or has no mode for them."""
-        several = self.samples > 1 and max(self.bits) > 8
-        return self.readable and (several or (self.samples == 2 and self.separate))
+        return self.readable and self.samples > 1 and (max(self.bits) > 8 or (self.separate and not self.rgb))
 
     @property
     def alpha(self) -> int | None:
@@ -82,7 +83,7 @@ def tiff_of_pillow(image: Any) -> Tiff:
         values(262, 1)[0],
         values(284, 1)[0] == SEPARATE,
         values(338, 0) if 338 in tags else (),
-        values(274, 1)[0],
+        values(ORIENTATION, 1)[0],
         _said_bits(max(values(258, 1)), max(values(281, 0)), str(tags.get(270, ""))),
     )
 
@@ -102,7 +103,7 @@ def tiff_of_file(file: BinaryIO) -> Tiff:
             int(page.photometric),
             page.planarconfig == SEPARATE,
             tuple(map(int, page.extrasamples)),
-            int(page.tags.valueof(274, 1)),
+            int(page.tags.valueof(ORIENTATION, 1)),
             _said_bits(page.bitspersample, np.max(page.tags.valueof(281, 0)), page.description),
         )
 
@@ -117,27 +118,30 @@ def _said_bits(bits: int, largest: int, description: str) -> int | None:
 def tiff_values(file: BinaryIO, tiff: Tiff) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     """Read a TIFF; returns its stored values [h, w] or [h, w, 3] (uint8, uint16) and what is fully transparent [h, w].
 
-    OpenCV knows all compressions but no separate planes; tifffile knows all arrangements, and more compressions where
-    imagecodecs is installed. Raises ValueError.
+    Both are upright. OpenCV knows all compressions but few arrangements; tifffile knows all arrangements, and more
+    compressions where imagecodecs is installed. Raises ValueError for damaged files, and where imagecodecs is missing.
     """
-    with_opencv = not tiff.separate and tiff.samples in (1, 3, 4) and set(tiff.bits) == {16}
-    values = _by_opencv(file) if with_opencv else None
+    few = not tiff.separate and set(tiff.bits) == {16} and tiff.samples in ((3, 4) if tiff.rgb else (1,))
+    values = _by_opencv(file, tiff) if few else None  # [h, w, C]
     if values is None:
-        values = _by_tifffile(file, tiff)
-    values = values.reshape(*tiff.shape, tiff.samples)  # [h, w, C]
+        values = upright_array(_by_tifffile(file, tiff), tiff.orientation)
     hidden = None if tiff.alpha is None else values[:, :, tiff.alpha] == 0
     return (values[:, :, :3] if tiff.rgb else values[:, :, 0]), hidden
 
 
-def _by_opencv(file: BinaryIO) -> NDArray[np.uint16] | None:
+def _by_opencv(file: BinaryIO, tiff: Tiff) -> NDArray[np.uint16] | None:
+    """Return values [h, w, C], which OpenCV turns upright itself; None for what it does not read."""
     file.seek(0)
     values = _decoded(file.read())
-    if values is None or values.dtype != np.uint16:
+    rows, columns = tiff.shape[::-1] if tiff.orientation in (5, 6, 7, 8) else tiff.shape
+    if values is None or values.dtype != np.uint16 or values.size != rows * columns * tiff.samples:
         return None
-    return values if values.ndim == 2 else values[:, :, [2, 1, 0, *range(3, values.shape[2])]]
+    values = values.reshape(rows, columns, tiff.samples)
+    return values if tiff.samples == 1 else values[:, :, [2, 1, 0, *range(3, tiff.samples)]]
 
 
 def _by_tifffile(file: BinaryIO, tiff: Tiff) -> NDArray[Any]:
+    """Return values [h, w, C] as they are stored."""
     from tifffile import TiffFile
 
     end = file.seek(0, 2)
@@ -155,7 +159,9 @@ def _by_tifffile(file: BinaryIO, tiff: Tiff) -> NDArray[Any]:
                     "imagecodecs; run: pip install imagecodecs"
                 ) from None
             raise
-    return np.moveaxis(values.reshape(tiff.samples, *tiff.shape), 0, -1) if tiff.separate else values
+    if tiff.separate:
+        return np.moveaxis(values.reshape(tiff.samples, *tiff.shape), 0, -1)
+    return values.reshape(*tiff.shape, tiff.samples)
 
 
 def png_values(file: BinaryIO) -> tuple[NDArray[np.uint16], NDArray[np.bool_] | None]:

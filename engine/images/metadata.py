@@ -1,24 +1,56 @@
-"""Metadata that keeps Pillow from opening a valid image: the same file without it, for a second try."""
+"""Chunks and segments of files: the same file without metadata that Pillow stumbles over, and what a PNG says."""
 
 import struct
+from typing import BinaryIO
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND")  # what decides the pixels
 _WEBP_KEPT = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 
 
-def without_metadata(content: bytes, with_exif: bool) -> bytes | None:
-    """Return a PNG, JPEG or WebP file without profiles, XMP and comments; None for other kinds.
+def without_metadata(file: BinaryIO, with_exif: bool) -> bytes | None:
+    """Return a PNG, JPEG or WebP file without profiles, XMP and comments; None for other kinds, which are not read.
 
     with_exif: keep EXIF, which says which way up the picture is.
     """
-    if content.startswith(_PNG):
-        return _png(content, with_exif)
-    if content.startswith(b"\xff\xd8"):
-        return _jpeg(content, with_exif)
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return _webp(content, with_exif)
-    return None
+    file.seek(0)
+    start = file.read(12)
+    if start.startswith(_PNG):
+        strip = _png
+    elif start.startswith(b"\xff\xd8"):
+        strip = _jpeg
+    elif start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        strip = _webp
+    else:
+        return None
+    return strip(start + file.read(), with_exif)
+
+
+def significant_bits(file: BinaryIO) -> int | None:
+    """Return how many bits of its samples a PNG says to be in use, the most of all channels without alpha."""
+    colour = _png_chunk(file, b"IHDR")[9:10]
+    bits = _png_chunk(file, b"sBIT")[: 3 if colour in (b"\2", b"\6") else 1]
+    return max(bits, default=None)
+
+
+def transparent_grey(file: BinaryIO) -> int | None:
+    """Return which grey a PNG of 8 bits or fewer says to be transparent, from 0 to 255."""
+    key, bits = _png_chunk(file, b"tRNS"), _png_chunk(file, b"IHDR")[8:9]
+    white = 2 ** int.from_bytes(bits, "big") - 1
+    return (int.from_bytes(key, "big") & white) * 255 // white if len(key) == 2 and white else None
+
+
+def _png_chunk(file: BinaryIO, wanted: bytes) -> bytes:
+    """Return the data of a chunk that precedes the pixels; empty without one."""
+    position = len(_PNG)
+    while True:
+        file.seek(position)
+        size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+        if kind == wanted:
+            return file.read(size)
+        if kind in (b"", b"IDAT"):
+            return b""
+        position += size + 12  # length, kind, data, checksum
 
 
 def _png(content: bytes, with_exif: bool) -> bytes:
@@ -58,8 +90,8 @@ def _webp(content: bytes, with_exif: bool) -> bytes:
         end = position + 8 + size + size % 2
         if kind == b"VP8X":  # its flags announce the profile, EXIF and XMP
             announced = 0x24 if with_exif else 0x2C
-            kept.append(content[position : position + 8] + bytes([content[position + 8] & ~announced]))
-            kept.append(content[position + 9 : end])
+            flags = bytes(flag & ~announced for flag in content[position + 8 : position + 9])
+            kept += [content[position : position + 8], flags, content[position + 9 : end]]
         elif kind in _WEBP_KEPT or (with_exif and kind == b"EXIF"):
             kept.append(content[position:end])
         position = end

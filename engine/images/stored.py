@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
-from .metadata import without_metadata
+from .metadata import significant_bits, transparent_grey, without_metadata
+from .upright import ORIENTATION, upright_array, upright_image
 
 _AVIF = "avif" in features.modules and features.check("avif")  # older versions of Pillow warn of what they do not know
 
@@ -34,17 +35,6 @@ SUFFIXES = frozenset(
 # That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three,
 # and maps of floats. A test measures it.
 BYTES_PER_PIXEL = 22
-
-ORIENTATION = 274  # tag of EXIF and TIFF
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(Exception):
@@ -81,18 +71,19 @@ def read_stored(path: Path) -> Stored:
     """
     with regular_file(path) as file:
         try:
-            image = _loaded(file, path.suffix)
-        except (Image.DecompressionBombError, MemoryError):
-            raise
-        except Exception as refusal:
-            return _deep_tiff(file, _readable_tiff(file, refusal))
-        if image.format == "TIFF" and (tiff := tiff_of_pillow(image)).beyond_pillow:
-            return _deep_tiff(file, tiff)
+            image = _opened(file, path.suffix)
+        except UnidentifiedImageError as refusal:
+            return _of_tiff(file, _readable_tiff(file, refusal))
+        if image.format == "TIFF":
+            return _of_opened_tiff(file, image)
+        image = _loaded(file, image)
         if is_deep_png(image, file):
+            # Pillow says better than OpenCV what is wrong; what it has found to be whole is read again with all bits.
+            orientation = _orientation(image)
+            del image
             values, transparent = png_values(file)
-            bits = _significant_bits(file, image)
-            found = Stored(values, transparent, "PNG", unscaled=True, said_bits=bits)
-            return _turned(found, _orientation(image))
+            found = Stored(values, transparent, "PNG", unscaled=True, said_bits=significant_bits(file))
+            return _turned(found, orientation)
         return _of_pillow(file, image)
 
 
@@ -145,7 +136,7 @@ def regular_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if "out of memory" in str(error):  # as Pillow's C decoders say it
             raise ImageMemoryError("not enough memory to decode it") from None
-        raise ImageError(error.strerror or str(error)) from None
+        raise ImageError(error.strerror or f"damaged: {error}") from None
     except Exception as error:  # damaged headers make readers raise whatever they stumble over
         raise ImageError(f"damaged: {error or type(error).__name__}") from None
 
@@ -170,13 +161,12 @@ def _opened(file: BinaryIO, suffix: str) -> Image.Image:
         raise refusal
 
 
-def _loaded(file: BinaryIO, suffix: str) -> Image.Image:
-    """Open an image and decode its pixels."""
-    image = _opened(file, suffix)
+def _loaded(file: BinaryIO, image: Image.Image) -> Image.Image:
+    """Decode the pixels of an open image; what Pillow refuses for its metadata is decoded without them."""
     try:
         image.load()
         return image
-    except MemoryError:
+    except (Image.DecompressionBombError, MemoryError):
         raise
     except Exception as refusal:  # metadata may also follow the pixels
         for content in _without_metadata(file):
@@ -189,16 +179,14 @@ def _loaded(file: BinaryIO, suffix: str) -> Image.Image:
 
 def _without_metadata(file: BinaryIO) -> Iterator[BytesIO]:
     """Yield a file without profiles and comments, then also without EXIF, if it is of a kind that can be."""
-    file.seek(0)
-    content = file.read()
     for with_exif in (True, False):
-        bare = without_metadata(content, with_exif)
+        bare = without_metadata(file, with_exif)
         if bare is not None:
             yield BytesIO(bare)
 
 
 def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
-    """Return what the tags say of a TIFF that Pillow refuses; raises its refusal again for all that is none."""
+    """Return what the tags say of a TIFF that Pillow does not open; raises its refusal again for all that is none."""
     file.seek(0)
     if file.read(2) not in (b"II", b"MM"):
         raise refusal
@@ -210,60 +198,70 @@ def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
         raise ImageError("float and signed images have no defined range; convert it to 8 or 16 bit")
     if not tiff.readable:
         raise refusal
-    if tiff.shape[0] * tiff.shape[1] > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+    if Image.MAX_IMAGE_PIXELS is not None and tiff.shape[0] * tiff.shape[1] > 2 * Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
     return tiff
 
 
-def _deep_tiff(file: BinaryIO, tiff: Tiff) -> Stored:
+def _of_opened_tiff(file: BinaryIO, image: Image.Image) -> Stored:
+    """Read a TIFF that Pillow has opened, which does not mean that it decodes it, or decodes it right."""
+    tiff = tiff_of_pillow(image)
+    if tiff.beyond_pillow:
+        return _of_tiff(file, tiff)
+    try:
+        image.load()
+    except (Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception as refusal:
+        if not tiff.readable:
+            raise
+        try:
+            return _of_tiff(file, tiff)
+        except MemoryError:
+            raise
+        except Exception:  # then it is damaged
+            raise refusal from None
+    return _of_pillow(file, image)
+
+
+def _of_tiff(file: BinaryIO, tiff: Tiff) -> Stored:
+    """Read what is beyond Pillow."""
     values, transparent = tiff_values(file, tiff)
     if values.dtype == np.uint8:
         values = 255 - values if tiff.white_is_zero else values
-        found = Stored(Image.fromarray(np.ascontiguousarray(values)), transparent, "TIFF")
-    else:
-        bits = tiff.said_bits
-        found = Stored(values, transparent, "TIFF", tiff.white_is_zero, unscaled=True, said_bits=bits)
-    return _turned(found, tiff.orientation)
+        return Stored(Image.fromarray(np.ascontiguousarray(values)), transparent, "TIFF")
+    return Stored(values, transparent, "TIFF", tiff.white_is_zero, unscaled=True, said_bits=tiff.said_bits)
 
 
 def _of_pillow(file: BinaryIO, image: Image.Image) -> Stored:
-    """What Pillow has decoded right."""
-    kind = image.format or ""
+    """Take what Pillow has decoded right: 8 bits and fewer, and grey of more."""
+    kind, orientation = image.format or "", _orientation(image)
+    if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow converts to nothing else
+        image = image.convert(image.mode.upper())
     if not image.mode.startswith(("I", "F")):
-        transparent = None
-        if image.has_transparency_data:
-            alpha = image if "A" in image.getbands() else image.convert("RGBA")
-            transparent = np.asarray(alpha.getchannel("A")) == 0
-        return _turned(Stored(image, transparent, kind), _orientation(image))
+        return _turned(Stored(image, _transparent(file, image), kind), orientation)
     values = np.asarray(image)
-    key = image.info.get("transparency")
-    white_is_zero, bits = False, None
+    key = image.info.get("transparency")  # of PNG
+    found = Stored(values, values == key if isinstance(key, int) else None, kind, unscaled=kind in ("PNG", "TIFF"))
     if kind == "TIFF":
         tiff = tiff_of_pillow(image)
-        white_is_zero, bits = tiff.white_is_zero and max(tiff.bits) <= 16, tiff.said_bits
+        found = replace(found, white_is_zero=tiff.white_is_zero and max(tiff.bits) <= 16, said_bits=tiff.said_bits)
     elif kind == "PNG":
-        bits = _significant_bits(file, image)
-    found = Stored(
-        values,
-        values == key if isinstance(key, int) else None,
-        kind,
-        white_is_zero,
-        unscaled=kind in ("PNG", "TIFF"),
-        said_bits=bits,
-    )
-    return _turned(found, _orientation(image))
+        found = replace(found, said_bits=significant_bits(file))
+    return _turned(found, orientation)
 
 
-def _significant_bits(file: BinaryIO, image: Image.Image) -> int | None:
-    """Return what a PNG's chunk sBIT says."""
-    file.seek(0)
-    header = file.read(4096).partition(b"IDAT")[0]
-    found = header.find(b"sBIT")
-    return (
-        max(header[found + 4 : found + 4 + (3 if len(image.getbands()) > 2 else 1)], default=None)
-        if found > 0
-        else None
-    )
+def _transparent(file: BinaryIO, image: Image.Image) -> NDArray[np.bool_] | None:
+    """Return which pixels [h, w] of an image of 8 bits per channel have no opacity; None where all have all of it."""
+    if not image.has_transparency_data:
+        return None
+    if image.format == "PNG" and image.mode in ("1", "L") and (key := transparent_grey(file)) is not None:
+        # Pillow scales pixels of fewer than 8 bits, but not all of its versions what it says of them.
+        levels, hidden = image.convert("L"), key
+    else:
+        levels, hidden = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A"), 0
+    found: NDArray[np.bool_] = np.asarray(levels) == hidden
+    return found
 
 
 def _orientation(image: Image.Image) -> int:
@@ -273,23 +271,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned(found: Stored, orientation: int) -> Stored:
-    if orientation not in _UPRIGHT:
-        return found
-    how = _UPRIGHT[orientation]
-    values, transparent = found.values, found.transparent
-    return replace(
-        found,
-        values=values.transpose(how) if isinstance(values, Image.Image) else _transposed(values, how),
-        transparent=None if transparent is None else _transposed(transparent, how),
+    """Turn upright what was found."""
+    values, hidden = found.values, found.transparent
+    turned = (
+        upright_image(values, orientation) if isinstance(values, Image.Image) else upright_array(values, orientation)
     )
-
-
-def _transposed(values: NDArray[Any], how: Image.Transpose) -> NDArray[Any]:
-    """Do to an array [h, w, …] what Pillow's transpose does to an image."""
-    turns = {Image.Transpose.ROTATE_90: 1, Image.Transpose.ROTATE_180: 2, Image.Transpose.ROTATE_270: 3}
-    if how in turns:
-        return np.rot90(values, turns[how])
-    if how in (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE):
-        turned = np.swapaxes(values, 0, 1)
-        return turned if how == Image.Transpose.TRANSPOSE else turned[::-1, ::-1]
-    return values[:, ::-1] if how == Image.Transpose.FLIP_LEFT_RIGHT else values[::-1]
+    return replace(found, values=turned, transparent=None if hidden is None else upright_array(hidden, orientation))

@@ -1,0 +1,138 @@
+"""Files as they are stored: upright whoever decodes them, what PNG chunks say, and errors to the point."""
+
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.engine.images.stored import ImageError, decoded_bytes, read_stored
+
+LEVELS = np.random.default_rng(0).integers(300, 65536, (40, 52, 4), dtype=np.uint16)
+
+
+def transposed(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """The picture as EXIF describes it: where its first row and its first column are seen."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values[::-1] if orientation in (3, 4, 7, 8) else values
+
+
+def tiff(path: Path, levels: NDArray[Any], photometric: str, separate: bool = False, **options: Any) -> Path:
+    if levels.shape[2] > 1:
+        options["planarconfig"] = "separate" if separate else "contig"
+    arranged = np.moveaxis(levels, 2, 0) if separate else levels if levels.shape[2] > 1 else levels[:, :, 0]
+    tifffile.imwrite(path, arranged, metadata=None, photometric=photometric, **options)
+    return path
+
+
+def png(bits: int, rows: list[bytes], *chunks: tuple[bytes, bytes], colour: int = 0, width: int = 4) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))  # 9: no such orientation
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("samples", "separate"), [(1, False), (2, False), (2, True), (3, False), (3, True), (4, False), (4, True)]
+)
+def test_tiffs_are_upright_whoever_decodes_them(
+    tmp_path: Path, samples: int, separate: bool, dtype: type, orientation: int
+) -> None:
+    levels = LEVELS[:, :, :samples] if dtype is np.uint16 else (LEVELS[:, :, :samples] >> 8).astype(np.uint8)
+    levels = levels.copy()
+    colours = levels[:, :, :3] if samples > 2 else levels[:, :, :1]
+    options: dict[str, Any] = {"extratags": [(274, 3, 1, orientation, True)], "compression": "deflate"}
+    if samples in (2, 4):
+        options["extrasamples"] = ["unassalpha"]
+        levels[7, 9, -1] = 0
+    stored = read_stored(tiff(tmp_path / "a.tif", levels, "rgb" if samples > 2 else "minisblack", separate, **options))
+    values = np.asarray(stored.values)
+    values = values[:, :, None] if values.ndim == 2 else values
+    np.testing.assert_array_equal(values[:, :, : colours.shape[2]], transposed(colours, orientation))
+    if samples in (2, 4):
+        assert stored.hidden is not None
+        np.testing.assert_array_equal(stored.hidden, transposed(levels[:, :, -1] == 0, orientation))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_grey_with_further_samples(tmp_path: Path, dtype: type, separate: bool, photometric: str, samples: int) -> None:
+    levels = LEVELS[:, :, :samples] if dtype is np.uint16 else (LEVELS[:, :, :samples] >> 8).astype(np.uint8)
+    options = {"extrasamples": ["unspecified"] * (samples - 1)}
+    stored = read_stored(tiff(tmp_path / "a.tif", levels, photometric, separate, **options))
+    values = np.asarray(stored.values)
+    inverted = photometric == "miniswhite" and not stored.white_is_zero
+    expected = np.iinfo(dtype).max - levels[:, :, 0] if inverted else levels[:, :, 0]
+    np.testing.assert_array_equal(values if values.ndim == 2 else values[:, :, 0], expected)
+
+
+def test_premultiplied_grey_is_read(tmp_path: Path) -> None:
+    levels = np.full((6, 8, 2), (100, 255), np.uint8)
+    levels[0] = 0
+    stored = read_stored(tiff(tmp_path / "a.tif", levels, "minisblack", extrasamples=["assocalpha"]))
+    assert stored.hidden is not None
+    assert stored.hidden.sum() == 8
+    assert isinstance(stored.values, Image.Image)
+    assert stored.values.convert("RGB").getpixel((3, 3)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x40"), (2, b"\x1b"), (4, b"\x01\x23"), (8, b"\0\1\2\3")])
+def test_the_transparent_grey_of_few_bits(tmp_path: Path, bits: int, row: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(png(bits, [row, row], (b"tRNS", b"\0\1")))
+    stored = read_stored(tmp_path / "a.png")
+    assert stored.transparent is not None
+    assert stored.transparent.tolist() == [[False, True, False, False]] * 2
+
+
+def test_significant_bits_wherever_the_chunk_is(tmp_path: Path) -> None:
+    rows = [row.tobytes() for row in (LEVELS[:, :4, 0] >> 4).astype(">u2")]
+    profile = (b"iCCP", b"name\0\0" + zlib.compress(np.random.default_rng(0).bytes(6000)))
+    text = (b"tEXt", b"Comment\0made without sBIT and IDAT")
+    path = tmp_path / "a.png"
+    for chunks, bits in (([profile, (b"sBIT", b"\x0c")], 12), ([text], None), ([text, (b"sBIT", b"\x0a")], 10)):
+        path.write_bytes(png(16, rows, *chunks))
+        assert read_stored(path).said_bits == bits
+    rows = [row.tobytes() for row in LEVELS[:, :4, :].astype(">u2")]
+    path.write_bytes(png(16, rows, (b"sBIT", b"\x0a\x0c\x0b\x10"), colour=6))  # the last is that of alpha
+    assert read_stored(path).said_bits == 12
+
+
+def test_a_damaged_compressed_tiff_needs_no_package(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.tif", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 30, (300, 300, 3), dtype=np.uint8)).save(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 500] = rng.bytes(500)
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match="damaged") as refusal:
+        read_stored(path)
+    assert "pip install" not in str(refusal.value)
+
+
+def test_a_large_file_that_is_no_image_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(b"words")
+        file.truncate(100 << 20)
+    tracemalloc.start()
+    try:
+        for read in (read_stored, decoded_bytes):
+            with pytest.raises(ImageError, match="not a PNG"):
+                read(tmp_path / "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
