@@ -183,7 +183,7 @@ def _explain(model: type[Table], error: Any, values: Any, where: str) -> str:
         description = field.description or _choices(field.annotation)
         given = given.get(key) if isinstance(given, Mapping) else None
         inner: Any = get_args(field.annotation)[-1] if get_origin(field.annotation) is dict else field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, Table)):
+        if not (isinstance(inner, type(Table)) and issubclass(inner, Table)):  # `type` includes tuple[int] in 3.10
             break
         if inner is not field.annotation:  # one table for each name
             if not path:

@@ -162,12 +162,16 @@ void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram
   const auto layout = layout_of(P, std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes);
   require(left.shape(0) == layout.bytes && right.shape(0) == layout.bytes,
           "left and right must have int8_bytes(P, C) bytes");
-  require(gram.shape(1) == gram.shape(0) && gram.stride(1) == 1 && gram.stride(0) >= layout.panels * zsad::kPanel,
+  const bool room = P == 1 || gram.stride(0) >= layout.panels * zsad::kPanel;
+  require(gram.shape(1) == gram.shape(0) && gram.stride(1) == 1 && room,
           "gram must be [P, P] with contiguous rows, each with room for P rounded up to " +
               std::to_string(zsad::kPanel) + " floats");
   const auto run = int8_multipliers.choose(instruction_set);
   nb::gil_scoped_release release;
-  run(left.data(), right.data(), layout, gram.data(), gram.stride(0));
+  if (P > 1) return run(left.data(), right.data(), layout, gram.data(), gram.stride(0));
+  alignas(64) float row[zsad::kPanel];  // NumPy before 2 gives a single row the stride 1, whatever room it has
+  run(left.data(), right.data(), layout, row, zsad::kPanel);
+  gram.data()[0] = row[0];
 }
 
 void winner_cosines(const Matrix& left, const Features& right, int first, const Numbers& image, const Numbers& patch,
