@@ -273,11 +273,11 @@ class CategoryPass:
         with suppress(OSError):  # a file that has just gone is no copy of anything
             self.duplicates.add(index, self.category.images[index].path, image)
 
-    def _take_failures(self, failures: Sequence[tuple[int, ImageError]]) -> None:
-        for index, error in failures:
+    def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
+        for index, reason in failures:
             if self.job.options.strict:
-                raise ImageError(f"{self.category.images[index].path}: {error}") from None
-            self.failures[index] = str(error)
+                raise ImageError(f"{self.category.images[index].path}: {reason}")
+            self.failures[index] = reason
 
     def _failures(self) -> list[Failure]:
         images = self.category.images

@@ -28,7 +28,14 @@ class Batch:
 
     indices: list[int]  # of the readable ones, within their category
     inputs: Mapping[Recipe, Array]  # [B, 3, S, S] float32 each; valid until the next batch is asked for
-    failures: list[tuple[int, ImageError]]
+    failures: list[tuple[int, str]]  # the other ones, and why they have no input
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Stands for an image that cannot be read: its error would keep alive, by its traceback, what it has decoded."""
+
+    reason: str
 
 
 class Inputs(Protocol):
@@ -125,18 +132,21 @@ class Loader:
     ) -> Iterator[Batch]:
         """Yield the images with these numbers; batches are full except the last.
 
-        bit_depth: of grey values in 16-bit files. seen: is told of every image that was read, in a worker thread.
+        bit_depth: of the values in 16-bit files; None: all 16. seen: is told of every image that was read, in a worker
+        thread, as `Inputs.read` gives it. Raises what `seen` raises, but for ImageError and a lack of memory.
         """
 
         def read(index: int, last_try: bool) -> Any:
             try:
                 prepared, image = self.inputs.read(images[index].path, bit_depth)
-            except ImageError as error:
-                if isinstance(error, MemoryError) and not last_try:
+                seen(index, image)
+                return prepared
+            except MemoryError as error:
+                if not last_try:
                     raise
-                return error
-            seen(index, image)
-            return prepared
+                return _Failure(str(error) or "not enough memory for it")
+            except ImageError as error:
+                return _Failure(str(error))
 
         def results() -> Iterator[tuple[int, Any]]:
             for index in members:
@@ -149,11 +159,11 @@ class Loader:
             while True:
                 indices: list[int] = []
                 prepared: list[Any] = []
-                failures: list[tuple[int, ImageError]] = []
+                failures: list[tuple[int, str]] = []
                 with stopwatch(self.timings, "decode"):
                     for index, result in following:
-                        if isinstance(result, ImageError):
-                            failures.append((index, result))
+                        if isinstance(result, _Failure):
+                            failures.append((index, result.reason))
                         else:
                             indices.append(index)
                             prepared.append(result)
