@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     """Turn what stops a run into a message and an exit code."""
     from zsad.engine.config import ConfigError
-    from zsad.engine.images.decode import ImageError
     from zsad.engine.images.folders import NothingToScoreError
+    from zsad.engine.images.stored import ImageError
     from zsad.engine.results.resume import OutputError
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError

@@ -9,13 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .stored import FORMATS as FORMATS
-from .stored import SUFFIXES as SUFFIXES
-from .stored import ImageError as ImageError
-from .stored import ImageMemoryError as ImageMemoryError
-from .stored import Stored, read_stored
-from .stored import decoded_bytes as decoded_bytes
-from .stored import opened as opened
+from .stored import ImageError, ImageMemoryError, Stored, read_stored
 
 Preprocessing = Literal["imagenet", "clip"]
 
@@ -47,20 +41,21 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
     """
     stored = read_stored(path)
     values = stored.values
-    image = values if isinstance(values, Image.Image) else Image.fromarray(_eight_bits(stored, values, bit_depth or 16))
     try:
-        rgb = image.convert("RGB")
+        image = values if isinstance(values, Image.Image) else Image.fromarray(_eight_bits(stored, bit_depth or 16))
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
         if (hidden := stored.hidden) is not None:
             rgb.paste((0, 0, 0), mask=Image.fromarray(hidden))
         return rgb
     except MemoryError:
         raise ImageMemoryError("not enough memory to decode it") from None
-    except ValueError as error:  # of Pillow, about a mode such as LAB
+    except ValueError as error:  # of Pillow, about a mode that it does not convert
         raise ImageError(str(error)) from None
 
 
-def _eight_bits(stored: Stored, levels: NDArray[Any], bit_depth: int) -> NDArray[np.uint8]:
+def _eight_bits(stored: Stored, bit_depth: int) -> NDArray[np.uint8]:
     """Scale levels to 8 bits, by their bits and not to the image's own range: images of a batch stay comparable."""
+    levels: NDArray[Any] = np.asarray(stored.values)  # [h, w] or [h, w, 3]
     if levels.dtype.kind == "f":
         raise ImageError("32-bit float images have no defined range; convert it to 8 or 16 bit")
     if levels.dtype.itemsize > 2 and (levels.min() < 0 or levels.max() > 65535):
@@ -75,7 +70,7 @@ def _eight_bits(stored: Stored, levels: NDArray[Any], bit_depth: int) -> NDArray
 
 @lru_cache
 def _table(white: int) -> NDArray[np.uint8]:
-    """Return the 8-bit values [65536] of all 16-bit levels, rounded to the nearest."""
+    """Return what each of 65536 levels is in 8 bits, rounded to the nearest; `white` and all above it are 255."""
     levels = np.arange(65536)
     return np.minimum((levels * 255 + white // 2) // white, 255).astype(np.uint8)
 

@@ -7,7 +7,7 @@ from typing import Any
 from zsad.engine.config import ConfigError
 from zsad.kernels.cuda.device import Device
 
-from .decode import opened
+from .stored import opened
 
 Array = Any  # on the device
 

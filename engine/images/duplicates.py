@@ -12,7 +12,8 @@ from PIL import Image
 
 from zsad.kernels.files import file_sha256
 
-from .decode import ImageError, decode
+from .decode import decode
+from .stored import ImageError
 
 SIDE = 32  # pixels of a thumbnail; its filter is a triangle, so that resizing an image by a little leaves it as it is
 ROWS = 1024  # of distances at once

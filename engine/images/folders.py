@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .decode import SUFFIXES, ImageError
 from .ground_truth import MaskFile, masks_beside, match_masks
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
+from .stored import SUFFIXES, ImageError
 from .tree import DEMO, RUN, Folder, is_image, read_tree
 
 # Names that the results use at the top of the output folder.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from .decode import SUFFIXES
 from .layouts import is_hidden
+from .stored import SUFFIXES
 
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 SCORES = "scores.csv"

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
-from zsad.engine.images.decode import ImageError, decode
+from zsad.engine.images.decode import decode
 from zsad.engine.images.folders import InputImage
 from zsad.engine.images.loader import held_bytes
+from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, SCORES
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions

@@ -14,7 +14,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.decode import SUFFIXES, ImageError, decode, decoded_bytes, network_input, recipe
+from zsad.engine.images.decode import decode, network_input, recipe
+from zsad.engine.images.stored import SUFFIXES, ImageError, decoded_bytes
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:

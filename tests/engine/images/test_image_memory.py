@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import cv2, tifffile
-from zsad.engine.images.decode import decode, decoded_bytes, network_input, recipe
+from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.duplicates import Duplicates
+from zsad.engine.images.stored import decoded_bytes
 from zsad.engine.results.drawing import draw_small, jpeg
 from zsad.engine.scores.maps import object_mask, pixel_map
 from PIL import Image
