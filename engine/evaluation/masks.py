@@ -35,54 +35,63 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     try:
         stored = read_stored(path)
         colours = _colours(stored)  # [h, w] or [h, w, 3]
-    except ImageError as error:
+    except (ImageError, ValueError) as error:  # ValueError: a mode that Pillow does not convert
         raise MaskError(str(error)) from None
     seen = None if stored.transparent is None else ~stored.transparent
     if seen is not None and not seen.all():
         codes = _codes(colours)
-        shown = codes[seen] if seen.any() else codes
-        if bool(
-            (shown == shown.flat[0]).all()
-        ):  # one colour: the shape is in the alpha channel, also where it is empty
-            return seen
+        shown = codes[seen] if seen.any() else codes.reshape(-1)
+        if np.all(shown == shown[0]):
+            return seen  # of one colour: the shape is in the alpha channel, also where it is empty
         if seen.any():
             return np.asarray(seen & (codes != 0))
     strength = colours if colours.ndim == 2 else colours.max(axis=2)
     if stored.format in LOSSY or _noisy(strength):
-        codes = (strength >= _cut(strength)).astype(np.int64)
+        codes = (strength >= _cut(strength)).astype(np.uint8)
     else:
         codes = _codes(colours)
     return np.asarray(codes != _background(codes))
 
 
 def _colours(stored: Stored) -> NDArray[Any]:
-    """Return what the file says of each pixel: grey values or class numbers [h, w], or colours [h, w, 3]."""
+    """Return what the file says of each pixel: grey values or class numbers [h, w], or colours [h, w, 3], from 0 up.
+
+    They keep the file's type as far as that goes: masks are as large as images. Raises MaskError.
+    """
     values = stored.values
     if isinstance(values, Image.Image):
         if values.mode in ("1", "L", "LA"):
-            return np.asarray(values.convert("L"), np.int64)
-        if values.mode in ("P", "PA"):
+            return np.asarray(values.convert("L"))
+        colours = np.asarray(values.convert("RGB"))
+        if values.mode in ("P", "PA") and np.all(colours == colours[0, 0]):
+            # A palette of one colour, which some programs write, hides the class numbers, if there are several.
             indices = np.asarray(values.getchannel(0))
-            colours = np.asarray(values.convert("RGB"), np.int64)
-            # A palette of one colour, which some programs write, hides the class numbers.
-            return indices.astype(np.int64) if (colours == colours[0, 0]).all() else colours
-        return np.asarray(values.convert("RGB"), np.int64)
+            return indices if colours.any() or np.any(indices != indices[0, 0]) else colours
+        return colours
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise MaskError("holds NaN or infinity")
         return np.abs(values.astype(np.float64))
-    levels = values.astype(np.int64)
-    return 65535 - levels if stored.white_is_zero else np.abs(levels)
+    if stored.white_is_zero:
+        return np.asarray(65535 - values.astype(np.uint16))
+    return values if values.dtype.kind == "u" else np.abs(values.astype(np.int64))
 
 
 def _codes(colours: NDArray[Any]) -> NDArray[Any]:
     """Return one number [h, w] for each colour; 0 is black."""
-    return colours if colours.ndim == 2 else colours[:, :, 0] << 32 | colours[:, :, 1] << 16 | colours[:, :, 2]
+    if colours.ndim == 2:
+        return colours
+    bits, kind = (8, np.uint32) if colours.dtype == np.uint8 else (16, np.uint64)
+    codes = colours[:, :, 0].astype(kind)
+    for channel in (1, 2):
+        codes <<= kind(bits)
+        codes |= colours[:, :, channel]
+    return codes
 
 
 def _noisy(strength: NDArray[Any]) -> bool:
     """Whether grey values look like a mask that once was a JPEG file: noise close to black and close to white."""
-    largest = strength.max()
+    largest = float(strength.max())
     between = strength[(strength > 0) & (strength < largest)]
     if len(np.unique(between)) <= MANY_VALUES or largest < WHITE:
         return False
@@ -99,22 +108,22 @@ def _cut(strength: NDArray[Any]) -> float:
     return largest / 2 if white >= NEARLY_ALL_OF_DRAWN * drawn else largest / 4
 
 
-def _background(codes: NDArray[Any]) -> float:
+def _background(codes: NDArray[Any]) -> Any:
     """Return the code of what is normal; raises MaskError."""
     border = np.concatenate([codes[0], codes[-1], codes[1:-1, 0], codes[1:-1, -1]])
     found, counts = np.unique(border, return_counts=True)
     likely = found[counts.argmax()]
     of_border, of_image = float((border == likely).mean()), float((codes == likely).mean())
     if likely == 0:
-        return 0.0
+        return 0
     if of_image == 1:
         raise MaskError("is of one colour that is not black: all of the image is a defect, or nothing")
     if (of_image > MOST and of_border >= NEARLY_ALL_OF_BORDER) or (
         of_image >= NEARLY_ALL_OF_IMAGE and of_border > MOST
     ):
-        return float(likely)
+        return likely
     if (codes == 0).any():
-        return 0.0
+        return 0
     if of_border > MOST and of_image > MOST:
-        return float(likely)
+        return likely
     raise MaskError("has no black and no other colour that most of its border and area have: what is normal?")

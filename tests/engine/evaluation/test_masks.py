@@ -132,6 +132,19 @@ def test_empty_masks_are_empty(tmp_path: Path, format: str) -> None:
         assert not read_mask(tmp_path / "mask").any()
 
 
+def test_empty_masks_with_a_palette_are_empty(tmp_path: Path) -> None:
+    for number, colour in ((0, BLACK), (5, BLACK), (0, WHITE)):  # a single class is normal as number 0 or black
+        image = Image.frombytes("P", (9, 6), bytes([number]) * 54)
+        image.putpalette([255, 0, 255] * number + list(colour))
+        image.save(tmp_path / "mask.png")
+        assert not read_mask(tmp_path / "mask.png").any()
+    image = Image.frombytes("P", (9, 6), bytes([5]) * 54)
+    image.putpalette([0, 0, 0] * 5 + list(WHITE))
+    image.save(tmp_path / "mask.png")
+    with pytest.raises(MaskError, match="one colour that is not black"):
+        read_mask(tmp_path / "mask.png")
+
+
 def test_class_numbers_beside_255_are_no_noise(tmp_path: Path) -> None:
     values = np.arange(40 * 40).reshape(40, 40) % 25
     values[5:10, 5:10] = 255
