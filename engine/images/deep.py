@@ -18,6 +18,20 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other
 ALPHA = (1, 2)  # of TIFF's ExtraSamples: premultiplied or not
+UNSIGNED = (1, 4)  # of TIFF's SampleFormat: said, or left open
+_TAGS = {
+    "ImageWidth": 256,
+    "ImageLength": 257,
+    "BitsPerSample": 258,
+    "PhotometricInterpretation": 262,
+    "ImageDescription": 270,
+    "Orientation": ORIENTATION,
+    "SamplesPerPixel": 277,
+    "MaxSampleValue": 281,
+    "PlanarConfiguration": 284,
+    "ExtraSamples": 338,
+    "SampleFormat": 339,
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,8 @@ class Tiff:
     bits: tuple[int, ...]  # per sample
     samples: int  # per pixel
     signed_or_float: bool
-    photometric: int
-    separate: bool
+    photometric: int  # 0: grey, white is zero; 1: grey; 2: RGB
+    separate: bool  # one plane after the other
     extra: tuple[int, ...]  # what the samples beyond grey or RGB are
     orientation: int
     said_bits: int | None  # of fewer bits in use than there are
@@ -71,20 +85,21 @@ def tiff_of_pillow(image: Any) -> Tiff:
     """Return what a TIFF that Pillow has opened says."""
     tags = image.tag_v2
 
-    def values(tag: int, default: int) -> tuple[int, ...]:
-        found = tags.get(tag, default)
+    def values(name: str, default: int) -> tuple[int, ...]:
+        found = tags.get(_TAGS[name], default)
         return tuple(found) if isinstance(found, tuple) else (int(found),)
 
+    bits = values("BitsPerSample", 1)
     return Tiff(
-        (tags.get(257, image.height), tags.get(256, image.width)),
-        values(258, 1),
-        values(277, 1)[0],
-        any(kind not in (1, 4) for kind in values(339, 1)),
-        values(262, 1)[0],
-        values(284, 1)[0] == SEPARATE,
-        values(338, 0) if 338 in tags else (),
-        values(ORIENTATION, 1)[0],
-        _said_bits(max(values(258, 1)), max(values(281, 0)), str(tags.get(270, ""))),
+        shape=(values("ImageLength", image.height)[0], values("ImageWidth", image.width)[0]),
+        bits=bits,
+        samples=values("SamplesPerPixel", 1)[0],
+        signed_or_float=any(kind not in UNSIGNED for kind in values("SampleFormat", 1)),
+        photometric=values("PhotometricInterpretation", 1)[0],
+        separate=values("PlanarConfiguration", 1)[0] == SEPARATE,
+        extra=values("ExtraSamples", 0) if _TAGS["ExtraSamples"] in tags else (),
+        orientation=values("Orientation", 1)[0],
+        said_bits=_said_bits(max(bits), max(values("MaxSampleValue", 0)), str(tags.get(_TAGS["ImageDescription"], ""))),
     )
 
 
@@ -96,15 +111,17 @@ def tiff_of_file(file: BinaryIO) -> Tiff:
     with TiffFile(file) as tiff:
         page: Any = tiff.pages[0]
         return Tiff(
-            (page.imagelength, page.imagewidth),
-            (page.bitspersample,),
-            page.samplesperpixel,
-            page.sampleformat not in (1, 4),
-            int(page.photometric),
-            page.planarconfig == SEPARATE,
-            tuple(map(int, page.extrasamples)),
-            int(page.tags.valueof(ORIENTATION, 1)),
-            _said_bits(page.bitspersample, np.max(page.tags.valueof(281, 0)), page.description),
+            shape=(page.imagelength, page.imagewidth),
+            bits=(page.bitspersample,),
+            samples=page.samplesperpixel,
+            signed_or_float=page.sampleformat not in UNSIGNED,
+            photometric=int(page.photometric),
+            separate=page.planarconfig == SEPARATE,
+            extra=tuple(map(int, page.extrasamples)),
+            orientation=int(page.tags.valueof(ORIENTATION, 1)),
+            said_bits=_said_bits(
+                page.bitspersample, np.max(page.tags.valueof(_TAGS["MaxSampleValue"], 0)), page.description
+            ),
         )
 
 

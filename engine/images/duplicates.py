@@ -16,7 +16,7 @@ from .decode import decode
 from .stored import ImageError
 
 SIDE = 32  # pixels of a thumbnail; its filter is a triangle, so that resizing an image by a little leaves it as it is
-ROWS = 1024  # of distances at once
+ROWS, DISTANCES = 1024, 1 << 24  # at once, at most
 
 # Thumbnails of copies differ by less than this many grey levels, root mean square and largest. Copies at JPEG quality
 # 75 or resized by 2 % come to 0.3 and 1.6, different photographs of one part to 1.2 and more; the tests print them.
@@ -69,7 +69,8 @@ class Duplicates:
             for i, j in _near_pairs(np.stack([self._thumbnails[index] for index in firsts])):
                 first, second = sorted((group_of[firsts[i]], group_of[firsts[j]]))
                 if first != second:
-                    exact[first] &= exact.pop(second) and self._same_pixels(firsts[i], firsts[j])
+                    both = exact.pop(second) and exact[first]
+                    exact[first] = both and self._same_pixels(firsts[i], firsts[j])
                     moved = groups.pop(second)
                     groups[first] = sorted(groups[first] + moved)
                     group_of.update(dict.fromkeys(moved, first))
@@ -101,8 +102,9 @@ def _near_pairs(thumbnails: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
     rank = min(int(np.ceil(USUAL * (n - 1))), n - 2)
     usual, second = np.empty(n, np.float32), np.empty(n, np.float32)  # distances
     candidates: list[tuple[int, int, float]] = []
-    for start in range(0, n, ROWS):
-        rows = np.arange(start, min(start + ROWS, n))
+    step = max(1, min(ROWS, DISTANCES // n))
+    for start in range(0, n, step):
+        rows = np.arange(start, min(start + step, n))
         distances = squares[rows, None] + squares - 2 * centred[rows] @ centred.T  # [R, N], of squares
         distances = np.sqrt(np.maximum(distances, 0) / centred.shape[1])
         distances[np.arange(len(rows)), rows] = np.inf
