@@ -95,9 +95,9 @@ def load_config(
     """
     if preset not in preset_names():
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(preset_names())}")
-    merged = _read_toml(PRESETS / f"{preset}.toml")
+    merged = read_toml(PRESETS / f"{preset}.toml")
     if file is not None:
-        merged = _merged(merged, _read_toml(file))
+        merged = _merged(merged, read_toml(file))
         if "preset" in merged:
             raise ConfigError(f"{file}: unknown key 'preset' in the configuration; choose it with --preset")
         try:
@@ -142,7 +142,8 @@ def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     return {**merged, **changes, "settings": {**merged.get("settings", {}), **own}}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, lists as tuples, as strict tables take them; raises ConfigError."""
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

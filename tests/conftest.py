@@ -15,7 +15,9 @@ from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_graphs
+from zsad.engine.text.tokenizer import Tokenizer, load_tokenizer
 from zsad.export.onnx_export import ExportedModel
+from zsad.export.state_dict import CheckpointError
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
 from zsad.kernels.cuda.device import Device, DeviceError, open_device
@@ -28,6 +30,23 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def golden() -> Path:
     """The folder of arrays made by the reference implementations."""
     return _shared_folder("golden")
+
+
+@pytest.fixture(scope="session")
+def golden_text(golden: Path) -> Path:
+    """The folder of arrays made by the reference implementations of the text-guided methods."""
+    if not (golden / "text").is_dir():
+        pytest.skip(f"needs {golden / 'text'}, which is not part of the repository")
+    return golden / "text"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """CLIP's, with its real vocabulary, which is fetched once."""
+    try:
+        return load_tokenizer()
+    except CheckpointError as error:
+        pytest.skip(f"CLIP's vocabulary cannot be had here: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -116,5 +116,6 @@ def test_every_link_leads_somewhere(name: str) -> None:
 
 
 def test_the_changelog_begins_with_this_version() -> None:
-    first = re.findall(r"^## (.*)$", PAGES["CHANGELOG.md"], flags=re.MULTILINE)[0]
+    headings = re.findall(r"^## (.*)$", PAGES["CHANGELOG.md"], flags=re.MULTILINE)
+    first = headings[headings[0] == "Unreleased"]  # what came after this version stands above it
     assert re.fullmatch(rf"\[{re.escape(PROJECT['version'])}\] - \d{{4}}-\d\d-\d\d", first), first

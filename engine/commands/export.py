@@ -83,9 +83,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
     from .console import emit
 
     if arguments.list:
-        for checkpoint in read_manifest().values():
-            emit(f"{checkpoint.name}  ({checkpoint.architecture}, {checkpoint.licence})")
-            for source in checkpoint.sources:
+        for entry in read_manifest().values():
+            emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence})")
+            for source in entry.sources:
                 emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
         return
     if arguments.fetch:
@@ -117,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="list the checkpoints of the manifest and exit")
-    what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch checkpoints of the manifest and exit")
+    what.add_argument("--list", action="store_true", help="list what the manifest names and exit")
+    what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch what the manifest names so and exit")
     what.add_argument("--preset", metavar="NAME", help="export every network of a preset of zsad-infer")
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
     add = parser.add_argument

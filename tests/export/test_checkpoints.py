@@ -21,15 +21,18 @@ from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
 from zsad.kernels.files import file_sha256
 
+CONTENTS = [("checkpoint", "dinov2"), ("checkpoint", "clip"), ("vocabulary", None)]
+
 
 def test_manifest_is_complete() -> None:
     manifest = read_manifest()
     assert {"dinov2-vits14", "dinov2-vitl14", "clip-vitl14-336"} <= set(manifest)
-    for checkpoint in manifest.values():
-        assert checkpoint.architecture in ("dinov2", "clip")
-        assert checkpoint.licence
-        assert checkpoint.sources
-        for source in checkpoint.sources:
+    assert [name for name, entry in manifest.items() if entry.kind == "vocabulary"] == ["clip-bpe"]
+    for entry in manifest.values():
+        assert (entry.kind, entry.architecture) in CONTENTS
+        assert entry.licence
+        assert entry.sources
+        for source in entry.sources:
             assert source.kind in ("python-package", "url", "huggingface")
             assert re.fullmatch("[0-9a-f]{64}", source.sha256)
 
@@ -379,3 +382,4 @@ def test_command_lists_the_manifest_and_what_is_here(
     listed = capsys.readouterr().out
     assert f"{source.file}: sha256 {source.sha256}, {source.size / 2**20:.0f} MiB; {file}" in listed
     assert listed.count(str(empty_cache)) == 1
+    assert "clip-bpe  (vocabulary, MIT)\n" in listed

@@ -13,7 +13,7 @@ import pytest
 
 from zsad.engine.commands.export import main
 from zsad.export import checkpoints, downloads
-from zsad.export.checkpoints import Checkpoint, Source, fetch_checkpoint, find_checkpoint
+from zsad.export.checkpoints import Entry, Source, fetch_checkpoint, find_checkpoint
 from zsad.export.downloads import download
 from zsad.export.state_dict import CheckpointError
 
@@ -162,7 +162,9 @@ def one_checkpoint(server: Server, empty_cache: Path, monkeypatch: pytest.Monkey
         Source("url", "weights.pth", url, DIGEST, len(CONTENT), {})
         for url in (server.url.replace("weights", "gone"), server.url)
     )
-    monkeypatch.setattr(checkpoints, "read_manifest", lambda: {"one": Checkpoint("one", "dinov2", "MIT", sources)})
+    monkeypatch.setattr(
+        checkpoints, "read_manifest", lambda: {"one": Entry("one", "checkpoint", "dinov2", "MIT", sources)}
+    )
     return server
 
 
