@@ -53,7 +53,7 @@ class Config(Table):
     method: str = Field(description="the name of a method")
     image_size: Side = Field(description=SIDE)
     networks: dict[str, NetworkSpec] = Field(description="one table per network")
-    settings: SerializeAsAny[Table]  # of the method
+    settings: SerializeAsAny[Table]  # of the method, in files the table of its name
     object_mask: bool = Field(False, description="true or false")  # background by colour gets the lowest score
     group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
     threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
@@ -110,7 +110,7 @@ def load_config(
 def check(model: type[SomeTable], values: object, where: str = "") -> SomeTable:
     """Make a table of values; raises ConfigError that names the key, what it takes and what was given.
 
-    where: the table's name as in the file, for example [settings].
+    where: the table's name as in the file, for example [musc].
     """
     try:
         return model.model_validate(values)
@@ -119,17 +119,20 @@ def check(model: type[SomeTable], values: object, where: str = "") -> SomeTable:
 
 
 def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Config:
-    values = {**merged, "preset": preset}
+    name = merged.get("method")
+    if "settings" in merged:
+        raise ConfigError(f"unknown key 'settings' in the configuration; the method's own settings are in [{name}]")
+    values = {key: value for key, value in merged.items() if key != name}
+    values |= {"preset": preset, "settings": Table()}
     networks = values.get("networks")
     if isinstance(networks, Mapping):
         values["networks"] = {
             name: {"image_size": values.get("image_size"), **table} if isinstance(table, Mapping) else table
             for name, table in networks.items()
         }
-    given = values.get("settings", {})
-    # Before the settings, whose table depends on the method.
-    method = method_of(check(Config, {**values, "settings": Table()}).method)
-    config = check(Config, {**values, "settings": check(method.Settings, given, "[settings]")})
+    method = method_of(check(Config, values).method)  # what its settings may be depends on it
+    settings = check(method.Settings, merged.get(str(name), {}), f"[{name}]")
+    config = check(Config, {**values, "settings": settings})
     method.graph_requests(config)
     return config
 
@@ -139,7 +142,8 @@ def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     everywhere = {key: overrides[key] for key in ("taps", "image_size") if key in overrides}
     changes["networks"] = {name: {**table, **everywhere} for name, table in merged["networks"].items()}
     own = {key: value for key, value in overrides.items() if key not in Config.model_fields and key != "taps"}
-    return {**merged, **changes, "settings": {**merged.get("settings", {}), **own}}
+    method = merged["method"]
+    return {**merged, **changes, method: {**merged.get(method, {}), **own}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def _frozen(value: Any) -> Any:
 
 def _merged(preset: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
     if file.get("method", preset["method"]) != preset["method"]:
-        preset = {**preset, "settings": {}}  # they are another method's
+        preset = {key: value for key, value in preset.items() if key != preset["method"]}  # another method's settings
     return _merge(preset, file)
 
 
@@ -195,7 +199,7 @@ def _explain(model: type[Table], error: Any, values: Any, where: str) -> str:
         description = "a table"
     subject = " ".join(filter(None, (where, key))) or "the configuration"
     if error["type"] == "extra_forbidden":
-        takes = ", ".join(name for name in model.model_fields if name != "preset")
+        takes = ", ".join(name for name in model.model_fields if name not in ("preset", "settings"))
         return f"unknown key {path[0]!r} in {where or 'the configuration'}; it takes {takes}"
     if error["type"] == "missing":
         return f"{subject} is missing; it must be {description}"

@@ -51,7 +51,7 @@ class Place:
 class Method(Protocol):
     """Scores images of one category; made once for a run and used for all of its categories."""
 
-    Settings: ClassVar[type[Table]]  # [settings] of a preset that names this method
+    Settings: ClassVar[type[Table]]  # the table in a configuration that is named after the method
     inputs: Sequence[Recipe]  # what the loader makes of each image
     compares: bool  # whether results depend on the other images of the category or group
     value_range: tuple[float, float] | None  # fixed range of scores and maps; None: they are relative to the category

@@ -97,7 +97,7 @@ class MuSc:
         for key in ("map_network", "image_network"):
             if getattr(settings, key) not in config.networks:
                 names = ", ".join(config.networks)
-                raise ConfigError(f"[settings] {key} must be one of {names}, not {getattr(settings, key)!r}")
+                raise ConfigError(f"[musc] {key} must be one of {names}, not {getattr(settings, key)!r}")
         for name, spec in config.networks.items():
             if not spec.taps:
                 raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")

@@ -39,7 +39,7 @@ def test_the_presets_are_complete_and_as_published() -> None:
 
 def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('threshold = "auto"\nobject_mask = false\n[networks.clip]\nheads = 2\n[settings]\ndegrees = [3]\n')
+    file.write_text('threshold = "auto"\nobject_mask = false\n[networks.clip]\nheads = 2\n[musc]\ndegrees = [3]\n')
     config = load("challenge", file, {"degrees": (1, 5), "taps": (2, 4)})
     assert config.settings.degrees == (1, 5)
     assert config.threshold == "auto"
@@ -52,9 +52,9 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("[settings]\ndegree = [1]", "'degree'"),
+        ("[musc]\ndegree = [1]", "'degree'"),
         ('preset = "musc"', "'preset'.*--preset"),
-        ("[settings]\nnetwork = 'clip'", r"'network' in \[settings\]; it takes degrees, interval"),
+        ("[musc]\nnetwork = 'clip'", r"'network' in \[musc\]; it takes degrees, interval"),
         ("method = 'patchcore'", "no method 'patchcore'; choose one of musc"),
         ("method = 3", "method must be the name of a method, not 3"),
         ("[networks.dinov2]\ntap = [1]", r"'tap' in \[networks.dinov2\]"),
@@ -68,24 +68,25 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         ("[networks.dinov2]\npreprocessing = ['clip']", "preprocessing must be one of"),
         ("networks = 3", r"\[networks\] must hold one table"),
         ("networks.dinov2 = 3", r"\[networks.dinov2\] must be a table"),
-        ("settings = 'dinov2'", r"\[settings\] must be a table"),
-        ("[settings]\nmap_network = 'clip'", r"\[settings\] map_network must be one of dinov2"),
-        ("[settings]\nmap_network = [['dinov2']]", r"\[settings\] map_network"),
-        ("[settings]\nmap_network = {name = 'dinov2'}", r"\[settings\] map_network"),
+        ("musc = 'dinov2'", r"\[musc\] must be a table"),
+        ("[settings]\ndegrees = [1]", r"the method's own settings are in \[musc\]"),
+        ("[musc]\nmap_network = 'clip'", r"\[musc\] map_network must be one of dinov2"),
+        ("[musc]\nmap_network = [['dinov2']]", r"\[musc\] map_network"),
+        ("[musc]\nmap_network = {name = 'dinov2'}", r"\[musc\] map_network"),
         ("object_mask = 'yes'", "object_mask must be true or false, not 'yes'"),
-        ("[settings]\nimage_rule = 'mean'", r"\[settings\] image_rule must be one of"),
-        ("[settings]\nrscin = 3", r"\[settings\] rscin"),
-        ("[settings]\nrscin = [0]", r"\[settings\] rscin"),
+        ("[musc]\nimage_rule = 'mean'", r"\[musc\] image_rule must be one of"),
+        ("[musc]\nrscin = 3", r"\[musc\] rscin"),
+        ("[musc]\nrscin = [0]", r"\[musc\] rscin"),
         ("image_size = '518'", "image_size"),
         ("image_size = 100000", "image_size"),
         ("image_size = true", "image_size"),
-        ("[settings]\ndegrees = [2]", "degrees must be odd"),
-        ("[settings]\ndegrees = []", "degrees"),
-        ("[settings]\ndegrees = 3", "degrees"),
-        ("[settings]\ninterval = [0.3, 0.0]", "interval"),
-        ("[settings]\ninterval = [0.0, inf]", "interval"),
-        ("[settings]\ninterval = [nan, 1]", "interval"),
-        ("[settings]\ninterval = 0.3", "interval"),
+        ("[musc]\ndegrees = [2]", "degrees must be odd"),
+        ("[musc]\ndegrees = []", "degrees"),
+        ("[musc]\ndegrees = 3", "degrees"),
+        ("[musc]\ninterval = [0.3, 0.0]", "interval"),
+        ("[musc]\ninterval = [0.0, inf]", "interval"),
+        ("[musc]\ninterval = [nan, 1]", "interval"),
+        ("[musc]\ninterval = 0.3", "interval"),
         ("group_size = 1", "group_size must be at least 2"),
         ("threshold = 1.5", "threshold"),
         ("threshold = true", "threshold"),
@@ -94,8 +95,8 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         (f"threshold = {10**400}", "threshold"),
         ("seed = -1", "seed"),
         ("seed = 0.5", "seed"),
-        ("[settings]\ndegrees = [1", "cannot be read as TOML"),
-        ("[settings]\ndegrees = [1]\ndegrees = [3]", "cannot be read as TOML"),
+        ("[musc]\ndegrees = [1", "cannot be read as TOML"),
+        ("[musc]\ndegrees = [1]\ndegrees = [3]", "cannot be read as TOML"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path: Path, text: str, names: str) -> None:
@@ -126,7 +127,7 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(
     tmp_path: Path, overrides: dict[str, Any], names: str
 ) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text("[settings]\ndegrees = [1]")
+    file.write_text("[musc]\ndegrees = [1]")
     with pytest.raises(ConfigError, match=names) as caught:
         load("small", file, overrides)
     assert "mine.toml" not in str(caught.value)

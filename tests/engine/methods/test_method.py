@@ -34,7 +34,7 @@ def text_image(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     file = tmp_path / "text_image.toml"
     file.write_text(
         f'method = "text_image"\nimage_size = 70\nthreshold = 0.5\n[networks.dinov2]\n{checkpoint}\nheads = 3\n'
-        f'taps = []\n[settings]\nvectors = "{tmp_path / "texts.npy"}"\n'
+        f'taps = []\n[text_image]\nvectors = "{tmp_path / "texts.npy"}"\n'
     )
     return file
 
@@ -102,7 +102,7 @@ def test_a_category_job_and_its_record_can_travel(text_image: Path, tmp_path: Pa
 
 
 def test_settings_of_another_method_are_refused(text_image: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'degrees' in \[settings\]; it takes vectors"):
+    with pytest.raises(ConfigError, match=r"unknown key 'degrees' in \[text_image\]; it takes vectors"):
         load_config("small", text_image, {"degrees": (1,)}, method_of=methods.method_class)
 
 
