@@ -82,10 +82,9 @@ def _codes(colours: NDArray[Any]) -> NDArray[Any]:
     if colours.ndim == 2:
         return colours
     bits, kind = (8, np.uint32) if colours.dtype == np.uint8 else (16, np.uint64)
-    codes = colours[:, :, 0].astype(kind)
-    for channel in (1, 2):
-        codes <<= kind(bits)
-        codes |= colours[:, :, channel]
+    codes: NDArray[Any] = np.zeros(colours.shape[:2], kind)
+    for channel in range(3):
+        codes = codes << kind(bits) | colours[:, :, channel]
     return codes
 
 
