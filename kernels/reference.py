@@ -133,3 +133,17 @@ def mutual_scores(
     """
     scores: NDArray[np.float64] = interval_average(patch_minima(tokens, grid, degrees), interval).mean(axis=(0, 1))
     return scores
+
+
+def nearest(queries: ArrayLike, bank: ArrayLike, k: int = 1) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Find the k vectors of a bank with the largest cosines; a zero vector has cosine 0 with every other.
+
+    queries: [Q, C], bank: [M, C], k at most M. Returns cosines [Q, k], descending, and indices [Q, k]; of equal cosines
+    the lower index comes first.
+    """
+    left, right = (np.asarray(x, np.float64) for x in (queries, bank))
+    lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in (left, right)]
+    left, right = (x / np.where(n > 0, n, 1) for x, n in zip((left, right), lengths, strict=True))
+    cosines = left @ right.T
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(cosines, order, axis=1), order.astype(np.int64)

@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (gram_pass, pool, int8, winner_cosines) that build and processor share, fastest first.
+    Instruction sets of a kernel (gram_pass, pool, int8, running_top, winner_cosines) that build and processor share, fastest first.
     """
 
 def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, instruction_set: str = '') -> None:
@@ -38,7 +38,12 @@ def int8_quantise(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, No
     """
 
 def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')], instruction_set: str = '') -> None:
-    """Fill the Gram [P, P] of two quantised images."""
+    """Fill the Gram [P, Q] of two quantised images."""
+
+def running_top(products: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns first, first + 1, ...; of equal ones the first to come stays before.
+    """
 
 def winner_cosines(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], first: int, image: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], patch: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
     """

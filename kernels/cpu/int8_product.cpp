@@ -121,14 +121,14 @@ struct Image {
   const std::int32_t* offsets;
   const std::int8_t* codes;
 
-  Image(const unsigned char* data, const Int8Layout& layout)
-      : scales(reinterpret_cast<const float*>(data)),
-        mean_terms(reinterpret_cast<const float*>(data + layout.mean_terms)),
-        offsets(reinterpret_cast<const std::int32_t*>(data + layout.offsets)),
-        codes(reinterpret_cast<const std::int8_t*>(data + layout.codes)) {}
+  explicit Image(const Int8Image& image)
+      : scales(reinterpret_cast<const float*>(image.data)),
+        mean_terms(reinterpret_cast<const float*>(image.data + image.layout.mean_terms)),
+        offsets(reinterpret_cast<const std::int32_t*>(image.data + image.layout.offsets)),
+        codes(reinterpret_cast<const std::int8_t*>(image.data + image.layout.codes)) {}
 };
 
-// kRows left patches from p on against Panels panels of right patches from `panel` on.
+// kRows left patches from p on against Panels panels of right patches from `panel` on; layout: the left one's.
 template <int Panels>
 void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, float* gram,
                     std::ptrdiff_t stride) {
@@ -235,14 +235,16 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
   }
 }
 
-void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const unsigned char* left, const unsigned char* right,
-                                            const Int8Layout& layout, float* gram, std::ptrdiff_t stride) {
-  const Image a(left, layout), b(right, layout);
+void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* gram,
+                                            std::ptrdiff_t stride) {
+  const Image a(left), b(right);
+  const Int8Layout& layout = left.layout;
+  const int panels = right.layout.panels;
   // A group of right panels stays in the second-level cache while the left patches stream past it.
   int panel = 0;
-  for (; panel + kMaxPanels <= layout.panels; panel += kMaxPanels)
+  for (; panel + kMaxPanels <= panels; panel += kMaxPanels)
     for (int p = 0; p < layout.patches; p += kRows) multiply_block<kMaxPanels>(a, b, layout, p, panel, gram, stride);
-  for (; panel < layout.panels; ++panel)
+  for (; panel < panels; ++panel)
     for (int p = 0; p < layout.patches; p += kRows) multiply_block<1>(a, b, layout, p, panel, gram, stride);
 }
 

@@ -32,11 +32,16 @@ void int8_quantise_portable(const float* tokens, const float* mean, const Int8La
 void int8_quantise_avx2(const float*, const float*, const Int8Layout&, unsigned char*);
 void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, unsigned char*);
 
-// left, right: quantised images; gram: [P, P] out, row p at gram + p * stride, stride at least P in whole panels (the
-// rest of a row's last panel is overwritten).
-void int8_multiply_portable(const unsigned char* left, const unsigned char* right, const Int8Layout& layout,
-                            float* gram, std::ptrdiff_t stride);
-void int8_multiply_avx2(const unsigned char*, const unsigned char*, const Int8Layout&, float*, std::ptrdiff_t);
-void int8_multiply_avx512vnni(const unsigned char*, const unsigned char*, const Int8Layout&, float*, std::ptrdiff_t);
+// A quantised image as int8_multiply takes it.
+struct Int8Image {
+  const unsigned char* data;
+  Int8Layout layout;
+};
+
+// left, right: P and Q patches of as many channels; gram: [P, Q] out, row p at gram + p * stride, stride at least Q in
+// whole panels (the rest of a row's last panel is overwritten).
+void int8_multiply_portable(const Int8Image& left, const Int8Image& right, float* gram, std::ptrdiff_t stride);
+void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
+void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
 
 }  // namespace zsad

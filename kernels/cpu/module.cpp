@@ -16,6 +16,7 @@
 #include "gram_pass.h"
 #include "int8_product.h"
 #include "pooling.h"
+#include "running_top.h"
 #include "winner_cosines.h"
 
 namespace nb = nanobind;
@@ -70,6 +71,7 @@ class Variants {
 const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
 const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
 const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
+const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
 const auto int8_quantisers = ZSAD_VARIANTS(int8_quantise, avx512vnni, has_avx512vnni);
 const auto int8_multipliers = ZSAD_VARIANTS(int8_multiply, avx512vnni, has_avx512vnni);
 
@@ -80,6 +82,7 @@ using Gram = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using GramOutput = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using FeaturesOutput = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using NumbersOutput = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -156,35 +159,50 @@ void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& 
 }
 
 void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, const std::string& instruction_set) {
-  const std::size_t P = gram.shape(0), padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
+  const std::size_t P = gram.shape(0), Q = gram.shape(1);
+  const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   // What is not header is codes, so the size tells the channels, rounded up to whole quads.
-  const auto layout = layout_of(P, std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes);
-  require(left.shape(0) == layout.bytes && right.shape(0) == layout.bytes,
-          "left and right must have int8_bytes(P, C) bytes");
-  const bool room = P == 1 || gram.stride(0) >= layout.panels * zsad::kPanel;
-  require(gram.shape(1) == gram.shape(0) && gram.stride(1) == 1 && room,
-          "gram must be [P, P] with contiguous rows, each with room for P rounded up to " +
+  const std::size_t channels = std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes;
+  const zsad::Int8Image a{left.data(), layout_of(P, channels)}, b{right.data(), layout_of(Q, channels)};
+  require(left.shape(0) == a.layout.bytes && right.shape(0) == b.layout.bytes,
+          "left and right must have int8_bytes(P, C) and int8_bytes(Q, C) bytes for a gram [P, Q]");
+  const std::ptrdiff_t room = std::ptrdiff_t(b.layout.panels) * zsad::kPanel;
+  require(gram.stride(1) == 1 && (P == 1 || gram.stride(0) >= room),
+          "gram must be [P, Q] with contiguous rows, each with room for Q rounded up to " +
               std::to_string(zsad::kPanel) + " floats");
   const auto run = int8_multipliers.choose(instruction_set);
   nb::gil_scoped_release release;
-  if (P > 1) return run(left.data(), right.data(), layout, gram.data(), gram.stride(0));
-  alignas(64) float row[zsad::kPanel];  // NumPy before 2 gives a single row the stride 1, whatever room it has
-  run(left.data(), right.data(), layout, row, zsad::kPanel);
-  gram.data()[0] = row[0];
+  if (P > 1) return run(a, b, gram.data(), gram.stride(0));
+  std::vector<float> row(room);  // NumPy before 2 gives a single row the stride 1, whatever room it has
+  run(a, b, row.data(), room);
+  std::copy_n(row.begin(), Q, gram.data());
+}
+
+void running_top(const Gram& products, int first, const Output& values, const NumbersOutput& indices,
+                 const std::string& instruction_set) {
+  const std::size_t P = products.shape(0), K = values.shape(1);
+  require(products.stride(1) == 1 || products.shape(1) < 2, "products must be [P, Q] with contiguous rows");
+  require(K > 0 && has_shape(values, P, K) && has_shape(indices, P, K), "values and indices must be [P, K]");
+  const auto run = running_tops.choose(instruction_set);
+  const zsad::RunningTop arguments{products.data(), products.stride(0), int(P),         int(products.shape(1)), first,
+                                   int(K),          values.data(),      indices.data()};
+  nb::gil_scoped_release release;
+  run(arguments);
 }
 
 void winner_cosines(const Matrix& left, const Features& right, int first, const Numbers& image, const Numbers& patch,
                     const Output& cosines, const std::string& instruction_set) {
   const std::size_t P = left.shape(0), C = left.shape(1), K = image.shape(0);
-  require(right.shape(1) == P && right.shape(2) == C, "left must be [P, C] and right [B, P, C]");
+  require(right.shape(2) == C, "left must be [P, C] and right [B, Q, C]");
   require(has_shape(image, K, P) && has_shape(patch, K, P) && has_shape(cosines, K, P),
           "image, patch and cosines must be [K, P]");
-  require(std::all_of(patch.data(), patch.data() + K * P, [P](std::int32_t q) { return q >= 0 && std::size_t(q) < P; }),
-          "patch must hold numbers of 0 to P - 1");
+  require(std::all_of(patch.data(), patch.data() + K * P, [&](std::int32_t q) { return q >= 0 && std::size_t(q) < right.shape(1); }),
+          "patch must hold numbers of 0 to Q - 1");
   const auto run = winner_kernels.choose(instruction_set);
-  const zsad::WinnerCosines arguments{left.data(),         right.data(), int(P),       int(C),       first,
-                                      int(right.shape(0)), int(K),       image.data(), patch.data(), cosines.data()};
+  const zsad::WinnerCosines arguments{
+      left.data(),         right.data(), int(P),       int(right.shape(1)), int(C),        first,
+      int(right.shape(0)), int(K),       image.data(), patch.data(),        cosines.data()};
   nb::gil_scoped_release release;
   run(arguments);
 }
@@ -193,6 +211,7 @@ std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
   if (kernel == "int8") return int8_multipliers.names();
+  if (kernel == "running_top") return running_tops.names();
   if (kernel == "winner_cosines") return winner_kernels.names();
   throw std::invalid_argument("no such kernel: " + kernel);
 }
@@ -204,8 +223,8 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, pool, int8, winner_cosines) that build and processor share, "
-        "fastest first.");
+        "Instruction sets of a kernel (gram_pass, pool, int8, running_top, winner_cosines) that build and processor "
+        "share, fastest first.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.");
@@ -219,7 +238,10 @@ NB_MODULE(_cpu, m) {
   m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "",
         "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "instruction_set"_a = "",
-        "Fill the Gram [P, P] of two quantised images.");
+        "Fill the Gram [P, Q] of two quantised images.");
+  m.def("running_top", &running_top, "products"_a, "first"_a, "values"_a, "indices"_a, "instruction_set"_a = "",
+        "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns "
+        "first, first + 1, ...; of equal ones the first to come stays before.");
   m.def(
       "winner_cosines", &winner_cosines, "left"_a, "right"_a, "first"_a, "image"_a, "patch"_a, "cosines"_a,
       "instruction_set"_a = "",

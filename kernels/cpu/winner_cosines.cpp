@@ -48,7 +48,7 @@ void ZSAD_JOIN(winner_cosines_, ZSAD_TARGET)(const WinnerCosines& a) {
       const std::size_t i = std::size_t(k) * a.patches + p;
       const int image = a.image[i] - a.first;
       if (image < 0 || image >= a.count) continue;
-      const float* right = a.right + (std::size_t(image) * a.patches + a.patch[i]) * C;
+      const float* right = a.right + (std::size_t(image) * a.right_patches + a.patch[i]) * C;
       if (waiting.cosine) *waiting.cosine = dot(waiting.left, waiting.right, right, C);
       waiting = {a.left + p * C, right, a.cosines + i};
     }

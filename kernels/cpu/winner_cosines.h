@@ -7,8 +7,8 @@ namespace zsad {
 // Winners of one image and degree, K of them per patch, among `count` resident images numbered from `first` on.
 struct WinnerCosines {
   const float* left;      // [P, C] unit features of the image
-  const float* right;     // [count, P, C] unit features of the resident images
-  int patches, channels;  // P, C
+  const float* right;     // [count, Q, C] unit features of the resident images
+  int patches, right_patches, channels;  // P, Q, C
   int first, count;
   int ranks;                  // K
   const std::int32_t* image;  // [K, P] image of the winner; those that are not resident are left out

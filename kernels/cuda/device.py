@@ -98,9 +98,9 @@ class Device(Protocol):
         """Queue a kernel; arguments are device arrays, NumPy scalars of the kernel's types, or None for a null."""
 
     def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, grams: DEVICE_ARRAY) -> None:
-        """Queue grams[t, p, q] = rows[t, p] · column[q], fp16 in, fp32 sums; q beyond P is left alone.
+        """Queue grams[t, q, p] = rows[t, q] · column[p], fp16 in, fp32 sums; p beyond P is left alone.
 
-        column: [P, C], rows: [T, P, C], grams: [>= T, P, stride].
+        column: [P, C], rows: [T, Q, C], grams: [>= T, Q, stride].
         """
 
     def producing(self, slot: int) -> Any:
@@ -369,13 +369,13 @@ class CupyDevice:
     def product(self, column: DEVICE_ARRAY, rows: DEVICE_ARRAY, grams: DEVICE_ARRAY) -> None:
         cublas, half, single = self._cublas, self._cupy.cuda.runtime.CUDA_R_16F, self._cupy.cuda.runtime.CUDA_R_32F
         (patches, channels), stride = column.shape, grams.shape[-1]
-        # cuBLAS counts columns first: the row-major [T·P, stride] workspace is its [stride, T·P].
+        # cuBLAS counts columns first: the row-major [T·Q, stride] workspace is its [stride, T·Q].
         cublas.gemmEx(
             self._cublas_handle(),
             cublas.CUBLAS_OP_T,
             cublas.CUBLAS_OP_N,
             patches,
-            len(rows) * patches,
+            rows.shape[0] * rows.shape[1],
             channels,
             self._one.ctypes.data,
             column.data.ptr,

@@ -277,7 +277,55 @@ def test_winner_cosines(instruction_set: str, channels: int) -> None:
     assert not resident.all()
     chosen = right[np.where(resident, image - first, 0), patch].astype(np.float64)  # [K, P, C]
     np.testing.assert_allclose(cosines, np.where(resident, (chosen * left).sum(axis=2), 7), atol=1e-4)
-    with pytest.raises(ValueError, match="0 to P - 1"):
+    with pytest.raises(ValueError, match="0 to Q - 1"):
         comparers._cpu.winner_cosines(left, right, first, image, patch + np.int32(1), cosines)
     with pytest.raises(ValueError, match=r"\[K, P\]"):
         comparers._cpu.winner_cosines(left, right, first, image[:, 1:].copy(), patch, cosines)
+
+
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("winner_cosines"))
+def test_winner_cosines_of_images_with_other_numbers_of_patches(instruction_set: str) -> None:
+    rng = np.random.default_rng(11)
+    left = rng.normal(size=(9, 20)).astype(np.float32)
+    right = rng.normal(size=(3, 2, 20)).astype(np.float32)
+    image = rng.integers(0, 3, (4, 9)).astype(np.int32)
+    patch = rng.integers(0, 2, (4, 9)).astype(np.int32)
+    cosines = np.empty((4, 9), np.float32)
+    comparers._cpu.winner_cosines(left, right, 0, image, patch, cosines, instruction_set)
+    np.testing.assert_allclose(cosines, (right[image, patch] * left).sum(axis=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize(("left", "right"), [(1, 40), (20, 1), (9, 100), (33, 16)])
+def test_int8_product_of_different_numbers_of_patches(instruction_set: str, left: int, right: int) -> None:
+    x, y = make_pair(12, left, 64)[0], make_pair(13, right, 64)[0]
+    gram = np.full((left, 112), np.nan, np.float32)[:, :right]
+    comparers._cpu.int8_multiply(*(quantise(z, instruction_set) for z in (x, y)), gram, instruction_set)
+    np.testing.assert_allclose(gram, x @ y.T, atol=1.0)
+
+
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("running_top"))
+@pytest.mark.parametrize("columns", [1, 63, 64, 200])
+@pytest.mark.parametrize("kept", [1, 4, 47])
+def test_running_top(instruction_set: str, columns: int, kept: int) -> None:
+    rng = np.random.default_rng(14)
+    store = rng.integers(-5, 90, (7, 3 * columns + 5)).astype(np.float32)  # many are equal
+    store[3] = -store[3]
+    values, indices = np.full((7, kept), -3e38, np.float32), np.full((7, kept), -1, np.int32)
+    for chunk in range(3):
+        products = store[:, chunk * columns : (chunk + 1) * columns]  # with something else behind it
+        comparers._cpu.running_top(products, 10 + chunk * columns, values, indices, instruction_set)
+    order = np.argsort(-store[:, : 3 * columns], axis=1, kind="stable")[:, :kept]
+    np.testing.assert_array_equal(indices[:, : order.shape[1]], 10 + order)
+    np.testing.assert_array_equal(values[:, : order.shape[1]], np.take_along_axis(store, order, axis=1))
+    assert (indices[:, order.shape[1] :] == -1).all()
+
+
+def test_running_top_refuses_what_does_not_fit() -> None:
+    products, values, indices = np.zeros((3, 8), np.float32), np.zeros((3, 2), np.float32), np.zeros((3, 2), np.int32)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        comparers._cpu.running_top(products[:, ::2], 0, values, indices)
+    with pytest.raises(ValueError, match=r"\[P, K\]"):
+        comparers._cpu.running_top(products, 0, values, indices[:2])
+    with pytest.raises(ValueError, match="abacus"):
+        comparers._cpu.running_top(products, 0, values, indices, "abacus")

@@ -1,0 +1,372 @@
+"""Nearest neighbours on a CPU: products of tiles, and a pass that keeps the best of every query.
+
+unit queries [Q, C] → tile by tile of the bank: product, running best [Q, K] of each worker → candidates [Q, K] →
+measured again in fp32, one vector with another → the k best
+
+The matrix [Q, M] exists as one tile per worker. Tiles have the same shape whatever the memory limit, and what is handed
+back was measured without them, so that results do not depend on the limit.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from zsad.kernels.machine import available_cores, default_memory_limit
+
+from .arrays import Array, aligned_empty
+
+try:
+    from . import _cpu
+except ImportError:  # installed without a working compiler
+    _cpu = None  # type: ignore[assignment]
+
+Indices = NDArray[np.int32]
+Rows = slice | NDArray[np.integer[Any]]
+Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
+
+QUERY_TILE, BANK_TILE = 512, 1024  # rows of a product, which stays in the second-level cache
+ALIGNED_ROWS = 16  # to which tiles are filled up, so that products compute all columns alike
+MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
+MEAN_ROWS = 1024  # from which int8 takes the mean vector of the bank
+LOWEST = float(np.finfo(np.float32).min)
+FP32_ERROR = 2e-6  # of a cosine from an fp32 product; up to 5e-7 was seen at 2048 channels
+ERROR_DEVIATIONS = 6.0  # of an int8 product's error, which one product in 10^9 exceeds
+
+
+class Product(Protocol):
+    """How tiles of unit vectors are multiplied."""
+
+    spare: int  # candidates beyond k
+
+    @staticmethod
+    def tile_bytes(rows: int, channels: int) -> int:
+        """Return the size of a prepared tile."""
+
+    def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
+        """Return unit vectors [rows, C] as `multiply` takes them."""
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
+        """Fill products [rows of left, rows of right] of two prepared tiles."""
+
+    def errors(self, left: NDArray[Any], rows: int) -> Array:
+        """Return by how much the products of each row of a prepared tile with the bank may be off."""
+
+
+class Fp32Product:
+    """A product by BLAS."""
+
+    spare = 4  # for cosines that differ by less than its rounding
+
+    @staticmethod
+    def tile_bytes(rows: int, channels: int) -> int:
+        return 4 * rows * channels
+
+    def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
+        return units
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
+        np.matmul(left, right.T, out=products)
+
+    def errors(self, left: NDArray[Any], rows: int) -> Array:
+        return np.full(rows, FP32_ERROR, np.float32)
+
+
+class Int8Product:
+    """A product of int8 codes, quantised around the mean of the bank, which only chooses candidates.
+
+    Rounding to steps of s moves the product with a vector of length r by a deviation of s · r / √12.
+    """
+
+    spare = 31
+
+    def __init__(self, mean: Array) -> None:
+        self.mean = mean  # [C]
+        self._lock = threading.Lock()
+        self._bank_scale = self._bank_length = 0.0  # largest of all tiles so far
+
+    @staticmethod
+    def tile_bytes(rows: int, channels: int) -> int:
+        return _cpu.int8_bytes(rows, channels)
+
+    def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
+        codes = aligned_empty((self.tile_bytes(*units.shape),), np.uint8)
+        _cpu.int8_quantise(units, self.mean, codes)
+        if is_bank:
+            scales, lengths = _scales_and_lengths(codes, len(units))
+            with self._lock:
+                self._bank_scale = max(self._bank_scale, float(scales.max()))
+                self._bank_length = max(self._bank_length, float(lengths.max()))
+        return codes
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
+        _cpu.int8_multiply(left, right, products)
+
+    def errors(self, left: NDArray[Any], rows: int) -> Array:
+        scales, lengths = _scales_and_lengths(left, rows)
+        deviations = np.hypot(scales * self._bank_length, lengths * self._bank_scale) / np.sqrt(12)
+        return np.asarray(ERROR_DEVIATIONS * deviations + FP32_ERROR, np.float32)
+
+
+def _scales_and_lengths(codes: NDArray[np.uint8], rows: int) -> tuple[Array, Array]:
+    """Read the steps of quantised unit vectors and their distances from the mean, both [rows]."""
+    padded = -(-rows // _cpu.PANEL) * _cpu.PANEL
+    header = codes[: 8 * padded].view(np.float32)
+    scales, mean_terms = header[:rows], header[padded : padded + rows]
+    return scales, np.sqrt(np.maximum(1 - 2 * mean_terms, 0))
+
+
+class Search:
+    """Searches a bank of unit vectors on the CPU."""
+
+    def __init__(
+        self, vectors: int, channels: int, k: int, precision: str, read: Read, memory_limit: int | None
+    ) -> None:
+        """Prepare the bank, where that fits into the limit beside the work; else it is read again for every search.
+
+        precision: "fp32", which "auto" stands for, or "int8". Raises ValueError where it is not to be had, MemoryError
+        for a limit below the least, and what `read` raises.
+        """
+        self.precision = checked_precision(precision)
+        self._vectors, self._channels, self._k, self._read = vectors, channels, k, read
+        self._limit = default_memory_limit() if memory_limit is None else memory_limit
+        least = needed(vectors, channels, k, precision, resident=False)
+        if self._limit < least:
+            raise MemoryError(
+                f"searching {vectors} vectors of {channels} channels takes at least {least} bytes, "
+                f"but the limit is {self._limit}; raise memory_limit"
+            )
+        self._exact: Product = Fp32Product()
+        self._product = self._exact if self.precision == "fp32" else Int8Product(self._mean())
+        self._tiles: list[NDArray[Any]] | None = None
+        if needed(vectors, channels, k, precision, resident=True) <= self._limit:
+            with _workers() as pool:
+                self._tiles = list(pool.map(lambda tile: self._prepared(self._product, tile), range(self._tile_count)))
+
+    @property
+    def _tile_count(self) -> int:
+        return -(-self._vectors // BANK_TILE)
+
+    def _mean(self) -> Array:
+        rows = np.arange(0, self._vectors, -(-self._vectors // MEAN_ROWS))
+        units = np.empty((len(rows), self._channels), np.float32)
+        self._read(rows, units)
+        mean: Array = units.mean(axis=0)
+        return mean
+
+    def _prepared(self, product: Product, tile: int) -> NDArray[Any]:
+        """Prepare a tile of the bank; what is beyond its end is zero."""
+        first = tile * BANK_TILE
+        count = min(BANK_TILE, self._vectors - first)
+        units = aligned_empty((tile_rows(self._vectors), self._channels), np.float32)
+        self._read(slice(first, first + count), units[:count])
+        units[count:] = 0
+        return product.prepare(units, is_bank=True)
+
+    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
+        """Find the nearest of unit queries [Q, C]; returns cosines [Q, k] and indices [Q, k]."""
+        cosines = np.empty((len(queries), self._k), np.float32)
+        indices = np.empty((len(queries), self._k), np.int64)
+        resident = 0
+        if self._tiles is not None:
+            resident = sum(tile.nbytes for tile in self._tiles)
+        per_query = _query_bytes(self._channels, self._k, self.precision)
+        free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
+        group = max(1, free // per_query // QUERY_TILE) * QUERY_TILE
+        with _workers() as pool:
+            for first in range(0, len(queries), group):
+                at = slice(first, first + group)
+                doubtful = self._search(pool, self._product, queries[at], cosines[at], indices[at])
+                if self._product is not self._exact and doubtful.any():
+                    rows = first + np.flatnonzero(doubtful)
+                    again = cosines[rows], indices[rows]
+                    self._search(pool, self._exact, queries[rows], *again)
+                    cosines[rows], indices[rows] = again
+        return cosines, indices
+
+    def _search(
+        self,
+        pool: ThreadPoolExecutor,
+        product: Product,
+        queries: Array,
+        cosines: Array,
+        indices: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
+        tiles = [slice(first, min(first + QUERY_TILE, len(queries))) for first in range(0, len(queries), QUERY_TILE)]
+        prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), tiles))
+        values, numbers = self._candidates(pool, product, tiles, prepared)
+        doubtful = np.zeros(len(queries), np.bool_)
+
+        def finish(tile: int) -> None:
+            at = tiles[tile]
+            errors = product.errors(prepared[tile], at.stop - at.start)
+            # At least k vectors reach the k-th candidate less its error, so that no others can be among the k nearest.
+            worth = values[at] + errors[:, None] >= values[at, self._k - 1, None] - errors[:, None]
+            exact = self._measure(queries[at], numbers[at], worth)
+            order = np.lexsort((numbers[at], -exact))[:, : self._k]
+            cosines[at] = np.take_along_axis(exact, order, axis=1)
+            indices[at] = np.take_along_axis(numbers[at], order, axis=1)
+            if values.shape[1] < self._vectors:
+                doubtful[at] = values[at, -1] + errors >= cosines[at, -1]
+            np.clip(cosines[at], -1, 1, out=cosines[at])
+
+        list(pool.map(finish, range(len(tiles))))
+        return doubtful
+
+    def _candidates(
+        self, pool: ThreadPoolExecutor, product: Product, tiles: list[slice], prepared: list[NDArray[Any]]
+    ) -> tuple[Array, Indices]:
+        """Return the K largest products of every query, descending, and their numbers, both [Q, K]."""
+        kept = min(self._k + product.spare, self._vectors)
+        resident = self._tiles if product is self._product else None
+        everything = range(len(tiles))
+        # Workers take what comes next and so see the bank in its order, which settles ties. A tile that has to be
+        # prepared first meets all queries at once.
+        shares = [range(i, i + 1) for i in everything] if resident is not None else [everything]
+        work = deque((tile, share) for tile in range(self._tile_count) for share in shares)
+
+        def scan(_: int) -> tuple[Array, Indices]:
+            queries = tiles[-1].stop
+            values, numbers = np.full((queries, kept), LOWEST, np.float32), np.full((queries, kept), -1, np.int32)
+            products = aligned_empty((QUERY_TILE, tile_rows(self._vectors)), np.float32)
+            while True:
+                try:
+                    tile, share = work.popleft()
+                except IndexError:
+                    return values, numbers
+                bank = self._prepared(product, tile) if resident is None else resident[tile]
+                first = tile * BANK_TILE
+                count = min(BANK_TILE, self._vectors - first)
+                for i in share:
+                    at = tiles[i]
+                    chunk = products[: at.stop - at.start]
+                    product.multiply(prepared[i], bank, chunk)
+                    running_top(chunk[:, :count], first, values[at], numbers[at])
+
+        try:
+            found = list(pool.map(scan, range(available_cores())))
+        except BaseException:  # Ctrl-C included: do not start what is still to do
+            work.clear()
+            raise
+        values, numbers = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+        order = np.lexsort((numbers, -values))[:, :kept]
+        return np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+    def _measure(self, queries: Array, numbers: Indices, worth: NDArray[np.bool_]) -> Array:
+        """Return the cosines [Q, K] of those candidates that are worth it, the lowest float for the others."""
+        cosines = np.full(numbers.T.shape, LOWEST, np.float32)
+        rows, position = np.unique(numbers[worth], return_inverse=True)
+        places = np.full(numbers.shape, -1, np.int32)
+        places[worth] = position.reshape(-1)
+        places = np.ascontiguousarray(places.T)
+        units = np.empty((min(MEASURED_ROWS, len(rows)), self._channels), np.float32)
+        for first in range(0, len(rows), MEASURED_ROWS):
+            chunk = rows[first : first + MEASURED_ROWS]
+            self._read(chunk, units[: len(chunk)])
+            measure(queries, units[: len(chunk)], first, places, cosines)
+        return np.ascontiguousarray(cosines.T)
+
+
+def has_native_kernels() -> bool:
+    """Tell whether the native module was built."""
+    return _cpu is not None
+
+
+def running_top(products: Array, first: int, values: Array, indices: Indices) -> None:
+    """Raise the largest values [P, K] of every row, descending, and their columns, by products [P, n].
+
+    Columns count from `first` on; of equal values the first to come stays before. Without the native pass the products
+    are overwritten.
+    """
+    if has_native_kernels():
+        _cpu.running_top(products, first, values, indices)
+        return
+    rows = np.arange(len(products))
+    found: list[tuple[Array, Indices]] = [(values, indices)]
+    for _ in range(min(values.shape[1], products.shape[1])):
+        column = products.argmax(axis=1)
+        best = products[rows, column]
+        if not (best > values[:, -1]).any():
+            break
+        found.append((best[:, None], (column[:, None] + first).astype(np.int32)))
+        products[rows, column] = LOWEST
+    all_values, all_indices = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.argsort(-all_values, axis=1, kind="stable")[:, : values.shape[1]]
+    values[:] = np.take_along_axis(all_values, order, axis=1)
+    indices[:] = np.take_along_axis(all_indices, order, axis=1)
+
+
+def measure(queries: Array, units: Array, first: int, places: Indices, cosines: Array) -> None:
+    """Fill cosines [K, Q] of queries [Q, C] with those candidates whose place is among `first`, `first` + 1, ...
+
+    units: [n, C], the vectors at these places.
+    """
+    if has_native_kernels():
+        _cpu.winner_cosines(queries, units[:, None], first, places, np.zeros_like(places), cosines)
+        return
+    rank, query = np.nonzero((places >= first) & (places < first + len(units)))
+    chosen = units[places[rank, query] - first]
+    cosines[rank, query] = np.einsum("nc,nc->n", queries[query], chosen)
+
+
+def checked_precision(precision: str) -> str:
+    """Return the precision that is meant; raises ValueError where it is not to be had."""
+    if precision in ("auto", "fp32"):
+        return "fp32"
+    if precision != "int8":
+        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision='fp32' or 'int8'")
+    if not has_native_kernels():
+        raise ValueError(
+            "precision='int8' needs the native kernel, which was not built; use precision='fp32', or install a C++17 "
+            "compiler and reinstall zsad"
+        )
+    return "int8"
+
+
+def tile_rows(vectors: int) -> int:
+    """Return the rows of each tile of a bank."""
+    return min(BANK_TILE, -(-vectors // ALIGNED_ROWS) * ALIGNED_ROWS)
+
+
+def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) -> int:
+    """Return the bytes that a search takes beside bank, queries and results, with one tile of queries at a time.
+
+    resident: with the prepared bank.
+    """
+    precision = checked_precision(precision)
+    kind = Fp32Product if precision == "fp32" else Int8Product
+    total = _worker_bytes(vectors, channels, precision) + QUERY_TILE * _query_bytes(channels, k, precision)
+    if resident:
+        total += -(-vectors // BANK_TILE) * kind.tile_bytes(tile_rows(vectors), channels)
+    return total
+
+
+def _worker_bytes(vectors: int, channels: int, precision: str) -> int:
+    """Count what all workers hold, however many the queries are."""
+    rows = tile_rows(vectors)
+    products = 4 * QUERY_TILE * rows
+    tile = 4 * rows * channels + (Int8Product.tile_bytes(rows, channels) if precision == "int8" else 0)
+    read = 8 * max(rows, MEASURED_ROWS) * channels  # rows of the bank, and their unit vectors to be measured
+    return available_cores() * (products + tile + read)
+
+
+def _query_bytes(channels: int, k: int, precision: str) -> int:
+    """Count what a query takes beside itself: codes, and the candidates of every worker while they are merged."""
+    kind = Fp32Product if precision == "fp32" else Int8Product
+    codes = 0 if precision == "fp32" else Int8Product.tile_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
+    again = 0 if precision == "fp32" else 4 * channels  # the doubtful are searched again in fp32
+    return codes + again + (k + kind.spare) * (32 * available_cores() + 48)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yield as many threads as there are cores, each of which multiplies by itself."""
+    with ThreadPoolExecutor(available_cores()) as pool, threadpool_limits(1, user_api="blas"):
+        yield pool
