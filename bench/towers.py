@@ -55,7 +55,7 @@ class Shape:
 
     def blocks(self, graph: ExportOptions) -> int:
         """Count the blocks that an exported graph holds."""
-        return self.depth if graph.embedding else graph.taps[-1] + 1
+        return graph.depth(self.depth)
 
     def weights(self, graph: ExportOptions) -> int:
         """Count the weights of the linear layers of these blocks."""

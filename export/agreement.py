@@ -1,6 +1,6 @@
 """Compares the outputs of an exported graph with what they should be, by Polygraphy's comparator."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from polygraphy.logger import G_LOGGER
 
 from .libraries import import_onnxruntime, install_command
 from .state_dict import CheckpointError
-from .vit_graph import IN_FP32
+from .text_transformer import VOCABULARY
+from .transformer_graph import IN_FP32
 
 Array = NDArray[np.float32]
 
@@ -57,6 +58,27 @@ def sample_objects(image_size: int) -> Array:
 def sample_batch(image_size: int) -> Array:
     """Return the images [4, 3, S, S] that graphs and engines are compared on."""
     return np.concatenate([sample_images(image_size), sample_objects(image_size)])
+
+
+def sample_texts(context: int) -> NDArray[np.int32]:
+    """Return the ids [4, T] of four texts of random tokens: of all lengths, one with two ends."""
+    rng = np.random.default_rng(0)
+    texts = np.zeros((4, context), np.int32)
+    for text, share in zip(texts, (1, 0.5, 0.25, 0.75), strict=True):
+        length = max(1, round(share * context))
+        text[:length] = rng.integers(VOCABULARY - 2, size=length)
+        text[0], text[length - 1] = VOCABULARY - 2, VOCABULARY - 1
+    texts[-1, context // 3] = VOCABULARY - 1
+    return texts
+
+
+def sample_inputs(inputs: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """Return what graphs and engines are compared on; inputs: their shapes without the batch."""
+    samples: dict[str, Callable[..., NDArray[Any]]] = {
+        "images": lambda _, height, __: sample_batch(height),
+        "ids": sample_texts,
+    }
+    return {name: samples[name](*shape) for name, shape in inputs.items()}
 
 
 def token_cosines(found: Array, expected: Array) -> NDArray[np.float64]:

@@ -4,24 +4,24 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
+from numpy.typing import NDArray
 
 from zsad.kernels.files import check_target, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
-from .agreement import Array, check_agreement, run_graph, sample_batch
+from .agreement import Array, check_agreement, run_graph, sample_inputs
 from .checkpoints import find_checkpoint
-from .options import ExportOptions, Preprocessing
-from .quantisation import int8_errors, layers_in_fp32
+from .options import GraphOptions, Preprocessing
 from .state_dict import CheckpointError
-from .vision_transformer import VisionTransformer, read_vision_transformer
-from .vit_graph import BUILDER_VERSION, build_vit_graph, check_options
+from .towers import Tower, read_wanted_tower
+from .transformer_graph import BUILDER_VERSION
 
 log = logging.getLogger("zsad")
 
@@ -44,17 +44,18 @@ class ExportedModel:
 
 def export_onnx(
     checkpoint: str,
-    options: ExportOptions,
+    options: GraphOptions,
     output: Path | None = None,
     oracle: Literal["graph", "torch"] = "graph",
     keep: bool = False,
 ) -> ExportedModel:
-    """Build the ONNX graph of a checkpoint and verify it, or return the one built before.
+    """Build the ONNX graph of a checkpoint's image tower or text tower and verify it, or return the one built before.
 
-    checkpoint: a name of the manifest or a path. output: the file to write; by default one in the cache that is named
-    after the checkpoint's digest and the options. oracle: what it is compared with, PyTorch or the fp32 graph in the
-    other form of attention. keep: it is of no use but in the cache; otherwise a temporary file will do, which goes when
-    the process ends, where the cache may only be read. Weights beyond 2 GiB stand in a second file, `output` + `.data`.
+    checkpoint: a name of the manifest or a path. options: those of the image tower or of the text tower. output: the
+    file to write; by default one in the cache that is named after the checkpoint's digest and the options. oracle: what
+    it is compared with, PyTorch or the fp32 graph in the other form of attention. keep: it is of no use but in the
+    cache; otherwise a temporary file will do, which goes when the process ends, where the cache may only be read.
+    Weights beyond 2 GiB stand in a second file, `output` + `.data`.
 
     Raises CheckpointError, also when the graph computes something else; EngineError without ONNX Runtime; CacheError
     when the cache cannot be written; OSError when the file cannot be, or is the checkpoint itself.
@@ -62,9 +63,9 @@ def export_onnx(
     source, digest = find_checkpoint(checkpoint)
     log.debug("%s: weights of %s, sha256 %s", checkpoint, source, digest)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
-    name = f"{Path(checkpoint).stem}-{options.image_size}-{key}.onnx"
-    inputs = {"images": (3, options.image_size, options.image_size)}
-    model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=options.precision, inputs=inputs)
+    name = f"{Path(checkpoint).stem}-{options.label}-{key}.onnx"
+    precision, inputs = options.precision, options.inputs
+    model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=precision, inputs=inputs)
     if output is not None:
         check_target(output, source)
     else:
@@ -72,18 +73,17 @@ def export_onnx(
             if (known := _read_facts(folder / name)) is not None:
                 return model(path=folder / name, preprocessing=known, built=False)
 
-    transformer = read_vision_transformer(source)
+    tower = read_wanted_tower(source, options)
     path = output or cache_to_write("models", keep) / name
-    preprocessing = options.preprocessing or transformer.architecture.preprocessing
     metadata = {
         "checkpoint": Path(checkpoint).name,
         "checkpoint_sha256": digest,
-        "preprocessing": preprocessing,
+        "preprocessing": tower.preprocessing,
         "builder_version": str(BUILDER_VERSION),
     }
     try:
         with written_whole(path) as draft:
-            agreement = _write_verified(draft, transformer, options, metadata, oracle)
+            agreement = _write_verified(draft, tower, options, metadata, oracle)
             if weights_path(draft).exists():
                 shutil.copymode(draft, weights_path(draft))  # from onnx it is the owner's alone
                 weights_path(draft).replace(weights_path(path))
@@ -93,8 +93,10 @@ def export_onnx(
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if output is None:
         with written_whole(_facts_path(path)) as temporary:
-            temporary.write_text(json.dumps({"sizes": _sizes(path), "preprocessing": preprocessing}), encoding="utf-8")
-    return model(path=path, preprocessing=preprocessing, built=True, agreement=agreement)
+            temporary.write_text(
+                json.dumps({"sizes": _sizes(path), "preprocessing": tower.preprocessing}), encoding="utf-8"
+            )
+    return model(path=path, preprocessing=tower.preprocessing, built=True, agreement=agreement)
 
 
 def weights_path(graph: Path) -> Path:
@@ -129,23 +131,18 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
 
 
-def _write_verified(
-    draft: Path, vit: VisionTransformer, options: ExportOptions, metadata: dict[str, str], oracle: str
-) -> str:
+def _write_verified(draft: Path, tower: Tower, options: GraphOptions, metadata: dict[str, str], oracle: str) -> str:
     """Write a graph that passes ONNX's own rules and computes what it should; returns a line on the latter.
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
-    check_options(vit, options)
-    images = sample_batch(options.image_size)
-    name, expected = _expected(draft, vit, options, oracle, images)
-    choices: Iterable[tuple[str, ...]] = [()]
-    if options.precision == "int8":
-        choices = layers_in_fp32(int8_errors(vit, options))
-    for exact in choices:
-        save_graph(build_vit_graph(vit, options, exact, metadata), draft)
+    tower.check()
+    inputs = sample_inputs(options.inputs)
+    name, expected = _expected(draft, tower, oracle, inputs)
+    for exact in tower.choices():
+        save_graph(tower.build(exact, metadata), draft)
         onnx.checker.check_model(str(draft), full_check=True)
-        found = run_graph(draft, {"images": images})
+        found = run_graph(draft, inputs)
         try:
             line = check_agreement(found, expected, options.precision, name)
         except CheckpointError as error:
@@ -157,16 +154,14 @@ def _write_verified(
 
 
 def _expected(
-    draft: Path, vit: VisionTransformer, options: ExportOptions, oracle: str, images: Array
+    draft: Path, tower: Tower, oracle: str, inputs: Mapping[str, NDArray[Any]]
 ) -> tuple[str, Mapping[str, Array]]:
-    """Return what to compare a graph with, by name, and what that gives for images [B, 3, S, S]."""
+    """Return what to compare a graph with, by name, and what that gives for the inputs."""
     if oracle == "torch":
-        from .torch_forward import TorchForward
-
-        forward = TorchForward(vit, options)
-        return "PyTorch", {name: forward.fetch(output) for name, output in forward(forward.tensor(images)).items()}
-    other = "standard" if options.attention == "fused" else "fused"
+        forward = tower.forward()
+        outputs = forward(*(forward.tensor(array) for array in inputs.values()))
+        return "PyTorch", {name: forward.fetch(output) for name, output in outputs.items()}
     reference = draft.with_name("fp32") / draft.name
     reference.parent.mkdir()
-    save_graph(build_vit_graph(vit, replace(options, precision="fp32", attention=other)), reference)
-    return "the fp32 graph", run_graph(reference, {"images": images})
+    save_graph(tower.other().build((), {}), reference)
+    return "the fp32 graph", run_graph(reference, inputs)

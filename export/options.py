@@ -8,7 +8,8 @@ Preprocessing = Literal["imagenet", "clip"]
 ACTIVATIONS = ("gelu", "quick_gelu")
 PRECISIONS = ("fp32", "fp16", "int8")
 ATTENTIONS = ("fused", "standard")  # ONNX Runtime's operator, and what TensorRT reads
-IMAGE_OUTPUTS = ("tokens", "embedding")  # of an image tower
+WINDOWS = {"windows_2": 2, "windows_3": 3}  # output → patches per side of a window
+IMAGE_OUTPUTS = ("tokens", "embedding", "patches", *WINDOWS)  # of an image tower
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,48 @@ class ExportOptions:
     image_size: int
     activation: str = "gelu"
     heads: int | None = None  # None: those of the published tower of this width
-    outputs: tuple[str, ...] = IMAGE_OUTPUTS
+    outputs: tuple[str, ...] = ("tokens", "embedding")
     precision: str = "fp32"  # int8: ONNX Runtime only
     attention: str = "fused"
     antialias: bool | None = None  # of the position embedding's resize; None is the model's own way
     preprocessing: Preprocessing | None = None  # only noted: what the images are normalised with; None: the model's own
 
     @property
-    def embedding(self) -> bool:
-        """Whether the image embedding is wanted, for which every block is needed."""
-        return "embedding" in self.outputs
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the graph's inputs without the batch."""
+        return {"images": (3, self.image_size, self.image_size)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return str(self.image_size)
+
+    def depth(self, blocks: int) -> int:
+        """Return how many of a tower's blocks the whole image passes through."""
+        if "embedding" in self.outputs or "patches" in self.outputs:
+            return blocks
+        return self.taps[-1] + 1 if self.taps else 0
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options of a text tower's graph."""
+
+    activation: str = "gelu"
+    heads: int | None = None  # None: one for every 64 channels
+    precision: str = "fp32"  # or fp16
+    attention: str = "fused"
+    context: int = 77  # tokens per text; a tower of longer texts is cut to them, which changes nothing
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the graph's inputs without the batch."""
+        return {"ids": (self.context,)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return "text"
+
+
+GraphOptions = ExportOptions | TextOptions

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from .agreement import SMALLEST_COSINE, sample_batch, token_cosines
 from .libraries import import_onnxruntime
 from .options import ExportOptions
+from .transformer_graph import LINEAR_LAYERS
 from .vision_transformer import VisionTransformer
-from .vit_graph import LINEAR_LAYERS, build_block_graph, build_stem_graph, check_options
+from .vit_graph import build_block_graph, build_stem_graph, check_options
 
 Array = NDArray[np.float32]
 
@@ -23,14 +24,16 @@ TIGHTER = 0.7  # from one choice of layers to the next
 def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArray[np.float64]]:
     """Return what each linear layer (`block0.fc1`) alone in int8 does to the tokens: the largest 1 - cosine [taps].
 
-    The image embedding counts as a tap behind the last block. Errors are followed to the taps because they grow on
-    their way: those of block 4's proj in DINOv2 ViT-S/14, at the worst token of photographs, elevenfold up to block 11.
+    Embedding, patches and windows count as a tap behind the last block. Errors are followed to the taps because they
+    grow on their way: those of block 4's proj in DINOv2 ViT-S/14, at the worst token of photographs, elevenfold up to
+    block 11.
 
     Measured at 8 x 8 patches, which rank the layers as 16 x 16 do; and measured on this machine: without VNNI other
     layers suffer, so a graph is to be exported where it is to run.
     """
     heads = check_options(vit, options)
-    taps = sorted({*options.taps, len(vit.blocks) - 1} if options.embedding else options.taps)
+    others = set(options.outputs) - {"tokens"}
+    taps = sorted({*options.taps, len(vit.blocks) - 1} if others else options.taps)
     side = min(options.image_size, GRID * vit.patch_size)
     stem = _session(build_stem_graph(vit, side, options.antialias))
     streams = [stem.run(None, {"images": image[None]})[0] for image in sample_batch(side)]  # [1, T, C] each

@@ -22,7 +22,7 @@ from .agreement import Array, check_agreement, run_graph
 from .cuda_driver import CudaError, use_device
 from .libraries import RTX_CAPABILITIES, EngineError, import_tensorrt, numbers
 from .onnx_export import ExportedModel, weights_path
-from .options import ExportOptions
+from .options import ExportOptions, GraphOptions, TextOptions
 from .state_dict import CheckpointError
 
 LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
@@ -144,22 +144,27 @@ def confirm_engine(
         beside.write_text(replace(engine.fingerprint, agreement=line).as_json(), encoding="utf-8")
 
 
-def rebuild_command(checkpoint: str, graph: ExportOptions, options: EngineOptions, output: Path | None = None) -> str:
+def rebuild_command(checkpoint: str, graph: GraphOptions, options: EngineOptions, output: Path | None = None) -> str:
     """Return the command line that exports this graph and builds this engine of it."""
     words = ["zsad-export", "--checkpoint", checkpoint]
-    words += ["--taps", ",".join(map(str, graph.taps))] if graph.taps else ["--no-tokens"]
-    words += ["--target", options.target, "--precision", graph.precision, "--image-size", str(graph.image_size)]
-    words += ["--activation", graph.activation]
-    words += ["--preprocessing", graph.preprocessing] if graph.preprocessing else []
+    words += ["--text"] if isinstance(graph, TextOptions) else _image_words(graph)
+    words += ["--target", options.target, "--precision", graph.precision, "--activation", graph.activation]
     words += ["--batch", ",".join(map(str, options.batch)), "--device", str(options.device)]
     words += ["--heads", str(graph.heads)] if graph.heads else []
-    words += [] if graph.antialias is None else ["--antialias" if graph.antialias else "--no-antialias"]
-    words += [] if graph.embedding else ["--no-embedding"]
     words += ["--compute-capability", ",".join(options.compute_capabilities)] if options.compute_capabilities else []
     for flag in ("strip_weights", "version_compatible", "hardware_compatible"):
         words += ["--" + flag.replace("_", "-")] if getattr(options, flag) else []
     words += ["--output", str(output)] if output else []
     return shlex.join(words)
+
+
+def _image_words(graph: ExportOptions) -> list[str]:
+    """The part of `rebuild_command` that only image towers have."""
+    words = ["--image-size", str(graph.image_size), "--outputs", ",".join(graph.outputs)]
+    words += ["--taps", ",".join(map(str, graph.taps))] if graph.taps else []
+    words += ["--preprocessing", graph.preprocessing] if graph.preprocessing else []
+    words += [] if graph.antialias is None else ["--antialias" if graph.antialias else "--no-antialias"]
+    return words
 
 
 def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[bytes, Fingerprint]:

@@ -1,6 +1,7 @@
-"""An image tower in plain PyTorch: the oracle of the export, and what its speed is compared with."""
+"""Towers in plain PyTorch: the oracle of the export, and what its speed is compared with."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,76 +10,61 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from .options import ExportOptions
-from .vision_transformer import Affine, Block, VisionTransformer
+from .options import WINDOWS, ExportOptions, GraphOptions, TextOptions
+from .text_transformer import NORM_EPS, TextTransformer
+from .transformer import Affine, Block
+from .vision_transformer import VisionTransformer
 
 Array = NDArray[np.float32]
 
 BLOCK = [field.name for field in fields(Block)]
 
 
-class TorchForward:
-    """The same image tower in plain PyTorch, eager, with its fused attention; weights are converted once."""
+class _TorchBlocks:
+    """Blocks in plain PyTorch, eager, with its fused attention; weights are converted once."""
 
     def __init__(
-        self, vit: VisionTransformer, options: ExportOptions, device: str = "cpu", dtype: Any = torch.float32
+        self,
+        blocks: Sequence[Block],
+        heads: int,
+        options: GraphOptions,
+        eps: float,
+        causal: bool,
+        where: tuple[str, Any],
     ) -> None:
-        """options: all but the precision, which is `dtype`, and the form of attention."""
-        self._device, self._dtype = device, dtype
-        self._vit, self._options = vit, options
-        self._heads = vit.architecture.attention_heads(vit.width, options.heads)
-        self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in vit.blocks]
-        self._norm = self._affine(vit.norm)
-        self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)
-        self._patches = self.tensor(vit.patch_weight), None if vit.patch_bias is None else self.tensor(vit.patch_bias)
-        self._class_token, self._registers = self.tensor(vit.class_token), self.tensor(vit.registers)
-        self._positions = self.tensor(self._resized_positions(options.image_size // vit.patch_size))
-        self._projection = None if vit.projection is None else self.tensor(vit.projection)
+        """causal: a token sees none behind it. where: device and type."""
+        self._device, self._dtype = where
+        self._heads, self._activation, self._eps, self._causal = heads, options.activation, eps, causal
+        self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in blocks]
 
     def tensor(self, array: Any) -> Any:
-        """Bring an array, images [B, 3, S, S] among them, to the device and the type."""
-        return torch.as_tensor(np.array(array)).to(self._device, self._dtype)
+        """Bring an array, such as images [B, 3, S, S], to the device and, unless it holds integers, to the type."""
+        tensor = torch.as_tensor(np.array(array))
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
 
     def fetch(self, tensor: Any) -> Array:
         """Bring a result to the host as fp32; waits for it."""
         found: Array = tensor.float().cpu().numpy()
         return found
 
-    def __call__(self, images: Any) -> dict[str, Any]:
-        """Return of images [B, 3, S, S] what the options ask for: tokens [B, L, P, C], embedding [B, D]."""
-        vit = self._vit
-        with torch.inference_mode():
-            x = functional.conv2d(images, *self._patches, stride=vit.patch_size)
-            x = x.flatten(2).transpose(1, 2)  # [B, P, C]
-            x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
-            x = torch.cat([x[:, :1], self._registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-            x = x if self._pre_norm is None else self._normed(x, self._pre_norm)
-            tapped = []
-            last = len(vit.blocks) - 1 if self._options.embedding else self._options.taps[-1]
-            for index, block in enumerate(self._blocks[: last + 1]):
-                x = x + self._attention(self._normed(x, block["norm1"]), block)
-                x = x + self._feed_forward(self._normed(x, block["norm2"]), block)
-                if index in self._options.taps:
-                    y = self._normed(x, self._norm) if vit.architecture.normed_taps else x
-                    tapped.append(y[:, 1 + len(vit.registers) :])
-            outputs = {"tokens": torch.stack(tapped, dim=1)} if tapped else {}
-            if self._options.embedding:
-                y = self._normed(x[:, 0], self._norm)
-                outputs["embedding"] = (
-                    y if self._projection is None else functional.normalize(y @ self._projection, dim=-1)
-                )
-            return outputs
+    def _streams(self, x: Any, depth: int) -> Iterator[Any]:
+        """Yield the residual stream behind each of the first `depth` blocks."""
+        for block in self._blocks[:depth]:
+            x = x + self._attention(self._normed(x, block["norm1"]), block)
+            x = x + self._feed_forward(self._normed(x, block["norm2"]), block)
+            yield x
 
     def _affine(self, affine: Affine) -> tuple[Any, Any]:
         return self.tensor(affine[0]), self.tensor(affine[1])
 
     def _normed(self, x: Any, affine: tuple[Any, Any]) -> Any:
-        return functional.layer_norm(x, x.shape[-1:], *affine, self._vit.architecture.norm_eps)
+        return functional.layer_norm(x, x.shape[-1:], *affine, self._eps)
 
     def _attention(self, x: Any, block: dict[str, tuple[Any, Any]]) -> Any:
         batch, count, width = x.shape
         parts = functional.linear(x, *block["qkv"]).reshape(batch, count, 3, self._heads, width // self._heads)
-        mixed = functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self._causal)
         return functional.linear(mixed.transpose(1, 2).reshape(batch, count, width), *block["proj"])
 
     def _feed_forward(self, x: Any, block: dict[str, tuple[Any, Any]]) -> Any:
@@ -86,9 +72,68 @@ class TorchForward:
         if hidden.shape[-1] == 2 * block["fc2"][0].shape[1]:
             gate, value = hidden.chunk(2, dim=-1)
             return functional.linear(functional.silu(gate) * value, *block["fc2"])
-        plain = self._options.activation == "gelu"
+        plain = self._activation == "gelu"
         hidden = functional.gelu(hidden) if plain else hidden * torch.sigmoid(1.702 * hidden)
         return functional.linear(hidden, *block["fc2"])
+
+
+class TorchForward(_TorchBlocks):
+    """An image tower in plain PyTorch."""
+
+    def __init__(
+        self, vit: VisionTransformer, options: ExportOptions, device: str = "cpu", dtype: Any = torch.float32
+    ) -> None:
+        """options: all but the precision, which is `dtype`, and the form of attention."""
+        own = vit.architecture
+        heads = own.attention_heads(vit.width, options.heads)
+        super().__init__(vit.blocks, heads, options, own.norm_eps, causal=False, where=(device, dtype))
+        self._vit, self._options = vit, options
+        self._norm = self._affine(vit.norm)
+        self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)
+        self._patches = self.tensor(vit.patch_weight), None if vit.patch_bias is None else self.tensor(vit.patch_bias)
+        self._class_token, self._registers = self.tensor(vit.class_token), self.tensor(vit.registers)
+        self._positions = self.tensor(self._resized_positions(options.image_size // vit.patch_size))
+        self._projection = None if vit.projection is None else self.tensor(vit.projection)
+
+    def __call__(self, images: Any) -> dict[str, Any]:
+        """Return of images [B, 3, S, S] what the options ask for, as the graph does (see `build_vit_graph`)."""
+        vit, wanted, front = self._vit, self._options.outputs, 1 + len(self._vit.registers)
+        with torch.inference_mode():
+            x = functional.conv2d(images, *self._patches, stride=vit.patch_size)
+            x = x.flatten(2).transpose(1, 2)  # [B, P, C]
+            x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
+            x = torch.cat([x[:, :1], self._registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            outputs = {name: self._windows(x, side) for name, side in WINDOWS.items() if name in wanted}
+            x = x if self._pre_norm is None else self._normed(x, self._pre_norm)
+            tapped = []
+            for index, x in enumerate(self._streams(x, self._options.depth(len(vit.blocks)))):  # noqa: B020
+                if index in self._options.taps:
+                    y = self._normed(x, self._norm) if vit.architecture.normed_taps else x
+                    tapped.append(y[:, front:])
+            if tapped:
+                outputs["tokens"] = torch.stack(tapped, dim=1)
+            if "embedding" in wanted:
+                y = self._class_vector(x)
+                outputs["embedding"] = y if self._projection is None else functional.normalize(y, dim=-1)
+            if "patches" in wanted:
+                outputs["patches"] = self._normed(x, self._norm)[:, front:]
+            return outputs
+
+    def _class_vector(self, x: Any) -> Any:
+        y = self._normed(x[:, 0], self._norm)
+        return y if self._projection is None else y @ self._projection
+
+    def _windows(self, x: Any, side: int) -> Any:
+        """The class vector of every window [B, W, D] of the embedded tokens [B, T, C], in front of the first norm."""
+        front = 1 + len(self._vit.registers)
+        grid = math.isqrt(x.shape[1] - front)
+        patches = x[:, front:].unflatten(1, (grid, grid)).unfold(1, side, 1).unfold(2, side, 1)  # [B, y, x, C, k, k]
+        patches = patches.flatten(1, 2).flatten(3).transpose(2, 3)  # [B, W, k², C]
+        windows = torch.cat([x[:, None, :front].expand(-1, patches.shape[1], -1, -1), patches], dim=2)
+        y = windows.flatten(0, 1)
+        y = y if self._pre_norm is None else self._normed(y, self._pre_norm)
+        *_, y = self._streams(y, len(self._vit.blocks))
+        return self._class_vector(y).unflatten(0, (len(x), -1))
 
     def _resized_positions(self, grid: int) -> Any:
         vit = self._vit
@@ -104,3 +149,24 @@ class TorchForward:
         maps = positions[1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)
         maps = functional.interpolate(maps, mode="bicubic", antialias=smooth, **where)
         return torch.cat([positions[:1], maps.flatten(2)[0].T])
+
+
+class TorchTextForward(_TorchBlocks):
+    """A text tower in plain PyTorch."""
+
+    def __init__(
+        self, text: TextTransformer, options: TextOptions, device: str = "cpu", dtype: Any = torch.float32
+    ) -> None:
+        """options: all but the precision, which is `dtype`, and the form of attention."""
+        heads = text.attention_heads(options.heads)
+        super().__init__(text.blocks, heads, options, NORM_EPS, causal=True, where=(device, dtype))
+        self._tokens, self._positions = self.tensor(text.token_embedding), self.tensor(text.positions)
+        self._norm, self._projection = self._affine(text.norm), self.tensor(text.projection)
+
+    def __call__(self, ids: Any) -> dict[str, Any]:
+        """Return the embedding [B, D] of ids [B, T]."""
+        with torch.inference_mode():
+            x = self._tokens[ids.long()] + self._positions[: ids.shape[1]]
+            *_, x = self._streams(x, len(self._blocks))
+            y = x[torch.arange(len(x)), ids.argmax(dim=1)]  # the first of several
+            return {"embedding": self._normed(y, self._norm) @ self._projection}

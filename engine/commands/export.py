@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsad.export.libraries import TARGETS
-from zsad.export.options import ACTIVATIONS, ATTENTIONS, PRECISIONS, ExportOptions
+from zsad.export.options import (
+    ACTIVATIONS,
+    ATTENTIONS,
+    IMAGE_OUTPUTS,
+    PRECISIONS,
+    ExportOptions,
+    GraphOptions,
+    TextOptions,
+)
 
 from .arguments import add_loudness, log_level, numbers
 
@@ -36,7 +44,7 @@ class Job:
     """One checkpoint to export."""
 
     checkpoint: str
-    options: ExportOptions
+    options: GraphOptions
     output: Path | None
 
 
@@ -153,6 +161,13 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="when resizing the position embedding (default: as the model does)",
     )
+    add("--text", action="store_true", help="the text tower of CLIP instead of the image tower")
+    add(
+        "--outputs",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,...",
+        help=f"of {', '.join(IMAGE_OUTPUTS)} (default: {','.join(ExportOptions.outputs)})",
+    )
     without = partial(add, dest="outputs", action="store_const")
     without("--no-embedding", const=("tokens",), help="leave out the image embedding and unused blocks")
     without("--no-tokens", const=("embedding",), help="leave out the patch tokens; takes no --taps")
@@ -202,21 +217,34 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
     if not onnx and options.attention == "fused":
         parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
     if arguments.preset is not None:
-        if own:
-            parser.error(f"a preset brings its own {', '.join(own)}; leave it out (--config changes a preset)")
+        if own or arguments.text:
+            named = ", ".join([*own, *(["text"] if arguments.text else [])])
+            parser.error(f"a preset brings its own {named}; leave it out (--config changes a preset)")
         return _preset_jobs(parser, arguments, options)
     if arguments.config is not None:
         parser.error("--config changes a preset; name one with --preset")
+    if arguments.text:
+        return [Job(arguments.checkpoint, _text_options(parser, arguments, options), arguments.output)]
     if not options.taps and "tokens" in options.outputs:
         parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
     return [Job(arguments.checkpoint, options, arguments.output)]
+
+
+def _text_options(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions
+) -> TextOptions:
+    """The options of a text tower's graph; options: of an image tower's on the same command line."""
+    of_images = ("taps", "image_size", "preprocessing", "antialias", "outputs")
+    if given := [name.replace("_", "-") for name in of_images if getattr(arguments, name) is not None]:
+        parser.error(f"--text: a text tower has no {', '.join(given)}; leave it out")
+    return TextOptions(options.activation, options.heads, options.precision, options.attention)
 
 
 def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:
     """The exports that `zsad-infer --preset` would make itself, with the precision and target asked for."""
     from zsad.engine.config import ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
-    from zsad.engine.networks.build import export_options
+    from zsad.engine.networks.build import graph_options
 
     try:
         config = load_config(
@@ -231,8 +259,8 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     jobs = []
     for request in graph_requests(config):
         spec = config.networks[request.network]
-        own = export_options(spec, request, options.precision, options.attention)
-        file = f"{request.network}-{own.image_size}-{own.precision}{suffix}"
+        own = graph_options(spec, request, options.precision, options.attention)
+        file = f"{request.network}-{own.label}-{own.precision}{suffix}"
         jobs.append(Job(spec.checkpoint, own, arguments.output / file if arguments.output else None))
     return jobs
 

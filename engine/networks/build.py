@@ -1,16 +1,16 @@
 """A configuration's networks, ready to run: exported, built and compared with their source unless done before."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.config import Config, NetworkSpec
-from zsad.export.agreement import sample_batch
+from zsad.export.agreement import sample_inputs
 from zsad.export.onnx_export import ExportedModel, export_onnx
-from zsad.export.options import ExportOptions
+from zsad.export.options import ExportOptions, GraphOptions, TextOptions
 from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
 from zsad.kernels.cuda.device import Device
 
@@ -23,7 +23,7 @@ log = logging.getLogger("zsad")
 
 
 def export_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> ExportOptions:
-    """Return what one of a network's graphs is exported with."""
+    """Return what a network's image tower is exported with."""
     return ExportOptions(
         taps=spec.taps if "tokens" in request.outputs else (),
         image_size=spec.image_size,
@@ -32,8 +32,27 @@ def export_options(spec: NetworkSpec, request: GraphRequest, precision: str, att
         outputs=request.outputs,
         precision=precision,
         attention=attention,
+        antialias=spec.antialias,
         preprocessing=spec.preprocessing,
     )
+
+
+def text_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> TextOptions:
+    """Return what a network's text tower is exported with: in fp32 where images are in int8, since it runs rarely."""
+    assert request.outputs == ("embedding",), request
+    return TextOptions(spec.activation, precision="fp32" if precision == "int8" else precision, attention=attention)
+
+
+# By the names that requests have.
+OPTIONS: Mapping[str, Callable[[NetworkSpec, GraphRequest, str, str], GraphOptions]] = {
+    "image": export_options,
+    "text": text_options,
+}
+
+
+def graph_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> GraphOptions:
+    """Return what one of a network's graphs is exported with."""
+    return OPTIONS[request.graph](spec, request, precision, attention)
 
 
 def load_networks(
@@ -45,24 +64,38 @@ def load_networks(
     CheckpointError for weights that cannot be had or used, EngineError for engines and libraries likewise, ConfigError
     where the library does not start.
     """
-    precision = runtime.network_precision(config.network_precision)
-    attention = "fused" if runtime.library == "onnxruntime" else "standard"
     graphs: dict[str, dict[str, Graph]] = {}
     networks = {}
     for request in requests:
-        spec = config.networks[request.network]
-        options = export_options(spec, request, precision, attention)
-        model = export_onnx(spec.checkpoint, options)
-        if model.built:
-            log.info("%s: exported, %s", spec.checkpoint, model.agreement)
+        model, graph = _make_ready(config, request, runtime, batch_size)
         own = graphs.setdefault(request.network, {})
         assert request.graph not in own
-        own[request.graph] = _load(model, options, runtime, batch_size)
-        networks[request.network] = Network(spec, model.checkpoint, model.sha256, model.preprocessing, own)
+        own[request.graph] = graph
+        spec = config.networks[request.network]
+        preprocessing = spec.preprocessing or model.preprocessing
+        networks[request.network] = Network(spec, model.checkpoint, model.sha256, preprocessing, own)
     return networks
 
 
-def _load(model: ExportedModel, options: ExportOptions, runtime: Runtime, batch_size: int) -> Graph:
+def load_graph(config: Config, request: GraphRequest, runtime: Runtime, batch_size: int) -> Graph:
+    """Make a single graph ready, when it turns out to be needed, as `load_networks` does."""
+    return _make_ready(config, request, runtime, batch_size)[1]
+
+
+def _make_ready(
+    config: Config, request: GraphRequest, runtime: Runtime, batch_size: int
+) -> tuple[ExportedModel, Graph]:
+    precision = runtime.network_precision(config.network_precision)
+    attention = "fused" if runtime.library == "onnxruntime" else "standard"
+    spec = config.networks[request.network]
+    options = graph_options(spec, request, precision, attention)
+    model = export_onnx(spec.checkpoint, options)
+    if model.built:
+        log.info("%s: exported, %s", spec.checkpoint, model.agreement)
+    return model, _load(model, options, runtime, batch_size)
+
+
+def _load(model: ExportedModel, options: GraphOptions, runtime: Runtime, batch_size: int) -> Graph:
     if runtime.library == "onnxruntime":
         return OnnxRuntimeGraph(model.path, runtime.device, batch_size)
     assert runtime.device is not None
@@ -73,7 +106,7 @@ def _load(model: ExportedModel, options: ExportOptions, runtime: Runtime, batch_
     graph = TensorRTGraph(engine.path, model.path, runtime.device, batch_size)
     if not engine.fingerprint.agreement:
         log.info("%s: comparing its engine with its graph on the CPU, this once", model.checkpoint)
-        inputs = {"images": sample_batch(options.image_size)}
+        inputs = sample_inputs(model.inputs)
         confirm_engine(engine, model.path, inputs, _outputs(graph, inputs, runtime.device))
     return graph
 

@@ -20,8 +20,8 @@ class GraphRequest:
     """A graph that a method asks of one of its preset's networks."""
 
     network: str  # NAME of [networks.NAME]
-    graph: str = "image"
-    outputs: tuple[str, ...] = ("tokens",)  # of an image tower: tokens, embedding
+    graph: str = "image"  # or "text"
+    outputs: tuple[str, ...] = ("tokens",)  # of an image tower some of IMAGE_OUTPUTS, of a text tower the embedding
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zsad.engine.commands.export import main
-from zsad.export import onnx_export, vit_graph
+from zsad.export import onnx_export
 from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.onnx_export import export_onnx, weights_path
 from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
+from zsad.export.transformer_graph import BUILDER_VERSION, TransformerGraph
 from zsad.kernels.files import file_sha256
 
 OPTIONS = ExportOptions(taps=(0, 1), image_size=70)
@@ -94,11 +95,11 @@ def test_clip_is_compared(golden: Path, activation: str, antialias: bool | None)
 def test_a_graph_that_computes_something_else_is_not_written(
     golden: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, oracle: str
 ) -> None:
-    def scaled(self: vit_graph._Graph, x: str, kind: str, name: str) -> str:
+    def scaled(self: TransformerGraph, x: str, kind: str, name: str) -> str:
         wrong = 1.001 if self.fused else 1.0
         return self.node("Mul", [x, self.constant(np.float32(wrong), name + ".wrong")], name)
 
-    monkeypatch.setattr(vit_graph._Graph, "activation", scaled)
+    monkeypatch.setattr(TransformerGraph, "activation", scaled)
     with pytest.raises(CheckpointError, match="computes something else"):
         export_onnx(str(golden / "dinov2_vit_tiny.safetensors"), replace(OPTIONS, heads=3), oracle=oracle)
     assert not list((cache / "models").iterdir())
@@ -168,7 +169,7 @@ def test_metadata_says_what_is_in_the_file(random_dinov2: Callable[..., Path], t
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": file_sha256(checkpoint),
         "preprocessing": "clip",
-        "builder_version": str(vit_graph.BUILDER_VERSION),
+        "builder_version": str(BUILDER_VERSION),
     }
 
 

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from zsad.export.libraries import import_onnxruntime
 from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
+from zsad.export.transformer_graph import LINEAR_LAYERS
 from zsad.export.vision_transformer import CLIP, DINOV2, VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import LINEAR_LAYERS, bicubic_matrix, build_vit_graph, resize_positions
+from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -104,8 +105,8 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
         ({"taps": (1, 6)}, "from 0 to 5"),
         ({"taps": ()}, "increasing"),
         ({"outputs": ("embedding",)}, r"taps \[1, 3\] give tokens, which are not wanted"),
-        ({"outputs": ()}, "gives tokens and embedding, not nothing"),
-        ({"outputs": ("masks",)}, "gives tokens and embedding, not masks"),
+        ({"outputs": ()}, "gives tokens, embedding, patches, windows_2, windows_3, not nothing"),
+        ({"outputs": ("masks",)}, "gives tokens, embedding, patches, windows_2, windows_3, not masks"),
         ({"taps": (3, 1)}, "increasing"),
         ({"image_size": 500}, "--image-size 504"),
         ({"image_size": 0}, "--image-size 14"),

@@ -1,0 +1,30 @@
+"""Checkpoint files of the tiny towers with which the golden arrays of the text-guided methods were made."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ARRAYS = Path(__file__).resolve().parents[3] / "shared" / "golden" / "text"
+
+
+def text_arrays(name: str) -> np.lib.npyio.NpzFile:
+    """Return the arrays of a file without its suffix; skips the test where they are absent."""
+    file = ARRAYS / f"{name}.npz"
+    if not file.is_file():
+        pytest.skip(f"needs {file}, which is not part of the repository")
+    return np.load(file)
+
+
+def clip_state(name: str) -> dict[str, np.ndarray]:
+    """Return both towers of `clip_tiny` or `april` in open_clip's names, as float32."""
+    stored = text_arrays(f"{name}_weights")
+    return {key: stored[key].astype(np.float32) for key in stored.files}
+
+
+def write_clip(folder: Path, name: str) -> Path:
+    """Write both towers of `clip_tiny` or `april` as `folder`/NAME.safetensors and return the file."""
+    path = folder / f"{name}.safetensors"
+    save_file(clip_state(name), path)
+    return path
