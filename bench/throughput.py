@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from zsad.engine.config import Config, ConfigError, Precision, load_config
 from zsad.engine.demo import draw_demo
-from zsad.engine.images.folders import Category, scan
+from zsad.engine.images.categories import Category
+from zsad.engine.images.folders import scan
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.networks.build import export_options, load_networks

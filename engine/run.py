@@ -23,9 +23,10 @@ from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
+from zsad.engine.images.categories import Category
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
-from zsad.engine.images.folders import Category, Dataset, scan
+from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.stored import ImageError
 from zsad.engine.methods.method import Scored
 from zsad.engine.networks.runtime import Runtime

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.folders import Category, Dataset, InputImage
-from zsad.engine.images.ground_truth import is_folder_of
+from zsad.engine.images.categories import Category, InputImage
+from zsad.engine.images.folders import Dataset
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
 from zsad.engine.images.tree import SCORES
 
@@ -139,10 +139,19 @@ def evaluate_category(results: Path, category: Category, protocol: Protocol, aup
         PAPER_STEPS if protocol == "paper" else None,
         [of_image.regions for of_image in pixels],
     )
+    _say_what_is_missing(category.name, labels, pixels)
     found = {f"image_{key}": value for key, value in at_image.items()}
     found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
     values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
     return {**values, "challenge": _challenge(values)}
+
+
+def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Sequence[Pixels]) -> None:
+    if len(set(labels)) == 1:
+        kind = "anomalous" if labels[0] else "normal"
+        log.info("%s: no image metrics, since all %d images that are compared count as %s", name, len(labels), kind)
+    if pixels and not any(of_image.mask.any() for of_image in pixels):
+        log.info("%s: no pixel metrics, since no pixel of the %d masks is anomalous", name, len(pixels))
 
 
 def _usable_score(source: Path, image: InputImage | None, text: str, warn: Warn) -> float | None:
@@ -181,12 +190,12 @@ def labelled(category: Category, warn: Warn = log.warning) -> Category:
     images, without = [], 0
     for image in category.images:
         try:
-            anomalous = any(read_mask(category.root / mask).any() for mask in image.masks)
+            anomalous = any(read_mask(category.root / mask).any() for mask in image.masks.files)
         except MaskError as error:
-            warn(f"{category.root / image.relative}: its mask {image.masks[0]}: {error}")
+            warn(f"{category.root / image.relative}: its mask {image.masks.files[0]}: {error}")
             images.append(image)
             continue
-        without += not image.masks
+        without += not image.masks.files
         images.append(replace(image, anomalous=anomalous, defect="defect" if anomalous else None))
     if without:
         log.info("%s: %d of %d images have no mask and count as normal", category.name, without, len(images))
@@ -202,7 +211,7 @@ def _has_pixels(
 ) -> bool:
     """Tell whether pixels can be compared; if not, say why."""
     anomalous = [image for image in images if image.anomalous]
-    if not any(image.masks for image in anomalous):
+    if not any(image.masks.files for image in anomalous):
         if anomalous:
             log.info("%s: no masks, so no pixel metrics: %s", category.name, _where_masks_lie(anomalous[0]))
         return False
@@ -254,12 +263,12 @@ def _load_pixels(
         map_ = file.convert("F")
     if not np.isfinite(np.asarray(map_)).all():
         raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
-    if image.anomalous and not image.masks:
+    if image.anomalous and not image.masks.files:
         raise ValueError(f"its mask is missing: {_where_masks_lie(image)}")
     mask = np.zeros((map_.height, map_.width), np.bool_)
-    by_file = bool(image.masks) and is_folder_of(image.relative, image.masks[0])
+    by_file = image.masks.regions or saturation is not None
     regions: list[Region] = []
-    for path in image.masks:
+    for path in image.masks.files:
         try:
             part = read_mask(root / path)  # [H, W]
         except MaskError as error:
@@ -272,7 +281,7 @@ def _load_pixels(
             regions.append(Region(part, saturation_area(root / path, part, saturation)))
     if bool(mask.any()) != image.anomalous:
         said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
-        raise ValueError(f"its mask {root / image.masks[0]} {said} {image.defect or 'normal'}")
+        raise ValueError(f"its mask {root / image.masks.files[0]} {said} {image.defect or 'normal'}")
     if protocol == "paper":
         size_, bilinear = (PAPER_SIZE, PAPER_SIZE), Image.Resampling.BILINEAR
         resized = Image.fromarray(mask).convert("L").resize(size_, bilinear)  # 0 and 255 before

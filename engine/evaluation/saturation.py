@@ -4,13 +4,14 @@ Where a part is missing, no exact area is anomalous: from its saturation area on
 (Bergmann et al., Beyond Dents and Scratches, IJCV 2022, equation 1).
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from zsad.engine.images.stored import read_stored
 
@@ -22,7 +23,7 @@ class Defect(BaseModel):
 
     defect_name: str
     pixel_value: int
-    saturation_threshold: float  # pixels, or a share of the region
+    saturation_threshold: float = Field(gt=0, allow_inf_nan=False)  # pixels, or a share of the region
     relative_saturation: bool
 
 
@@ -34,10 +35,10 @@ _DEFECTS = TypeAdapter(list[Defect])
 def read_saturation(category_root: Path) -> Saturation | None:
     """Read a category's file; None where there is none. Raises ValueError for one that cannot be read."""
     path = category_root / CONFIG
+    if not os.path.isfile(path):  # noqa: PTH113 - pathlib raises where a folder may not be entered
+        return None
     try:
         defects = _DEFECTS.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
     except (OSError, ValidationError) as error:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
     return {defect.pixel_value: defect for defect in defects}

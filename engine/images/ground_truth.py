@@ -3,9 +3,18 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from .layouts import fold, folded_key, is_normal, mask_stem, preference
+from .stored import ImageError, read_stored
+
+LOSSY = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+
+# A mask beside its image that has the image's name is known by what is in it: a picture has more values than that.
+MOST_CLASSES = 8
+SAMPLES = 3  # of a folder
 
 
 @dataclass(frozen=True)
@@ -17,73 +26,124 @@ class MaskFile:
 
 
 @dataclass(frozen=True)
+class ImageMasks:
+    """The masks of one image."""
+
+    files: tuple[PurePosixPath, ...] = ()  # relative to the category's folder
+    regions: bool = False  # whether every file is one region (MVTec LOCO)
+    others: tuple[PurePosixPath, ...] = ()  # that might have been meant instead
+
+
+NO_MASKS = ImageMasks()
+
+
+@dataclass(frozen=True)
 class Matches:
     """Masks by the number of their image, and those without one."""
 
-    masks: Mapping[int, tuple[PurePosixPath, ...]]
+    masks: Mapping[int, ImageMasks]
     strays: tuple[PurePosixPath, ...]
 
 
-def masks_beside(names: Sequence[str]) -> dict[str, str]:
-    """Return the masks among the files of a folder of images: `Part0_label.bmp` beside `Part0.jpg`, by their names."""
+def masks_beside(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the masks among the images of a folder, with the image of each.
+
+    `Part0_label.bmp` beside `Part0.jpg` is one by its name. Where every file that is not JPEG has the stem of one that
+    is, as `x.png` beside `x.jpg`, they are masks if that is what is in them.
+    """
     stems: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: _suffix(name) not in LOSSY):
         stems.setdefault(fold(PurePosixPath(name).stem), name)
     found = {}
     for name in names:
         stem = mask_stem(PurePosixPath(name).stem)
         if stem is not None and stem in stems:
             found[name] = stems[stem]
-    return found
+    pairs = {name: stems[fold(PurePosixPath(name).stem)] for name in names if _suffix(name) not in LOSSY}
+    in_pairs = not found and pairs and all(_suffix(image) in LOSSY for image in pairs.values())
+    return pairs if in_pairs and all(_is_drawn(folder / name) for name in list(pairs)[:SAMPLES]) else found
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _is_drawn(path: Path) -> bool:
+    try:
+        values = np.asarray(read_stored(path).values)
+    except ImageError:
+        return False
+    return len(np.unique(values)) <= MOST_CLASSES
 
 
 def match_masks(images: Sequence[PurePosixPath], masks: Sequence[MaskFile], by_name_alone: bool) -> Matches:
     """Find the image of every mask.
 
     images: paths below the folder of the images. A mask `<defect>/000_mask.png` belongs to `<defect>/000.*`, and so do
-    `<defect>/000.png` and all files of a folder `<defect>/000`. With `by_name_alone` a mask in a folder that no images
-    lie in, or in none, also belongs to the only image of its name that is not among the normal ones.
+    `<defect>/000.png` and all files of a folder `<defect>/000`. With `by_name_alone` a mask that lies in no folder also
+    belongs to the only image of its name without a mask, if it is not the same as for several defects.
     """
     keys: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    stems: dict[str, list[int]] = defaultdict(list)
     for index, image in enumerate(images):
-        key = folded_key(image)
-        keys[key].append(index)
-        if not (image.parts[1:] and is_normal(image.parts[0])):
-            stems[key[-1]].append(index)
-    folders = {key[:-1] for key in keys}
-
-    def images_of(mask: MaskFile) -> list[int]:
-        *folder, stem = folded_key(mask.place)
-        names = [name for name in (stem, mask_stem(mask.place.stem)) if name is not None]
-        for key in (*((*folder, name) for name in names), tuple(folder)):
-            if key in keys:
-                same = keys[key]
-                exact = [i for i in same if mask.place.stem.startswith(images[i].stem)]  # a.png beside A.png
-                return exact or same
-        if by_name_alone and tuple(folder) not in folders:
-            return next((stems[name] for name in names if len(stems.get(name, ())) == 1), [])
-        return []
-
-    found: dict[int, list[MaskFile]] = defaultdict(list)
-    strays = []
+        keys[folded_key(image)].append(index)
+    found: dict[int, list[tuple[MaskFile, bool]]] = defaultdict(list)
+    unmatched = []
     for mask in masks:
-        indices = images_of(mask)
+        indices, region = _by_place(mask, images, keys)
         for index in indices:
-            found[index].append(mask)
+            found[index].append((mask, region))
         if not indices:
+            unmatched.append(mask)
+    strays = []
+    without = _by_stem([index for index in range(len(images)) if index not in found], images)
+    for mask in unmatched:
+        only = _by_name(mask, without) if by_name_alone else None
+        if only is None:
             strays.append(mask.relative)
-    return Matches({index: _chosen(images[index], of_image) for index, of_image in found.items()}, tuple(strays))
+        else:
+            found[only].append((mask, False))
+    return Matches({index: _chosen(of_image) for index, of_image in found.items()}, tuple(strays))
 
 
-def _chosen(image: PurePosixPath, masks: Sequence[MaskFile]) -> tuple[PurePosixPath, ...]:
+def _by_place(
+    mask: MaskFile, images: Sequence[PurePosixPath], keys: Mapping[tuple[str, ...], list[int]]
+) -> tuple[list[int], bool]:
+    """Return the images that lie where the mask says, and whether its folder is named after them."""
+    *folder, stem = folded_key(mask.place)
+    for name in (stem, mask_stem(mask.place.stem)):
+        same = keys.get((*folder, name), []) if name is not None else []
+        if same:
+            exact = [index for index in same if mask.place.stem.startswith(images[index].stem)]  # a.png beside A.png
+            return exact or same, False
+    return keys.get(tuple(folder), []), True
+
+
+def _by_stem(indices: Sequence[int], images: Sequence[PurePosixPath]) -> dict[tuple[str, bool], list[int]]:
+    """Return image numbers by folded stem, those of normal and of other images apart."""
+    stems: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    for index in indices:
+        normal = len(images[index].parts) > 1 and is_normal(images[index].parts[0])
+        stems[fold(images[index].stem), normal].append(index)
+    return stems
+
+
+def _by_name(mask: MaskFile, stems: Mapping[tuple[str, bool], list[int]]) -> int | None:
+    *folder, stem = folded_key(mask.place)
+    if folder:
+        return None
+    names = [name for name in (stem, mask_stem(mask.place.stem)) if name is not None]
+    for normal in (False, True):
+        for name in names:
+            candidates = stems.get((name, normal), [])
+            if candidates:
+                return candidates[0] if len(candidates) == 1 else None
+    return None
+
+
+def _chosen(masks: Sequence[tuple[MaskFile, bool]]) -> ImageMasks:
     """Return the masks of one image that count: all of a folder named after it, or else one."""
-    best = min(masks, key=lambda mask: preference(mask.relative))
-    parts = [mask for mask in masks if mask.relative.parent == best.relative.parent]
-    together = is_folder_of(image, best.relative)
-    return tuple(mask.relative for mask in parts) if together else (best.relative,)
-
-
-def is_folder_of(image: PurePosixPath, mask: PurePosixPath) -> bool:
-    """Tell whether a mask is one of several, in a folder named after its image: each file is a region (MVTec LOCO)."""
-    return fold(mask.parent.name) == fold(image.stem)
+    ordered = sorted(masks, key=lambda item: (preference(item[0].relative), item[0].relative))
+    (best, region), *rest = ordered
+    together = [mask.relative for mask, _ in ordered if region and mask.relative.parent == best.relative.parent]
+    others = [mask.relative for mask, _ in rest if mask.relative not in together]
+    return ImageMasks(tuple(together) or (best.relative,), region, tuple(others))

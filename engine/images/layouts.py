@@ -24,8 +24,9 @@ _NORMAL = re.compile(
 )
 MASK_FOLDERS = ("ground_truth", "masks", "gt", "labels", "annotations")  # by how likely they hold what is wanted
 _MASKS = re.compile(r"ground[ _-]?truths?|masks?|gt|labels?|annotations?")
+MASK_NAMES = ("mask", "label", "gt")  # at the end of a stem, likewise
 _MASK_SUFFIX = re.compile(r"[ _-](mask|label|gt|ground[ _-]?truth)$")
-_IMAGES = re.compile(r"data|images?|imgs?")  # a level of its own that says nothing of what is in the images
+_IMAGES = re.compile(r"data|images?|imgs?|rgb")  # a level of its own that says nothing of what is in the images
 
 # What operating systems and storage boxes leave in folders; all names with a dot in front are left out as well.
 _SYSTEM = frozenset(
@@ -86,11 +87,13 @@ def mask_stem(stem: str) -> str | None:
 
 def folded_key(path: PurePosixPath) -> tuple[str, ...]:
     """Return the folded folders and stem of a file, by which images and masks are brought together."""
-    return tuple(fold(part) for part in path.with_suffix("").parts)
+    *folders, stem = path.with_suffix("").parts
+    return (*(fold(name) for name in folders if not holds_images(name)), fold(stem))
 
 
-def preference(path: PurePosixPath) -> tuple[int, bool]:
-    """Order the masks of one image: by folder as in MASK_FOLDERS, and named as masks before named as the image is."""
+def preference(path: PurePosixPath) -> tuple[int, int]:
+    """Order the masks of one image: by folder as in MASK_FOLDERS, and by name as in MASK_NAMES, then all others."""
     folder = next((fold(part) for part in path.parts if holds_masks(part)), MASK_FOLDERS[0])
     rank = next(n for n, name in enumerate(MASK_FOLDERS) if name[:4] == folder[:4])
-    return rank, mask_stem(path.stem) is None
+    stem = fold(path.stem)
+    return rank, next((n for n, name in enumerate(MASK_NAMES) if stem.endswith(name)), len(MASK_NAMES))

@@ -15,9 +15,9 @@ from zsad.kernels.cuda.images import network_input as network_input_on_device
 from zsad.kernels.machine import stopwatch
 
 from .ahead import Ahead
+from .categories import InputImage
 from .decode import Recipe, decode, network_input
 from .device_jpegs import DeviceJpegs
-from .folders import InputImage
 from .stored import ImageError, decoded_bytes
 
 Array = Any  # a NumPy array, or an array on the device

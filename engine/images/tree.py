@@ -27,6 +27,8 @@ class Folder:
     folders: dict[str, "Folder"] = field(default_factory=dict)  # in sorted order; circles where links make them
     links: set[str] = field(default_factory=set)  # which of the folders are links
     error: str | None = None  # why it could not be listed
+    real: str = ""  # its path without links
+    _count: int | None = None
 
     def images(self) -> list[str]:
         """Return the names of the files in it that claim to be images."""
@@ -53,7 +55,9 @@ class Folder:
 
     def count(self) -> int:
         """Return how many files in it and below claim to be images."""
-        return sum(len(folder.images()) for _, folder in self.walk())
+        if self._count is None:
+            self._count = sum(len(folder.images()) for _, folder in self.walk())
+        return self._count
 
 
 def is_image(name: str) -> bool:
@@ -61,9 +65,12 @@ def is_image(name: str) -> bool:
 
 
 def read_tree(root: Path, hidden: str | None) -> Folder:
-    """List a folder and everything below it; `hidden` is the real path of a folder to leave out."""
-    top = Folder(root)
-    known, waiting = {os.path.realpath(root): top}, [top]
+    """List a folder and everything below it; `hidden` is the real path of a folder to leave out.
+
+    Links to folders that they lie in are not followed.
+    """
+    top = Folder(root, real=os.path.realpath(root))
+    known, waiting = {top.real: top}, [top]
     while waiting:
         folder = waiting.pop()
         try:
@@ -78,14 +85,15 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
             if not _leads_to_folder(entry):
                 folder.files.append(entry.name)
                 continue
-            real = os.path.realpath(entry.path)
-            if real == hidden:
+            link = entry.is_symlink()
+            real = os.path.realpath(entry.path) if link else os.path.join(folder.real, entry.name)  # noqa: PTH118
+            if real == hidden or (link and f"{folder.real}/".startswith(f"{real.rstrip('/')}/")):
                 continue
             if real not in known:
-                known[real] = Folder(folder.path / entry.name)
+                known[real] = Folder(folder.path / entry.name, real=real)
                 waiting.append(known[real])
             folder.folders[entry.name] = known[real]
-            if entry.is_symlink():
+            if link:
                 folder.links.add(entry.name)
     for folder in known.values():
         if is_results(folder.path):
@@ -98,7 +106,8 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
 
 def is_results(folder: Path) -> bool:
     """Tell whether a folder holds a category's finished results: files of others may have the same names."""
-    return (folder / RECORD).is_file() and _start(folder / SCORES).startswith(_SCORES_START)
+    finished = os.path.isfile(folder / RECORD)  # noqa: PTH113 - pathlib raises where a folder may not be entered
+    return finished and _start(folder / SCORES).startswith(_SCORES_START)
 
 
 def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
@@ -110,6 +119,8 @@ def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
 
 def _start(path: Path) -> bytes:
     try:
+        if not os.path.isfile(path):  # noqa: PTH113 - a pipe would be waited for
+            return b""
         with path.open("rb") as file:
             return file.read(512)
     except OSError:

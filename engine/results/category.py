@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
+from zsad.engine.images.categories import InputImage
 from zsad.engine.images.decode import decode
-from zsad.engine.images.folders import InputImage
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, SCORES

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from zsad.engine.evaluation.evaluate import Evaluation
-from zsad.engine.images.folders import Category
+from zsad.engine.images.categories import Category
 from zsad.kernels.files import written_whole
 
 from .category import read_thumbnails

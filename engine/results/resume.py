@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zsad.engine.images.folders import Category
+from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import RECORD, SCORES, is_results
 
 from .category import THUMBNAILS

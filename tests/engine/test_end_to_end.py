@@ -95,12 +95,14 @@ def _metrics(category, images, scores: np.ndarray, grid: tuple[int, int]) -> dic
     """Image AUROC, and pixel AUROC where the category has masks, of patch scores [N, P]; in percent."""
     labels = np.array([image.anomalous for image in images])
     found = {"image": image_metrics(labels, image_scores(scores, grid, "top_fraction", SIZE))["auroc"]}
-    if any(image.masks for image in images):
+    if any(image.masks.files for image in images):
         pairs = []
         for image, patch_scores in zip(images, scores, strict=True):
-            if image.anomalous and not image.masks:
+            if image.anomalous and not image.masks.files:
                 continue
-            pixels = read_mask(category.root / image.masks[0]) if image.masks else np.zeros((SIZE, SIZE), bool)
+            pixels = (
+                read_mask(category.root / image.masks.files[0]) if image.masks.files else np.zeros((SIZE, SIZE), bool)
+            )
             pairs.append((pixels, upsample(patch_scores.reshape(grid), pixels.shape)))
         found["pixel"] = pixel_metrics([m for m, _ in pairs], [s for _, s in pairs])["auroc"]
     return {name: 100 * value for name, value in found.items()}

@@ -430,6 +430,25 @@ def test_a_mask_that_says_nothing_leaves_its_image_without_a_label(
     assert "1.png: without a label" in errors
 
 
+def test_metrics_that_there_cannot_be_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case(tmp_path)
+    case.add("part", "test/good/000.png", 0.5)
+    assert case.run() == 0
+    assert "part: no image metrics, since all 1 images that are compared count as normal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", [0, -1, float("nan")])
+def test_saturation_from_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], threshold: float
+) -> None:
+    case = Case(tmp_path)
+    add_regions(case, (255,))
+    entry = {"defect_name": "a", "pixel_value": 255, "saturation_threshold": threshold, "relative_saturation": False}
+    (case.data / "loco" / "defects_config.json").write_text(json.dumps([entry]))
+    assert case.run() == 1
+    assert "defects_config.json cannot be read" in capsys.readouterr().err
+
+
 def test_quiet_says_errors_only(flat: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert flat.run("-q") == 0
     assert capsys.readouterr().err == ""

@@ -86,7 +86,65 @@ def test_many_pictures_beside_folders_are_one_category_with_them(tmp_path: Path)
     touch_images(tmp_path, *numbered(6), *numbered(20, "a/"), *numbered(20, "b/"))
     (category,) = scan(tmp_path).categories
     assert len(category.images) == 46
-    assert "in the folders a, b are scored together" in category.notes[0]
+    assert "in its folders (a, b) are scored together" in category.notes[0]
+
+
+def test_categories_at_any_depth(tmp_path: Path) -> None:
+    touch_images(tmp_path, "visa/VisA_pytorch/1cls/candle/test/good/0.png", "visa/VisA_pytorch/1cls/pcb/test/bad/0.png")
+    names = ["visa_VisA_pytorch_1cls_candle", "visa_VisA_pytorch_1cls_pcb"]
+    assert list(found(tmp_path)) == names
+    touch_images(tmp_path, "site/a/0.png", "site/b/0.png")
+    site = scan(tmp_path).categories[0]
+    assert site.name == "site"
+    assert site.notes == ("the images in its folders (a, b) are scored together, as one category",)
+
+
+def test_a_product_called_good(tmp_path: Path) -> None:
+    touch_images(tmp_path, "good/test/good/0.png", "good/test/bad/0.png", "bottle/test/good/0.png")
+    assert list(found(tmp_path)) == ["bottle", "good"]
+    touch_images(tmp_path, "other/ok/good/0.png", "other/ok/bad/0.png", "other/nut/good/0.png", "other/nut/bad/0.png")
+    assert list(found(tmp_path / "other")) == ["nut", "ok"]
+
+
+def test_a_stray_picture_costs_neither_labels_nor_masks(tmp_path: Path) -> None:
+    touch_images(tmp_path, *numbered(9, "a/images/"), "a/masks/0.png", "a/overview.png")
+    touch_images(tmp_path, *numbered(9, "candle/Data/Images/Normal/"), "candle/Data/Images/Anomaly/0.png")
+    touch_images(tmp_path, "candle/Data/Masks/Anomaly/0.png", "candle/Data/overview.png", "candle/overview.png")
+    a, candle = scan(tmp_path).categories
+    assert (a.name, len(a.images), sum(bool(image.masks.files) for image in a.images)) == ("a", 9, 1)
+    assert a.notes[0] == "only images/ is scored; left out: overview.png"
+    assert (candle.name, len(candle.images), candle.images[0].defect) == ("candle", 10, "Anomaly")
+    assert candle.images[0].masks.files
+
+
+def test_what_is_no_category_is_said(tmp_path: Path) -> None:
+    touch_images(tmp_path, "bolt/0.png", "nut/train/good/0.png", "pin/masks/0.png")
+    (tmp_path / "nut" / "test").mkdir()
+    (tmp_path / "rod").mkdir()
+    (tmp_path / "rod" / "0.heic").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    dataset = scan(tmp_path)
+    assert [category.name for category in dataset.categories] == ["bolt"]
+    nut, pin, rod = dataset.notes
+    assert "only test/ would be scored, not train/ (1 images)" in nut
+    assert "masks/ is taken for masks" in pin
+    assert "other files: .heic 1" in rod
+
+
+def test_masks_that_may_be_of_any_split_are_not_used(tmp_path: Path) -> None:
+    touch_images(tmp_path, "can/test_public/bad/0.png", "can/test_private/bad/0.png", "can/ground_truth/bad/0_mask.png")
+    for category in scan(tmp_path).categories:
+        assert not any(image.masks.files for image in category.images)
+        assert any("1 masks in ground_truth/ may be of any split" in note for note in category.notes)
+
+
+def test_several_masks_of_one_image_are_said(tmp_path: Path) -> None:
+    touch_images(tmp_path, "test/good/0.png", "test/bad/0.png", "ground_truth/bad/0_mask.png", "masks/bad/0.png")
+    (category,) = scan(tmp_path).categories
+    assert [str(mask) for image in category.images for mask in image.masks.files] == ["ground_truth/bad/0_mask.png"]
+    assert any(
+        "1 image has several masks, such as ground_truth/bad/0_mask.png and masks" in note for note in category.notes
+    )
 
 
 def test_what_lies_beside_a_split_is_named(tmp_path: Path) -> None:
@@ -113,13 +171,12 @@ def test_a_test_without_normal_images_says_so(tmp_path: Path) -> None:
 def test_masks_are_never_images_and_are_said(tmp_path: Path) -> None:
     touch_images(tmp_path, "a.png", "b.png", "a_GT.bmp", "LABELS/b.png", "annotations/b.xml.png")
     (category,) = scan(tmp_path).categories
-    assert {str(image.relative): [str(mask) for mask in image.masks] for image in category.images} == {
+    assert {str(image.relative): [str(mask) for mask in image.masks.files] for image in category.images} == {
         "a.png": ["a_GT.bmp"],
         "b.png": ["LABELS/b.png"],
     }
     assert category.notes == (
-        "taken for masks because of their names and not scored: 1 in LABELS/, 1 in annotations/, 1 beside their "
-        "images, such as a_GT.bmp",
+        "taken for masks and not scored: 1 in LABELS/, 1 in annotations/, 1 beside their images, such as a_GT.bmp",
     )
     assert [str(path) for path in category.stray_masks] == ["annotations/b.xml.png"]
 
@@ -180,6 +237,39 @@ def test_links_in_circles_and_to_folders_read_before(tmp_path: Path) -> None:
     assert list(found(tmp_path)) == ["elsewhere", "part", "twin"]
 
 
+def test_links_to_what_a_folder_lies_in_are_not_followed(tmp_path: Path) -> None:
+    touch_images(tmp_path, "data/bottle/0.png", "data/bottle/1.png", "data/cable/0.png", "data/cable/1.png")
+    (tmp_path / "data/self").symlink_to(tmp_path / "data")
+    (tmp_path / "data/bottle/up").symlink_to(tmp_path / "data")
+    assert found(tmp_path / "data") == {"bottle": ["0.png", "1.png"], "cable": ["0.png", "1.png"]}
+    assert found(tmp_path / "data/bottle") == {"bottle": ["0.png", "1.png"]}
+
+
+def test_pipes_with_names_of_ours_are_not_waited_for(tmp_path: Path) -> None:
+    touch_images(tmp_path, "a/0.png", "a/1.png")
+    (tmp_path / "a" / RECORD).write_text("{}")
+    for name in (RUN, SCORES):
+        os.mkfifo(tmp_path / "a" / name)
+    assert found(tmp_path / "a") == {"a": ["0.png", "1.png"]}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_folders_of_other_users(tmp_path: Path) -> None:
+    touch_images(tmp_path, "a/0.png", "a/locked/0.png", "a/closed/0.png")
+    (tmp_path / "a/locked").chmod(0o000)
+    (tmp_path / "a/closed").chmod(0o444)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        (category,) = scan(tmp_path / "a").categories
+    finally:
+        os.seteuid(0)
+    assert {str(path) for path, _ in category.unreadable} == {"locked"}
+    assert [str(image.relative) for image in category.images] == ["0.png", "closed/0.png"]
+
+
 def test_linked_splits_and_masks(tmp_path: Path) -> None:
     touch_images(tmp_path, "store/good/0.png", "store/bent/0.png", "store/masks/bent/0.png")
     (tmp_path / "bolt" / "test").mkdir(parents=True)
@@ -187,7 +277,7 @@ def test_linked_splits_and_masks(tmp_path: Path) -> None:
         (tmp_path / "bolt" / "test" / name).symlink_to(tmp_path / "store" / name)
     (tmp_path / "bolt" / "ground_truth").symlink_to(tmp_path / "store" / "masks")
     (category,) = scan(tmp_path / "bolt").categories
-    assert {str(image.relative): list(map(str, image.masks)) for image in category.images} == {
+    assert {str(image.relative): list(map(str, image.masks.files)) for image in category.images} == {
         "test/bent/0.png": ["ground_truth/bent/0.png"],
         "test/good/0.png": [],
     }

@@ -1,9 +1,12 @@
 """Masks and images are brought together by their names, and what is ambiguous stays apart."""
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
+from pictures import picture
+from PIL import Image
 
 from zsad.engine.images.ground_truth import MaskFile, masks_beside, match_masks
 
@@ -12,7 +15,7 @@ def matched(images: Sequence[str], masks: Sequence[str], by_name_alone: bool = T
     files = [MaskFile(PurePosixPath("ground_truth", mask), PurePosixPath(mask)) for mask in masks]
     found = match_masks([PurePosixPath(image) for image in images], files, by_name_alone)
     pairs = {
-        images[index]: " ".join(str(mask.relative_to("ground_truth")) for mask in chosen)
+        images[index]: " ".join(str(mask.relative_to("ground_truth")) for mask in chosen.files)
         for index, chosen in found.masks.items()
     }
     return pairs, {str(mask.relative_to("ground_truth")) for mask in found.strays}
@@ -45,9 +48,49 @@ def test_images_that_differ_only_in_case_keep_their_own_masks() -> None:
 
 
 def test_of_several_masks_the_one_named_as_a_mask_counts() -> None:
-    assert matched(["bent/0.png"], ["bent/0.png", "bent/0_mask.png"]) == ({"bent/0.png": "bent/0_mask.png"}, set())
+    pairs, strays = matched(["bent/0.png"], ["bent/0.png", "bent/0_label.png", "bent/0_mask.png"])
+    assert (pairs, strays) == ({"bent/0.png": "bent/0_mask.png"}, set())
 
 
-def test_masks_beside_images() -> None:
+def test_a_mask_of_another_defect_is_no_mask_of_this_one() -> None:
+    images = ["good/0.png", "scratch/0.png", "scratch/1.png"]
+    pairs, strays = matched(images, ["cut/0_mask.png", "cut/1_mask.png", "scratch/0_mask.png"])
+    assert (pairs, strays) == ({"scratch/0.png": "scratch/0_mask.png"}, {"cut/0_mask.png", "cut/1_mask.png"})
+
+
+def test_masks_in_no_folder_of_normal_images() -> None:
+    pairs, strays = matched(["good/0.png", "bad/5.png"], ["0.png", "5.png"])
+    assert (pairs, strays) == ({"good/0.png": "0.png", "bad/5.png": "5.png"}, set())
+
+
+def test_folders_that_say_nothing_do_not_count() -> None:
+    images = ["crack/image/0.png", "hole/image/0.png", "crack/rgb/1.png"]
+    pairs, _ = matched(images, ["crack/0.png", "hole/0.png", "crack/1.png"])
+    assert pairs == {
+        "crack/image/0.png": "crack/0.png",
+        "hole/image/0.png": "hole/0.png",
+        "crack/rgb/1.png": "crack/1.png",
+    }
+
+
+def test_an_image_named_as_its_defect_has_no_region_files() -> None:
+    mask = MaskFile(PurePosixPath("ground_truth/cut/cut_mask.png"), PurePosixPath("cut/cut_mask.png"))
+    found = match_masks([PurePosixPath("cut/cut.png")], [mask], True)
+    assert not found.masks[0].regions
+
+
+def test_masks_beside_images(tmp_path: Path) -> None:
     names = ["Part0.jpg", "Part0_label.bmp", "Part1_label.bmp", "x_GT.png", "X.tif"]
-    assert masks_beside(names) == {"Part0_label.bmp": "Part0.jpg", "x_GT.png": "X.tif"}
+    assert masks_beside(tmp_path, names) == {"Part0_label.bmp": "Part0.jpg", "x_GT.png": "X.tif"}
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_drawn_png_beside_every_jpeg_is_its_mask(tmp_path: Path, drawn: bool) -> None:
+    for index in range(3):
+        picture(index).save(tmp_path / f"{index}.jpg")
+    for index in range(2):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[:9, :9] = 255
+        (Image.fromarray(mask) if drawn else picture(index)).save(tmp_path / f"{index}.png")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert masks_beside(tmp_path, names) == ({"0.png": "0.jpg", "1.png": "1.jpg"} if drawn else {})

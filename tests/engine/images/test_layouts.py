@@ -20,7 +20,7 @@ def read(dataset: Dataset) -> dict[str, dict[str, object]]:
         for image in category.images:
             label = "?" if image.anomalous is None else image.defect
             assert image.anomalous in (None, label is not GOOD)
-            masks = tuple(map(str, image.masks))
+            masks = tuple(map(str, image.masks.files))
             found[category.name][str(image.relative)] = (label, *masks) if masks else label
     return found
 
@@ -132,6 +132,33 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, dict[str, object]]]] = {
         ["part/train/good/0.png", "part/val/good/0.png", "part/val/bad/0.png"],
         {"part_train": {"train/good/0.png": "?"}, "part_val": {"val/bad/0.png": "bad", "val/good/0.png": GOOD}},
     ),
+    "splits with images and masks": (
+        ["neu/train/images/1.jpg", "neu/train/masks/1.png", "neu/val/images/2.jpg", "neu/val/masks/2.png"],
+        {
+            "neu_train": {"train/images/1.jpg": ("?", "train/masks/1.png")},
+            "neu_val": {"val/images/2.jpg": ("?", "val/masks/2.png")},
+        },
+    ),
+    "products within a split": (
+        [
+            "all/test/bottle/good/0.png",
+            "all/test/bottle/bad/0.png",
+            "all/test/cable/good/0.png",
+            "all/test/cable/bad/0.png",
+            "all/ground_truth/bottle/bad/0_mask.png",
+        ],
+        {
+            "all_bottle": {
+                "test/bottle/bad/0.png": ("bad", "ground_truth/bottle/bad/0_mask.png"),
+                "test/bottle/good/0.png": GOOD,
+            },
+            "all_cable": {"test/cable/bad/0.png": "bad", "test/cable/good/0.png": GOOD},
+        },
+    ),
+    "a training split beside labelled images": (
+        ["tile/good/0.png", "tile/bad/0.png", "tile/train/1.png"],
+        {"tile": {"bad/0.png": "bad", "good/0.png": GOOD}},
+    ),
     "a folder of data sets": (
         ["sets/a/bolt/test/good/0.png", "sets/a/nut/test/good/0.png", "sets/a/nut/test/bad/0.png"],
         {
@@ -173,7 +200,7 @@ def test_neither_case_nor_unicode_form_of_names_matters(tmp_path: Path, layout: 
     touch_images(tmp_path, *(renamed(n, "NFD" if mask else "NFC") for n, mask in zip(names, masks, strict=True)))
     found, before = scan(tmp_path), read_counts(expected)
     assert {
-        c.name.casefold(): (len(c.images), sum(bool(i.masks) for i in c.images)) for c in found.categories
+        c.name.casefold(): (len(c.images), sum(bool(i.masks.files) for i in c.images)) for c in found.categories
     } == before
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zsad.engine.images.categories import InputImage
 from zsad.engine.images.decode import recipe
-from zsad.engine.images.folders import InputImage
 from zsad.engine.images.loader import HostInputs, Inputs, Loader
 from zsad.engine.images.stored import ImageError
 
