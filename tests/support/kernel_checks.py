@@ -211,3 +211,22 @@ def check_resize(device: Any, source: tuple[int, int], size: int, resampling: An
     pixels = np.rint((out.transpose(1, 2, 0) * np.array(deviation) + mean) * 255)
     np.testing.assert_array_equal(pixels, pillow)
     np.testing.assert_allclose(out, ((pillow / 255 - mean) / deviation).transpose(2, 0, 1), atol=2e-6)
+
+
+def check_running_top(run: Run, make: Make, rows: int, columns: int, kept: int, get: Any = np.asarray) -> None:
+    """Three chunks with many equal products and a row of negative ones, infinity behind each row."""
+    random = rng(rows, columns, kept)
+    products = random.integers(-9, 60, (3, rows, columns)).astype(np.float32)
+    products[:, rows // 2] *= -1
+    keys = make(np.full((rows, kept), LOWEST_KEY, np.int32))
+    indices = make(np.tile(-1 - np.arange(kept, dtype=np.int32), (rows, 1)))
+    for number, chunk in enumerate(products):
+        wide = make(np.pad(chunk, ((0, 0), (0, 3)), constant_values=np.inf))
+        scalars = [np.int32(value) for value in (columns + 3, rows, columns, 5 + number * columns)]
+        run("running_top", (-(-rows // 2), 1), 64, (wide, *scalars, keys, indices, np.int32(kept)))
+    flat = np.concatenate(list(products), axis=1)
+    order = np.argsort(-flat, axis=1, kind="stable")[:, :kept]
+    found, numbers = keys_to_floats(get(keys)), get(indices)
+    by_rank = np.lexsort((numbers, -found))[:, : order.shape[1]]
+    np.testing.assert_array_equal(np.take_along_axis(numbers, by_rank, axis=1), 5 + order)
+    np.testing.assert_array_equal(np.take_along_axis(found, by_rank, axis=1), np.take_along_axis(flat, order, axis=1))

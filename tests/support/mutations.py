@@ -61,6 +61,11 @@ def _int8_winners(run: checks.Run, make: checks.Make) -> None:
     variant_checks.check_winner_cosines(run, make, 2, 7, 300)
 
 
+def _running_top(run: checks.Run, make: checks.Make) -> None:
+    checks.check_running_top(run, make, 3, 150, 5)
+    checks.check_running_top(run, make, 1, 3, 1)
+
+
 CHECKS: dict[str, Check] = {
     "layer_norm": _layer_norm,
     "pooled_norms": _pooled_norms,
@@ -70,6 +75,7 @@ CHECKS: dict[str, Check] = {
     "fused": _fused,
     "int8_quantise": _int8_quantise,
     "int8_winners": _int8_winners,
+    "running_top": _running_top,
 }
 
 
@@ -209,6 +215,22 @@ MUTATIONS = [
         "inverse[p], column, column_inverse",
         "inverse[p], image, inverse",
     ),
+    Mutation("a column past the end counts", "running_top", "c < columns ?", "c <= columns ?"),
+    Mutation("of equal entries the first goes", "running_top", "kept.index : kNone", "-kept.index : kNone"),
+    Mutation(
+        "of equal candidates the last stays",
+        "running_top",
+        "warp_smallest(candidate == best",
+        "warp_largest(candidate == best",
+    ),
+    Mutation(
+        "equal products replace each other", "running_top", "if (best <= kept.smallest)", "if (best < kept.smallest)"
+    ),
+    Mutation("a candidate is taken twice", "running_top", "    if (column == winner) candidate = kNone;\n", ""),
+    Mutation("smallest entry not renewed", "running_top", "    kept.smallest = warp_smallest(kept.key);\n", ""),
+    Mutation("columns of a chunk not numbered on", "running_top", "first + column + i * kWarp", "column + i * kWarp"),
+    Mutation("only the first of the loads", "running_top", "i < kAhead; ++i) take", "i < 1; ++i) take"),
+    Mutation("the last row is written by two warps", "running_top", "if (row >= rows)", "if (row > rows)"),
     Mutation("half the channels measured", "int8_winners", "c < stride; c", "c < stride / 2; c"),
 ]
 
