@@ -16,7 +16,6 @@ the true shape are used, and the output says so.
 """
 
 import argparse
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def variants(
         images = batch if device is None else device.to_device(batch)
         fetch = np.asarray if device is None else device.to_host
         yield Variant(variant, precision, partial(_complete, tower, images, device), fetch)
-    if importlib.util.find_spec("torch") is None:
+    if find_spec("torch") is None:
         print("PyTorch: not measured (it is not installed)")
         return
     import torch

@@ -151,7 +151,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
     device = HostDevice()
     monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
-    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: object())
     monkeypatch.setattr(runtimes, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
     return device
 

@@ -3,10 +3,10 @@
 TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime on a CPU.
 """
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 from zsad.engine.config import ConfigError
@@ -68,7 +68,7 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     if device != "auto" and not device.startswith("cuda"):
         raise ConfigError(f"--device must be auto, cpu, cuda:N, cuda:N,M or cuda:all, not {device!r}")
     cpu_will_do = device == "auto" and library in ("auto", "onnxruntime")
-    if cpu_will_do and importlib.util.find_spec("cupy") is None:
+    if cpu_will_do and find_spec("cupy") is None:
         return Runtime("onnxruntime", (), None, "no GPU is used: CuPy is not installed")
     try:
         devices = open_devices("cuda" if device == "auto" else device)

@@ -54,7 +54,7 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
 @pytest.mark.usefixtures("tensorrt")
 def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutual_scoring_cuda, "PEAK_SIDE", 64)
-    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "torch" else object())
     backbone, *runs = measure("--device", "cuda:0", "--batch-size", "2")
     assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(backbone["seconds_per_image"])
     assert [run["runtime"].split()[0] for run in runs] == ["tensorrt", "tensorrt-rtx"]

@@ -26,6 +26,7 @@ MISSING_COMPILER = "g++ is not installed: the CUDA sources cannot be compiled fo
 OPTIONS: tuple[str, ...] = ("-std=c++17", "-O1", "-DZSAD_HOST", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
 OPTIONS += ("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 LAUNCHING = threading.Lock()  # the emulation runs one block at a time, whichever thread asks
+CACHE = cache_folder().absolute() / "host"  # before a test chooses another cache, which would be empty
 FENCE = 64  # entries around every array that a kernel sees
 
 
@@ -47,19 +48,13 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
 
 
-def host_cache() -> Path:
-    folder: Path = cache_folder() / "host"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @functools.cache
 def standard_headers() -> Path:
     """Precompile what the emulation includes, most of a small source's compile time; return the header to include."""
     header = (cuda_device.FOLDER / "host/cuda_host.h").read_text("utf-8")
     text = "\n".join(re.findall(r"^#include <.*>$", header, re.MULTILINE)) + "\n"
-    folder = host_cache() / f"headers-{digest(text, *OPTIONS)}"
-    folder.mkdir(exist_ok=True)
+    folder = CACHE / f"headers-{digest(text, *OPTIONS)}"
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "standard.h"
     if not (folder / "standard.h.gch").exists():
         path.write_text(text, "utf-8")
@@ -85,11 +80,11 @@ def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL
     text = f"{source}\n{entries}"
     headers = [(folder / name).read_text("utf-8") for name in ("device.h", "host/cuda_host.h")]
     key = digest(text, *headers, *OPTIONS, *defines)
-    cache = host_cache() / f"kernels-{key}.so"
+    cache = CACHE / f"kernels-{key}.so"
     if not cache.exists():
         assert COMPILER, MISSING_COMPILER
         standard = standard_headers()
-        with tempfile.TemporaryDirectory(dir=host_cache()) as scratch:
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             built = Path(scratch) / "kernels.so"
             options = [*OPTIONS, *(f"-D{define}" for define in defines), f"-I{folder}", "-include", str(standard)]
             command = [COMPILER, *options, "-shared", "-x", "c++", "-o", str(built), "-"]

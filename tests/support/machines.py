@@ -27,7 +27,7 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
         return types.SimpleNamespace(__version__="1.7")
 
     providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
-    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda _: object() if "cupy" in installed else None)
+    monkeypatch.setattr(runtimes, "find_spec", lambda _: object() if "cupy" in installed else None)
     monkeypatch.setattr(runtimes, "open_devices", open_devices)
     monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
     onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")

@@ -55,15 +55,20 @@ struct Copy {
 
 constexpr size_t kCopyBytes = 16;
 
+// How many lanes of a warp wait where: arrivals ask this instead of every lane.
+struct Warp {
+  int at_barrier = 0, at_collective = 0, returned = 0;
+  int line = 0;  // of the collective
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf position;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Index thread;
   bool started = false, done = false;
-  int waits_at = 0;     // line of the barrier or collective, 0 while runnable
-  bool at_barrier = false;
-  uint64_t value = 0;   // what the lane brings to a warp collective
+  int waits_at = 0;    // line of the barrier or collective, 0 while runnable
+  uint64_t value = 0;  // what the lane brings to a warp collective
   int parameter = 0;
   uint64_t result = 0;
   std::vector<Copy> open_copies;                // of the group not yet closed
@@ -89,11 +94,14 @@ class Block {
     if (threads == 0 || threads > 1024 || threads % kWarpSize)
       throw std::runtime_error("a block must be 1 to 32 whole warps");
     fibers_.resize(threads);
+    warps_.assign(threads / kWarpSize, Warp());
+    at_barrier_ = 0;
     std::vector<Fiber*> everyone;
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& f = fibers_[t];
       f.thread = {t % dim.x, t / dim.x % dim.y, t / (dim.x * dim.y)};
-      f.started = f.done = f.at_barrier = false;
+      f.started = f.done;  // where the last launch failed, its fibers are in the midst of a kernel
+      f.done = false;
       f.waits_at = 0;
       f.open_copies.clear();
       f.closed_copies.clear();
@@ -118,7 +126,14 @@ class Block {
   }
 
   void barrier(int line) {
-    wait(line, true);
+    if (left_ < fibers_.size()) fail("a thread has returned before a barrier of its block", line);
+    if (at_barrier_ && line != barrier_line_) fail("threads of a block wait at different barriers", line);
+    barrier_line_ = line;
+    ++warps_[warp_of(*current_)].at_barrier;
+    if (++at_barrier_ < fibers_.size()) return suspend(line);
+    at_barrier_ = 0;
+    for (Warp& each : warps_) each.at_barrier = 0;
+    for (Fiber& f : fibers_) f.waits_at = 0;
   }
 
   // Full-warp collective: every lane brings a value and a parameter; `combine` fills the results of all 32 lanes.
@@ -127,18 +142,16 @@ class Block {
     if (mask != 0xffffffffu) fail("only full-warp collectives are emulated", line);
     current_->value = value;
     current_->parameter = parameter;
-    Fiber* lanes = &fibers_[warp_of(*current_) * kWarpSize];
-    int arrived = 1;
-    for (int l = 0; l < kWarpSize; ++l) {
-      if (lanes[l].done) fail("a lane has returned before a warp collective", line);
-      if (!lanes[l].waits_at) continue;
-      if (lanes[l].at_barrier || lanes[l].waits_at != line)
-        fail("a warp collective is reached by some lanes only", line);
-      ++arrived;
-    }
-    if (arrived < kWarpSize) {
-      wait(line, false);
+    Warp& warp = warps_[warp_of(*current_)];
+    if (warp.returned) fail("a lane has returned before a warp collective", line);
+    if (warp.at_barrier || (warp.at_collective && warp.line != line))
+      fail("a warp collective is reached by some lanes only", line);
+    warp.line = line;
+    if (++warp.at_collective < kWarpSize) {
+      suspend(line);
     } else {
+      warp.at_collective = 0;
+      Fiber* lanes = &fibers_[warp_of(*current_) * kWarpSize];
       combine(lanes);
       for (int l = 0; l < kWarpSize; ++l) lanes[l].waits_at = 0;
     }
@@ -185,7 +198,10 @@ class Block {
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
   std::string failure_;
-  size_t left_ = 0;  // fibers that have not returned
+  std::vector<Warp> warps_;
+  size_t left_ = 0;        // fibers that have not returned
+  size_t at_barrier_ = 0;  // fibers that wait at the barrier in this line
+  int barrier_line_ = 0;
 
   unsigned warp_of(const Fiber& f) const { return unsigned(&f - fibers_.data()) / kWarpSize; }
 
@@ -197,7 +213,9 @@ class Block {
       any = true;
       resume(*f);
       if (!failure_.empty()) throw std::runtime_error(std::exchange(failure_, std::string()));
-      if (f->done) --left_;
+      if (!f->done) continue;
+      --left_;
+      ++warps_[warp_of(*f)].returned;
     }
     return any;
   }
@@ -217,26 +235,9 @@ class Block {
     setcontext(&f.start);
   }
 
-  __attribute__((noinline)) void suspend() {
-    if (!_setjmp(current_->position)) _longjmp(scheduler_, 1);
-  }
-
-  void wait(int line, bool at_barrier) {
+  __attribute__((noinline)) void suspend(int line) {
     current_->waits_at = line;
-    current_->at_barrier = at_barrier;
-    if (at_barrier && release_barrier(line)) return;
-    suspend();
-  }
-
-  bool release_barrier(int line) {
-    for (const Fiber& f : fibers_) {
-      if (f.done) fail("a thread has returned before a barrier of its block", line);
-      if (f.waits_at && f.at_barrier && f.waits_at != line) fail("threads of a block wait at different barriers", line);
-    }
-    for (const Fiber& f : fibers_)
-      if (!f.waits_at || !f.at_barrier) return false;
-    for (Fiber& f : fibers_) f.waits_at = 0;
-    return true;
+    if (!_setjmp(current_->position)) _longjmp(scheduler_, 1);
   }
 
   // Exceptions must not leave a fiber; the scheduler throws in its place.
@@ -262,11 +263,14 @@ class Block {
 
 static Block block;
 
+// A fiber that has returned waits for the next block, whose kernel it then runs: starting one takes two system calls.
 inline void Block::entry() {
-  block.kernel_();
-  block.check_copies();
-  block.current_->done = true;
-  _longjmp(block.scheduler_, 1);
+  for (;;) {
+    block.kernel_();
+    block.check_copies();
+    block.current_->done = true;
+    block.suspend(0);
+  }
 }
 
 template <class To, class From>
