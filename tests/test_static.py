@@ -26,6 +26,7 @@ def test_format() -> None:
     check("ruff", "format", "--check", ".")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("python", ["3.10", "3.13"])  # the oldest and the newest supported
 def test_mypy(tmp_path: Path, python: str) -> None:
     # The folders are modules of `zsad` only under that name; a link gives it to them without an install.

@@ -37,6 +37,7 @@ def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
+@pytest.mark.slow
 def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
     backbone, *runs = measure("--device", "cpu")
     assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(backbone["seconds_per_image"])

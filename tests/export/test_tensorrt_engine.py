@@ -467,6 +467,7 @@ def test_options_that_tensorrt_rtx_does_not_take(graph: ExportedModel, options: 
         build_engine(graph, options, "again")
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_command_builds_two_layers_of_vit_large(
     random_dinov2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -149,6 +149,7 @@ def test_images_of_every_kind_and_size_together(infer, tmp_path: Path) -> None:
     assert len(read_scores(Path("out/data"))) == 12
 
 
+@pytest.mark.slow
 def test_demo(infer) -> None:
     assert infer("--demo", "--output", "out") == 0
     assert len(read_scores(Path("out/flange"))) == 24

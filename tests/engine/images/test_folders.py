@@ -283,6 +283,7 @@ def test_linked_splits_and_masks(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_tree_deeper_than_python_calls_functions(tmp_path: Path) -> None:
     folders = [tmp_path / "a"]
     for _ in range(1100):

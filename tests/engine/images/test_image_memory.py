@@ -47,7 +47,14 @@ print(estimate, read, highest() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
-    "kind", ["jpeg", "masked jpeg", "grey png", "alpha png", "16 bit tiff", "16 bit colour tiff", "16 bit planes"]
+    "kind",
+    [
+        *("jpeg", "grey png", "alpha png", "16 bit tiff"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("masked jpeg", "16 bit colour tiff", "16 bit planes")
+        ),
+    ],
 )
 def test_estimate(tmp_path: Path, kind: str) -> None:
     grey = np.zeros(SIZE[::-1], np.uint8)

@@ -23,6 +23,7 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_rtx
 def test_zsad_infer_takes_the_engines_that_zsad_export_built(

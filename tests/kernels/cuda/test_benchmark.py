@@ -26,6 +26,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     return device
 
 
+@pytest.mark.slow
 def test_every_variant_is_checked_and_timed(device: HostDevice, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     assert benchmark.main([*SMALL, "--pairs", "1", "--output", str(output)]) == 0
@@ -38,6 +39,7 @@ def test_every_variant_is_checked_and_timed(device: HostDevice, tmp_path: Path) 
     assert record["peak_flops"] > 0
 
 
+@pytest.mark.slow
 def test_scores_that_are_off_are_not_timed(device: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variant, (options, _) in benchmark.VARIANTS.items():
         monkeypatch.setitem(benchmark.VARIANTS, variant, (options, 0.0))

@@ -35,6 +35,7 @@ def test_every_source_has_kernels_that_are_found_by_name() -> None:
         cuda_device.build_of("abacus")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", SOURCES)
 def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mutations import MUTATIONS, found, planted
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
 
+@pytest.mark.slow
 def test_at_least_nine_of_ten_planted_bugs_are_found() -> None:
     host_build.standard_headers()
     with ThreadPoolExecutor(2) as pool:
