@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -11,13 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from clip_checkpoints import write_clip
 
 from zsad.engine.commands.export import main
 from zsad.export import libraries, tensorrt_engine
 from zsad.export.cuda_driver import CudaError, use_device
 from zsad.export.libraries import EngineError, import_tensorrt
 from zsad.export.onnx_export import ExportedModel, export_onnx
-from zsad.export.options import ExportOptions
+from zsad.export.options import IMAGE_OUTPUTS, ExportOptions, TextOptions
 from zsad.export.tensorrt_engine import (
     EngineOptions,
     Fingerprint,
@@ -487,3 +489,43 @@ def test_command_builds_two_layers_of_vit_large(
     assert words[0] == "zsad-export"
     assert main(words[1:]) == 0  # the command that mends makes the same engine
     assert capsys.readouterr().err.count("already built") == 2
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_tensorrt_rtx_builds_a_text_tower(tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", str(write_clip(tmp_path, "april")), "--text", "--target", "tensorrt-rtx"]
+    arguments += ["--precision", precision, "--batch", "1,8,64", "--output", str(tmp_path / "text.engine")]
+    assert main(arguments) == 0
+    assert f"{precision} against" in capsys.readouterr().err
+    fingerprint = json.loads((tmp_path / "text.engine.json").read_text())
+    assert fingerprint["profile"] == {"ids": [[1, 77], [8, 77], [64, 77]]}
+    assert main(shlex.split(fingerprint["command"])[1:]) == 0
+    assert capsys.readouterr().err.count("already built") == 2
+
+
+@needs_rtx
+def test_tensorrt_rtx_reads_the_types_of_a_text_tower(tmp_path: Path) -> None:
+    trt = import_tensorrt("tensorrt-rtx")
+    options = TextOptions(precision="fp16", attention="standard")
+    graph = export_onnx(str(write_clip(tmp_path, "april")), options)
+    _, network = parse_network(trt, graph.path, tensorrt_engine._logger(trt))
+    (ids, embedding) = network.get_input(0), network.get_output(0)
+    assert (ids.dtype.name, tuple(ids.shape)) == ("INT32", (-1, 77))
+    assert (embedding.dtype.name, tuple(embedding.shape)) == ("FLOAT", (-1, 24))
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_tensorrt_rtx_builds_windows(tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = ",".join(IMAGE_OUTPUTS)
+    arguments = ["--checkpoint", str(write_clip(tmp_path, "april")), "--taps", "2,5", "--image-size", "98"]
+    arguments += ["--outputs", outputs, "--antialias", "--target", "tensorrt-rtx", "--precision", precision]
+    assert main([*arguments, "--output", str(tmp_path / "windows.engine")]) == 0
+    capsys.readouterr()
+    fingerprint = json.loads((tmp_path / "windows.engine.json").read_text())
+    assert "--antialias" in fingerprint["command"]
+    assert main(shlex.split(fingerprint["command"])[1:]) == 0
+    assert capsys.readouterr().err.count("already built") == 2
+    weights = 12 * 12 * 64**2 * (2 if precision == "fp16" else 4)  # once for all three sequences
+    assert weights < fingerprint["engine_bytes"]

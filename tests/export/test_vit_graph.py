@@ -1,19 +1,30 @@
 """Exported graphs against tokens that the public model code computed."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from clip_checkpoints import normalised, text_arrays, write_clip
 from processor import needs_vnni
 from safetensors.numpy import load_file, save_file
 
 from zsad.export.libraries import import_onnxruntime
-from zsad.export.options import ExportOptions
+from zsad.export.onnx_export import export_onnx
+from zsad.export.options import ACTIVATIONS, ATTENTIONS, IMAGE_OUTPUTS, ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.transformer_graph import LINEAR_LAYERS
 from zsad.export.vision_transformer import CLIP, DINOV2, VisionTransformer, read_vision_transformer
-from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions
+from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions, window_tokens
+
+WINCLIP = {
+    "windows_2": "window_embedding_2",
+    "windows_3": "window_embedding_3",
+    "patches": "patch_tokens_ln_post",
+    "embedding": "image_embedding",
+    "tokens": "patch_tokens_last_block",
+}
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> list[np.ndarray]:
@@ -263,3 +274,148 @@ def test_bicubic_matrix_equals_pytorch(source: int, target: int) -> None:
             torch.from_numpy(x)[None, None], size=(target, target), mode="bicubic", antialias=antialias
         )[0, 0].numpy()
         np.testing.assert_allclose(matrix @ x @ matrix.T, expected, atol=1e-6)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> VisionTransformer:
+    return read_vision_transformer(write_clip(tmp_path_factory.mktemp("clip"), "clip_tiny"))
+
+
+@pytest.fixture(scope="module")
+def april(tmp_path_factory: pytest.TempPathFactory) -> VisionTransformer:
+    return read_vision_transformer(write_clip(tmp_path_factory.mktemp("april"), "april"))
+
+
+def outputs(model: onnx.ModelProto, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what `run` does, by name."""
+    return dict(zip((output.name for output in model.graph.output), run(model, images), strict=True))
+
+
+@pytest.mark.parametrize("size", [96, 144, 64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_clip_equals_open_clip_at_other_sizes(tiny_clip: VisionTransformer, activation: str, size: int) -> None:
+    arrays = text_arrays("clip_tiny")
+    options = ExportOptions((0, 2, 5), size, activation, antialias=True)
+    found = outputs(build_vit_graph(tiny_clip, options), normalised(arrays[f"resized_{size}"]))
+    expected = arrays[f"{activation}_{size}_image_embedding"]
+    np.testing.assert_allclose(found["embedding"], unit(expected), atol=1e-5)
+    for index, block in enumerate((1, 3, 6)):
+        np.testing.assert_allclose(
+            found["tokens"][:, index], arrays[f"{activation}_{size}_block_{block}"][:, 1:], atol=1e-4
+        )
+
+
+def test_positions_are_resized_as_open_clip_does(tiny_clip: VisionTransformer, april: VisionTransformer) -> None:
+    arrays = text_arrays("clip_tiny")
+    for size in (64, 96, 144):
+        np.testing.assert_allclose(
+            resize_positions(tiny_clip, size // 16, True), arrays[f"positional_{size}"], atol=1e-6
+        )
+    np.testing.assert_allclose(resize_positions(april, 7, True), text_arrays("april")["positional"], atol=1e-6)
+    assert np.abs(resize_positions(april, 7) - text_arrays("april")["positional"]).max() > 0.01
+
+
+def test_blocks_equal_those_of_april_gan(april: VisionTransformer) -> None:
+    arrays = text_arrays("april")
+    blocks = arrays["layers"].tolist()
+    options = ExportOptions(tuple(block - 1 for block in blocks), 98, antialias=True)
+    found = outputs(build_vit_graph(april, options), normalised(arrays["resized"]))
+    np.testing.assert_allclose(found["embedding"], unit(arrays["image_embedding"]), atol=1e-5)
+    references = outputs(build_vit_graph(april, options), normalised(arrays["reference_resized"].reshape(4, 98, 98, 3)))
+    for index, block in enumerate(blocks):
+        np.testing.assert_allclose(found["tokens"][:, index], arrays[f"block_{block}"][:, 1:], atol=1e-4)
+        expected = arrays[f"reference_block_{block}"].reshape(4, 50, 64)[:, 1:]
+        np.testing.assert_allclose(references["tokens"][:, index], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("precision", "largest"), [("fp32", 1e-5), ("fp16", 5e-3), pytest.param("int8", 0.15, marks=needs_vnni)]
+)
+def test_windows_equal_those_of_winclip(
+    tiny_clip: VisionTransformer, precision: str, largest: float, attention: str
+) -> None:
+    arrays = text_arrays("winclip_anomalib")
+    images = normalised(arrays["resized"])
+    options = ExportOptions((5,), 96, outputs=IMAGE_OUTPUTS, precision=precision, attention=attention)
+    model = build_vit_graph(tiny_clip, options)
+    found = outputs(model, images)
+    assert set(found) == set(IMAGE_OUTPUTS)
+    assert np.linalg.norm(found["windows_2"], axis=-1).max() > 1.1
+    found["tokens"] = found["tokens"][:, 0]
+    for name, theirs in WINCLIP.items():
+        expected = unit(arrays[theirs]) if name == "embedding" else arrays[theirs]
+        error = np.linalg.norm(found[name] - expected) / np.linalg.norm(expected)
+        assert error < largest, name
+    if precision != "int8":
+        alone = outputs(model, images[2:3])
+        for name in ("windows_2", "windows_3", "patches"):
+            np.testing.assert_allclose(alone[name], found[name][2:3], atol=largest)
+
+
+def test_every_output_can_stand_alone_and_is_the_same_then(tiny_clip: VisionTransformer) -> None:
+    images = normalised(text_arrays("winclip_anomalib")["resized"][:2])
+    whole = outputs(build_vit_graph(tiny_clip, ExportOptions((2,), 96, outputs=IMAGE_OUTPUTS)), images)
+    for name in IMAGE_OUTPUTS:
+        model = build_vit_graph(tiny_clip, ExportOptions((2,) if name == "tokens" else (), 96, outputs=(name,)))
+        (found,) = outputs(model, images).items()
+        assert found[0] == name
+        np.testing.assert_allclose(found[1], whole[name], atol=1e-5)
+
+
+def test_all_sequences_share_the_weights(tiny_clip: VisionTransformer) -> None:
+    for precision in ("fp32", "fp16", "int8"):
+        plain, windows = (
+            build_vit_graph(tiny_clip, ExportOptions((5,), 96, outputs=wanted, precision=precision))
+            for wanted in (("tokens", "embedding"), IMAGE_OUTPUTS)
+        )
+        sizes = [sum(len(tensor.raw_data) for tensor in model.graph.initializer) for model in (plain, windows)]
+        assert sizes[1] - sizes[0] < 6000  # which tokens each window holds
+        names = [tensor.name for tensor in windows.graph.initializer]
+        assert len(names) == len(set(names))
+
+
+def test_windows_are_numbered_as_in_anomalib() -> None:
+    arrays = text_arrays("winclip_anomalib")
+    for side in (2, 3):
+        np.testing.assert_array_equal(window_tokens(6, side, 0), arrays[f"windows_{side}"].T)
+        found = window_tokens(6, side, 5)
+        np.testing.assert_array_equal(found[:, :5], np.tile(np.arange(5), (len(found), 1)))
+        np.testing.assert_array_equal(found[:, 5:], 5 + arrays[f"windows_{side}"].T)
+
+
+def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> None:
+    model = build_vit_graph(tiny_clip, ExportOptions((), 32, outputs=("windows_2",)))
+    assert run(model, np.zeros((3, 3, 32, 32)))[0].shape == (3, 1, 32)
+    with pytest.raises(CheckpointError, match="no windows of 3 × 3 patches; use --image-size 48 or more"):
+        build_vit_graph(tiny_clip, ExportOptions((), 32, outputs=("windows_2", "windows_3")))
+
+
+@pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_windows_are_compared_before_they_are_kept(
+    empty_cache: Path, random_dinov2: Callable[..., Path], tmp_path: Path, precision: str, oracle: str, registers: int
+) -> None:
+    if oracle == "torch":
+        pytest.importorskip("torch", reason="compares with PyTorch")
+    # With registers and without a projection, and the opposite.
+    checkpoint = random_dinov2(registers=4) if registers else write_clip(tmp_path, "april")
+    options = ExportOptions((1,), 70, outputs=IMAGE_OUTPUTS, precision=precision)
+    assert export_onnx(str(checkpoint), options, oracle=oracle).agreement.startswith(precision)
+
+
+@pytest.mark.torch
+def test_windows_that_are_wrong_are_not_kept(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="compares with PyTorch")
+    right = window_tokens
+    monkeypatch.setattr("zsad.export.vit_graph.window_tokens", lambda *sizes: right(*sizes)[::-1].copy())
+    options = ExportOptions((), 70, outputs=("embedding", "windows_2"))
+    with pytest.raises(CheckpointError, match="computes something else"):
+        export_onnx(str(write_clip(tmp_path, "april")), options, oracle="torch")

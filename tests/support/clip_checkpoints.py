@@ -17,6 +17,13 @@ def text_arrays(name: str) -> np.lib.npyio.NpzFile:
     return np.load(file)
 
 
+def normalised(pictures: np.ndarray) -> np.ndarray:
+    """Return CLIP's input [..., 3, S, S] of pictures [..., S, S, 3] in 8 bits."""
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = (pictures / 255 - np.array(mean)) / np.array(deviation)
+    return np.moveaxis(pixels, -1, -3).astype(np.float32)
+
+
 def clip_state(name: str) -> dict[str, np.ndarray]:
     """Return both towers of `clip_tiny` or `april` in open_clip's names, as float32."""
     stored = text_arrays(f"{name}_weights")

@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from zsad.export.libraries import import_onnxruntime
 from zsad.export.tensorrt_engine import LoadedEngine
 
+# ONNX Runtime's types → TensorRT's and NumPy's.
+TYPES = {
+    "tensor(float)": ("FLOAT", np.float32),
+    "tensor(float16)": ("HALF", np.float16),
+    "tensor(int32)": ("INT32", np.int32),
+}
+
 
 def loaded(engine: "HostEngine", rtx: bool = False) -> LoadedEngine:
     """Give an engine the library, TensorRT or TensorRT-RTX, and the logger that it comes with."""
@@ -33,6 +40,7 @@ class HostEngine:
         ort = import_onnxruntime()
         self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
         self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        (self.input,) = (tensor.name for tensor in self.session.get_inputs())
         self.num_io_tensors = len(self.tensors)
         self.refuses_context = False
         self.runs: list[int] = []
@@ -41,16 +49,16 @@ class HostEngine:
         return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> str:
-        return "input" if name == "images" else "output"
+        return "input" if name == self.input else "output"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, *self.tensors[name].shape[1:])
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "DataType.HALF" if self.tensors[name].type == "tensor(float16)" else "DataType.FLOAT"
+        return f"DataType.{TYPES[self.tensors[name].type][0]}"
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        assert (name, profile) == ("images", 0)
+        assert (name, profile) == (self.input, 0)
         return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
 
     def create_runtime_config(self) -> "HostRuntimeConfig":
@@ -113,7 +121,7 @@ class HostContext:
         self.fails, self.capturable, self.laid_out_for = False, True, (0,)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == "images"
+        assert name == self.engine.input
         self.shape = shape
         return True
 
@@ -151,11 +159,11 @@ class HostContext:
         engine.runs.append(shape[0])
 
         def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-            dtype = np.dtype(np.float16 if "HALF" in engine.get_tensor_dtype(name) else np.float32)
+            dtype = np.dtype(TYPES[engine.tensors[name].type][1])
             size = math.prod(shape) * dtype.itemsize
             content = (ctypes.c_char * size).from_address(addresses[name])
             return np.frombuffer(content, dtype).reshape(shape)
 
-        outputs = engine.session.run(None, {"images": memory("images", shape).copy()})
+        outputs = engine.session.run(None, {engine.input: memory(engine.input, shape).copy()})
         for tensor, value in zip(engine.session.get_outputs(), outputs, strict=True):
             memory(tensor.name, value.shape)[...] = value

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clip_checkpoints import normalised, text_arrays, write_clip
 from host_build import COMPILER, MISSING_COMPILER, HostDevice
 from host_tensorrt import HostEngine, loaded
 from runs import draw, record, scores_and_maps
 
 from zsad.engine.commands.export import main as export
 from zsad.engine.commands.infer import main
+from zsad.engine.config import Config, NetworkSpec, Table
 from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_graphs
+from zsad.engine.networks.network import GraphRequest, TensorSpec, run_in_parts
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 needs_rtx = pytest.mark.skipif(
@@ -92,3 +95,65 @@ def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: 
     assert main([str(data), *common]) == 0
     assert np.argmax(scores_and_maps("out")[0]) == 5
     assert record("out")["config"]["settings"]["rscin"] == [1, 8, 9]
+
+
+@pytest.fixture
+def clip_config(tmp_path: Path) -> Config:
+    """A configuration whose network has both towers of CLIP."""
+    spec = {"checkpoint": str(write_clip(tmp_path, "april")), "taps": (2,), "image_size": 98, "antialias": True}
+    networks = {"clip": NetworkSpec(**spec)}
+    return Config(preset="x", method="x", image_size=98, networks=networks, settings=Table())
+
+
+IMAGE = GraphRequest("clip", "image", ("tokens", "embedding", "windows_2"))
+TEXT = GraphRequest("clip", "text", ("embedding",))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_has_an_image_graph_and_a_text_graph(clip_config: Config, precision: str) -> None:
+    config = clip_config.model_copy(update={"network_precision": precision})
+    runtime = runtimes.choose_runtime("cpu")
+    network = networks.load_networks(config, [IMAGE, TEXT], runtime, 4)["clip"]
+    assert network.preprocessing == "clip"
+    assert list(network.graphs) == ["image", "text"]
+    images, texts = network.graphs["image"], network.graphs["text"]
+    assert list(images.outputs) == ["tokens", "embedding", "windows_2"]
+    assert texts.inputs == {"ids": TensorSpec((77,), np.dtype(np.int32))}
+    assert texts.outputs == {"embedding": TensorSpec((24,), np.dtype(np.float32))}
+    ids = text_arrays("clip_tiny")["token_ids"]
+    parts = [outputs["embedding"] for _, outputs in run_in_parts(texts, {"ids": ids})]
+    assert [len(part) for part in parts] == [4, 4, 4, 2]
+    alone = networks.load_graph(config, TEXT, runtime, len(ids))
+    np.testing.assert_allclose(alone.run({"ids": ids})["embedding"], np.concatenate(parts), atol=1e-5)
+    only = networks.load_networks(config, [TEXT], runtime, 4)["clip"]
+    assert (only.sha256, only.preprocessing, list(only.graphs)) == (network.sha256, "clip", ["text"])
+
+
+def test_positions_are_resized_as_the_configuration_says(clip_config: Config) -> None:
+    arrays, runtime = text_arrays("april"), runtimes.choose_runtime("cpu")
+    spec = clip_config.networks["clip"]
+    plain = clip_config.model_copy(update={"networks": {"clip": spec.model_copy(update={"antialias": None})}})
+    images = {"images": normalised(arrays["resized"])}
+    smooth, rough = (
+        networks.load_graph(config, IMAGE, runtime, 8).run(images)["tokens"][:, 0] for config in (clip_config, plain)
+    )
+    np.testing.assert_allclose(smooth, arrays["block_3"][:, 1:], atol=1e-4)
+    assert np.abs(rough - arrays["block_3"][:, 1:]).max() > 0.01
+
+
+@needs_compiler
+@needs_rtx
+def test_a_text_graph_runs_on_an_engine_that_is_compared_once(
+    clip_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "zsad")
+    device = HostDevice()
+    monkeypatch.setattr(tensorrt_graphs, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), True))
+    runtime = runtimes.Runtime("tensorrt-rtx", [device], device, "asked for")
+    ids = text_arrays("clip_tiny")["token_ids"]
+    for compared in (1, 1):
+        graph = networks.load_graph(clip_config, TEXT, runtime, 32)
+        found = device.to_host(graph.run({"ids": device.to_device(ids)})["embedding"])
+        assert caplog.text.count("comparing its engine with its graph") == compared
+    expected = networks.load_graph(clip_config, TEXT, runtimes.choose_runtime("cpu"), 32).run({"ids": ids})["embedding"]
+    np.testing.assert_allclose(found, expected, atol=0.02)
