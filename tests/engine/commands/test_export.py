@@ -21,7 +21,7 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
     return ["--checkpoint", str(random_dinov2()), "--taps", "0", "--image-size", "70"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
     # A background job, as tests may be, starts its children with SIGINT ignored.
     code = (

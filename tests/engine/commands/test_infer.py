@@ -548,7 +548,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=() if moment == "while writing" else pytest.mark.slow) for moment in MOMENTS]
+)
 def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, moment: str) -> None:
     process = start(tiny, many, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: MOMENTS[moment](tmp_path / "out"), process)
@@ -564,10 +566,10 @@ def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, mom
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("at the start", signal.SIGINT),
+        pytest.param("at the start", signal.SIGINT, marks=pytest.mark.slow),
         ("while writing", signal.SIGINT),
-        ("while writing", signal.SIGTERM),
-        ("after the first category", signal.SIGINT),
+        pytest.param("while writing", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("after the first category", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_at_any_moment(

@@ -268,8 +268,8 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
     [
         *[("gram", devices, degrees) for devices in (1, 2, 3) for degrees in ((1, 3), (3, 1, 3))],
         ("fused", 2, (3, 1, 3)),
-        ("int8", 1, (3, 1, 3)),
-        ("int8", 2, (1, 3)),
+        pytest.param("int8", 1, (3, 1, 3), marks=pytest.mark.slow),
+        pytest.param("int8", 2, (1, 3), marks=pytest.mark.slow),
     ],
 )
 def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
@@ -305,9 +305,10 @@ def test_minima_count_in_the_plan() -> None:
 @pytest.mark.parametrize(
     ("variant", "images", "failing"),
     [
-        *[("gram", 30, failing) for failing in ({0}, {5}, {11}, {3, 8})],
-        ("fused", 14, {10}),
-        ("int8", 14, {5}),
+        ("gram", 30, {3, 8}),
+        *[pytest.param("gram", 30, failing, marks=pytest.mark.slow) for failing in ({0}, {5}, {11})],
+        pytest.param("fused", 14, {10}, marks=pytest.mark.slow),
+        pytest.param("int8", 14, {5}, marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_allocation_halves_the_budget(
