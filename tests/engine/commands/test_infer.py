@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.commands.infer import main
-from zsad.engine.run import CategoryPass, deal_groups
+from zsad.engine.run import CategoryPass
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cpu import comparers
@@ -729,16 +729,6 @@ def test_groups_are_seeded_blind_and_reported(infer, tmp_path: Path) -> None:
     assert read_scores(Path("again/part")) == one
     assert infer("one/part", "--output", "other", "--group-size", 4, "--seed", 1) == 0
     assert read_scores(Path("other/part")) != one
-
-
-@pytest.mark.parametrize("images", [2, 3, 5, 10, 11, 37])
-@pytest.mark.parametrize("size", [2, 3, 4, 10])
-def test_dealt_groups_hold_every_image_once(images: int, size: int) -> None:
-    groups = deal_groups(images, size, seed=0)
-    assert sorted(index for group in groups for index in group) == list(range(images))
-    assert min(map(len, groups)) >= 2
-    assert max(map(len, groups)) <= max(size, 3)  # three images cannot be dealt in pairs
-    assert groups == deal_groups(images, size, seed=0)
 
 
 def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
