@@ -35,7 +35,7 @@ from zsad.engine.demo import draw_demo
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import scan
 from zsad.engine.images.loader import Batch
-from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.methods.method import Group, graph_requests, method_class
 from zsad.engine.networks.build import export_options, load_networks
 from zsad.engine.networks.network import Graph
 from zsad.engine.networks.runtime import Runtime, choose_runtime
@@ -252,7 +252,7 @@ def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> 
     with clock.measure("decode"):
         for _ in batches(range(count)):
             pass
-    method.start(count)
+    method.start(Group(count, category.root.name))
     # Every batch runs on the input of the first one, so that nothing else is timed.
     for first in batches(range(min(loader.batch_size, count))):
         with clock.measure("networks"):
@@ -262,8 +262,9 @@ def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> 
                 list(method.take(Batch(indices, inputs, [])))
     with clock.measure("scoring"):
         scored = list(method.finish(lambda *_: None))
-    with clock.measure("rescoring"):
-        method.image_scores(scored)
+    if scored:
+        with clock.measure("rescoring"):
+            method.image_scores(scored)
     return clock.seconds
 
 

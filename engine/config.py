@@ -55,6 +55,8 @@ class Config(Table):
     image_size: Side = Field(description=SIDE)
     networks: dict[str, NetworkSpec] = Field(description="one table per network")
     settings: SerializeAsAny[Table]  # of the method, in files the table of its name
+    reference: str | None = Field(None, description="a folder of known-good images, or a file that lists them")
+    shots: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of known-good images")  # None: all
     object_mask: bool = Field(False, description="true or false")  # background by colour gets the lowest score
     group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
     threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
@@ -67,11 +69,17 @@ class Config(Table):
     )  # of grey values in 16-bit files; None: as many as the category's files use
     seed: Annotated[int, Field(ge=0)] = Field(0, description="a whole number from 0")
 
+    @property
+    def few_shot(self) -> bool:
+        """Whether known-good images join in."""
+        return self.reference is not None or self.shots is not None
+
 
 class ConfiguredMethod(Protocol):
     """What a configuration's check asks of its method."""
 
     Settings: ClassVar[type[Table]]
+    takes_references: ClassVar[bool]
 
     @staticmethod
     def graph_requests(config: Config) -> object:
@@ -134,6 +142,8 @@ def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Con
     method = method_of(check(Config, values).method)  # what its settings may be depends on it
     settings = check(method.Settings, merged.get(str(name), {}), f"[{name}]")
     config = check(Config, {**values, "settings": settings})
+    if config.few_shot and not method.takes_references:
+        raise ConfigError(f"method {name} makes no use of known-good images; leave out --reference and --shots")
     method.graph_requests(config)
     return config
 

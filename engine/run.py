@@ -27,8 +27,10 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Dataset, scan
+from zsad.engine.images.loader import Batch
+from zsad.engine.images.references import NoReferencesError, References, find_references
 from zsad.engine.images.stored import ImageError
-from zsad.engine.methods.method import Scored
+from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import CategoryWriter, Result, Writing
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
@@ -49,6 +51,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # Timings inside these stages are spent in the product library or in ONNX Runtime.
 LIBRARY_STAGES = ("networks", "product")
+
+NO_MAP = np.zeros((0, 0), np.float32)
 
 FEW_IMAGES = 10  # below, a group says little about what is usual
 
@@ -162,14 +166,15 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     for note in [ignored_files(category.ignored)] * bool(category.ignored) + list(category.notes):
         log.info("%s: %s", name, note)
     checkpoints = {network.checkpoint: network.sha256 for network in workplace.networks.values()}
-    digest = fingerprint(category, workplace.record, checkpoints, options.formats)
-    record = finished_record(options.output, category.name, digest) if options.resume else None
-    if record is not None:
-        log.info("%s: already finished", name)
-        return replace(record, resumed=True, seconds=0.0)
     start = time.perf_counter()
     try:
-        record = CategoryPass(job, workplace, progress).write(digest, unreadable)
+        references = _references(job, workplace)
+        digest = fingerprint(category, workplace.record, checkpoints, options.formats, references.digests)
+        record = finished_record(options.output, category.name, digest) if options.resume else None
+        if record is not None:
+            log.info("%s: already finished", name)
+            return replace(record, resumed=True, seconds=0.0)
+        record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
     except workplace.fatal as error:
         raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
@@ -186,17 +191,35 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     return replace(record, seconds=round(time.perf_counter() - start, 3))
 
 
+def _references(job: CategoryJob, workplace: Workplace) -> References:
+    """Find the known-good images of a category, if any are asked for; raises NoReferencesError."""
+    config = job.config
+    if not config.few_shot:
+        return References()
+    references = find_references(job.category, config.reference, config.shots, config.seed)
+    name = printable(job.category.name)
+    for note in references.notes:
+        log.warning("%s: %s", name, note)
+    log.info("%s: %d known-good images to compare with", name, len(references.images))
+    return references
+
+
 class CategoryPass:
     """One category's way from its images to its folder."""
 
-    def __init__(self, job: CategoryJob, workplace: Workplace, progress: CategoryProgress) -> None:
-        self.job, self.workplace = job, workplace
+    def __init__(
+        self, job: CategoryJob, references: References, workplace: Workplace, progress: CategoryProgress
+    ) -> None:
+        self.job, self.references, self.workplace = job, references, workplace
         self.category, self.config, self.method = job.category, job.config, workplace.method
         self.progress = partial(progress, printable(job.category.name))
-        self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
+        group_size = self.config.group_size if self.method.compares else None
+        self.groups = deal_groups(len(self.category.images), group_size, self.config.seed)
+        self.light: list[Scored] = []  # without maps, for scores that are final only for a whole category
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
-        self.notes = list(self.category.notes)
+        self.notes = [*self.category.notes, *references.notes]
+        self.failed_references: list[Failure] = []
 
     def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
         """Score the images and write the category's folder; images without a score join what was unreadable before."""
@@ -212,20 +235,23 @@ class CategoryPass:
                 with stopwatch(timings, "write"):
                     writer.write(result)
             with stopwatch(timings, "write"):
+                if self.light:
+                    writer.rescore(self.method.image_scores(self.light))
                 scores = writer.scores()
                 threshold, above = self._thresholds(scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
                 record = CategoryRecord(
                     name=self.category.name,
                     fingerprint=digest,
-                    failures=[*self._failures(), *unreadable],
+                    failures=[*self._failures(), *self.failed_references, *unreadable],
                     groups=len(self.groups),
-                    group_size=self.config.group_size,
+                    group_size=self.config.group_size if self.method.compares else None,
                     scale=writer.scale,
-                    relative=self.method.value_range is None,
+                    relative=self.method.map_range is None,
                     threshold=threshold,
                     region_threshold=above,
                     ignored=dict(self.category.ignored),
+                    references=self.references.record(),
                     notes=self.notes,
                 )
                 return writer.finish(record)
@@ -254,7 +280,8 @@ class CategoryPass:
                 self.progress(stage + suffix, so_far, total)
 
             readable: list[int] = []
-            method.start(len(members))
+            folder = self.category.root.resolve().name
+            method.start(Group(len(members), folder, self._reference_batches(bit_depth)))
             images, seen = self.category.images, self._seen
             for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
                 self._take_failures(batch.failures)
@@ -269,6 +296,19 @@ class CategoryPass:
                 self.failures.update((index, "no other readable image to compare it with") for index in readable)
             else:
                 yield from method.finish(report)
+
+    def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
+        """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""
+        images, readable = self.references.images, 0
+        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, lambda *_: None):
+            self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
+            readable += len(batch.indices)
+            if batch.indices:
+                yield batch
+        if images and not readable:
+            raise NoReferencesError(
+                f"none of the {len(images)} references can be read: {self.failed_references[0].reason}"
+            )
 
     def _seen(self, index: int, image: Image.Image | None) -> None:
         with suppress(OSError):  # a file that has just gone is no copy of anything
@@ -295,7 +335,7 @@ class CategoryPass:
             )
         with stopwatch(self.workplace.timings, "rescoring"):
             scores = self.method.image_scores(found)  # [N]
-        scale = self.method.value_range or (
+        scale = self.method.map_range or (
             min(float(image.map.min()) for image in found),
             max(float(image.map.max()) for image in found),
         )
@@ -305,11 +345,12 @@ class CategoryPass:
         ]
 
     def _absolute(self, image: Scored) -> Result:
-        """Return the result of a method whose scores and maps have a fixed range."""
-        assert self.method.value_range is not None
-        low, high = self.method.value_range
-        score = min(max((image.raw_score - low) / (high - low), 0.0), 1.0)
-        return Result(self.category.images[image.index], score, image.raw_score, image.map, (low, high))
+        """Return the result of a method whose maps have a fixed range."""
+        assert self.method.map_range is not None
+        if self.method.rescores:
+            self.light.append(replace(image, map=NO_MAP))
+        score = min(max(image.raw_score, 0.0), 1.0)
+        return Result(self.category.images[image.index], score, image.raw_score, image.map, self.method.map_range)
 
     def _thresholds(
         self, scores: NDArray[np.float64], results: Sequence[Result] | None

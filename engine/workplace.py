@@ -10,11 +10,15 @@ from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
 from zsad.engine.methods.method import Method, Place, method_class
-from zsad.engine.networks.build import load_networks
+from zsad.engine.methods.text_guided import text_request
+from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import Network
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import Format
+from zsad.engine.text.vectors import TextVectors
 from zsad.kernels.machine import available_cores, default_memory_limit, stopwatch
+
+TEXTS = 64  # prompts per forward pass
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
             graphs = [graph for network in networks.values() for graph in network.graphs.values()]
             batch_size = min([batch_size, *(graph.largest_batch for graph in graphs)])
             arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
-            method = method_type(config, Place(networks, arrays, timings))
+            method = method_type(config, Place(networks, arrays, timings, _text(config, runtime, networks, arrays)))
             inputs = _inputs(config, runtime, method, batch_size)
     except MemoryError as error:
         raise ConfigError(
@@ -73,6 +77,16 @@ def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
         },
         timings=timings,
         fatal=tuple(error for device in runtime.devices[:1] for error in device.failures),
+    )
+
+
+def _text(config: Config, runtime: Runtime, networks: Mapping[str, Network], arrays: Arrays) -> TextVectors:
+    return TextVectors(
+        networks,
+        runtime.network_precision(config.network_precision),
+        load=lambda name: load_graph(config, text_request(name), runtime, TEXTS),
+        to_network=(lambda array: array) if runtime.device is None else runtime.device.to_device,
+        fetch=arrays.fetch,
     )
 
 

@@ -1,7 +1,7 @@
 """What a method is: images of one category in, one score and one map for each out.
 
     run.py: for each group of a category
-        method.start(images)
+        method.start(group)
         for batch in loader: method.take(batch) → Scored, …       (methods that judge every image by itself)
         method.finish(progress) → Scored, …                       (methods that compare the images of a group)
 
@@ -21,10 +21,15 @@ from zsad.engine.config import Config, ConfigError, Table
 from zsad.engine.images.decode import Recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest, Network
+from zsad.engine.text.vectors import TextVectors
 
 from .arrays import Arrays
 
-METHODS = {"musc": ".musc:MuSc"}  # name → module in this folder and class
+METHODS = {  # name → module in this folder and class
+    "musc": ".musc:MuSc",
+    "winclip": ".winclip:WinCLIP",
+    "april_gan": ".april_gan:AprilGAN",
+}
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
 
@@ -36,7 +41,16 @@ class Scored:
     index: int  # of the image within its category
     raw_score: float  # in the method's own units; higher is more anomalous
     map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
-    embedding: NDArray[np.float32] | None = None  # [D], where the method's image scores need one
+    embedding: NDArray[np.floating[Any]] | None = None  # [D], whatever the method's `image_scores` needs of an image
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that are scored together, and what is known of them."""
+
+    images: int  # at most
+    object: str  # what they show, as its folder is called
+    references: Iterable[Batch] = ()  # known-good images; read once
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Place:
     networks: Mapping[str, Network]
     arrays: Arrays  # in host memory or on a device, as the networks' inputs and outputs are
     timings: MutableMapping[str, float]  # seconds by stage, added up
+    text: TextVectors
 
 
 class Method(Protocol):
@@ -53,8 +68,12 @@ class Method(Protocol):
 
     Settings: ClassVar[type[Table]]  # the table in a configuration that is named after the method
     inputs: Sequence[Recipe]  # what the loader makes of each image
-    compares: bool  # whether results depend on the other images of the category or group
-    value_range: tuple[float, float] | None  # fixed range of scores and maps; None: they are relative to the category
+    takes_references: ClassVar[bool]  # whether known-good images are of any use to it
+    compares: bool  # whether maps and scores depend on the other images of the category or group
+    rescores: bool  # whether image scores do, which are asked for once a category is complete
+    # Fixed range of the maps; the scores of one that neither compares nor rescores are in [0, 1], then. None: both are
+    # relative to the category.
+    map_range: tuple[float, float] | None
 
     def __init__(self, config: Config, place: Place) -> None:
         """Raises ConfigError for settings that these networks or this machine cannot do."""
@@ -69,8 +88,8 @@ class Method(Protocol):
     def needed(self, images: int) -> int:
         """Return the least bytes, of what `place.arrays` limits, in which a group of so many images can be scored."""
 
-    def start(self, images: int) -> None:
-        """Begin a group of at most this many images; whatever an earlier one has left is dropped."""
+    def start(self, group: Group) -> None:
+        """Begin a group of images; whatever an earlier one has left is dropped."""
 
     def take(self, batch: Batch) -> Iterable[Scored]:
         """Run the networks over a batch; methods that judge every image by itself answer here."""
@@ -79,7 +98,7 @@ class Method(Protocol):
         """End the group; methods that compare answer here. Raises MemoryError."""
 
     def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
-        """Return the scores [N] in [0, 1] of a whole category; asked only of methods that compare."""
+        """Return the scores [N] in [0, 1] of a whole category, from all of `scored` but the maps."""
 
 
 def method_class(name: str) -> type[Method]:

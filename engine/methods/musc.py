@@ -23,7 +23,7 @@ from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in
 from zsad.engine.scores.image_scores import ScoreRule, image_scores, min_max, rscin
 from zsad.kernels.mutual_scoring import MutualScoring
 
-from .method import Place, Progress, Scored
+from .method import Group, Place, Progress, Scored
 
 log = logging.getLogger("zsad")
 
@@ -70,8 +70,9 @@ class MuSc:
     """See `Method`."""
 
     Settings = Settings
-    compares = True
-    value_range = None
+    takes_references = False
+    compares = rescores = True
+    map_range = None
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
@@ -126,9 +127,10 @@ class MuSc:
     def needed(self, images: int) -> int:
         return max(scoring.needed(images) for scoring in self._scorings.values())
 
-    def start(self, images: int) -> None:
+    def start(self, group: Group) -> None:
         self._group.close()
         self._members = []
+        images = group.images
         arrays = self._place.arrays
         size = sum(_bytes(graph.outputs["tokens"], images) for graph in self._graphs.values())
         kept, self._memory_left = arrays.share(size, arrays.limit(), self.needed(images))

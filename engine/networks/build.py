@@ -60,13 +60,13 @@ def load_networks(
 ) -> dict[str, Network]:
     """Make the graphs that a method asks for ready; batch_size: rows per call at most, as far as memory allows.
 
-    requests: each graph of a network once. An engine is compared with its graph the first time that it runs. Raises
-    CheckpointError for weights that cannot be had or used, EngineError for engines and libraries likewise, ConfigError
-    where the library does not start.
+    requests: each graph of a network once; those on demand are left to `load_graph`. An engine is compared with its
+    graph the first time that it runs. Raises CheckpointError for weights that cannot be had or used, EngineError for
+    engines and libraries likewise, ConfigError where the library does not start.
     """
     graphs: dict[str, dict[str, Graph]] = {}
     networks = {}
-    for request in requests:
+    for request in (request for request in requests if not request.on_demand):
         model, graph = _make_ready(config, request, runtime, batch_size)
         own = graphs.setdefault(request.network, {})
         assert request.graph not in own

@@ -22,6 +22,7 @@ class GraphRequest:
     network: str  # NAME of [networks.NAME]
     graph: str = "image"  # or "text"
     outputs: tuple[str, ...] = ("tokens",)  # of an image tower some of IMAGE_OUTPUTS, of a text tower the embedding
+    on_demand: bool = False  # loaded when it is used first
 
 
 @dataclass(frozen=True)

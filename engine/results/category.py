@@ -26,7 +26,7 @@ from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
 
 from .drawing import draw_small, jpeg, thumbnail
-from .rayan import SIDE, challenge_json
+from .rayan import SIDE, challenge_json, with_score
 from .records import CategoryRecord, Failure, ImageRecord
 
 Format = Literal["zsad", "rayan"]
@@ -103,6 +103,16 @@ class CategoryWriter:
         """Wait for what is queued; return the scores [N] of all images in the order of `write`."""
         self._keep(self._ahead.rest())
         return np.array([written.record.score for written in self._written])
+
+    def rescore(self, scores: NDArray[np.float64]) -> None:
+        """Replace the scores [N] of all images, in the order of `write`, also in the files that hold them."""
+        self._keep(self._ahead.rest())
+        for number, score in enumerate(scores.tolist()):
+            written = self._written[number]
+            self._written[number] = replace(written, record=replace(written.record, score=score))
+            if written.record.json_file:
+                path = self._staging / written.record.json_file
+                path.write_text(with_score(path.read_text(), score))
 
     def finish(self, record: CategoryRecord) -> CategoryRecord:
         """Complete a record that lacks only what belongs to single images, and move the folder into place.

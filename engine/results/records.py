@@ -50,6 +50,7 @@ class CategoryRecord:
     threshold: float | None = None
     region_threshold: float | None = None
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no images, by suffix
+    references: dict[str, str] = field(default_factory=dict)  # known-good images, with the sha256 of their files
     notes: list[str] = field(default_factory=list)  # what was found or decided while reading the images
     seconds: float = 0.0
     resumed: bool = False

@@ -21,11 +21,15 @@ class OutputError(Exception):
 
 
 def fingerprint(
-    category: Category, config: Mapping[str, Any], checkpoints: Mapping[str, str], formats: Iterable[str]
+    category: Category,
+    config: Mapping[str, Any],
+    checkpoints: Mapping[str, str],
+    formats: Iterable[str],
+    references: Sequence[str] = (),
 ) -> str:
     """Return a digest of everything that decides a category's results, to know whether they are still valid.
 
-    config: with the precisions in force. checkpoints: name → sha256.
+    config: with the precisions in force. checkpoints: name → sha256. references: sha256 of known-good images.
     """
     files: list[tuple[str, int, int]] = []
     for image in category.images:
@@ -36,7 +40,8 @@ def fingerprint(
         else:
             files.append((str(image.relative), status.st_size, status.st_mtime_ns))
     version = importlib.metadata.version("zsad")
-    content = json.dumps([version, files, config, dict(checkpoints), sorted(formats)], sort_keys=True)
+    facts = [version, files, config, dict(checkpoints), sorted(formats), list(references)]
+    content = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ def load(preset: str, file: Path | None = None, overrides: dict[str, Any] | None
 
 
 def test_the_presets_are_complete_and_as_published() -> None:
-    assert preset_names() == ["challenge", "musc", "small"]
+    assert preset_names() == ["april-gan", "challenge", "musc", "small", "winclip"]
     small, musc, challenge = (load(name) for name in ("small", "musc", "challenge"))
     assert musc.settings.degrees == (1, 3, 5)
     assert musc.networks["clip"].preprocessing == "clip"
@@ -35,6 +35,21 @@ def test_the_presets_are_complete_and_as_published() -> None:
     for config in (small, musc, challenge):
         assert config.image_size == 518
         assert config.settings.interval == (0.0, 0.3)
+
+
+def test_the_text_guided_presets_are_as_published() -> None:
+    april, winclip = load("april-gan"), load("winclip")
+    assert (april.image_size, april.networks["clip"].taps) == (518, (5, 11, 17, 23))
+    assert (winclip.image_size, winclip.settings.tau, winclip.settings.prompt_name) == (240, 0.07, "anomalib21")
+    assert load("winclip", overrides={"variant": "paper"}).settings.prompt_name == "paper22"
+    for config in (april, winclip):
+        network = config.networks["clip"]
+        assert (network.activation, network.antialias, network.preprocessing) == ("gelu", True, "clip")
+
+
+def test_methods_without_use_for_references_refuse_them() -> None:
+    with pytest.raises(ConfigError, match="method musc makes no use of known-good images; leave out --reference"):
+        load("small", overrides={"reference": "good"})
 
 
 def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Path) -> None:
@@ -134,5 +149,7 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(
 
 
 def test_unknown_presets() -> None:
-    with pytest.raises(ConfigError, match=r"no preset '\.\./small'; choose one of challenge, musc, small"):
+    with pytest.raises(
+        ConfigError, match=r"no preset '\.\./small'; choose one of april-gan, challenge, musc, small, winclip"
+    ):
         load("../small")

@@ -10,7 +10,7 @@ from pydantic import Field
 from zsad.engine.config import Config, Table
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
-from zsad.engine.methods.method import Place, Progress, Scored
+from zsad.engine.methods.method import Group, Place, Progress, Scored
 from zsad.engine.networks.network import GraphRequest, run_in_parts
 
 SHARPNESS = 100.0  # CLIP's
@@ -22,8 +22,9 @@ class Settings(Table):
 
 class TextImage:
     Settings = Settings
-    compares = False
-    value_range = (0.0, 1.0)
+    takes_references = False
+    compares = rescores = False
+    map_range = (0.0, 1.0)
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
@@ -43,7 +44,7 @@ class TextImage:
     def needed(self, images: int) -> int:
         return 0
 
-    def start(self, images: int) -> None:
+    def start(self, group: Group) -> None:
         pass
 
     def take(self, batch: Batch) -> Iterator[Scored]:

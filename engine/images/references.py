@@ -1,0 +1,141 @@
+"""Known-good images of a category: from the user's folder or list, or drawn from its training split."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from zsad.kernels.files import file_sha256
+
+from .categories import Category, InputImage
+from .layouts import fold, holds_masks, is_hidden, is_normal
+from .stored import ImageError
+from .tree import Folder, is_image, read_tree
+
+TRAINING = ("train", "training")
+
+
+class NoReferencesError(ImageError):
+    """References that cannot be had; the message says where they were looked for and what to do."""
+
+
+@dataclass(frozen=True)
+class References:
+    """Images to compare with."""
+
+    images: tuple[InputImage, ...] = ()
+    digests: tuple[str, ...] = ()  # sha256 of the files, in the same order
+    notes: tuple[str, ...] = ()  # what was left out, and why
+
+    def record(self) -> dict[str, str]:
+        """Return the files with their digests."""
+        return {str(image.path): digest for image, digest in zip(self.images, self.digests, strict=True)}
+
+
+def find_references(category: Category, reference: str | None, shots: int | None, seed: int) -> References:
+    """Find the known-good images of a category.
+
+    reference: a folder (where it has a folder of the category's name, that one; its training split or its folder of
+    normal images, if it has such), or a file with a path in each line; None: the category's training split. shots: how
+    many are drawn at random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
+    """
+    if reference is None:
+        place = category.root
+        paths = _training_images(read_tree(place, None))
+        looked_for = f"{place / 'train' / 'good'}/ or {place / 'train'}/; give --reference FOLDER"
+    elif os.path.isdir(reference):  # noqa: PTH112 - pathlib raises where a folder may not be entered
+        place = Path(reference)
+        top = read_tree(place, None)
+        if top.error is not None:
+            raise NoReferencesError(f"the reference folder {place} {top.error}")
+        own = next((child for name, child in top.folders.items() if _is_of(name, category)), top)
+        paths = _training_images(own) or _normal_images(own)
+        looked_for = f"{place}/"
+    else:
+        place = Path(reference).parent
+        paths = _listed_images(Path(reference), category)
+        looked_for = f"{reference}, a path in each line"
+    if not paths:
+        raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
+    return _drawn(category, paths, shots, seed)
+
+
+def _is_of(name: str, category: Category) -> bool:
+    return fold(name) in (fold(category.name), fold(category.root.resolve().name))
+
+
+def _training_images(folder: Folder) -> list[Path]:
+    """Return the normal images of a training split, none where there is no such."""
+    return [path for name, child in folder.folders.items() if fold(name) in TRAINING for path in _normal_images(child)]
+
+
+def _normal_images(folder: Folder) -> list[Path]:
+    """Return the images in a folder, or if it has folders of normal images, those in them."""
+    normal = [child for name, child in folder.folders.items() if is_normal(name)]
+    return [
+        start.path / path / name
+        for start in normal or [folder]
+        for path, below in start.walk(lambda path: not holds_masks(path.name))
+        for name in below.images()
+    ]
+
+
+def _listed_images(file: Path, category: Category) -> list[Path]:
+    """Return the images of a list, by paths from where the list lies or from where we are."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise NoReferencesError(f"the references {file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise NoReferencesError(
+            f"the references {file} must be a folder, or a UTF-8 text with a path in each line"
+        ) from None
+    paths = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    own = [path for path in paths if any(_is_of(part, category) for part in path.parts)]
+    found = []
+    for path in own or paths:
+        candidates = [file.parent / path, path, category.root / path]
+        found.append(next((candidate for candidate in candidates if candidate.exists()), candidates[0]))
+    return [path for path in found if is_image(path.name) and not is_hidden(path.name)]
+
+
+def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) -> References:
+    notes = []
+    sizes: dict[int, list[InputImage]] = {}
+    for image in category.images:
+        size = _size(image.path)
+        if size is not None:
+            sizes.setdefault(size, []).append(image)
+    usable: dict[Path, str] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError(0, "there is no such file")
+            digest = file_sha256(path)
+        except OSError as error:
+            notes.append(f"the reference {path} is left out: {error.strerror}")
+            continue
+        twins = [image for image in sizes.get(path.stat().st_size, []) if file_sha256(image.path) == digest]
+        if twins:
+            notes.append(f"the reference {path} is left out: it is one of the images to score, {twins[0].relative}")
+        else:
+            usable[path] = digest
+    if not usable:
+        raise NoReferencesError(f"no reference for {category.name} can be used: {'; '.join(notes[:3])}")
+    chosen = list(usable)
+    if shots is not None:
+        if shots > len(chosen):
+            notes.append(f"only {len(chosen)} references for {shots} shots: all are taken")
+        else:
+            numbers = np.random.default_rng(seed).choice(len(chosen), shots, replace=False)
+            chosen = [chosen[number] for number in sorted(numbers.tolist())]
+    images = tuple(InputImage(path, PurePosixPath(path.as_posix()), PurePosixPath(path.stem)) for path in chosen)
+    return References(images, tuple(usable[path] for path in chosen), tuple(notes))
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

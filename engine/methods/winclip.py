@@ -1,0 +1,178 @@
+"""WinCLIP and WinCLIP+ (Jeong et al., CVPR 2023): windows of an image against words, and against known-good images.
+
+batch → network: embedding [B, D], windows of 2×2 and 3×3 patches [B, W, D] → probabilities of the abnormal class →
+harmonic means over the windows that cover a patch, and over both scales and the image → maps [g, g]
+references → memories of windows and patches → half the cosine distance to the nearest → the same way, added
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from zsad.engine.config import Config, ConfigError
+from zsad.engine.images.decode import recipe
+from zsad.engine.images.loader import Batch
+from zsad.engine.networks.network import GraphRequest, run_in_parts
+from zsad.engine.text.vectors import abnormal_probability
+from zsad.export.options import WINDOWS
+from zsad.kernels.nearest import Nearest
+
+from .method import Group, Place, Progress, Scored
+from .text_guided import TextGuided, chosen_prompts, class_vectors, text_request
+
+Maps = NDArray[np.float64]
+Arrays = Mapping[str, NDArray[Any]]  # by the outputs of the network, in host memory
+
+
+class Settings(TextGuided):
+    """Which of the published implementations is followed, and where to differ from it."""
+
+    variant: Literal["anomalib", "acc", "paper"] = "anomalib"
+    tau: float = Field(0.07, gt=0, description="above 0")  # what cosines are divided by
+    patches: Literal["ln_post", "last_block"] | None = None  # patch features of the memory; None: the variant's
+    fusion: Literal["mean", "sum"] | None = None  # of the maps of words and references; None: the variant's
+
+    @property
+    def prompt_name(self) -> str:
+        return self.prompts or ("paper22" if self.variant == "paper" else "anomalib21")
+
+    @property
+    def patch_output(self) -> str:
+        feature = self.patches or ("last_block" if self.variant == "acc" else "ln_post")
+        return "patches" if feature == "ln_post" else "tokens"
+
+    @property
+    def share(self) -> float:
+        """What the sum of the two maps is multiplied with."""
+        return 1.0 if (self.fusion or ("sum" if self.variant == "acc" else "mean")) == "sum" else 0.5
+
+
+class WinCLIP:
+    """See `Method`."""
+
+    Settings = Settings
+    takes_references = True
+    compares = rescores = False
+
+    def __init__(self, config: Config, place: Place) -> None:
+        assert isinstance(config.settings, Settings)
+        self._settings, self._place = config.settings, place
+        ((self._name, network),) = place.networks.items()
+        self._graph = network.graphs["image"]
+        self._size = network.spec.image_size
+        self._recipe = recipe(network.preprocessing, self._size)
+        self.inputs = [self._recipe]
+        self._few_shot = config.few_shot
+        self.map_range = (0.0, 2 * self._settings.share if self._few_shot else 1.0)
+        self._prompts = chosen_prompts(self._settings.prompt_name)
+        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # of the present category
+        self._memories: dict[str, Nearest] = {}  # by output; empty without references
+
+    @staticmethod
+    def graph_requests(config: Config) -> list[GraphRequest]:
+        assert isinstance(config.settings, Settings)
+        if len(config.networks) != 1:
+            raise ConfigError(f"method winclip takes one network, not {len(config.networks)}")
+        ((name, spec),) = config.networks.items()
+        patches = (config.settings.patch_output,) if config.few_shot else ()
+        if "tokens" in patches and len(spec.taps) != 1:
+            raise ConfigError(f"[networks.{name}] taps must be the number of the last block, counted from 0")
+        return [GraphRequest(name, "image", ("embedding", *WINDOWS, *patches)), text_request(name)]
+
+    def record(self) -> dict[str, Any]:
+        return {**self._settings.model_dump(), "prompts": self._settings.prompt_name}
+
+    def needed(self, images: int) -> int:
+        return 0
+
+    def start(self, group: Group) -> None:
+        name = self._settings.name_of(group.object)
+        self._classes = class_vectors(self._place.text, self._name, self._prompts, name, each_at_unit_length=False)
+        self._memories = {}
+        if self._few_shot:
+            kept: dict[str, list[NDArray[np.float32]]] = {}
+            for batch in group.references:
+                for _, outputs in self._run(batch):
+                    for output in (*WINDOWS, self._settings.patch_output):
+                        vectors = outputs[output].astype(np.float32)  # [B, W or P, C], of patches perhaps [B, 1, P, C]
+                        kept.setdefault(output, []).append(vectors.reshape(-1, vectors.shape[-1]))
+            self._memories = {output: Nearest(np.concatenate(parts)) for output, parts in kept.items()}
+
+    def take(self, batch: Batch) -> Iterator[Scored]:
+        for part, outputs in self._run(batch):
+            scores = abnormal_probability(outputs["embedding"], self._classes, self._settings.tau)  # [B]
+            scales = [self._word_map(outputs[output], side) for output, side in WINDOWS.items()]  # [B, g, g] each
+            maps = _harmonic_mean([*scales, np.broadcast_to(scores[:, None, None], scales[0].shape)])
+            if self._memories:
+                visual = self._reference_map(outputs)  # [B, g, g]
+                maps = self._settings.share * (maps + visual)
+                scores = (scores + visual.max(axis=(1, 2))) / 2
+            for index, score, grid_map in zip(batch.indices[part], scores.tolist(), maps, strict=True):
+                yield Scored(index, score, _enlarged(grid_map, self._size))
+
+    def finish(self, progress: Progress) -> Iterable[Scored]:
+        return ()
+
+    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
+        raise AssertionError("not asked of methods that judge every image by itself")
+
+    def _run(self, batch: Batch) -> Iterator[tuple[slice, Arrays]]:
+        for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):
+            yield part, {name: self._place.arrays.fetch(array) for name, array in outputs.items()}
+
+    def _word_map(self, windows: NDArray[Any], side: int) -> Maps:
+        """Return the probabilities of windows [B, W, D] as maps [B, g, g]."""
+        return aggregated(abnormal_probability(windows, self._classes, self._settings.tau), side)
+
+    def _reference_map(self, outputs: Arrays) -> Maps:
+        """Return the distances to what the references have: maps [B, g, g] in [0, 1]."""
+        maps = [
+            aggregated(self._distances(output, outputs[output]), side) for output, side in WINDOWS.items()
+        ]  # [B, g, g] each
+        patches = self._distances(self._settings.patch_output, outputs[self._settings.patch_output])  # [B, P]
+        return (patches.reshape(maps[0].shape) + sum(maps)) / 3
+
+    def _distances(self, output: str, vectors: NDArray[Any]) -> NDArray[np.float64]:
+        """Return half the cosine distance [B, V] of vectors [B, (1,) V, C] to the nearest of the memory."""
+        cosines, _ = self._memories[output].search(vectors.reshape(-1, vectors.shape[-1]).astype(np.float32))
+        # What is in the memory itself comes out as a tiny negative number, whose reciprocal would rule a mean.
+        distances: NDArray[np.float64] = np.maximum(1 - cosines[:, 0].astype(np.float64), 0) / 2
+        return distances.reshape(len(vectors), -1)
+
+
+def aggregated(values: NDArray[np.float64], side: int) -> Maps:
+    """Spread values [B, W] of all windows of side × side patches over the patches: [B, g, g].
+
+    A patch gets the harmonic mean of the windows that cover it, 0 where one of them is 0 (WinCLIP, equation 5).
+    """
+    positions = math.isqrt(values.shape[1])
+    assert positions**2 == values.shape[1]
+    grid = positions + side - 1
+    with np.errstate(divide="ignore"):
+        inverse = 1 / values.reshape(-1, positions, positions)  # [B, g - side + 1, g - side + 1]
+    total, count = np.zeros((len(values), grid, grid)), np.zeros((grid, grid))
+    for row in range(side):
+        for column in range(side):
+            total[:, row : row + positions, column : column + positions] += inverse
+            count[row : row + positions, column : column + positions] += 1
+    return count / total
+
+
+def _harmonic_mean(maps: Sequence[Maps]) -> Maps:
+    """Return the harmonic mean of maps [B, g, g], 0 where one of them is 0."""
+    with np.errstate(divide="ignore"):
+        inverse: Maps = np.add.reduce([1 / one for one in maps])
+    return len(maps) / inverse
+
+
+def _enlarged(grid_map: Maps, size: int) -> NDArray[np.float32]:
+    """Enlarge a map [g, g] to [size, size], bilinear between the centres of pixels."""
+    enlarged: NDArray[np.float32] = np.asarray(
+        cv2.resize(grid_map, (size, size), interpolation=cv2.INTER_LINEAR), np.float32
+    )
+    return enlarged

@@ -1,0 +1,96 @@
+"""Text vectors of prompts, kept in the cache: with them at hand the text tower is not loaded."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.engine.networks.network import Graph, Network, run_in_parts
+from zsad.export.transformer_graph import BUILDER_VERSION
+from zsad.kernels.files import written_whole
+from zsad.kernels.machine import cache_places, cache_to_write
+
+from .tokenizer import load_tokenizer
+
+log = logging.getLogger("zsad")
+
+
+class TextVectors:
+    """Runs the text towers of a configuration's networks, each loaded when it is needed first."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        precision: str,
+        load: Callable[[str], Graph],
+        to_network: Callable[[NDArray[Any]], Any],
+        fetch: Callable[[Any], NDArray[Any]],
+    ) -> None:
+        """precision: of the towers. load: loads a network's text tower. to_network, fetch: arrays to it and back."""
+        self._networks, self._precision = networks, precision
+        self._load, self._to_network, self._fetch = load, to_network, fetch
+        self._graphs: dict[str, Graph] = {}
+
+    def of(self, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the vectors [M, D] of prompts, as the tower projects them: of any length.
+
+        Raises CheckpointError where the weights have no text tower, or the vocabulary cannot be had.
+        """
+        used = self._networks[network]
+        facts = [used.sha256, used.spec.activation, self._precision, BUILDER_VERSION, list(prompts)]
+        name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
+        for folder in cache_places("text"):
+            try:
+                vectors: NDArray[np.float32] = np.load(folder / name, allow_pickle=False)
+            except (OSError, ValueError):
+                continue
+            if vectors.ndim == 2 and len(vectors) == len(prompts):
+                return vectors
+        vectors = self._computed(network, prompts)
+        with written_whole(cache_to_write("text") / name) as draft, draft.open("wb") as file:
+            np.save(file, vectors)
+        return vectors
+
+    def _computed(self, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
+        if network not in self._graphs:
+            self._graphs[network] = self._load(network)
+        graph = self._graphs[network]
+        (context,) = graph.inputs["ids"].shape
+        ids = load_tokenizer(context).encode(prompts).astype(graph.inputs["ids"].dtype)  # [M, context]
+        log.debug("running the text tower of %s over %d prompts", network, len(prompts))
+        parts = run_in_parts(graph, {"ids": self._to_network(ids)})
+        return np.concatenate([np.asarray(self._fetch(outputs["embedding"]), np.float32) for _, outputs in parts])
+
+
+def class_vector(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
+    """Return the mean [D] of text vectors [M, D], at unit length.
+
+    each_at_unit_length: bring every vector to unit length before the mean (APRIL-GAN), or none (WinCLIP).
+    """
+    values = vectors.astype(np.float64)
+    if each_at_unit_length:
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+    mean = values.mean(axis=0)
+    unit: NDArray[np.float64] = mean / np.linalg.norm(mean)
+    return unit
+
+
+def abnormal_probability(vectors: NDArray[Any], classes: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+    """Return the softmax entry [...] of the abnormal class for image vectors [..., D] of any length.
+
+    classes: unit vectors [2, D], normal and abnormal. tau: what cosines are divided by.
+    """
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    cosines = vectors @ classes.T / np.maximum(lengths, np.finfo(np.float32).tiny)  # [..., 2]
+    return sigmoid((cosines[..., 1] - cosines[..., 0]) / tau)
+
+
+def sigmoid(difference: NDArray[Any]) -> NDArray[Any]:
+    """Return the softmax entry of the second of two classes from the difference of their logits."""
+    small = np.exp(-np.abs(difference))  # never too large
+    values: NDArray[Any] = np.where(difference >= 0, 1, small) / (1 + small)
+    return values

@@ -1,0 +1,130 @@
+"""APRIL-GAN through zsad-infer, against what the published implementation gave."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_checkpoints import ARRAYS, text_arrays, write_clip
+from PIL import Image
+
+from zsad.engine.commands.infer import main
+from zsad.engine.results.records import CategoryRecord
+
+LAYERS = 4
+CLASSES = 2
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def april(tokenizer: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs zsad-infer on the pictures of the golden file, both classes, as they are or as resized for the network."""
+    monkeypatch.setenv("ZSAD_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    arrays = text_arrays("april")
+    checkpoint = write_clip(tmp_path, "april")
+    shutil.copy(ARRAYS / "april_head.pth", "head.pth")
+    Path("tiny.toml").write_text(
+        f'image_size = 98\n[networks.clip]\ncheckpoint = "{checkpoint}"\ntaps = [2, 5, 8, 11]\n'
+        '[april_gan]\nhead = "head.pth"\n'
+    )
+
+    def run(kind: str, *options: str, references: int = 0) -> Path:
+        for index, number in enumerate(arrays["class_index"]):
+            folder = Path(kind) / names[number]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = arrays[f"image_{index}"] if kind == "image" else arrays["resized"][index]
+            Image.fromarray(picture).save(folder / f"{index}.png")
+        for number in range(CLASSES):
+            for shot in range(references):
+                folder = Path("good") / names[number]
+                folder.mkdir(parents=True, exist_ok=True)
+                picture = arrays["reference_resized"][number, shot]
+                if kind == "image":
+                    picture = arrays[f"reference_{number}_{shot}"]
+                Image.fromarray(picture).save(folder / f"{shot}.png")
+        few = ("--reference", "good") if references else ()
+        arguments = [kind, "--preset", "april-gan", "--config", "tiny.toml", "--output", "out", *options, *few]
+        assert main(arguments) == 0
+        return Path("out")
+
+    return run
+
+
+names = ["bottle", "metal_nut"]
+
+
+def records(out: Path) -> dict[int, tuple[CategoryRecord, object]]:
+    found = {}
+    for name in names:
+        record = CategoryRecord.from_json((out / name / "category.json").read_text())
+        found |= {int(Path(image.path).stem): (record, image) for image in record.images}
+    return found
+
+
+def scores(out: Path) -> np.ndarray:
+    return np.array([image.score for _, (_, image) in sorted(records(out).items())])
+
+
+def maps(out: Path) -> np.ndarray:
+    return np.stack(
+        [np.asarray(Image.open(out / record.name / image.map)) for _, (record, image) in sorted(records(out).items())]
+    )
+
+
+@pytest.mark.parametrize("kind", ["image", "resized"])
+def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
+    golden = text_arrays("april")
+    found = april(kind)
+    np.testing.assert_allclose(scores(found), golden["zero_image_score"], atol=1e-5)
+    if kind == "resized":
+        np.testing.assert_allclose(LAYERS * maps(found), golden["zero_map"], atol=1e-5)
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_few_shot(april: Callable[..., Path], shots: int) -> None:
+    golden = text_arrays("april")
+    found = april("resized", references=shots)
+    np.testing.assert_allclose(scores(found), golden[f"few{shots}_image_score"], atol=1e-5)
+    np.testing.assert_allclose(3 * LAYERS * maps(found), golden[f"few{shots}_combined_map"], atol=2e-5)
+    record, _ = records(found)[0]
+    assert len(record.references) == shots
+    assert record.scale == (0.0, 12.0)
+
+
+def test_a_saved_range_scores_images_one_by_one(april: Callable[..., Path], tmp_path: Path) -> None:
+    golden = text_arrays("april")
+    with (tmp_path / "tiny.toml").open("a") as file:
+        file.write("score_range = [0.0, 10.0]\n")
+    highest = golden["few1_combined_map"].max(axis=(1, 2))
+    expected = (golden["zero_image_score"] + highest / 10) / 2
+    np.testing.assert_allclose(scores(april("resized", references=1)), expected, atol=1e-5)
+
+
+def test_a_single_image_is_enough(april: Callable[..., Path]) -> None:
+    april("resized", references=1)
+    for path in Path("resized/bottle").iterdir():
+        if path.stem != "0":
+            path.unlink()
+    found = april_alone()
+    golden = text_arrays("april")
+    assert found.score == pytest.approx(golden["zero_image_score"][0] / 2, abs=1e-5)  # min-max of one is 0
+
+
+def april_alone() -> object:
+    arguments = ["resized/bottle", "--preset", "april-gan", "--config", "tiny.toml", "--output", "alone"]
+    assert main([*arguments, "--reference", "good"]) == 0
+    (image,) = CategoryRecord.from_json(Path("alone/bottle/category.json").read_text()).images
+    return image
+
+
+def test_the_challenge_format_has_the_final_scores(april: Callable[..., Path]) -> None:
+    found = april("resized", "--format", "zsad,rayan", references=1)
+    for record, image in records(found).values():
+        text = (found / record.name / image.json_file).read_text()
+        assert f'"__ndarray__": {round(image.score, 4)}' in text
