@@ -51,6 +51,7 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
         assert run["peak_device_bytes"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 @pytest.mark.usefixtures("tensorrt")
 def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:

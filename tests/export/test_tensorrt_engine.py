@@ -515,6 +515,7 @@ def test_tensorrt_rtx_reads_the_types_of_a_text_tower(tmp_path: Path) -> None:
     assert (embedding.dtype.name, tuple(embedding.shape)) == ("FLOAT", (-1, 24))
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_tensorrt_rtx_builds_windows(tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_minima_count_in_the_plan(kind) -> None:
         mutual_scores(tokens, GRID, memory_limit=returned, return_minima=kind)
 
 
-@pytest.mark.parametrize("kind", [False, True, pytest.param("each", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [False, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (True, "each"))])
 def test_the_planned_peak_is_kept(precision: str, kind) -> None:
     tokens = np.random.default_rng(1).normal(size=(40, 1, 256, 32)).astype(np.float32)
     options = {"precision": precision, "return_minima": kind}

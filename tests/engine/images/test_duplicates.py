@@ -1,5 +1,6 @@
 """Duplicates: copies are found in whichever way they were made, photographs of the same product never are."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -13,6 +14,7 @@ from zsad.engine.images.decode import decode
 from zsad.engine.images.duplicates import NEAR_LARGEST, NEAR_RMS, Copies, Duplicates, _thumbnail
 
 
+@functools.cache
 def part(seed: int, moved: bool = True, noise: float = 4.0) -> Image.Image:
     """A photograph of a plate with a ring; `moved`: it lies a little elsewhere each time, and the light changes."""
     rng = np.random.default_rng(seed)

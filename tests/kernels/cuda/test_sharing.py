@@ -190,7 +190,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
         *[(name, 7, *how) for name in ("fused", "int8") for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
     ],
 )
-@pytest.mark.parametrize("host", ["much", "little"])
+@pytest.mark.parametrize("host", ["much", pytest.param("little", marks=pytest.mark.slow)])
 def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: int, host: str, share: float) -> None:
     plans: list[Plan] = []
     host_limit = PLENTY if host == "much" else 1
@@ -212,7 +212,7 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
 
 
 @compiled
-@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("images", [2, 3, 9])
 @pytest.mark.parametrize("variant", COMPARERS)
 def test_needed_is_the_least_that_works(variant: str, images: int, devices: int) -> None:
