@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zsad.engine.commands.export import main
+from zsad.engine.networks.network import GraphRequest
 from zsad.export import onnx_export
 from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.onnx_export import export_onnx, weights_path
-from zsad.export.options import ExportOptions
+from zsad.export.options import ExportOptions, GraphOptions, TextOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.transformer_graph import BUILDER_VERSION, TransformerGraph
 from zsad.kernels.files import file_sha256
@@ -195,7 +196,7 @@ def test_command_exports_a_preset(
     """Every backbone with the options of its preset, named after it."""
     made = []
 
-    def fake(checkpoint: str, options: ExportOptions, output: Path, *_: object) -> onnx_export.ExportedModel:
+    def fake(checkpoint: str, options: GraphOptions, output: Path, *_: object) -> onnx_export.ExportedModel:
         made.append((checkpoint, options, output))
         return onnx_export.ExportedModel(
             output, checkpoint, "", options.precision, "imagenet", inputs={}, built=True, agreement="fine"
@@ -221,6 +222,17 @@ def test_command_exports_a_preset(
     made.clear()
     assert main(["--preset", "musc", "--image-size", "336"]) == 0
     assert made == [("clip-vitl14-336", ExportOptions(taps, 336, preprocessing="clip"), None)]
+    made.clear()
+    requests = [GraphRequest("clip", "image", ("windows_2",)), GraphRequest("clip", "text", ("embedding",))]
+    monkeypatch.setattr("zsad.engine.methods.method.graph_requests", lambda config: requests)
+    for precision, of_texts in (("fp16", "fp16"), ("int8", "fp32")):
+        assert main(["--preset", "musc", "--precision", precision, "--output", str(tmp_path)]) == 0
+        assert made.pop() == (
+            "clip-vitl14-336",
+            TextOptions(precision=of_texts),
+            tmp_path / f"clip-text-{of_texts}.onnx",
+        )
+        assert made.pop()[1].outputs == ("windows_2",)
     with pytest.raises(SystemExit, match="2"):
         main(["--preset", "nothing"])
     assert "there is no preset 'nothing'" in capsys.readouterr().err
