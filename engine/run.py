@@ -215,7 +215,7 @@ class CategoryPass:
         self.progress = partial(progress, printable(job.category.name))
         group_size = self.config.group_size if self.method.compares else None
         self.groups = deal_groups(len(self.category.images), group_size, self.config.seed)
-        self.light: list[Scored] = []  # without maps, for scores that are final only for a whole category
+        self.done: frozenset[str] = frozenset()  # paths of images that an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
         self.notes = [*self.category.notes, *references.notes]
@@ -230,14 +230,21 @@ class CategoryPass:
         writing = Writing(
             options.formats, self.config.object_mask, self.workplace.loader.workers, self.workplace.loader.memory_limit
         )
-        with CategoryWriter(options.output, self.category.name, writing, bit_depth) as writer:
+        # Results that depend on other images are written at the end: there is nothing to go on with before.
+        journal = None if self.method.compares else digest
+        with CategoryWriter(options.output, self.category.name, writing, bit_depth, journal, options.resume) as writer:
+            self.done = frozenset(written.record.path for written in writer.written)
+            if self.done:
+                log.info("%s: going on after %d images", printable(self.category.name), len(self.done))
             for result in results:
                 with stopwatch(timings, "write"):
                     writer.write(result)
             with stopwatch(timings, "write"):
-                if self.light:
-                    writer.rescore(self.method.image_scores(self.light))
                 scores = writer.scores()
+                if self.method.rescores and not self.method.compares and len(scores):
+                    light = [Scored(n, w.record.raw_score, NO_MAP, w.embedding) for n, w in enumerate(writer.written)]
+                    scores = self.method.image_scores(light)
+                    writer.rescore(scores)
                 threshold, above = self._thresholds(scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
                 record = CategoryRecord(
@@ -246,7 +253,7 @@ class CategoryPass:
                     failures=[*self._failures(), *self.failed_references, *unreadable],
                     groups=len(self.groups),
                     group_size=self.config.group_size if self.method.compares else None,
-                    scale=writer.scale,
+                    scale=writer.scale or self.method.map_range,
                     relative=self.method.map_range is None,
                     threshold=threshold,
                     region_threshold=above,
@@ -272,13 +279,14 @@ class CategoryPass:
 
     def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
         """Yield what the method says of the readable images, group after group."""
-        method, timings, done = self.method, self.workplace.timings, 0
+        method, timings, done = self.method, self.workplace.timings, len(self.done)
         for number, members in enumerate(self.groups):
             suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
 
             def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
                 self.progress(stage + suffix, so_far, total)
 
+            members = [index for index in members if str(self.category.images[index].relative) not in self.done]
             readable: list[int] = []
             folder = self.category.root.resolve().name
             method.start(Group(len(members), folder, self._reference_batches(bit_depth)))
@@ -311,6 +319,8 @@ class CategoryPass:
             )
 
     def _seen(self, index: int, image: Image.Image | None) -> None:
+        if not self.method.compares:  # copies hide nothing
+            return
         with suppress(OSError):  # a file that has just gone is no copy of anything
             self.duplicates.add(index, self.category.images[index].path, image)
 
@@ -347,10 +357,9 @@ class CategoryPass:
     def _absolute(self, image: Scored) -> Result:
         """Return the result of a method whose maps have a fixed range."""
         assert self.method.map_range is not None
-        if self.method.rescores:
-            self.light.append(replace(image, map=NO_MAP))
         score = min(max(image.raw_score, 0.0), 1.0)
-        return Result(self.category.images[image.index], score, image.raw_score, image.map, self.method.map_range)
+        source = self.category.images[image.index]
+        return Result(source, score, image.raw_score, image.map, self.method.map_range, image.embedding)
 
     def _thresholds(
         self, scores: NDArray[np.float64], results: Sequence[Result] | None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from zsad.engine.config import Config, ConfigError, Table
 from zsad.engine.images.decode import Recipe
@@ -41,7 +41,7 @@ class Scored:
     index: int  # of the image within its category
     raw_score: float  # in the method's own units; higher is more anomalous
     map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
-    embedding: NDArray[np.floating[Any]] | None = None  # [D], whatever the method's `image_scores` needs of an image
+    embedding: ArrayLike | None = None  # [D], whatever the method's `image_scores` needs of an image
 
 
 @dataclass(frozen=True)

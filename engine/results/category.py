@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
@@ -32,6 +32,7 @@ from .records import CategoryRecord, Failure, ImageRecord
 Format = Literal["zsad", "rayan"]
 
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
+JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone when all of them are
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Result:
     raw_score: float
     map: NDArray[np.float32]  # [h, w] in the method's units
     scale: tuple[float, float]  # map values that become 0 and 1
+    embedding: ArrayLike | None = None  # [D], what scores of the whole category need of the image
 
 
-@dataclass(frozen=True)
-class _Written:
+class Written(NamedTuple):
+    """What is kept of an image whose files are written."""
+
     record: ImageRecord
-    thumbnails: Mapping[str, str]
+    embedding: list[float] | None = None
     least_area: int = 0  # pixels of a defect region at least: a quarter of a map's cell
     failure: Failure | None = None
 
@@ -66,20 +69,34 @@ class _Written:
 class CategoryWriter:
     """Writes a category's folder under a temporary name; without `finish`, nothing of it is left behind.
 
-    Raises OSError, naming a file, when the disk refuses.
+    With a journal, what was written stays, and the next writer with the same journal goes on from there. Raises
+    OSError, naming a file, when the disk refuses.
     """
 
-    def __init__(self, output: Path, name: str, writing: Writing, bit_depth: int | None) -> None:
-        """bit_depth: of grey values in 16-bit files."""
+    def __init__(
+        self, output: Path, name: str, writing: Writing, bit_depth: int | None, journal: str | None, resume: bool
+    ) -> None:
+        """bit_depth: of grey values in 16-bit files. journal: the fingerprint under which a later run may go on."""
         self._final, self._writing, self._bit_depth = output / name, writing, bit_depth
+        self._journal, self._resume = journal, resume
         self._staging = _beside(self._final, "partial")
-        self._written: list[_Written] = []  # without maps and thumbnails
+        self.written: list[Written] = []  # in the order of `write`
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
 
     def __enter__(self) -> "CategoryWriter":
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
+        thumbnails: list[str] = []
+        if self._resume and self._journal is not None:
+            self.written, thumbnails = read_journal(self._staging, self._journal)
+        if not self.written:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(parents=True)
         self._thumbnails: IO[str] = (self._staging / THUMBNAILS).open("w", encoding="ascii")
+        self._thumbnails.writelines(thumbnails)
+        self._lines: IO[str] | None = None
+        if self._journal is not None:
+            self._lines = (self._staging / JOURNAL).open("w", encoding="ascii")
+            self._lines.write(json.dumps(self._journal) + "\n")
+            self._lines.writelines(map(_line, self.written))
         workers = self._writing.workers
         self._ahead = Ahead(self._write_image, workers, 2 * workers, self._writing.memory_limit, "write")
         return self
@@ -88,8 +105,9 @@ class CategoryWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ahead.__exit__(kind, error, traceback)
-        self._thumbnails.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._close()
+        if error is None or self._journal is None or not self.written:
+            shutil.rmtree(self._staging, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             # Writing to an open file fails without naming it.
             raise OSError(error.errno, error.strerror or str(error), str(self._staging)) from error
@@ -102,14 +120,14 @@ class CategoryWriter:
     def scores(self) -> NDArray[np.float64]:
         """Wait for what is queued; return the scores [N] of all images in the order of `write`."""
         self._keep(self._ahead.rest())
-        return np.array([written.record.score for written in self._written])
+        return np.array([written.record.score for written in self.written])
 
     def rescore(self, scores: NDArray[np.float64]) -> None:
         """Replace the scores [N] of all images, in the order of `write`, also in the files that hold them."""
         self._keep(self._ahead.rest())
         for number, score in enumerate(scores.tolist()):
-            written = self._written[number]
-            self._written[number] = replace(written, record=replace(written.record, score=score))
+            written = self.written[number]
+            self.written[number] = written._replace(record=replace(written.record, score=score))
             if written.record.json_file:
                 path = self._staging / written.record.json_file
                 path.write_text(with_score(path.read_text(), score))
@@ -120,19 +138,29 @@ class CategoryWriter:
         Images that score above the record's threshold are anomalous, their regions what is above its region threshold.
         """
         images = self._judged(record)
-        self._thumbnails.close()
-        failures = [*record.failures, *(written.failure for written in self._written if written.failure is not None)]
+        self._close()
+        (self._staging / JOURNAL).unlink(missing_ok=True)
+        failures = [*record.failures, *(written.failure for written in self.written if written.failure is not None)]
         complete = replace(record, images=images, failures=failures)
         _write_tables(self._staging, images, record.threshold is not None)
         (self._staging / RECORD).write_text(complete.to_json())
         _move_into_place(self._staging, self._final)
         return complete
 
-    def _keep(self, done: Iterator[tuple[Result, _Written]]) -> None:
-        for _, written in done:
-            if written.thumbnails:
-                self._thumbnails.write(json.dumps([written.record.path, written.thumbnails]) + "\n")
-            self._written.append(replace(written, thumbnails={}))
+    def _close(self) -> None:
+        self._thumbnails.close()
+        if self._lines is not None:
+            self._lines.close()
+
+    def _keep(self, done: Iterator[tuple[Result, tuple[Written, Mapping[str, str]]]]) -> None:
+        for _, (written, thumbnails) in done:
+            if thumbnails:
+                self._thumbnails.write(json.dumps([written.record.path, thumbnails]) + "\n")
+            self.written.append(written)
+            if self._lines is not None:
+                self._thumbnails.flush()  # first, so that an image in the journal has its thumbnails
+                self._lines.write(_line(written))
+                self._lines.flush()
 
     def _judged(self, record: CategoryRecord) -> list[ImageRecord]:
         """Return the images' records with ranks, and where there is a threshold with verdicts and regions."""
@@ -140,7 +168,7 @@ class CategoryWriter:
         ranks = np.empty(len(scores), int)
         ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
         images = []
-        for written, rank in zip(self._written, ranks.tolist(), strict=True):
+        for written, rank in zip(self.written, ranks.tolist(), strict=True):
             image = replace(written.record, rank=rank)
             if record.threshold is not None:
                 anomalous = image.score > record.threshold
@@ -150,16 +178,19 @@ class CategoryWriter:
             images.append(_rounded(image))
         return images
 
-    def _regions(self, written: _Written, threshold: float | None) -> list[Region]:
+    def _regions(self, written: Written, threshold: float | None) -> list[Region]:
         if threshold is None or not written.record.map:
             return []
         with Image.open(self._staging / written.record.map) as file:
             return find_regions(np.asarray(file), threshold, written.least_area)
 
-    def _write_image(self, result: Result, last_try: bool) -> _Written:
+    def _write_image(self, result: Result, last_try: bool) -> tuple[Written, Mapping[str, str]]:
+        """Write an image's files; returns what is kept of it, and its thumbnails."""
         record = ImageRecord(str(result.image.relative), result.score, result.raw_score)
+        embedding = None if result.embedding is None else np.asarray(result.embedding).tolist()
         try:
-            return self._draw(result, record)
+            record, least_area, thumbnails = self._draw(result, record)
+            return Written(record, embedding, least_area), thumbnails
         except MemoryError as error:
             if not last_try:
                 raise
@@ -170,9 +201,10 @@ class CategoryWriter:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             reason = "no map, its path in the output is too long"
-        return _Written(record, {}, failure=Failure(record.path, reason))
+        return Written(record, embedding, failure=Failure(record.path, reason)), {}
 
-    def _draw(self, result: Result, record: ImageRecord) -> _Written:
+    def _draw(self, result: Result, record: ImageRecord) -> tuple[ImageRecord, int, Mapping[str, str]]:
+        """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
         picture = np.asarray(decode(result.image.path, self._bit_depth))  # [H, W, 3] RGB
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
         mask = object_mask(bgr) if self._writing.object_mask else None
@@ -191,12 +223,41 @@ class CategoryWriter:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask)
             record = replace(record, json_file=f"{key}_scores.json")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
-        return _Written(record, thumbnails, least_area=int(height * width / result.map.size / 4))
+        return record, int(height * width / result.map.size / 4), thumbnails
 
     def _path(self, relative: str) -> Path:
         path = self._staging / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _line(written: Written) -> str:
+    failure = None if written.failure is None else asdict(written.failure)
+    return json.dumps([asdict(written.record), written.embedding, written.least_area, failure]) + "\n"
+
+
+def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], list[str]]:
+    """Return what an interrupted run has written of a category, and the lines of its thumbnails; nothing of another."""
+    try:
+        first, *lines = (staging / JOURNAL).read_text(encoding="ascii").splitlines()
+        thumbnails = (staging / THUMBNAILS).read_text(encoding="ascii").splitlines(keepends=True)
+        if json.loads(first) != fingerprint:
+            return [], []
+    except (OSError, ValueError):
+        return [], []
+    written = []
+    for line in lines:
+        try:
+            record, embedding, least_area, failure = json.loads(line)
+        except ValueError:  # the end of a line is missing
+            break
+        image = ImageRecord(**record)
+        if not all((staging / file).is_file() for file in (image.map, image.overlay_file, image.json_file) if file):
+            break
+        written.append(Written(image, embedding, least_area, None if failure is None else Failure(**failure)))
+    paths = {image.record.path for image in written}
+    whole = [line for line in thumbnails if line.endswith("\n") and json.loads(line)[0] in paths]
+    return written, whole
 
 
 def read_thumbnails(output: Path, category: str) -> dict[str, dict[str, str]]:

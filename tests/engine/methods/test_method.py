@@ -90,6 +90,53 @@ def test_images_are_written_as_they_come(text_image: Path, tmp_path: Path, monke
     assert written
 
 
+@pytest.mark.parametrize("damage", [None, "a torn line", "a lost map", "another setting"])
+def test_an_interrupted_run_goes_on_where_it_was(
+    text_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    data = runs.draw(tmp_path / "data", 8)
+    arguments = [str(data), "--config", str(text_image), "--workers", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    read: list[str] = []
+    stop = ["06.png"]
+    original = decode
+
+    def watched(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        if path.name in stop:
+            raise KeyboardInterrupt
+        return original(path, *rest)
+
+    monkeypatch.setattr("zsad.engine.images.loader.decode", watched)
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 130
+    (partial,) = (tmp_path / "out").glob(".*.partial")
+    journal = (partial / "journal.jsonl").read_text().splitlines()
+    kept = len(journal) - 1
+    assert 1 <= kept <= 6
+    if damage == "a torn line":
+        (partial / "journal.jsonl").write_text("\n".join(journal)[:-20])
+    elif damage == "a lost map":
+        next(partial.rglob("00.tiff")).unlink()
+    read.clear()
+    stop.clear()
+    more = ["--threshold", "0.4"] if damage == "another setting" else []
+    assert main([*arguments, *more, "--output", str(tmp_path / "out"), "--resume"]) == 0
+    redone = {None: 8 - kept, "a torn line": 9 - kept, "a lost map": 8, "another setting": 8}[damage]
+    assert len(read) == redone
+    assert not list((tmp_path / "out").glob(".*"))
+    for path in (tmp_path / "whole/data").rglob("*.*"):
+        same = tmp_path / "out/data" / path.relative_to(tmp_path / "whole/data")
+        if path.name not in ("category.json", "regions.csv", "scores.csv") or not more:
+            ignored = ("seconds", "fingerprint")
+            if path.name == "category.json":
+                one, two = (json.loads(file.read_text()) for file in (path, same))
+                assert {k: v for k, v in one.items() if k not in ignored} == {
+                    k: v for k, v in two.items() if k not in ignored
+                }
+            else:
+                assert path.read_bytes() == same.read_bytes()
+
+
 def test_a_category_job_and_its_record_can_travel(text_image: Path, tmp_path: Path) -> None:
     data = runs.draw(tmp_path / "data", 3)
     config = load_config("small", text_image, method_of=methods.method_class)
