@@ -12,9 +12,9 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
-def touch_images(root: Path, *names: str) -> None:
-    """Draw an image for every name, in the format PNG whatever the suffix."""
-    for seed, name in enumerate(names):
+def touch_images(root: Path, *names: str, seed: int = 0) -> None:
+    """Draw an image for every name, in the format PNG whatever the suffix; those of a call differ by their seeds."""
+    for number, name in enumerate(names, seed):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path, format="PNG")
+        picture(number).save(path, format="PNG")

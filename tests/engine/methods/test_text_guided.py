@@ -1,0 +1,120 @@
+"""What users of the text-guided presets get wrong: a clear message, and the rest is done."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_checkpoints import ARRAYS, write_clip
+from pictures import touch_images
+from PIL import Image
+
+from zsad.engine.commands.infer import main
+from zsad.engine.results.records import CategoryRecord
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(tokenizer: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options of a run of tiny networks over a few pictures."""
+    monkeypatch.setenv("ZSAD_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_clip(tmp_path, "clip_tiny")
+    Path("tiny.toml").write_text(f'image_size = 96\n[networks.clip]\ncheckpoint = "{checkpoint}"\n')
+    touch_images(tmp_path, "data/bolt/0.png", "data/bolt/1.png", "data/nut/0.png", "data/nut/1.png")
+    return ["data", "--preset", "winclip", "--config", "tiny.toml"]
+
+
+def images_of(name: str) -> int:
+    return len(CategoryRecord.from_json(Path(f"out/{name}/category.json").read_text()).images)
+
+
+def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny, "--object", "?!"]) == 1
+    assert "'?!' is no name of an object; give one with --object" in capsys.readouterr().err
+    Path("data/nut").rename("data/--")
+    assert main(tiny) == 1
+    assert "'--' is no name of an object" in capsys.readouterr().err
+    assert images_of("bolt") == 2
+
+
+@pytest.mark.parametrize("name", ["metal {nut}", "{}", "x" * 500, "Schräubchen & Mütter 🔩"])
+def test_objects_of_any_name(tiny: list[str], name: str) -> None:
+    if name == "{}":
+        name += " part"
+    assert main([*tiny, "--object", name]) == 0
+
+
+def test_names_by_folder(tiny: list[str]) -> None:
+    with Path("tiny.toml").open("a") as file:
+        file.write('[winclip]\nobject_names = { nut = "bolt" }\n')
+    shutil.rmtree("data/nut")
+    shutil.copytree("data/bolt", "data/nut")
+    assert main(tiny) == 0
+    one, two = (CategoryRecord.from_json(Path(f"out/{name}/category.json").read_text()) for name in ("bolt", "nut"))
+    assert [image.raw_score for image in one.images] == [image.raw_score for image in two.images]
+
+
+def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    touch_images(Path.cwd(), "good/bolt/5.png", "good/nut/broken.png", seed=10)
+    Path("good/nut/broken.png").write_bytes(b"no picture")
+    assert main([*tiny, "--reference", "good"]) == 1
+    assert "nut: none of the 1 references can be read" in capsys.readouterr().err
+    assert images_of("bolt") == 2
+    assert main([*tiny, "--reference", "nowhere"]) == 1
+    assert "the references nowhere cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+def test_an_unreadable_reference_among_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    touch_images(Path.cwd(), *(f"good/{index}.png" for index in range(6)), seed=10)
+    Path("good/5.png").write_bytes(b"no picture")
+    assert main([*tiny, "--reference", "good", "--shots", "9"]) == 1
+    error = capsys.readouterr().err
+    assert "good/5.png: skipped: not a PNG" in error
+    assert images_of("bolt") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe", "cannot be read as TOML"),
+        (b'normal = ["{}"]', "abnormal is missing"),
+        (b'normal = []\nabnormal = ["broken {}"]', "normal must be a list of one or more texts"),
+    ],
+)
+def test_files_of_prompts(tiny: list[str], capsys: pytest.CaptureFixture[str], content: bytes, reason: str) -> None:
+    Path("mine.toml").write_bytes(content)
+    assert main([*tiny, "--prompts", "mine.toml"]) == 2
+    assert reason in capsys.readouterr().err
+    Path("mine.toml").write_text('normal = ["{}"]\nabnormal = ["{} with missing solder", "bent pin"]')
+    assert main([*tiny, "--prompts", "mine.toml"]) == 0
+    assert main([*tiny, "--prompts", "theirs"]) == 2
+    assert "there is no prompt set 'theirs'; choose one of anomalib21" in capsys.readouterr().err
+
+
+def test_images_of_one_pixel_and_one_colour(tiny: list[str]) -> None:
+    Image.new("RGB", (1, 1)).save("data/bolt/dot.png")
+    Image.fromarray(np.full((40, 40), 200, np.uint8)).save("data/bolt/plain.png")
+    touch_images(Path.cwd(), "good/0.png", seed=10)
+    assert main(tiny) == 0
+    assert main([*tiny, "--reference", "good"]) == 0
+    assert images_of("bolt") == 4
+
+
+def test_options_of_other_methods(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny, "--degrees", "3"]) == 2
+    assert "unknown key 'degrees' in [winclip]; it takes object" in capsys.readouterr().err
+    assert main(["data", "--object", "nut"]) == 2
+    assert "unknown key 'object' in [musc]" in capsys.readouterr().err
+
+
+def test_a_head_of_another_network(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(ARRAYS / "april_head.pth", "head.pth")
+    with Path("tiny.toml").open("a") as file:
+        file.write('taps = [1, 2, 3, 5]\n[april_gan]\nhead = "head.pth"\n')
+    assert main(["data", "--preset", "april-gan", "--config", "tiny.toml"]) == 2
+    assert "it was trained with another network" in capsys.readouterr().err
