@@ -245,6 +245,7 @@ class CategoryPass:
                     light = [Scored(n, w.record.raw_score, NO_MAP, w.embedding) for n, w in enumerate(writer.written)]
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
+                    self.notes.append("image scores are relative to this category, maps are not")
                 threshold, above = self._thresholds(scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
                 record = CategoryRecord(

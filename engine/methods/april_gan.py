@@ -7,6 +7,7 @@ references → memories of each block's tokens → cosine distances to the neare
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class AprilGAN:
     def record(self) -> dict[str, Any]:
         return {
             **self._settings.model_dump(),
-            "prompts": self._settings.prompts or "april35",
+            "prompts": asdict(self._prompts),
             "head_sha256": self._head_sha256,
         }
 

@@ -7,6 +7,7 @@ references → memories of windows and patches → half the cosine distance to t
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import cv2
@@ -85,7 +86,7 @@ class WinCLIP:
         return [GraphRequest(name, "image", ("embedding", *WINDOWS, *patches)), text_request(name)]
 
     def record(self) -> dict[str, Any]:
-        return {**self._settings.model_dump(), "prompts": self._settings.prompt_name}
+        return {**self._settings.model_dump(), "prompts": asdict(self._prompts)}
 
     def needed(self, images: int) -> int:
         return 0

@@ -96,6 +96,21 @@ def test_files_of_prompts(tiny: list[str], capsys: pytest.CaptureFixture[str], c
     assert "there is no prompt set 'theirs'; choose one of anomalib21" in capsys.readouterr().err
 
 
+def test_other_words_are_other_results(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.toml").write_text('normal = ["{}"]\nabnormal = ["broken {}"]')
+    assert main([*tiny, "--prompts", "mine.toml"]) == 0
+    capsys.readouterr()
+    assert main([*tiny, "--prompts", "mine.toml", "--resume"]) == 0
+    assert "bolt: already finished" in capsys.readouterr().err
+    Path("mine.toml").write_text('normal = ["{}"]\nabnormal = ["bent {}"]')
+    assert main([*tiny, "--prompts", "mine.toml", "--resume"]) == 0
+    assert "already finished" not in capsys.readouterr().err
+    touch_images(Path.cwd(), "good/0.png", "good/1.png", seed=10)
+    for seed in ("0", "0", "5"):
+        assert main([*tiny, "--reference", "good", "--shots", "1", "--seed", seed, "--resume"]) == 0
+    assert capsys.readouterr().err.count("bolt: already finished") == 1
+
+
 def test_images_of_one_pixel_and_one_colour(tiny: list[str]) -> None:
     Image.new("RGB", (1, 1)).save("data/bolt/dot.png")
     Image.fromarray(np.full((40, 40), 200, np.uint8)).save("data/bolt/plain.png")
