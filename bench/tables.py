@@ -20,6 +20,12 @@ NAMES = {
     "zsad int8": "zsad, int8 products",
     "floor": "the bare product, one per pair (the floor)",
 }
+NEAREST_NAMES = {
+    "zsad": "zsad",
+    "zsad int8": "zsad, int8 products",
+    "streamed": "zsad with the least memory: the bank is normalised for every search",
+    "floor": "the bare fp32 product alone, all cosines written to memory",
+}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -113,6 +119,22 @@ def scaling_table() -> str:
     return f"{caption}\n\n" + table(["scored as", "images", "time per image"], rows)
 
 
+def nearest_table() -> str:
+    latest = {(r["bank"], r["channels"], r["neighbours"]): r for r in read("nearest.jsonl")}
+    blocks = []
+    for (bank, channels, neighbours), record in sorted(latest.items(), reverse=True):
+        rows = [
+            [NEAREST_NAMES[name], f"{statistics.median(times):.0f} ms", f"{record['times_the_product'][name]:.2f}"]
+            for name, times in record["milliseconds"].items()
+        ]
+        caption = (
+            f"{neighbours} nearest of each of {record['queries']} queries among {bank} vectors of {channels} channels; "
+            f"{where(record)}"
+        )
+        blocks.append(f"{caption}:\n\n" + table(["", "time", "times faster than the product"], rows))
+    return "\n\n".join(blocks)
+
+
 def backbones_table() -> str:
     latest = {
         (r["weights"], r["image_size"], r["batch"]): r for r in read("throughput.jsonl") if r["kind"] == "backbone"
@@ -176,6 +198,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
+    "nearest": nearest_table,
     "roofline": roofline_table,
     "runs": runs_table,
     "scaling": scaling_table,

@@ -1,5 +1,6 @@
 """Nearest neighbours by cosine in a bank of vectors, for methods that remember what good images look like."""
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +20,11 @@ class _Search(Protocol):
 
     precision: str  # resolved
 
-    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
-        """Find the nearest of unit queries [Q, C]; returns cosines [Q, k] and indices [Q, k]."""
+    def search(self, count: int, read: cpu.Read) -> tuple[Array, NDArray[np.int64]]:
+        """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
+
+        read: fills an array [n, C] with the unit vectors of n of them.
+        """
 
 
 class Nearest:
@@ -55,16 +59,18 @@ class Nearest:
         Raises ValueError for arguments that make no sense and a bank that is empty or not finite (which for a bank that
         is not held shows in `search`), MemoryError for a limit below `needed`.
         """
-        self._bank, self._k = _checked("the bank", bank), k
+        _check("the bank", bank)
         if not len(bank):
             raise ValueError("the bank is empty, so that nothing is nearest; give it at least one vector")
-        vectors, channels = bank.shape
+        (vectors, channels), self._k = bank.shape, k
+        self._channels = channels
         _check_neighbours(k, vectors)
+        read = partial(_read, "vector", bank)
         self._search: _Search
         if device == "cpu":
-            self._search = cpu.Search(vectors, channels, k, precision, self._read, memory_limit)
+            self._search = cpu.Search(vectors, channels, k, precision, read, memory_limit)
         else:
-            self._search = cuda.Search(open_device(device), vectors, channels, k, precision, self._read, memory_limit)
+            self._search = cuda.Search(open_device(device), vectors, channels, k, precision, read, memory_limit)
         self.precision = self._search.precision
 
     @staticmethod
@@ -88,29 +94,20 @@ class Nearest:
         Returns cosines [Q, k] float32, descending, and indices [Q, k] int64; of equal cosines the lower index comes
         first. Raises ValueError for queries that do not fit the bank or are not finite.
         """
-        _checked("queries", queries)
-        if queries.shape[1] != self._bank.shape[1]:
-            raise ValueError(
-                f"queries must have the {self._bank.shape[1]} channels of the bank, not {queries.shape[1]}"
-            )
+        _check("queries", queries)
+        if queries.shape[1] != self._channels:
+            raise ValueError(f"queries must have the {self._channels} channels of the bank, not {queries.shape[1]}")
         if not len(queries):
             return np.empty((0, self._k), np.float32), np.empty((0, self._k), np.int64)
-        units = np.empty(queries.shape, np.float32)
-        _normalise("query", queries, slice(0, len(queries)), units)
-        return self._search.search(units)
-
-    def _read(self, rows: cpu.Rows, out: Array) -> None:
-        """Fill out [n, C] with the unit vectors of rows of the bank."""
-        _normalise("vector", self._bank, rows, out)
+        return self._search.search(len(queries), partial(_read, "query", queries))
 
 
-def _checked(what: str, vectors: NDArray[Any]) -> NDArray[Any]:
+def _check(what: str, vectors: NDArray[Any]) -> None:
     if getattr(vectors, "ndim", None) != 2 or vectors.shape[1] == 0:
         shape = getattr(vectors, "shape", None)
         raise ValueError(f"{what} must be vectors [N, C] of at least one channel, not {shape}")
     if vectors.dtype != np.float32:
         raise ValueError(f"{what} must be float32, not {vectors.dtype}")
-    return vectors
 
 
 def _check_neighbours(k: int, vectors: int) -> None:
@@ -120,8 +117,11 @@ def _check_neighbours(k: int, vectors: int) -> None:
         raise ValueError(f"k is {k}, but the bank has only {vectors} vectors; use k=min(k, len(bank))")
 
 
-def _normalise(what: str, vectors: NDArray[Any], rows: cpu.Rows, out: Array) -> None:
-    """Fill out [n, C] with unit vectors; squares are added in float64, where no float32 is too large or too small."""
+def _read(what: str, vectors: NDArray[Any], rows: cpu.Rows, out: Array) -> None:
+    """Fill out [n, C] with the unit vectors of some rows.
+
+    Squares are added in float64, where no float32 is too large or too small.
+    """
     x = np.asarray(vectors[rows])
     lengths = np.sqrt(np.einsum("nc,nc->n", x, x, dtype=np.float64))
     if not np.isfinite(lengths).all():

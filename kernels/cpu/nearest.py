@@ -1,6 +1,6 @@
 """Nearest neighbours on a CPU: products of tiles, and a pass that keeps the best of every query.
 
-unit queries [Q, C] → tile by tile of the bank: product, running best [Q, K] of each worker → candidates [Q, K] →
+unit vectors [Q, C] → tile by tile of the bank: product, running best [Q, K] of each worker → candidates [Q, K] →
 measured again in fp32, one vector with another → the k best
 
 The matrix [Q, M] exists as one tile per worker. Tiles have the same shape whatever the memory limit, and what is handed
@@ -31,7 +31,7 @@ Indices = NDArray[np.int32]
 Rows = slice | NDArray[np.integer[Any]]
 Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
 
-QUERY_TILE, BANK_TILE = 512, 1024  # rows of a product, which stays in the second-level cache
+QUERY_TILE, BANK_TILE = 1536, 512  # rows of a product: few enough for the cache, many enough to be worth packing
 ALIGNED_ROWS = 16  # to which tiles are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
 MEAN_ROWS = 1024  # from which int8 takes the mean vector of the bank
@@ -84,7 +84,7 @@ class Int8Product:
     Rounding to steps of s moves the product with a vector of length r by a deviation of s · r / √12.
     """
 
-    spare = 31
+    spare = 15
 
     def __init__(self, mean: Array) -> None:
         self.mean = mean  # [C]
@@ -169,26 +169,38 @@ class Search:
         units[count:] = 0
         return product.prepare(units, is_bank=True)
 
-    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
-        """Find the nearest of unit queries [Q, C]; returns cosines [Q, k] and indices [Q, k]."""
-        cosines = np.empty((len(queries), self._k), np.float32)
-        indices = np.empty((len(queries), self._k), np.int64)
-        resident = 0
-        if self._tiles is not None:
-            resident = sum(tile.nbytes for tile in self._tiles)
+    def search(self, count: int, read: Read) -> tuple[Array, NDArray[np.int64]]:
+        """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
+
+        read: fills an array [n, C] with the unit vectors of n of them.
+        """
+        cosines, indices = np.empty((count, self._k), np.float32), np.empty((count, self._k), np.int64)
+        resident = sum(tile.nbytes for tile in self._tiles or ())
         per_query = _query_bytes(self._channels, self._k, self.precision)
         free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
         group = max(1, free // per_query // QUERY_TILE) * QUERY_TILE
         with _workers() as pool:
-            for first in range(0, len(queries), group):
-                at = slice(first, first + group)
-                doubtful = self._search(pool, self._product, queries[at], cosines[at], indices[at])
+            for first in range(0, count, group):
+                at = slice(first, min(first + group, count))
+                queries = self._units(pool, at, read)
+                doubtful = self._search(pool, self._product, queries, cosines[at], indices[at])
                 if self._product is not self._exact and doubtful.any():
-                    rows = first + np.flatnonzero(doubtful)
-                    again = cosines[rows], indices[rows]
+                    rows = np.flatnonzero(doubtful)
+                    again = cosines[first + rows], indices[first + rows]
                     self._search(pool, self._exact, queries[rows], *again)
-                    cosines[rows], indices[rows] = again
+                    cosines[first + rows], indices[first + rows] = again
         return cosines, indices
+
+    def _units(self, pool: ThreadPoolExecutor, queries: slice, read: Read) -> Array:
+        """Return the unit vectors of a run of queries [n, C]."""
+        first, count = queries.start, queries.stop - queries.start
+        units = aligned_empty((count, self._channels), np.float32)
+
+        def fill(at: slice) -> None:
+            read(slice(first + at.start, first + at.stop), units[at])
+
+        list(pool.map(fill, _shares(count)))
+        return units
 
     def _search(
         self,
@@ -199,25 +211,26 @@ class Search:
         indices: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
-        tiles = [slice(first, min(first + QUERY_TILE, len(queries))) for first in range(0, len(queries), QUERY_TILE)]
+        tiles = _runs(len(queries), QUERY_TILE)
         prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), tiles))
         values, numbers = self._candidates(pool, product, tiles, prepared)
+        errors = np.concatenate(
+            [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, tiles, strict=True)]
+        )
+        # At least k vectors reach the k-th candidate less its error, so that only these can be among the k nearest.
+        worth = values + errors[:, None] >= values[:, self._k - 1, None] - errors[:, None]
         doubtful = np.zeros(len(queries), np.bool_)
 
-        def finish(tile: int) -> None:
-            at = tiles[tile]
-            errors = product.errors(prepared[tile], at.stop - at.start)
-            # At least k vectors reach the k-th candidate less its error, so that no others can be among the k nearest.
-            worth = values[at] + errors[:, None] >= values[at, self._k - 1, None] - errors[:, None]
-            exact = self._measure(queries[at], numbers[at], worth)
+        def finish(at: slice) -> None:
+            exact = self._measure(queries[at], numbers[at], worth[at])
             order = np.lexsort((numbers[at], -exact))[:, : self._k]
             cosines[at] = np.take_along_axis(exact, order, axis=1)
             indices[at] = np.take_along_axis(numbers[at], order, axis=1)
             if values.shape[1] < self._vectors:
-                doubtful[at] = values[at, -1] + errors >= cosines[at, -1]
+                doubtful[at] = values[at, -1] + errors[at] >= cosines[at, -1]
             np.clip(cosines[at], -1, 1, out=cosines[at])
 
-        list(pool.map(finish, range(len(tiles))))
+        list(pool.map(finish, _shares(len(queries))))
         return doubtful
 
     def _candidates(
@@ -262,9 +275,14 @@ class Search:
     def _measure(self, queries: Array, numbers: Indices, worth: NDArray[np.bool_]) -> Array:
         """Return the cosines [Q, K] of those candidates that are worth it, the lowest float for the others."""
         cosines = np.full(numbers.T.shape, LOWEST, np.float32)
+        places = np.where(worth, numbers, np.int32(-1))
+        if self._tiles is not None and self._product is self._exact:  # they are the unit vectors themselves
+            places = np.ascontiguousarray(places.T)
+            for tile in np.unique(numbers[worth] // BANK_TILE):
+                measure(queries, self._tiles[tile], int(tile) * BANK_TILE, places, cosines)
+            return np.ascontiguousarray(cosines.T)
         rows, position = np.unique(numbers[worth], return_inverse=True)
-        places = np.full(numbers.shape, -1, np.int32)
-        places[worth] = position.reshape(-1)
+        places[worth] = position
         places = np.ascontiguousarray(places.T)
         units = np.empty((min(MEASURED_ROWS, len(rows)), self._channels), np.float32)
         for first in range(0, len(rows), MEASURED_ROWS):
@@ -358,11 +376,21 @@ def _worker_bytes(vectors: int, channels: int, precision: str) -> int:
 
 
 def _query_bytes(channels: int, k: int, precision: str) -> int:
-    """Count what a query takes beside itself: codes, and the candidates of every worker while they are merged."""
+    """Count what a query takes: its unit vector, codes, and the candidates of every worker while they are merged."""
     kind = Fp32Product if precision == "fp32" else Int8Product
+    units = 4 * channels
     codes = 0 if precision == "fp32" else Int8Product.tile_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
-    again = 0 if precision == "fp32" else 4 * channels  # the doubtful are searched again in fp32
-    return codes + again + (k + kind.spare) * (32 * available_cores() + 48)
+    again = 0 if precision == "fp32" else units  # the doubtful are searched again in fp32
+    return units + codes + again + (k + kind.spare) * (32 * available_cores() + 48)
+
+
+def _runs(count: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _shares(count: int) -> list[slice]:
+    """Divide queries among the workers."""
+    return _runs(count, -(-count // available_cores()))
 
 
 @contextmanager

@@ -49,28 +49,32 @@ class Search:
         if needed(vectors, channels, k, precision, resident=True) <= limit:
             self._resident = device.empty((vectors, self._stride), np.float16)
             for chunk in _chunks(vectors, BANK_ROWS):
-                device.upload(self._halves(chunk), self._resident[chunk])
+                device.upload(self._halves(chunk, read), self._resident[chunk])
             device.synchronise()
 
-    def _halves(self, rows: slice) -> NDArray[np.float16]:
-        """Return unit vectors of the bank [n, stride]."""
+    def _halves(self, rows: slice, read: Read) -> NDArray[np.float16]:
+        """Return unit vectors of bank or queries rounded to fp16, [n, stride]."""
         units = np.empty((rows.stop - rows.start, self._channels), np.float32)
-        self._read(rows, units)
-        return _padded(units, self._stride)
+        read(rows, units)
+        halves = np.zeros((len(units), self._stride), np.float16)
+        halves[:, : self._channels] = units
+        return halves
 
-    def search(self, queries: Array) -> tuple[Array, NDArray[np.int64]]:
-        """Find the nearest of unit queries [Q, C]; returns cosines [Q, k] and indices [Q, k]."""
+    def search(self, count: int, read: Read) -> tuple[Array, NDArray[np.int64]]:
+        """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
+
+        read: fills an array [n, C] with the unit vectors of n of them.
+        """
         device = self._device
         device.use()
         device.follow()
-        cosines = np.empty((len(queries), self._k), np.float32)
-        indices = np.empty((len(queries), self._k), np.int64)
-        rows, columns = min(QUERY_ROWS, len(queries)), min(BANK_ROWS, self._vectors)
+        cosines, indices = np.empty((count, self._k), np.float32), np.empty((count, self._k), np.int64)
+        rows, columns = min(QUERY_ROWS, count), min(BANK_ROWS, self._vectors)
         products = [device.empty((1, rows, columns), np.float32) for _ in range(2)]
         staged = None if self._resident is not None else device.empty((columns, self._stride), np.float16)
         try:
-            for at in _chunks(len(queries), QUERY_ROWS):
-                keys, numbers = self._search(queries[at], products, staged)
+            for at in _chunks(count, QUERY_ROWS):
+                keys, numbers = self._search(self._halves(at, read), products, staged)
                 values = _key_to_float(keys)
                 order = np.lexsort((numbers, -values))
                 cosines[at] = np.clip(np.take_along_axis(values, order, axis=1), -1, 1)
@@ -80,12 +84,12 @@ class Search:
         return cosines, indices
 
     def _search(
-        self, queries: Array, products: list[DEVICE_ARRAY], staged: DEVICE_ARRAY | None
+        self, queries: NDArray[np.float16], products: list[DEVICE_ARRAY], staged: DEVICE_ARRAY | None
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return keys of the largest products and their numbers [Q, k], in any order."""
         device, count = self._device, len(queries)
         halves = device.empty((1, count, self._stride), np.float16)
-        device.upload(_padded(queries, self._stride)[None], halves)
+        device.upload(queries[None], halves)
         keys = device.to_device(np.full((count, self._k), LOWEST_KEY, np.int32))
         numbers = device.to_device(np.tile(-1 - np.arange(self._k, dtype=np.int32), (count, 1)))
         device.synchronise()  # products have a stream of their own
@@ -97,7 +101,7 @@ class Search:
                 else:
                     assert staged is not None
                     column = staged[:size]
-                    device.upload(self._halves(chunk), column)
+                    device.upload(self._halves(chunk, self._read), column)
                 device.product(column, halves, products[slot][:, :count])
             with device.consuming(slot):
                 running_top(device, products[slot][0, :count], size, chunk.start, keys, numbers)
@@ -136,13 +140,6 @@ def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) 
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def _padded(units: Array, stride: int) -> NDArray[np.float16]:
-    """Round unit vectors [n, C] to fp16 [n, stride]."""
-    halves = np.zeros((len(units), stride), np.float16)
-    halves[:, : units.shape[1]] = units
-    return halves
 
 
 def _key_to_float(keys: NDArray[np.int32]) -> Array:
