@@ -3,7 +3,7 @@
     python -m zsad.bench.nearest [--queries 1369] [--bank 50000] [--channels 1024] [--neighbours 1] [--refcheck]
 
 All variants run in turn in one process on the same vectors, so that they see the same machine; medians and the medians
-of the round-by-round ratios are kept:
+of the round-by-round ratios are kept, also of the time that processors spent, which others on the machine change less:
 
     zsad        zsad.kernels.nearest.Nearest in fp32: search of a prepared bank, queries normalised
     zsad int8   the same with precision="int8", where the installation has it
@@ -75,8 +75,11 @@ def validate(channels: int, k: int) -> dict[str, float]:
     return deviations
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Time all variants in turn; returns the milliseconds of every counted round."""
+Times = dict[str, list[float]]
+
+
+def measure(arguments: argparse.Namespace) -> tuple[Times, Times]:
+    """Time all variants in turn; returns the milliseconds of every counted round, and those of all its processors."""
     queries = make_vectors(arguments.queries, arguments.channels, 3)
     bank = make_vectors(arguments.bank, arguments.channels, 4)
     cosines = np.empty((len(queries), len(bank)), np.float32)
@@ -84,15 +87,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for name, search in variants(bank, arguments.neighbours).items():
         runs[name] = partial(search.search, queries)
     runs["floor"] = lambda: np.matmul(queries, bank.T, out=cosines)
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    milliseconds: Times = {name: [] for name in runs}
+    of_processors: Times = {name: [] for name in runs}
     with threadpool_limits(available_cores(), user_api="blas"):
         for repeat in range(arguments.repeats + 1):
             for name, run in runs.items():
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 run()
                 if repeat:  # the first round warms up
-                    milliseconds[name].append(1e3 * (time.perf_counter() - start))
-    return milliseconds
+                    milliseconds[name].append(1e3 * (time.perf_counter() - start[0]))
+                    of_processors[name].append(1e3 * (time.process_time() - start[1]))
+    return milliseconds, of_processors
+
+
+def times_the_product(milliseconds: Times) -> dict[str, float]:
+    """Return the median of the round-by-round ratios."""
+    return {
+        name: statistics.median(floor / own for floor, own in zip(milliseconds["floor"], times, strict=True))
+        for name, times in milliseconds.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,18 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     deviations = validate(arguments.channels, arguments.neighbours)
     if arguments.refcheck:
         return 0
-    milliseconds = measure(arguments)
+    milliseconds, of_processors = measure(arguments)
     products = 2 * arguments.queries * arguments.bank * arguments.channels
-    speed = {
-        name: statistics.median(floor / own for floor, own in zip(milliseconds["floor"], times, strict=True))
-        for name, times in milliseconds.items()
-    }
+    speed, processor_speed = times_the_product(milliseconds), times_the_product(of_processors)
     print(f"\n{arguments.queries} queries, {arguments.bank} vectors of {arguments.channels} channels:")
     for name, times in milliseconds.items():
         median = statistics.median(times)
-        print(f"  {name:<10}{median:9.1f} ms {products / median / 1e6:8.0f} GFLOP/s {speed[name]:6.2f} × the product")
+        print(
+            f"  {name:<10}{median:9.1f} ms {products / median / 1e6:8.0f} GFLOP/s {speed[name]:6.2f} × the product, "
+            f"{processor_speed[name]:.2f} by the time of the processors"
+        )
     sizes = {name: getattr(arguments, name) for name in ("queries", "bank", "channels", "neighbours")}
-    result = {"milliseconds": milliseconds, "times_the_product": speed, "largest_deviation": deviations}
+    result = {
+        "milliseconds": milliseconds,
+        "processor_milliseconds": of_processors,
+        "times_the_product": speed,
+        "times_the_product_by_processors": processor_speed,
+        "largest_deviation": deviations,
+    }
     append(arguments.output, {**record, **sizes, **result})
     return 0
 
