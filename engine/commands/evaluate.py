@@ -70,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--protocol",
         choices=("official", "paper"),
         default="official",
-        help="official: full resolution, exact AUPRO; paper: 518x518 and 200-step AUPRO as in MuSc's tables",
+        help="official: full resolution, exact AUPRO; paper: as the published code of the run's method, 200-step AUPRO",
     )
     add(
         "--aupro-limit",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from PIL import Image
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.folders import Dataset
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
-from zsad.engine.images.tree import SCORES
+from zsad.engine.images.tree import RUN, SCORES
+from zsad.engine.scores.maps import upsample
 
 from .masks import MaskError, read_mask
 from .metrics import Region, image_metrics, pixel_metrics
@@ -41,8 +43,21 @@ CHALLENGE_WEIGHTS = {
     "pixel_f1": 1.3,
 }
 METRICS = (*CHALLENGE_WEIGHTS, "challenge")
-PAPER_SIZE = 518
 PAPER_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Paper:
+    """How the published code of a method compares maps with masks."""
+
+    side: int  # pixels of the square that maps and masks are brought to
+    mask_from: int  # grey value from which on a pixel of a mask, resized as 0 and 255, is anomalous
+    precision: type[np.floating[Any]]  # of the maps, and so of AUPRO's steps
+    ends_coincide: bool  # whether maps are resized back as `upsample` does; else with the masks' filter
+
+
+# Its masks are truncated to integers: only pixels at full intensity are left.
+MUSC = Paper(518, 255, np.float64, ends_coincide=False)
 
 LOOKED_FOR = "looked for test/good/ and test/<defect>/, for good/ beside folders of defects, and for masks"
 
@@ -74,10 +89,14 @@ def evaluate(
     truth. Raises EvaluationError where nothing can be evaluated, and ValueError for an AUPRO limit outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
-    follows MuSc's published MVTec tables: each mask goes to 518×518 with Pillow's bilinear filter, as torchvision's
-    `Resize` does, and only pixels that are at full intensity then count as anomalous, because the reference truncates
-    to integers; AUPRO takes 200 steps. The reference upsamples its patch grid to 518×518; here the stored map, which
-    has the image's resolution, goes there with the same filter as the mask, so the two stay aligned.
+    follows the published code of the method that the run's record names: each mask goes to a square with Pillow's
+    bilinear filter, as torchvision's `Resize` does, and AUPRO takes 200 steps. The codes differ in the rest:
+
+    - MuSc, also where there is no record or one of a method not named here: 518×518; only pixels at full intensity
+      count as anomalous, because its code for MVTec AD truncates to integers; the stored map, which has the image's
+      resolution, is resized with the filter of the mask, so the two stay aligned.
+    - APRIL-GAN, WinCLIP (Accurate-WinCLIP-pytorch): the side of the network's input; pixels above half the intensity
+      count; the stored map is brought back to what the method gave, as far as the image has its resolution.
     """
     wanted = {category.name: category for category in dataset.categories if only is None or category.name in only}
     known = {name: category for name, category in wanted.items() if category.has_ground_truth}
@@ -98,8 +117,9 @@ def evaluate(
     for name in sorted(with_results - known.keys() if not one_of_several else ()):
         reason = f"no ground truth in {dataset.root}: {LOOKED_FOR}" if name in wanted else f"not in {dataset.root}"
         warn(f"{name}: results in {out / name}, but {reason}; left out")
+    paper = _paper(out / RUN) if protocol == "paper" else None
     categories = {
-        name: evaluate_category(out / name, category, protocol, aupro_limit, warn)
+        name: evaluate_category(out / name, category, paper, aupro_limit, warn)
         for name, category in known.items()
         if name in with_results
     }
@@ -107,7 +127,23 @@ def evaluate(
     return {"categories": categories, "mean": mean, "protocol": protocol}
 
 
-def evaluate_category(results: Path, category: Category, protocol: Protocol, aupro_limit: float, warn: Warn) -> Values:
+def _paper(file: Path) -> Paper:
+    """Return the rules of the method that a run's record names; raises EvaluationError."""
+    if not file.is_file():
+        return MUSC
+    try:
+        record = json.loads(file.read_bytes())
+        method = record.get("method")  # the records of old versions lack it: there was but MuSc
+        if method not in ("april_gan", "winclip"):
+            return MUSC
+        ((_, network),) = record["config"]["networks"].items()
+        side = int(network["image_size"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EvaluationError(f"{file} is not the record of a run ({error}): run `zsad-infer` again") from error
+    return Paper(side, 128, np.float32 if method == "april_gan" else np.float64, ends_coincide=True)
+
+
+def evaluate_category(results: Path, category: Category, paper: Paper | None, aupro_limit: float, warn: Warn) -> Values:
     """Metrics of one category, from the folder of its results and its images; see `evaluate`."""
     rows = _read_scores(results / SCORES)
     images = {image.relative: image for image in labelled(category, warn).images}
@@ -129,14 +165,14 @@ def evaluate_category(results: Path, category: Category, protocol: Protocol, aup
         for relative in usable:
             try:
                 map_path = results / rows[relative]["map"]
-                pixels.append(_load_pixels(category.root, images[relative], map_path, protocol, saturation))
+                pixels.append(_load_pixels(category.root, images[relative], map_path, paper, saturation))
             except (OSError, ValueError) as error:
                 warn(f"{category.root / relative}: left out of the pixel metrics: {error}")
     at_pixel = pixel_metrics(
         [of_image.mask for of_image in pixels],
         [of_image.map for of_image in pixels],
         aupro_limit,
-        PAPER_STEPS if protocol == "paper" else None,
+        PAPER_STEPS if paper else None,
         [of_image.regions for of_image in pixels],
     )
     _say_what_is_missing(category.name, labels, pixels)
@@ -249,12 +285,12 @@ class Pixels:
     """What there is to compare of one image, at the protocol's size."""
 
     mask: NDArray[np.bool_]  # [H, W]
-    map: NDArray[np.float32]  # [H, W]
+    map: NDArray[np.floating[Any]]  # [H, W]
     regions: Sequence[Region] | None  # None: those of the mask that hang together
 
 
 def _load_pixels(
-    root: Path, image: InputImage, map_path: Path, protocol: Protocol, saturation: Saturation | None
+    root: Path, image: InputImage, map_path: Path, paper: Paper | None, saturation: Saturation | None
 ) -> Pixels:
     """Mask and map of one image; ValueError or OSError says what is wrong."""
     if not map_path.is_file():
@@ -282,11 +318,16 @@ def _load_pixels(
     if bool(mask.any()) != image.anomalous:
         said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
         raise ValueError(f"its mask {root / image.masks.files[0]} {said} {image.defect or 'normal'}")
-    if protocol == "paper":
-        size_, bilinear = (PAPER_SIZE, PAPER_SIZE), Image.Resampling.BILINEAR
-        resized = Image.fromarray(mask).convert("L").resize(size_, bilinear)  # 0 and 255 before
-        return Pixels(np.asarray(resized) == 255, np.asarray(map_.resize(size_, bilinear)), None)
+    if paper is not None:
+        return _resized(mask, map_, paper)
     return Pixels(mask, np.asarray(map_), regions if by_file else None)
+
+
+def _resized(mask: NDArray[np.bool_], map_: Image.Image, paper: Paper) -> Pixels:
+    square, bilinear = (paper.side, paper.side), Image.Resampling.BILINEAR
+    resized_mask = Image.fromarray(mask).convert("L").resize(square, bilinear)  # 0 and 255 before
+    resized = upsample(np.asarray(map_), square) if paper.ends_coincide else np.asarray(map_.resize(square, bilinear))
+    return Pixels(np.asarray(resized_mask) >= paper.mask_from, resized.astype(paper.precision), None)
 
 
 def _challenge(values: Mapping[str, float | None]) -> float | None:

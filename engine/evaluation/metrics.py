@@ -141,9 +141,9 @@ def aupro(masks: Images, maps: Images, limit: float = 0.3, steps: int | None = N
     masks, maps: as `pixel_metrics`. Regions are the 8-connected components of each mask; the false-positive rate counts
     the pixels outside all masks, over all images. The curve is exact: every distinct score is a threshold, neighbouring
     points are joined by lines and the last one is cut at the limit (Bergmann et al., MVTec AD, IJCV 2021).
-    With `steps`, the approximation of MuSc's published tables: that many equal steps from the lowest to the highest
-    score, points with a rate below `limit`, and the rate rescaled to [0, 1] by the range that these points cover.
-    NaN without a region, without a normal pixel, or where the points of `steps` cover no range.
+    With `steps`, the approximation of published tables: that many equal steps from the lowest to the highest score, in
+    the precision of the maps, points with a rate below `limit`, and the rate rescaled to [0, 1] by the range that these
+    points cover. NaN without a region, without a normal pixel, or where the points of `steps` cover no range.
     Raises ValueError for shapes that differ, masks other than 0 and 1, maps that are not finite, and a limit outside
     (0, 1].
     """
@@ -181,10 +181,11 @@ def _region_overlap_area(sample: _Sample, limit: float, steps: int | None) -> fl
     if steps is None:
         return _area(sample, sample.weights, limit) / limit
     scores = [array for array in (sample.positives, *sample.negatives) if array.size]
-    lowest, highest = float(min(array.min() for array in scores)), float(max(array.max() for array in scores))
-    if lowest == highest:
+    lowest, highest = min(array.min() for array in scores), max(array.max() for array in scores)
+    step = (highest - lowest) / steps  # of the maps' type, as in the published code: it moves AUPRO's fifth digit
+    if step == 0:
         return float("nan")
-    thresholds = np.arange(lowest, highest, (highest - lowest) / steps)  # [T]
+    thresholds = np.arange(lowest, highest, step)  # [T]
     rate = _count_beyond(sample.negatives, thresholds)[0] / sample.negative_count  # [T]
     covered = np.append(np.cumsum(sample.weights[::-1])[::-1], 0)  # [M + 1] weight of the positives from each rank on
     overlap = covered[np.searchsorted(sample.positives, thresholds, side="right")]  # [T]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clip_checkpoints import text_arrays
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,6 +22,7 @@ from zsad.engine.commands.evaluate import main
 from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, labelled
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.folders import scan
+from zsad.engine.scores.maps import upsample
 
 HEIGHT, WIDTH = 24, 32
 
@@ -150,12 +152,110 @@ def test_paper_protocol_resizes_and_keeps_full_intensity(case: Case) -> None:
         mask = {"cut": make_mask(2, 3), "hole": make_mask(12, 20)}.get(path.parent.name, np.zeros((HEIGHT, WIDTH)))
         resized = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, bilinear), np.float32) / 255
         masks.append(resized.astype(np.int32))
-        maps.append(np.asarray(Image.open(path).resize(size, bilinear)))
+        maps.append(np.asarray(Image.open(path).resize(size, bilinear), np.float64))
     expected = pixel_metrics(masks, maps, aupro_steps=200)
     cable = found["categories"]["cable"]
     assert found["protocol"] == "paper"
-    assert {key: cable[f"pixel_{key}"] for key in expected} == pytest.approx(expected)
+    assert {key: cable[f"pixel_{key}"] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert cable != evaluate(case.out, scan(case.data))["categories"]["cable"]
+
+
+CLASSES = ("bottle", "metal_nut")
+ORDER = ("pixel_auroc", "pixel_f1", "pixel_ap", "pixel_aupro", "image_auroc", "image_f1", "image_ap")
+
+
+def write_record(out: Path, method: str, side: int) -> None:
+    record = {"method": method, "config": {"networks": {"clip": {"image_size": side}}}}
+    (out / "run.json").write_text(json.dumps(record))
+
+
+def write_april(case: Case, maps: str, scores: str, own_sizes: bool) -> None:
+    """Lay out the golden pictures with the published code's maps, at its own 98x98 or enlarged to the pictures'."""
+    arrays = text_arrays("april")
+    for index, anomalous in enumerate(arrays["anomaly"]):
+        mask, map_ = 255 * arrays["ground_truth"][index], arrays[maps][index]
+        if own_sizes:
+            mask = arrays[f"mask_file_{index}"]
+            map_ = upsample(map_, mask.shape)
+        category, relative = CLASSES[arrays["class_index"][index]], f"test/{('good', 'bad')[anomalous]}/{index}.png"
+        case.add(category, relative, arrays[scores][index], mask if anomalous else None)
+        Image.new("L", mask.shape[::-1]).save(case.data / category / relative)
+        Image.fromarray(map_).save(case.out / category / "maps" / PurePosixPath(relative).with_suffix(".tiff"))
+    write_record(case.out, "april_gan", 98)
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+    """Masks and maps of each category that is compared."""
+    seen = []
+
+    def watched(masks: Sequence[Any], maps: Sequence[Any], *options: Any) -> dict[str, float]:
+        seen.append((masks, maps))
+        return pixel_metrics(masks, maps, *options)
+
+    monkeypatch.setattr("zsad.engine.evaluation.evaluate.pixel_metrics", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("metrics_of", "maps", "scores"),
+    [
+        ("zero", "zero_map", "zero_image_score"),
+        ("few1", "few1_combined_map", "few1_image_score"),
+        ("few2", "few2_combined_map", "few2_image_score"),
+        ("fake", "fake_map", "zero_image_score"),
+    ],
+)
+def test_april_gans_results_give_its_published_codes_metrics(
+    tmp_path: Path, metrics_of: str, maps: str, scores: str
+) -> None:
+    case = Case(tmp_path)
+    write_april(case, maps, scores, own_sizes=False)
+    found = evaluate(case.out, scan(case.data), protocol="paper")
+    rows = [*(found["categories"][name] for name in CLASSES), found["mean"]]
+    expected = text_arrays("april")[f"{metrics_of}_metrics"]
+    assert [[row[key] for key in ORDER] for row in rows] == [pytest.approx(row, abs=1e-12) for row in expected]
+
+
+def test_masks_and_maps_of_any_size_become_those_of_april_gans_code(
+    tmp_path: Path, compared: list[tuple[Sequence[Any], Sequence[Any]]]
+) -> None:
+    case = Case(tmp_path)
+    write_april(case, "zero_map", "zero_image_score", own_sizes=True)
+    evaluate(case.out, scan(case.data), protocol="paper")
+    arrays = text_arrays("april")
+    for number, (masks, maps) in enumerate(compared):
+        order = np.flatnonzero(arrays["class_index"] == number)
+        np.testing.assert_array_equal(masks, arrays["ground_truth"][order])
+        assert {map_.dtype for map_ in maps} == {np.dtype(np.float32)}
+        # Enlarged and brought back, at worst from a side of 76 pixels.
+        np.testing.assert_allclose(maps, arrays["zero_map"][order], atol=0.03)
+
+
+def test_winclips_masks_count_from_half_the_intensity_at_its_side(
+    case: Case, compared: list[tuple[Sequence[Any], Sequence[Any]]]
+) -> None:
+    write_record(case.out, "winclip", 20)
+    evaluate(case.out, scan(case.data), protocol="paper")
+    masks, maps = compared[0]
+    resized = np.asarray(Image.fromarray(make_mask(2, 3)).resize((20, 20), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(masks[2], resized / 255 > 0.5)
+    assert (maps[0].shape, maps[0].dtype) == ((20, 20), np.float64)
+
+
+@pytest.mark.parametrize("method", [None, "musc", "another"])
+def test_muscs_rules_hold_for_other_records(case: Case, method: str | None) -> None:
+    expected = evaluate(case.out, scan(case.data), protocol="paper")
+    (case.out / "run.json").write_text(json.dumps({"method": method, "config": {}} if method else {"config": {}}))
+    assert evaluate(case.out, scan(case.data), protocol="paper") == expected
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"method": "winclip"}', '{"method": "winclip", "config": {}}'])
+def test_a_broken_record_is_named(case: Case, record: str) -> None:
+    (case.out / "run.json").write_text(record)
+    evaluate(case.out, scan(case.data))
+    with pytest.raises(EvaluationError, match=r"run\.json is not the record of a run .*: run `zsad-infer` again"):
+        evaluate(case.out, scan(case.data), protocol="paper")
 
 
 def test_masks_of_zero_and_one_count_in_both_protocols(case: Case) -> None:

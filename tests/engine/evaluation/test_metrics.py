@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from clip_checkpoints import text_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -161,6 +162,28 @@ def test_golden_values() -> None:
         expected = golden["pixel_auroc_f1_ap_aupro"]
         assert [pixel[key] for key in ("auroc", "f1", "ap", "aupro")] == pytest.approx(expected, abs=1e-6)
         assert aupro(golden["gt_pixel"], golden["pred_pixel"], steps=200) == pixel["aupro"]
+
+
+@pytest.mark.parametrize(
+    ("metrics_of", "map_", "score"),
+    [
+        ("zero", "zero_map", "zero_image_score"),
+        ("few1", "few1_combined_map", "few1_image_score"),
+        ("few2", "few2_combined_map", "few2_image_score"),
+        ("fake", "fake_map", "zero_image_score"),
+    ],
+)
+def test_april_gans_golden_values(metrics_of: str, map_: str, score: str) -> None:
+    arrays = text_arrays("april")
+    for number, expected in enumerate(arrays[f"{metrics_of}_metrics"][:2]):
+        of_class = arrays["class_index"] == number
+        pixel = pixel_metrics(arrays["ground_truth"][of_class], arrays[map_][of_class], aupro_steps=200)
+        image = image_metrics(arrays["anomaly"][of_class], arrays[score][of_class])
+        found = [
+            *(pixel[key] for key in ("auroc", "f1", "ap", "aupro")),
+            *(image[key] for key in ("auroc", "f1", "ap")),
+        ]
+        assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((4, 4), np.uint8), np.ones((4, 4), np.uint8)], ids=["normal", "anomalous"])
