@@ -81,7 +81,8 @@ def maps(out: Path) -> np.ndarray:
 def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
     golden = text_arrays("april")
     found = april(kind)
-    np.testing.assert_allclose(scores(found), golden["zero_image_score"], atol=1e-5)
+    # Older versions of Pillow resize some shapes to values up to two levels away from those of the golden file.
+    np.testing.assert_allclose(scores(found), golden["zero_image_score"], atol=1e-5 if kind == "resized" else 2e-3)
     if kind == "resized":
         np.testing.assert_allclose(LAYERS * maps(found), golden["zero_map"], atol=1e-5)
 
