@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .published import METRICS, read_published
 from .records import RESULTS
 from .roofline import GPUS, IMAGES, estimate
 
@@ -199,12 +200,23 @@ def roofline_table() -> str:
     return f"{caption}:\n\n" + table(head, rows)
 
 
+def published_table() -> str:
+    rows = [
+        [row.data, row.source, str(row.shots), *(text or "–" for text in row.values.values())]
+        for row in sorted(read_published(), key=lambda row: (row.data, row.shots))
+        if row.name == "mean"
+    ]
+    caption = "**Published** means over the classes, in percent; zsad has not been measured here"
+    return f"{caption}:\n\n" + table(["data", "source", "known-good images", *METRICS.values()], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "backbones": backbones_table,
     "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
     "nearest": nearest_table,
+    "published": published_table,
     "roofline": roofline_table,
     "runs": runs_table,
     "scaling": scaling_table,
