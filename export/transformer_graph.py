@@ -17,7 +17,7 @@ from .state_dict import CheckpointError
 from .transformer import Affine, Array, Block
 
 # Part of every cache key: raise it whenever a graph changes.
-BUILDER_VERSION = 5
+BUILDER_VERSION = 6
 OPSET = 20
 IR_VERSION = 10
 
@@ -149,17 +149,28 @@ class TransformerGraph:
         )
         return outputs
 
-    def attention(self, x: str, qkv: Affine, heads: int, name: str) -> str:
-        """Self-attention of x [B, T, C] up to the concatenated heads."""
-        weight, bias = qkv
-        width = len(bias) // 3
+    def first(self, x: str, name: str) -> str:
+        """The first token of every sequence: [B, T, C] to [B, 1, C]."""
+        start, end, axis = (self.constant(np.array([n]), f"first.{n}") for n in (0, 1, 1))
+        return self.node("Slice", [x, start, end, axis], name)
+
+    def packed(self, x: str, block: Block, heads: int, eps: float, name: str) -> str:
+        """Queries, keys and values [B, T, 3C] of the residual stream: each token's depend on that token alone."""
+        weight, bias = block.qkv
         if not self.fused:
             # Queries are scaled in the weights, as TensorRT's fusion wants it: before the first product.
+            width = len(bias) // 3
             scale = np.repeat(np.array([(width // heads) ** -0.5, 1, 1], np.float32), width)
             weight, bias = weight * scale[:, None], bias * scale
-        packed = self.linear(x, (weight, bias), name + ".qkv")
+        y = self.narrow(self.layer_norm(x, block.norm1, eps, name + ".norm1"))
+        return self.linear(y, (weight, bias), name + ".qkv")
+
+    def attention(self, packed: str, width: int, heads: int, name: str, only_first: bool) -> str:
+        """Self-attention [B, T or 1, C] up to the concatenated heads, of all tokens or the first; width: C."""
         name += ".attention"
         parts = self.split(packed, ("query", "key", "value"), name)
+        if only_first:
+            parts[0] = self.first(parts[0], parts[0] + ".first")
         if self.fused:
             unidirectional = {"unidirectional": 1} if self.causal else {}
             return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads, **unidirectional)
@@ -188,11 +199,25 @@ class TransformerGraph:
             y = self.activation(y, kind, name + ".activation")
         return self.linear(y, block.fc2, name + ".fc2")
 
-    def block(self, x: str, block: Block, heads: int, kind: str, eps: float, name: str) -> str:
-        """A whole block on the residual stream x [B, T, C]."""
-        y = self.narrow(self.layer_norm(x, block.norm1, eps, name + ".norm1"))
-        y = self.attention(y, block.qkv, heads, name)
+    def block(
+        self,
+        x: str,
+        block: Block,
+        heads: int,
+        kind: str,
+        eps: float,
+        name: str,
+        packed: str = "",
+        only_first: bool = False,
+    ) -> str:
+        """A whole block on the residual stream x [B, T, C].
+
+        packed: of x, where it is there already. only_first: the first token is all that is wanted, [B, 1, C].
+        """
+        packed = packed or self.packed(x, block, heads, eps, name)
+        y = self.attention(packed, len(block.proj[1]), heads, name, only_first)
         y = self.widen(self.linear(y, block.proj, name + ".proj"))
+        x = self.first(x, name + ".first") if only_first else x
         x = self.node("Add", [x, y], name + ".residual")
         y = self.narrow(self.layer_norm(x, block.norm2, eps, name + ".norm2"))
         y = self.widen(self.feed_forward(y, block, kind, name))

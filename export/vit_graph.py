@@ -91,10 +91,19 @@ class _Graph(TransformerGraph):
         y = self.narrow(self.node("Slice", [self.tap_norm(x, vit, name), *patches], name + ".patches"))
         return self.node("Unsqueeze", [y, patches[-1]], name)
 
-    def trunk(self, x: str, vit: VisionTransformer, activation: str, heads: int, depth: int) -> Iterator[str]:
-        """Yield the residual stream behind each of the first `depth` blocks."""
+    def trunk(
+        self, x: str, packed: str, vit: VisionTransformer, options: ExportOptions, depth: int, whole: bool
+    ) -> Iterator[str]:
+        """Yield the residual stream behind each of the first `depth` blocks.
+
+        packed: what the first block makes of x (see `packed`). whole: of the tower's last block all tokens are wanted,
+        not only the class token, for which a third of the products will do.
+        """
+        heads, last = vit.architecture.attention_heads(vit.width, options.heads), len(vit.blocks) - 1
         for index, block in enumerate(vit.blocks[:depth]):
-            x = self.block(x, block, heads, activation, vit.architecture.norm_eps, f"block{index}")
+            only_first = index == last and not whole
+            eps, name = vit.architecture.norm_eps, f"block{index}"
+            x = self.block(x, block, heads, options.activation, eps, name, "" if index else packed, only_first)
             yield x
 
     def class_vector(self, x: str, vit: VisionTransformer) -> str:
@@ -114,12 +123,14 @@ class _Graph(TransformerGraph):
         else:
             self.node("LpNormalization", [y], output, axis=-1, p=2)
 
-    def windows(self, x: str, vit: VisionTransformer, side: int, grid: int, name: str) -> str:
-        """The stream [B, T, C] of an image as one of its windows, as so many short images: [B · W, T', C]."""
-        rows = window_tokens(grid, side, 1 + len(vit.registers))
-        indices, length = self.constant(rows, name + ".tokens"), rows.shape[1]
-        y = self.node("Gather", [x, indices], name + ".gathered", axis=1)
-        return self.node("Reshape", [y, self.constant(np.array([-1, length, vit.width]), name + ".length")], name)
+    def windows(self, x: str, width: int, rows: NDArray[np.int64], name: str) -> str:
+        """What an image has of its tokens, [B, T, width], as what its windows have: [B · W, T', width].
+
+        rows: which tokens each window holds, see `window_tokens`.
+        """
+        y = self.node("Gather", [x, self.constant(rows, f"windows.{len(rows)}")], name + ".gathered", axis=1)
+        shape = self.constant(np.array([-1, rows.shape[1], width]), f"windows.{len(rows)}.{width}")
+        return self.node("Reshape", [y, shape], name)
 
 
 def window_tokens(grid: int, side: int, front: int) -> NDArray[np.int64]:
@@ -161,18 +172,11 @@ def build_vit_graph(
     graph = _Graph(options.precision, options.attention == "fused", exact)
     within = "image." if options.precision == "int8" else ""  # the loop over the batch, see `_take_images_singly`
     embedded = graph.embed(within + "images", vit, grid, options.antialias)
-    outputs = _add_image(graph, embedded, vit, options, heads, within)
-    for name, side in WINDOWS.items():
-        if name in options.outputs:
-            windows, dimension = (grid - side + 1) ** 2, _dimension(vit)
-            with graph.scope(name + "."):
-                x = graph.windows(embedded, vit, side, grid, name)
-                *_, x = graph.trunk(x, vit, options.activation, heads, len(vit.blocks))
-                x = graph.class_vector(x, vit)
-            shape = graph.constant(np.array([-1, windows, dimension]), name + ".shape")
-            graph.node("Reshape", [x, shape], within + name)
-            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", windows, dimension]))
-
+    # One token's queries, keys and values are the same in the image and in all windows that hold it.
+    packed = graph.packed(embedded, vit.blocks[0], heads, vit.architecture.norm_eps, "block0")
+    outputs = _add_image(graph, (embedded, packed), vit, options, within)
+    for name in (name for name in WINDOWS if name in options.outputs):
+        outputs.append(_add_windows(graph, (embedded, packed), vit, options, name, within))
     if options.precision == "int8":
         _take_images_singly(graph, outputs, size)
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, size, size])
@@ -190,16 +194,36 @@ def build_vit_graph(
     return finished_model(graph, vit.architecture.name, [images], outputs, facts)
 
 
+def _add_windows(
+    graph: _Graph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, name: str, within: str
+) -> onnx.ValueInfoProto:
+    """Add the output `name` that the windows of one size have; the rest as for `_add_image`."""
+    rows = window_tokens(options.image_size // vit.patch_size, WINDOWS[name], 1 + len(vit.registers))
+    with graph.scope(name + "."):
+        x = graph.windows(embedded[0], vit.width, rows, "embedded.own")
+        packed = graph.windows(embedded[1], 3 * vit.width, rows, "packed.own")
+        *_, x = graph.trunk(x, packed, vit, options, len(vit.blocks), whole=False)
+        x = graph.class_vector(x, vit)
+    shape = [len(rows), _dimension(vit)]
+    graph.node("Reshape", [x, graph.constant(np.array([-1, *shape]), name + ".shape")], within + name)
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+
+
 def _add_image(
-    graph: _Graph, x: str, vit: VisionTransformer, options: ExportOptions, heads: int, within: str
+    graph: _Graph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, within: str
 ) -> list[onnx.ValueInfoProto]:
-    """Add the outputs that the image as a whole has; x: its embedded tokens [B, T, C]. within: before their names."""
+    """Add the outputs that the image as a whole has.
+
+    embedded: its tokens [B, T, C] in front of the first block, and their queries, keys and values [B, T, 3C]. within:
+    before the names of outputs.
+    """
     patches = (options.image_size // vit.patch_size) ** 2
     cut = graph.patch_range(vit, patches) if options.taps or "patches" in options.outputs else []
     element = helper.np_dtype_to_tensor_dtype(np.dtype(graph.dtype))
     tapped, outputs = [], []
-    streams = graph.trunk(x, vit, options.activation, heads, options.depth(len(vit.blocks)))
-    for index, x in enumerate(streams):
+    depth, last = options.depth(len(vit.blocks)), len(vit.blocks) - 1
+    whole = last in options.taps or "patches" in options.outputs
+    for index, x in enumerate(graph.trunk(*embedded, vit, options, depth, whole)):
         if index in options.taps:
             tapped.append(graph.patch_tokens(x, vit, cut, f"tap{index}"))
     if tapped:
