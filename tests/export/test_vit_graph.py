@@ -397,7 +397,7 @@ def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> No
 
 @pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("registers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_windows_are_compared_before_they_are_kept(
     empty_cache: Path, random_dinov2: Callable[..., Path], tmp_path: Path, precision: str, oracle: str, registers: int
 ) -> None:

@@ -65,7 +65,7 @@ def test_photographs_of_one_product_are_no_copies(tmp_path: Path, moved: bool) -
 
 
 @pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_near_copies_are_found(tmp_path: Path, kind: str, moved: bool) -> None:
     images = [part(seed, moved) for seed in range(18)]
     images += [COPIES[kind](images[3]), COPIES[kind](images[11])]

@@ -42,7 +42,13 @@ def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[
     assert images_of("bolt") == 2
 
 
-@pytest.mark.parametrize("name", ["metal {nut}", "{}", "x" * 500, "Schräubchen & Mütter 🔩"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metal {nut}",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("{}", "x" * 500, "Schräubchen & Mütter 🔩")),
+    ],
+)
 def test_objects_of_any_name(tiny: list[str], name: str) -> None:
     if name == "{}":
         name += " part"

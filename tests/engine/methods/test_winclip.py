@@ -76,7 +76,7 @@ def test_the_object_is_named(winclip: Callable[..., Path]) -> None:
     np.testing.assert_allclose(maps(found), golden["second_zero_map"], atol=1e-5)
 
 
-@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("name", "variant", "share"), [("winclip_anomalib", "anomalib", 1.0), ("winclip_acc", "acc", 0.5)]
 )

@@ -213,7 +213,7 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
 
 @compiled
 @pytest.mark.parametrize("devices", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("images", [2, 3, 9])
+@pytest.mark.parametrize("images", [2, pytest.param(3, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("variant", COMPARERS)
 def test_needed_is_the_least_that_works(variant: str, images: int, devices: int) -> None:
     how: dict[str, Any] = dict(VARIANTS[variant])
