@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .cpu import nearest as cpu
 from .cuda import nearest as cuda
-from .cuda.device import open_device
+from .cuda.device import Device, open_device
 
 Array = NDArray[np.float32]
 
@@ -40,7 +40,7 @@ class Nearest:
         bank: NDArray[Any],
         k: int = 1,
         precision: str = "auto",
-        device: str = "cpu",
+        device: str | Device = "cpu",
         memory_limit: int | None = None,
     ) -> None:
         """Prepare a bank [M, C] of float32 vectors of any length, in memory or a memory map.
@@ -51,7 +51,7 @@ class Nearest:
         precision: "fp32" on a CPU; "int8" there: int8 products choose candidates, which are measured again in fp32, and
             queries whose candidates leave a doubt are searched again in fp32. It pays on processors with AVX-512 VNNI.
             "fp16" on a CUDA device: fp16 unit vectors and fp32 sums. "auto" is fp32 on a CPU and fp16 on a device.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "cuda:N", or a device that is open.
         memory_limit: bytes that preparing and searching may use on the CPU or on the device, beside bank, queries and
             results; by default a share of what is free. Where the prepared bank does not fit, every search prepares it
             anew, tile by tile; the results are the same.
@@ -70,7 +70,8 @@ class Nearest:
         if device == "cpu":
             self._search = cpu.Search(vectors, channels, k, precision, read, memory_limit)
         else:
-            self._search = cuda.Search(open_device(device), vectors, channels, k, precision, read, memory_limit)
+            opened = open_device(device) if isinstance(device, str) else device
+            self._search = cuda.Search(opened, vectors, channels, k, precision, read, memory_limit)
         self.precision = self._search.precision
 
     @staticmethod

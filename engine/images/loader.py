@@ -92,7 +92,7 @@ class DeviceInputs:
     @contextmanager
     def batch(self, images: Sequence[Any]) -> Iterator[Mapping[Recipe, Array]]:
         self._slot = 1 - self._slot
-        with self._device.producing(self._slot):
+        with self._device.producing(("images", self._slot)):
             for index, image in enumerate(images):
                 on_device = image
                 if isinstance(image, np.ndarray):
@@ -102,7 +102,7 @@ class DeviceInputs:
                     network_input_on_device(
                         self._device, on_device, batch[index], recipe.resampling, recipe.mean, recipe.deviation
                     )
-        with self._device.consuming(self._slot):
+        with self._device.consuming(("images", self._slot)):
             yield {recipe: batch[: len(images)] for recipe, batch in self._inputs[self._slot].items()}
 
 

@@ -102,7 +102,8 @@ class AprilGAN:
                 [outputs["tokens"] for batch in group.references for _, outputs in self._run(batch)]
             )  # [K, L, P, C]
             self._memories = [
-                Nearest(np.ascontiguousarray(layer.reshape(-1, layer.shape[-1]))) for layer in tokens.swapaxes(0, 1)
+                Nearest(np.ascontiguousarray(layer.reshape(-1, layer.shape[-1])), device=self._place.arrays.device)
+                for layer in tokens.swapaxes(0, 1)
             ]
 
     def take(self, batch: Batch) -> Iterator[Scored]:

@@ -6,7 +6,7 @@ What does not fit goes to a temporary file, or from the device to host memory.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +22,11 @@ class Arrays(Protocol):
     """Room for arrays beside the networks' outputs."""
 
     devices: Sequence[Device]  # that compute on them; none is the CPU
+
+    @property
+    def device(self) -> Device | Literal["cpu"]:
+        """The first that computes on them."""
+        return self.devices[0] if self.devices else "cpu"
 
     def limit(self) -> int:
         """Return the bytes that may be used where they are computed on: of each device, or of host memory."""
@@ -45,7 +50,7 @@ class Arrays(Protocol):
         """Wait for what is still under way and return an array's content in host memory."""
 
 
-class HostArrays:
+class HostArrays(Arrays):
     """Networks on the CPU; what computes on their outputs may be devices that take them from host memory."""
 
     def __init__(self, devices: Sequence[Device], memory_limit: int | None) -> None:
@@ -73,7 +78,7 @@ class HostArrays:
         return np.asarray(array)
 
 
-class DeviceArrays:
+class DeviceArrays(Arrays):
     """Networks on a device. Where several devices compute, what the first one's networks give goes to host memory."""
 
     def __init__(self, devices: Sequence[Device], memory_limit: int | None) -> None:

@@ -102,7 +102,8 @@ class WinCLIP:
                     for output in (*WINDOWS, self._settings.patch_output):
                         vectors = outputs[output].astype(np.float32)  # [B, W or P, C], of patches perhaps [B, 1, P, C]
                         kept.setdefault(output, []).append(vectors.reshape(-1, vectors.shape[-1]))
-            self._memories = {output: Nearest(np.concatenate(parts)) for output, parts in kept.items()}
+            device = self._place.arrays.device
+            self._memories = {output: Nearest(np.concatenate(parts), device=device) for output, parts in kept.items()}
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for part, outputs in self._run(batch):

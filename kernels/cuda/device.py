@@ -8,10 +8,10 @@ import hashlib
 import math
 import re
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -103,10 +103,13 @@ class Device(Protocol):
         column: [P, C], rows: [T, Q, C], grams: [>= T, Q, stride].
         """
 
-    def producing(self, slot: int) -> Any:
-        """Context: what is queued in it runs beside the passes, once workspace `slot` has been consumed."""
+    def producing(self, slot: Hashable) -> Any:
+        """Context: what is queued in it runs beside the passes, once workspace `slot` has been consumed.
 
-    def consuming(self, slot: int) -> Any:
+        Whoever has workspaces of its own names them so that nobody else's have the same names.
+        """
+
+    def consuming(self, slot: Hashable) -> Any:
         """Context: what is queued in it waits until workspace `slot` has been produced."""
 
     def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], DEVICE_ARRAY]]) -> None:
@@ -267,8 +270,8 @@ class CupyDevice:
         self._passes, self._products, self._copies = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
         self._queue = self._passes  # where launches and copies go
         self.stream = int(self._passes.ptr)
-        self._produced = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        self._consumed = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self._produced: dict[Hashable, Any] = defaultdict(partial(cupy.cuda.Event, disable_timing=True))  # by workspace
+        self._consumed: dict[Hashable, Any] = defaultdict(partial(cupy.cuda.Event, disable_timing=True))
         self._fetched = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._compared = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._staged: deque[tuple[Any, Any]] = deque()  # events of uploads and their pinned sources, alive until then
@@ -393,7 +396,7 @@ class CupyDevice:
         )
 
     @contextmanager
-    def producing(self, slot: int) -> Iterator[None]:
+    def producing(self, slot: Hashable) -> Iterator[None]:
         self._products.wait_event(self._consumed[slot])
         self._queue = self._products
         try:
@@ -404,7 +407,7 @@ class CupyDevice:
         self._produced[slot].record(self._products)
 
     @contextmanager
-    def consuming(self, slot: int) -> Iterator[None]:
+    def consuming(self, slot: Hashable) -> Iterator[None]:
         self._passes.wait_event(self._produced[slot])
         try:
             yield

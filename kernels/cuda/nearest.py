@@ -95,7 +95,7 @@ class Search:
         device.synchronise()  # products have a stream of their own
         for number, chunk in enumerate(_chunks(self._vectors, BANK_ROWS)):
             slot, size = number % 2, chunk.stop - chunk.start
-            with device.producing(slot):
+            with device.producing(("nearest", slot)):
                 if self._resident is not None:
                     column = self._resident[chunk]
                 else:
@@ -103,7 +103,7 @@ class Search:
                     column = staged[:size]
                     device.upload(self._halves(chunk, self._read), column)
                 device.product(column, halves, products[slot][:, :count])
-            with device.consuming(slot):
+            with device.consuming(("nearest", slot)):
                 running_top(device, products[slot][0, :count], size, chunk.start, keys, numbers)
         return device.to_host(keys), device.to_host(numbers)
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clip_checkpoints import ARRAYS, write_clip
 from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
 from host_tensorrt import HostEngine
 from machines import having
 from numpy.typing import NDArray
+from pictures import touch_images
 from runs import draw, record, scores_and_maps
 
 from zsad.engine.commands.infer import main
@@ -51,6 +53,39 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
     assert np.argmax(scores) == 9
     assert record("gpu")["device"] == "cuda:0"
     assert record("gpu")["config"]["network_precision"] == "fp16"
+
+
+@needs_compiler
+@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize(("preset", "model"), [("winclip", "clip_tiny"), ("april-gan", "april")])
+def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
+    tokenizer: object,
+    emulated_gpu: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    preset: str,
+    model: str,
+    references: bool,
+) -> None:
+    size, taps = (96, [5]) if preset == "winclip" else (98, [2, 5, 8, 11])
+    Path("tiny.toml").write_text(
+        f'image_size = {size}\n[networks.clip]\ncheckpoint = "{write_clip(tmp_path, model)}"\ntaps = {taps}\n'
+        + (f'[april_gan]\nhead = "{ARRAYS / "april_head.pth"}"\n' if preset == "april-gan" else "")
+    )
+    data = draw(tmp_path / "data", 5)
+    # Every run has an object of its own, so that none finds text vectors in the cache.
+    common = [str(data), "--preset", preset, "--config", "tiny.toml", "--object", f"nut {references}"]
+    if references:
+        touch_images(tmp_path, "good/0.png", "good/1.png")
+        common += ["--reference", "good"]
+    for device in ("cpu", "cuda:0"):
+        assert main([*common, "--device", device, "--output", device]) == 0
+    (scores, maps), (expected, expected_maps) = scores_and_maps("cuda:0"), scores_and_maps("cpu")
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    for one, other in zip(maps, expected_maps, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02)
+    assert len(tensorrt) == 2  # both towers
+    assert record("cuda:0")["device"] == "cuda:0"
 
 
 @needs_compiler

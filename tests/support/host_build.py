@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ class HostDevice:
 
     def __init__(self, cache_bytes: int = 1, free: int = 1 << 30) -> None:
         self.cache_bytes, self.free = cache_bytes, free
-        self.filled = [False, False]  # workspaces that hold unread products
+        self.filled: dict[Hashable, bool] = defaultdict(bool)  # workspaces, and whether they hold unread products
         self.products = self.launches = self.recordings = 0
         self.allocated: list[int] = []  # bytes of every array
         self.fail_at: set[int] = set()  # allocations that fail, counted from 0
@@ -252,13 +253,13 @@ class HostDevice:
         grams[: len(rows), :, :patches] = rows.astype(np.float32) @ column.astype(np.float32).T
 
     @contextmanager
-    def producing(self, slot: int) -> Iterator[None]:
+    def producing(self, slot: Hashable) -> Iterator[None]:
         assert not self.filled[slot], "a workspace is overwritten before it was read"
         yield
         self.filled[slot] = True
 
     @contextmanager
-    def consuming(self, slot: int) -> Iterator[None]:
+    def consuming(self, slot: Hashable) -> Iterator[None]:
         assert self.filled[slot], "a workspace is read before it was written"
         try:
             yield
