@@ -49,7 +49,7 @@ CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done
 # After these the next category would fail like the one before.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-# Timings inside these stages are spent in the product library or in ONNX Runtime.
+# What libraries and kernels multiply; of methods that judge every image by itself the first is all that `take` does.
 LIBRARY_STAGES = ("networks", "product")
 
 NO_MAP = np.zeros((0, 0), np.float32)

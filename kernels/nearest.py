@@ -54,7 +54,7 @@ class Nearest:
         device: "cpu", "cuda", "cuda:N", or a device that is open.
         memory_limit: bytes that preparing and searching may use on the CPU or on the device, beside bank, queries and
             results; by default a share of what is free. Where the prepared bank does not fit, every search prepares it
-            anew, tile by tile; the results are the same.
+            anew, chunk by chunk; the results are the same.
 
         Raises ValueError for arguments that make no sense and a bank that is empty or not finite (which for a bank that
         is not held shows in `search`), MemoryError for a limit below `needed`.

@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     )
     with ProgressBars(arguments.quiet, interrupts) as progress:
         record = run(data, config, runtime, options, progress)
-    share = f" ({100 * record.library_share:.0f} % inside BLAS and ONNX Runtime)" if not runtime.devices else ""
+    share = f" ({100 * record.library_share:.0f} % in networks and products)" if not runtime.devices else ""
     log.debug("time per stage%s:\n%s", share, _stage_table(record))
     if arguments.json:
         emit((arguments.output / "run.json").read_text())
@@ -210,7 +210,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="of winclip: anomalib (the default), acc or paper")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--threshold", type=_threshold, metavar="0.5|auto", help="add verdicts and defect regions")
-    add("--seed", type=int, help="for dealing the groups and drawing the demo (default: 0)")
+    add("--seed", type=int, help="for dealing the groups, choosing --shots and drawing the demo (default: 0)")
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ class InputImage:
 
 @dataclass(frozen=True)
 class Category:
-    """Images of one product, scored against each other."""
+    """Images of one product; methods that compare images do so within it."""
 
     name: str
     root: Path

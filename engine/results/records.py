@@ -92,7 +92,7 @@ class RunRecord:
     peak_memory_bytes: int  # of host memory
     device_memory_bytes: int | None
     stages: dict[str, float]  # seconds
-    library_share: float  # of the time inside BLAS and ONNX Runtime
+    library_share: float  # of the time, in networks and products
     config: dict[str, Any]
     checkpoints: list[CheckpointRecord]
     versions: dict[str, str]

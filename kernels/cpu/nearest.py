@@ -1,10 +1,10 @@
-"""Nearest neighbours on a CPU: products of tiles, and a pass that keeps the best of every query.
+"""Nearest neighbours on a CPU: products of chunks, and a pass that keeps the best of every query.
 
-unit vectors [Q, C] → tile by tile of the bank: product, running best [Q, K] of each worker → candidates [Q, K] →
-measured again in fp32, one vector with another → the k best
+unit vectors [Q, C] → chunk by chunk of the bank: product, running best [Q, K] of each worker → candidates [Q, K]
+→ measured again in fp32, one vector with another → the k best
 
-The matrix [Q, M] exists as one tile per worker. Tiles have the same shape whatever the memory limit, and what is handed
-back was measured without them, so that results do not depend on the limit.
+Of the matrix [Q, M] every worker has the products of one chunk of queries with one of the bank. Chunks have the same
+shape whatever the memory limit, and what is handed back was measured without them, so that results do not depend on it.
 """
 
 import threading
@@ -31,9 +31,9 @@ Indices = NDArray[np.int32]
 Rows = slice | NDArray[np.integer[Any]]
 Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
 
-QUERY_TILE, BANK_TILE = 1536, 512  # rows of a product: few enough for the cache, many enough to be worth packing
-LEAST_QUERY_TILE = 256  # with which a product still reaches four fifths of its speed
-ALIGNED_ROWS = 16  # to which tiles are filled up, so that products compute all columns alike
+QUERY_ROWS, BANK_ROWS = 1536, 512  # rows of a product: few enough for the cache, many enough to be worth packing
+LEAST_QUERY_ROWS = 256  # with which a product still reaches four fifths of its speed
+ALIGNED_ROWS = 16  # to which chunks are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
 MEAN_ROWS = 1024  # from which int8 takes the mean vector of the bank
 LOWEST = float(np.finfo(np.float32).min)
@@ -42,22 +42,22 @@ ERROR_DEVIATIONS = 6.0  # of an int8 product's error, which one product in 10^9 
 
 
 class Product(Protocol):
-    """How tiles of unit vectors are multiplied."""
+    """How chunks of unit vectors are multiplied."""
 
     spare: int  # candidates beyond k
 
     @staticmethod
-    def tile_bytes(rows: int, channels: int) -> int:
-        """Return the size of a prepared tile."""
+    def chunk_bytes(rows: int, channels: int) -> int:
+        """Return the size of a prepared chunk."""
 
     def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
         """Return unit vectors [rows, C] as `multiply` takes them."""
 
     def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
-        """Fill products [rows of left, rows of right] of two prepared tiles."""
+        """Fill products [rows of left, rows of right] of two prepared chunks."""
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
-        """Return by how much the products of each row of a prepared tile with the bank may be off."""
+        """Return by how much the products of each row of a prepared chunk with the bank may be off."""
 
 
 class Fp32Product:
@@ -66,7 +66,7 @@ class Fp32Product:
     spare = 4  # for cosines that differ by less than its rounding
 
     @staticmethod
-    def tile_bytes(rows: int, channels: int) -> int:
+    def chunk_bytes(rows: int, channels: int) -> int:
         return 4 * rows * channels
 
     def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
@@ -90,14 +90,14 @@ class Int8Product:
     def __init__(self, mean: Array) -> None:
         self.mean = mean  # [C]
         self._lock = threading.Lock()
-        self._bank_scale = self._bank_length = 0.0  # largest of all tiles so far
+        self._bank_scale = self._bank_length = 0.0  # largest of all chunks so far
 
     @staticmethod
-    def tile_bytes(rows: int, channels: int) -> int:
+    def chunk_bytes(rows: int, channels: int) -> int:
         return _cpu.int8_bytes(rows, channels)
 
     def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
-        codes = aligned_empty((self.tile_bytes(*units.shape),), np.uint8)
+        codes = aligned_empty((self.chunk_bytes(*units.shape),), np.uint8)
         _cpu.int8_quantise(units, self.mean, codes)
         if is_bank:
             scales, lengths = _scales_and_lengths(codes, len(units))
@@ -145,14 +145,16 @@ class Search:
             )
         self._exact: Product = Fp32Product()
         self._product = self._exact if self.precision == "fp32" else Int8Product(self._mean())
-        self._tiles: list[NDArray[Any]] | None = None
+        self._chunks: list[NDArray[Any]] | None = None
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             with _workers() as pool:
-                self._tiles = list(pool.map(lambda tile: self._prepared(self._product, tile), range(self._tile_count)))
+                self._chunks = list(
+                    pool.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
+                )
 
     @property
-    def _tile_count(self) -> int:
-        return -(-self._vectors // BANK_TILE)
+    def _chunk_count(self) -> int:
+        return -(-self._vectors // BANK_ROWS)
 
     def _mean(self) -> Array:
         rows = np.arange(0, self._vectors, -(-self._vectors // MEAN_ROWS))
@@ -161,11 +163,11 @@ class Search:
         mean: Array = units.mean(axis=0)
         return mean
 
-    def _prepared(self, product: Product, tile: int) -> NDArray[Any]:
-        """Prepare a tile of the bank; what is beyond its end is zero."""
-        first = tile * BANK_TILE
-        count = min(BANK_TILE, self._vectors - first)
-        units = aligned_empty((tile_rows(self._vectors), self._channels), np.float32)
+    def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
+        """Prepare a chunk of the bank; what is beyond its end is zero."""
+        first = chunk * BANK_ROWS
+        count = min(BANK_ROWS, self._vectors - first)
+        units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32)
         self._read(slice(first, first + count), units[:count])
         units[count:] = 0
         return product.prepare(units, is_bank=True)
@@ -176,10 +178,10 @@ class Search:
         read: fills an array [n, C] with the unit vectors of n of them.
         """
         cosines, indices = np.empty((count, self._k), np.float32), np.empty((count, self._k), np.int64)
-        resident = sum(tile.nbytes for tile in self._tiles or ())
+        resident = sum(chunk.nbytes for chunk in self._chunks or ())
         per_query = _query_bytes(self._channels, self._k, self.precision)
         free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
-        group = max(1, free // per_query // QUERY_TILE) * QUERY_TILE
+        group = max(1, free // per_query // QUERY_ROWS) * QUERY_ROWS
         with _workers() as pool:
             for first in range(0, count, group):
                 at = slice(first, min(first + group, count))
@@ -212,11 +214,11 @@ class Search:
         indices: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
-        tiles = _runs(len(queries), self._query_tile(len(queries)))
-        prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), tiles))
-        values, numbers = self._candidates(pool, product, tiles, prepared)
+        chunks = _runs(len(queries), self._query_rows(len(queries)))
+        prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), chunks))
+        values, numbers = self._candidates(pool, product, chunks, prepared)
         errors = np.concatenate(
-            [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, tiles, strict=True)]
+            [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, chunks, strict=True)]
         )
         # At least k vectors reach the k-th candidate less its error, so that only these can be among the k nearest.
         worth = values + errors[:, None] >= values[:, self._k - 1, None] - errors[:, None]
@@ -234,42 +236,42 @@ class Search:
         list(pool.map(finish, _shares(len(queries))))
         return doubtful
 
-    def _query_tile(self, queries: int) -> int:
+    def _query_rows(self, queries: int) -> int:
         """Return the queries of a product: fewer where otherwise workers would have nothing to do."""
-        size = min(QUERY_TILE, queries)
-        while size > LEAST_QUERY_TILE and self._tile_count * -(-queries // size) < 4 * available_cores():
+        size = min(QUERY_ROWS, queries)
+        while size > LEAST_QUERY_ROWS and self._chunk_count * -(-queries // size) < 4 * available_cores():
             size = -(-size // 2)
         return size
 
     def _candidates(
-        self, pool: ThreadPoolExecutor, product: Product, tiles: list[slice], prepared: list[NDArray[Any]]
+        self, pool: ThreadPoolExecutor, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]
     ) -> tuple[Array, Indices]:
         """Return the K largest products of every query, descending, and their numbers, both [Q, K]."""
         kept = min(self._k + product.spare, self._vectors)
-        resident = self._tiles if product is self._product else None
-        everything = range(len(tiles))
-        # Workers take what comes next and so see the bank in its order, which settles ties. A tile that has to be
+        resident = self._chunks if product is self._product else None
+        everything = range(len(chunks))
+        # Workers take what comes next and so see the bank in its order, which settles ties. A chunk that has to be
         # prepared first meets all queries at once.
         shares = [range(i, i + 1) for i in everything] if resident is not None else [everything]
-        work = deque((tile, share) for tile in range(self._tile_count) for share in shares)
+        work = deque((chunk, share) for chunk in range(self._chunk_count) for share in shares)
 
         def scan(_: int) -> tuple[Array, Indices]:
-            queries = tiles[-1].stop
+            queries = chunks[-1].stop
             values, numbers = np.full((queries, kept), LOWEST, np.float32), np.full((queries, kept), -1, np.int32)
-            products = aligned_empty((QUERY_TILE, tile_rows(self._vectors)), np.float32)
+            products = aligned_empty((QUERY_ROWS, chunk_rows(self._vectors)), np.float32)
             while True:
                 try:
-                    tile, share = work.popleft()
+                    chunk, share = work.popleft()
                 except IndexError:
                     return values, numbers
-                bank = self._prepared(product, tile) if resident is None else resident[tile]
-                first = tile * BANK_TILE
-                count = min(BANK_TILE, self._vectors - first)
+                bank = self._prepared(product, chunk) if resident is None else resident[chunk]
+                first = chunk * BANK_ROWS
+                count = min(BANK_ROWS, self._vectors - first)
                 for i in share:
-                    at = tiles[i]
-                    chunk = products[: at.stop - at.start]
-                    product.multiply(prepared[i], bank, chunk)
-                    running_top(chunk[:, :count], first, values[at], numbers[at])
+                    at = chunks[i]
+                    part = products[: at.stop - at.start]
+                    product.multiply(prepared[i], bank, part)
+                    running_top(part[:, :count], first, values[at], numbers[at])
 
         try:
             found = list(pool.map(scan, range(available_cores())))
@@ -284,19 +286,19 @@ class Search:
         """Return the cosines [Q, K] of those candidates that are worth it, the lowest float for the others."""
         cosines = np.full(numbers.T.shape, LOWEST, np.float32)
         places = np.where(worth, numbers, np.int32(-1))
-        if self._tiles is not None and self._product is self._exact:  # they are the unit vectors themselves
+        if self._chunks is not None and self._product is self._exact:  # they are the unit vectors themselves
             places = np.ascontiguousarray(places.T)
-            for tile in np.unique(numbers[worth] // BANK_TILE):
-                measure(queries, self._tiles[tile], int(tile) * BANK_TILE, places, cosines)
+            for chunk in np.unique(numbers[worth] // BANK_ROWS):
+                measure(queries, self._chunks[chunk], int(chunk) * BANK_ROWS, places, cosines)
             return np.ascontiguousarray(cosines.T)
         rows, position = np.unique(numbers[worth], return_inverse=True)
         places[worth] = position
         places = np.ascontiguousarray(places.T)
         units = np.empty((min(MEASURED_ROWS, len(rows)), self._channels), np.float32)
         for first in range(0, len(rows), MEASURED_ROWS):
-            chunk = rows[first : first + MEASURED_ROWS]
-            self._read(chunk, units[: len(chunk)])
-            measure(queries, units[: len(chunk)], first, places, cosines)
+            part = rows[first : first + MEASURED_ROWS]
+            self._read(part, units[: len(part)])
+            measure(queries, units[: len(part)], first, places, cosines)
         return np.ascontiguousarray(cosines.T)
 
 
@@ -356,38 +358,38 @@ def checked_precision(precision: str) -> str:
     return "int8"
 
 
-def tile_rows(vectors: int) -> int:
-    """Return the rows of each tile of a bank."""
-    return min(BANK_TILE, -(-vectors // ALIGNED_ROWS) * ALIGNED_ROWS)
+def chunk_rows(vectors: int) -> int:
+    """Return the rows of each chunk of a bank."""
+    return min(BANK_ROWS, -(-vectors // ALIGNED_ROWS) * ALIGNED_ROWS)
 
 
 def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) -> int:
-    """Return the bytes that a search takes beside bank, queries and results, with one tile of queries at a time.
+    """Return the bytes that a search takes beside bank, queries and results, with one chunk of queries at a time.
 
     resident: with the prepared bank.
     """
     precision = checked_precision(precision)
     kind = Fp32Product if precision == "fp32" else Int8Product
-    total = _worker_bytes(vectors, channels, precision) + QUERY_TILE * _query_bytes(channels, k, precision)
+    total = _worker_bytes(vectors, channels, precision) + QUERY_ROWS * _query_bytes(channels, k, precision)
     if resident:
-        total += -(-vectors // BANK_TILE) * kind.tile_bytes(tile_rows(vectors), channels)
+        total += -(-vectors // BANK_ROWS) * kind.chunk_bytes(chunk_rows(vectors), channels)
     return total
 
 
 def _worker_bytes(vectors: int, channels: int, precision: str) -> int:
     """Count what all workers hold, however many the queries are."""
-    rows = tile_rows(vectors)
-    products = 4 * QUERY_TILE * rows
-    tile = 4 * rows * channels + (Int8Product.tile_bytes(rows, channels) if precision == "int8" else 0)
+    rows = chunk_rows(vectors)
+    products = 4 * QUERY_ROWS * rows
+    chunk = 4 * rows * channels + (Int8Product.chunk_bytes(rows, channels) if precision == "int8" else 0)
     read = 8 * max(rows, MEASURED_ROWS) * channels  # rows of the bank, and their unit vectors to be measured
-    return available_cores() * (products + tile + read)
+    return available_cores() * (products + chunk + read)
 
 
 def _query_bytes(channels: int, k: int, precision: str) -> int:
     """Count what a query takes: its unit vector, codes, and the candidates of every worker while they are merged."""
     kind = Fp32Product if precision == "fp32" else Int8Product
     units = 4 * channels
-    codes = 0 if precision == "fp32" else Int8Product.tile_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
+    codes = 0 if precision == "fp32" else Int8Product.chunk_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
     again = 0 if precision == "fp32" else units  # the doubtful are searched again in fp32
     return units + codes + again + (k + kind.spare) * (32 * available_cores() + 48)
 

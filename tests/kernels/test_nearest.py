@@ -62,7 +62,7 @@ def test_the_reference_finds_by_definition() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_memory_limits_and_tiles_change_nothing(
+def test_memory_limits_and_chunks_change_nothing(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = vectors(3, 1200, 40, 9), vectors(4, 2600, 40, 9)
@@ -73,12 +73,12 @@ def test_memory_limits_and_tiles_change_nothing(
     assert needed < Nearest.needed(2600, 40, 4, precision, resident=True)
     for limit in (needed, Nearest.needed(2600, 40, 4, precision, resident=True) - 1):
         search = Nearest(mapped, 4, precision, memory_limit=limit)
-        assert search._search._tiles is None  # type: ignore[attr-defined]
+        assert search._search._chunks is None  # type: ignore[attr-defined]
         for got, want in zip(search.search(x), expected, strict=True):
             np.testing.assert_array_equal(got, want)
     monkeypatch.setattr(cpu, "available_cores", lambda: 3)
-    monkeypatch.setattr(cpu, "QUERY_TILE", 96)
-    monkeypatch.setattr(cpu, "BANK_TILE", 160)
+    monkeypatch.setattr(cpu, "QUERY_ROWS", 96)
+    monkeypatch.setattr(cpu, "BANK_ROWS", 160)
     monkeypatch.setattr(cpu, "MEASURED_ROWS", 7)
     for got, want in zip(Nearest(y, 4, precision).search(x), expected, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -118,7 +118,7 @@ def test_a_permuted_bank_permutes_the_indices(precision: str, seed: int, k: int,
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("copies", [2, 90])
 def test_of_duplicates_the_lower_indices_come_first(precision: str, copies: int) -> None:
-    # More copies than candidates: they lie in several tiles, and leave int8 in doubt.
+    # More copies than candidates: they lie in several chunks, and leave int8 in doubt.
     y = np.tile(vectors(5, 30, 32), (copies, 1))
     _, indices = Nearest(y, 16, precision).search(y[:30])
     own = np.arange(30)[:, None] + 30 * np.arange(min(copies, 16))
