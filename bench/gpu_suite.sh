@@ -22,7 +22,7 @@ step device 20 nvidia-smi
 step build 90 python3 -m pip install --no-index --no-deps --no-build-isolation --force-reinstall .
 step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider
 step mutual_scoring 120 python3 -m zsad.bench.mutual_scoring_cuda --output "$out/mutual_scoring_cuda.jsonl"
-# Where nothing runs the backbones on the GPU, whole runs take the CPU for them.
+# Where nothing runs the networks on the GPU, whole runs take the CPU for them.
 images=$(python3 -c 'from zsad.engine.networks.runtime import choose_runtime; print(200 if choose_runtime("cuda").device else 40)')
 step throughput 130 python3 -m zsad.bench.throughput --preset challenge --images "${images:-40}" --repeats 3 \
   --output "$out/throughput.jsonl"

@@ -42,7 +42,7 @@ TOLERANCE = {"reference": 1e-3, "product": 1e-4, "zsad": 1e-4, "zsad int8": 2e-3
 
 
 def make_tokens(images: int, side: int, channels: int, seed: int = 0) -> Array:
-    """Tokens [N, 1, side², C] that share a smooth structure across images as a backbone's do, with strong channels."""
+    """Tokens [N, 1, side², C] that share a smooth structure across images as a network's do, with strong channels."""
     rng = np.random.default_rng(seed)
     patches = side * side
     coarse = rng.normal(size=(side // 4 + 2, side // 4 + 2, channels)).astype(np.float32)

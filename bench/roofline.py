@@ -2,7 +2,7 @@
 
     python -m zsad.bench.roofline
 
-Counted are the products of the backbones and of mutual scoring (one per image pair and layer) at the rate below;
+Counted are the products of the networks and of mutual scoring (one per image pair and layer) at the rate below;
 decoding, copies, the passes over the Grams and everything on the host come on top.
 """
 
@@ -39,7 +39,7 @@ class Estimate:
 
     gpu: str
     preset: str
-    backbone_seconds: float
+    network_seconds: float
     scoring_seconds: float
     bytes: int  # weights, tokens, inputs and the scoring's working set, without the runtime's own
 
@@ -72,7 +72,7 @@ def main() -> int:
         for preset in ("challenge", "musc", "small"):
             bound = estimate(preset, gpu)
             print(
-                f"  {bound.gpu:<9} {bound.preset:<10} backbones {bound.backbone_seconds:6.2f} s, scoring "
+                f"  {bound.gpu:<9} {bound.preset:<10} networks {bound.network_seconds:6.2f} s, scoring "
                 f"{bound.scoring_seconds:6.2f} s, {bound.bytes / 2**30:5.1f} GiB"
             )
     return 0

@@ -28,6 +28,8 @@ NEAREST_NAMES = {
     "floor": "the bare fp32 product alone, all cosines written to memory",
 }
 
+OLD = "backbone"  # what records of version 0.1 call a network
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
@@ -142,9 +144,11 @@ def nearest_table() -> str:
     return "\n\n".join(blocks)
 
 
-def backbones_table() -> str:
+def networks_table() -> str:
     latest = {
-        (r["weights"], r["image_size"], r["batch"]): r for r in read("throughput.jsonl") if r["kind"] == "backbone"
+        (r["weights"], r["image_size"], r["batch"]): r
+        for r in read("throughput.jsonl")
+        if r["kind"] in ("network", OLD)
     }
     blocks = []
     for record in latest.values():
@@ -156,7 +160,7 @@ def backbones_table() -> str:
             for name, value in median.items()
         ]
         caption = (
-            f"One image through a backbone ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
+            f"One image through a network ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
             f"{flops / 1e12:.3f} TFLOP), product peak {peak / 1e9:.0f} GFLOP/s; {where(record)}"
         )
         blocks.append(f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows))
@@ -168,11 +172,14 @@ def runs_table() -> str:
     blocks = []
     for record in latest.values():
         images, together = record["images"], record["seconds_together"]
-        rows = [[stage, f"{1e3 * s / images:.1f} ms"] for stage, s in record["seconds_alone"].items()]
+        rows = [
+            ["networks" if stage == OLD else stage, f"{1e3 * s / images:.1f} ms"]
+            for stage, s in record["seconds_alone"].items()
+        ]
         rows.append(["all together", f"{1e3 * together / images:.1f} ms"])
         caption = (
             f"Whole runs, time per image: preset `{record['preset']}`, {images} images at {record['image_size']} px, "
-            f"{record['runtime']}, backbone {record['precision'][0]}, scoring {record['precision'][1]}: "
+            f"{record['runtime']}, networks {record['precision'][0]}, scoring {record['precision'][1]}: "
             f"{images / together:.2f} images/s, overlap efficiency {record['overlap']:.2f}, peak memory "
             f"{record['peak_host_bytes'] / 2**30:.1f} GiB; {where(record)}"
         )
@@ -189,14 +196,14 @@ def roofline_table() -> str:
                 [
                     bound.gpu,
                     f"`{preset}`",
-                    f"{bound.backbone_seconds:.2f} s",
+                    f"{bound.network_seconds:.2f} s",
                     f"{bound.scoring_seconds:.2f} s",
-                    f"{1e3 * (bound.backbone_seconds + bound.scoring_seconds) / IMAGES:.1f} ms",
+                    f"{1e3 * (bound.network_seconds + bound.scoring_seconds) / IMAGES:.1f} ms",
                     f"{bound.bytes / 2**30:.1f} GiB",
                 ]
             )
     caption = f"Roofline **estimates, not measurements**, for {IMAGES} images; `python -m zsad.bench.roofline`"
-    head = ["GPU", "preset", "backbones at least", "scoring at least", "per image at least", "memory about"]
+    head = ["GPU", "preset", "networks at least", "scoring at least", "per image at least", "memory about"]
     return f"{caption}:\n\n" + table(head, rows)
 
 
@@ -211,11 +218,11 @@ def published_table() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    "backbones": backbones_table,
     "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
     "nearest": nearest_table,
+    "networks": networks_table,
     "published": published_table,
     "roofline": roofline_table,
     "runs": runs_table,

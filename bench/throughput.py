@@ -1,14 +1,14 @@
-"""Throughput of the backbones and of whole runs, for every runtime that is installed.
+"""Throughput of the networks and of whole runs, for every runtime that is installed.
 
-    python -m zsad.bench.throughput [--preset challenge] [--images 200] [--device auto] [--only backbones|runs]
+    python -m zsad.bench.throughput [--preset challenge] [--images 200] [--device auto] [--only networks|runs]
 
-First every backbone of the preset alone, all variants in turn in one process, beside the product peak of the same
+First every network of the preset alone, all variants in turn in one process, beside the product peak of the same
 rounds (and, where PyTorch is installed, its plain forward pass):
 
     cpu      ONNX Runtime fp32 and int8, PyTorch eager fp32; the peak is the best of two large fp32 products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
-Then whole runs in each of these runtimes, backbones and scoring in the same precision: each stage alone, then all
+Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
 together. The overlap efficiency is the sum of the stages over the wall time of the whole.
 
 Validates first: tokens of every variant against the fp32 graph on the CPU. Where real weights are absent random ones of
@@ -57,7 +57,7 @@ from .towers import SHAPES, Shape, write_random_checkpoint
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a backbone over a batch that lies ready."""
+    """One way to run a network over a batch that lies ready."""
 
     name: str
     precision: str
@@ -82,7 +82,7 @@ def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, 
 
 
 def runtimes(device: str) -> Iterator[tuple[str, Runtime, Precision]]:
-    """Yield every installed way to run a backbone on the device: name, runtime, precision."""
+    """Yield every installed way to run a network on the device: name, runtime, precision."""
     if device == "cpu":
         yield "ONNX Runtime fp32", choose_runtime("cpu"), "fp32"
         yield "ONNX Runtime int8", choose_runtime("cpu"), "int8"
@@ -160,8 +160,8 @@ def _complete(tower: Graph, images: Any, device: Device | None) -> Any:
     return tokens
 
 
-def compare_backbones(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
-    """Validate and time every variant of every backbone in turn, and append one record for each backbone."""
+def compare_networks(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
+    """Validate and time every variant of every network in turn, and append one record for each network."""
     peak = product_peak(choose_runtime(arguments.device))
     for request in graph_requests(config):
         name, spec = request.network, config.networks[request.network]
@@ -205,8 +205,8 @@ def compare_backbones(config: Config, weights: Mapping[str, str], arguments: arg
             arguments.output,
             {
                 **record,
-                "kind": "backbone",
-                "backbone": name,
+                "kind": "network",
+                "network": name,
                 "weights": weights[name],
                 "image_size": config.image_size,
                 "batch": len(batch),
@@ -337,8 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--image-size", type=int, help="(default: the preset's)")
     add("--device", default="auto", help="auto, cpu or cuda:N (default %(default)s)")
     add("--batch-size", type=int, help="(default: 1 on a CPU, 8 on a GPU)")
-    add("--repeats", type=int, default=5, help="counted rounds of the backbones (default %(default)s)")
-    add("--only", choices=["backbones", "runs"], help="leave out the other half")
+    add("--repeats", type=int, default=5, help="counted rounds of the networks (default %(default)s)")
+    add("--only", choices=["networks", "runs"], help="leave out the other half")
     add("--output", type=Path, default=RESULTS / "throughput.jsonl", help="JSON lines to append to")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device)
@@ -352,8 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
         if arguments.only != "runs":
-            compare_backbones(config, weights, arguments, record)
-        if arguments.only != "backbones":
+            compare_networks(config, weights, arguments, record)
+        if arguments.only != "networks":
             found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
             for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
                 settings = config.settings.model_copy(update={"precision": precision})

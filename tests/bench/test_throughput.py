@@ -1,4 +1,4 @@
-"""The throughput benchmark on tiny backbones, on the CPU and an emulated device: what it checks, runs and records."""
+"""The throughput benchmark on tiny networks, on the CPU and an emulated device: what it checks, runs and records."""
 
 import json
 from collections.abc import Callable
@@ -39,10 +39,10 @@ def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.mark.slow
 def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
-    backbone, *runs = measure("--device", "cpu")
-    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(backbone["seconds_per_image"])
-    assert all(len(times) == 2 for times in backbone["seconds_per_image"].values())
-    assert set(backbone["agreement"]) == set(backbone["seconds_per_image"])
+    network, *runs = measure("--device", "cpu")
+    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_image"])
+    assert all(len(times) == 2 for times in network["seconds_per_image"].values())
+    assert set(network["agreement"]) == set(network["seconds_per_image"])
     assert [run["precision"] for run in runs] == [["fp32", "fp32"], ["int8", "int8"]]
     for run in runs:
         assert set(run["seconds_alone"]) == STAGES
@@ -57,8 +57,8 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
 def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutual_scoring_cuda, "PEAK_SIDE", 64)
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "torch" else object())
-    backbone, *runs = measure("--device", "cuda:0", "--batch-size", "2")
-    assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(backbone["seconds_per_image"])
+    network, *runs = measure("--device", "cuda:0", "--batch-size", "2")
+    assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(network["seconds_per_image"])
     assert [run["runtime"].split()[0] for run in runs] == ["tensorrt", "tensorrt-rtx"]
     for run in runs:
         assert set(run["seconds_alone"]) == STAGES
@@ -66,7 +66,7 @@ def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: 
         assert run["peak_device_bytes"] > 0
 
 
-def test_a_backbone_that_computes_something_else_is_not_timed(
+def test_a_network_that_computes_something_else_is_not_timed(
     measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     real = throughput.run_graph
@@ -74,7 +74,7 @@ def test_a_backbone_that_computes_something_else_is_not_timed(
         throughput, "run_graph", lambda *arguments: {name: -output for name, output in real(*arguments).items()}
     )
     with pytest.raises(CheckpointError, match="computes something else"):
-        measure("--device", "cpu", "--only", "backbones")
+        measure("--device", "cpu", "--only", "networks")
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""Backbones and whole runs on a real device, in every runtime that it has."""
+"""Networks and whole runs on a real device, in every runtime that it has."""
 
 import importlib.util
 from pathlib import Path

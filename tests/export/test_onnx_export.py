@@ -193,7 +193,7 @@ def test_command_exports_a_checkpoint(golden: Path, tmp_path: Path, capsys: pyte
 def test_command_exports_a_preset(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every backbone with the options of its preset, named after it."""
+    """Every network with the options of its preset, named after it."""
     made = []
 
     def fake(checkpoint: str, options: GraphOptions, output: Path, *_: object) -> onnx_export.ExportedModel:

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(7)
 
 
 def make_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], channels: int) -> np.ndarray:
-    """Tokens that share structure across images, as a backbone's do, with an offset and large outlier channels."""
+    """Tokens that share structure across images, as a network's do, with an offset and large outlier channels."""
     rng = np.random.default_rng(seed)
     patches = grid[0] * grid[1]
     shared = rng.normal(size=(1, layers, patches, channels))

@@ -13,7 +13,7 @@ from zsad.bench import mutual_scoring_cuda as benchmark
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
-# With fewer channels the int8 winners stray by more than the benchmark, which is for backbones, accepts.
+# With fewer channels the int8 winners stray by more than the benchmark, which is for networks, accepts.
 SMALL = ["--images", "3", "--layers", "1", "--side", "4", "--channels", "384", "--degrees", "1,3", "--repeats", "1"]
 
 
