@@ -34,6 +34,11 @@ class Table(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the manifest, or files, that a method with these settings reads beside its networks' checkpoints."""
+        return ()
+
 
 class NetworkSpec(Table):
     """One network: which weights, where to tap them, how to feed them."""

@@ -46,6 +46,7 @@ class Job:
     checkpoint: str
     options: GraphOptions
     output: Path | None
+    files: tuple[str, ...] = ()  # what a preset's method reads beside the checkpoint: names of the manifest or files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,9 +110,11 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
             check_target(job.output, Path(os.path.expanduser(job.checkpoint)))  # noqa: PTH111
     if arguments.target != "onnx":
         check_options(_engine_options(arguments), jobs[0].options.precision)
+    for name in dict.fromkeys(name for job in jobs for name in (job.checkpoint, *job.files)):
+        if name in read_manifest():
+            fetch_checkpoint(name)
+            interrupts.check()
     for job in jobs:
-        if job.checkpoint in read_manifest():
-            fetch_checkpoint(job.checkpoint)
         onnx = arguments.target == "onnx"
         emit(str(_export(job, job.output, keep=True).path if onnx else _build(job, arguments)))
         interrupts.check()
@@ -127,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="list what the manifest names and exit")
     what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch what the manifest names so and exit")
-    what.add_argument("--preset", metavar="NAME", help="export every network of a preset of zsad-infer")
+    what.add_argument(
+        "--preset", metavar="NAME", help="export every network of a preset of zsad-infer, and fetch what it reads"
+    )
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE.toml", help="with --preset: overrides, as in zsad-infer")
@@ -261,7 +266,8 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
         spec = config.networks[request.network]
         own = graph_options(spec, request, options.precision, options.attention)
         file = f"{request.network}-{own.label}-{own.precision}{suffix}"
-        jobs.append(Job(spec.checkpoint, own, arguments.output / file if arguments.output else None))
+        output = arguments.output / file if arguments.output else None
+        jobs.append(Job(spec.checkpoint, own, output, config.settings.files))
     return jobs
 
 

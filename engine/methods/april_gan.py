@@ -46,6 +46,10 @@ class Settings(TextGuided):
         None, description="two numbers, low < high"
     )
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*super().files, self.head)
+
 
 class AprilGAN:
     """See `Method`."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from zsad.engine.config import ConfigError, Table
 from zsad.engine.networks.network import GraphRequest
 from zsad.engine.text.prompts import PromptSet, prompt_set, read_prompts
+from zsad.engine.text.tokenizer import VOCABULARY
 from zsad.engine.text.vectors import TextVectors, class_vector
 
 
@@ -19,6 +20,10 @@ class TextGuided(Table):
     object_names: dict[str, str] = Field({}, description="a name for each folder name")  # instead of the folder's own
     spaces: bool = Field(False, description="true or false")  # underscores in folder names become spaces
     prompts: str | None = Field(None, description="a prompt set or a TOML file")  # None: the method's own
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (VOCABULARY,)
 
     def name_of(self, folder: str) -> str:
         """Return what is written for the images of a folder; raises ConfigError for a name without letters."""

@@ -109,6 +109,35 @@ def test_outputs_that_would_destroy_something(
     assert not cache.exists()  # nothing was begun
 
 
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [
+        ("small", ["dinov2-vits14"]),
+        ("challenge", ["dinov2-vitl14", "clip-vitl14-336"]),
+        ("winclip", ["clip-vitb16plus-240-e31", "clip-bpe"]),
+        ("april-gan", ["clip-vitl14-336", "clip-bpe", "april-gan-visa"]),
+        ("own head", ["clip-vitl14-336", "clip-bpe"]),
+    ],
+)
+def test_a_preset_brings_all_that_it_reads(
+    preset: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--preset", preset]
+    if preset == "own head":
+        (tmp_path / "own.toml").write_text('[april_gan]\nhead = "own.pth"\n')
+        arguments = ["--preset", "april-gan", "--config", str(tmp_path / "own.toml")]
+    fetched: list[str] = []
+
+    def export(*_: object, **__: object) -> None:
+        assert fetched == names  # before any work
+        raise MemoryError
+
+    monkeypatch.setattr("zsad.export.checkpoints.fetch_checkpoint", fetched.append)
+    monkeypatch.setattr("zsad.export.onnx_export.export_onnx", export)
+    assert main(arguments) == 2
+    assert fetched == names
+
+
 PRESET = ["--preset", "small"]
 
 
