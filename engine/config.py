@@ -40,6 +40,13 @@ class Table(BaseModel):
         return ()
 
 
+def rising(interval: tuple[float, float]) -> tuple[float, float]:
+    """Validate an interval: raises ValueError unless its first number is the smaller one."""
+    if not interval[0] < interval[1]:
+        raise ValueError(interval)
+    return interval
+
+
 class NetworkSpec(Table):
     """One network: which weights, where to tap them, how to feed them."""
 
@@ -85,6 +92,7 @@ class ConfiguredMethod(Protocol):
 
     Settings: ClassVar[type[Table]]
     takes_references: ClassVar[bool]
+    compares: ClassVar[bool]
 
     @staticmethod
     def graph_requests(config: Config) -> object:
@@ -149,6 +157,8 @@ def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Con
     config = check(Config, {**values, "settings": settings})
     if config.few_shot and not method.takes_references:
         raise ConfigError(f"method {name} makes no use of known-good images; leave out --reference and --shots")
+    if config.group_size is not None and not method.compares:
+        raise ConfigError(f"method {name} judges every image by itself; leave out --group-size")
     method.graph_requests(config)
     return config
 

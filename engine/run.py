@@ -8,6 +8,7 @@ category's folder → evaluation and report of all of them
 import errno
 import importlib.metadata
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -37,10 +38,12 @@ from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failur
 from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.resume import check_output, fingerprint, finished_record
 from zsad.engine.scores.image_scores import min_max
-from zsad.engine.scores.verdicts import auto_threshold, region_threshold
+from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
 from zsad.engine.workplace import Options, Workplace, set_up
+from zsad.export.libraries import EngineError
+from zsad.export.state_dict import CheckpointError
 from zsad.kernels.files import printable, written_whole
-from zsad.kernels.machine import peak_memory, stopwatch
+from zsad.kernels.machine import CacheError, peak_memory, stopwatch
 
 log = logging.getLogger("zsad")
 
@@ -64,6 +67,7 @@ class CategoryJob:
     category: Category
     config: Config
     options: Options
+    products: frozenset[str] = frozenset()  # names of the folders of all categories
 
 
 class TooFewImagesError(ImageError):
@@ -81,6 +85,8 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     OutputError and NothingToScoreError before any work, ImageError with `strict`, OSError when the disk is full.
     """
     start, started = time.perf_counter(), datetime.now(timezone.utc)
+    if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
+        raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
     dataset = scan(data, exclude=options.output)
     categories = dataset.categories
     check_output(options.output, categories)
@@ -97,7 +103,10 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     )
     for note in dataset.notes:
         log.info("%s", note)
-    records = [run_category(CategoryJob(category, config, options), workplace, progress) for category in categories]
+    products = frozenset(category.product for category in categories)
+    records = [
+        run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
+    ]
     timings = workplace.timings
     dataset, evaluation = _evaluated(dataset, options, records, timings)
     seconds = time.perf_counter() - start
@@ -175,6 +184,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)
         record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
+    except (CheckpointError, EngineError, CacheError):  # of the text tower, which all categories need
+        raise
     except workplace.fatal as error:
         raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
@@ -196,7 +207,7 @@ def _references(job: CategoryJob, workplace: Workplace) -> References:
     config = job.config
     if not config.few_shot:
         return References()
-    references = find_references(job.category, config.reference, config.shots, config.seed)
+    references = find_references(job.category, job.products, config.reference, config.shots, config.seed)
     name = printable(job.category.name)
     for note in references.notes:
         log.warning("%s: %s", name, note)
@@ -242,11 +253,10 @@ class CategoryPass:
             with stopwatch(timings, "write"):
                 scores = writer.scores()
                 if self.method.rescores and not self.method.compares and len(scores):
-                    light = [Scored(n, w.record.raw_score, NO_MAP, w.embedding) for n, w in enumerate(writer.written)]
+                    light = [Scored(n, w.record.raw_score, NO_MAP, w.facts) for n, w in enumerate(writer.written)]
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
-                    self.notes.append("image scores are relative to this category, maps are not")
-                threshold, above = self._thresholds(scores, results if isinstance(results, list) else None)
+                threshold, above = self._thresholds(writer, scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
                 record = CategoryRecord(
                     name=self.category.name,
@@ -255,7 +265,7 @@ class CategoryPass:
                     groups=len(self.groups),
                     group_size=self.config.group_size if self.method.compares else None,
                     scale=writer.scale or self.method.map_range,
-                    relative=self.method.map_range is None,
+                    relative=self.method.map_range is None or self.method.rescores,
                     threshold=threshold,
                     region_threshold=above,
                     ignored=dict(self.category.ignored),
@@ -289,8 +299,7 @@ class CategoryPass:
 
             members = [index for index in members if str(self.category.images[index].relative) not in self.done]
             readable: list[int] = []
-            folder = self.category.root.resolve().name
-            method.start(Group(len(members), folder, self._reference_batches(bit_depth)))
+            method.start(Group(len(members), self.category.product, self._reference_batches(bit_depth)))
             images, seen = self.category.images, self._seen
             for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
                 self._take_failures(batch.failures)
@@ -360,23 +369,25 @@ class CategoryPass:
         assert self.method.map_range is not None
         score = min(max(image.raw_score, 0.0), 1.0)
         source = self.category.images[image.index]
-        return Result(source, score, image.raw_score, image.map, self.method.map_range, image.embedding)
+        return Result(source, score, image.raw_score, image.map, self.method.map_range, image.facts)
 
     def _thresholds(
-        self, scores: NDArray[np.float64], results: Sequence[Result] | None
+        self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
     ) -> tuple[float | None, float | None]:
         """Return the score above which images are anomalous, and the map value above which their pixels are.
 
-        results: of relative maps, whose pixels are judged by those of the normal images.
+        results: of methods that compare, with their maps in the methods' units.
         """
         asked = self.config.threshold
         if asked is None or not scores.size:
             return None, None
         threshold = auto_threshold(scores) if isinstance(asked, str) else asked
-        if results is None:
-            return threshold, threshold
-        maps = min_max(np.stack([result.map for result in results]))  # [N, h, w]
-        return threshold, region_threshold(maps, scores > threshold)
+        anomalous = scores > threshold
+        if results is not None:
+            maps = min_max(np.stack([result.map for result in results]))  # [N, h, w]
+            return threshold, region_threshold(maps, anomalous)
+        normal = np.flatnonzero(~anomalous) if not anomalous.all() else np.arange(len(scores))
+        return threshold, writer.map_percentile(normal, NORMAL_PERCENTILE)
 
     def _note_duplicates(self) -> None:
         for copies in self.duplicates.groups():

@@ -10,9 +10,8 @@ from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
 from zsad.engine.methods.method import Method, Place, method_class
-from zsad.engine.methods.text_guided import text_request
 from zsad.engine.networks.build import load_graph, load_networks
-from zsad.engine.networks.network import Network
+from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import Format
 from zsad.engine.text.vectors import TextVectors
@@ -83,8 +82,8 @@ def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
 def _text(config: Config, runtime: Runtime, networks: Mapping[str, Network], arrays: Arrays) -> TextVectors:
     return TextVectors(
         networks,
-        runtime.network_precision(config.network_precision),
-        load=lambda name: load_graph(config, text_request(name), runtime, TEXTS),
+        f"{runtime.library} {runtime.network_precision(config.network_precision)}",
+        load=lambda name: load_graph(config, GraphRequest(name, "text", ("embedding",)), runtime, TEXTS),
         to_network=(lambda array: array) if runtime.device is None else runtime.device.to_device,
         fetch=arrays.fetch,
     )

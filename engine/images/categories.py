@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .ground_truth import NO_MASKS, ImageMasks, MaskFile, masks_beside, match_masks
-from .layouts import fold, holds_masks, is_normal, is_split, is_test
+from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
 from .names import result_keys
 from .tree import Folder, is_image
 
@@ -36,6 +36,15 @@ class Category:
     unreadable: tuple[tuple[PurePosixPath, str], ...]  # folders that could not be listed, and why
     notes: tuple[str, ...] = ()  # one line each: how the folders were read where that is not plain
     stray_masks: tuple[PurePosixPath, ...] = ()  # masks of no image, relative to the category's folder
+
+    @property
+    def product(self) -> str:
+        """What the folder of the product is called: of the category's, or if that is in a split, of the one above."""
+        parts = self.root.resolve().parts
+        for depth in (1, 2, 3):
+            if len(parts) > depth + 1 and is_split(parts[-depth]):
+                return parts[-depth - 1]
+        return parts[-2] if len(parts) > 2 and (is_normal(parts[-1]) or holds_images(parts[-1])) else parts[-1]
 
     @property
     def has_ground_truth(self) -> bool:

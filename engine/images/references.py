@@ -1,6 +1,7 @@
 """Known-good images of a category: from the user's folder or list, or drawn from its training split."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,12 +34,15 @@ class References:
         return {str(image.path): digest for image, digest in zip(self.images, self.digests, strict=True)}
 
 
-def find_references(category: Category, reference: str | None, shots: int | None, seed: int) -> References:
+def find_references(
+    category: Category, products: Collection[str], reference: str | None, shots: int | None, seed: int
+) -> References:
     """Find the known-good images of a category.
 
-    reference: a folder (where it has a folder of the category's name, that one; its training split or its folder of
-    normal images, if it has such), or a file with a path in each line; None: the category's training split. shots: how
-    many are drawn at random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
+    products: names of the folders of all categories, of which others have references of their own. reference: a folder
+    (where it has a folder of the category's name, that one; its training split or its folder of normal images, if it
+    has such), or a file with a path in each line; None: the category's training split. shots: how many are drawn at
+    random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
     """
     if reference is None:
         place = category.root
@@ -49,12 +53,14 @@ def find_references(category: Category, reference: str | None, shots: int | None
         top = read_tree(place, None)
         if top.error is not None:
             raise NoReferencesError(f"the reference folder {place} {top.error}")
-        own = next((child for name, child in top.folders.items() if _is_of(name, category)), top)
-        paths = _training_images(own) or _normal_images(own)
+        own = next((child for name, child in top.folders.items() if _is_of(name, category)), None)
+        if own is None and any(fold(name) in map(fold, products) for name in top.folders):
+            raise NoReferencesError(f"{place}/ has folders of other categories, but none called {category.product}")
+        paths = _training_images(own or top) or _normal_images(own or top)
         looked_for = f"{place}/"
     else:
         place = Path(reference).parent
-        paths = _listed_images(Path(reference), category)
+        paths = _listed_images(Path(reference), category, products)
         looked_for = f"{reference}, a path in each line"
     if not paths:
         raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
@@ -62,7 +68,7 @@ def find_references(category: Category, reference: str | None, shots: int | None
 
 
 def _is_of(name: str, category: Category) -> bool:
-    return fold(name) in (fold(category.name), fold(category.root.resolve().name))
+    return fold(name) in (fold(category.name), fold(category.product))
 
 
 def _training_images(folder: Folder) -> list[Path]:
@@ -81,7 +87,7 @@ def _normal_images(folder: Folder) -> list[Path]:
     ]
 
 
-def _listed_images(file: Path, category: Category) -> list[Path]:
+def _listed_images(file: Path, category: Category, products: Collection[str]) -> list[Path]:
     """Return the images of a list, by paths from where the list lies or from where we are."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -93,8 +99,9 @@ def _listed_images(file: Path, category: Category) -> list[Path]:
         ) from None
     paths = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     own = [path for path in paths if any(_is_of(part, category) for part in path.parts)]
+    others = [path for path in paths if any(fold(part) in map(fold, products) for part in path.parts)]
     found = []
-    for path in own or paths:
+    for path in own or [path for path in paths if path not in others]:
         candidates = [file.parent / path, path, category.root / path]
         found.append(next((candidate for candidate in candidates if candidate.exists()), candidates[0]))
     return [path for path in found if is_image(path.name) and not is_hidden(path.name)]
@@ -102,6 +109,7 @@ def _listed_images(file: Path, category: Category) -> list[Path]:
 
 def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) -> References:
     notes = []
+    digests: dict[Path, str] = {}  # of the images to score that are as large as a reference
     sizes: dict[int, list[InputImage]] = {}
     for image in category.images:
         size = _size(image.path)
@@ -116,7 +124,9 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
         except OSError as error:
             notes.append(f"the reference {path} is left out: {error.strerror}")
             continue
-        twins = [image for image in sizes.get(path.stat().st_size, []) if file_sha256(image.path) == digest]
+        same_size = sizes.get(path.stat().st_size, [])
+        digests |= {image.path: _digest(image.path) for image in same_size if image.path not in digests}
+        twins = [image for image in same_size if digests[image.path] == digest]
         if twins:
             notes.append(f"the reference {path} is left out: it is one of the images to score, {twins[0].relative}")
         else:
@@ -139,3 +149,11 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
+
+
+def _digest(path: Path) -> str:
+    """Return the sha256 of a file, nothing for one that cannot be read, which scoring will say."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return ""

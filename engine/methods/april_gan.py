@@ -6,18 +6,16 @@ references → memories of each block's tokens → cosine distances to the neare
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from zsad.engine.config import Config, ConfigError
-from zsad.engine.images.decode import recipe
+from zsad.engine.config import Config, ConfigError, rising
 from zsad.engine.images.loader import Batch
-from zsad.engine.networks.network import GraphRequest, run_in_parts
+from zsad.engine.networks.network import GraphRequest
 from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.maps import upsample
 from zsad.engine.text.vectors import abnormal_probability, sigmoid
@@ -25,24 +23,18 @@ from zsad.export.checkpoints import find_checkpoint
 from zsad.export.linear_heads import read_linear_heads
 from zsad.kernels.nearest import Nearest
 
-from .method import Group, Place, Progress, Scored
-from .text_guided import TextGuided, chosen_prompts, class_vectors, text_request
+from .method import Group, Place, Scored
+from .text_guided import TextGuided, TextSettings, tower_requests
 
 TAU = 0.01  # fixed in the published code, whatever the checkpoint has learned
 
 
-def _rising(interval: tuple[float, float]) -> tuple[float, float]:
-    if not interval[0] < interval[1]:
-        raise ValueError(interval)
-    return interval
-
-
-class Settings(TextGuided):
+class Settings(TextSettings):
     """The trained part, and how image scores come about with references."""
 
     head: str = Field(description="a name of the manifest or a file of trained linear layers")
     # Lowest and highest map maximum, saved from an earlier run: then images are scored one by one.
-    score_range: Annotated[tuple[float, float], AfterValidator(_rising)] | None = Field(
+    score_range: Annotated[tuple[float, float], AfterValidator(rising)] | None = Field(
         None, description="two numbers, low < high"
     )
 
@@ -51,62 +43,47 @@ class Settings(TextGuided):
         return (*super().files, self.head)
 
 
-class AprilGAN:
+class AprilGAN(TextGuided):
     """See `Method`."""
 
     Settings = Settings
-    takes_references = True
-    compares = False
+    each_at_unit_length = True
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
-        self._settings, self._place = config.settings, place
-        ((self._name, network),) = place.networks.items()
-        self._graph = network.graphs["image"]
-        self._size = network.spec.image_size
-        self._recipe = recipe(network.preprocessing, self._size)
-        self.inputs = [self._recipe]
+        super().__init__(config, place, config.settings.prompts or "april35")
+        self._settings = config.settings
         layers, _, channels = self._graph.outputs["tokens"].shape
         (width,) = self._graph.outputs["embedding"].shape
         file, self._head_sha256 = find_checkpoint(self._settings.head)
         self._heads = read_linear_heads(file, layers, channels, width)
-        self._few_shot = config.few_shot
         self.rescores = self._few_shot and self._settings.score_range is None
-        # Of each block a probability, and with references a cosine distance, which is at most 2.
-        self.map_range = (0.0, float(layers * (3 if self._few_shot else 1)))
-        self._prompts = chosen_prompts(self._settings.prompts or "april35")
-        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # of the present category
+        # Of each block a probability, and with references a cosine distance: above 1 only for opposed tokens.
+        self.map_range = (0.0, float(layers * (2 if self._few_shot else 1)))
         self._memories: list[Nearest] = []  # of each layer; none without references
 
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
-        if len(config.networks) != 1:
-            raise ConfigError(f"method april_gan takes one network, not {len(config.networks)}")
-        ((name, spec),) = config.networks.items()
-        if not spec.taps:
-            raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
-        return [GraphRequest(name, "image", ("embedding", "tokens")), text_request(name)]
+        for name, spec in config.networks.items():
+            if not spec.taps:
+                raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
+        return tower_requests(config, ("embedding", "tokens"))
 
     def record(self) -> dict[str, Any]:
-        return {
-            **self._settings.model_dump(),
-            "prompts": asdict(self._prompts),
-            "head_sha256": self._head_sha256,
-        }
-
-    def needed(self, images: int) -> int:
-        return 0
+        return {**super().record(), "head_sha256": self._head_sha256}
 
     def start(self, group: Group) -> None:
-        name = self._settings.name_of(group.object)
-        self._classes = class_vectors(self._place.text, self._name, self._prompts, name, each_at_unit_length=True)
+        super().start(group)
         self._memories = []
         if self._few_shot:
             tokens = np.concatenate(
                 [outputs["tokens"] for batch in group.references for _, outputs in self._run(batch)]
             )  # [K, L, P, C]
             self._memories = [
-                Nearest(np.ascontiguousarray(layer.reshape(-1, layer.shape[-1])), device=self._place.arrays.device)
+                Nearest(
+                    np.ascontiguousarray(layer.reshape(-1, layer.shape[-1])),
+                    device=self._place.arrays.device,
+                )
                 for layer in tokens.swapaxes(0, 1)
             ]
 
@@ -118,20 +95,10 @@ class AprilGAN:
             ):
                 yield self._scored(index, probability, tokens)
 
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return ()
-
     def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
-        values = np.array([image.embedding for image in scored])  # [N, 2]: probability, map maximum
+        values = np.array([image.facts for image in scored])  # [N, 2]: probability, map maximum
         scores: NDArray[np.float64] = (values[:, 0] + min_max(values[:, 1])) / 2
         return scores
-
-    def _run(self, batch: Batch) -> Iterator[tuple[slice, dict[str, NDArray[np.float32]]]]:
-        for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):
-            yield (
-                part,
-                {name: np.asarray(self._place.arrays.fetch(array), np.float32) for name, array in outputs.items()},
-            )
 
     def _scored(self, index: int, probability: float, tokens: NDArray[np.float32]) -> Scored:
         """Score one image by its tokens [L, P, C]."""

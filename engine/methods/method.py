@@ -41,7 +41,7 @@ class Scored:
     index: int  # of the image within its category
     raw_score: float  # in the method's own units; higher is more anomalous
     map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
-    embedding: ArrayLike | None = None  # [D], whatever the method's `image_scores` needs of an image
+    facts: ArrayLike | None = None  # [D], whatever the method's `image_scores` needs of an image beside its raw score
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Method(Protocol):
     Settings: ClassVar[type[Table]]  # the table in a configuration that is named after the method
     inputs: Sequence[Recipe]  # what the loader makes of each image
     takes_references: ClassVar[bool]  # whether known-good images are of any use to it
-    compares: bool  # whether maps and scores depend on the other images of the category or group
+    compares: ClassVar[bool]  # whether maps and scores depend on the other images of the category or group
     rescores: bool  # whether image scores do, which are asked for once a category is complete
     # Fixed range of the maps; the scores of one that neither compares nor rescores are in [0, 1], then. None: both are
     # relative to the category.

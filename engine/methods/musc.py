@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from zsad.engine.config import Config, ConfigError, Precision, Table
+from zsad.engine.config import Config, ConfigError, Precision, Table, rising
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
@@ -34,12 +34,6 @@ def _odd(degree: int) -> int:
     return degree
 
 
-def _rising(interval: tuple[float, float]) -> tuple[float, float]:
-    if not interval[0] < interval[1]:
-        raise ValueError(interval)
-    return interval
-
-
 Degree = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 Bound = Annotated[float, Field(ge=0)]
 
@@ -48,7 +42,7 @@ class Settings(Table):
     """What mutual scoring compares, and how patch scores become image scores."""
 
     degrees: tuple[Degree, ...] = Field(min_length=1, description="odd numbers")
-    interval: Annotated[tuple[Bound, Bound], AfterValidator(_rising)] = Field(
+    interval: Annotated[tuple[Bound, Bound], AfterValidator(rising)] = Field(
         description="two finite bounds, 0 <= low < high"
     )
     map_network: str = Field(description="the name of one of the networks")
@@ -191,7 +185,7 @@ class MuSc:
         raw = np.array([image.raw_score for image in scored])  # [N]
         if not self._settings.rscin:
             return min_max(raw)
-        return rscin(raw, np.array([image.embedding for image in scored]), self._settings.rscin)
+        return rscin(raw, np.array([image.facts for image in scored]), self._settings.rscin)
 
 
 def _grid(patches: int) -> tuple[int, int]:

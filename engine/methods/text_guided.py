@@ -1,23 +1,47 @@
-"""What the methods share that compare images with words: their settings, and the vectors of an object's two classes."""
+"""What the methods share that compare each image with words: settings, the words, running the network."""
 
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from zsad.engine.config import ConfigError, Table
-from zsad.engine.networks.network import GraphRequest
+from zsad.engine.config import Config, ConfigError, Table
+from zsad.engine.images.decode import recipe
+from zsad.engine.images.loader import Batch
+from zsad.engine.images.stored import ImageError
+from zsad.engine.networks.network import GraphRequest, run_in_parts
 from zsad.engine.text.prompts import PromptSet, prompt_set, read_prompts
 from zsad.engine.text.tokenizer import VOCABULARY
-from zsad.engine.text.vectors import TextVectors, class_vector
+from zsad.engine.text.vectors import class_vector
+
+from .method import Group, Place, Progress, Scored
+
+log = logging.getLogger("zsad")
+
+Outputs = Mapping[str, NDArray[np.float32]]  # of the network by name, in host memory
 
 
-class TextGuided(Table):
+def _with_letters(name: str) -> str:
+    if not any(character.isalnum() for character in name):
+        raise ValueError(name)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_with_letters)]
+
+
+class TextSettings(Table):
     """Settings of a method that compares images with words."""
 
-    object: str | None = Field(None, description="what the images show, in words")  # None: the category's folder name
-    object_names: dict[str, str] = Field({}, description="a name for each folder name")  # instead of the folder's own
+    object: Name | None = Field(None, description="a name with letters")  # None: the category's folder is called so
+    object_names: dict[str, Name] = Field(
+        {}, description="names with letters, by folder"
+    )  # instead of the folder's own
     spaces: bool = Field(False, description="true or false")  # underscores in folder names become spaces
     prompts: str | None = Field(None, description="a prompt set or a TOML file")  # None: the method's own
 
@@ -26,13 +50,14 @@ class TextGuided(Table):
         return (VOCABULARY,)
 
     def name_of(self, folder: str) -> str:
-        """Return what is written for the images of a folder; raises ConfigError for a name without letters."""
-        name = self.object if self.object is not None else self.object_names.get(folder, folder)
-        if self.spaces and self.object is None:
-            name = name.replace("_", " ")
-        if not any(character.isalnum() for character in name):
-            raise ConfigError(f"{name!r} is no name of an object; give one with --object")
-        return name
+        """Return what is written for the images of a folder; raises ImageError for a folder name without letters."""
+        if self.object is not None:
+            return self.object
+        name = self.object_names.get(folder, folder.replace("_", " ") if self.spaces else folder)
+        try:
+            return _with_letters(name)
+        except ValueError:
+            raise ImageError(f"{name!r} is no name of an object; give one with --object") from None
 
 
 def chosen_prompts(name: str) -> PromptSet:
@@ -40,15 +65,53 @@ def chosen_prompts(name: str) -> PromptSet:
     return read_prompts(Path(name)) if name.endswith(".toml") else prompt_set(name)
 
 
-def text_request(network: str) -> GraphRequest:
-    return GraphRequest(network, "text", ("embedding",), on_demand=True)
+def tower_requests(config: Config, outputs: Sequence[str]) -> list[GraphRequest]:
+    """Return the requests for both towers of the only network; raises ConfigError where there are more."""
+    if len(config.networks) != 1:
+        raise ConfigError(f"method {config.method} takes one network, not {len(config.networks)}")
+    (name,) = config.networks
+    return [GraphRequest(name, "image", tuple(outputs)), GraphRequest(name, "text", ("embedding",), on_demand=True)]
 
 
-def class_vectors(
-    text: TextVectors, network: str, prompts: PromptSet, name: str, each_at_unit_length: bool
-) -> NDArray[np.float64]:
-    """Return unit vectors [2, D] of an object in its normal and in its abnormal states."""
-    normal, abnormal = prompts.compose(name)
-    vectors = text.of(network, [*normal, *abnormal])  # [M, D]
-    halves = (vectors[: len(normal)], vectors[len(normal) :])
-    return np.stack([class_vector(half, each_at_unit_length) for half in halves])
+class TextGuided:
+    """The part of `Method` that such methods share; `each_at_unit_length` as in `class_vector`."""
+
+    takes_references = True
+    compares = False
+    each_at_unit_length: bool
+
+    def __init__(self, config: Config, place: Place, prompts: str) -> None:
+        """prompts: a set or a file."""
+        assert isinstance(config.settings, TextSettings)
+        self._text_settings, self._place, self._few_shot = config.settings, place, config.few_shot
+        ((self._name, network),) = place.networks.items()
+        self._graph, self._size = network.graphs["image"], network.spec.image_size
+        self._recipe = recipe(network.preprocessing, self._size)
+        self.inputs = [self._recipe]
+        self._prompts = chosen_prompts(prompts)
+        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # unit vectors of the category, normal and abnormal
+
+    def record(self) -> dict[str, Any]:
+        return {**self._text_settings.model_dump(), "prompts": asdict(self._prompts)}
+
+    def needed(self, images: int) -> int:
+        return 0
+
+    def start(self, group: Group) -> None:
+        name = self._text_settings.name_of(group.object)
+        log.info("images of %s are compared with words for %r", group.object, name)
+        normal, abnormal = self._prompts.compose(name)
+        vectors = self._place.text.of(self._name, [*normal, *abnormal])  # [M, D]
+        halves = (vectors[: len(normal)], vectors[len(normal) :])
+        self._classes = np.stack([class_vector(half, self.each_at_unit_length) for half in halves])
+
+    def finish(self, progress: Progress) -> Iterable[Scored]:
+        return ()
+
+    def _run(self, batch: Batch) -> Iterator[tuple[slice, Outputs]]:
+        """Run the image tower; yield which rows of the batch, and its outputs."""
+        for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):
+            yield (
+                part,
+                {name: np.asarray(self._place.arrays.fetch(array), np.float32) for name, array in outputs.items()},
+            )

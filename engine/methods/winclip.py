@@ -6,8 +6,7 @@ references → memories of windows and patches → half the cosine distance to t
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -16,21 +15,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from zsad.engine.config import Config, ConfigError
-from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
-from zsad.engine.networks.network import GraphRequest, run_in_parts
+from zsad.engine.networks.network import GraphRequest
 from zsad.engine.text.vectors import abnormal_probability
 from zsad.export.options import WINDOWS
 from zsad.kernels.nearest import Nearest
 
-from .method import Group, Place, Progress, Scored
-from .text_guided import TextGuided, chosen_prompts, class_vectors, text_request
+from .method import Group, Place, Scored
+from .text_guided import Outputs, TextGuided, TextSettings, tower_requests
 
 Maps = NDArray[np.float64]
-Arrays = Mapping[str, NDArray[Any]]  # by the outputs of the network, in host memory
 
 
-class Settings(TextGuided):
+class Settings(TextSettings):
     """Which of the published implementations is followed, and where to differ from it."""
 
     variant: Literal["anomalib", "acc", "paper"] = "anomalib"
@@ -53,54 +50,38 @@ class Settings(TextGuided):
         return 1.0 if (self.fusion or ("sum" if self.variant == "acc" else "mean")) == "sum" else 0.5
 
 
-class WinCLIP:
+class WinCLIP(TextGuided):
     """See `Method`."""
 
     Settings = Settings
-    takes_references = True
-    compares = rescores = False
+    rescores = False
+    each_at_unit_length = False
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
-        self._settings, self._place = config.settings, place
-        ((self._name, network),) = place.networks.items()
-        self._graph = network.graphs["image"]
-        self._size = network.spec.image_size
-        self._recipe = recipe(network.preprocessing, self._size)
-        self.inputs = [self._recipe]
-        self._few_shot = config.few_shot
+        super().__init__(config, place, config.settings.prompt_name)
+        self._settings = config.settings
         self.map_range = (0.0, 2 * self._settings.share if self._few_shot else 1.0)
-        self._prompts = chosen_prompts(self._settings.prompt_name)
-        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # of the present category
         self._memories: dict[str, Nearest] = {}  # by output; empty without references
 
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
         assert isinstance(config.settings, Settings)
-        if len(config.networks) != 1:
-            raise ConfigError(f"method winclip takes one network, not {len(config.networks)}")
-        ((name, spec),) = config.networks.items()
         patches = (config.settings.patch_output,) if config.few_shot else ()
-        if "tokens" in patches and len(spec.taps) != 1:
-            raise ConfigError(f"[networks.{name}] taps must be the number of the last block, counted from 0")
-        return [GraphRequest(name, "image", ("embedding", *WINDOWS, *patches)), text_request(name)]
-
-    def record(self) -> dict[str, Any]:
-        return {**self._settings.model_dump(), "prompts": asdict(self._prompts)}
-
-    def needed(self, images: int) -> int:
-        return 0
+        for name, spec in config.networks.items():
+            if "tokens" in patches and len(spec.taps) != 1:
+                raise ConfigError(f"[networks.{name}] taps must be the number of the last block, counted from 0")
+        return tower_requests(config, ("embedding", *WINDOWS, *patches))
 
     def start(self, group: Group) -> None:
-        name = self._settings.name_of(group.object)
-        self._classes = class_vectors(self._place.text, self._name, self._prompts, name, each_at_unit_length=False)
+        super().start(group)
         self._memories = {}
         if self._few_shot:
             kept: dict[str, list[NDArray[np.float32]]] = {}
             for batch in group.references:
                 for _, outputs in self._run(batch):
                     for output in (*WINDOWS, self._settings.patch_output):
-                        vectors = outputs[output].astype(np.float32)  # [B, W or P, C], of patches perhaps [B, 1, P, C]
+                        vectors = outputs[output]  # [B, W or P, C], of patches perhaps [B, 1, P, C]
                         kept.setdefault(output, []).append(vectors.reshape(-1, vectors.shape[-1]))
             device = self._place.arrays.device
             self._memories = {output: Nearest(np.concatenate(parts), device=device) for output, parts in kept.items()}
@@ -117,21 +98,14 @@ class WinCLIP:
             for index, score, grid_map in zip(batch.indices[part], scores.tolist(), maps, strict=True):
                 yield Scored(index, score, _enlarged(grid_map, self._size))
 
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return ()
-
     def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
-
-    def _run(self, batch: Batch) -> Iterator[tuple[slice, Arrays]]:
-        for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):
-            yield part, {name: self._place.arrays.fetch(array) for name, array in outputs.items()}
 
     def _word_map(self, windows: NDArray[Any], side: int) -> Maps:
         """Return the probabilities of windows [B, W, D] as maps [B, g, g]."""
         return aggregated(abnormal_probability(windows, self._classes, self._settings.tau), side)
 
-    def _reference_map(self, outputs: Arrays) -> Maps:
+    def _reference_map(self, outputs: Outputs) -> Maps:
         """Return the distances to what the references have: maps [B, g, g] in [0, 1]."""
         maps = [
             aggregated(self._distances(output, outputs[output]), side) for output, side in WINDOWS.items()
@@ -141,7 +115,7 @@ class WinCLIP:
 
     def _distances(self, output: str, vectors: NDArray[Any]) -> NDArray[np.float64]:
         """Return half the cosine distance [B, V] of vectors [B, (1,) V, C] to the nearest of the memory."""
-        cosines, _ = self._memories[output].search(vectors.reshape(-1, vectors.shape[-1]).astype(np.float32))
+        cosines, _ = self._memories[output].search(vectors.reshape(-1, vectors.shape[-1]))
         # What is in the memory itself comes out as a tiny negative number, whose reciprocal would rule a mean.
         distances: NDArray[np.float64] = np.maximum(1 - cosines[:, 0].astype(np.float64), 0) / 2
         return distances.reshape(len(vectors), -1)

@@ -35,6 +35,9 @@ THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs
 JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone when all of them are
 
 
+SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a category, and of each of them
+
+
 @dataclass(frozen=True)
 class Writing:
     """How results are written."""
@@ -54,14 +57,14 @@ class Result:
     raw_score: float
     map: NDArray[np.float32]  # [h, w] in the method's units
     scale: tuple[float, float]  # map values that become 0 and 1
-    embedding: ArrayLike | None = None  # [D], what scores of the whole category need of the image
+    facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
 
 
 class Written(NamedTuple):
     """What is kept of an image whose files are written."""
 
     record: ImageRecord
-    embedding: list[float] | None = None
+    facts: list[float] | None = None  # of `Result`
     least_area: int = 0  # pixels of a defect region at least: a quarter of a map's cell
     failure: Failure | None = None
 
@@ -132,6 +135,20 @@ class CategoryWriter:
                 path = self._staging / written.record.json_file
                 path.write_text(with_score(path.read_text(), score))
 
+    def map_percentile(self, numbers: NDArray[np.intp], percentile: float) -> float | None:
+        """Return a percentile of the written maps of images with these numbers; None without maps.
+
+        Of many or large maps, a part spread evenly is looked at.
+        """
+        files = [self.written[number].record.map for number in numbers.tolist()]
+        files = [file for file in files if file][:: max(1, len(numbers) // SAMPLED_MAPS)]
+        values = []
+        for file in files:
+            with Image.open(self._staging / file) as image:
+                pixels = np.asarray(image).ravel()
+            values.append(pixels[:: max(1, pixels.size // SAMPLED_PIXELS)])
+        return float(np.percentile(np.concatenate(values), percentile)) if values else None
+
     def finish(self, record: CategoryRecord) -> CategoryRecord:
         """Complete a record that lacks only what belongs to single images, and move the folder into place.
 
@@ -187,10 +204,10 @@ class CategoryWriter:
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, Mapping[str, str]]:
         """Write an image's files; returns what is kept of it, and its thumbnails."""
         record = ImageRecord(str(result.image.relative), result.score, result.raw_score)
-        embedding = None if result.embedding is None else np.asarray(result.embedding).tolist()
+        facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
             record, least_area, thumbnails = self._draw(result, record)
-            return Written(record, embedding, least_area), thumbnails
+            return Written(record, facts, least_area), thumbnails
         except MemoryError as error:
             if not last_try:
                 raise
@@ -201,7 +218,7 @@ class CategoryWriter:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             reason = "no map, its path in the output is too long"
-        return Written(record, embedding, failure=Failure(record.path, reason)), {}
+        return Written(record, facts, failure=Failure(record.path, reason)), {}
 
     def _draw(self, result: Result, record: ImageRecord) -> tuple[ImageRecord, int, Mapping[str, str]]:
         """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
@@ -233,7 +250,7 @@ class CategoryWriter:
 
 def _line(written: Written) -> str:
     failure = None if written.failure is None else asdict(written.failure)
-    return json.dumps([asdict(written.record), written.embedding, written.least_area, failure]) + "\n"
+    return json.dumps([asdict(written.record), written.facts, written.least_area, failure]) + "\n"
 
 
 def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], list[str]]:
@@ -248,13 +265,13 @@ def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], list[s
     written = []
     for line in lines:
         try:
-            record, embedding, least_area, failure = json.loads(line)
+            record, facts, least_area, failure = json.loads(line)
         except ValueError:  # the end of a line is missing
             break
         image = ImageRecord(**record)
         if not all((staging / file).is_file() for file in (image.map, image.overlay_file, image.json_file) if file):
             break
-        written.append(Written(image, embedding, least_area, None if failure is None else Failure(**failure)))
+        written.append(Written(image, facts, least_area, None if failure is None else Failure(**failure)))
     paths = {image.record.path for image in written}
     whole = [line for line in thumbnails if line.endswith("\n") and json.loads(line)[0] in paths]
     return written, whole

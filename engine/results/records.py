@@ -46,7 +46,7 @@ class CategoryRecord:
     groups: int = 0
     group_size: int | None = None
     scale: tuple[float, float] | None = None  # map values that became 0 and 1
-    relative: bool = True  # whether that scale is the category's own
+    relative: bool = True  # whether scores depend on the other images of the category
     threshold: float | None = None
     region_threshold: float | None = None
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no images, by suffix

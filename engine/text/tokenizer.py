@@ -26,6 +26,9 @@ WORD_END = "</w>"
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 
 
+TOKENIZER_VERSION = 1  # goes up when texts become other tokens: what was made of them is made anew
+
+
 class Tokenizer:
     """Turns texts into the numbers that CLIP's text tower reads."""
 

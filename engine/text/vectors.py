@@ -14,7 +14,7 @@ from zsad.export.transformer_graph import BUILDER_VERSION
 from zsad.kernels.files import written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
-from .tokenizer import load_tokenizer
+from .tokenizer import TOKENIZER_VERSION, load_tokenizer
 
 log = logging.getLogger("zsad")
 
@@ -25,13 +25,13 @@ class TextVectors:
     def __init__(
         self,
         networks: Mapping[str, Network],
-        precision: str,
+        arithmetic: str,
         load: Callable[[str], Graph],
         to_network: Callable[[NDArray[Any]], Any],
         fetch: Callable[[Any], NDArray[Any]],
     ) -> None:
-        """precision: of the towers. load: loads a network's text tower. to_network, fetch: arrays to it and back."""
-        self._networks, self._precision = networks, precision
+        """arithmetic: what decides the digits. load: loads a text tower. to_network, fetch: arrays to it and back."""
+        self._networks, self._arithmetic = networks, arithmetic
         self._load, self._to_network, self._fetch = load, to_network, fetch
         self._graphs: dict[str, Graph] = {}
 
@@ -41,18 +41,21 @@ class TextVectors:
         Raises CheckpointError where the weights have no text tower, or the vocabulary cannot be had.
         """
         used = self._networks[network]
-        facts = [used.sha256, used.spec.activation, self._precision, BUILDER_VERSION, list(prompts)]
+        facts = [used.sha256, used.spec.activation, self._arithmetic, BUILDER_VERSION, TOKENIZER_VERSION, list(prompts)]
         name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
         for folder in cache_places("text"):
             try:
                 vectors: NDArray[np.float32] = np.load(folder / name, allow_pickle=False)
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 continue
-            if vectors.ndim == 2 and len(vectors) == len(prompts):
+            if vectors.ndim == 2 and len(vectors) == len(prompts) and np.isfinite(vectors).all():
                 return vectors
         vectors = self._computed(network, prompts)
-        with written_whole(cache_to_write("text") / name) as draft, draft.open("wb") as file:
-            np.save(file, vectors)
+        try:
+            with written_whole(cache_to_write("text") / name) as draft, draft.open("wb") as file:
+                np.save(file, vectors)
+        except OSError as error:  # they are at hand all the same
+            log.warning("text vectors are not kept: %s", error)
         return vectors
 
     def _computed(self, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:

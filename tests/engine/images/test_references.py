@@ -10,8 +10,9 @@ from zsad.engine.images.references import NoReferencesError, References, find_re
 
 
 def find(data: Path, reference: Path | None = None, shots: int | None = None, seed: int = 0) -> References:
-    category = scan(data).categories[0]
-    return find_references(category, None if reference is None else str(reference), shots, seed)
+    categories = scan(data).categories
+    products = {category.product for category in categories} | {"nut"}
+    return find_references(categories[0], products, None if reference is None else str(reference), shots, seed)
 
 
 def names(references: References, root: Path) -> list[str]:
@@ -40,6 +41,16 @@ def test_a_folder(data: Path) -> None:
     assert names(find(data, data.parent / "good"), data.parent) == ["good/0.png", "good/1.png", "good/2.png"]
     assert names(find(data, data.parent / "several"), data.parent) == ["several/bolt/1.png"]
     assert names(find(data, data.parent / "whole"), data.parent) == ["whole/train/good/2.png"]
+
+
+def test_a_category_without_references_gets_nobody_elses(data: Path) -> None:
+    (data.parent / "several" / "bolt").rename(data.parent / "several" / "rod")
+    with pytest.raises(NoReferencesError, match="has folders of other categories, but none called bolt"):
+        find(data, data.parent / "several")
+    listed = data.parent / "shots.txt"
+    listed.write_text("several/nut/0.png\n")
+    with pytest.raises(NoReferencesError, match="no reference images for bolt"):
+        find(data, listed)
 
 
 def test_shots_are_drawn_by_seed(data: Path) -> None:

@@ -34,8 +34,8 @@ def images_of(name: str) -> int:
 
 
 def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*tiny, "--object", "?!"]) == 1
-    assert "'?!' is no name of an object; give one with --object" in capsys.readouterr().err
+    assert main([*tiny, "--object", "?!"]) == 2
+    assert "[winclip] object must be a name with letters, not '?!'" in capsys.readouterr().err
     Path("data/nut").rename("data/--")
     assert main(tiny) == 1
     assert "'--' is no name of an object" in capsys.readouterr().err
@@ -71,8 +71,8 @@ def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: 
     assert main([*tiny, "--reference", "good"]) == 1
     assert "nut: none of the 1 references can be read" in capsys.readouterr().err
     assert images_of("bolt") == 2
-    assert main([*tiny, "--reference", "nowhere"]) == 1
-    assert "the references nowhere cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert main([*tiny, "--reference", "nowhere"]) == 2
+    assert "--reference nowhere: there is no such folder or list" in capsys.readouterr().err
 
 
 def test_an_unreadable_reference_among_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +117,32 @@ def test_other_words_are_other_results(tiny: list[str], capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("bolt: already finished") == 1
 
 
+def test_a_folder_of_a_split_is_no_name_of_an_object(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    touch_images(Path.cwd(), "sets/bolt/test/0.png", "sets/bolt/test/1.png", "sets/bolt/test/bent/1.png")
+    assert main(["sets/bolt/test", *tiny[1:]]) == 0
+    assert "are compared with words for 'bolt'" in capsys.readouterr().err
+
+
+def test_verdicts_and_regions(tiny: list[str]) -> None:
+    touch_images(Path.cwd(), *(f"data/bolt/{index}.png" for index in range(6)))
+    assert main([*tiny, "--threshold", "auto"]) == 0
+    assert main([*tiny, "--threshold", "0.7", "--output", "some"]) == 0
+    record = CategoryRecord.from_json(Path("some/bolt/category.json").read_text())
+    normal = [np.asarray(Image.open(Path("some/bolt") / i.map)).ravel() for i in record.images if i.score <= 0.7]
+    assert record.region_threshold == pytest.approx(np.percentile(np.concatenate(normal), 99.9))
+    for image in record.images:
+        largest = np.asarray(Image.open(Path("some/bolt") / image.map)).max()
+        assert bool(image.regions) <= (image.verdict == "anomalous" and largest > record.region_threshold)
+    assert any(image.regions for image in record.images)
+
+
+def test_damaged_text_vectors_are_made_anew(tiny: list[str], cache: Path) -> None:
+    assert main([*tiny, "--object", "rod"]) == 0
+    for path in (cache / "text").iterdir():
+        path.write_bytes(b"")
+    assert main([*tiny, "--object", "rod"]) == 0
+
+
 def test_images_of_one_pixel_and_one_colour(tiny: list[str]) -> None:
     Image.new("RGB", (1, 1)).save("data/bolt/dot.png")
     Image.fromarray(np.full((40, 40), 200, np.uint8)).save("data/bolt/plain.png")
@@ -129,6 +155,8 @@ def test_images_of_one_pixel_and_one_colour(tiny: list[str]) -> None:
 def test_options_of_other_methods(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny, "--degrees", "3"]) == 2
     assert "unknown key 'degrees' in [winclip]; it takes object" in capsys.readouterr().err
+    assert main([*tiny, "--group-size", "2"]) == 2
+    assert "method winclip judges every image by itself; leave out --group-size" in capsys.readouterr().err
     assert main(["data", "--object", "nut"]) == 2
     assert "unknown key 'object' in [musc]" in capsys.readouterr().err
 
