@@ -203,7 +203,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         dest="network_precision",
         help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU",
     )
-    add("--object", metavar="NAME", help="what the images show, in words (default: the category's folder name)")
+    add("--object", metavar="NAME", help="what the images show, in words (default: the name of their folder)")
     add("--prompts", metavar="SET|FILE.toml", help="states and templates of the words that images are compared with")
     add("--reference", metavar="FOLDER|LIST", help="known-good images, or a file with a path in each line")
     add("--shots", type=int, metavar="K", help="draw K known-good images, without --reference from the split train")
