@@ -25,7 +25,7 @@ class Recipe:
 
 
 def recipe(preprocessing: Preprocessing, size: int) -> Recipe:
-    """Return what a kind of preprocessing means. imagenet: DINOv2, and both networks of the challenge; clip: CLIP elsewhere."""
+    """Return what a kind of preprocessing means. imagenet: DINOv2, the challenge's networks; clip: CLIP elsewhere."""
     if preprocessing == "imagenet":
         return Recipe(size, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Recipe(size, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
