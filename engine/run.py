@@ -243,7 +243,7 @@ class CategoryPass:
         )
         # Results that depend on other images are written at the end: there is nothing to go on with before.
         journal = None if self.method.compares else digest
-        with CategoryWriter(options.output, self.category.name, writing, bit_depth, journal, options.resume) as writer:
+        with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
             self.done = frozenset(written.record.path for written in writer.written)
             if self.done:
                 log.info("%s: going on after %d images", printable(self.category.name), len(self.done))

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,22 +18,24 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
-from zsad.engine.images.categories import InputImage
+from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.decode import decode
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, SCORES
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
+from zsad.kernels.files import written_whole
 
 from .drawing import draw_small, jpeg, thumbnail
-from .rayan import SIDE, challenge_json, with_score
+from .rayan import SIDE, challenge_json, read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord
 
 Format = Literal["zsad", "rayan"]
 
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
-JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone when all of them are
+JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
+DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
 SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a category, and of each of them
@@ -72,34 +75,43 @@ class Written(NamedTuple):
 class CategoryWriter:
     """Writes a category's folder under a temporary name; without `finish`, nothing of it is left behind.
 
-    With a journal, what was written stays, and the next writer with the same journal goes on from there. Raises
-    OSError, naming a file, when the disk refuses.
+    With a journal, what was written stays, and the next writer with the same journal goes on from there, whenever this
+    one was killed; images that had a failure are left for it to try again. Raises OSError, naming a file, when the disk
+    refuses.
     """
 
     def __init__(
-        self, output: Path, name: str, writing: Writing, bit_depth: int | None, journal: str | None, resume: bool
+        self,
+        output: Path,
+        category: Category,
+        writing: Writing,
+        bit_depth: int | None,
+        journal: str | None,
+        resume: bool,
     ) -> None:
         """bit_depth: of grey values in 16-bit files. journal: the fingerprint under which a later run may go on."""
-        self._final, self._writing, self._bit_depth = output / name, writing, bit_depth
+        self._final, self._writing, self._bit_depth = output / category.name, writing, bit_depth
+        self._order = {str(image.relative): number for number, image in enumerate(category.images)}
         self._journal, self._resume = journal, resume
         self._staging = _beside(self._final, "partial")
-        self.written: list[Written] = []  # in the order of `write`
+        self.written: list[Written] = []  # in the order of the category's images once `scores` was asked for
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
 
     def __enter__(self) -> "CategoryWriter":
-        thumbnails: list[str] = []
+        thumbnails: Mapping[str, str] = {}
         if self._resume and self._journal is not None:
             self.written, thumbnails = read_journal(self._staging, self._journal)
-        if not self.written:
+        self._went_on = bool(self.written)
+        if not self._went_on:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(parents=True)
-        self._thumbnails: IO[str] = (self._staging / THUMBNAILS).open("w", encoding="ascii")
-        self._thumbnails.writelines(thumbnails)
+        # What is no longer valid goes before any image is done again: a half-written one would count as done later.
+        # Thumbnails first, so that an image in the journal always has its own.
+        self._thumbnails = _rewritten(self._staging / THUMBNAILS, thumbnails.values())
         self._lines: IO[str] | None = None
         if self._journal is not None:
-            self._lines = (self._staging / JOURNAL).open("w", encoding="ascii")
-            self._lines.write(json.dumps(self._journal) + "\n")
-            self._lines.writelines(map(_line, self.written))
+            lines = [json.dumps(self._journal) + "\n", *map(_line, self.written)]
+            self._lines = _rewritten(self._staging / JOURNAL, lines)
         workers = self._writing.workers
         self._ahead = Ahead(self._write_image, workers, 2 * workers, self._writing.memory_limit, "write")
         return self
@@ -108,9 +120,11 @@ class CategoryWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ahead.__exit__(kind, error, traceback)
-        self._close()
-        if error is None or self._journal is None or not self.written:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            self._close()
+        finally:
+            if error is None or self._journal is None or not self.written:
+                shutil.rmtree(self._staging, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             # Writing to an open file fails without naming it.
             raise OSError(error.errno, error.strerror or str(error), str(self._staging)) from error
@@ -121,19 +135,21 @@ class CategoryWriter:
         self._keep(self._ahead.put(result, held_bytes(result.image.path)))
 
     def scores(self) -> NDArray[np.float64]:
-        """Wait for what is queued; return the scores [N] of all images in the order of `write`."""
+        """Wait for what is queued; return the scores [N] of all images in the order of the category."""
         self._keep(self._ahead.rest())
+        # Those of an earlier run and those that it lacked are one after the other until here.
+        self.written.sort(key=lambda written: self._order[written.record.path])
         return np.array([written.record.score for written in self.written])
 
     def rescore(self, scores: NDArray[np.float64]) -> None:
-        """Replace the scores [N] of all images, in the order of `write`, also in the files that hold them."""
-        self._keep(self._ahead.rest())
+        """Replace the scores [N] of all images, as `scores` has given them, also in the files that hold them."""
         for number, score in enumerate(scores.tolist()):
             written = self.written[number]
             self.written[number] = written._replace(record=replace(written.record, score=score))
             if written.record.json_file:
-                path = self._staging / written.record.json_file
-                path.write_text(with_score(path.read_text(), score))
+                path, draft = self._staging / written.record.json_file, self._staging / DRAFT
+                draft.write_text(with_score(path.read_text(), score))
+                draft.replace(path)
 
     def map_percentile(self, numbers: NDArray[np.intp], percentile: float) -> float | None:
         """Return a percentile of the written maps of images with these numbers; None without maps.
@@ -156,11 +172,15 @@ class CategoryWriter:
         """
         images = self._judged(record)
         self._close()
-        (self._staging / JOURNAL).unlink(missing_ok=True)
+        if self._went_on:
+            thumbnails = _thumbnail_lines(self._staging)
+            in_order = sorted(thumbnails, key=lambda path: self._order[path])
+            _rewritten(self._staging / THUMBNAILS, (thumbnails[path] for path in in_order)).close()
         failures = [*record.failures, *(written.failure for written in self.written if written.failure is not None)]
         complete = replace(record, images=images, failures=failures)
         _write_tables(self._staging, images, record.threshold is not None)
         (self._staging / RECORD).write_text(complete.to_json())
+        (self._staging / JOURNAL).unlink(missing_ok=True)  # last: on a full disk all before it may fail
         _move_into_place(self._staging, self._final)
         return complete
 
@@ -253,28 +273,53 @@ def _line(written: Written) -> str:
     return json.dumps([asdict(written.record), written.facts, written.least_area, failure]) + "\n"
 
 
-def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], list[str]]:
-    """Return what an interrupted run has written of a category, and the lines of its thumbnails; nothing of another."""
+def _rewritten(path: Path, lines: Iterable[str]) -> IO[str]:
+    """Write a file anew, so that it always is either the old or the new one; return it, open for more lines."""
+    with written_whole(path) as draft, draft.open("w", encoding="ascii") as file:
+        file.writelines(lines)
+    return path.open("a", encoding="ascii")
+
+
+def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], dict[str, str]]:
+    """Return what an interrupted run has written of a category, and the lines of its thumbnails by image path.
+
+    Images that had a failure, or whose files are not all there, are left out; of another fingerprint, all are.
+    """
     try:
         first, *lines = (staging / JOURNAL).read_text(encoding="ascii").splitlines()
-        thumbnails = (staging / THUMBNAILS).read_text(encoding="ascii").splitlines(keepends=True)
+        thumbnails = _thumbnail_lines(staging)
         if json.loads(first) != fingerprint:
-            return [], []
+            return [], {}
     except (OSError, ValueError):
-        return [], []
+        return [], {}
     written = []
     for line in lines:
-        try:
+        with suppress(ValueError):  # the end of a line is missing
             record, facts, least_area, failure = json.loads(line)
-        except ValueError:  # the end of a line is missing
-            break
-        image = ImageRecord(**record)
-        if not all((staging / file).is_file() for file in (image.map, image.overlay_file, image.json_file) if file):
-            break
-        written.append(Written(image, facts, least_area, None if failure is None else Failure(**failure)))
-    paths = {image.record.path for image in written}
-    whole = [line for line in thumbnails if line.endswith("\n") and json.loads(line)[0] in paths]
-    return written, whole
+            image = ImageRecord(**record)
+            if failure is None and _has_files(staging, image, image.path in thumbnails):
+                written.append(Written(image, facts, least_area))
+    return written, {image.record.path: thumbnails[image.record.path] for image in written if image.record.overlay_file}
+
+
+def _has_files(staging: Path, image: ImageRecord, has_thumbnails: bool) -> bool:
+    """Return whether the files of an image are there; the challenge's is read, because it may be half of one."""
+    try:
+        if image.json_file:
+            read_challenge((staging / image.json_file).read_text())
+    except (OSError, ValueError):
+        return False
+    there = all((staging / file).is_file() for file in (image.map, image.overlay_file) if file)
+    return there and (has_thumbnails or not image.overlay_file)
+
+
+def _thumbnail_lines(folder: Path) -> dict[str, str]:
+    """Return the lines of thumbnails in a category's folder by image path, but for those whose end is missing."""
+    lines = {}
+    for line in (folder / THUMBNAILS).read_text(encoding="ascii").splitlines():
+        with suppress(ValueError):
+            lines[json.loads(line)[0]] = line + "\n"
+    return lines
 
 
 def read_thumbnails(output: Path, category: str) -> dict[str, dict[str, str]]:

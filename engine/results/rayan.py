@@ -1,6 +1,7 @@
 """The JSON files of the Rayan challenge: one per image, beside its other results."""
 
 import json
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,16 @@ def challenge_json(score: float, scores: NDArray[np.float32]) -> str:
     )
 
 
-def with_score(text: str, score: float) -> str:
-    """Return the challenge's JSON with another image score."""
+def read_challenge(text: str) -> dict[str, Any]:
+    """Return what the challenge's JSON of an image holds; raises ValueError where it is none, or not all of one."""
     content = json.loads(text)
+    if not (isinstance(content, dict) and content.keys() == {"img_level_score", "pix_level_score"}):
+        raise ValueError("not the JSON of the Rayan challenge")
+    return content
+
+
+def with_score(text: str, score: float) -> str:
+    """Return the challenge's JSON with another image score; raises ValueError as `read_challenge` does."""
+    content = read_challenge(text)
     content["img_level_score"]["__ndarray__"] = round(score, 4)
     return json.dumps(content)

@@ -1,0 +1,171 @@
+"""A category's folder, written in one go, or by several runs of which some were killed: the same files come out."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import current_thread, main_thread
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+
+from zsad.engine.images.categories import Category
+from zsad.engine.images.decode import decode
+from zsad.engine.images.folders import scan
+from zsad.engine.results import category as module
+from zsad.engine.results.category import JOURNAL, CategoryWriter, Result, Writing
+from zsad.engine.results.records import CategoryRecord
+
+IMAGES = 4
+KEPT = 2  # that the interrupted run has written
+WRITING = Writing(("zsad", "rayan"), object_mask=False, workers=1, memory_limit=1 << 30)
+
+
+@pytest.fixture(scope="module")
+def category(tmp_path_factory: pytest.TempPathFactory) -> Category:
+    return scan(runs.draw(tmp_path_factory.mktemp("drawn") / "data", IMAGES)).categories[0]
+
+
+@pytest.fixture(scope="module")
+def whole(category: Category, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files that an uninterrupted run writes."""
+    output = tmp_path_factory.mktemp("whole")
+    assert write(category, output) == ["00.png", "01.png", "02.png", "03.png"]
+    found = files(output)
+    assert {"data/thumbnails.jsonl", "data/category.json", "data/03_scores.json"} <= found.keys()
+    return found
+
+
+def write(
+    category: Category, output: Path, images: int = IMAGES, before_each: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Write a category, or go on; returns the images that were written now.
+
+    images: after so many of the category a KeyboardInterrupt. before_each: called before an image is written.
+    """
+    now = []
+    with CategoryWriter(output, category, WRITING, None, "fingerprint", resume=True) as writer:
+        done = {written.record.path for written in writer.written}
+        for number, image in enumerate(category.images[:images]):
+            if str(image.relative) not in done:
+                before_each()
+                map_ = np.linspace(0, number / 4, 4, dtype=np.float32).reshape(2, 2)
+                writer.write(Result(image, 0.5, number / 8, map_, (0.0, 1.0), np.array([number / 7])))
+                now.append(str(image.relative))
+        scores = writer.scores()
+        if images < IMAGES:
+            raise KeyboardInterrupt
+        # All are alike before, so that ranks depend on the order.
+        writer.rescore(np.where(np.arange(len(scores)) == 1, 0.75, scores / 2))
+        writer.finish(CategoryRecord(category.name, threshold=0.6, region_threshold=0.1))
+    return now
+
+
+def files(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def interrupted(category: Category, output: Path, images: int = KEPT) -> Path:
+    """Interrupt a run; returns the folder that it leaves."""
+    with pytest.raises(KeyboardInterrupt):
+        write(category, output, images)
+    (partial,) = output.iterdir()
+    return partial
+
+
+def fail(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
+    category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on disk before each of its file operations, or half through, is what a kill would leave there."""
+    output = tmp_path / "out"
+    partial = interrupted(category, output)
+    moments: list[tuple[str, Path]] = []  # what came next, and a copy of all before it
+
+    def copy(following: str) -> None:
+        if current_thread() is main_thread() and partial.exists():
+            target = tmp_path / str(len(moments)) / partial.name
+            shutil.copytree(partial, target)
+            moments.append((following, target.parent))
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(Path, name)
+
+        def operation(self: Path, *arguments: Any, **options: Any) -> Any:
+            if self.is_relative_to(partial):
+                copy(f"{name} {self.name}")
+                if name == "write_text":
+                    original(self, arguments[0][: len(arguments[0]) // 2])
+                    copy(f"the rest of {self.name}")
+            return original(self, *arguments, **options)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "replace", "unlink", "write_text"):
+            patch.setattr(Path, name, watched(name))
+        assert write(category, output, before_each=lambda: copy("an image")) == ["02.png", "03.png"]
+    assert files(output) == whole
+    names = [following for following, _ in moments]
+    assert {"an image", "unlink journal.jsonl", "the rest of category.json"} <= set(names)
+    all_written = next(number for number, name in enumerate(names) if name.startswith("write_text"))  # new scores
+    for number, (following, killed) in enumerate(moments):
+        assert len(write(category, killed)) <= (0 if number >= all_written else IMAGES - KEPT), following
+        assert files(killed) == whole, following
+
+
+@pytest.mark.parametrize("step", ["_write_tables", "_rounded", "with_score"])
+def test_a_full_disk_at_the_end_costs_no_image(
+    category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, fail)
+        with pytest.raises(OSError, match=r"No space left on device: .*\.partial"):
+            write(category, tmp_path)
+    assert write(category, tmp_path) == []
+    assert files(tmp_path) == whole
+
+
+@pytest.mark.parametrize("damage", ["half a JSON", "no JSON", "no map", "no thumbnails", "half its line", "no lines"])
+def test_only_what_is_damaged_is_done_again(
+    category: Category, whole: dict[str, bytes], tmp_path: Path, damage: str
+) -> None:
+    partial = interrupted(category, tmp_path, 3)
+    thumbnails, journal, challenge = (partial / n for n in ("thumbnails.jsonl", JOURNAL, "00_scores.json"))
+    redone = ["00.png"]
+    if damage == "half a JSON":
+        challenge.write_text(challenge.read_text()[:1000])
+    elif damage == "no JSON":
+        challenge.unlink()
+    elif damage == "no map":
+        (partial / "maps/00.tiff").unlink()
+    elif damage == "no thumbnails":
+        thumbnails.write_text("".join(thumbnails.read_text().splitlines(keepends=True)[1:]))
+    elif damage == "half its line":
+        journal.write_text(journal.read_text()[:-20])
+        redone = ["02.png"]
+    else:
+        journal.write_text("")
+        redone = ["00.png", "01.png", "02.png"]
+    assert write(category, tmp_path) == [*redone, "03.png"]
+    assert files(tmp_path) == whole
+
+
+def test_an_image_without_memory_is_tried_again(
+    category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(path: Path, *rest: Any) -> Any:
+        if path.name == "01.png":
+            raise MemoryError("none left")
+        return decode(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "decode", short)
+        interrupted(category, tmp_path, 3)
+    assert write(category, tmp_path) == ["01.png", "03.png"]
+    assert files(tmp_path) == whole
