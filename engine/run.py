@@ -224,8 +224,7 @@ class CategoryPass:
         self.job, self.references, self.workplace = job, references, workplace
         self.category, self.config, self.method = job.category, job.config, workplace.method
         self.progress = partial(progress, printable(job.category.name))
-        group_size = self.config.group_size if self.method.compares else None
-        self.groups = deal_groups(len(self.category.images), group_size, self.config.seed)
+        self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
         self.done: frozenset[str] = frozenset()  # paths of images that an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
@@ -263,7 +262,7 @@ class CategoryPass:
                     fingerprint=digest,
                     failures=[*self._failures(), *self.failed_references, *unreadable],
                     groups=len(self.groups),
-                    group_size=self.config.group_size if self.method.compares else None,
+                    group_size=self.config.group_size,
                     scale=writer.scale or self.method.map_range,
                     relative=self.method.map_range is None or self.method.rescores,
                     threshold=threshold,
