@@ -70,7 +70,7 @@ def weights_folders() -> list[Path]:
 
 
 def read_manifest() -> dict[str, Entry]:
-    """Return every entry of the manifest by name, checkpoints first."""
+    """Return every entry of the manifest by name, checkpoints first; raises CheckpointError for what is no digest."""
     listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))
     return {
         name: Entry(name, kind, entry.get("architecture"), entry["licence"], tuple(map(_read_source, entry["sources"])))
@@ -88,7 +88,10 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
         location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
     else:
         file, location = entry["url"].rsplit("/", 1)[-1], entry["url"]
-    (digest,) = (Digest(kind, entry[kind]) for kind in KINDS if kind in entry)
+    try:
+        (digest,) = (Digest(kind, entry[kind]) for kind in KINDS if kind in entry)
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST}: the digest of {location}: {error}; copy it from its publisher") from None
     return Source(entry["kind"], file, location, digest, entry.get("size"), entry)
 
 

@@ -1,6 +1,7 @@
 """What the manifest knows files by: their sha256, the beginning of it, or the id that git gives their content."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,25 @@ KINDS: dict[str, tuple[str, int, Callable[[Path], str]]] = {
     "git_blob": ("git blob id", 40, git_blob),
 }
 
+# The beginning of a digest guards against damage and mix-ups, not against malice: whoever wants to finds another file
+# with the same eight digits. Fewer would not even do against the former.
+FEWEST_DIGITS = 8
+
 
 @dataclass(frozen=True)
 class Digest:
-    """A digest that a file must have."""
+    """A digest that a file must have; raises ValueError where the digits are too few, too many or not hexadecimal."""
 
     kind: str  # of KINDS
     digits: str  # hexadecimal; the first of them where no more are known
+
+    def __post_init__(self) -> None:
+        name, length, _ = KINDS[self.kind]
+        if not re.fullmatch(f"[0-9a-f]{{{FEWEST_DIGITS},{length}}}", self.digits):
+            raise ValueError(
+                f"{self.digits!r} is no {name}: that has {length} hexadecimal digits in lower case, of which at least "
+                f"the first {FEWEST_DIGITS} must be given"
+            )
 
     def __str__(self) -> str:
         name, length, _ = KINDS[self.kind]

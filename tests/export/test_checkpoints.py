@@ -85,6 +85,21 @@ def test_digests_may_be_shortened_or_git_s(empty_cache: Path, monkeypatch: pytes
     assert heads.digest.of(path) == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
+@pytest.mark.parametrize(
+    ("kind", "digits"),
+    [("sha256", ""), ("sha256", "8fb2658"), ("sha256", "8FB26589"), ("sha256", "0" * 65), ("git_blob", "a057cec")],
+)
+def test_digests_that_any_file_might_have_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, digits: str
+) -> None:
+    manifest = tmp_path / "manifest.toml"
+    manifest.write_text(re.sub('sha256 = "8fb26589"', f'{kind} = "{digits}"', checkpoints.MANIFEST.read_text()))
+    monkeypatch.setattr(checkpoints, "MANIFEST", manifest)
+    said = rf"{manifest}: the digest of \S+e31-8fb26589.pt: '{digits}' is no .* at least the first 8 must be given"
+    with pytest.raises(CheckpointError, match=said):
+        read_manifest()
+
+
 def test_weights_folder_can_be_named(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSAD_WEIGHTS", str(tmp_path))
     (tmp_path / "dinov2_vitl14_pretrain.pth").write_bytes(b"not the weights")
