@@ -47,7 +47,7 @@ class AprilGAN(TextGuided):
     """See `Method`."""
 
     Settings = Settings
-    each_at_unit_length = True
+    text_mean = "unit"
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class TextSettings(Table):
     )  # instead of the folder's own
     spaces: bool = Field(False, description="true or false")  # underscores in folder names become spaces
     prompts: str | None = Field(None, description="a prompt set or a TOML file")  # None: the method's own
+    # What is averaged over the prompts of a class: vectors as they are, or at unit length. None: the method's own.
+    text_mean: Literal["raw", "unit"] | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -74,11 +76,11 @@ def tower_requests(config: Config, outputs: Sequence[str]) -> list[GraphRequest]
 
 
 class TextGuided:
-    """The part of `Method` that such methods share; `each_at_unit_length` as in `class_vector`."""
+    """The part of `Method` that such methods share."""
 
     takes_references = True
     compares = False
-    each_at_unit_length: bool
+    text_mean: ClassVar[str]  # where the settings say nothing
 
     def __init__(self, config: Config, place: Place, prompts: str) -> None:
         """prompts: a set or a file."""
@@ -103,7 +105,8 @@ class TextGuided:
         normal, abnormal = self._prompts.compose(name)
         vectors = self._place.text.of(self._name, [*normal, *abnormal])  # [M, D]
         halves = (vectors[: len(normal)], vectors[len(normal) :])
-        self._classes = np.stack([class_vector(half, self.each_at_unit_length) for half in halves])
+        at_unit_length = (self._text_settings.text_mean or self.text_mean) == "unit"
+        self._classes = np.stack([class_vector(half, at_unit_length) for half in halves])
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()

@@ -55,7 +55,7 @@ class WinCLIP(TextGuided):
 
     Settings = Settings
     rescores = False
-    each_at_unit_length = False
+    text_mean = "raw"
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)

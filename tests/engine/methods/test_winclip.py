@@ -103,6 +103,15 @@ def test_tau_changes_no_ranking(winclip: Callable[..., Path], tmp_path: Path) ->
     assert np.argsort(first).tolist() == np.argsort(second).tolist()
 
 
+def test_prompts_are_averaged_as_they_are_or_at_unit_length(winclip: Callable[..., Path], tmp_path: Path) -> None:
+    with (tmp_path / "tiny.toml").open("a") as file:
+        file.write('[winclip]\ntext_mean = "raw"\n')
+    golden = text_arrays("winclip_anomalib")
+    np.testing.assert_allclose(scores(winclip("resized")), golden["zero_image_score"], atol=1e-5)
+    (tmp_path / "tiny.toml").write_text((tmp_path / "tiny.toml").read_text().replace("raw", "unit"))
+    assert not np.allclose(scores(winclip("resized")), golden["zero_image_score"], atol=1e-5)
+
+
 def test_a_reference_against_itself_has_no_distance(winclip: Callable[..., Path], tmp_path: Path) -> None:
     winclip("resized", references=2)
     Path("other/bottle").mkdir(parents=True)
