@@ -126,7 +126,12 @@ def load_config(
             _checked(preset, merged, method_of)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
-    return _checked(preset, _override(merged, overrides or {}), method_of)
+    overridden = _override(merged, overrides or {})
+    method = overridden["method"]
+    unknown = overridden[method].keys() - merged.get(method, {}).keys() - method_of(method).Settings.model_fields.keys()
+    for key in sorted(unknown):
+        raise ConfigError(f"--{key.replace('_', '-')} is nothing for preset {preset}, whose method is {method}")
+    return _checked(preset, overridden, method_of)
 
 
 def check(model: type[SomeTable], values: object, where: str = "") -> SomeTable:

@@ -133,7 +133,9 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     lines = []
     for category in record.categories:
         name = printable(category.name)
-        lines.append(f"{name}: {len(category.images)} images scored, {len(category.failures)} failed")
+        anomalous = sum(image.verdict == "anomalous" for image in category.images)
+        judged = "" if category.threshold is None else f"{anomalous} anomalous (above {category.threshold:.3f}), "
+        lines.append(f"{name}: {len(category.images)} images scored, {judged}{len(category.failures)} failed")
         for image in sorted(category.images, key=lambda image: image.rank)[:5]:
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:

@@ -24,7 +24,7 @@ from zsad.export.linear_heads import read_linear_heads
 from zsad.kernels.nearest import Nearest
 
 from .method import Group, Place, Scored
-from .text_guided import TextGuided, TextSettings, tower_requests
+from .text_guided import TextGuided, TextSettings, chosen_prompts, tower_requests
 
 TAU = 0.01  # fixed in the published code, whatever the checkpoint has learned
 
@@ -42,6 +42,10 @@ class Settings(TextSettings):
     def files(self) -> tuple[str, ...]:
         return (*super().files, self.head)
 
+    @property
+    def prompt_name(self) -> str:
+        return self.prompts or "april35"
+
 
 class AprilGAN(TextGuided):
     """See `Method`."""
@@ -51,7 +55,7 @@ class AprilGAN(TextGuided):
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
-        super().__init__(config, place, config.settings.prompts or "april35")
+        super().__init__(config, place, config.settings.prompt_name)
         self._settings = config.settings
         layers, _, channels = self._graph.outputs["tokens"].shape
         (width,) = self._graph.outputs["embedding"].shape
@@ -64,9 +68,11 @@ class AprilGAN(TextGuided):
 
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
+        assert isinstance(config.settings, Settings)
         for name, spec in config.networks.items():
             if not spec.taps:
                 raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
+        chosen_prompts(config.settings.prompt_name)  # a mistake is found before weights are fetched
         return tower_requests(config, ("embedding", "tokens"))
 
     def record(self) -> dict[str, Any]:

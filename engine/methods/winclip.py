@@ -22,7 +22,7 @@ from zsad.export.options import WINDOWS
 from zsad.kernels.nearest import Nearest
 
 from .method import Group, Place, Scored
-from .text_guided import Outputs, TextGuided, TextSettings, tower_requests
+from .text_guided import Outputs, TextGuided, TextSettings, chosen_prompts, tower_requests
 
 Maps = NDArray[np.float64]
 
@@ -71,6 +71,7 @@ class WinCLIP(TextGuided):
         for name, spec in config.networks.items():
             if "tokens" in patches and len(spec.taps) != 1:
                 raise ConfigError(f"[networks.{name}] taps must be the number of the last block, counted from 0")
+        chosen_prompts(config.settings.prompt_name)  # a mistake is found before weights are fetched
         return tower_requests(config, ("embedding", *WINDOWS, *patches))
 
     def start(self, group: Group) -> None:

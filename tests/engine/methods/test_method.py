@@ -149,7 +149,7 @@ def test_a_category_job_and_its_record_can_travel(text_image: Path, tmp_path: Pa
 
 
 def test_settings_of_another_method_are_refused(text_image: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'degrees' in \[text_image\]; it takes vectors"):
+    with pytest.raises(ConfigError, match="--degrees is nothing for preset small, whose method is text_image"):
         load_config("small", text_image, {"degrees": (1,)}, method_of=methods.method_class)
 
 
