@@ -149,10 +149,10 @@ class TransformerGraph:
         )
         return outputs
 
-    def first(self, x: str, name: str) -> str:
-        """The first token of every sequence: [B, T, C] to [B, 1, C]."""
-        start, end, axis = (self.constant(np.array([n]), f"first.{n}") for n in (0, 1, 1))
-        return self.node("Slice", [x, start, end, axis], name)
+    def cut(self, x: str, start: int, end: int, name: str) -> str:
+        """Some tokens of every sequence: [B, T, C] to [B, end - start, C]."""
+        bounds = [self.constant(np.array([number]), f"at.{number}") for number in (start, end, 1)]
+        return self.node("Slice", [x, *bounds], name)
 
     def packed(self, x: str, block: Block, heads: int, eps: float, name: str) -> str:
         """Queries, keys and values [B, T, 3C] of the residual stream: each token's depend on that token alone."""
@@ -170,7 +170,7 @@ class TransformerGraph:
         name += ".attention"
         parts = self.split(packed, ("query", "key", "value"), name)
         if only_first:
-            parts[0] = self.first(parts[0], parts[0] + ".first")
+            parts[0] = self.cut(parts[0], 0, 1, parts[0] + ".first")
         if self.fused:
             unidirectional = {"unidirectional": 1} if self.causal else {}
             return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads, **unidirectional)
@@ -217,7 +217,7 @@ class TransformerGraph:
         packed = packed or self.packed(x, block, heads, eps, name)
         y = self.attention(packed, len(block.proj[1]), heads, name, only_first)
         y = self.widen(self.linear(y, block.proj, name + ".proj"))
-        x = self.first(x, name + ".first") if only_first else x
+        x = self.cut(x, 0, 1, name + ".first") if only_first else x
         x = self.node("Add", [x, y], name + ".residual")
         y = self.narrow(self.layer_norm(x, block.norm2, eps, name + ".norm2"))
         y = self.widen(self.feed_forward(y, block, kind, name))

@@ -1,6 +1,8 @@
 """Exported graphs against tokens that the public model code computed."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +379,35 @@ def test_all_sequences_share_the_weights(tiny_clip: VisionTransformer) -> None:
         assert sizes[1] - sizes[0] < 6000  # which tokens each window holds
         names = [tensor.name for tensor in windows.graph.initializer]
         assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("tokens", [1, 35, 10**6])  # a window, several that do not come out even, and all at a time
+def test_parts_of_the_windows_give_what_all_do(
+    tiny_clip: VisionTransformer, monkeypatch: pytest.MonkeyPatch, tokens: int, precision: str
+) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 96, 96))
+    options = ExportOptions((), 96, outputs=("embedding", "windows_2", "windows_3"))
+    expected = run(build_vit_graph(tiny_clip, replace(options, attention="standard")), images)
+    monkeypatch.setattr("zsad.export.vit_graph.WINDOW_TOKENS", tokens)
+    model = build_vit_graph(tiny_clip, replace(options, precision=precision))
+    onnx.checker.check_model(model, full_check=True)
+    for found, right in zip(run(model, images), expected, strict=True):
+        assert found.shape == right.shape
+        assert relative_error(found, right) < (1e-5 if precision == "fp32" else 0.03)
+    assert {node.op_type for node in model.graph.node if node.name.endswith(".parts")} == {"Scan"}
+
+
+def test_the_class_token_alone_leaves_the_last_block(clip: VisionTransformer) -> None:
+    """Where no other token of the last block is wanted, its feed-forward layers see one row."""
+    last, arrays = len(clip.blocks) - 1, {}
+    images = np.random.default_rng(0).normal(size=(2, 3, 126, 126))
+    for attention, taps in itertools.product(ATTENTIONS, ((0,), (0, last))):
+        model = build_vit_graph(clip, ExportOptions(taps, 126, heads=2, attention=attention))
+        assert any(node.name == f"block{last}.first" for node in model.graph.node) == (last not in taps)
+        arrays[attention, taps] = run(model, images)[1]
+    for embedding in arrays.values():
+        np.testing.assert_allclose(embedding, arrays["fused", (0, last)], atol=1e-6)
 
 
 def test_windows_are_numbered_as_in_anomalib() -> None:
