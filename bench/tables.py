@@ -144,6 +144,11 @@ def nearest_table() -> str:
     return "\n\n".join(blocks)
 
 
+def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the ratios of each round, in which both saw the same machine."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
+
+
 def networks_table() -> str:
     latest = {
         (r["weights"], r["image_size"], r["batch"]): r
@@ -152,16 +157,21 @@ def networks_table() -> str:
     }
     blocks = []
     for record in latest.values():
-        flops, peak = record["flops_per_image"], max(record["peak_flops"])
-        median = {name: statistics.median(times) for name, times in record["seconds_per_image"].items()}
-        base = next((value for name, value in median.items() if name.startswith("PyTorch")), None)
+        flops, peaks, seconds = record["flops_per_image"], record["peak_flops"], record["seconds_per_image"]
+        base = next((times for name, times in seconds.items() if name.startswith("PyTorch")), None)
         rows = [
-            [name, f"{value:.2f} s", f"{100 * flops / value / peak:.0f} %", f"{base / value:.2f}" if base else "–"]
-            for name, value in median.items()
+            [
+                name,
+                f"{statistics.median(times):.2f} s",
+                f"{100 * median_ratio([flops / peak for peak in peaks], times):.0f} %",
+                f"{median_ratio(base, times):.2f}" if base else "–",
+            ]
+            for name, times in seconds.items()
         ]
         caption = (
             f"One image through a network ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
-            f"{flops / 1e12:.3f} TFLOP), product peak {peak / 1e9:.0f} GFLOP/s; {where(record)}"
+            f"{flops / 1e12:.3f} TFLOP), product peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s; "
+            f"{where(record)}"
         )
         blocks.append(f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows))
     return "\n\n".join(blocks)

@@ -11,8 +11,11 @@ rounds (and, where PyTorch is installed, its plain forward pass):
 Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
 together. The overlap efficiency is the sum of the stages over the wall time of the whole.
 
-Validates first: tokens of every variant against the fp32 graph on the CPU. Where real weights are absent random ones of
-the true shape are used, and the output says so.
+Validates first: outputs of every variant against the fp32 graph on the CPU. Where real weights are absent random ones
+of the true shape are used, and the output says so.
+
+PyTorch does what the published code does: for `winclip` three passes over an image, the whole of it and its windows of
+both sizes.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from zsad.engine.images.folders import scan
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.method import Group, graph_requests, method_class
 from zsad.engine.networks.build import export_options, load_networks
-from zsad.engine.networks.network import Graph
+from zsad.engine.networks.network import Graph, GraphRequest
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
 from zsad.engine.run import CategoryJob, run_category
@@ -52,7 +55,7 @@ from zsad.kernels.machine import available_cores, peak_memory
 
 from .mutual_scoring_cuda import peak_flops
 from .records import RESULTS, append, environment
-from .towers import SHAPES, Shape, write_random_checkpoint
+from .towers import SHAPES, Shape, write_random_checkpoint, write_random_heads
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Variant:
 
     name: str
     precision: str
-    run: Callable[[], Any]  # returns the tokens when they are complete
-    fetch: Callable[[Any], NDArray[Any]]  # brings them to the host
+    run: Callable[[], Mapping[str, Any]]  # returns the outputs when they are complete
+    fetch: Callable[[Any], NDArray[Any]]  # brings one to the host
 
 
 def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
@@ -78,7 +81,28 @@ def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, 
             networks[name] = spec.model_copy(update={"checkpoint": str(path)})
             weights[name] = f"random, of the shape of {spec.checkpoint}"
         print(f"weights of {name}: {weights[name]}")
-    return config.model_copy(update={"networks": networks}), weights
+    return config.model_copy(update={"networks": networks, "settings": _with_heads(config, folder)}), weights
+
+
+def _with_heads(config: Config, folder: Path) -> Any:
+    """Return the method's settings, with random linear heads where it wants heads that are not here."""
+    head = getattr(config.settings, "head", None)
+    if head is None:
+        return config.settings
+    try:
+        find_checkpoint(head)
+    except CheckpointError:
+        (spec,) = config.networks.values()
+        shape, path = SHAPES[spec.checkpoint], folder / f"{head}-random.safetensors"
+        write_random_heads(len(spec.taps), shape.width, shape.projection, path)
+        print(f"linear heads: random, of the shape of {head}")
+        return config.settings.model_copy(update={"head": str(path)})
+    return config.settings
+
+
+def image_requests(config: Config) -> list[GraphRequest]:
+    """Return the graphs that run on every image."""
+    return [request for request in graph_requests(config) if not request.on_demand]
 
 
 def runtimes(device: str) -> Iterator[tuple[str, Runtime, Precision]]:
@@ -122,7 +146,7 @@ def variants(
     config: Config, name: str, where: str, batch: NDArray[np.float32], vit: VisionTransformer
 ) -> Iterator[Variant]:
     """Yield every variant of one network's image tower that can run here."""
-    (request,) = (request for request in graph_requests(config) if request.network == name)
+    (request,) = (request for request in image_requests(config) if request.network == name)
     for variant, runtime, precision in runtimes(where):
         chosen = config.model_copy(update={"network_precision": precision})
         tower = load_networks(chosen, [request], runtime, len(batch))[name].graphs[request.graph]
@@ -145,37 +169,35 @@ def variants(
     tensor = forward.tensor(batch)
 
     def run() -> Any:
-        tokens = forward(tensor)["tokens"]
+        outputs = forward(tensor)
         if where != "cpu":
             torch.cuda.synchronize()
-        return tokens
+        return outputs
 
     yield Variant(f"PyTorch eager {precision}", precision, run, forward.fetch)
 
 
-def _complete(tower: Graph, images: Any, device: Device | None) -> Any:
-    tokens = tower.run({"images": images})["tokens"]
+def _complete(tower: Graph, images: Any, device: Device | None) -> Mapping[str, Any]:
+    outputs = tower.run({"images": images})
     if device is not None:
         device.synchronise()
-    return tokens
+    return outputs
 
 
 def compare_networks(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
     """Validate and time every variant of every network in turn, and append one record for each network."""
     peak = product_peak(choose_runtime(arguments.device))
-    for request in graph_requests(config):
+    for request in image_requests(config):
         name, spec = request.network, config.networks[request.network]
         batch = np.repeat(sample_images(config.image_size), arguments.batch_size, axis=0)
         graph = export_options(spec, request, "fp32", "fused")
         vit = read_vision_transformer(find_checkpoint(spec.checkpoint)[0])
-        expected = run_graph(export_onnx(spec.checkpoint, graph).path, {"images": batch[:1]})["tokens"]
+        expected = run_graph(export_onnx(spec.checkpoint, graph).path, {"images": batch[:1]})
         found = list(variants(config, name, arguments.device, batch, vit))
         agreement = {}
         for variant in found:
-            tokens = variant.fetch(variant.run())[:1].astype(np.float32)
-            agreement[variant.name] = check_agreement(
-                {"tokens": tokens}, {"tokens": expected}, variant.precision, "the fp32 graph on the CPU"
-            )
+            outputs = {name: variant.fetch(array)[:1].astype(np.float32) for name, array in variant.run().items()}
+            agreement[variant.name] = check_agreement(outputs, expected, variant.precision, "the fp32 graph on the CPU")
             print(f"check: {variant.name}: {agreement[variant.name]}")
         seconds: dict[str, list[float]] = {variant.name: [] for variant in found}
         peaks = []
@@ -191,15 +213,16 @@ def compare_networks(config: Config, weights: Mapping[str, str], arguments: argp
                 for label, value in times.items():
                     seconds[label].append(value)
         flops = Shape.of(vit).flops(graph)
-        median, rate = {label: statistics.median(values) for label, values in seconds.items()}, max(peaks)
+        median = {label: statistics.median(values) for label, values in seconds.items()}
         print(
             f"\n{name}: {weights[name]}, {config.image_size} px, batch {len(batch)}, {flops / 1e12:.3f} TFLOP per image"
         )
-        print(f"  product peak{rate / 1e9:26.0f} GFLOP/s")
+        print(f"  product peak{statistics.median(peaks) / 1e9:26.0f} GFLOP/s")
         for label, value in median.items():
+            share = statistics.median(flops / time / peak for time, peak in zip(seconds[label], peaks, strict=True))
             print(
                 f"  {label:<22}{1e3 * value:9.1f} ms per image {flops / value / 1e9:9.0f} GFLOP/s "
-                f"{100 * flops / value / rate:5.0f} % of the peak"
+                f"{100 * share:5.0f} % of the peak"
             )
         append(
             arguments.output,
@@ -304,7 +327,7 @@ def whole_runs(
             "preset": config.preset,
             "weights": dict(weights),
             "runtime": runtime.describe(),
-            "precision": [workplace.record["network_precision"], workplace.record["settings"]["precision"]],
+            "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
             "image_size": config.image_size,
             "images": len(category.images),
             "batch": workplace.loader.batch_size,
@@ -356,7 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.only != "networks":
             found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
             for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
-                settings = config.settings.model_copy(update={"precision": precision})
+                settings = config.settings
+                if "precision" in type(settings).model_fields:
+                    settings = settings.model_copy(update={"precision": precision})
                 chosen = config.model_copy(update={"network_precision": precision, "settings": settings})
                 whole_runs(chosen, runtime, weights, arguments, record)
     return 0

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from zsad.export.options import ExportOptions
+from zsad.export.linear_heads import KEY as HEADS
+from zsad.export.options import WINDOWS, ExportOptions
 from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, Architecture, VisionTransformer
 
 
@@ -47,11 +48,26 @@ class Shape:
         )
 
     def flops(self, graph: ExportOptions) -> float:
-        """Count the multiplications and additions of one image's products: 1.01e12 for a whole ViT-L/14 at 518 px."""
-        patches = (graph.image_size // self.patch_size) ** 2
-        tokens = 1 + self.registers + patches
-        embedding = 2 * patches * self.width * 3 * self.patch_size**2
-        return float(2 * tokens * self.weights(graph) + self.blocks(graph) * 4 * tokens**2 * self.width + embedding)
+        """Count the multiplications and additions of one image's products: 1.01e12 for a whole ViT-L/14 at 518 px.
+
+        As the exported graph does them: windows find queries, keys and values of the first block there already, and a
+        last block of which the class token alone is wanted has its other products for that token only.
+        """
+        grid, front, last = graph.image_size // self.patch_size, 1 + self.registers, self.depth - 1
+        whole = last in graph.taps or "patches" in graph.outputs
+        total = 2 * grid**2 * self.width * 3 * self.patch_size**2
+        total += self._trunk_flops(front + grid**2, self.blocks(graph), self.blocks(graph) == self.depth and not whole)
+        for side in (side for name, side in WINDOWS.items() if name in graph.outputs):
+            length = front + side**2
+            window = self._trunk_flops(length, self.depth, only_first=True) - 6 * length * self.width**2
+            total += (grid - side + 1) ** 2 * window
+        return float(total)
+
+    def _trunk_flops(self, tokens: int, blocks: int, only_first: bool) -> int:
+        """Count those of the blocks on one sequence; only_first: the last block's other tokens are not wanted."""
+        block = 2 * tokens * self._block_weights + 4 * tokens**2 * self.width
+        spared = (tokens - 1) * (2 * (self._block_weights - 3 * self.width**2) + 4 * tokens * self.width)
+        return blocks * block - only_first * spared
 
     def blocks(self, graph: ExportOptions) -> int:
         """Count the blocks that an exported graph holds."""
@@ -59,7 +75,11 @@ class Shape:
 
     def weights(self, graph: ExportOptions) -> int:
         """Count the weights of the linear layers of these blocks."""
-        return self.blocks(graph) * (4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden)
+        return self.blocks(graph) * self._block_weights
+
+    @property
+    def _block_weights(self) -> int:
+        return 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
 
 
 # By the manifest's names.
@@ -71,13 +91,25 @@ SHAPES = {
     "clip-vitl14-336": Shape(CLIP, 1024, 24, stored_grid=24, projection=768),
     "clip-vitl14": Shape(CLIP, 1024, 24, stored_grid=16, projection=768),
     "clip-vitb16": Shape(CLIP, 768, 12, patch_size=16, stored_grid=14, projection=512),
-    "clip-vitb16plus-240": Shape(CLIP, 896, 12, patch_size=16, stored_grid=15, projection=640),
+    "clip-vitb16plus-240-e31": Shape(CLIP, 896, 12, patch_size=16, stored_grid=15, projection=640),
 }
 SHAPES |= {
     f"{name}-reg": replace(shape, architecture=DINOV2_REGISTERS, registers=4)
     for name, shape in SHAPES.items()
     if shape.architecture == DINOV2
 }
+
+
+def write_random_heads(layers: int, width: int, dimension: int, path: Path) -> None:
+    """Write linear layers of APRIL-GAN."""
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (dimension, width), "bias": (dimension,)}
+    state = {
+        f"{HEADS}.fc.{layer}.{kind}": rng.standard_normal(shape, np.float32) * np.float32(0.02)
+        for layer in range(layers)
+        for kind, shape in shapes.items()
+    }
+    save_file(state, path)
 
 
 def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, seed: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from zsad.bench import mutual_scoring_cuda, throughput
 from zsad.engine.config import load_config
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.networks.build import export_options
+from zsad.export.linear_heads import read_linear_heads
+from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
-from zsad.export.vision_transformer import DINOV2
+from zsad.export.vision_transformer import CLIP, DINOV2
 
 STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 
@@ -97,3 +100,24 @@ def test_arithmetic_of_a_large_tower(name: str, teraflop: float) -> None:
     (request,) = (each for each in graph_requests(config) if each.network == name.partition("-")[0])
     graph = export_options(config.networks[request.network], request, "fp32", "fused")
     assert throughput.SHAPES[name].flops(graph) / 1e12 == pytest.approx(teraflop, abs=5e-4)
+
+
+def test_arithmetic_of_windows_leaves_out_what_the_graph_does() -> None:
+    shape = throughput.Shape(CLIP, 64, 2, patch_size=16, stored_grid=6, projection=32)
+    options = ExportOptions((), 96, outputs=("embedding",))
+    whole, plain, both = (
+        shape.flops(replace(options, outputs=outputs))
+        for outputs in (("patches",), ("embedding",), ("embedding", "windows_2"))
+    )
+    tokens, windows, block = 37, 25, 12 * 64**2
+    assert whole - plain == (tokens - 1) * (2 * 9 * 64**2 + 4 * tokens * 64)
+    linear = windows * (5 * 2 * (2 * block - 3 * 64**2) - 4 * 2 * 9 * 64**2)
+    assert both - plain == linear + windows * 64 * 4 * (5**2 + 5)
+
+
+def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setitem(throughput.SHAPES, "clip-vitl14-336", throughput.Shape(CLIP, 64, 2, projection=32))
+    config, _ = throughput.use_random_weights(load_config("april-gan", method_of=method_class), tmp_path)
+    heads = read_linear_heads(Path(config.settings.head), 4, 64, 32)
+    assert {weight.shape for weight, _ in heads} == {(32, 64)}
