@@ -1,7 +1,6 @@
 """Values on the command line that several commands read. Imports nothing that `--help` would wait for."""
 
 import argparse
-import importlib.metadata
 import logging
 import re
 from collections.abc import Callable
@@ -45,5 +44,7 @@ class Version(argparse.Action):
     """Prints the version, which is only looked up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import importlib.metadata
+
         print(f"zsad {importlib.metadata.version('zsad')}")
         parser.exit()

@@ -7,16 +7,18 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from zsad.kernels.files import printable
 
+from .start import INTERRUPTED
+
 log = logging.getLogger("zsad")
 
-DONE, SOME_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+DONE, SOME_FAILED, USAGE = 0, 1, 2  # exit codes, beside INTERRUPTED
 
 
 class _Formatter(logging.Formatter):
@@ -49,7 +51,8 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
 class Interrupts:
     """Ends a command through its clean-up at Ctrl-C and SIGTERM, each a KeyboardInterrupt.
 
-    It is remembered: an exception that a signal raises inside a finalizer is dropped by the interpreter.
+    It is remembered: an exception that a signal raises inside a finalizer is dropped by the interpreter, and a library
+    that is loading may turn it into another one.
     """
 
     UNHANDLED = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
@@ -61,6 +64,7 @@ class Interrupts:
         in_main_thread = threading.current_thread() is threading.main_thread()
         # Where the caller ignores a signal, or handles it, that stays so.
         self.installed = {s: h for s, h in self.UNHANDLED if in_main_thread and signal.getsignal(s) is h}
+        self.report_dropped, sys.unraisablehook = sys.unraisablehook, self._dropped
         for number in self.installed:
             signal.signal(number, self._note)
         return self
@@ -68,6 +72,12 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.installed.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self.report_dropped
+
+    def _dropped(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Say nothing of an interrupt that the interpreter drops: it is remembered."""
+        if not (self.seen and issubclass(dropped.exc_type, KeyboardInterrupt)):
+            self.report_dropped(dropped)
 
     def _note(self, *_: object) -> None:
         self.seen = True
@@ -77,6 +87,32 @@ class Interrupts:
         """Raise KeyboardInterrupt if there was one before; called wherever a command gets on."""
         if self.seen:
             raise KeyboardInterrupt
+
+
+def guarded(
+    command: str,
+    level: int,
+    run: Callable[[Interrupts], int],
+    explain: Callable[[Exception], tuple[str, int] | None],
+    go_on: Callable[[], str] = str,
+) -> int:
+    """Run a command and return its exit code; what stops it becomes one line.
+
+    explain: returns what to say of an exception and the exit code, or None for a fault of zsad itself, which is raised.
+    go_on: returns what to say after an interruption; it imports nothing, since what was interrupted may be an import.
+    """
+    with logging_to_stderr(command, level), Interrupts() as interrupts:
+        try:
+            return run(interrupts)
+        except BaseException as error:
+            if interrupts.seen or isinstance(error, KeyboardInterrupt):
+                log.error("interrupted%s", go_on())
+                return INTERRUPTED
+            said = explain(error) if isinstance(error, Exception) else None
+            if said is None:
+                raise
+            log.error("%s", said[0])
+            return said[1]
 
 
 class ProgressBars:

@@ -4,55 +4,68 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import Version
+
+if TYPE_CHECKING:
+    from .console import Interrupts
 
 log = logging.getLogger("zsad")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `zsad-eval`; returns 0 when done, 1 when something was left out, 2 when nothing could be evaluated."""
+    """Run `zsad-eval`; 0 done, 1 something was left out, 2 nothing could be evaluated, 130 interrupted."""
     arguments = _parse(argv)
-    from .console import logging_to_stderr
+    from .console import guarded
 
     level = logging.ERROR if arguments.quiet else logging.INFO
-    with logging_to_stderr("zsad-eval", level):
-        return _run(arguments)
+    return guarded("zsad-eval", level, partial(_run, arguments), _explain)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from zsad.engine.evaluation.evaluate import EvaluationError, evaluate, format_csv, format_table
-    from zsad.engine.images.folders import NothingToScoreError, scan
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Say why nothing could be evaluated, with the exit code."""
+    from zsad.engine.evaluation.evaluate import EvaluationError
+    from zsad.engine.images.folders import NothingToScoreError
+
+    from .console import USAGE
+
+    return (str(error), USAGE) if isinstance(error, (EvaluationError, NothingToScoreError, OSError)) else None
+
+
+def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
+    from zsad.engine.evaluation.evaluate import evaluate, format_csv, format_table
+    from zsad.engine.images.folders import scan
     from zsad.kernels.files import printable, written_whole
 
-    from .console import DONE, SOME_FAILED, USAGE
+    from .console import DONE, SOME_FAILED, emit
+
+    interrupts.check()  # a library that was loading may have dropped it
 
     warnings = 0
 
     def warn(message: str) -> None:
         nonlocal warnings
+        interrupts.check()
         warnings += 1
         log.warning("%s", message)
 
-    try:
-        dataset = scan(arguments.data, exclude=arguments.out)
-        for note in dataset.all_notes():
-            log.info("%s", note)
-        evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
-        text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
-        for path, content in (
-            (arguments.csv or arguments.out / "metrics.csv", format_csv(evaluation)),
-            (arguments.output_json or arguments.out / "metrics.json", text),
-        ):
-            with written_whole(path) as temporary:
-                # Names that are no valid Unicode keep their bytes.
-                temporary.write_text(content, encoding="utf-8", errors="surrogateescape", newline="\n")
-    except (EvaluationError, NothingToScoreError, OSError) as error:
-        log.error("%s", error)
-        return USAGE
+    dataset = scan(arguments.data, exclude=arguments.out)
+    for note in dataset.all_notes():
+        log.info("%s", note)
+    evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
+    text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
+    for path, content in (
+        (arguments.csv or arguments.out / "metrics.csv", format_csv(evaluation)),
+        (arguments.output_json or arguments.out / "metrics.json", text),
+    ):
+        with written_whole(path) as temporary:
+            # Names that are no valid Unicode keep their bytes.
+            temporary.write_text(content, encoding="utf-8", errors="surrogateescape", newline="\n")
     table = printable(format_table(evaluation, arguments.aupro_limit), keep="\n")
-    print(text if arguments.json else table, end="")
+    emit((text if arguments.json else table).removesuffix("\n"))
     return SOME_FAILED if warnings else DONE
 
 

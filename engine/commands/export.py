@@ -53,55 +53,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-export`; 0 done, 2 usage or anything that stopped it, 130 interrupted."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    from .console import Interrupts, logging_to_stderr
+    from .console import guarded
 
-    with logging_to_stderr("zsad-export", log_level(arguments)), Interrupts() as interrupts:
-        return _guarded(parser, arguments, interrupts)
+    return guarded("zsad-export", log_level(arguments), partial(_run, parser, arguments), _explain)
 
 
-def _guarded(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
-    """Turn what stops a command into a message and an exit code."""
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Say what stopped a command, with the exit code."""
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
     from zsad.kernels.machine import CacheError
 
-    from .console import DONE, INTERRUPTED, USAGE
+    from .console import USAGE
 
-    try:
-        _run(parser, arguments, interrupts)
-    except KeyboardInterrupt:
-        log.error("interrupted")
-        return INTERRUPTED
-    except (CheckpointError, EngineError, CacheError, OSError) as error:
-        log.error("%s", error)
-        return USAGE
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # PyTorch's, which has no class for it
-            raise
-        log.error("not enough memory (%s); take a smaller --image-size", " ".join(str(error).split()))
-        return USAGE
-    return DONE
+    if isinstance(error, (CheckpointError, EngineError, CacheError, OSError)):
+        return str(error), USAGE
+    # PyTorch has no class of its own for it.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocat" in str(error)):
+        return f"not enough memory ({' '.join(str(error).split())}); take a smaller --image-size", USAGE
+    return None
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interrupts: "Interrupts") -> None:
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     """Do what is asked for; standard output gets the list, or the path of every file, and nothing else."""
     from zsad.export.checkpoints import fetch_checkpoint, read_manifest
     from zsad.export.tensorrt_engine import check_options
     from zsad.kernels.files import check_target
 
-    from .console import emit
+    from .console import DONE, emit
 
+    interrupts.check()  # a library that was loading may have dropped it
     if arguments.list:
         for entry in read_manifest().values():
             emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence})")
             for source in entry.sources:
                 emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
-        return
+        return DONE
     if arguments.fetch:
         for name in arguments.fetch:
             emit(str(fetch_checkpoint(name, arguments.output)))
             interrupts.check()
-        return
+        return DONE
     # What can be refused is refused before minutes of work.
     jobs = _jobs(parser, arguments)
     for job in jobs:
@@ -118,6 +110,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
         onnx = arguments.target == "onnx"
         emit(str(_export(job, job.output, keep=True).path if onnx else _build(job, arguments)))
         interrupts.check()
+    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:

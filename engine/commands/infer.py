@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +46,25 @@ OF_THE_RUN = frozenset(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
     arguments = _parse(argv)
-    from .console import Interrupts, logging_to_stderr
+    from .console import guarded
 
-    with logging_to_stderr("zsad", log_level(arguments)), Interrupts() as interrupts:
-        return _guarded(arguments, interrupts)
+    return guarded(
+        "zsad-infer",
+        log_level(arguments),
+        partial(_run, arguments),
+        partial(_explain, arguments.output),
+        partial(_go_on, arguments.output),
+    )
 
 
-def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
-    """Turn what stops a run into a message and an exit code."""
+def _go_on(output: Path) -> str:
+    """Say how to go on if anything was finished: categories, or images of those that need no others."""
+    finished = any(path.name in ("category.json", "journal.jsonl") for path in output.rglob("*.json*"))
+    return f". What was finished is in {output}; add --resume to go on from there" if finished else ""
+
+
+def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
+    """Say what stopped a run, with the exit code."""
     from zsad.engine.config import ConfigError
     from zsad.engine.images.folders import NothingToScoreError
     from zsad.engine.images.stored import ImageError
@@ -61,23 +73,15 @@ def _guarded(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.export.state_dict import CheckpointError
     from zsad.kernels.machine import CacheError
 
-    from .console import INTERRUPTED, SOME_FAILED, USAGE
+    from .console import SOME_FAILED, USAGE
 
-    go_on = f"What was finished is in {arguments.output}; add --resume to go on from there"
-    try:
-        return _run(arguments, interrupts)
-    except (ConfigError, CheckpointError, EngineError, CacheError, OutputError, NothingToScoreError) as error:
-        log.error("%s", error)
-        return USAGE
-    except ImageError as error:
-        log.error("stopped by --strict: %s. %s", error, go_on)
-        return SOME_FAILED
-    except (OSError, MemoryError) as error:
-        log.error("stopped: %s. %s", str(error).rstrip("."), go_on)
-        return SOME_FAILED
-    except KeyboardInterrupt:
-        log.error("interrupted. %s", go_on)
-        return INTERRUPTED
+    if isinstance(error, (ConfigError, CheckpointError, EngineError, CacheError, OutputError, NothingToScoreError)):
+        return str(error), USAGE
+    if isinstance(error, ImageError):
+        return f"stopped by --strict: {error}{_go_on(output)}", SOME_FAILED
+    if isinstance(error, (OSError, MemoryError)):
+        return f"stopped: {str(error).rstrip('.')}{_go_on(output)}", SOME_FAILED
+    return None
 
 
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
@@ -91,7 +95,9 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
 
     from .console import DONE, SOME_FAILED, ProgressBars, emit
 
+    interrupts.check()  # a library that was loading may have dropped it
     runtime = choose_runtime(arguments.device, arguments.runtime)
+    interrupts.check()
     overrides = {k: v for k, v in vars(arguments).items() if k not in OF_THE_RUN and v is not None}
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
     data = arguments.data
