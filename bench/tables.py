@@ -187,9 +187,14 @@ def runs_table() -> str:
             for stage, s in record["seconds_alone"].items()
         ]
         rows.append(["all together", f"{1e3 * together / images:.1f} ms"])
+        precisions = ", ".join(
+            f"{part} {precision}"
+            for part, precision in zip(("networks", "scoring"), record["precision"], strict=True)
+            if precision
+        )
         caption = (
             f"Whole runs, time per image: preset `{record['preset']}`, {images} images at {record['image_size']} px, "
-            f"{record['runtime']}, networks {record['precision'][0]}, scoring {record['precision'][1]}: "
+            f"{record['runtime']}, {precisions}: "
             f"{images / together:.2f} images/s, overlap efficiency {record['overlap']:.2f}, peak memory "
             f"{record['peak_host_bytes'] / 2**30:.1f} GiB; {where(record)}"
         )

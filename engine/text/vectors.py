@@ -31,7 +31,7 @@ class TextVectors:
         fetch: Callable[[Any], NDArray[Any]],
     ) -> None:
         """arithmetic: what decides the digits. load: loads a text tower. to_network, fetch: arrays to it and back."""
-        self._networks, self._arithmetic = networks, arithmetic
+        self.networks, self._arithmetic = networks, arithmetic
         self._load, self._to_network, self._fetch = load, to_network, fetch
         self._graphs: dict[str, Graph] = {}
 
@@ -40,7 +40,7 @@ class TextVectors:
 
         Raises CheckpointError where the weights have no text tower, or the vocabulary cannot be had.
         """
-        used = self._networks[network]
+        used = self.networks[network]
         facts = [used.sha256, used.spec.activation, self._arithmetic, BUILDER_VERSION, TOKENIZER_VERSION, list(prompts)]
         name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
         for folder in cache_places("text"):

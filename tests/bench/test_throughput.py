@@ -121,3 +121,20 @@ def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: p
     config, _ = throughput.use_random_weights(load_config("april-gan", method_of=method_class), tmp_path)
     heads = read_linear_heads(Path(config.settings.head), 4, 64, 32)
     assert {weight.shape for weight, _ in heads} == {(32, 64)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["winclip", "april-gan"])
+def test_whole_runs_of_text_guided_presets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights, for which there are no words."""
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
+    shape = throughput.Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
+    checkpoint = load_config(name, method_of=method_class).networks["clip"].checkpoint
+    monkeypatch.setitem(throughput.SHAPES, checkpoint, shape)
+    Path("tiny.toml").write_text("image_size = 48\n[networks.clip]\ntaps = [0, 1]\n")
+    common = ["--preset", name, "--config", "tiny.toml", "--device", "cpu", "--images", "3", "--repeats", "1"]
+    assert throughput.main([*common, "--output", "out.jsonl"]) == 0
+    network, *runs = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_image"])
+    assert [run["precision"] for run in runs] == [["fp32", None], ["int8", None]]
+    assert all(set(run["seconds_alone"]) >= {"decode", "networks", "write"} for run in runs)
