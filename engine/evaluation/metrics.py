@@ -185,7 +185,7 @@ def _region_overlap_area(sample: _Sample, limit: float, steps: int | None) -> fl
     step = (highest - lowest) / steps  # of the maps' type, as in the published code: it moves AUPRO's fifth digit
     if step == 0:
         return float("nan")
-    thresholds = np.arange(lowest, highest, step)  # [T]
+    thresholds = np.arange(lowest, highest, step, dtype=step.dtype)  # [T]; NumPy 1 would go over to float64
     rate = _count_beyond(sample.negatives, thresholds)[0] / sample.negative_count  # [T]
     covered = np.append(np.cumsum(sample.weights[::-1])[::-1], 0)  # [M + 1] weight of the positives from each rank on
     overlap = covered[np.searchsorted(sample.positives, thresholds, side="right")]  # [T]
