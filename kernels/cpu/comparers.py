@@ -219,15 +219,14 @@ def choose_comparer(precision: str, degrees: Sequence[int], patches: int) -> typ
     if precision == "fp32":
         return GramOnce if native else ProductPerDegree
     if precision != "int8":
-        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision='fp32' or 'int8'")
+        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision fp32 or int8")
     if not native:
         raise ValueError(
-            "precision='int8' needs the native kernel, which was not built or lacks a degree of "
-            f"{tuple(degrees)}; use precision='fp32', or install a C++17 compiler and reinstall zsad"
+            "precision int8 needs the native kernel, which was not built or lacks a degree of "
+            f"{tuple(degrees)}; use precision fp32, or install a C++17 compiler and reinstall zsad"
         )
     if patches > _cpu.MAX_KEY_PATCHES:
         raise ValueError(
-            f"precision='int8' takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; "
-            "use precision='fp32'"
+            f"precision int8 takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; use precision fp32"
         )
     return Int8GramOnce

@@ -349,10 +349,10 @@ def checked_precision(precision: str) -> str:
     if precision in ("auto", "fp32"):
         return "fp32"
     if precision != "int8":
-        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision='fp32' or 'int8'")
+        raise ValueError(f"precision {precision!r} is not available on a CPU; use precision fp32 or int8")
     if not has_native_kernels():
         raise ValueError(
-            "precision='int8' needs the native kernel, which was not built; use precision='fp32', or install a C++17 "
+            "precision int8 needs the native kernel, which was not built; use precision fp32, or install a C++17 "
             "compiler and reinstall zsad"
         )
     return "int8"

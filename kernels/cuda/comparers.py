@@ -261,15 +261,15 @@ def choose_comparer(
         raise ValueError(f"products must be 'gram' or 'fused', not {products!r}")
     if precision == "int8":
         if products == "gram":
-            raise ValueError("int8 products are always fused; use products='fused', or precision='fp16'")
+            raise ValueError("int8 products are always fused; use products='fused', or precision fp16")
         if patches > variants.MAX_INT8_PATCHES:
             raise ValueError(
-                f"precision='int8' takes at most {variants.MAX_INT8_PATCHES} patches per image, not {patches}; "
-                "use precision='fp16'"
+                f"precision int8 takes at most {variants.MAX_INT8_PATCHES} patches per image, not {patches}; "
+                "use precision fp16"
             )
         return Int8ProductPerDegree
     if precision != "fp16":
-        raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision='fp16' or 'int8'")
+        raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision fp16 or int8")
     if products is None:
         everywhere = {FASTER.get(device.compute_capability, "gram") for device in devices}
         products = everywhere.pop() if len(everywhere) == 1 else "gram"
@@ -310,7 +310,7 @@ def filter_max_shape(grid: tuple[int, int], mask: int, pairs: int, multiprocesso
     capacity = OWN_PATCHES * MAX_THREADS
     band = rows if rows * columns <= capacity else capacity // columns - 2 * reach
     if band < 1:
-        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use device='cpu'")
+        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use the CPU")
     covered = min(band + 2 * reach, rows)
     threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
     strips, bands = -(-rows // strip), -(-rows // band)

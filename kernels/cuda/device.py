@@ -242,13 +242,13 @@ class CupyDevice:
             from cupy.cuda.device import get_cublas_handle
         except ImportError as error:
             raise DeviceError(
-                f"device 'cuda' needs CuPy and the CUDA libraries ({error}); install those for your driver: "
-                "pip install 'cupy-cuda12x[ctk]' (or 'cupy-cuda13x[ctk]'), or use device='cpu'"
+                f"CuPy or the CUDA libraries are not installed ({error}); in a new environment run: "
+                "pip install 'zsad[gpu]' (in a clone of zsad '.[gpu]')"
             ) from error
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise DeviceError(f"CuPy finds no CUDA device ({error}); check nvidia-smi, or use device='cpu'") from error
+            raise DeviceError(f"CuPy finds no CUDA device ({error}); check nvidia-smi") from error
         if not 0 <= number < count:
             raise DeviceError(f"device 'cuda:{number}' does not exist; there are {count}, numbered from 0")
         self._cupy, self._cublas, self._cublas_handle = cupy, cublas, get_cublas_handle

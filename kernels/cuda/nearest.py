@@ -132,7 +132,7 @@ def channel_stride(channels: int) -> int:
 def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) -> int:
     """Return the bytes of device memory that a search takes; resident: with the bank."""
     if precision not in ("auto", "fp16"):
-        raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision='fp16'")
+        raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision fp16")
     stride, columns = channel_stride(channels), min(BANK_ROWS, vectors)
     work = QUERY_ROWS * (2 * 4 * columns + 2 * stride + 8 * k)
     return work + 2 * stride * (vectors if resident else columns)

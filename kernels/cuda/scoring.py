@@ -55,9 +55,7 @@ class Scoring:
         self.precision = "fp16" if precision == "auto" else precision
         self._degrees = sorted(set(task.degrees))
         if self._degrees[-1] > MAX_DEGREE:
-            raise ValueError(
-                f"degrees on a CUDA device go up to {MAX_DEGREE}, not {self._degrees[-1]}; use device='cpu'"
-            )
+            raise ValueError(f"degrees on a CUDA device go up to {MAX_DEGREE}, not {self._degrees[-1]}; use the CPU")
         self._comparer = choose_comparer(devices, self.precision, options.products, task.patches)
 
     def check(self, tokens: Any) -> None:

@@ -189,7 +189,7 @@ def bad(row: int, value: float) -> np.ndarray:
         ({"k": 0}, "1 to 16, not 0"),
         ({"k": 17}, "1 to 16, not 17"),
         ({"k": 6}, "only 5 vectors"),
-        ({"precision": "fp16"}, "use precision='fp32'"),
+        ({"precision": "fp16"}, "use precision fp32"),
     ],
 )
 def test_arguments_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -45,8 +45,8 @@ def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: 
         ("gpu", "auto", "must be auto, cpu, cuda:N"),
         ("cpu", "openvino", "must be auto or one of onnxruntime, tensorrt, tensorrt-rtx"),
         ("cpu", "tensorrt", "needs a GPU"),
-        ("cuda", "auto", "finds no CUDA device"),
-        ("auto", "tensorrt", "finds no CUDA device"),
+        ("cuda", "auto", "^--device cuda: CuPy finds no CUDA device; without a GPU use --device cpu$"),
+        ("auto", "tensorrt", "^--runtime tensorrt: CuPy finds no CUDA device; without a GPU leave --runtime out$"),
     ],
 )
 def test_a_runtime_that_cannot_be_had_is_refused(
@@ -55,6 +55,26 @@ def test_a_runtime_that_cannot_be_had_is_refused(
     having(monkeypatch, "cupy")
     with pytest.raises(ConfigError, match=message):
         choose_runtime(device, library)
+
+
+@pytest.mark.parametrize(
+    ("device", "library", "extras", "otherwise"),
+    [
+        ("cuda:0", "auto", "gpu", "use --device cpu"),
+        ("auto", "tensorrt", "gpu,tensorrt", "leave --runtime out"),
+        ("cuda:1", "tensorrt-rtx", "gpu,tensorrt-rtx", "use --device cpu"),
+    ],
+)
+def test_what_a_gpu_needs_is_installed_in_one_go(
+    monkeypatch: pytest.MonkeyPatch, device: str, library: str, extras: str, otherwise: str
+) -> None:
+    having(monkeypatch)
+    with pytest.raises(ConfigError) as refused:
+        choose_runtime(device, library)
+    asked = f"--device {device}" if device != "auto" else f"--runtime {library}"
+    assert str(refused.value).startswith(f"{asked} needs CuPy")
+    assert f"pip install 'zsad[{extras}]' (in a clone of zsad '.[{extras}]')" in str(refused.value)
+    assert str(refused.value).endswith(otherwise)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_identical_images_are_at_distance_zero() -> None:
         ({"grid": (3, 3)}, r"\[N, 1, 9, 3\], not \[2, 1, 4, 3\]"),
         ({"degrees": (1, 11)}, "up to 9"),
         ({"interval": (0.5, 0.1)}, "low < high"),
-        ({"precision": "fp32"}, "use precision='fp16'"),
+        ({"precision": "fp32"}, "use precision fp16"),
     ],
 )
 def test_arguments_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -101,7 +101,7 @@ def test_zero_vectors_have_cosine_zero(device: HostDevice) -> None:
 
 def test_what_a_device_does_not_have(device: HostDevice) -> None:
     y = vectors(8, 50, 16)
-    with pytest.raises(ValueError, match="use precision='fp16'"):
+    with pytest.raises(ValueError, match="use precision fp16"):
         Nearest(y, precision="int8", device="cuda")
     with pytest.raises(MemoryError, match="raise memory_limit"):
         Nearest(y, device="cuda", memory_limit=Nearest.needed(50, 16, device="cuda") - 1)

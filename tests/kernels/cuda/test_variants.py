@@ -237,7 +237,7 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"products": "whole"}, "must be 'gram' or 'fused'"),
         ({"precision": "int8", "products": "gram"}, "int8 products are always fused"),
-        ({"precision": "int4"}, "use precision='fp16' or 'int8'"),
+        ({"precision": "int4"}, "use precision fp16 or int8"),
     ],
 )
 def test_choices_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -251,7 +251,7 @@ def test_int8_takes_no_more_patches_than_a_key_can_number() -> None:
     assert variants.index_mask(2048) == 2047
     most = variants.MAX_INT8_PATCHES
     assert choose_comparer([], "int8", None, most).layout(most, 8, 1)
-    with pytest.raises(ValueError, match="use precision='fp16'"):
+    with pytest.raises(ValueError, match="use precision fp16"):
         choose_comparer([], "int8", None, most + 1)
 
 
