@@ -182,10 +182,11 @@ def _region_overlap_area(sample: _Sample, limit: float, steps: int | None) -> fl
         return _area(sample, sample.weights, limit) / limit
     scores = [array for array in (sample.positives, *sample.negatives) if array.size]
     lowest, highest = min(array.min() for array in scores), max(array.max() for array in scores)
-    step = (highest - lowest) / steps  # of the maps' type, as in the published code: it moves AUPRO's fifth digit
+    # In the maps' own type, also with NumPy 1, as in the published code: it moves AUPRO's fifth digit.
+    step = (highest - lowest) / lowest.dtype.type(steps)
     if step == 0:
         return float("nan")
-    thresholds = np.arange(lowest, highest, step, dtype=step.dtype)  # [T]; NumPy 1 would go over to float64
+    thresholds = np.arange(lowest, highest, step)  # [T]
     rate = _count_beyond(sample.negatives, thresholds)[0] / sample.negative_count  # [T]
     covered = np.append(np.cumsum(sample.weights[::-1])[::-1], 0)  # [M + 1] weight of the positives from each rank on
     overlap = covered[np.searchsorted(sample.positives, thresholds, side="right")]  # [T]
