@@ -23,6 +23,8 @@ def size(text: str) -> int:
     """Read a number of bytes, for example 800MB or 4GiB; both count in powers of 1024."""
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     try:
+        if match and match[0] == match[1]:
+            raise argparse.ArgumentTypeError(f"needs a unit: {match[1]}GB or {match[1]}MB?")
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None

@@ -73,7 +73,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="zsad-eval",
         description="Compare the results of zsad-infer with the labels and masks that lie among the images.",
-        epilog="Exit codes: 0 done, 1 something was left out (each named on stderr), 2 usage or configuration.",
+        epilog="Exit codes: 0 done, 1 something was left out (each named on stderr), 2 usage or configuration, "
+        "130 interrupted.",
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="folder that zsad-infer wrote")

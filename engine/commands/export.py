@@ -22,7 +22,7 @@ from zsad.export.options import (
     TextOptions,
 )
 
-from .arguments import add_loudness, log_level, numbers
+from .arguments import Version, add_loudness, log_level, numbers
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on graphs
     from zsad.export.onnx_export import ExportedModel
@@ -36,7 +36,9 @@ EXAMPLES = """examples:
   zsad-export --preset challenge --target tensorrt-rtx      every engine that the preset needs
   zsad-export --checkpoint model.pth --taps 5,11,17,23 --output model.onnx
   zsad-export --fetch dinov2-vitl14 clip-vitl14-336 --output FOLDER
-                                                            then, offline: ZSAD_WEIGHTS=FOLDER"""
+                                                            then, offline: ZSAD_WEIGHTS=FOLDER
+
+exit codes: 0 done, 2 usage or anything that stopped it, 130 interrupted"""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the file, or the folder with --preset and --fetch (default: the cache)",
     )
     add_loudness(parser, "which weights are read, and how close each try in int8 comes")
+    add("--version", action=Version, nargs=0, help="print the version and exit")
     _add_graph(parser)
     _add_engine(parser)
     return parser

@@ -153,13 +153,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="zsad-infer",
         description="Score a folder of unlabeled images: an anomaly score per image and a map per pixel, in [0, 1].",
+        epilog="Exit codes: 0 done, 1 some inputs failed (each named on stderr), 2 usage or configuration, "
+        "130 interrupted.",
     )
     _add_inputs(parser)
     _add_settings(parser)
     _add_results(parser)
     arguments = parser.parse_args(argv)
-    if (arguments.data is None) != arguments.demo:
+    if arguments.data is None and not arguments.demo:
         parser.error("give a folder of images, or --demo")
+    if arguments.data is not None and arguments.demo:
+        parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
     for name in ("batch_size", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -174,7 +178,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
     add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
-    add("--device", default="auto", help="auto, cpu, cuda:N, or cuda:N,M (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda:N, cuda:N,M or cuda:all (default: %(default)s)")
     add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
     add(

@@ -738,7 +738,7 @@ def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: p
     assert infer("data", "--output", "tight", "--memory-limit", "50KB", "-v") == 0
     assert "memory-mapped" in capsys.readouterr().err
     assert read_scores(Path("tight/data")) == pytest.approx(read_scores(Path("free/data")), abs=2e-4)
-    for limit in ("0", "1KB"):
+    for limit in ("0B", "1KB"):
         assert infer("data", "--output", "none", "--memory-limit", limit) == 2
         assert "raise --memory-limit" in capsys.readouterr().err
     assert not Path("none/data").exists()
@@ -748,10 +748,11 @@ def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         ([], "give a folder of images, or --demo"),
-        (["data", "--demo"], "give a folder of images, or --demo"),
+        (["data", "--demo"], "--demo draws its own images; leave out data or --demo"),
         (["data", "--preset", "large"], "invalid choice"),
         (["data", "--memory-limit", "much"], "must be a size like"),
         (["data", "--memory-limit", "1..5GB"], "must be a size like"),
+        (["data", "--memory-limit", "4"], "needs a unit: 4GB or 4MB?"),
         (["data", "--taps", "one"], "numbers separated by commas"),
         (["data", "--threshold", "high"], "must be auto or a number"),
         (["data", "--format", "csv"], "must be some of"),
