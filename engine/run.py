@@ -24,7 +24,7 @@ from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
-from zsad.engine.images.categories import Category
+from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Dataset, scan
@@ -93,8 +93,8 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     workplace = set_up(config, runtime, options)
     check_memory(categories, config, workplace)
     log.info(
-        "%d images in %d %s, preset %s, %s (%s)",
-        sum(len(category.images) for category in categories),
+        "%s in %d %s, preset %s, %s (%s)",
+        counted(sum(len(category.images) for category in categories), "image"),
         len(categories),
         "categories" if len(categories) > 1 else "category",
         config.preset,
@@ -191,7 +191,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
             raise
-        log.error("%s: %s", name, error or type(error).__name__)
+        said = str(error) or type(error).__name__
+        log.error("%s", said if isinstance(error, TooFewImagesError) else f"{name}: {said}")
         log.debug("%s", name, exc_info=True)
         failures = [Failure(str(image.relative), "its category failed") for image in category.images]
         if isinstance(error, TooFewImagesError):
@@ -211,7 +212,7 @@ def _references(job: CategoryJob, workplace: Workplace) -> References:
     name = printable(job.category.name)
     for note in references.notes:
         log.warning("%s: %s", name, note)
-    log.info("%s: %d known-good images to compare with", name, len(references.images))
+    log.info("%s: %s to compare with", name, counted(len(references.images), "known-good image"))
     return references
 
 
@@ -245,7 +246,7 @@ class CategoryPass:
         with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
             self.done = frozenset(written.record.path for written in writer.written)
             if self.done:
-                log.info("%s: going on after %d images", printable(self.category.name), len(self.done))
+                log.info("%s: going on after %s", printable(self.category.name), counted(len(self.done), "image"))
             for result in results:
                 with stopwatch(timings, "write"):
                     writer.write(result)
@@ -348,8 +349,8 @@ class CategoryPass:
         found = sorted(scored, key=lambda image: image.index)  # groups are random
         if not found:
             raise TooFewImagesError(
-                f"{self.category.root}: fewer than two readable images; method {self.config.method} compares images "
-                "with each other and needs at least two, and ten or more for useful scores",
+                f"{printable(self.category.name)}: fewer than two readable images; method {self.config.method} "
+                "compares images with each other and needs at least two, and ten or more for useful scores",
                 self._failures(),
             )
         with stopwatch(self.workplace.timings, "rescoring"):

@@ -134,6 +134,7 @@ def _stage_table(record: "RunRecord") -> str:
 
 def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     from zsad.engine.evaluation.evaluate import format_table
+    from zsad.engine.images.categories import counted
     from zsad.kernels.files import printable
 
     lines = []
@@ -141,7 +142,9 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
         name = printable(category.name)
         anomalous = sum(image.verdict == "anomalous" for image in category.images)
         judged = "" if category.threshold is None else f"{anomalous} anomalous (above {category.threshold:.3f}), "
-        lines.append(f"{name}: {len(category.images)} images scored, {judged}{len(category.failures)} failed")
+        lines.append(
+            f"{name}: {counted(len(category.images), 'image')} scored, {judged}{len(category.failures)} failed"
+        )
         for image in sorted(category.images, key=lambda image: image.rank)[:5]:
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:

@@ -185,7 +185,7 @@ def evaluate_category(results: Path, category: Category, paper: Paper | None, au
 def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Sequence[Pixels]) -> None:
     if len(set(labels)) == 1:
         kind = "anomalous" if labels[0] else "normal"
-        log.info("%s: no image metrics, since all %d images that are compared count as %s", name, len(labels), kind)
+        log.info("%s: no image metrics, since all images that are compared (%d) count as %s", name, len(labels), kind)
     if pixels and not any(of_image.mask.any() for of_image in pixels):
         log.info("%s: no pixel metrics, since no pixel of the %d masks is anomalous", name, len(pixels))
 

@@ -254,6 +254,11 @@ def with_images(folder: Folder) -> list[str]:
     return [name for name, child in folder.folders.items() if not holds_masks(name) and child.count()]
 
 
+def counted(number: int, noun: str) -> str:
+    """Say how many there are of something: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def listed(names: Sequence[str]) -> str:
     """Name up to three and count the rest."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from .categories import Category, Part, listed, read_category, with_images
+from .categories import Category, Part, counted, listed, read_category, with_images
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
 from .names import shortened
 from .stored import SUFFIXES, ImageError
-from .tree import DEMO, RUN, Folder, read_tree
+from .tree import DEMO, RUN_FILES, Folder, read_tree
 
 # Names that the results use at the top of the output folder.
-RESERVED_NAMES = frozenset({"report.html", RUN, "metrics.json", "metrics.csv", DEMO})
+RESERVED_NAMES = frozenset({*RUN_FILES, DEMO})
 
 # Pictures beside folders of pictures are strays, such as an overview or a logo, if they are no more than this and than
 # this part of the images in the second largest folder; in the same way where there is but one folder.
@@ -97,7 +97,7 @@ def _named(base: str, part: Part) -> str:
 def _why_empty(category: Category, folder: Folder, part: Part) -> str:
     """Say why a folder with something in it is no category."""
     kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(category.ignored.items()))
-    elsewhere = [f"{name}/ ({folder.folders[name].count()} images)" for name in with_images(folder)]
+    elsewhere = [f"{name}/ ({counted(folder.folders[name].count(), 'image')})" for name in with_images(folder)]
     masks = [f"{name}/" for name, child in folder.folders.items() if holds_masks(name) and child.count()]
     reasons = [
         f"other files: {kinds}" if kinds else "",

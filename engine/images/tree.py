@@ -12,6 +12,7 @@ from .stored import SUFFIXES
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 SCORES = "scores.csv"
 RUN = "run.json"
+RUN_FILES = (RUN, "report.html", "metrics.json", "metrics.csv")  # at the top of the output folder
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
 
 _SCORES_START = b"path,score,rank,raw_score,map"
@@ -101,6 +102,7 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
             folder.folders.clear()
         elif RUN in folder.files and all(part in _start(folder.path / RUN) for part in _RUN_START):
             folder.folders.pop(DEMO, None)
+            folder.files = [name for name in folder.files if name not in RUN_FILES]
     return top
 
 

@@ -166,7 +166,9 @@ def test_few_images(infer, tmp_path: Path, count: int) -> None:
 def test_one_image_is_a_clear_error(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", "only.png")
     assert infer("data") == 1
-    assert "needs at least two" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "zsad-infer: 1 image in 1 category" in error
+    assert "zsad-infer: data: fewer than two readable images" in error
     assert not Path("out/data").exists()
 
 

@@ -126,7 +126,7 @@ def test_what_is_no_category_is_said(tmp_path: Path) -> None:
     dataset = scan(tmp_path)
     assert [category.name for category in dataset.categories] == ["bolt"]
     nut, pin, rod = dataset.notes
-    assert "only test/ would be scored, not train/ (1 images)" in nut
+    assert "only test/ would be scored, not train/ (1 image)" in nut
     assert "masks/ is taken for masks" in pin
     assert "other files: .heic 1" in rod
 
@@ -211,8 +211,11 @@ def test_results_of_this_and_of_earlier_runs_are_left_out(tmp_path: Path) -> Non
     touch_images(tmp_path, "a.png", "b.png", "out/part/overlays/a.jpg", "before/part/overlays/a.jpg")
     touch_images(tmp_path, "before/demo-data/flange/test/good/0.png")
     finish(tmp_path / "before" / "part")
-    (tmp_path / "before" / RUN).write_text('{\n "version": "0.1",\n "preset": "small"\n}')
+    run = '{\n "version": "0.1",\n "preset": "small"\n}'
+    for name in ("report.html", "metrics.json", "metrics.csv", RUN):
+        (tmp_path / "before" / name).write_text(run if name == RUN else "")
     assert found(tmp_path, exclude=tmp_path / "out") == {tmp_path.name: ["a.png", "b.png"]}
+    assert not scan(tmp_path).categories[0].ignored
 
 
 def test_files_of_others_with_our_names_hide_nothing(tmp_path: Path) -> None:
