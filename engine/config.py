@@ -1,7 +1,7 @@
 """Presets, the user's TOML file and the command line, merged into one checked configuration."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
@@ -131,21 +131,24 @@ def load_config(
     unknown = overridden[method].keys() - merged.get(method, {}).keys() - method_of(method).Settings.model_fields.keys()
     for key in sorted(unknown):
         raise ConfigError(f"--{key.replace('_', '-')} is nothing for preset {preset}, whose method is {method}")
-    return _checked(preset, overridden, method_of)
+    return _checked(preset, overridden, method_of, (overrides or {}).keys())
 
 
-def check(model: type[SomeTable], values: object, where: str = "") -> SomeTable:
+def check(model: type[SomeTable], values: object, where: str = "", options: Collection[str] = frozenset()) -> SomeTable:
     """Make a table of values; raises ConfigError that names the key, what it takes and what was given.
 
-    where: the table's name as in the file, for example [musc].
+    where: the table's name as in the file, for example [musc]. options: keys that the command line gave; they are named
+    as it has them.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(model, error.errors()[0], values, where)) from None
+        raise ConfigError(_explain(model, error.errors()[0], values, where, options)) from None
 
 
-def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Config:
+def _checked(
+    preset: str, merged: Mapping[str, Any], method_of: MethodOf, options: Collection[str] = frozenset()
+) -> Config:
     name = merged.get("method")
     if "settings" in merged:
         raise ConfigError(f"unknown key 'settings' in the configuration; the method's own settings are in [{name}]")
@@ -157,8 +160,8 @@ def _checked(preset: str, merged: Mapping[str, Any], method_of: MethodOf) -> Con
             name: {"image_size": values.get("image_size"), **table} if isinstance(table, Mapping) else table
             for name, table in networks.items()
         }
-    method = method_of(check(Config, values).method)  # what its settings may be depends on it
-    settings = check(method.Settings, merged.get(str(name), {}), f"[{name}]")
+    method = method_of(check(Config, values, "", options).method)  # what its settings may be depends on it
+    settings = check(method.Settings, merged.get(str(name), {}), f"[{name}]", options)
     config = check(Config, {**values, "settings": settings})
     if config.few_shot and not method.takes_references:
         raise ConfigError(f"method {name} makes no use of known-good images; leave out --reference and --shots")
@@ -208,7 +211,7 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(model: type[Table], error: Any, values: Any, where: str) -> str:
+def _explain(model: type[Table], error: Any, values: Any, where: str, options: Collection[str]) -> str:
     """Say which key of which table is wrong, what it takes, and what was given."""
     description, given = "a table", values
     path = list(error["loc"])
@@ -229,6 +232,8 @@ def _explain(model: type[Table], error: Any, values: Any, where: str) -> str:
         model, where, key = inner, f"[{key}]", ""
         description = "a table"
     subject = " ".join(filter(None, (where, key))) or "the configuration"
+    if key in options:
+        subject = f"--{key.replace('_', '-')}"
     if error["type"] == "extra_forbidden":
         takes = ", ".join(name for name in model.model_fields if name not in ("preset", "settings"))
         return f"unknown key {path[0]!r} in {where or 'the configuration'}; it takes {takes}"

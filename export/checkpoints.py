@@ -46,6 +46,11 @@ class Source:
         """What is known of the file."""
         return f"{self.digest}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
 
+    @property
+    def automatic(self) -> bool:
+        """Whether a run that needs the file fetches it without being asked."""
+        return self.kind == "python-package"
+
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
         paths = (folder / self.file for folder in weights_folders())
@@ -112,7 +117,7 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     if present is not None:
         return present
     for source in known.sources:
-        if source.kind == "python-package":
+        if source.automatic:
             path = _from_package(source, None)
             return path, _verified(path, source)
     raise CheckpointError(_how_to_bring(known))

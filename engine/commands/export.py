@@ -87,7 +87,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
     interrupts.check()  # a library that was loading may have dropped it
     if arguments.list:
         for entry in read_manifest().values():
-            emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence})")
+            automatic = any(source.automatic for source in entry.sources)
+            fetched = "fetched when it is needed" if automatic else "with --fetch"
+            emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence}, {fetched})")
             for source in entry.sources:
                 emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
         return DONE

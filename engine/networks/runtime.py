@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from zsad.engine.config import ConfigError
 from zsad.export.libraries import (
     RTX_CAPABILITIES,
+    TARGETS,
     EngineError,
     import_onnxruntime,
     import_tensorrt,
@@ -68,23 +69,24 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     if device != "auto" and not device.startswith("cuda"):
         raise ConfigError(f"--device must be auto, cpu, cuda:N, cuda:N,M or cuda:all, not {device!r}")
     cpu_will_do = device == "auto" and library in ("auto", "onnxruntime")
-    asked, otherwise = (f"--device {device}", "use --device cpu")
-    if device == "auto":
-        asked, otherwise = (f"--runtime {library}", "leave --runtime out")
-    if find_spec("cupy") is None:
-        if cpu_will_do:
-            return Runtime("onnxruntime", (), None, "no GPU is used: CuPy is not installed")
-        extras = f"gpu,{library}" if library in ("tensorrt", "tensorrt-rtx") else "gpu"
-        raise ConfigError(
-            f"{asked} needs CuPy, which is not installed; in a new environment run: pip install 'zsad[{extras}]' "
-            f"(in a clone of zsad '.[{extras}]'); without a GPU {otherwise}"
-        )
+    if cpu_will_do and find_spec("cupy") is None:
+        return Runtime("onnxruntime", (), None, "no GPU is used: CuPy is not installed")
     try:
         devices = open_devices("cuda" if device == "auto" else device)
     except DeviceError as error:
         if cpu_will_do:
             return Runtime("onnxruntime", (), None, f"no GPU is used: {error}")
-        raise ConfigError(f"{asked}: {error}; without a GPU {otherwise}") from None
+        asked, otherwise = (f"--device {device}", "use --device cpu")
+        if device == "auto":
+            asked, otherwise = (f"--runtime {library}", "leave --runtime out")
+        why = f"{asked}: {error}"
+        if find_spec("cupy") is None:
+            extras = f"gpu,{library}" if library in TARGETS else "gpu"
+            why = (
+                f"{asked} needs CuPy, which is not installed; in a new environment run: pip install 'zsad[{extras}]' "
+                f"(in a clone of zsad '.[{extras}]')"
+            )
+        raise ConfigError(f"{why}; without a GPU {otherwise}") from None
 
     unusable: dict[str, str] = {}
     for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
@@ -94,7 +96,7 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
             return Runtime(candidate, devices, devices[0], "asked for" if library != "auto" else reason)  # type: ignore[arg-type]
         unusable[candidate] = missing
         log.debug("%s", missing)
-    if library in ("tensorrt", "tensorrt-rtx"):
+    if library in TARGETS:
         raise ConfigError(unusable[library])
     return Runtime(
         "onnxruntime", devices, None, f"only scoring uses the GPU, not the networks: {unusable['onnxruntime']}"

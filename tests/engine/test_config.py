@@ -131,11 +131,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
-        ({"threshold": float("nan")}, "threshold"),
-        ({"interval": (0.0, 0.3, 0.5)}, "interval"),
-        ({"taps": (-1,)}, "taps"),
-        ({"group_size": 0}, "group_size"),
-        ({"seed": -3}, "seed"),
+        ({"threshold": float("nan")}, "--threshold must be"),
+        ({"interval": (0.0, 0.3, 0.5)}, "--interval must be"),
+        ({"taps": (-1,)}, "--taps must be"),
+        ({"group_size": 0}, "--group-size must be"),
+        ({"seed": -3}, "--seed must be"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(

@@ -422,4 +422,5 @@ def test_command_lists_the_manifest_and_what_is_here(
     listed = capsys.readouterr().out
     assert f"{source.file}: {source.digest}, {source.size / 2**20:.0f} MiB; {file}" in listed
     assert listed.count(str(empty_cache)) == 1
-    assert "clip-bpe  (vocabulary, MIT)\n" in listed
+    assert "clip-bpe  (vocabulary, MIT, fetched when it is needed)\n" in listed
+    assert "clip-vitl14  (clip, MIT, with --fetch)\n" in listed
