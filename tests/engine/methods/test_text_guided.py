@@ -35,7 +35,7 @@ def images_of(name: str) -> int:
 
 def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny, "--object", "?!"]) == 2
-    assert "[winclip] object must be a name with letters, not '?!'" in capsys.readouterr().err
+    assert "--object must be a name with letters, not '?!'" in capsys.readouterr().err
     Path("data/nut").rename("data/--")
     assert main(tiny) == 1
     assert "'--' is no name of an object" in capsys.readouterr().err
