@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zsad.engine.commands.console import Interrupts, ProgressBars
+from zsad.engine.commands.console import ProgressBars
+from zsad.engine.commands.start import Interrupts
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.evaluation.evaluate import Evaluation, EvaluationError, evaluate
 from zsad.engine.images.folders import NothingToScoreError, scan

@@ -1,11 +1,9 @@
-"""What the commands share on a terminal: log lines, Ctrl-C and progress bars."""
+"""What the commands share on a terminal: log lines, what stops them, and progress bars."""
 
 import io
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from tqdm import tqdm
 
 from zsad.kernels.files import printable
 
-from .start import INTERRUPTED
+from .start import INTERRUPTED, Interrupts
 
 log = logging.getLogger("zsad")
 
@@ -48,47 +46,6 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
             log.setLevel(before)
 
 
-class Interrupts:
-    """Ends a command through its clean-up at Ctrl-C and SIGTERM, each a KeyboardInterrupt.
-
-    It is remembered: an exception that a signal raises inside a finalizer is dropped by the interpreter, and a library
-    that is loading may turn it into another one.
-    """
-
-    UNHANDLED = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def __enter__(self) -> "Interrupts":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        # Where the caller ignores a signal, or handles it, that stays so.
-        self.installed = {s: h for s, h in self.UNHANDLED if in_main_thread and signal.getsignal(s) is h}
-        self.report_dropped, sys.unraisablehook = sys.unraisablehook, self._dropped
-        for number in self.installed:
-            signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.installed.items():
-            signal.signal(number, handler)
-        sys.unraisablehook = self.report_dropped
-
-    def _dropped(self, dropped: "sys.UnraisableHookArgs") -> None:
-        """Say nothing of an interrupt that the interpreter drops: it is remembered."""
-        if not (self.seen and issubclass(dropped.exc_type, KeyboardInterrupt)):
-            self.report_dropped(dropped)
-
-    def _note(self, *_: object) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if there was one before; called wherever a command gets on."""
-        if self.seen:
-            raise KeyboardInterrupt
-
-
 def guarded(
     command: str,
     level: int,
@@ -99,12 +56,13 @@ def guarded(
     """Run a command and return its exit code; what stops it becomes one line.
 
     explain: returns what to say of an exception and the exit code, or None for a fault of zsad itself, which is raised.
-    go_on: returns what to say after an interruption; it imports nothing, since what was interrupted may be an import.
+    go_on: returns what to say after an interruption; it imports nothing, since libraries may not have been loaded yet.
     """
     with logging_to_stderr(command, level), Interrupts() as interrupts:
         try:
             return run(interrupts)
         except BaseException as error:
+            interrupts.over = True
             if interrupts.seen or isinstance(error, KeyboardInterrupt):
                 log.error("interrupted%s", go_on())
                 return INTERRUPTED

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .arguments import Version
 
 if TYPE_CHECKING:
-    from .console import Interrupts
+    from .start import Interrupts
 
 log = logging.getLogger("zsad")
 
@@ -42,8 +42,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
 
     from .console import DONE, SOME_FAILED, emit
 
-    interrupts.check()  # a library that was loading may have dropped it
-
+    interrupts.check()  # it may have been put off until here
     warnings = 0
 
     def warn(message: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # `--help` waits for nothing that works on graphs
     from zsad.export.onnx_export import ExportedModel
     from zsad.export.tensorrt_engine import EngineOptions
 
-    from .console import Interrupts
+    from .start import Interrupts
 
 log = logging.getLogger("zsad")
 
@@ -84,7 +84,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
 
     from .console import DONE, emit
 
-    interrupts.check()  # a library that was loading may have dropped it
+    interrupts.check()  # it may have been put off until here
     if arguments.list:
         for entry in read_manifest().values():
             automatic = any(source.automatic for source in entry.sources)

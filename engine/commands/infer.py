@@ -14,7 +14,7 @@ from .arguments import Version, add_loudness, log_level, numbers, size
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.results.records import RunRecord
 
-    from .console import Interrupts
+    from .start import Interrupts
 
 log = logging.getLogger("zsad")
 
@@ -95,9 +95,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
 
     from .console import DONE, SOME_FAILED, ProgressBars, emit
 
-    interrupts.check()  # a library that was loading may have dropped it
+    interrupts.check()  # it may have been put off until here
     runtime = choose_runtime(arguments.device, arguments.runtime)
-    interrupts.check()
     overrides = {k: v for k, v in vars(arguments).items() if k not in OF_THE_RUN and v is not None}
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
     data = arguments.data

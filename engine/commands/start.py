@@ -1,10 +1,75 @@
 """Where the commands begin. Ctrl-C is one line from here on, so nothing slow is imported before it is caught."""
 
+import os
 import signal
 import sys
+import threading
 from importlib import import_module
+from types import FrameType
 
 INTERRUPTED = 130  # the exit code
+
+
+class Interrupts:
+    """Ends a command through its clean-up at Ctrl-C and SIGTERM, each a KeyboardInterrupt; within another one, is that.
+
+    It is remembered: an exception that a signal raises inside a finalizer is dropped by the interpreter. While a
+    library loads it is put off: an exception would be dropped there as well, called a missing library, or crash it.
+    """
+
+    UNHANDLED = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    AGAIN = 0.01  # seconds until it is looked whether libraries are still loading
+
+    def __init__(self) -> None:
+        self.seen = False
+        self.over = False  # all is cleaned up, there is nothing left to interrupt
+        self.later = threading.Timer(0, os.kill)
+
+    def __enter__(self) -> "Interrupts":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Where the caller ignores a signal, or handles it, that stays so.
+        self.installed = {s: h for s, h in self.UNHANDLED if in_main_thread and signal.getsignal(s) is h}
+        self.report_dropped, sys.unraisablehook = sys.unraisablehook, self._dropped
+        for number in self.installed:
+            signal.signal(number, self._note)
+        outer = (getattr(signal.getsignal(number), "__self__", None) for number, _ in self.UNHANDLED)
+        return next((other for other in outer if isinstance(other, Interrupts)), self)
+
+    def __exit__(self, *_: object) -> None:
+        self.later.cancel()
+        for number, handler in self.installed.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self.report_dropped
+
+    def _dropped(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Say nothing of an interrupt that the interpreter drops: it is remembered."""
+        if not (self.seen and issubclass(dropped.exc_type, KeyboardInterrupt)):
+            self.report_dropped(dropped)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.over:
+            return
+        self.seen = True
+        if not _loading(frame):
+            self.check()
+        self.later.cancel()
+        self.later = threading.Timer(self.AGAIN, os.kill, (os.getpid(), number))
+        self.later.start()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was one before; called wherever a command gets on."""
+        if self.seen:
+            self.later.cancel()
+            raise KeyboardInterrupt
+
+
+def _loading(frame: FrameType | None) -> bool:
+    """Tell whether a frame belongs to an import that a command has begun."""
+    while frame is not None and frame.f_globals is not globals():
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def infer() -> int:
@@ -24,11 +89,13 @@ def export() -> int:
 
 def _start(command: str, module: str) -> int:
     try:
-        code: int = import_module(f"{__package__}.{module}").main()
-        at_exit = signal.SIG_IGN  # everything is done
+        with Interrupts():
+            code: int = import_module(f"{__package__}.{module}").main()
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
-        code, at_exit = INTERRUPTED, signal.SIG_DFL  # a second one ends what does not let go
+        code = INTERRUPTED
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, at_exit)  # the interpreter would answer with a traceback while it is taken down
+        # The interpreter would answer with a traceback while it is taken down. What was interrupted and does not let go
+        # is ended by another one; otherwise all is done.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if code == INTERRUPTED else signal.SIG_IGN)
     return code

@@ -1,11 +1,17 @@
-"""Ctrl-C while a command still starts."""
+"""Signals as commands take them, also while they start."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import draw
+
+from zsad.engine.commands.start import Interrupts
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
 
 COMMANDS = {
     "infer": ("zsad-infer", ["data"]),
@@ -21,15 +27,55 @@ def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     draw(tmp_path / "data", 2)
 
 
-def interrupt(command: str, module: str, answer: str, *options: str) -> tuple[int, str, str]:
-    """Run a command with Ctrl-C at the import of a module, which then does as `answer` says."""
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    before = [signal.signal(*unhandled) for unhandled in Interrupts.UNHANDLED]
+    yield
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("number", BOTH)
+def test_either_signal_ends_a_command_and_is_remembered(number: signal.Signals) -> None:
+    with Interrupts() as interrupts:
+        interrupts.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert [(number, signal.getsignal(number)) for number in BOTH] == list(Interrupts.UNHANDLED)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("number", BOTH)
+def test_what_the_caller_ignores_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        signal.raise_signal(number)
+        interrupts.check()
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_within_another_one_it_is_that(as_in_a_terminal: None) -> None:
+    with Interrupts() as outer:
+        with Interrupts() as inner:
+            assert inner is outer
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert outer.seen
+
+
+def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int, str, str]:
+    """Run a command with Ctrl-C at the import of a module, which then does as `then` says."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Finder:\n"
         "    def find_spec(name, *_):\n"
         f"        if name == {module!r}:\n"
         "            try: signal.raise_signal(signal.SIGINT)\n"
-        f"            except KeyboardInterrupt: {answer}\n"
+        "            except KeyboardInterrupt: sys.exit('raised within an import')\n"
+        f"            {then}\n"
         "sys.meta_path.insert(0, Finder)\n"
         f"sys.modules.pop({module!r}, None)\n"
         f"from zsad.engine.commands.start import {command}; sys.exit({command}())"
@@ -41,16 +87,11 @@ def interrupt(command: str, module: str, answer: str, *options: str) -> tuple[in
 
 @pytest.mark.parametrize("module", ["argparse", "tqdm", "numpy"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_interrupt_at_any_import_is_one_line(command: str, module: str) -> None:
-    assert interrupt(command, module, "raise") == (130, "", f"{COMMANDS[command][0]}: interrupted\n")
+def test_an_interrupt_while_libraries_load_is_one_line(command: str, module: str) -> None:
+    assert interrupt(command, module, "pass") == (130, "", f"{COMMANDS[command][0]}: interrupted\n")
 
 
 def test_an_interrupted_library_is_not_called_missing(tiny: Path) -> None:
-    failure = "raise ImportError('initialization failed') from None"
+    failure = "raise ImportError('initialization failed')"
     ended = interrupt("infer", "onnxruntime", failure, "--config", str(tiny / "config.toml"))
     assert ended == (130, "", "zsad-infer: interrupted\n")
-
-
-def test_an_interrupt_that_the_interpreter_drops_is_one_line() -> None:
-    dropped = "type('Dropped', (), {'__del__': lambda _: signal.raise_signal(signal.SIGINT)})()"
-    assert interrupt("infer", "cv2", dropped) == (130, "", "zsad-infer: interrupted\n")
