@@ -97,7 +97,7 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
             if link:
                 folder.links.add(entry.name)
     for folder in known.values():
-        if is_results(folder.path):
+        if RECORD in folder.files and is_results(folder.path):
             folder.files.clear()
             folder.folders.clear()
         elif RUN in folder.files and all(part in _start(folder.path / RUN) for part in _RUN_START):

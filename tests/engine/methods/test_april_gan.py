@@ -16,11 +16,6 @@ LAYERS = 4
 CLASSES = 2
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def april(tokenizer: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Runs zsad-infer on the pictures of the golden file, both classes, as they are or as resized for the network."""

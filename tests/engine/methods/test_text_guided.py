@@ -13,11 +13,6 @@ from zsad.engine.commands.infer import main
 from zsad.engine.results.records import CategoryRecord
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def tiny(tokenizer: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options of a run of tiny networks over a few pictures."""

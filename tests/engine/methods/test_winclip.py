@@ -16,11 +16,6 @@ from zsad.engine.results.records import CategoryRecord
 COUNT = 6
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def winclip(tokenizer: object, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Runs zsad-infer on the pictures of a golden file, as they are or as resized for the network."""
