@@ -172,3 +172,11 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
     monkeypatch.setattr(networks, "build_engine", build)
     monkeypatch.setattr(tensorrt_graphs, "load_engine", load)
     return engines
+
+
+@pytest.fixture
+def workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the test's own to run commands in, with the tiny network's cache and no other weights."""
+    monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
+    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)

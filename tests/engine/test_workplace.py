@@ -20,10 +20,8 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 
 
 @pytest.fixture(autouse=True)
-def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
-    monkeypatch.delenv("ZSAD_WEIGHTS", raising=False)
-    monkeypatch.chdir(tmp_path)
+def _workplace(workplace: None) -> None:
+    """Every test here runs the tiny network in a folder of its own."""
 
 
 @needs_compiler
