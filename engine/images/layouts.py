@@ -17,7 +17,8 @@ from pathlib import PurePosixPath
 
 # A folder that holds the images of a split; only those of a test are scored where there are any.
 _TEST = re.compile(r"test(ing)?([ _-](public|private)([ _-]\w+)?)?")
-_OTHER_SPLIT = re.compile(r"train(ing)?|val(id(ation)?)?")
+_TRAINING = re.compile(r"train(ing)?")
+_VALIDATION = re.compile(r"val(id(ation)?)?")
 _NORMAL = re.compile(
     r"(good|ok|okay|normal|nominal|non[ _-]?defective|(defect|anomaly)[ _-]?free|no[ _-]?(defect|anomaly)s?)"
     r"([ _-](train|test|val)\w*)?"
@@ -60,8 +61,12 @@ def is_test(name: str) -> bool:
     return _TEST.fullmatch(fold(name)) is not None
 
 
+def is_training(name: str) -> bool:
+    return _TRAINING.fullmatch(fold(name)) is not None
+
+
 def is_split(name: str) -> bool:
-    return is_test(name) or _OTHER_SPLIT.fullmatch(fold(name)) is not None
+    return is_test(name) or is_training(name) or _VALIDATION.fullmatch(fold(name)) is not None
 
 
 def is_normal(name: str) -> bool:

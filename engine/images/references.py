@@ -1,7 +1,7 @@
 """Known-good images of a category: from the user's folder or list, or drawn from its training split."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -10,11 +10,9 @@ import numpy as np
 from zsad.kernels.files import file_sha256
 
 from .categories import Category, InputImage
-from .layouts import fold, holds_masks, is_hidden, is_normal
+from .layouts import fold, holds_masks, is_hidden, is_normal, is_training
 from .stored import ImageError
 from .tree import Folder, is_image, read_tree
-
-TRAINING = ("train", "training")
 
 
 class NoReferencesError(ImageError):
@@ -44,6 +42,7 @@ def find_references(
     has such), or a file with a path in each line; None: the category's training split. shots: how many are drawn at
     random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
     """
+    named = {fold(name) for name in products}
     if reference is None:
         place = category.root
         paths = _training_images(read_tree(place, None))
@@ -54,13 +53,13 @@ def find_references(
         if top.error is not None:
             raise NoReferencesError(f"the reference folder {place} {top.error}")
         own = next((child for name, child in top.folders.items() if _is_of(name, category)), None)
-        if own is None and any(fold(name) in map(fold, products) for name in top.folders):
+        if own is None and any(fold(name) in named for name in top.folders):
             raise NoReferencesError(f"{place}/ has folders of other categories, but none called {category.product}")
         paths = _training_images(own or top) or _normal_images(own or top)
         looked_for = f"{place}/"
     else:
         place = Path(reference).parent
-        paths = _listed_images(Path(reference), category, products)
+        paths = _listed_images(Path(reference), category, named)
         looked_for = f"{reference}, a path in each line"
     if not paths:
         raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
@@ -73,7 +72,7 @@ def _is_of(name: str, category: Category) -> bool:
 
 def _training_images(folder: Folder) -> list[Path]:
     """Return the normal images of a training split, none where there is no such."""
-    return [path for name, child in folder.folders.items() if fold(name) in TRAINING for path in _normal_images(child)]
+    return [path for name, child in folder.folders.items() if is_training(name) for path in _normal_images(child)]
 
 
 def _normal_images(folder: Folder) -> list[Path]:
@@ -87,8 +86,11 @@ def _normal_images(folder: Folder) -> list[Path]:
     ]
 
 
-def _listed_images(file: Path, category: Category, products: Collection[str]) -> list[Path]:
-    """Return the images of a list, by paths from where the list lies or from where we are."""
+def _listed_images(file: Path, category: Category, named: Set[str]) -> list[Path]:
+    """Return the images of a list, by paths from where the list lies or from where we are.
+
+    named: folded names of the folders of all categories.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -99,9 +101,8 @@ def _listed_images(file: Path, category: Category, products: Collection[str]) ->
         ) from None
     paths = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     own = [path for path in paths if any(_is_of(part, category) for part in path.parts)]
-    others = [path for path in paths if any(fold(part) in map(fold, products) for part in path.parts)]
     found = []
-    for path in own or [path for path in paths if path not in others]:
+    for path in own or [path for path in paths if named.isdisjoint(map(fold, path.parts))]:
         candidates = [file.parent / path, path, category.root / path]
         found.append(next((candidate for candidate in candidates if candidate.exists()), candidates[0]))
     return [path for path in found if is_image(path.name) and not is_hidden(path.name)]
