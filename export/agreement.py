@@ -11,12 +11,14 @@ from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
 
 from .libraries import import_onnxruntime, install_command
+from .options import Shape
 from .state_dict import CheckpointError
 from .text_transformer import VOCABULARY
 from .transformer_graph import IN_FP32
 
 Array = NDArray[np.float32]
 
+BATCH = 4  # rows that graphs and engines are compared on
 LARGEST_ERROR = 1e-4  # fp32: relative, in the norm over all tokens
 SMALLEST_COSINE = {"fp16": 0.999, "int8": 0.998}  # per token
 
@@ -72,13 +74,24 @@ def sample_texts(context: int) -> NDArray[np.int32]:
     return texts
 
 
-def sample_inputs(inputs: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
-    """Return what graphs and engines are compared on; inputs: their shapes without the batch."""
+def sample_inputs(inputs: Mapping[str, Shape]) -> dict[str, NDArray[Any]]:
+    """Return what graphs and engines are compared on; inputs: their shapes."""
     samples: dict[str, Callable[..., NDArray[Any]]] = {
         "images": lambda _, height, __: sample_batch(height),
         "ids": sample_texts,
     }
-    return {name: samples[name](*shape) for name, shape in inputs.items()}
+    return {
+        name: samples[name](*shape[1:]) if name in samples else sample_numbers(shape) for name, shape in inputs.items()
+    }
+
+
+def sample_numbers(shape: Shape) -> Array:
+    """Return random numbers, normally distributed, for an input that nothing more is known of."""
+    return (
+        np.random.default_rng(0)
+        .normal(size=[BATCH if length is None else length for length in shape])
+        .astype(np.float32)
+    )
 
 
 def token_cosines(found: Array, expected: Array) -> NDArray[np.float64]:

@@ -17,10 +17,10 @@ from zsad.kernels.files import check_target, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph, sample_inputs
+from .builders import GraphBuilder, read_builder
 from .checkpoints import find_checkpoint
-from .options import GraphOptions, Preprocessing
+from .options import GraphOptions, Preprocessing, Shape
 from .state_dict import CheckpointError
-from .towers import Tower, read_wanted_tower
 from .transformer_graph import BUILDER_VERSION
 
 log = logging.getLogger("zsad")
@@ -37,7 +37,7 @@ class ExportedModel:
     sha256: str  # of the checkpoint file
     precision: str
     preprocessing: Preprocessing  # what the images are to be normalised with
-    inputs: Mapping[str, tuple[int, ...]]  # their shapes without the batch
+    inputs: Mapping[str, Shape]
     built: bool
     agreement: str = ""  # how close it is to what it was compared with, if this call made it
 
@@ -49,11 +49,11 @@ def export_onnx(
     oracle: Literal["graph", "torch"] = "graph",
     keep: bool = False,
 ) -> ExportedModel:
-    """Build the ONNX graph of a checkpoint's image tower or text tower and verify it, or return the one built before.
+    """Build an ONNX graph of a checkpoint and verify it, or return the one built before.
 
-    checkpoint: a name of the manifest or a path. options: those of the image tower or of the text tower. output: the
-    file to write; by default one in the cache that is named after the checkpoint's digest and the options. oracle: what
-    it is compared with, PyTorch or the fp32 graph in the other form of attention. keep: it is of no use but in the
+    checkpoint: a name of the manifest or a path. options: those of the kind of graph that is wanted. output: the file
+    to write; by default one in the cache that is named after the checkpoint's digest and the options. oracle: what it
+    is compared with, PyTorch or an fp32 graph that computes the same in another way. keep: it is of no use but in the
     cache; otherwise a temporary file will do, which goes when the process ends, where the cache may only be read.
     Weights beyond 2 GiB stand in a second file, `output` + `.data`.
 
@@ -73,17 +73,17 @@ def export_onnx(
             if (known := _read_facts(folder / name)) is not None:
                 return model(path=folder / name, preprocessing=known, built=False)
 
-    tower = read_wanted_tower(source, options)
+    builder = read_builder(source, options)
     path = output or cache_to_write("models", keep) / name
     metadata = {
         "checkpoint": Path(checkpoint).name,
         "checkpoint_sha256": digest,
-        "preprocessing": tower.preprocessing,
+        "preprocessing": builder.preprocessing,
         "builder_version": str(BUILDER_VERSION),
     }
     try:
         with written_whole(path) as draft:
-            agreement = _write_verified(draft, tower, options, metadata, oracle)
+            agreement = _write_verified(draft, builder, options, metadata, oracle)
             if weights_path(draft).exists():
                 shutil.copymode(draft, weights_path(draft))  # from onnx it is the owner's alone
                 weights_path(draft).replace(weights_path(path))
@@ -94,9 +94,9 @@ def export_onnx(
     if output is None:
         with written_whole(_facts_path(path)) as temporary:
             temporary.write_text(
-                json.dumps({"sizes": _sizes(path), "preprocessing": tower.preprocessing}), encoding="utf-8"
+                json.dumps({"sizes": _sizes(path), "preprocessing": builder.preprocessing}), encoding="utf-8"
             )
-    return model(path=path, preprocessing=tower.preprocessing, built=True, agreement=agreement)
+    return model(path=path, preprocessing=builder.preprocessing, built=True, agreement=agreement)
 
 
 def weights_path(graph: Path) -> Path:
@@ -131,16 +131,18 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
 
 
-def _write_verified(draft: Path, tower: Tower, options: GraphOptions, metadata: dict[str, str], oracle: str) -> str:
+def _write_verified(
+    draft: Path, builder: GraphBuilder, options: GraphOptions, metadata: dict[str, str], oracle: str
+) -> str:
     """Write a graph that passes ONNX's own rules and computes what it should; returns a line on the latter.
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
-    tower.check()
+    builder.check()
     inputs = sample_inputs(options.inputs)
-    name, expected = _expected(draft, tower, oracle, inputs)
-    for exact in tower.choices():
-        save_graph(tower.build(exact, metadata), draft)
+    name, expected = _expected(draft, builder, oracle, inputs)
+    for exact in builder.choices():
+        save_graph(builder.build(exact, metadata), draft)
         onnx.checker.check_model(str(draft), full_check=True)
         found = run_graph(draft, inputs)
         try:
@@ -154,14 +156,14 @@ def _write_verified(draft: Path, tower: Tower, options: GraphOptions, metadata: 
 
 
 def _expected(
-    draft: Path, tower: Tower, oracle: str, inputs: Mapping[str, NDArray[Any]]
+    draft: Path, builder: GraphBuilder, oracle: str, inputs: Mapping[str, NDArray[Any]]
 ) -> tuple[str, Mapping[str, Array]]:
     """Return what to compare a graph with, by name, and what that gives for the inputs."""
     if oracle == "torch":
-        forward = tower.forward()
+        forward = builder.forward()
         outputs = forward(*(forward.tensor(array) for array in inputs.values()))
         return "PyTorch", {name: forward.fetch(output) for name, output in outputs.items()}
     reference = draft.with_name("fp32") / draft.name
     reference.parent.mkdir()
-    save_graph(tower.other().build((), {}), reference)
+    save_graph(builder.other().build((), {}), reference)
     return "the fp32 graph", run_graph(reference, inputs)

@@ -1,14 +1,20 @@
 """Everything that decides what is in an exported graph besides the weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Preprocessing = Literal["imagenet", "clip"]
+Shape = tuple[
+    int | None, ...
+]  # None: the batch, always the first axis; an input without one goes with every part of it
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 PRECISIONS = ("fp32", "fp16", "int8")
 ATTENTIONS = ("fused", "standard")  # ONNX Runtime's operator, and what TensorRT reads
 WINDOWS = {"windows_2": 2, "windows_3": 3}  # output → patches per side of a window
+# Options of graphs that `zsad-export` takes beside precision and attention, which it has for all of them.
+GRAPH_WORDS = ("image_size", "outputs", "taps", "activation", "heads", "preprocessing", "antialias")
 IMAGE_OUTPUTS = ("tokens", "embedding", "patches", *WINDOWS)  # of an image tower
 
 
@@ -16,6 +22,7 @@ IMAGE_OUTPUTS = ("tokens", "embedding", "patches", *WINDOWS)  # of an image towe
 class ExportOptions:
     """Options of an image tower's graph."""
 
+    kind: ClassVar = "image"
     taps: tuple[int, ...]  # 0-based blocks; none where `outputs` has no tokens
     image_size: int
     activation: str = "gelu"
@@ -27,9 +34,9 @@ class ExportOptions:
     preprocessing: Preprocessing | None = None  # only noted: what the images are normalised with; None: the model's own
 
     @property
-    def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the graph's inputs without the batch."""
-        return {"images": (3, self.image_size, self.image_size)}
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return {"images": (None, 3, self.image_size, self.image_size)}
 
     @property
     def label(self) -> str:
@@ -47,6 +54,7 @@ class ExportOptions:
 class TextOptions:
     """Options of a text tower's graph."""
 
+    kind: ClassVar = "text"
     activation: str = "gelu"
     heads: int | None = None  # None: one for every 64 channels
     precision: str = "fp32"  # or fp16
@@ -54,9 +62,9 @@ class TextOptions:
     context: int = 77  # tokens per text; a tower of longer texts is cut to them, which changes nothing
 
     @property
-    def inputs(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the graph's inputs without the batch."""
-        return {"ids": (self.context,)}
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return {"ids": (None, self.context)}
 
     @property
     def label(self) -> str:
@@ -65,3 +73,4 @@ class TextOptions:
 
 
 GraphOptions = ExportOptions | TextOptions
+GRAPHS: Mapping[str, type[GraphOptions]] = {options.kind: options for options in (ExportOptions, TextOptions)}

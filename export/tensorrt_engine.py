@@ -7,9 +7,9 @@ alone decides the precisions. TensorRT builds on the GPU that will run the engin
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .agreement import Array, check_agreement, run_graph
 from .cuda_driver import CudaError, use_device
 from .libraries import RTX_CAPABILITIES, EngineError, import_tensorrt, numbers
 from .onnx_export import ExportedModel, weights_path
-from .options import ExportOptions, GraphOptions, TextOptions
+from .options import GRAPH_WORDS, ExportOptions, GraphOptions, Shape
 from .state_dict import CheckpointError
 
 LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
@@ -107,7 +107,7 @@ def build_engine(
         version=trt.__version__,
         compute_capabilities=capabilities,
         precision=graph.precision,
-        profile={name: [[batch, *shape] for batch in options.batch] for name, shape in graph.inputs.items()},
+        profile={name: _profile(shape, options.batch) for name, shape in graph.inputs.items()},
         strip_weights=options.strip_weights,
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
@@ -126,6 +126,11 @@ def build_engine(
         temporary.write_bytes(engine)
         beside.write_text(fingerprint.as_json(), encoding="utf-8")
     return BuiltEngine(path, fingerprint, built=True)
+
+
+def _profile(shape: Shape, batches: Sequence[int]) -> list[list[int]]:
+    """Return an input's shape with the smallest, the best and the largest batch."""
+    return [[batch if length is None else length for length in shape] for batch in batches]
 
 
 def confirm_engine(
@@ -147,10 +152,9 @@ def confirm_engine(
 def rebuild_command(checkpoint: str, graph: GraphOptions, options: EngineOptions, output: Path | None = None) -> str:
     """Return the command line that exports this graph and builds this engine of it."""
     words = ["zsad-export", "--checkpoint", checkpoint]
-    words += ["--text"] if isinstance(graph, TextOptions) else _image_words(graph)
-    words += ["--target", options.target, "--precision", graph.precision, "--activation", graph.activation]
+    words += _graph_words(graph)
+    words += ["--target", options.target, "--precision", graph.precision]
     words += ["--batch", ",".join(map(str, options.batch)), "--device", str(options.device)]
-    words += ["--heads", str(graph.heads)] if graph.heads else []
     words += ["--compute-capability", ",".join(options.compute_capabilities)] if options.compute_capabilities else []
     for flag in ("strip_weights", "version_compatible", "hardware_compatible"):
         words += ["--" + flag.replace("_", "-")] if getattr(options, flag) else []
@@ -158,12 +162,17 @@ def rebuild_command(checkpoint: str, graph: GraphOptions, options: EngineOptions
     return shlex.join(words)
 
 
-def _image_words(graph: ExportOptions) -> list[str]:
-    """The part of `rebuild_command` that only image towers have."""
-    words = ["--image-size", str(graph.image_size), "--outputs", ",".join(graph.outputs)]
-    words += ["--taps", ",".join(map(str, graph.taps))] if graph.taps else []
-    words += ["--preprocessing", graph.preprocessing] if graph.preprocessing else []
-    words += [] if graph.antialias is None else ["--antialias" if graph.antialias else "--no-antialias"]
+def _graph_words(graph: GraphOptions) -> list[str]:
+    """The options of a kind of graph in the words of `zsad-export`."""
+    words = [] if isinstance(graph, ExportOptions) else ["--graph", graph.kind]
+    for option in fields(graph):
+        value, flag = getattr(graph, option.name), "--" + option.name.replace("_", "-")
+        if option.name not in GRAPH_WORDS or value in (None, ()):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ from zsad.export.libraries import TARGETS
 from zsad.export.options import (
     ACTIVATIONS,
     ATTENTIONS,
+    GRAPH_WORDS,
+    GRAPHS,
     IMAGE_OUTPUTS,
     PRECISIONS,
     ExportOptions,
     GraphOptions,
-    TextOptions,
 )
 
 from .arguments import Version, add_loudness, log_level, numbers
@@ -164,7 +165,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="when resizing the position embedding (default: as the model does)",
     )
-    add("--text", action="store_true", help="the text tower of CLIP instead of the image tower")
+    add("--graph", choices=GRAPHS, default="image", help="which of the graphs of its network (default: %(default)s)")
     add(
         "--outputs",
         type=lambda text: tuple(text.split(",")),
@@ -220,27 +221,30 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
     if not onnx and options.attention == "fused":
         parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
     if arguments.preset is not None:
-        if own or arguments.text:
-            named = ", ".join([*own, *(["text"] if arguments.text else [])])
+        if own or arguments.graph != "image":
+            named = ", ".join([*own, *(["graph"] if arguments.graph != "image" else [])])
             parser.error(f"a preset brings its own {named}; leave it out (--config changes a preset)")
         return _preset_jobs(parser, arguments, options)
     if arguments.config is not None:
         parser.error("--config changes a preset; name one with --preset")
-    if arguments.text:
-        return [Job(arguments.checkpoint, _text_options(parser, arguments, options), arguments.output)]
+    if arguments.graph != "image":
+        return [Job(arguments.checkpoint, _graph_options(parser, arguments, options), arguments.output)]
     if not options.taps and "tokens" in options.outputs:
         parser.error("--taps is needed with --checkpoint, for example --taps 5,11,17,23")
     return [Job(arguments.checkpoint, options, arguments.output)]
 
 
-def _text_options(
-    parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions
-) -> TextOptions:
-    """The options of a text tower's graph; options: of an image tower's on the same command line."""
-    of_images = ("taps", "image_size", "preprocessing", "antialias", "outputs")
-    if given := [name.replace("_", "-") for name in of_images if getattr(arguments, name) is not None]:
-        parser.error(f"--text: a text tower has no {', '.join(given)}; leave it out")
-    return TextOptions(options.activation, options.heads, options.precision, options.attention)
+def _graph_options(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, image: ExportOptions
+) -> GraphOptions:
+    """The options of a graph that is no image tower's; image: those of one on the same command line."""
+    kind = GRAPHS[arguments.graph]
+    known = {option.name for option in fields(kind)}
+    given = {name: value for name in GRAPH_WORDS if (value := getattr(arguments, name)) is not None}
+    if foreign := [name.replace("_", "-") for name in given if name not in known]:
+        parser.error(f"--graph {arguments.graph}: this graph has no {', '.join(foreign)}; leave it out")
+    both = {"precision": image.precision, "attention": image.attention}
+    return kind(**given, **{name: value for name, value in both.items() if name in known})
 
 
 def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:

@@ -31,6 +31,11 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    batched: bool = True  # False: an input that all rows of the others share; `shape` is all of it
+
+    def whole(self, rows: int) -> tuple[int, ...]:
+        """Return the shape for a batch of so many rows."""
+        return (rows, *self.shape) if self.batched else self.shape
 
 
 class Graph(Protocol):
@@ -63,16 +68,23 @@ class Network:
     graphs: Mapping[str, Graph]
 
 
+def batch_rows(specs: Mapping[str, TensorSpec], inputs: Mapping[str, Array]) -> int:
+    """Return how many rows a batch of inputs has; specs: the graph's."""
+    return next(len(inputs[name]) for name, spec in specs.items() if spec.batched)
+
+
 def run_in_parts(graph: Graph, inputs: Mapping[str, Array]) -> Iterator[tuple[slice, Mapping[str, Array]]]:
-    """Run a batch in parts that fit; yield which rows, and their outputs.
+    """Run a batch in parts that fit; yield which rows, and their outputs. Inputs without a batch go with every part.
 
     A part that does not fit is halved, and later ones stay that small. Raises MemoryError where one row is too much.
     """
-    start, rows = 0, len(next(iter(inputs.values())))
+    start, rows = 0, batch_rows(graph.inputs, inputs)
     while start < rows:
         part = slice(start, min(start + graph.largest_batch, rows))
         try:
-            outputs = graph.run({name: array[part] for name, array in inputs.items()})
+            outputs = graph.run(
+                {name: array[part] if graph.inputs[name].batched else array for name, array in inputs.items()}
+            )
         except MemoryError as error:
             size = part.stop - part.start
             if size == 1:

@@ -11,7 +11,7 @@ from zsad.export.libraries import import_onnxruntime, install_command
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.machine import available_cores
 
-from .network import TensorSpec
+from .network import TensorSpec, batch_rows
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -76,7 +76,7 @@ class OnnxRuntimeGraph:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, device.kind, device.number, array.dtype, array.shape, address(array))
-        rows = len(next(iter(inputs.values())))
+        rows = batch_rows(self.inputs, inputs)
         outputs = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         for name, array in outputs.items():
             binding.bind_output(name, device.kind, device.number, array.dtype, array.shape, address(array))
@@ -87,5 +87,6 @@ class OnnxRuntimeGraph:
 
 
 def _spec(tensor: Any) -> TensorSpec:
-    """Describe a session's input or output, which is dynamic in the batch alone."""
-    return TensorSpec(tuple(int(size) for size in tensor.shape[1:]), np.dtype(TYPES[tensor.type]))
+    """Describe a session's input or output, which is dynamic in the batch at most."""
+    batched = not isinstance(tensor.shape[0], int)
+    return TensorSpec(tuple(map(int, tensor.shape[batched:])), np.dtype(TYPES[tensor.type]), batched)

@@ -13,7 +13,7 @@ from zsad.export.tensorrt_engine import load_engine
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.files import written_whole
 
-from .network import TensorSpec
+from .network import TensorSpec, batch_rows
 
 log = logging.getLogger("zsad")
 
@@ -82,7 +82,7 @@ class TensorRTGraph:
         is_input = {name: engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in specs}
         self.inputs = {name: spec for name, spec in specs.items() if is_input[name]}
         self.outputs = {name: spec for name, spec in specs.items() if not is_input[name]}
-        profiles = [engine.get_tensor_profile_shape(name, 0) for name in self.inputs]
+        profiles = [engine.get_tensor_profile_shape(name, 0) for name, spec in self.inputs.items() if spec.batched]
         self.largest_batch = min(batch_size, *(int(largest[0]) for _, _, largest in profiles))
         while True:
             try:
@@ -99,7 +99,7 @@ class TensorRTGraph:
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See Graph.run."""
         where = tuple(address(inputs[name]) for name in self.inputs)
-        rows = len(next(iter(inputs.values())))
+        rows = batch_rows(self.inputs, inputs)
 
         def queue() -> None:
             for name, array in {**inputs, **self._buffers}.items():
@@ -140,10 +140,12 @@ class TensorRTGraph:
 
     def _set_shapes(self, rows: int) -> None:
         for name, spec in self.inputs.items():
-            self._context.set_input_shape(name, (rows, *spec.shape))
+            self._context.set_input_shape(name, spec.whole(rows))
 
 
 def _spec(engine: Any, name: str) -> TensorSpec:
-    """Describe an engine's input or output, which is dynamic in the batch alone."""
-    _, *shape = engine.get_tensor_shape(name)
-    return TensorSpec(tuple(map(int, shape)), np.dtype(TYPES[str(engine.get_tensor_dtype(name)).rpartition(".")[2]]))
+    """Describe an engine's input or output, which is dynamic in the batch at most."""
+    shape = tuple(map(int, engine.get_tensor_shape(name)))
+    batched = shape[0] < 0
+    dtype = np.dtype(TYPES[str(engine.get_tensor_dtype(name)).rpartition(".")[2]])
+    return TensorSpec(shape[batched:], dtype, batched)

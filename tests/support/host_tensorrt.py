@@ -40,7 +40,7 @@ class HostEngine:
         ort = import_onnxruntime()
         self.session, self.most = ort.InferenceSession(str(onnx), providers=["CPUExecutionProvider"]), most
         self.tensors = {tensor.name: tensor for tensor in [*self.session.get_inputs(), *self.session.get_outputs()]}
-        (self.input,) = (tensor.name for tensor in self.session.get_inputs())
+        self.inputs = [tensor.name for tensor in self.session.get_inputs()]
         self.num_io_tensors = len(self.tensors)
         self.refuses_context = False
         self.runs: list[int] = []
@@ -49,17 +49,20 @@ class HostEngine:
         return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> str:
-        return "input" if name == self.input else "output"
+        return "input" if name in self.inputs else "output"
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, *self.tensors[name].shape[1:])
+        first, *others = self.tensors[name].shape
+        return (first if isinstance(first, int) else -1, *others)
 
     def get_tensor_dtype(self, name: str) -> str:
         return f"DataType.{TYPES[self.tensors[name].type][0]}"
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        assert (name, profile) == (self.input, 0)
-        return [(count, *self.tensors[name].shape[1:]) for count in (1, self.most, self.most)]
+        assert name in self.inputs
+        assert profile == 0
+        first, *others = self.get_tensor_shape(name)
+        return [(count if first < 0 else first, *others) for count in (1, self.most, self.most)]
 
     def create_runtime_config(self) -> "HostRuntimeConfig":
         return HostRuntimeConfig()
@@ -117,21 +120,29 @@ class HostContext:
     """An IExecutionContext on the host."""
 
     def __init__(self, engine: HostEngine, kernels: HostRuntimeCache | None) -> None:
-        self.engine, self.addresses, self.shape, self.kernels = engine, dict[str, int](), (0,), kernels
-        self.fails, self.capturable, self.laid_out_for = False, True, (0,)
+        self.engine, self.addresses, self.kernels = engine, dict[str, int](), kernels
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.fails, self.capturable, self.laid_out_for = False, True, 0
+
+    @property
+    def _rows(self) -> int:
+        """Of the batch."""
+        return next(self.shapes[name][0] for name in self.shapes if self.engine.get_tensor_shape(name)[0] < 0)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == self.engine.input
-        self.shape = shape
+        first, *others = self.engine.get_tensor_shape(name)
+        assert name in self.engine.inputs
+        assert shape == (shape[0] if first < 0 else first, *others)
+        self.shapes[name] = shape
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return 1024 * self.shape[0]
+        return 1024 * self._rows
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert memory
-        assert size >= 1024 * self.shape[0]
-        self.laid_out_for = self.shape
+        assert size >= 1024 * self._rows
+        self.laid_out_for = self._rows
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self.capturable
@@ -141,22 +152,23 @@ class HostContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert self.laid_out_for == self.shape
-        if self.fails or not 1 <= self.shape[0] <= self.engine.most:
+        rows = self._rows
+        assert self.laid_out_for == rows
+        if self.fails or not 1 <= rows <= self.engine.most:
             return False
         if self.kernels is not None:
-            assert not RECORDING or self.shape[0] in self.kernels.sizes  # compiling is nothing to record
-            self.kernels._compile(self.shape[0])
-        work = partial(self._execute, dict(self.addresses), self.shape)
+            assert not RECORDING or rows in self.kernels.sizes  # compiling is nothing to record
+            self.kernels._compile(rows)
+        work = partial(self._execute, dict(self.addresses), dict(self.shapes), rows)
         if RECORDING:  # what is replayed later knows nothing of what the context is told until then
             RECORDING[-1].append(work)
         else:
             work()
         return True
 
-    def _execute(self, addresses: dict[str, int], shape: tuple[int, ...]) -> None:
+    def _execute(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], rows: int) -> None:
         engine = self.engine
-        engine.runs.append(shape[0])
+        engine.runs.append(rows)
 
         def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
             dtype = np.dtype(TYPES[engine.tensors[name].type][1])
@@ -164,6 +176,6 @@ class HostContext:
             content = (ctypes.c_char * size).from_address(addresses[name])
             return np.frombuffer(content, dtype).reshape(shape)
 
-        outputs = engine.session.run(None, {engine.input: memory(engine.input, shape).copy()})
+        outputs = engine.session.run(None, {name: memory(name, shape).copy() for name, shape in shapes.items()})
         for tensor, value in zip(engine.session.get_outputs(), outputs, strict=True):
             memory(tensor.name, value.shape)[...] = value

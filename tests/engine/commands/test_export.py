@@ -159,8 +159,8 @@ PRESET = ["--preset", "small"]
         ([*PRESET, "--no-embedding"], "a preset brings its own outputs;"),
         ([*PRESET, "--no-tokens"], "a preset brings its own outputs;"),
         ([*PRESET, "--outputs", "windows_2"], "a preset brings its own outputs;"),
-        ([*PRESET, "--text"], "a preset brings its own text;"),
-        (["--text"], "a text tower has no taps, image-size; leave it out"),
+        ([*PRESET, "--graph", "text"], "a preset brings its own graph;"),
+        (["--graph", "text"], "--graph text: this graph has no image-size, taps; leave it out"),
     ],
 )
 def test_no_option_is_ignored(

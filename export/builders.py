@@ -1,6 +1,6 @@
-"""What an export does with each kind of tower: image towers and text towers."""
+"""What builds each kind of graph: of image towers and of text towers."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,8 +17,8 @@ from .vit_graph import build_vit_graph, check_options
 Options = TypeVar("Options", ExportOptions, TextOptions)
 
 
-class Tower(Protocol):
-    """The weights of a tower and what its graph is to be."""
+class GraphBuilder(Protocol):
+    """The weights of a network and what its graph is to be."""
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -30,19 +30,19 @@ class Tower(Protocol):
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Build the graph; exact: the linear layers that stay in fp32 where the others are int8."""
 
-    def other(self) -> "Tower":
-        """Return the tower whose graph computes the same in fp32 and in the other form of attention."""
+    def other(self) -> "GraphBuilder":
+        """Return the builder of a graph that computes the same in fp32, as differently as can be."""
 
     def choices(self) -> Iterable[tuple[str, ...]]:
         """Yield ever more layers to keep in fp32."""
 
     def forward(self) -> Any:
-        """Return the same tower in PyTorch (`TorchForward` or `TorchTextForward`)."""
+        """Return the same network in PyTorch."""
 
 
 @dataclass(frozen=True)
-class ImageTower:
-    """An image tower (see `Tower`)."""
+class ImageTowerBuilder:
+    """Of an image tower (see `GraphBuilder`)."""
 
     weights: VisionTransformer
     options: ExportOptions
@@ -57,7 +57,7 @@ class ImageTower:
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_vit_graph(self.weights, self.options, exact, metadata)
 
-    def other(self) -> "ImageTower":
+    def other(self) -> "ImageTowerBuilder":
         return replace(self, options=_other(self.options))
 
     def choices(self) -> Iterable[tuple[str, ...]]:
@@ -71,8 +71,8 @@ class ImageTower:
 
 
 @dataclass(frozen=True)
-class TextTower:
-    """A text tower (see `Tower`)."""
+class TextTowerBuilder:
+    """Of a text tower (see `GraphBuilder`)."""
 
     weights: TextTransformer
     options: TextOptions
@@ -87,7 +87,7 @@ class TextTower:
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_text_graph(self.weights, self.options, metadata)
 
-    def other(self) -> "TextTower":
+    def other(self) -> "TextTowerBuilder":
         return replace(self, options=_other(self.options))
 
     def choices(self) -> Iterable[tuple[str, ...]]:
@@ -99,11 +99,16 @@ class TextTower:
         return TorchTextForward(self.weights, self.options)
 
 
-def read_wanted_tower(path: Path, options: GraphOptions) -> Tower:
-    """Read the tower of a checkpoint for which the options are; raises CheckpointError."""
-    if isinstance(options, TextOptions):
-        return TextTower(read_text_transformer(path), options)
-    return ImageTower(read_vision_transformer(path), options)
+# Options of a kind of graph → what reads its weights.
+BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
+    ExportOptions: lambda path, options: ImageTowerBuilder(read_vision_transformer(path), options),
+    TextOptions: lambda path, options: TextTowerBuilder(read_text_transformer(path), options),
+}
+
+
+def read_builder(path: Path, options: GraphOptions) -> GraphBuilder:
+    """Read from a checkpoint the weights for which the options are; raises CheckpointError."""
+    return BUILDERS[type(options)](path, options)
 
 
 def _other(options: Options) -> Options:
