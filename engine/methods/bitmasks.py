@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -51,11 +51,12 @@ class BitMask:
         return Box(8 * self.byte, self.row, 8 * (self.byte + columns), self.row + rows)
 
 
-def pack(mask: NDArray[Any], box: Box | None = None) -> BitMask:
-    """Return a mask [H, W] as bits; box: one that holds all of its pixels, to save memory."""
-    x0, y0, x1, y1 = box or (0, 0, mask.shape[1], mask.shape[0])
-    byte = x0 // 8
-    return BitMask(y0, byte, np.packbits(mask[y0:y1, 8 * byte : x1], axis=1))
+def pack(pixels: NDArray[np.bool_], x0: int = 0, y0: int = 0) -> BitMask:
+    """Return a mask as bits; pixels: [h, w], the part of it that holds all of its pixels; x0, y0: where that begins."""
+    before = x0 % 8
+    if before:
+        pixels = np.pad(pixels, ((0, 0), (before, 0)))
+    return BitMask(y0, x0 // 8, np.packbits(pixels, axis=1))
 
 
 def overlap(one: BitMask, other: BitMask) -> int:

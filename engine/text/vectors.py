@@ -69,15 +69,21 @@ class TextVectors:
         return np.concatenate([np.asarray(self._fetch(outputs["embedding"]), np.float32) for _, outputs in parts])
 
 
-def class_vector(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
-    """Return the mean [D] of text vectors [M, D], at unit length.
+def class_mean(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
+    """Return the mean [D] of text vectors [M, D].
 
-    each_at_unit_length: bring every vector to unit length before the mean (APRIL-GAN), or none (WinCLIP).
+    each_at_unit_length: bring every vector to unit length before the mean (APRIL-GAN, VVV), or none (WinCLIP).
     """
     values = vectors.astype(np.float64)
     if each_at_unit_length:
         values /= np.linalg.norm(values, axis=1, keepdims=True)
-    mean = values.mean(axis=0)
+    mean: NDArray[np.float64] = values.mean(axis=0)
+    return mean
+
+
+def class_vector(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
+    """Return the mean of `class_mean` at unit length."""
+    mean = class_mean(vectors, each_at_unit_length)
     unit: NDArray[np.float64] = mean / np.linalg.norm(mean)
     return unit
 
@@ -85,7 +91,8 @@ def class_vector(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDA
 def abnormal_probability(vectors: NDArray[Any], classes: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
     """Return the softmax entry [...] of the abnormal class for image vectors [..., D] of any length.
 
-    classes: unit vectors [2, D], normal and abnormal. tau: what cosines are divided by.
+    classes: vectors [2, D], normal and abnormal: unit vectors, or means of unit vectors, with which the product is the
+    mean cosine. tau: what cosines are divided by.
     """
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     cosines = vectors @ classes.T / np.maximum(lengths, np.finfo(np.float32).tiny)  # [..., 2]
