@@ -1,4 +1,4 @@
-"""What builds each kind of graph: of image towers and of text towers."""
+"""What builds each kind of graph: of image towers, of text towers, of CLIPSeg."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,14 +7,29 @@ from typing import Any, Protocol, TypeVar
 
 import onnx
 
-from .options import ExportOptions, GraphOptions, Preprocessing, TextOptions
+from .clipseg import ClipSegDecoder, read_clipseg_decoder
+from .clipseg_graph import (
+    build_clipseg_decoder_graph,
+    build_clipseg_image_graph,
+    check_clipseg_decoder_options,
+    check_clipseg_image_options,
+)
+from .options import (
+    ClipSegDecoderOptions,
+    ClipSegImageOptions,
+    ExportOptions,
+    GraphOptions,
+    Preprocessing,
+    TextOptions,
+)
 from .quantisation import int8_errors, layers_in_fp32
+from .state_dict import CheckpointError
 from .text_graph import build_text_graph, check_text_options
-from .text_transformer import TextTransformer, read_text_transformer
+from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
 from .vision_transformer import CLIP, VisionTransformer, read_vision_transformer
 from .vit_graph import build_vit_graph, check_options
 
-Options = TypeVar("Options", ExportOptions, TextOptions)
+Options = TypeVar("Options", ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions)
 
 
 class GraphBuilder(Protocol):
@@ -82,6 +97,10 @@ class TextTowerBuilder:
         return CLIP.preprocessing  # of the images that its texts describe
 
     def check(self) -> None:
+        if self.weights.vocabulary != VOCABULARY:  # whatever the graph could do with it
+            raise CheckpointError(
+                f"its vocabulary has {self.weights.vocabulary} tokens, CLIP's has {VOCABULARY}; take another checkpoint"
+            )
         check_text_options(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -99,10 +118,64 @@ class TextTowerBuilder:
         return TorchTextForward(self.weights, self.options)
 
 
+@dataclass(frozen=True)
+class ClipSegImageBuilder:
+    """Of CLIPSeg's image tower (see `GraphBuilder`)."""
+
+    weights: VisionTransformer
+    options: ClipSegImageOptions
+    preprocessing: Preprocessing = "imagenet"  # unlike CLIP's
+
+    def check(self) -> None:
+        check_clipseg_image_options(self.weights, self.options)
+
+    def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        return build_clipseg_image_graph(self.weights, self.options, metadata)
+
+    def other(self) -> "ClipSegImageBuilder":
+        return replace(self, options=_other(self.options))
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def forward(self) -> Any:
+        from .torch_clipseg import TorchClipSegImage
+
+        return TorchClipSegImage(self.weights, self.options)
+
+
+@dataclass(frozen=True)
+class ClipSegDecoderBuilder:
+    """Of CLIPSeg's decoder (see `GraphBuilder`)."""
+
+    weights: ClipSegDecoder
+    options: ClipSegDecoderOptions
+    preprocessing: Preprocessing = "imagenet"  # of the images that it segments
+
+    def check(self) -> None:
+        check_clipseg_decoder_options(self.weights, self.options)
+
+    def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        return build_clipseg_decoder_graph(self.weights, self.options, metadata)
+
+    def other(self) -> "ClipSegDecoderBuilder":
+        return replace(self, options=_other(self.options))
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def forward(self) -> Any:
+        from .torch_clipseg import TorchClipSegDecoder
+
+        return TorchClipSegDecoder(self.weights, self.options)
+
+
 # Options of a kind of graph → what reads its weights.
 BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
     ExportOptions: lambda path, options: ImageTowerBuilder(read_vision_transformer(path), options),
     TextOptions: lambda path, options: TextTowerBuilder(read_text_transformer(path), options),
+    ClipSegImageOptions: lambda path, options: ClipSegImageBuilder(read_vision_transformer(path), options),
+    ClipSegDecoderOptions: lambda path, options: ClipSegDecoderBuilder(read_clipseg_decoder(path), options),
 }
 
 

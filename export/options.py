@@ -72,5 +72,69 @@ class TextOptions:
         return "text"
 
 
-GraphOptions = ExportOptions | TextOptions
-GRAPHS: Mapping[str, type[GraphOptions]] = {options.kind: options for options in (ExportOptions, TextOptions)}
+@dataclass(frozen=True)
+class ClipSegImageOptions:
+    """Options of the graph of CLIPSeg's image tower."""
+
+    kind: ClassVar = "clipseg_image"
+    image_size: int = 352
+    taps: tuple[int, ...] = (3, 6, 9)  # 0-based blocks, those that the decoder has learnt from
+    activation: str = "quick_gelu"
+    heads: int | None = None  # None: those of the published tower of this width
+    precision: str = "fp32"  # or fp16
+    attention: str = "fused"
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return self.tower.inputs
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"image-{self.image_size}"
+
+    @property
+    def tower(self) -> ExportOptions:
+        """The options of an image tower that takes the images through the same blocks."""
+        return ExportOptions(
+            taps=self.taps,
+            image_size=self.image_size,
+            activation=self.activation,
+            heads=self.heads,
+            outputs=("tokens",),
+            precision=self.precision,
+            attention=self.attention,
+            antialias=False,
+        )
+
+
+@dataclass(frozen=True)
+class ClipSegDecoderOptions:
+    """Options of the graph of CLIPSeg's decoder."""
+
+    kind: ClassVar = "clipseg_decoder"
+    image_size: int = 352  # of logits, as of images
+    heads: int = 4
+    patch_size: int = 16  # of the image tower; this and what follows must be the checkpoint's
+    width: int = 768  # of the image tower
+    dimension: int = 512  # of a prompt's vector
+    precision: str = "fp32"  # or fp16
+    attention: str = "fused"
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        tokens = 1 + (self.image_size // self.patch_size) ** 2
+        return {"activations": (3, tokens, self.width), "conditions": (None, self.dimension)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"decoder-{self.image_size}"
+
+
+GraphOptions = ExportOptions | TextOptions | ClipSegImageOptions | ClipSegDecoderOptions
+GRAPHS: Mapping[str, type[GraphOptions]] = {
+    options.kind: options for options in (ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions)
+}

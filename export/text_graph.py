@@ -8,10 +8,10 @@ from onnx import TensorProto, helper
 
 from .options import TextOptions
 from .state_dict import CheckpointError
-from .text_transformer import NORM_EPS, VOCABULARY, TextTransformer
+from .text_transformer import NORM_EPS, TextTransformer
 from .transformer_graph import TransformerGraph, check_choices, finished_model
 
-LARGEST_CONTEXT = 2**24 // VOCABULARY  # tokens; a float numbers no more places of the whole vocabulary
+PLACES = 2**24  # a float numbers no more, and there is one for each token of the vocabulary in each place of a text
 
 
 class _Graph(TransformerGraph):
@@ -73,7 +73,7 @@ def build_text_graph(
 
 def check_text_options(text: TextTransformer, options: TextOptions) -> int:
     """Return the number of attention heads; raises CheckpointError when an option does not fit the checkpoint."""
-    longest = min(len(text.positions), LARGEST_CONTEXT)
+    longest = min(len(text.positions), PLACES // text.vocabulary)
     if not 0 < options.context <= longest:
         raise CheckpointError(f"its texts have up to {longest} tokens, not {options.context}; take another checkpoint")
     if options.precision == "int8":

@@ -29,7 +29,7 @@ NORM_EPS = 1e-5
 class TextTransformer:
     """The text tower of CLIP: a token sees those in front of it alone."""
 
-    token_embedding: Array  # [VOCABULARY, C]
+    token_embedding: Array  # [V, C]
     positions: Array  # [T, C]
     blocks: list[Block]
     norm: Affine
@@ -38,6 +38,11 @@ class TextTransformer:
     @property
     def width(self) -> int:
         return int(self.token_embedding.shape[-1])
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+        return len(self.token_embedding)
 
     def attention_heads(self, heads: int | None) -> int:
         """Return the number of attention heads, see the function of this name."""
@@ -48,7 +53,7 @@ class TextTransformer:
 def read_text_transformer(path: Path) -> TextTransformer:
     """Read the text tower of a checkpoint of CLIP as float32, in OpenAI's (also open_clip's) or Hugging Face's names.
 
-    Raises CheckpointError, see `read_tower`; also for another vocabulary than CLIP's.
+    Hugging Face's may stand in a file of CLIPSeg. Raises CheckpointError, see `read_tower`.
     """
     return read_tower(path, LAYOUTS, _check, "text tower", "CLIP")
 
@@ -56,11 +61,9 @@ def read_text_transformer(path: Path) -> TextTransformer:
 def _check(text: TextTransformer) -> None:
     """Raise ValueError where a tensor does not fit the others or holds no numbers."""
     width = text.width
-    if len(text.token_embedding) != VOCABULARY:
-        raise ValueError(f"its vocabulary has {len(text.token_embedding)} tokens, CLIP's has {VOCABULARY}")
     check_tensors(
         [
-            ("token embedding", text.token_embedding, (VOCABULARY, width)),
+            ("token embedding", text.token_embedding, (text.vocabulary, width)),
             ("positions", text.positions, (len(text.positions), width)),
             *named_blocks(text.blocks, width),
             *named_affine("norm", text.norm, (width,)),

@@ -1,7 +1,7 @@
 """Towers in plain PyTorch: the oracle of the export, and what its speed is compared with."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from .options import WINDOWS, ExportOptions, GraphOptions, TextOptions
+from .options import WINDOWS, ExportOptions, TextOptions
 from .text_transformer import NORM_EPS, TextTransformer
 from .transformer import Affine, Block
 from .vision_transformer import VisionTransformer
@@ -18,23 +18,28 @@ from .vision_transformer import VisionTransformer
 Array = NDArray[np.float32]
 
 BLOCK = [field.name for field in fields(Block)]
+ACTIVATION: dict[str, Callable[[Any], Any]] = {
+    "gelu": functional.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+}
 
 
-class _TorchBlocks:
+class TorchBlocks:
     """Blocks in plain PyTorch, eager, with its fused attention; weights are converted once."""
 
     def __init__(
         self,
         blocks: Sequence[Block],
         heads: int,
-        options: GraphOptions,
+        activation: str,
         eps: float,
         causal: bool,
         where: tuple[str, Any],
     ) -> None:
         """causal: a token sees none behind it. where: device and type."""
         self._device, self._dtype = where
-        self._heads, self._activation, self._eps, self._causal = heads, options.activation, eps, causal
+        self._heads, self._activation, self._eps, self._causal = heads, ACTIVATION[activation], eps, causal
         self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in blocks]
 
     def tensor(self, array: Any) -> Any:
@@ -72,12 +77,10 @@ class _TorchBlocks:
         if hidden.shape[-1] == 2 * block["fc2"][0].shape[1]:
             gate, value = hidden.chunk(2, dim=-1)
             return functional.linear(functional.silu(gate) * value, *block["fc2"])
-        plain = self._activation == "gelu"
-        hidden = functional.gelu(hidden) if plain else hidden * torch.sigmoid(1.702 * hidden)
-        return functional.linear(hidden, *block["fc2"])
+        return functional.linear(self._activation(hidden), *block["fc2"])
 
 
-class TorchForward(_TorchBlocks):
+class TorchForward(TorchBlocks):
     """An image tower in plain PyTorch."""
 
     def __init__(
@@ -86,7 +89,7 @@ class TorchForward(_TorchBlocks):
         """options: all but the precision, which is `dtype`, and the form of attention."""
         own = vit.architecture
         heads = own.attention_heads(vit.width, options.heads)
-        super().__init__(vit.blocks, heads, options, own.norm_eps, causal=False, where=(device, dtype))
+        super().__init__(vit.blocks, heads, options.activation, own.norm_eps, causal=False, where=(device, dtype))
         self._vit, self._options = vit, options
         self._norm = self._affine(vit.norm)
         self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)
@@ -99,10 +102,7 @@ class TorchForward(_TorchBlocks):
         """Return of images [B, 3, S, S] what the options ask for, as the graph does (see `build_vit_graph`)."""
         vit, wanted, front = self._vit, self._options.outputs, 1 + len(self._vit.registers)
         with torch.inference_mode():
-            x = functional.conv2d(images, *self._patches, stride=vit.patch_size)
-            x = x.flatten(2).transpose(1, 2)  # [B, P, C]
-            x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
-            x = torch.cat([x[:, :1], self._registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            x = self._embedded(images)
             outputs = {name: self._windows(x, side) for name, side in WINDOWS.items() if name in wanted}
             x = x if self._pre_norm is None else self._normed(x, self._pre_norm)
             tapped = []
@@ -118,6 +118,13 @@ class TorchForward(_TorchBlocks):
             if "patches" in wanted:
                 outputs["patches"] = self._normed(x, self._norm)[:, front:]
             return outputs
+
+    def _embedded(self, images: Any) -> Any:
+        """The tokens [B, T, C] in front of the first norm."""
+        x = functional.conv2d(images, *self._patches, stride=self._vit.patch_size)
+        x = x.flatten(2).transpose(1, 2)  # [B, P, C]
+        x = torch.cat([self._class_token.expand(len(x), 1, -1), x], dim=1) + self._positions
+        return torch.cat([x[:, :1], self._registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
     def _class_vector(self, x: Any) -> Any:
         y = self._normed(x[:, 0], self._norm)
@@ -151,7 +158,7 @@ class TorchForward(_TorchBlocks):
         return torch.cat([positions[:1], maps.flatten(2)[0].T])
 
 
-class TorchTextForward(_TorchBlocks):
+class TorchTextForward(TorchBlocks):
     """A text tower in plain PyTorch."""
 
     def __init__(
@@ -159,7 +166,7 @@ class TorchTextForward(_TorchBlocks):
     ) -> None:
         """options: all but the precision, which is `dtype`, and the form of attention."""
         heads = text.attention_heads(options.heads)
-        super().__init__(text.blocks, heads, options, NORM_EPS, causal=True, where=(device, dtype))
+        super().__init__(text.blocks, heads, options.activation, NORM_EPS, causal=True, where=(device, dtype))
         self._tokens, self._positions = self.tensor(text.token_embedding), self.tensor(text.positions)
         self._norm, self._projection = self._affine(text.norm), self.tensor(text.projection)
 

@@ -6,6 +6,7 @@ stream, LayerNorm, softmax and the embedding in fp32, as under PyTorch's autocas
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ BUILDER_VERSION = 6
 OPSET = 20
 IR_VERSION = 10
 
+PLAIN_ACTIVATIONS = {"gelu": "Gelu", "relu": "Relu"}  # those that ONNX has an operator for
 LINEAR_LAYERS = ("qkv", "proj", "fc1", "fc2")  # of every block
 PADDING = 16  # columns
 HIDDEN = -1e4  # the logit of a token that is not to be seen; in half precision there still is such a number
@@ -133,8 +135,8 @@ class TransformerGraph:
         return self.node("LayerNormalization", inputs, name, axis=-1, epsilon=eps)
 
     def activation(self, x: str, kind: str, name: str) -> str:
-        if kind == "gelu":
-            return self.node("Gelu", [x], name)
+        if kind in PLAIN_ACTIVATIONS:
+            return self.node(PLAIN_ACTIVATIONS[kind], [x], name)
         slope = self.constant(self.dtype(1.702), name + ".slope")
         return self.node(
             "Mul", [x, self.node("Sigmoid", [self.node("Mul", [x, slope], name + ".scaled")], name + ".gate")], name
@@ -156,13 +158,17 @@ class TransformerGraph:
 
     def packed(self, x: str, block: Block, heads: int, eps: float, name: str) -> str:
         """Queries, keys and values [B, T, 3C] of the residual stream: each token's depend on that token alone."""
+        y = self.narrow(self.layer_norm(x, block.norm1, eps, name + ".norm1"))
+        return self.projected(y, block, heads, name)
+
+    def projected(self, y: str, block: Block, heads: int, name: str) -> str:
+        """Queries, keys and values [B, T, 3C] of what the attention sees, [B, T, C]."""
         weight, bias = block.qkv
         if not self.fused:
             # Queries are scaled in the weights, as TensorRT's fusion wants it: before the first product.
             width = len(bias) // 3
             scale = np.repeat(np.array([(width // heads) ** -0.5, 1, 1], np.float32), width)
             weight, bias = weight * scale[:, None], bias * scale
-        y = self.narrow(self.layer_norm(x, block.norm1, eps, name + ".norm1"))
         return self.linear(y, (weight, bias), name + ".qkv")
 
     def attention(self, packed: str, width: int, heads: int, name: str, only_first: bool) -> str:
@@ -244,10 +250,6 @@ def finished_model(
 
 def check_choices(options: GraphOptions) -> None:
     """Raise CheckpointError where an option is none of those that there are."""
-    for value, known in (
-        (options.activation, ACTIVATIONS),
-        (options.precision, PRECISIONS),
-        (options.attention, ATTENTIONS),
-    ):
-        if value not in known:
+    for name, known in (("activation", ACTIVATIONS), ("precision", PRECISIONS), ("attention", ATTENTIONS)):
+        if name in {field.name for field in fields(options)} and (value := getattr(options, name)) not in known:
             raise CheckpointError(f"{value!r} must be one of {', '.join(known)}")

@@ -59,7 +59,7 @@ def resize_positions(vit: VisionTransformer, grid: int, antialias: bool | None =
     return np.concatenate([vit.positions[:1], resized.reshape(grid * grid, -1)]).astype(np.float32)
 
 
-class _Graph(TransformerGraph):
+class ImageTowerGraph(TransformerGraph):
     """The graph of an image tower."""
 
     def embed(self, images: str, vit: VisionTransformer, grid: int, antialias: bool | None) -> str:
@@ -171,7 +171,7 @@ def build_vit_graph(
     """
     heads = check_options(vit, options)
     size, grid = options.image_size, options.image_size // vit.patch_size
-    graph = _Graph(options.precision, options.attention == "fused", exact)
+    graph = ImageTowerGraph(options.precision, options.attention == "fused", exact)
     within = "image." if options.precision == "int8" else ""  # the loop over the batch, see `_take_images_singly`
     embedded = graph.embed(within + "images", vit, grid, options.antialias)
     # One token's queries, keys and values are the same in the image and in all windows that hold it.
@@ -207,7 +207,7 @@ def build_vit_graph(
 
 
 def _add_windows(
-    graph: _Graph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, name: str
+    graph: ImageTowerGraph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, name: str
 ) -> onnx.ValueInfoProto:
     """Add the output `name` that the windows of one size have; the rest as for `_add_image`.
 
@@ -240,7 +240,7 @@ def _add_windows(
 
 
 def _add_image(
-    graph: _Graph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, within: str
+    graph: ImageTowerGraph, embedded: tuple[str, str], vit: VisionTransformer, options: ExportOptions, within: str
 ) -> list[onnx.ValueInfoProto]:
     """Add the outputs that the image as a whole has.
 
@@ -276,7 +276,7 @@ def _dimension(vit: VisionTransformer) -> int:
 
 def build_stem_graph(vit: VisionTransformer, image_size: int, antialias: bool | None) -> onnx.ModelProto:
     """Build the fp32 graph in front of the blocks: `images` [B, 3, S, S] to the residual stream `x` [B, T, C]."""
-    graph = _Graph("fp32", fused=True)
+    graph = ImageTowerGraph("fp32", fused=True)
     graph.node("Identity", [graph.embed("images", vit, image_size // vit.patch_size, antialias)], "x")
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, image_size, image_size])
     return finished_model(graph, "stem", [images], [_stream("x", vit)])
@@ -289,7 +289,7 @@ def build_block_graph(
 
     exact: the linear layers that stay in fp32. The tap holds all tokens.
     """
-    graph = _Graph("int8", fused=True, exact=exact)
+    graph = ImageTowerGraph("int8", fused=True, exact=exact)
     y = graph.block("x", vit.blocks[index], heads, activation, vit.architecture.norm_eps, f"block{index}")
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
@@ -304,7 +304,7 @@ def _floats(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
-def _take_images_singly(graph: _Graph, outputs: list[onnx.ValueInfoProto], image_size: int) -> None:
+def _take_images_singly(graph: ImageTowerGraph, outputs: list[onnx.ValueInfoProto], image_size: int) -> None:
     """Put the nodes of a graph, which compute `image.tokens` from `image.images`, into a loop over the batch.
 
     All activations in front of an int8 layer share one scale: an image must not be rounded by its neighbours' range.

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from clip_checkpoints import text_arrays, write_clip
+from clip_checkpoints import clip_state, text_arrays, write_clip
+from safetensors.numpy import save_file
 
 from zsad.export.agreement import run_graph, sample_texts
 from zsad.export.onnx_export import export_onnx
@@ -119,6 +120,14 @@ def test_it_is_exported_beside_the_image_tower(empty_cache: Path, tmp_path: Path
     facts = {entry.key: entry.value for entry in onnx.load(model.path).metadata_props}
     assert (facts["architecture"], facts["context"]) == ("clip-text", "77")
     assert facts["checkpoint_sha256"] == model.sha256
+
+
+def test_a_vocabulary_that_is_not_the_tokenizer_s_is_refused(tmp_path: Path) -> None:
+    state = clip_state("april") | {"token_embedding.weight": np.zeros((32000, 64), np.float32)}
+    save_file(state, tmp_path / "clip.safetensors")
+    with pytest.raises(CheckpointError, match="vocabulary has 32000 tokens, CLIP's has 49408"):
+        export_onnx(str(tmp_path / "clip.safetensors"), TextOptions(), tmp_path / "text.onnx")
+    assert not (tmp_path / "text.onnx").exists()
 
 
 def test_a_graph_that_computes_something_else_is_not_written(

@@ -1,0 +1,144 @@
+"""CLIPSeg's decoder, read from any of the names under which it is published; its towers are CLIP's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .transformer import (
+    Affine,
+    Array,
+    Block,
+    Layouts,
+    Named,
+    Tensors,
+    check_tensors,
+    count_blocks,
+    named_affine,
+    named_blocks,
+    read_affine,
+    read_tower,
+)
+
+LAYERS = 3  # blocks of the image tower that the decoder sees, and blocks of its own
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ClipSegDecoder:
+    """The refined decoder: tokens of the image tower and a prompt's vector in, logits out.
+
+    R is its width, C that of the tokens, D that of the vector.
+    """
+
+    reduces: list[Affine]  # [R, C], in the order of its blocks: for the last of the tapped blocks first
+    film_mul: Affine  # [R, D]
+    film_add: Affine
+    blocks: list[Block]  # `norm1` follows the attention with its residual, `norm2` the feed-forward with its own
+    convolution: Affine  # [R, R, 3, 3]
+    upsampling: list[Affine]  # two transposed convolutions without overlap: [R, M, k, k] and [M, 1, l, l]
+
+    @property
+    def width(self) -> int:
+        return len(self.film_mul[1])
+
+    @property
+    def token_width(self) -> int:
+        return int(self.reduces[0][0].shape[-1])
+
+    @property
+    def dimension(self) -> int:
+        return int(self.film_mul[0].shape[-1])
+
+    @property
+    def patch_size(self) -> int:
+        """How many pixels of logits a patch becomes on a side."""
+        return int(np.prod([weight.shape[-1] for weight, _ in self.upsampling]))
+
+
+def read_clipseg_decoder(path: Path) -> ClipSegDecoder:
+    """Read the refined decoder of CLIPSeg as float32, in Hugging Face's names or in those of the original file.
+
+    Raises CheckpointError, see `read_tower`; also for a decoder that is not refined.
+    """
+    return read_tower(path, LAYOUTS, _check, "decoder", "CLIPSeg")
+
+
+def _check(decoder: ClipSegDecoder) -> None:
+    """Raise ValueError where a tensor does not fit the others or holds no numbers."""
+    width = decoder.width
+    if not len(decoder.blocks) == len(decoder.reduces) == LAYERS:
+        raise ValueError(
+            f"it has {len(decoder.blocks)} blocks for {len(decoder.reduces)} of the image tower, CLIPSeg's has {LAYERS}"
+        )
+    tensors: list[Named] = []
+    for index, reduce in enumerate(decoder.reduces):
+        tensors += named_affine(f"reduce {index}", reduce, (width, decoder.token_width))
+    tensors += named_affine("film_mul", decoder.film_mul, (width, decoder.dimension))
+    tensors += named_affine("film_add", decoder.film_add, (width, decoder.dimension))
+    tensors += named_blocks(decoder.blocks, width)
+    tensors += named_affine("convolution", decoder.convolution, (width, width, 3, 3))
+    inner = len(decoder.upsampling[0][1])
+    for index, (own, channels) in enumerate(((width, inner), (inner, 1))):
+        weight, bias = decoder.upsampling[index]
+        side = weight.shape[-1]
+        tensors.append((f"upsampling {index}", weight, (own, channels, side, side)))
+        tensors.append((f"upsampling {index} bias", bias, (channels,)))
+    check_tensors(tensors)
+
+
+def _read_original(state: Tensors) -> ClipSegDecoder:
+    """The names of the original file."""
+    if "trans_conv.weight" in state:
+        raise ValueError("it is not the refined one, of which trans_conv is three convolutions")
+    blocks = []
+    for index in range(count_blocks(state, "blocks.")):
+        block = f"blocks.{index}."
+        blocks.append(
+            Block(
+                norm1=read_affine(state, block + "norm1"),
+                qkv=(state[block + "self_attn.in_proj_weight"], state[block + "self_attn.in_proj_bias"]),
+                proj=read_affine(state, block + "self_attn.out_proj"),
+                norm2=read_affine(state, block + "norm2"),
+                fc1=read_affine(state, block + "linear1"),
+                fc2=read_affine(state, block + "linear2"),
+            )
+        )
+    return ClipSegDecoder(
+        reduces=[read_affine(state, f"reduces.{index}") for index in range(count_blocks(state, "reduces."))],
+        film_mul=read_affine(state, "film_mul"),
+        film_add=read_affine(state, "film_add"),
+        blocks=blocks,
+        convolution=read_affine(state, "trans_conv.0"),
+        upsampling=[read_affine(state, f"trans_conv.{index}") for index in (2, 4)],
+    )
+
+
+def _read(state: Tensors) -> ClipSegDecoder:
+    """Either names: those of the Hugging Face port are renamed to the original ones."""
+    if "transposed_convolution.weight" in state or "transposed_convolution.0.weight" in state:
+        return _read_original(_rename_hugging_face(state))
+    return _read_original(state)
+
+
+def _rename_hugging_face(state: Tensors) -> dict[str, Array]:
+    renamed, layers = {}, {}
+    for index in range(count_blocks(state, "layers.")):
+        source, target = f"layers.{index}.", f"blocks.{index}."
+        layers |= {source + "layer_norm1": target + "norm1", source + "layer_norm2": target + "norm2"}
+        layers |= {source + "mlp.fc1": target + "linear1", source + "mlp.fc2": target + "linear2"}
+        layers |= {source + "self_attn.out_proj": target + "self_attn.out_proj"}
+        for kind in ("weight", "bias"):
+            parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
+            renamed[f"{target}self_attn.in_proj_{kind}"] = np.concatenate(parts)
+    for name in state:
+        module, _, kind = name.rpartition(".")
+        if not name.startswith("layers."):
+            renamed[name.replace("transposed_convolution", "trans_conv")] = state[name]
+        elif module in layers:
+            renamed[f"{layers[module]}.{kind}"] = state[name]
+    return renamed
+
+
+# The original file has one more layer, which the network does not use.
+LAYOUTS: Layouts[ClipSegDecoder] = {"film_mul.weight": (_read, r"reduce\.(weight|bias)")}
