@@ -51,5 +51,5 @@ def combined(dichotomous: NDArray[np.bool_], masks: Sequence[BitMask], settings:
         kept[index] = mask.area > 0 and overlap(mask, bits) / mask.area >= settings.coverage
     if not kept.any():
         return Foreground(dichotomous, "dichotomous", kept)
-    united = union((masks[index] for index in np.flatnonzero(kept)), dichotomous.shape)
+    united = union((mask for mask, covered in zip(masks, kept, strict=True) if covered), dichotomous.shape)
     return Foreground(united, "sam", kept)

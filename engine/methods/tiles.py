@@ -59,9 +59,10 @@ def components(foreground: NDArray[np.bool_], min_component: float) -> tuple[NDA
     min_component: the share of the image below which one is dropped, unless all are. Returns with them the labels
     [H, W] of their pixels: index + 1, 0 for the background and what was dropped.
     """
-    found, labels, stats, _ = cv2.connectedComponentsWithStats(
+    found, labelled, stats, _ = cv2.connectedComponentsWithStats(
         np.ascontiguousarray(foreground).view(np.uint8), connectivity=8, ltype=cv2.CV_32S
     )
+    labels: NDArray[np.int32] = np.asarray(labelled, np.int32)
     areas = stats[:, cv2.CC_STAT_AREA]
     large = np.flatnonzero(areas[1:] >= min_component * foreground.size) + 1
     kept = large if large.size else np.arange(1, found)

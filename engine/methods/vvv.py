@@ -54,7 +54,8 @@ def harmonic_mean(logits: NDArray[Any], counts: NDArray[np.float32] | None = Non
         inverse += 1
         inverse *= count
         total += inverse
-    return np.float32(counts.sum()) / total
+    means: NDArray[np.float32] = np.float32(counts.sum()) / total
+    return means
 
 
 def resized(values: NDArray[np.float32], size: tuple[int, int], rows: slice = slice(None)) -> NDArray[np.float32]:

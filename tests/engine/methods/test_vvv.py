@@ -1,5 +1,7 @@
 """Variance Vigilance Vanguard between the networks."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -150,3 +152,51 @@ def test_how_many_components_score_an_image(count: int, share: float, top: Any, 
     scores = np.random.default_rng(0).permutation(count).astype(np.float64)
     found = image_score(scores, Settings(share=share, top=top))
     assert found == np.arange(count)[count - expected :].mean()
+
+
+# Runs on its own, so that the highest use of memory is that of one image.
+LARGE = """
+from pathlib import Path
+import numpy as np
+from zsad.engine.methods.bitmasks import pack
+from zsad.engine.methods.foreground import combined
+from zsad.engine.methods.tiles import components, tiles, with_parts
+from zsad.engine.methods.vvv import Settings, TileMean
+
+def highest():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+height, width = 5760, 7840
+settings = Settings()
+tile = np.ones((400, 392), bool)
+tile[350:] = tile[:, 340:] = False
+found = np.tile(tile, (14, 20))  # of 280 plates
+found = np.pad(found, ((0, height - len(found)), (0, 0)))
+found[5600:] = True  # joins none; 160 rows, elongated
+masks = [pack(np.ones((40, 50), bool), x, y) for y in range(0, 5600, 400) for x in range(3, width, 392)]
+masks += [pack(np.ones((200, 250), bool), x, y) for y in range(0, 5600, 400) for x in range(5, width, 392)]
+masks += [pack(np.ones((160, 300), bool), x, 5600) for x in range(0, 7500, 100)]
+masks += [pack(found)] * 300
+Path("/proc/self/clear_refs").write_text("5")  # the highest use starts again from the present one
+before = highest()
+foreground = combined(found, masks, settings)
+labels, parts = components(foreground.pixels, settings.min_component)
+parts = with_parts(labels, parts, [mask for mask, kept in zip(masks, foreground.kept) if kept])
+del labels
+laid = list(tiles(parts, found.shape, settings))
+mean = TileMean(found.shape, len(laid))
+for tile in laid:
+    mean.add(tile.box, np.ones((352, 352), np.float32))
+pixels = mean.finish()
+print(len(parts), len(laid), parts[0].parts, parts[-1].parts, int(pixels.max()), highest() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_of_a_large_image() -> None:
+    result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    *facts, highest = map(int, result.stdout.split())
+    assert facts == [281, 280 + 95, 2, 75, 1]
+    # The foreground, its labels, the bytes that OpenCV takes for these, and little more.
+    assert highest < 8 * 5760 * 7840
