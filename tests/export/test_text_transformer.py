@@ -65,7 +65,7 @@ def test_what_stands_beside_the_tower_changes_nothing(tmp_path: Path, prefix: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token_embedding.weight": np.zeros((99, 32), np.float32)}, r"qkv is \(192, 64\) instead of \(96, 32\)"),
+        ({"token_embedding.weight": np.zeros((99, 32), np.float32)}, r"positions is \(77, 64\) instead of \(77, 32\)"),
         ({"cls_emb": np.zeros(64, np.float32)}, "holds cls_emb, which belongs to an architecture"),
         ({"text_projection": None}, "lacks the tensor text_projection"),
         ({"text_projection": np.zeros((32, 24), np.float32)}, r"projection is \(32, 24\) instead of \(64, 24\)"),
