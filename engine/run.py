@@ -239,7 +239,11 @@ class CategoryPass:
         results = self._compared(scored) if self.method.compares else map(self._absolute, scored)
         timings, options = self.workplace.timings, self.job.options
         writing = Writing(
-            options.formats, self.config.object_mask, self.workplace.loader.workers, self.workplace.loader.memory_limit
+            options.formats,
+            self.config.object_mask,
+            self.workplace.loader.workers,
+            self.workplace.loader.memory_limit,
+            middle_square=any(recipe.resize == "shortest_crop" for recipe in self.method.inputs),
         )
         # Results that depend on other images are written at the end: there is nothing to go on with before.
         journal = None if self.method.compares else digest

@@ -12,23 +12,32 @@ from PIL import Image
 from .stored import ImageError, ImageMemoryError, Stored, read_stored
 
 Preprocessing = Literal["imagenet", "clip"]
+Resize = Literal["squash", "shortest_crop"]  # to a square: the whole image, or its middle with the aspect ratio kept
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network wants its images: resized to size × size, values in [0, 1], normalised."""
+    """How a network wants its images: brought to size × size, values in [0, 1], normalised."""
 
     size: int
     resampling: Literal["bilinear", "bicubic"]  # antialiased
     mean: tuple[float, float, float]  # of values in [0, 1]
     deviation: tuple[float, float, float]
+    resize: Resize = "squash"
+
+    def resized(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return the rows and columns that an image is resized to; the middle size × size of them is the input."""
+        if self.resize == "squash":
+            return self.size, self.size
+        shortest = min(rows, columns)
+        return self.size * rows // shortest, self.size * columns // shortest
 
 
-def recipe(preprocessing: Preprocessing, size: int) -> Recipe:
+def recipe(preprocessing: Preprocessing, size: int, resize: Resize = "squash") -> Recipe:
     """Return what a kind of preprocessing means. imagenet: DINOv2, the challenge's networks; clip: CLIP elsewhere."""
     if preprocessing == "imagenet":
-        return Recipe(size, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Recipe(size, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        return Recipe(size, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize)
+    return Recipe(size, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), resize)
 
 
 def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
@@ -76,9 +85,16 @@ def _table(white: int) -> NDArray[np.uint8]:
 
 
 def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:
-    """Resize without keeping the aspect ratio and normalise; returns [3, S, S]."""
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    size = (recipe.size, recipe.size)
-    resized = np.asarray(image.resize(size, filters[recipe.resampling]), np.float32) / np.float32(255)
+    """Bring an image to a square and normalise it; returns [3, S, S]."""
+    resampling = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[recipe.resampling]
+    size, (rows, columns) = recipe.size, recipe.resized(image.height, image.width)
+    # Of what is cropped the longer side comes first, so that no more than its middle is resized along the other one.
+    if columns > size:
+        left = round((columns - size) / 2)
+        image = image.resize((columns, image.height), resampling).crop((left, 0, left + size, image.height))
+    elif rows > size:
+        top = round((rows - size) / 2)
+        image = image.resize((image.width, rows), resampling).crop((0, top, image.width, top + size))
+    resized = np.asarray(image.resize((size, size), resampling), np.float32) / np.float32(255)
     mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
     return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))

@@ -98,9 +98,16 @@ class DeviceInputs:
                 if isinstance(image, np.ndarray):
                     on_device = self._device.empty(image.shape, np.uint8)
                     self._device.upload(image, on_device)
+                rows, columns, _ = on_device.shape
                 for recipe, batch in self._inputs[self._slot].items():
                     network_input_on_device(
-                        self._device, on_device, batch[index], recipe.resampling, recipe.mean, recipe.deviation
+                        self._device,
+                        on_device,
+                        batch[index],
+                        recipe.resampling,
+                        recipe.mean,
+                        recipe.deviation,
+                        recipe.resized(rows, columns),
                     )
         with self._device.consuming(("images", self._slot)):
             yield {recipe: batch[: len(images)] for recipe, batch in self._inputs[self._slot].items()}

@@ -7,7 +7,7 @@ references → memories of each block's tokens → cosine distances to the neare
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ class Settings(TextSettings):
     score_range: Annotated[tuple[float, float], AfterValidator(rising)] | None = Field(
         None, description="two numbers, low < high"
     )
+    # What map maxima are brought to [0, 1] by: the category's own, the score_range, or all that maps can hold, so that
+    # scores depend on no other image either. None: score_range where there is one, else class_batch.
+    minmax_scope: Literal["class_batch", "calibrated", "off"] | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -45,6 +48,11 @@ class Settings(TextSettings):
     @property
     def prompt_name(self) -> str:
         return self.prompts or "april35"
+
+    @property
+    def scope(self) -> str:
+        """The minmax_scope in force."""
+        return self.minmax_scope or ("class_batch" if self.score_range is None else "calibrated")
 
 
 class AprilGAN(TextGuided):
@@ -61,9 +69,10 @@ class AprilGAN(TextGuided):
         (width,) = self._graph.outputs["embedding"].shape
         file, self._head_sha256 = find_checkpoint(self._settings.head)
         self._heads = read_linear_heads(file, layers, channels, width)
-        self.rescores = self._few_shot and self._settings.score_range is None
+        self.rescores = self._few_shot and self._settings.scope == "class_batch"
         # Of each block a probability, and with references a cosine distance: above 1 only for opposed tokens.
         self.map_range = (0.0, float(layers * (2 if self._few_shot else 1)))
+        self._score_range = self._settings.score_range or self.map_range
         self._memories: list[Nearest] = []  # of each layer; none without references
 
     @staticmethod
@@ -72,7 +81,12 @@ class AprilGAN(TextGuided):
         for name, spec in config.networks.items():
             if not spec.taps:
                 raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
-        chosen_prompts(config.settings.prompt_name)  # a mistake is found before weights are fetched
+        # Mistakes are found before weights are fetched.
+        chosen_prompts(config.settings.prompt_name)
+        scope, score_range = config.settings.scope, config.settings.score_range
+        if (scope == "calibrated") != (score_range is not None):
+            takes = "a score_range = [low, high]" if score_range is None else "no score_range; leave it out"
+            raise ConfigError(f"[april_gan] minmax_scope {scope!r} takes {takes}")
         return tower_requests(config, ("embedding", "tokens"))
 
     def record(self) -> dict[str, Any]:
@@ -118,9 +132,9 @@ class AprilGAN(TextGuided):
         if not self._memories:
             return Scored(index, probability, pixels)
         highest = float(pixels.max())
-        if self._settings.score_range is None:
+        if self.rescores:
             return Scored(index, (probability + highest) / 2, pixels, np.array([probability, highest]))
-        low, high = self._settings.score_range
+        low, high = self._score_range
         return Scored(index, (probability + min(max((highest - low) / (high - low), 0.0), 1.0)) / 2, pixels)
 
     def _word_map(self, features: NDArray[np.float32], side: int) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from zsad.engine.config import Config, ConfigError, Table
-from zsad.engine.images.decode import recipe
+from zsad.engine.images.decode import Resize, recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.stored import ImageError
 from zsad.engine.networks.network import GraphRequest, run_in_parts
@@ -46,6 +46,7 @@ class TextSettings(Table):
     prompts: str | None = Field(None, description="a prompt set or a TOML file")  # None: the method's own
     # What is averaged over the prompts of a class: vectors as they are, or at unit length. None: the method's own.
     text_mean: Literal["raw", "unit"] | None = None
+    resize: Resize = "squash"  # of images that are not square; shortest_crop looks at their middle square alone
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ class TextGuided:
         self._text_settings, self._place, self._few_shot = config.settings, place, config.few_shot
         ((self._name, network),) = place.networks.items()
         self._graph, self._size = network.graphs["image"], network.spec.image_size
-        self._recipe = recipe(network.preprocessing, self._size)
+        self._recipe = recipe(network.preprocessing, self._size, config.settings.resize)
         self.inputs = [self._recipe]
         self._prompts = chosen_prompts(prompts)
         self._classes: NDArray[np.float64] = np.zeros((2, 0))  # unit vectors of the category, normal and abnormal

@@ -49,6 +49,7 @@ class Writing:
     object_mask: bool  # background by colour gets the lowest score
     workers: int
     memory_limit: int  # bytes that images on their way may take
+    middle_square: bool = False  # maps are of the middle square of each image
 
 
 @dataclass(frozen=True)
@@ -249,18 +250,20 @@ class CategoryWriter:
         thumbnails: dict[str, str] = {}
         height, width = picture.shape[:2]
         record = replace(record, width=width, height=height)
+        shortest = min(height, width)
+        seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
         if "zsad" in self._writing.formats:
-            scores = pixel_map(result.map, picture.shape[:2], result.scale, mask)  # [H, W]
+            scores = pixel_map(result.map, picture.shape[:2], result.scale, mask, seen)  # [H, W]
             record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
             Image.fromarray(scores).save(self._path(record.map), format="TIFF")
             small, overlay = draw_small(bgr, scores)
             self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
             thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
         if "rayan" in self._writing.formats:
-            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask)
+            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
             record = replace(record, json_file=f"{key}_scores.json")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
-        return record, int(height * width / result.map.size / 4), thumbnails
+        return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
 
     def _path(self, relative: str) -> Path:
         path = self._staging / relative

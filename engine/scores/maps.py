@@ -61,15 +61,24 @@ def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:
 
 
 def pixel_map(
-    patch_map: ArrayLike, size: tuple[int, int], scale: tuple[float, float], mask: NDArray[np.bool_] | None = None
+    patch_map: ArrayLike,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    mask: NDArray[np.bool_] | None = None,
+    seen: tuple[float, float] = (1.0, 1.0),
 ) -> NDArray[np.float32]:
     """Upsample a patch map [H, W] to size [h, w] and map the scale to [0, 1], the background to 0.
 
-    scale: lowest and highest patch score of the category. mask: [any, any], True for the object.
+    scale: lowest and highest patch score of the category. mask: [any, any], True for the object. seen: shares of height
+    and width, in the middle, that the map is of; what lies outside is 0, since nothing speaks for a defect there.
     """
     low, high = scale
-    scores = upsample(patch_map, size)
+    height, width = (max(1, round(share * side)) for share, side in zip(seen, size, strict=True))
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    scores = upsample(patch_map, (height, width))
     scores = (scores - np.float32(low)) / np.float32(high - low) if high > low else np.zeros_like(scores)
+    if (height, width) != size:
+        scores = np.pad(scores, ((top, size[0] - height - top), (left, size[1] - width - left)))
     if mask is not None:
         resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
         scores[resized == 0] = 0.0

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zsad.engine.images.decode import network_input as host_input
+from zsad.engine.images.decode import recipe as make_recipe
 from zsad.kernels import reference
 from zsad.kernels.cuda.comparers import filter_max_shape
 from zsad.kernels.cuda.device import filter_max_kernel
-from zsad.kernels.cuda.images import network_input
+from zsad.kernels.cuda.images import network_input as device_input
 
 # run(kernel, grid, threads, arguments, shared_bytes): on the host or on a device
 Run = Callable[..., None]
@@ -204,13 +206,24 @@ def check_resize(device: Any, source: tuple[int, int], size: int, resampling: An
     image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     on_device = device.empty((3, size, size), np.float32)
-    network_input(device, device.to_device(image), on_device, resampling, mean, deviation)
+    device_input(device, device.to_device(image), on_device, resampling, mean, deviation)
     out = device.to_host(on_device)
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     pillow = np.asarray(Image.fromarray(image).resize((size, size), filters[resampling]))
     pixels = np.rint((out.transpose(1, 2, 0) * np.array(deviation) + mean) * 255)
     np.testing.assert_array_equal(pixels, pillow)
     np.testing.assert_allclose(out, ((pillow / 255 - mean) / deviation).transpose(2, 0, 1), atol=2e-6)
+
+
+def check_middle_square(device: Any, source: tuple[int, int], size: int) -> None:
+    """Bit for bit what the host makes of the middle square of an image."""
+    image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)
+    recipe = make_recipe("clip", size, "shortest_crop")
+    on_device = device.empty((3, size, size), np.float32)
+    statistics = (recipe.resampling, recipe.mean, recipe.deviation)
+    device_input(device, device.to_device(image), on_device, *statistics, recipe.resized(*source))
+    expected = host_input(Image.fromarray(image), recipe)
+    np.testing.assert_allclose(device.to_host(on_device), expected, atol=2e-6)
 
 
 def check_running_top(run: Run, make: Make, rows: int, columns: int, kept: int, get: Any = np.asarray) -> None:

@@ -164,6 +164,24 @@ def test_resize_and_normalisation(size: tuple[int, int], preprocessing: str) -> 
     assert np.mean(levels > 0.51) < 0.01
 
 
+@pytest.mark.parametrize("size", [(200, 90), (90, 200), (31, 20), (70, 70), (71, 70), (9, 400), (400, 9)])
+def test_the_middle_square(size: tuple[int, int]) -> None:
+    """As open_clip's own preprocessing: the shortest side to the size, then the middle."""
+    pixels = np.random.default_rng(1).integers(80, 176, (size[1], size[0], 3), dtype=np.uint8)
+    whole = tuple(int(70 * side / min(size)) for side in size)
+    resized = Image.fromarray(pixels).resize(whole, Image.Resampling.BICUBIC)
+    left, top = (round((side - 70) / 2) for side in whole)
+    wanted = recipe("clip", 70, "shortest_crop")
+    expected = np.asarray(resized.crop((left, top, left + 70, top + 70)), float)
+    found = network_input(Image.fromarray(pixels), wanted)
+    levels = (found.transpose(1, 2, 0) * np.array(wanted.deviation) + wanted.mean) * 255
+    # Pillow takes the axes in the other order for some shapes, which may tip a rounding over.
+    assert np.abs(levels - expected).max() < 2.1
+    assert np.mean(np.abs(levels - expected) > 0.1) < 0.3
+    if size == (70, 70):
+        np.testing.assert_array_equal(found, network_input(Image.fromarray(pixels), recipe("clip", 70)))
+
+
 def test_the_reference_feeds_the_same_input(golden: Path, real_data: Path) -> None:
     arrays = np.load(golden / "end_to_end_dinov2s.npz")
     (path,) = (real_data / "ball_screw").rglob(Path(str(arrays["files"][0])).name)

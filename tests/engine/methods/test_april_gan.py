@@ -102,17 +102,41 @@ def test_a_saved_range_scores_images_one_by_one(april: Callable[..., Path], tmp_
     np.testing.assert_allclose(scores(april("resized", references=1)), expected, atol=1e-5)
 
 
+def test_without_a_stretch_images_are_scored_one_by_one(april: Callable[..., Path], tmp_path: Path) -> None:
+    golden = text_arrays("april")
+    with (tmp_path / "tiny.toml").open("a") as file:
+        file.write('minmax_scope = "off"\n')
+    highest = golden["few1_combined_map"].max(axis=(1, 2))
+    expected = (golden["zero_image_score"] + highest / (2 * LAYERS)) / 2
+    np.testing.assert_allclose(scores(april("resized", references=1)), expected, atol=1e-5)
+    assert april_alone().score == pytest.approx(expected[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ('minmax_scope = "calibrated"', "minmax_scope 'calibrated' takes a score_range = [low, high]"),
+        ('minmax_scope = "off"\nscore_range = [0.0, 1.0]', "minmax_scope 'off' takes no score_range"),
+        ('minmax_scope = "on"', "minmax_scope must be one of class_batch, calibrated, off, not 'on'"),
+    ],
+)
+def test_stretches_that_cannot_be(lines: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text(f"[april_gan]\n{lines}\n")
+    assert main(["data", "--preset", "april-gan", "--config", str(tmp_path / "mine.toml"), "--device", "cpu"]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_a_single_image_is_enough(april: Callable[..., Path]) -> None:
     april("resized", references=1)
-    for path in Path("resized/bottle").iterdir():
-        if path.stem != "0":
-            path.unlink()
     found = april_alone()
     golden = text_arrays("april")
     assert found.score == pytest.approx(golden["zero_image_score"][0] / 2, abs=1e-5)  # min-max of one is 0
 
 
 def april_alone() -> object:
+    for path in Path("resized/bottle").iterdir():
+        if path.stem != "0":
+            path.unlink()
     arguments = ["resized/bottle", "--preset", "april-gan", "--config", "tiny.toml", "--output", "alone"]
     assert main([*arguments, "--reference", "good"]) == 0
     (image,) = CategoryRecord.from_json(Path("alone/bottle/category.json").read_text()).images

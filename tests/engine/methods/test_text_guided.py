@@ -131,6 +131,27 @@ def test_verdicts_and_regions(tiny: list[str]) -> None:
     assert any(image.regions for image in record.images)
 
 
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_the_middle_square_alone(tiny: list[str], shape: tuple[int, int]) -> None:
+    """What the middle square gives, where it lies in the image, and nothing beside it."""
+    with Path("tiny.toml").open("a") as file:
+        file.write('[winclip]\nresize = "shortest_crop"\n')
+    shutil.move("data/nut", "nut")
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    middle = (slice(32, 128), slice(None)) if shape[0] > shape[1] else (slice(None), slice(32, 128))
+    for name, picture in (("0", pixels), ("1", pixels[middle])):
+        Image.fromarray(picture).save(f"data/bolt/{name}.png")
+    assert main([*tiny, "--format", "zsad,rayan"]) == 0
+    record = CategoryRecord.from_json(Path("out/bolt/category.json").read_text())
+    whole, square = sorted(record.images, key=lambda image: image.path)
+    assert whole.raw_score == pytest.approx(square.raw_score, abs=1e-6)
+    of_whole, of_square = (np.array(Image.open(Path("out/bolt") / image.map)) for image in (whole, square))
+    np.testing.assert_allclose(of_whole[middle], of_square, atol=1e-6)
+    assert of_square.all()
+    of_whole[middle] = 0
+    assert not of_whole.any()
+
+
 def test_damaged_text_vectors_are_made_anew(tiny: list[str], cache: Path) -> None:
     assert main([*tiny, "--object", "rod"]) == 0
     for path in (cache / "text").iterdir():

@@ -40,6 +40,17 @@ def test_pixel_map_uses_the_scale_of_the_category_and_clears_the_background() ->
     assert not masked[10:].any()
 
 
+@pytest.mark.parametrize(("seen", "rows", "columns"), [((1.0, 0.5), (0, 20), (10, 30)), ((0.4, 1.0), (6, 14), (0, 40))])
+def test_a_map_of_the_middle_is_put_back_where_it_was(seen, rows, columns) -> None:
+    patch_map = RNG.uniform(2, 4, size=(5, 5))
+    found = pixel_map(patch_map, (20, 40), (1.0, 5.0), seen=seen)
+    inside = (slice(*rows), slice(*columns))
+    shape = (rows[1] - rows[0], columns[1] - columns[0])
+    np.testing.assert_allclose(found[inside], (upsample(patch_map, shape) - 1) / 4, atol=1e-6)
+    found[inside] = 0
+    assert not found.any()
+
+
 def test_equal_scores_give_an_empty_map() -> None:
     assert not pixel_map(np.full((4, 4), 0.7), (8, 8), (0.7, 0.7)).any()
 

@@ -170,6 +170,11 @@ def test_resize_equals_pillow(source: tuple[int, int], size: int, resampling: st
     checks.check_resize(HostDevice(), source, size, resampling)
 
 
+@pytest.mark.parametrize("source", [(97, 133), (133, 97), (20, 31), (30, 30), (1, 90), (90, 1), (45, 37)])
+def test_the_middle_square_equals_the_host_s(source: tuple[int, int]) -> None:
+    checks.check_middle_square(HostDevice(), source, 37)
+
+
 def tokens(images: int, layers: int, grid: tuple[int, int], channels: int) -> Any:
     return checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
 

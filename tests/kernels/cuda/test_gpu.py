@@ -61,6 +61,11 @@ def test_resize_equals_pillow(gpu: Device, source: tuple[int, int], resampling: 
     checks.check_resize(gpu, source, 518, resampling)
 
 
+@pytest.mark.parametrize("source", [(700, 900), (900, 700), (300, 1000)])
+def test_the_middle_square_equals_the_host_s(gpu: Device, source: tuple[int, int]) -> None:
+    checks.check_middle_square(gpu, source, 518)
+
+
 @pytest.mark.parametrize(
     ("images", "layers", "grid", "channels", "degrees"),
     [
