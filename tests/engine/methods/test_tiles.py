@@ -177,3 +177,15 @@ def test_a_foreground_that_touches_all_borders() -> None:
     assert found == [Component(Box(0, 0, 700, 500), 2 * 700 + 2 * 498)]
     np.testing.assert_array_equal(labels, foreground)
     assert list(tiles(found, (500, 700), DEFAULTS)) == [Tile(Box(0, 0, 700, 500), 0)]
+
+
+def test_a_component_of_a_thousandth_of_the_image_is_kept() -> None:
+    foreground = np.zeros((100, 100), bool)
+    foreground[0, :9] = foreground[50, :10] = foreground[80, :11] = True
+    assert [component.area for component in components(foreground, 0.001)[1]] == [10, 11]
+
+
+def test_centres_are_rounded_down_on_both_sides_of_the_border() -> None:
+    rules = TileSettings(min_side=10, pad="reflect")
+    found = [Component(Box(0, 0, 1, 1), 1), Component(Box(50, 60, 51, 61), 1)]
+    assert [tile.box for tile in tiles(found, (100, 100), rules)] == [(-5, -5, 5, 5), (45, 55, 55, 65)]

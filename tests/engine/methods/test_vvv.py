@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zsad.engine.config import ConfigError, check
 from zsad.engine.methods.bitmasks import Box
 from zsad.engine.methods.vvv import (
     LOWEST,
@@ -199,4 +200,12 @@ def test_memory_of_a_large_image() -> None:
     *facts, highest = map(int, result.stdout.split())
     assert facts == [281, 280 + 95, 2, 75, 1]
     # The foreground, its labels, the bytes that OpenCV takes for these, and little more.
-    assert highest < 8 * 5760 * 7840
+    assert highest < 9 * 5760 * 7840
+
+
+def test_settings_say_what_they_take() -> None:
+    assert check(Settings, {"tau": 0.07, "pad": "reflect", "prompts": "april35"}).min_side == 352
+    with pytest.raises(ConfigError, match=r"\[vvv\] coverage must be in \[0, 1\], not 2"):
+        check(Settings, {"coverage": 2}, "[vvv]")
+    with pytest.raises(ConfigError, match="foreground must be one of sam, dichotomous, whole, colour, not 'isnet'"):
+        check(Settings, {"foreground": "isnet"})
