@@ -1,28 +1,54 @@
 """What is in a category: its images, and what folders and masks say of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .ground_truth import NO_MASKS, ImageMasks, MaskFile, masks_beside, match_masks
+from .ground_truth import NO_MASKS, ImageMasks, Matches, MaskFile, masks_beside, match_masks
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
-from .names import result_keys
+from .names import clashing, result_folder, shortened, stem_of
 from .tree import Folder, is_image
 
 HERE = PurePosixPath()
 
 
 @dataclass(frozen=True)
-class InputImage:
-    """One file of a category and the name that its results are kept under."""
+class ImageFolder:
+    """Where images lie, the same for all of a folder."""
 
     path: Path
-    relative: PurePosixPath  # to the category's folder, for example test/scratch/003.png
-    key: PurePosixPath  # `relative` without its suffix, changed where results would clash or names be too long
+    relative: PurePosixPath  # to the category's folder
+    key: PurePosixPath  # the folder that their results are kept in
+
+
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """One file of a category and the name that its results are kept under.
+
+    There may be a million of them: paths, of several hundred bytes each, are made when they are asked for.
+    """
+
+    folder: ImageFolder
+    name: str
+    own_key: str | None = None  # the name of its results where that is not its own without suffix
     anomalous: bool | None = None  # what the folders say; None where they say nothing
     defect: str | None = None  # the folder's name, of an anomalous image
     masks: ImageMasks = NO_MASKS  # which pixels are anomalous
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path / self.name
+
+    @property
+    def relative(self) -> PurePosixPath:
+        """Return its path below the category's folder, for example test/scratch/003.png."""
+        return self.folder.relative / self.name
+
+    @property
+    def key(self) -> PurePosixPath:
+        """Return `relative` without its suffix, changed where results would clash or names be too long."""
+        return self.folder.key / (self.own_key or stem_of(self.name))
 
 
 @dataclass(frozen=True)
@@ -79,29 +105,25 @@ def read_category(name: str, root: Folder, part: Part) -> Category:
     """Read the images of a category, those of `part` in the folder `root`."""
     folders, mask_folders = _divided(root, part)
     ignored: Counter[str] = Counter()
-    places: list[PurePosixPath] = []  # of the images, below the start
-    owned: dict[PurePosixPath, PurePosixPath] = {}  # masks beside images, by the image's place
+    shelves: list[tuple[PurePosixPath, list[str]]] = []  # folders below the start, and the names of their images
+    owned: dict[tuple[PurePosixPath, str], PurePosixPath] = {}  # masks beside images, by the image
     beside = 0
     for path, folder in folders:
         names = folder.images()
         owners = masks_beside(folder.path, names)
         beside += len(owners)
         for mask, owner in owners.items():
-            owned.setdefault(path / owner, part.start / path / mask)
-        places += [path / name for name in names if name not in owners]
+            owned.setdefault((path, owner), part.start / path / mask)
+        shelves.append((path, [name for name in names if name not in owners]))
         ignored.update(PurePosixPath(name).suffix.lower() for name in folder.files if not is_image(name))
     undecided: Counter[str] = Counter()
     masks = [mask for mask_folder in mask_folders for mask in _masks_in(mask_folder, part, undecided)]
-    matches = match_masks(places, masks, by_name_alone=not part.others)
-    labels = _labels(places, part)
-    images = []
-    for index, (place, key) in enumerate(
-        zip(places, result_keys([part.start / place for place in places]), strict=True)
-    ):
-        anomalous, defect = labels.get(place.parts[0] if place.parts[1:] else "", (None, None))
-        own = ImageMasks((owned[place],)) if place in owned else matches.masks.get(index, NO_MASKS)
-        relative = part.start / place
-        images.append(InputImage(root.path / relative, relative, key, anomalous, defect, own))
+    matches = Matches({}, ())
+    if masks:
+        places = [path / name for path, names in shelves for name in names]
+        matches = match_masks(places, masks, by_name_alone=not part.others)
+    labels = _labels({path.parts[0] for path, names in shelves if path.parts and names}, part)
+    images = tuple(_images(root, part, shelves, labels, owned, matches))
     unreadable = [(part.start / path, folder.error) for path, folder in folders]
     unreadable += [(masks.path / path, folder.error) for masks in mask_folders for path, folder in masks.folder.walk()]
     notes = [
@@ -114,12 +136,35 @@ def read_category(name: str, root: Folder, part: Part) -> Category:
     return Category(
         name,
         root.path,
-        tuple(images),
+        images,
         ignored,
         tuple((path, error) for path, error in unreadable if error is not None),
         tuple(notes),
         matches.strays,
     )
+
+
+def _images(
+    root: Folder,
+    part: Part,
+    shelves: Sequence[tuple[PurePosixPath, Sequence[str]]],
+    labels: Mapping[str, Label],
+    owned: Mapping[tuple[PurePosixPath, str], PurePosixPath],
+    matches: Matches,
+) -> Iterator[InputImage]:
+    with_suffix = clashing([(part.start / path, names) for path, names in shelves])
+    number = 0
+    for path, names in shelves:
+        relative = part.start / path
+        folder = ImageFolder(root.path / relative, relative, result_folder(relative))
+        anomalous, defect = labels.get(path.parts[0] if path.parts else "", (None, None))
+        for name in names:
+            stem = stem_of(name)
+            key = shortened(name if (relative, name) in with_suffix else stem)
+            own = (path, name) in owned
+            masks = ImageMasks((owned[path, name],)) if own else matches.masks.get(number, NO_MASKS)
+            yield InputImage(folder, name, None if key == stem else key, anomalous, defect, masks)
+            number += 1
 
 
 def _divided(root: Folder, part: Part) -> tuple[list[tuple[PurePosixPath, Folder]], list[_MaskFolder]]:
@@ -174,9 +219,8 @@ def _masks_in(masks: _MaskFolder, part: Part, undecided: Counter[str]) -> Iterat
             yield MaskFile(masks.path / path / name, PurePosixPath(masks.place, *inner, name))
 
 
-def _labels(places: Sequence[PurePosixPath], part: Part) -> dict[str, Label]:
-    """Return what the folders at the start say of the images in them."""
-    names = {place.parts[0] for place in places if place.parts[1:]}
+def _labels(names: Set[str], part: Part) -> dict[str, Label]:
+    """Return what the folders at the start, those that have images in them or below, say of these."""
     normal = {name for name in names if is_normal(name)}
     if any(map(is_test, part.start.parts)) or (normal and normal != names):
         return {name: (False, None) if name in normal else (True, name) for name in names}
@@ -213,7 +257,7 @@ def _together(folders: Sequence[tuple[PurePosixPath, Folder]], labels: Mapping[s
 def _about_masks(
     mask_folders: Sequence[_MaskFolder],
     beside: int,
-    owned: Mapping[PurePosixPath, PurePosixPath],
+    owned: Mapping[tuple[PurePosixPath, str], PurePosixPath],
     undecided: Mapping[str, int],
 ) -> Iterator[str]:
     """Say which files are taken for masks, but for those where MVTec's data sets have them."""

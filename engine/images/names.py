@@ -4,8 +4,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+
+import numpy as np
 
 # Longer names leave no room for what the results append to them; file systems take 255 bytes.
 LONGEST_NAME = 200
@@ -14,17 +16,41 @@ _AMBIGUOUS_FOLDER = re.compile(r"\.(tiff|jpg|csv|json)$", re.IGNORECASE)
 _MARKED = re.compile(r"~[0-9a-f]{8}$")
 
 
-def result_keys(relatives: Sequence[PurePosixPath]) -> list[PurePosixPath]:
-    """Choose the names that results are kept under, so that no two images and no file and folder share one."""
-    stems = Counter(str(relative.with_suffix("")).casefold() for relative in relatives)
-    whole = {str(relative).casefold() for relative in relatives}
-    keys = []
-    for relative in relatives:
-        stem = str(relative.with_suffix("")).casefold()
-        key = relative.with_suffix("") if stems[stem] == 1 and stem not in whole else relative
-        folders = [_marked(name) if _AMBIGUOUS_FOLDER.search(name) else shortened(name) for name in key.parent.parts]
-        keys.append(PurePosixPath(*folders, shortened(key.name)))
-    return keys
+def stem_of(image: str) -> str:
+    """Return the name of an image without its suffix, which it always has."""
+    return image[: image.rindex(".")]
+
+
+def clashing(folders: Sequence[tuple[PurePosixPath, Sequence[str]]]) -> set[tuple[PurePosixPath, str]]:
+    """Return the images whose results must keep the suffix in their names, so that no two results share one.
+
+    folders: with the names of the images in each. What is kept of each image while looking is a few numbers.
+    """
+
+    def folded(with_suffix: bool) -> Iterator[str]:
+        for folder, names in folders:
+            above = str(folder / "_")[:-1].casefold()
+            for name in names:
+                yield above + (name if with_suffix else stem_of(name)).casefold()
+
+    stems, whole = (np.fromiter(map(hash, folded(with_suffix)), np.int64) for with_suffix in (False, True))
+    hashes, counts = np.unique(np.concatenate([stems, np.unique(whole)]), return_counts=True)
+    suspects = frozenset(hashes[counts > 1].tolist())
+    if not suspects:
+        return set()
+    same = Counter(text for text in folded(with_suffix=False) if hash(text) in suspects)
+    taken = {text for text in folded(with_suffix=True) if hash(text) in suspects}
+    images = ((folder, name) for folder, names in folders for name in names)
+    return {
+        image for image, text in zip(images, folded(with_suffix=False), strict=True) if same[text] > 1 or text in taken
+    }
+
+
+def result_folder(relative: PurePosixPath) -> PurePosixPath:
+    """Return the folder that results of the images of a folder are kept in."""
+    return PurePosixPath(
+        *(_marked(name) if _AMBIGUOUS_FOLDER.search(name) else shortened(name) for name in relative.parts)
+    )
 
 
 def shortened(name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from zsad.kernels.files import file_sha256
 
-from .categories import Category, InputImage
+from .categories import HERE, Category, ImageFolder, InputImage
 from .layouts import fold, holds_masks, is_hidden, is_normal, is_training
 from .stored import ImageError
 from .tree import Folder, is_image, read_tree
@@ -141,7 +141,9 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
         else:
             numbers = np.random.default_rng(seed).choice(len(chosen), shots, replace=False)
             chosen = [chosen[number] for number in sorted(numbers.tolist())]
-    images = tuple(InputImage(path, PurePosixPath(path.as_posix()), PurePosixPath(path.stem)) for path in chosen)
+    images = tuple(
+        InputImage(ImageFolder(path.parent, PurePosixPath(path.parent.as_posix()), HERE), path.name) for path in chosen
+    )
     return References(images, tuple(usable[path] for path in chosen), tuple(notes))
 
 

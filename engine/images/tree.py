@@ -15,6 +15,7 @@ RUN = "run.json"
 RUN_FILES = (RUN, "report.html", "metrics.json", "metrics.csv")  # at the top of the output folder
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
 
+_SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
 _RUN_START = (b'"version": ', b'"preset": ')
 
@@ -62,7 +63,7 @@ class Folder:
 
 
 def is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return name.lower().endswith(_SUFFIXES)
 
 
 def read_tree(root: Path, hidden: str | None) -> Folder:
@@ -75,17 +76,12 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
     while waiting:
         folder = waiting.pop()
         try:
-            with os.scandir(folder.path) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+            files, entries = _listed(folder.path)
         except OSError as error:
             folder.error = f"cannot be listed ({error.strerror})"
             continue
+        folder.files = files
         for entry in entries:
-            if is_hidden(entry.name):
-                continue
-            if not _leads_to_folder(entry):
-                folder.files.append(entry.name)
-                continue
             link = entry.is_symlink()
             real = os.path.realpath(entry.path) if link else os.path.join(folder.real, entry.name)  # noqa: PTH118
             if real == hidden or (link and f"{folder.real}/".startswith(f"{real.rstrip('/')}/")):
@@ -110,6 +106,21 @@ def is_results(folder: Path) -> bool:
     """Tell whether a folder holds a category's finished results: files of others may have the same names."""
     finished = os.path.isfile(folder / RECORD)  # noqa: PTH113 - pathlib raises where a folder may not be entered
     return finished and _start(folder / SCORES).startswith(_SCORES_START)
+
+
+def _listed(folder: Path) -> tuple[list[str], list["os.DirEntry[str]"]]:
+    """Return the names of the files in a folder, of which there may be a million, and its folders, both sorted."""
+    files, folders = [], []
+    with os.scandir(folder) as listing:
+        for entry in listing:
+            if is_hidden(entry.name):
+                continue
+            if _leads_to_folder(entry):
+                folders.append(entry)
+            else:
+                files.append(entry.name)
+    files.sort()
+    return files, sorted(folders, key=lambda entry: entry.name)
 
 
 def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:

@@ -3,14 +3,14 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from zsad.engine.images.categories import InputImage
+from zsad.engine.images.categories import HERE, ImageFolder, InputImage
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import HostInputs, Inputs, Loader
 from zsad.engine.images.stored import ImageError
@@ -38,7 +38,7 @@ def loader(inputs: Inputs, batch_size: int = 3) -> Loader:
 
 
 def images(paths: Sequence[Path]) -> list[InputImage]:
-    return [InputImage(path, PurePosixPath(path.name), PurePosixPath(path.name)) for path in paths]
+    return [InputImage(ImageFolder(path.parent, HERE, HERE), path.name) for path in paths]
 
 
 NUMBERED = images([Path(str(number)) for number in range(20)])
