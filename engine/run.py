@@ -29,7 +29,7 @@ from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.loader import Batch
-from zsad.engine.images.references import NoReferencesError, References, find_references
+from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 from zsad.engine.images.stored import ImageError
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
@@ -103,7 +103,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     )
     for note in dataset.notes:
         log.info("%s", note)
-    products = frozenset(category.product for category in categories)
+    products = _products(categories)
     records = [
         run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
     ]
@@ -143,15 +143,24 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
 def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:
     """Make sure, before any work, that every group can be scored within the limit; raises ConfigError."""
     limit = workplace.arrays.limit()
+    products = _products(categories)
     for category in categories:
+        references = count_references(category, products, config.reference, config.shots) if config.few_shot else 0
         largest = max(map(len, deal_groups(len(category.images), config.group_size, config.seed)))
-        needed = workplace.method.needed(largest)
+        needed = workplace.method.needed(largest, references)
         if needed > limit:
+            work, option = f"scoring {largest} images together", "--group-size"
+            if not workplace.method.compares:
+                work, option = f"comparing with {counted(references, 'known-good image')}", "--shots"
             raise ConfigError(
-                f"{printable(category.name)}: scoring {largest} images together needs at least "
-                f"{needed / 2**20:.0f} MiB and the memory limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or "
-                "make the work smaller with --image-size or --group-size"
+                f"{printable(category.name)}: {work} needs at least {needed / 2**20:.0f} MiB and the memory limit is "
+                f"{limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller with --image-size or {option}"
             )
+
+
+def _products(categories: Sequence[Category]) -> frozenset[str]:
+    """Return the names of the folders of all categories."""
+    return frozenset(category.product for category in categories)
 
 
 def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int]]:
@@ -303,7 +312,8 @@ class CategoryPass:
 
             members = [index for index in members if str(self.category.images[index].relative) not in self.done]
             readable: list[int] = []
-            method.start(Group(len(members), self.category.product, self._reference_batches(bit_depth)))
+            references = self._reference_batches(bit_depth)
+            method.start(Group(len(members), self.category.product, references, len(self.references.images)))
             images, seen = self.category.images, self._seen
             for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
                 self._take_failures(batch.failures)

@@ -42,6 +42,23 @@ def find_references(
     has such), or a file with a path in each line; None: the category's training split. shots: how many are drawn at
     random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
     """
+    paths, looked_for = _candidates(category, products, reference)
+    if not paths:
+        raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
+    return _drawn(category, paths, shots, seed)
+
+
+def count_references(category: Category, products: Collection[str], reference: str | None, shots: int | None) -> int:
+    """Return how many known-good images `find_references` finds at most, without reading them; 0 where it fails."""
+    try:
+        paths, _ = _candidates(category, products, reference)
+    except NoReferencesError:
+        return 0
+    return len(paths) if shots is None else min(len(paths), shots)
+
+
+def _candidates(category: Category, products: Collection[str], reference: str | None) -> tuple[list[Path], str]:
+    """Return the files that may be references, and where they were looked for; raises NoReferencesError."""
     named = {fold(name) for name in products}
     if reference is None:
         place = category.root
@@ -61,9 +78,7 @@ def find_references(
         place = Path(reference).parent
         paths = _listed_images(Path(reference), category, named)
         looked_for = f"{reference}, a path in each line"
-    if not paths:
-        raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
-    return _drawn(category, paths, shots, seed)
+    return list(dict.fromkeys(paths)), looked_for
 
 
 def _is_of(name: str, category: Category) -> bool:
@@ -117,7 +132,7 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
         if size is not None:
             sizes.setdefault(size, []).append(image)
     usable: dict[Path, str] = {}
-    for path in dict.fromkeys(paths):
+    for path in paths:
         try:
             if not path.is_file():  # a pipe would be waited for
                 raise OSError(0, "there is no such file")

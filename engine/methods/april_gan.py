@@ -21,9 +21,8 @@ from zsad.engine.scores.maps import upsample
 from zsad.engine.text.vectors import abnormal_probability, sigmoid
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.linear_heads import read_linear_heads
-from zsad.kernels.nearest import Nearest
 
-from .method import Group, Place, Scored
+from .method import Place, Scored
 from .text_guided import TextGuided, TextSettings, chosen_prompts, tower_requests
 
 TAU = 0.01  # fixed in the published code, whatever the checkpoint has learned
@@ -63,7 +62,7 @@ class AprilGAN(TextGuided):
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
-        super().__init__(config, place, config.settings.prompt_name)
+        super().__init__(config, place, config.settings.prompt_name, ("tokens",))
         self._settings = config.settings
         layers, _, channels = self._graph.outputs["tokens"].shape
         (width,) = self._graph.outputs["embedding"].shape
@@ -73,7 +72,6 @@ class AprilGAN(TextGuided):
         # Of each block a probability, and with references a cosine distance: above 1 only for opposed tokens.
         self.map_range = (0.0, float(layers * (2 if self._few_shot else 1)))
         self._score_range = self._settings.score_range or self.map_range
-        self._memories: list[Nearest] = []  # of each layer; none without references
 
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
@@ -91,21 +89,6 @@ class AprilGAN(TextGuided):
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "head_sha256": self._head_sha256}
-
-    def start(self, group: Group) -> None:
-        super().start(group)
-        self._memories = []
-        if self._few_shot:
-            tokens = np.concatenate(
-                [outputs["tokens"] for batch in group.references for _, outputs in self._run(batch)]
-            )  # [K, L, P, C]
-            self._memories = [
-                Nearest(
-                    np.ascontiguousarray(layer.reshape(-1, layer.shape[-1])),
-                    device=self._place.arrays.device,
-                )
-                for layer in tokens.swapaxes(0, 1)
-            ]
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for part, outputs in self._run(batch):
@@ -126,7 +109,7 @@ class AprilGAN(TextGuided):
         pixels = np.zeros((self._size, self._size), np.float32)
         for layer, (weight, bias) in zip(tokens, self._heads, strict=True):
             pixels += self._word_map(layer @ weight.T + bias, side)
-        for layer, memory in zip(tokens, self._memories, strict=bool(self._memories)):
+        for layer, memory in zip(tokens, self._memories.get("tokens", ()), strict=bool(self._memories)):
             cosines, _ = memory.search(layer)  # [P, 1]
             pixels += self._enlarged(np.maximum(1 - cosines[:, 0], 0), side)
         if not self._memories:

@@ -51,6 +51,7 @@ class Group:
     images: int  # at most
     object: str  # what they show, as its folder is called
     references: Iterable[Batch] = ()  # known-good images; read once
+    reference_count: int = 0  # how many they are at most
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ class Method(Protocol):
     def record(self) -> dict[str, Any]:
         """Return the settings as they are in force, for fingerprints and the run record."""
 
-    def needed(self, images: int) -> int:
-        """Return the least bytes, of what `place.arrays` limits, in which a group of so many images can be scored."""
+    def needed(self, images: int, references: int) -> int:
+        """Return the least bytes, of what `place.arrays` limits, in which a group of so many images can be scored.
+
+        references: the known-good images that join in.
+        """
 
     def start(self, group: Group) -> None:
         """Begin a group of images; whatever an earlier one has left is dropped."""

@@ -118,7 +118,7 @@ class MuSc:
             self._place.arrays.devices,
         )
 
-    def needed(self, images: int) -> int:
+    def needed(self, images: int, references: int) -> int:
         return max(scoring.needed(images) for scoring in self._scorings.values())
 
     def start(self, group: Group) -> None:
@@ -127,7 +127,7 @@ class MuSc:
         images = group.images
         arrays = self._place.arrays
         size = sum(_bytes(graph.outputs["tokens"], images) for graph in self._graphs.values())
-        kept, self._memory_left = arrays.share(size, arrays.limit(), self.needed(images))
+        kept, self._memory_left = arrays.share(size, arrays.limit(), self.needed(images, 0))
         if not kept:
             log.debug("the tokens of %d images are too many to stay resident and are read in chunks", images)
         for name, graph in self._graphs.items():

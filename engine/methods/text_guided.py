@@ -1,6 +1,7 @@
 """What the methods share that compare each image with words: settings, the words, running the network."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from zsad.engine.networks.network import GraphRequest, run_in_parts
 from zsad.engine.text.prompts import PromptSet, prompt_set, read_prompts
 from zsad.engine.text.tokenizer import VOCABULARY
 from zsad.engine.text.vectors import class_vector
+from zsad.kernels.nearest import Nearest
 
 from .method import Group, Place, Progress, Scored
 
@@ -83,22 +85,28 @@ class TextGuided:
     compares = False
     text_mean: ClassVar[str]  # where the settings say nothing
 
-    def __init__(self, config: Config, place: Place, prompts: str) -> None:
-        """prompts: a set or a file."""
+    def __init__(self, config: Config, place: Place, prompts: str, remembered: Sequence[str]) -> None:
+        """prompts: a set or a file. remembered: outputs of the image tower that are kept of known-good images."""
         assert isinstance(config.settings, TextSettings)
         self._text_settings, self._place, self._few_shot = config.settings, place, config.few_shot
         ((self._name, network),) = place.networks.items()
         self._graph, self._size = network.graphs["image"], network.spec.image_size
+        self._remembered = remembered
         self._recipe = recipe(network.preprocessing, self._size, config.settings.resize)
         self.inputs = [self._recipe]
         self._prompts = chosen_prompts(prompts)
         self._classes: NDArray[np.float64] = np.zeros((2, 0))  # unit vectors of the category, normal and abnormal
+        self._memories: dict[str, list[Nearest]] = {}  # of each layer of each of `remembered`; none without references
 
     def record(self) -> dict[str, Any]:
         return {**self._text_settings.model_dump(), "prompts": asdict(self._prompts)}
 
-    def needed(self, images: int) -> int:
-        return 0
+    def needed(self, images: int, references: int) -> int:
+        if not references:
+            return 0
+        banks = [self._bank(output, references) for output in self._remembered]
+        work = max(self._searching(bank, resident=False) for bank in banks)
+        return work if self._place.arrays.devices else work + 4 * sum(map(math.prod, banks))
 
     def start(self, group: Group) -> None:
         name = self._text_settings.name_of(group.object)
@@ -108,6 +116,9 @@ class TextGuided:
         halves = (vectors[: len(normal)], vectors[len(normal) :])
         at_unit_length = (self._text_settings.text_mean or self.text_mean) == "unit"
         self._classes = np.stack([class_vector(half, at_unit_length) for half in halves])
+        self._memories = {}
+        if self._few_shot:
+            self._memories = self._remember(group)
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()
@@ -119,3 +130,48 @@ class TextGuided:
                 part,
                 {name: np.asarray(self._place.arrays.fetch(array), np.float32) for name, array in outputs.items()},
             )
+
+    def _remember(self, group: Group) -> dict[str, list[Nearest]]:
+        """Run the image tower over the references; return what searches their vectors, by output one for each layer."""
+        shapes = {output: self._bank(output, group.reference_count) for output in self._remembered}
+        sizes = ", ".join(f"{name} {4 * math.prod(shape) / 2**20:.1f} MiB" for name, shape in shapes.items())
+        log.debug("%d known-good images take %s", group.reference_count, sizes)
+        limit = self._place.arrays.limit()
+        banks = {output: np.empty(shape, np.float32) for output, shape in shapes.items()}
+        if not self._place.arrays.devices:
+            limit -= sum(bank.nbytes for bank in banks.values())
+        count = 0
+        for batch in group.references:
+            for _, outputs in self._run(batch):
+                rows = slice(count, count + len(outputs["embedding"]))
+                for output, bank in banks.items():
+                    layers, _, vectors, channels = bank.shape
+                    bank[:, rows] = outputs[output].reshape(-1, layers, vectors, channels).swapaxes(0, 1)
+                count = rows.stop
+        return self._searched({output: bank[:, :count] for output, bank in banks.items()}, limit)
+
+    def _searched(self, banks: Mapping[str, NDArray[np.float32]], limit: int) -> dict[str, list[Nearest]]:
+        """Return what searches banks [L, K, V, C], within so many bytes beside them: one search runs at a time."""
+        least = {output: self._searching(bank.shape, resident=False) for output, bank in banks.items()}
+        left = limit - max(least.values())  # for prepared vectors that stay
+        memories: dict[str, list[Nearest]] = {}
+        for output, bank in banks.items():
+            memories[output] = []
+            for layer in bank:
+                stays = self._searching(bank.shape, resident=True) - least[output]
+                allowed = least[output] + (stays if stays <= left else 0)
+                left -= stays if stays <= left else 0
+                vectors = layer.reshape(-1, layer.shape[-1])  # [K * V, C]
+                memories[output].append(Nearest(vectors, device=self._place.arrays.device, memory_limit=allowed))
+        return memories
+
+    def _bank(self, output: str, references: int) -> tuple[int, int, int, int]:
+        """Return the shape [L, K, V, C] of what is kept of an output of the references."""
+        *layers, vectors, channels = self._graph.outputs[output].shape
+        return math.prod(layers), references, vectors, channels
+
+    def _searching(self, bank: tuple[int, ...], resident: bool) -> int:
+        """Return the bytes in which one layer of a bank [L, K, V, C] is searched."""
+        _, references, vectors, channels = bank
+        where = "cuda" if self._place.arrays.devices else "cpu"
+        return Nearest.needed(references * vectors, channels, device=where, resident=resident)

@@ -19,9 +19,8 @@ from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest
 from zsad.engine.text.vectors import abnormal_probability
 from zsad.export.options import WINDOWS
-from zsad.kernels.nearest import Nearest
 
-from .method import Group, Place, Scored
+from .method import Place, Scored
 from .text_guided import Outputs, TextGuided, TextSettings, chosen_prompts, tower_requests
 
 Maps = NDArray[np.float64]
@@ -59,10 +58,9 @@ class WinCLIP(TextGuided):
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
-        super().__init__(config, place, config.settings.prompt_name)
+        super().__init__(config, place, config.settings.prompt_name, (*WINDOWS, config.settings.patch_output))
         self._settings = config.settings
         self.map_range = (0.0, 2 * self._settings.share if self._few_shot else 1.0)
-        self._memories: dict[str, Nearest] = {}  # by output; empty without references
 
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
@@ -73,19 +71,6 @@ class WinCLIP(TextGuided):
                 raise ConfigError(f"[networks.{name}] taps must be the number of the last block, counted from 0")
         chosen_prompts(config.settings.prompt_name)  # a mistake is found before weights are fetched
         return tower_requests(config, ("embedding", *WINDOWS, *patches))
-
-    def start(self, group: Group) -> None:
-        super().start(group)
-        self._memories = {}
-        if self._few_shot:
-            kept: dict[str, list[NDArray[np.float32]]] = {}
-            for batch in group.references:
-                for _, outputs in self._run(batch):
-                    for output in (*WINDOWS, self._settings.patch_output):
-                        vectors = outputs[output]  # [B, W or P, C], of patches perhaps [B, 1, P, C]
-                        kept.setdefault(output, []).append(vectors.reshape(-1, vectors.shape[-1]))
-            device = self._place.arrays.device
-            self._memories = {output: Nearest(np.concatenate(parts), device=device) for output, parts in kept.items()}
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for part, outputs in self._run(batch):
@@ -116,7 +101,8 @@ class WinCLIP(TextGuided):
 
     def _distances(self, output: str, vectors: NDArray[Any]) -> NDArray[np.float64]:
         """Return half the cosine distance [B, V] of vectors [B, (1,) V, C] to the nearest of the memory."""
-        cosines, _ = self._memories[output].search(vectors.reshape(-1, vectors.shape[-1]))
+        (memory,) = self._memories[output]
+        cosines, _ = memory.search(vectors.reshape(-1, vectors.shape[-1]))
         # What is in the memory itself comes out as a tiny negative number, whose reciprocal would rule a mean.
         distances: NDArray[np.float64] = np.maximum(1 - cosines[:, 0].astype(np.float64), 0) / 2
         return distances.reshape(len(vectors), -1)

@@ -41,7 +41,7 @@ class TextImage:
     def record(self) -> dict[str, Any]:
         return self.settings.model_dump()
 
-    def needed(self, images: int) -> int:
+    def needed(self, images: int, references: int) -> int:
         return 0
 
     def start(self, group: Group) -> None:

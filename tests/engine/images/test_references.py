@@ -6,7 +6,7 @@ import pytest
 from pictures import touch_images
 
 from zsad.engine.images.folders import scan
-from zsad.engine.images.references import NoReferencesError, References, find_references
+from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 
 
 def find(data: Path, reference: Path | None = None, shots: int | None = None, seed: int = 0) -> References:
@@ -93,3 +93,11 @@ def test_none_to_be_had(data: Path) -> None:
         find(data, binary)
     with pytest.raises(NoReferencesError, match="give --reference FOLDER"):
         find(data.parent / "several" / "bolt", shots=1)
+
+
+def test_they_are_counted_without_being_read(data: Path) -> None:
+    (category,) = scan(data).categories
+    assert count_references(category, {"bolt"}, None, None) == 5
+    assert count_references(category, {"bolt"}, None, 2) == 2
+    assert count_references(category, {"bolt"}, str(data.parent / "good"), 9) == 3
+    assert count_references(category, {"bolt"}, str(data.parent / "nowhere.txt"), 9) == 0

@@ -1,7 +1,11 @@
 """What users of the text-guided presets get wrong: a clear message, and the rest is done."""
 
+import re
 import shutil
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +14,10 @@ from pictures import touch_images
 from PIL import Image
 
 from zsad.engine.commands.infer import main
+from zsad.engine.methods.arrays import HostArrays
+from zsad.engine.methods.method import Group
+from zsad.engine.methods.text_guided import TextGuided
+from zsad.engine.networks.network import TensorSpec
 from zsad.engine.results.records import CategoryRecord
 
 
@@ -150,6 +158,59 @@ def test_the_middle_square_alone(tiny: list[str], shape: tuple[int, int]) -> Non
     assert of_square.all()
     of_whole[middle] = 0
     assert not of_whole.any()
+
+
+def test_known_good_images_within_a_memory_limit(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    touch_images(Path.cwd(), *(f"good/{index}.png" for index in range(4)), seed=10)
+    few = [*tiny, "--device", "cpu", "--reference", "good"]
+    assert main([*few, "--memory-limit", "1MB"]) == 2
+    said = capsys.readouterr().err
+    assert "bolt: comparing with 4 known-good images needs at least" in said
+    assert said.rstrip().endswith("raise --memory-limit, or make the work smaller with --image-size or --shots")
+    least = int(re.findall(r"at least (\d+) MiB", said)[0])
+    assert main([*few, "--memory-limit", f"{least + 1}MB", "--output", "small"]) == 0
+    assert main(few) == 0
+    one, two = (CategoryRecord.from_json(Path(out, "bolt/category.json").read_text()) for out in ("out", "small"))
+    assert [image.raw_score for image in one.images] == [image.raw_score for image in two.images]
+
+
+class Remembering(TextGuided):
+    """A method whose network gives random tokens."""
+
+    def __init__(self, references: int, limit: int | None = None) -> None:
+        self._graph = SimpleNamespace(outputs={"tokens": TensorSpec((3, 100, 64), np.dtype(np.float32))})
+        self._remembered, self._place = ("tokens",), SimpleNamespace(arrays=HostArrays((), limit))
+
+    def _run(self, batch: int) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+        tokens = np.random.default_rng(batch).normal(size=(2, 3, 100, 64)).astype(np.float32)
+        yield slice(0, 2), {"embedding": tokens[:, 0, 0], "tokens": tokens}
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_vectors_of_known_good_images_are_there_once(limited: bool) -> None:
+    """And once more as they are searched, where that fits."""
+    method = Remembering(200)
+    size = 200 * 3 * 100 * 64 * 4
+    assert method.needed(0, 200) - method.needed(0, 100) == size // 2
+    method = Remembering(200, method.needed(0, 200) if limited else None)
+    tracemalloc.start()
+    try:
+        memories = method._remember(Group(0, "bolt", range(100), 200))["tokens"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (1.2 if limited else 2.2) * size
+    tokens = next(method._run(7))[1]["tokens"]
+    for layer, memory in enumerate(memories):
+        cosines, indices = memory.search(tokens[1, layer])
+        np.testing.assert_allclose(cosines, 1, atol=1e-5)
+        assert indices[:, 0].tolist() == list(range(15 * 100, 16 * 100))
+
+
+def test_fewer_known_good_images_than_there_were_files() -> None:
+    (memory,) = Remembering(9)._remember(Group(0, "bolt", range(2), 9))["tokens"][:1]
+    _, indices = memory.search(np.zeros((1, 64), np.float32))
+    assert 0 <= indices[0, 0] < 2 * 2 * 100
 
 
 def test_damaged_text_vectors_are_made_anew(tiny: list[str], cache: Path) -> None:
