@@ -1,4 +1,4 @@
-"""Text vectors of prompts, kept in the cache: with them at hand the text tower is not loaded."""
+"""Text vectors of prompts, kept in the cache: with them at hand the text tower is not loaded, and never stays."""
 
 import hashlib
 import json
@@ -20,7 +20,10 @@ log = logging.getLogger("zsad")
 
 
 class TextVectors:
-    """Runs the text towers of a configuration's networks, each loaded when it is needed first."""
+    """Runs the text towers of a configuration's networks, each loaded when it is needed and dropped again.
+
+    Loading takes about a second, once for each object; a tower takes half a gigabyte for as long as it is there.
+    """
 
     def __init__(
         self,
@@ -33,7 +36,6 @@ class TextVectors:
         """arithmetic: what decides the digits. load: loads a text tower. to_network, fetch: arrays to it and back."""
         self.networks, self._arithmetic = networks, arithmetic
         self._load, self._to_network, self._fetch = load, to_network, fetch
-        self._graphs: dict[str, Graph] = {}
 
     def of(self, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
         """Return the vectors [M, D] of prompts, as the tower projects them: of any length.
@@ -59,9 +61,7 @@ class TextVectors:
         return vectors
 
     def _computed(self, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
-        if network not in self._graphs:
-            self._graphs[network] = self._load(network)
-        graph = self._graphs[network]
+        graph = self._load(network)
         (context,) = graph.inputs["ids"].shape
         ids = load_tokenizer(context).encode(prompts).astype(graph.inputs["ids"].dtype)  # [M, context]
         log.debug("running the text tower of %s over %d prompts", network, len(prompts))
