@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from .clipseg import LAYERS, NORM_EPS, ClipSegDecoder
 from .options import ClipSegDecoderOptions, ClipSegImageOptions
 from .state_dict import CheckpointError
-from .transformer import Block, attention_heads
+from .transformer import Affine, Block, attention_heads
 from .transformer_graph import TransformerGraph, check_choices, finished_model
 from .vision_transformer import CLIP, VisionTransformer
 from .vit_graph import ImageTowerGraph, check_options
@@ -61,6 +61,14 @@ def check_clipseg_image_options(vit: VisionTransformer, options: ClipSegImageOpt
 class _Graph(TransformerGraph):
     """The graph of the decoder."""
 
+    def padded_linear(self, x: str, affine: Affine, name: str) -> str:
+        """See `TransformerGraph`; an input wider than the output is not copied, which takes longer than a sum.
+
+        The hidden layers are 32 times as wide as the others: their copies take up to a third of the time.
+        """
+        outputs, inputs = affine[0].shape
+        return super().padded_linear(x, affine, name) if inputs <= outputs else self.plain_linear(x, affine, name)
+
     def reduced(self, activations: str, decoder: ClipSegDecoder) -> list[str]:
         """What the decoder's blocks see of the tokens [L, T, C] of an image: for each [T, R]."""
         weights, biases = zip(*reversed(decoder.reduces), strict=True)  # in the order of the tokens
@@ -89,28 +97,29 @@ class _Graph(TransformerGraph):
         y = self.widen(self.feed_forward(self.narrow(x), block, "relu", name))
         return self.layer_norm(self.node("Add", [x, y], name), block.norm2, NORM_EPS, name + ".norm2")
 
-    def upsampled(self, x: str, decoder: ClipSegDecoder, grid: int) -> str:
+    def upsample(self, x: str, decoder: ClipSegDecoder, grid: int, output: str) -> None:
         """Logits [B, S, S] of patches [B, G², R]."""
         x = self.node("Transpose", [self.narrow(x)], "head.channels", perm=[0, 2, 1])
         x = self._reshape(x, [0, decoder.width, grid, grid], "head.map")
-        weight, bias = (
-            self.weight(tensor, f"head.{kind}")
-            for tensor, kind in zip(decoder.convolution, ("weight", "bias"), strict=True)
-        )
-        x = self.node("Conv", [x, weight, bias], "head.convolution", kernel_shape=[3, 3], pads=[1] * 4)
+        weight, bias = decoder.convolution
+        inputs = [x, self.weight(weight, "head.weight"), self.weight(bias, "head.bias")]
+        x = self.node("Conv", inputs, "head.convolution", kernel_shape=[3, 3], pads=[1] * 4)
         x = self.node("Relu", [x], "head.relu")
-        return self._by_products(x, decoder, grid) if self.fused else self._by_convolutions(x, decoder)
+        if self.fused:
+            self._by_products(x, decoder, grid, output)
+        else:
+            self._by_convolutions(x, decoder, output)
 
-    def _by_convolutions(self, x: str, decoder: ClipSegDecoder) -> str:
+    def _by_convolutions(self, x: str, decoder: ClipSegDecoder, output: str) -> None:
         """Two transposed convolutions."""
         for index, (weight, bias) in enumerate(decoder.upsampling):
             name, size = f"upsampling{index}", list(weight.shape[2:])
             x = self.node("Relu", [x], name + ".relu") if index else x
             inputs = [x, self.weight(weight, name + ".weight"), self.weight(bias, name + ".bias")]
             x = self.node("ConvTranspose", inputs, name, kernel_shape=size, strides=size)
-        return self.node("Squeeze", [x, self.constant(np.array([1]), "at.1")], "upsampled")
+        self.node("Squeeze", [self.widen(x), self.constant(np.array([1]), "at.1")], output)
 
-    def _by_products(self, x: str, decoder: ClipSegDecoder, grid: int) -> str:
+    def _by_products(self, x: str, decoder: ClipSegDecoder, grid: int, output: str) -> None:
         """The same without columns that are added up into images: no pixel is in two of them.
 
         Every pixel's channels become those of the k × k pixels in its place, which are put in order at the very end.
@@ -127,8 +136,8 @@ class _Graph(TransformerGraph):
             count *= side * side
         outer, inner = sides
         x = self._reshape(x, [0, grid, grid, outer, outer, inner, inner], "upsampled.parts")
-        x = self.node("Transpose", [x], "upsampled.rows", perm=[0, 1, 3, 5, 2, 4, 6])
-        return self._reshape(x, [0, grid * outer * inner, grid * outer * inner], "upsampled")
+        x = self.widen(self.node("Transpose", [x], "upsampled.rows", perm=[0, 1, 3, 5, 2, 4, 6]))
+        self._reshape(x, [0, grid * outer * inner, grid * outer * inner], output)
 
     def _reshape(self, x: str, shape: list[int], name: str) -> str:
         return self.node("Reshape", [x, self.constant(np.array(shape), name + ".shape")], name)
@@ -156,8 +165,7 @@ def build_clipseg_decoder_graph(
         else:
             x = graph.node("Add", [graph.node("Mul", [mul, own], "state0.scaled"), add], "state0")
         x = graph.post_norm_block(x, decoder.blocks[index], heads, f"block{index}")
-    x = graph.upsampled(graph.cut(x, 1, 1 + grid * grid, "patches"), decoder, grid)
-    graph.node("Identity", [graph.widen(x)], "logits")
+    graph.upsample(graph.cut(x, 1, 1 + grid * grid, "patches"), decoder, grid, "logits")
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch" if side is None else side for side in shape])
         for name, shape in options.inputs.items()

@@ -91,6 +91,10 @@ class TransformerGraph:
             return self.quantised_linear(x, affine, name)
         if self.fused and self.precision != "fp16":
             return self.padded_linear(x, affine, name)
+        return self.plain_linear(x, affine, name)
+
+    def plain_linear(self, x: str, affine: Affine, name: str) -> str:
+        """A product and a sum."""
         weight, bias = affine
         product = self.node("MatMul", [x, self.weight(weight.T, name + ".weight")], name + ".product")
         return self.node("Add", [product, self.weight(bias, name + ".bias")], name)
