@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zsad.export.libraries import TARGETS
 from zsad.export.options import (
@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="list what the manifest names and exit")
     what.add_argument("--fetch", nargs="+", metavar="NAME", help="fetch what the manifest names so and exit")
     what.add_argument(
-        "--preset", metavar="NAME", help="export every network of a preset of zsad-infer, and fetch what it reads"
+        "--preset",
+        metavar="NAME",
+        help="export every network of a preset of zsad-infer, also for known-good images, and fetch what it reads",
     )
     what.add_argument("--checkpoint", metavar="NAME|FILE", help="a name of the manifest or a checkpoint file")
     add = parser.add_argument
@@ -240,7 +242,7 @@ def _graph_options(
     """The options of a graph that is no image tower's; image: those of one on the same command line."""
     kind = GRAPHS[arguments.graph]
     known = {option.name for option in fields(kind)}
-    given = {name: value for name in GRAPH_WORDS if (value := getattr(arguments, name)) is not None}
+    given: dict[str, Any] = {name: value for name in GRAPH_WORDS if (value := getattr(arguments, name)) is not None}
     if foreign := [name.replace("_", "-") for name in given if name not in known]:
         parser.error(f"--graph {arguments.graph}: this graph has no {', '.join(foreign)}; leave it out")
     both = {"precision": image.precision, "attention": image.attention}
@@ -248,26 +250,30 @@ def _graph_options(
 
 
 def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace, options: ExportOptions) -> list[Job]:
-    """The exports that `zsad-infer --preset` would make itself, with the precision and target asked for."""
+    """The exports that `zsad-infer --preset` would make itself, with known-good images and without.
+
+    They have the precision and are for the target asked for.
+    """
     from zsad.engine.config import ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
     from zsad.engine.networks.build import graph_options
 
+    given = {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None}
+    load = partial(load_config, arguments.preset, arguments.config, method_of=method_class)
     try:
-        config = load_config(
-            arguments.preset,
-            arguments.config,
-            {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None},
-            method_of=method_class,
-        )
+        config = load({**given, "reference": None, "shots": None})
+        requests = dict.fromkeys(graph_requests(config), "")  # with what tells their files from each other
+        if method_class(config.method).takes_references:  # which may take more of the networks
+            few_shot = graph_requests(load({**given, "shots": 1}))
+            requests |= {request: "-few-shot" for request in few_shot if request not in requests}
     except ConfigError as error:
         parser.error(str(error))
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
-    for request in graph_requests(config):
+    for request, kind in requests.items():
         spec = config.networks[request.network]
         own = graph_options(spec, request, options.precision, options.attention)
-        file = f"{request.network}-{own.label}-{own.precision}{suffix}"
+        file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None
         jobs.append(Job(spec.checkpoint, own, output, config.settings.files))
     return jobs

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clip_checkpoints import write_clip
+from pictures import touch_images
 
+from zsad.engine.commands import export
 from zsad.engine.commands.export import main
+from zsad.engine.commands.infer import main as infer
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +140,41 @@ def test_a_preset_brings_all_that_it_reads(
     monkeypatch.setattr("zsad.export.onnx_export.export_onnx", export)
     assert main(arguments) == 2
     assert fetched == names
+
+
+@pytest.mark.parametrize(("target", "suffix"), [("onnx", "fp32.onnx"), ("tensorrt-rtx", "fp16.engine")])
+@pytest.mark.parametrize(
+    ("preset", "names", "outputs"),
+    [
+        ("winclip", ["clip-240-", "clip-text-", "clip-240-few-shot-"], "embedding windows_2 windows_3 patches"),
+        ("april-gan", ["clip-518-", "clip-text-"], "embedding tokens"),
+        ("musc", ["clip-518-"], "tokens embedding"),
+    ],
+)
+def test_a_preset_brings_the_graphs_for_known_good_images_too(
+    preset: str, names: list[str], outputs: str, target: str, suffix: str
+) -> None:
+    parser = export._parser()
+    jobs = export._jobs(parser, parser.parse_args(["--preset", preset, "--target", target, "--output", "here"]))
+    assert [job.output for job in jobs] == [Path("here", name + suffix) for name in names]
+    (largest,) = {
+        job.options.outputs for job in jobs if set(getattr(job.options, "outputs", ())) == set(outputs.split())
+    }
+    assert largest == tuple(outputs.split())
+
+
+def test_what_was_exported_is_what_runs_read(
+    tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = write_clip(tmp_path, "clip_tiny")
+    Path("tiny.toml").write_text(f'image_size = 96\n[networks.clip]\ncheckpoint = "{checkpoint}"\n')
+    touch_images(tmp_path, "data/bolt/0.png", "good/0.png")
+    preset = ["--preset", "winclip", "--config", "tiny.toml"]
+    assert main(preset) == 0
+    monkeypatch.setattr("zsad.export.onnx_export.read_builder", None)
+    assert infer(["data", *preset, "--device", "cpu", "--output", "zero"]) == 0
+    assert infer(["data", *preset, "--device", "cpu", "--output", "few", "--reference", "good"]) == 0
 
 
 PRESET = ["--preset", "small"]
