@@ -55,6 +55,7 @@ class NetworkSpec(Table):
     image_size: Side = Field(description=SIDE)  # the configuration's, unless a network has its own
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     heads: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of attention heads")
+    text_heads: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of attention heads")  # of texts
     antialias: bool | None = Field(None, description="true or false")  # None: as the architecture resizes its positions
     preprocessing: Literal["imagenet", "clip"] | None = None  # None: what the architecture was trained with
 

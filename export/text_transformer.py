@@ -47,7 +47,7 @@ class TextTransformer:
     def attention_heads(self, heads: int | None) -> int:
         """Return the number of attention heads, see the function of this name."""
         usual = None if self.width % HEAD_WIDTH else self.width // HEAD_WIDTH
-        return attention_heads(self.width, heads, ODD_HEADS.get(self.width, usual))
+        return attention_heads(self.width, heads, ODD_HEADS.get(self.width, usual), "text_heads")
 
 
 def read_text_transformer(path: Path) -> TextTransformer:

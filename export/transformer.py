@@ -113,10 +113,11 @@ class _Tower(Tensors):
         return [name for name in self._stored if name not in self._read]
 
 
-def attention_heads(width: int, heads: int | None, published: int | None) -> int:
+def attention_heads(width: int, heads: int | None, published: int | None, key: str = "heads") -> int:
     """Return the number of attention heads: the one asked for, else that of the published tower of this width.
 
-    No tensor tells it. Raises CheckpointError when it does not divide the width or there is no such tower.
+    No tensor tells it. key: what a network's configuration calls it. Raises CheckpointError when it does not divide the
+    width or there is no such tower.
     """
     heads = published if heads is None else heads
     if heads is None:
@@ -125,7 +126,7 @@ def attention_heads(width: int, heads: int | None, published: int | None) -> int
         problem = f"{heads} attention heads do not divide a width of {width}"
     else:
         return heads
-    raise CheckpointError(f"{problem}; name the number with --heads (or `heads` of the network in the configuration)")
+    raise CheckpointError(f"{problem}; name the number with --heads (or `{key}` of the network in the configuration)")
 
 
 def check_tensors(tensors: Sequence[Named]) -> None:

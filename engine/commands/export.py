@@ -245,7 +245,7 @@ def _graph_options(
     given: dict[str, Any] = {name: value for name in GRAPH_WORDS if (value := getattr(arguments, name)) is not None}
     if foreign := [name.replace("_", "-") for name in given if name not in known]:
         parser.error(f"--graph {arguments.graph}: this graph has no {', '.join(foreign)}; leave it out")
-    both = {"precision": image.precision, "attention": image.attention}
+    both: dict[str, Any] = {"precision": image.precision, "attention": image.attention}
     return kind(**given, **{name: value for name, value in both.items() if name in known})
 
 

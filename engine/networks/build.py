@@ -40,7 +40,12 @@ def export_options(spec: NetworkSpec, request: GraphRequest, precision: str, att
 def text_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> TextOptions:
     """Return what a network's text tower is exported with: in fp32 where images are in int8, since it runs rarely."""
     assert request.outputs == ("embedding",), request
-    return TextOptions(spec.activation, precision="fp32" if precision == "int8" else precision, attention=attention)
+    return TextOptions(
+        spec.activation,
+        heads=spec.text_heads,
+        precision="fp32" if precision == "int8" else precision,
+        attention=attention,
+    )
 
 
 # By the names that requests have.

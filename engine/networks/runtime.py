@@ -50,6 +50,8 @@ class Runtime:
         allowed = ("fp16", "fp32") if self.device else ("fp32", "int8")
         if asked not in ("auto", *allowed):
             where = "a GPU" if self.device else "a CPU"
+            if self.devices and not self.device:
+                where += f" ({self.reason})"
             raise ConfigError(f"--network-precision {asked} is not available on {where}; use {' or '.join(allowed)}")
         return allowed[0] if asked == "auto" else asked
 

@@ -95,5 +95,7 @@ def test_heads_are_those_of_the_published_towers(width: int, heads: int) -> None
 
 
 def test_heads_of_odd_towers_must_be_named() -> None:
-    with pytest.raises(CheckpointError, match="100 wide has is not known; name the number with --heads"):
+    with pytest.raises(
+        CheckpointError, match=r"100 wide has is not known; name the number with --heads \(or `text_heads` of"
+    ):
         tower(100).attention_heads(None)

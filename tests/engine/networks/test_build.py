@@ -129,6 +129,17 @@ def test_a_network_has_an_image_graph_and_a_text_graph(clip_config: Config, prec
     assert (only.sha256, only.preprocessing, list(only.graphs)) == (network.sha256, "clip", ["text"])
 
 
+def test_heads_of_a_text_tower_are_those_of_the_configuration(clip_config: Config) -> None:
+    spec, ids = clip_config.networks["clip"], {"ids": text_arrays("clip_tiny")["token_ids"]}
+    runtime = runtimes.choose_runtime("cpu")
+    found = []
+    for change in ({}, {"heads": 4}, {"text_heads": 4}):
+        config = clip_config.model_copy(update={"networks": {"clip": spec.model_copy(update=change)}})
+        found.append(networks.load_graph(config, TEXT, runtime, len(ids["ids"])).run(ids)["embedding"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
 def test_positions_are_resized_as_the_configuration_says(clip_config: Config) -> None:
     arrays, runtime = text_arrays("april"), runtimes.choose_runtime("cpu")
     spec = clip_config.networks["clip"]

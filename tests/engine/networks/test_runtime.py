@@ -81,7 +81,8 @@ def test_what_a_gpu_needs_is_installed_in_one_go(
     ("installed", "precision", "message"),
     [
         ("", "fp16", "--network-precision fp16 is not available on a CPU; use fp32 or int8"),
-        ("cupy gpu tensorrt", "int8", "use fp16 or fp32"),
+        ("cupy gpu tensorrt", "int8", "--network-precision int8 is not available on a GPU; use fp16 or fp32"),
+        ("cupy gpu", "fp16", r"not available on a CPU \(only scoring uses the GPU, .*\); use fp32 or int8"),
     ],
 )
 def test_a_precision_that_the_device_lacks_is_refused(
