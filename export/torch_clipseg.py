@@ -24,6 +24,7 @@ class TorchClipSegImage(TorchForward):
         """Return the activations [B, L, T, C] of images [B, 3, S, S]."""
         taps, depth = self._options.taps, self._options.depth(len(self._vit.blocks))
         with torch.inference_mode():
+            assert self._pre_norm is not None  # it is a tower of CLIP
             x = self._normed(self._embedded(images), self._pre_norm)
             tapped = [x for index, x in enumerate(self._streams(x, depth)) if index in taps]
             return {"activations": torch.stack(tapped, dim=1)}
@@ -58,7 +59,7 @@ class TorchClipSegDecoder(TorchBlocks):
                     x = x + functional.linear(activations[-1 - index], *self._reduces[index])
                 x = self._normed(x + self._attention(x, block), block["norm1"])
                 x = self._normed(x + self._feed_forward(x, block), block["norm2"])
-            x = x[:, 1:].transpose(1, 2).unflatten(2, (self._grid, self._grid))
+            x = x[:, 1:].transpose(1, 2).reshape(len(x), -1, self._grid, self._grid)
             x = functional.conv2d(x, *self._convolution, padding=1)
             for weight, bias in self._upsampling:
                 x = functional.conv_transpose2d(functional.relu(x), weight, bias, stride=weight.shape[-1])

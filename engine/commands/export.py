@@ -89,7 +89,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
     if arguments.list:
         for entry in read_manifest().values():
             automatic = any(source.automatic for source in entry.sources)
-            fetched = "fetched when it is needed" if automatic else "with --fetch"
+            verifiable = any(source.verifiable for source in entry.sources)
+            fetched = (
+                "fetched when it is needed" if automatic else "with --fetch" if verifiable else "bring it yourself"
+            )
             emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence}, {fetched})")
             for source in entry.sources:
                 emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")

@@ -23,8 +23,15 @@ from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import read_vision_transformer
 from zsad.kernels.files import file_sha256
 
-CONTENTS = [("checkpoint", "dinov2"), ("checkpoint", "clip"), ("heads", None), ("vocabulary", None)]
+CONTENTS = [
+    ("checkpoint", "dinov2"),
+    ("checkpoint", "clip"),
+    ("checkpoint", "clipseg"),
+    ("heads", None),
+    ("vocabulary", None),
+]
 SHORTENED = {"clip-vitb16plus-240-e31"}  # entries of whose digests only the beginning is published
+UNVERIFIED = {"clipseg-rd64-refined", "clipseg-rd64-refined-decoder"}  # entries of which none is
 
 
 def test_manifest_is_complete() -> None:
@@ -37,6 +44,9 @@ def test_manifest_is_complete() -> None:
         assert entry.sources
         for source in entry.sources:
             assert source.kind in ("python-package", "url", "huggingface")
+            assert source.verifiable == (entry.name not in UNVERIFIED)
+            if source.digest is None:
+                continue
             length = 8 if entry.name in SHORTENED else KINDS[source.digest.kind][1]
             assert re.fullmatch(f"[0-9a-f]{{{length}}}", source.digest.digits)
             assert source.digest.kind == ("git_blob" if entry.kind == "heads" else "sha256")
@@ -97,6 +107,32 @@ def test_digests_that_any_file_might_have_are_refused(
     monkeypatch.setattr(checkpoints, "MANIFEST", manifest)
     said = rf"{manifest}: the digest of \S+e31-8fb26589.pt: '{digits}' is no .* at least the first 8 must be given"
     with pytest.raises(CheckpointError, match=said):
+        read_manifest()
+
+
+def test_what_cannot_be_verified_is_not_fetched_but_taken_where_it_lies(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "download", lambda *_: pytest.fail("downloaded"))
+    name = "clipseg-rd64-refined-decoder"
+    assert main(["--fetch", name]) == 2
+    said = capsys.readouterr().err
+    path = empty_cache / "weights" / "rd64-uni-refined.pth"
+    assert "tells no digest by which a download could be verified" in said
+    assert "zsad-export --fetch" not in said
+    assert f"curl --create-dirs -L -o '{path}' 'https://owncloud.gwdg.de/" in said
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    assert find_checkpoint(name) == (path, file_sha256(path))
+    assert main(["--list"]) == 0
+    assert f"rd64-uni-refined.pth: no digest published; {path}" in capsys.readouterr().out
+
+
+def test_a_digest_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = tmp_path / "manifest.toml"
+    manifest.write_text(checkpoints.MANIFEST.read_text().replace('digest = "unpublished"', ""))
+    monkeypatch.setattr(checkpoints, "MANIFEST", manifest)
+    with pytest.raises(CheckpointError, match=r"the digest of .*clipseg-rd64-refined.*copy it from its publisher"):
         read_manifest()
 
 
@@ -424,3 +460,4 @@ def test_command_lists_the_manifest_and_what_is_here(
     assert listed.count(str(empty_cache)) == 1
     assert "clip-bpe  (vocabulary, MIT, fetched when it is needed)\n" in listed
     assert "clip-vitl14  (clip, MIT, with --fetch)\n" in listed
+    assert "clipseg-rd64-refined  (clipseg, Apache-2.0, bring it yourself)\n" in listed
