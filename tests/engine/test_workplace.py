@@ -54,7 +54,7 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
 
 
 @needs_compiler
-@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize("references", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("preset", "model"), [("winclip", "clip_tiny"), ("april-gan", "april")])
 def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
     tokenizer: object,

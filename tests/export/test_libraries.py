@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pictures import touch_images
 
 from zsad.engine.commands.export import main as export
 from zsad.engine.commands.infer import main as infer
@@ -55,7 +56,8 @@ def test_commands_stop_without_onnx_runtime(
     Path("tiny.toml").write_text(f'image_size = 70\n[networks.dinov2]\ncheckpoint = "{checkpoint}"\ntaps = [1]\n')
     assert export(["--checkpoint", checkpoint, "--taps", "1", "--image-size", "70"]) == 2
     assert "'zsad[cpu]'" in capsys.readouterr().err
-    assert infer(["--demo", "--config", "tiny.toml"]) == 2
+    touch_images(tmp_path, "data/0.png", "data/1.png")
+    assert infer(["data", "--config", "tiny.toml"]) == 2
     assert "ONNX Runtime is not installed" in capsys.readouterr().err
     assert not list((empty_cache / "models").iterdir())
 

@@ -75,8 +75,17 @@ def test_a_damaged_graph_in_the_cache_is_built_again(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("variant", [{}, {"gated": True}, {"registers": 4}])
-@pytest.mark.parametrize("image_size", [70, 98])
+@pytest.mark.parametrize(
+    ("variant", "image_size"),
+    [
+        ({}, 70),
+        pytest.param({}, 98, marks=pytest.mark.slow),
+        ({"gated": True}, 98),
+        pytest.param({"gated": True}, 70, marks=pytest.mark.slow),
+        ({"registers": 4}, 98),
+        pytest.param({"registers": 4}, 70, marks=pytest.mark.slow),
+    ],
+)
 def test_every_export_is_compared(
     random_dinov2: Callable[..., Path], precision: str, variant: dict[str, int], image_size: int
 ) -> None:
@@ -85,8 +94,15 @@ def test_every_export_is_compared(
     assert model.agreement.startswith(f"{precision} against {'PyTorch' if TORCH == 'torch' else 'the fp32 graph'}")
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-@pytest.mark.parametrize("antialias", [None, True])
+@pytest.mark.parametrize(
+    ("activation", "antialias"),
+    [
+        ("gelu", None),
+        pytest.param("gelu", True, marks=pytest.mark.slow),
+        pytest.param("quick_gelu", None, marks=pytest.mark.slow),
+        ("quick_gelu", True),
+    ],
+)
 def test_clip_is_compared(golden: Path, activation: str, antialias: bool | None) -> None:
     options = ExportOptions((3, 11), 126, activation, heads=2, antialias=antialias)
     assert export_onnx(str(golden / "clip_vit_tiny.safetensors"), options, oracle=TORCH).agreement

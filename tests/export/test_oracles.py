@@ -41,7 +41,9 @@ def save_random(model, path: Path, prefix: str = "") -> Path:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("variant", ["plain", "registers", "swiglu"])
+@pytest.mark.parametrize(
+    "variant", ["registers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "swiglu"))]
+)
 def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
     import torch
 
@@ -87,7 +89,14 @@ def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("activation", "layer_scale"), [("gelu", None), ("quick_gelu", None), ("gelu", 1.0)])
+@pytest.mark.parametrize(
+    ("activation", "layer_scale"),
+    [
+        ("quick_gelu", None),
+        pytest.param("gelu", None, marks=pytest.mark.slow),
+        pytest.param("gelu", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_scale: float | None) -> None:
     import torch
 
@@ -112,7 +121,7 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_sca
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", [pytest.param("gelu", marks=pytest.mark.slow), "quick_gelu"])
 def test_text_tower_of_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
     import torch
 

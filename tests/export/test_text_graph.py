@@ -1,5 +1,6 @@
 """The text tower's graph against embeddings that open_clip computed."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +37,13 @@ def run(tmp_path: Path) -> Callable[[onnx.ModelProto, np.ndarray], np.ndarray]:
     return run
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "precision", "attention"),
+    [
+        pytest.param(*options, marks=() if number in (0, 3, 5, 6) else pytest.mark.slow)  # every value, every pair
+        for number, options in enumerate(itertools.product(ACTIVATIONS, ("fp32", "fp16"), ATTENTIONS))
+    ],
+)
 def test_it_equals_open_clip(
     text: TextTransformer, run: Callable, activation: str, precision: str, attention: str
 ) -> None:
@@ -102,8 +107,15 @@ def test_standard_attention_uses_no_foreign_operators(text: TextTransformer) -> 
             assert types[node.output[0]].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
-@pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "oracle"),
+    [
+        pytest.param("fp32", "graph", marks=pytest.mark.slow),
+        ("fp16", "graph"),
+        pytest.param("fp32", "torch", marks=pytest.mark.torch),
+        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+    ],
+)
 def test_it_is_exported_beside_the_image_tower(empty_cache: Path, tmp_path: Path, precision: str, oracle: str) -> None:
     if oracle == "torch":
         pytest.importorskip("torch", reason="compares with PyTorch")
@@ -114,12 +126,17 @@ def test_it_is_exported_beside_the_image_tower(empty_cache: Path, tmp_path: Path
     assert model.inputs == {"ids": (None, 77)}
     assert model.path.name.startswith("april-text-")
     assert not export_onnx(checkpoint, options).built
-    changes = {"attention": "standard"}, {"activation": "quick_gelu"}
-    others = [export_onnx(checkpoint, replace(options, **change)).path for change in changes]
-    assert len({model.path, *others}) == 3
     facts = {entry.key: entry.value for entry in onnx.load(model.path).metadata_props}
     assert (facts["architecture"], facts["context"]) == ("clip-text", "77")
     assert facts["checkpoint_sha256"] == model.sha256
+
+
+def test_other_options_are_other_files(empty_cache: Path, tmp_path: Path) -> None:
+    checkpoint = str(write_clip(tmp_path, "april"))
+    changes: list[dict[str, str]] = [{}, {"precision": "fp16"}, {"attention": "standard"}, {"activation": "quick_gelu"}]
+    models = [export_onnx(checkpoint, replace(TextOptions(), **change)) for change in changes]
+    assert all(model.built for model in models)
+    assert len({model.path for model in models}) == len(changes)
 
 
 def test_a_vocabulary_that_is_not_the_tokenizer_s_is_refused(tmp_path: Path) -> None:

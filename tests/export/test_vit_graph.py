@@ -334,9 +334,16 @@ def test_blocks_equal_those_of_april_gan(april: VisionTransformer) -> None:
         np.testing.assert_allclose(references["tokens"][:, index], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
-    ("precision", "largest"), [("fp32", 1e-5), ("fp16", 5e-3), pytest.param("int8", 0.15, marks=needs_vnni)]
+    ("attention", "precision", "largest"),
+    [
+        ("fused", "fp32", 1e-5),
+        pytest.param("standard", "fp32", 1e-5, marks=pytest.mark.slow),
+        pytest.param("fused", "fp16", 5e-3, marks=pytest.mark.slow),
+        ("standard", "fp16", 5e-3),
+        pytest.param("fused", "int8", 0.15, marks=needs_vnni),
+        pytest.param("standard", "int8", 0.15, marks=[needs_vnni, pytest.mark.slow]),
+    ],
 )
 def test_windows_equal_those_of_winclip(
     tiny_clip: VisionTransformer, precision: str, largest: float, attention: str
@@ -382,7 +389,10 @@ def test_all_sequences_share_the_weights(tiny_clip: VisionTransformer) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("tokens", [1, 35, 10**6])  # a window, several that do not come out even, and all at a time
+# A window, several that do not come out even, and all at a time.
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(1, marks=pytest.mark.slow), 35, pytest.param(10**6, marks=pytest.mark.slow)]
+)
 def test_parts_of_the_windows_give_what_all_do(
     tiny_clip: VisionTransformer, monkeypatch: pytest.MonkeyPatch, tokens: int, precision: str
 ) -> None:
@@ -426,8 +436,17 @@ def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> No
         build_vit_graph(tiny_clip, ExportOptions((), 32, outputs=("windows_2", "windows_3")))
 
 
-@pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "oracle"),
+    [
+        pytest.param("fp32", "graph", marks=pytest.mark.slow),
+        pytest.param("fp16", "graph", marks=pytest.mark.slow),
+        ("int8", "graph"),
+        pytest.param("fp32", "torch", marks=pytest.mark.torch),
+        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+        pytest.param("int8", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+    ],
+)
 @pytest.mark.parametrize("registers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_windows_are_compared_before_they_are_kept(
     empty_cache: Path, random_dinov2: Callable[..., Path], tmp_path: Path, precision: str, oracle: str, registers: int

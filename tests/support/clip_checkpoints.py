@@ -1,10 +1,11 @@
 """Checkpoint files of the tiny towers with which the golden arrays of the text-guided methods were made."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 ARRAYS = Path(__file__).resolve().parents[3] / "shared" / "golden" / "text"
 
@@ -30,8 +31,13 @@ def clip_state(name: str) -> dict[str, np.ndarray]:
     return {key: stored[key].astype(np.float32) for key in stored.files}
 
 
+@functools.cache
+def _content(name: str) -> bytes:
+    return save(clip_state(name))
+
+
 def write_clip(folder: Path, name: str) -> Path:
     """Write both towers of `clip_tiny` or `april` as `folder`/NAME.safetensors and return the file."""
     path = folder / f"{name}.safetensors"
-    save_file(clip_state(name), path)
+    path.write_bytes(_content(name))
     return path

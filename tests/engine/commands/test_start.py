@@ -85,8 +85,14 @@ def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int,
     return ended.returncode, ended.stdout, ended.stderr
 
 
-@pytest.mark.parametrize("module", ["argparse", "tqdm", "numpy"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        pytest.param(command, module, marks=() if module == represented else pytest.mark.slow)
+        for command, represented in (("infer", "numpy"), ("evaluate", "argparse"), ("export", "tqdm"))
+        for module in ("argparse", "tqdm", "numpy")
+    ],
+)
 def test_an_interrupt_while_libraries_load_is_one_line(command: str, module: str) -> None:
     assert interrupt(command, module, "pass") == (130, "", f"{COMMANDS[command][0]}: interrupted\n")
 

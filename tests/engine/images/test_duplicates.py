@@ -64,8 +64,14 @@ def test_photographs_of_one_product_are_no_copies(tmp_path: Path, moved: bool) -
     assert found(tmp_path, [part(seed, moved) for seed in range(20)]) == []
 
 
-@pytest.mark.parametrize("kind", COPIES)
 @pytest.mark.parametrize("moved", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in ("quality 90", "2 % larger", "2 % smaller") else ())
+        for kind in COPIES
+    ],
+)
 def test_near_copies_are_found(tmp_path: Path, kind: str, moved: bool) -> None:
     images = [part(seed, moved) for seed in range(18)]
     images += [COPIES[kind](images[3]), COPIES[kind](images[11])]

@@ -42,7 +42,10 @@ def vit_like_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], 
         (7, 1, (3, 5), 131, (9, 7)),
     ],
 )
-@pytest.mark.parametrize("interval", [(0.0, 0.3), (0.2, 0.7), (0.0, 1), (1, 50)])
+@pytest.mark.parametrize(
+    "interval",
+    [(0.0, 0.3), (1, 50), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in ((0.2, 0.7), (0.0, 1)))],
+)
 def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degrees, interval) -> None:
     tokens = vit_like_tokens(1, images, layers, grid, channels)
     exact = mutual_scores(tokens, grid, degrees, interval)
