@@ -1,4 +1,4 @@
-"""What builds each kind of graph: of image towers, of text towers, of CLIPSeg."""
+"""What builds each kind of graph from the weights of its network."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +14,14 @@ from .clipseg_graph import (
     check_clipseg_decoder_options,
     check_clipseg_image_options,
 )
+from .isnet import ISNet, read_isnet
+from .isnet_graph import build_isnet_graph, check_isnet_options
 from .options import (
     ClipSegDecoderOptions,
     ClipSegImageOptions,
     ExportOptions,
     GraphOptions,
+    IsnetOptions,
     Preprocessing,
     TextOptions,
 )
@@ -170,10 +173,38 @@ class ClipSegDecoderBuilder:
         return TorchClipSegDecoder(self.weights, self.options)
 
 
+@dataclass(frozen=True)
+class IsnetBuilder:
+    """Of IS-Net (see `GraphBuilder`)."""
+
+    weights: ISNet
+    options: IsnetOptions
+    folded: bool = True
+    preprocessing: Preprocessing = "isnet"
+
+    def check(self) -> None:
+        check_isnet_options(self.options)
+
+    def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        return build_isnet_graph(self.weights, self.options, metadata, self.folded)
+
+    def other(self) -> "IsnetBuilder":
+        return replace(self, options=replace(self.options, precision="fp32"), folded=not self.folded)
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def forward(self) -> Any:
+        from .torch_isnet import TorchIsnet
+
+        return TorchIsnet(self.weights)
+
+
 # Options of a kind of graph → what reads its weights.
 BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
     ExportOptions: lambda path, options: ImageTowerBuilder(read_vision_transformer(path), options),
     TextOptions: lambda path, options: TextTowerBuilder(read_text_transformer(path), options),
+    IsnetOptions: lambda path, options: IsnetBuilder(read_isnet(path), options),
     ClipSegImageOptions: lambda path, options: ClipSegImageBuilder(read_vision_transformer(path), options),
     ClipSegDecoderOptions: lambda path, options: ClipSegDecoderBuilder(read_clipseg_decoder(path), options),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-Preprocessing = Literal["imagenet", "clip"]
+Preprocessing = Literal["imagenet", "clip", "isnet"]
 Shape = tuple[
     int | None, ...
 ]  # None: the batch, always the first axis; an input without one goes with every part of it
@@ -134,7 +134,27 @@ class ClipSegDecoderOptions:
         return f"decoder-{self.image_size}"
 
 
-GraphOptions = ExportOptions | TextOptions | ClipSegImageOptions | ClipSegDecoderOptions
+@dataclass(frozen=True)
+class IsnetOptions:
+    """Options of IS-Net's graph."""
+
+    kind: ClassVar = "isnet"
+    image_size: int = 1024  # a multiple of 64
+    precision: str = "fp32"  # or fp16
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return {"images": (None, 3, self.image_size, self.image_size)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"isnet-{self.image_size}"
+
+
+GraphOptions = ExportOptions | TextOptions | ClipSegImageOptions | ClipSegDecoderOptions | IsnetOptions
 GRAPHS: Mapping[str, type[GraphOptions]] = {
-    options.kind: options for options in (ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions)
+    options.kind: options
+    for options in (ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions, IsnetOptions)
 }

@@ -25,7 +25,27 @@ ACTIVATION: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class TorchBlocks:
+class OnDevice:
+    """What networks in PyTorch share: arrays in, arrays out."""
+
+    def __init__(self, device: str, dtype: Any) -> None:
+        self._device, self._dtype = device, dtype
+
+    def tensor(self, array: Any) -> Any:
+        """Bring an array, such as images [B, 3, S, S], to the device and, unless it holds integers, to the type."""
+        tensor = torch.as_tensor(np.array(array))
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def fetch(self, tensor: Any) -> Array:
+        """Bring a result to the host as fp32; waits for it."""
+        found: Array = tensor.float().cpu().numpy()
+        return found
+
+    def _affine(self, affine: Affine) -> tuple[Any, Any]:
+        return self.tensor(affine[0]), self.tensor(affine[1])
+
+
+class TorchBlocks(OnDevice):
     """Blocks in plain PyTorch, eager, with its fused attention; weights are converted once."""
 
     def __init__(
@@ -38,19 +58,9 @@ class TorchBlocks:
         where: tuple[str, Any],
     ) -> None:
         """causal: a token sees none behind it. where: device and type."""
-        self._device, self._dtype = where
+        super().__init__(*where)
         self._heads, self._activation, self._eps, self._causal = heads, ACTIVATION[activation], eps, causal
         self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in blocks]
-
-    def tensor(self, array: Any) -> Any:
-        """Bring an array, such as images [B, 3, S, S], to the device and, unless it holds integers, to the type."""
-        tensor = torch.as_tensor(np.array(array))
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def fetch(self, tensor: Any) -> Array:
-        """Bring a result to the host as fp32; waits for it."""
-        found: Array = tensor.float().cpu().numpy()
-        return found
 
     def _streams(self, x: Any, depth: int) -> Iterator[Any]:
         """Yield the residual stream behind each of the first `depth` blocks."""
@@ -58,9 +68,6 @@ class TorchBlocks:
             x = x + self._attention(self._normed(x, block["norm1"]), block)
             x = x + self._feed_forward(self._normed(x, block["norm2"]), block)
             yield x
-
-    def _affine(self, affine: Affine) -> tuple[Any, Any]:
-        return self.tensor(affine[0]), self.tensor(affine[1])
 
     def _normed(self, x: Any, affine: tuple[Any, Any]) -> Any:
         return functional.layer_norm(x, x.shape[-1:], *affine, self._eps)

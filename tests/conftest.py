@@ -41,6 +41,14 @@ def golden_text(golden: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_segmentation(golden: Path) -> Path:
+    """The folder of arrays made by the reference implementations of networks that cut images apart."""
+    if not (golden / "segmentation").is_dir():
+        pytest.skip(f"needs {golden / 'segmentation'}, which is not part of the repository")
+    return golden / "segmentation"
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """CLIP's, with its real vocabulary, which is fetched once."""
     try:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from .stored import ImageError, ImageMemoryError, Stored, read_stored
 
-Preprocessing = Literal["imagenet", "clip"]
+Preprocessing = Literal["imagenet", "clip", "isnet"]
+
+STRIP = 1 << 20  # values that are interpolated at once
 Resize = Literal["squash", "shortest_crop"]  # to a square: the whole image, or its middle with the aspect ratio kept
 
 
@@ -20,7 +22,7 @@ class Recipe:
     """How a network wants its images: brought to size × size, values in [0, 1], normalised."""
 
     size: int
-    resampling: Literal["bilinear", "bicubic"]  # antialiased
+    resampling: Literal["bilinear", "bicubic", "unfiltered"]  # antialiased; unfiltered: bilinear without that
     mean: tuple[float, float, float]  # of values in [0, 1]
     deviation: tuple[float, float, float]
     resize: Resize = "squash"
@@ -34,7 +36,12 @@ class Recipe:
 
 
 def recipe(preprocessing: Preprocessing, size: int, resize: Resize = "squash") -> Recipe:
-    """Return what a kind of preprocessing means. imagenet: DINOv2, the challenge's networks; clip: CLIP elsewhere."""
+    """Return what a kind of preprocessing means.
+
+    imagenet: DINOv2, the challenge's networks; clip: CLIP elsewhere; isnet: IS-Net.
+    """
+    if preprocessing == "isnet":
+        return Recipe(size, "unfiltered", (0.5, 0.5, 0.5), (1, 1, 1))
     if preprocessing == "imagenet":
         return Recipe(size, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize)
     return Recipe(size, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), resize)
@@ -85,16 +92,44 @@ def _table(white: int) -> NDArray[np.uint8]:
 
 
 def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:
-    """Bring an image to a square and normalise it; returns [3, S, S]."""
-    resampling = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[recipe.resampling]
-    size, (rows, columns) = recipe.size, recipe.resized(image.height, image.width)
-    # Of what is cropped the longer side comes first, so that no more than its middle is resized along the other one.
-    if columns > size:
-        left = round((columns - size) / 2)
-        image = image.resize((columns, image.height), resampling).crop((left, 0, left + size, image.height))
-    elif rows > size:
-        top = round((rows - size) / 2)
-        image = image.resize((image.width, rows), resampling).crop((0, top, image.width, top + size))
-    resized = np.asarray(image.resize((size, size), resampling), np.float32) / np.float32(255)
+    """Resize without keeping the aspect ratio and normalise; returns [3, S, S]."""
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    size = (recipe.size, recipe.size)
+    if recipe.resampling == "unfiltered":
+        resized = np.floor(bilinear(np.asarray(image), size))  # as IS-Net's code has its images: whole numbers again
+    else:
+        resized = np.asarray(image.resize(size, filters[recipe.resampling]), np.float32)
+    resized /= np.float32(255)
     mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
     return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))
+
+
+def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize [h, w] or [h, w, C] to [H, W] or [H, W, C] without antialiasing, as PyTorch's `interpolate` does.
+
+    Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order; processors that multiply and
+    add in one step round the last bit otherwise.
+    """
+    height, width = size
+    more = (1,) * (values.ndim - 2)
+    (above, below, *vertical), (left, right, *horizontal) = map(_neighbours, values.shape, size)
+    upper, lower = (weight.reshape(-1, 1, *more) for weight in vertical)
+    near, far = (weight.reshape(-1, *more) for weight in horizontal)
+    out = np.empty((height, width, *values.shape[2:]), np.float32)
+    rows = max(1, STRIP // out[0].size)
+    for start in range(0, height, rows):
+        here = slice(start, start + rows)
+        first = above[here][0]
+        strip = values[first : below[here][-1] + 1]
+        wide = strip[:, left] * near + strip[:, right] * far
+        out[here] = wide[above[here] - first] * upper[here] + wide[below[here] - first] * lower[here]
+    return out
+
+
+def _neighbours(source: int, target: int) -> tuple[NDArray[Any], ...]:
+    """Return between which two values each of `target` values lies, and what share each of the two has in it."""
+    scale, half = np.float32(source) / np.float32(target), np.float32(0.5)
+    positions = np.maximum((np.arange(target, dtype=np.float32) + half) * scale - half, 0)
+    before = np.minimum(positions.astype(np.intp), source - 1)
+    share = positions - before.astype(np.float32)
+    return before, np.minimum(before + 1, source - 1), 1 - share, share

@@ -100,6 +100,7 @@ class DeviceInputs:
                     self._device.upload(image, on_device)
                 rows, columns, _ = on_device.shape
                 for recipe, batch in self._inputs[self._slot].items():
+                    assert recipe.resampling != "unfiltered", "such inputs are made on the host"
                     network_input_on_device(
                         self._device,
                         on_device,

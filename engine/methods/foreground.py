@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from zsad.engine.config import Table
+from zsad.engine.images.decode import bilinear
 
 from .bitmasks import BitMask, overlap, pack, union
 
@@ -31,6 +32,21 @@ class Foreground:
     pixels: NDArray[np.bool_]  # [H, W]
     rule: Rule
     kept: NDArray[np.bool_]  # [M], of the masks
+
+
+def dichotomous(values: NDArray[np.float32], size: tuple[int, int], min_peak: float) -> NDArray[np.bool_]:
+    """Return the foreground [H, W] that a network's values [S, S] in [0, 1] say an image of this size has.
+
+    Enlarged, then scaled to [0, 1], at least one half. Nothing is foreground where the highest value is below
+    `min_peak`, of which the scaling would make an object, or where all are the same.
+    """
+    enlarged = bilinear(values, size)
+    lowest, highest = enlarged.min(), enlarged.max()
+    if not (highest >= min_peak and highest > lowest):
+        return np.zeros(size, bool)
+    enlarged -= lowest
+    enlarged /= highest - lowest
+    return np.asarray(enlarged >= 0.5)
 
 
 def is_too_small(dichotomous: NDArray[np.bool_], min_foreground: float) -> bool:

@@ -14,7 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.decode import decode, network_input, recipe
+from zsad.engine.images.decode import bilinear, decode, network_input, recipe
 from zsad.engine.images.stored import SUFFIXES, ImageError, decoded_bytes
 
 
@@ -556,3 +556,32 @@ def test_words_are_no_image_whatever_their_suffix(tmp_path: Path) -> None:
         (tmp_path / f"a{suffix}").write_bytes(b"these are words, and more of them than any header has" * 20)
         with pytest.raises(ImageError):
             decode(tmp_path / f"a{suffix}")
+
+
+def test_isnet_has_the_input_of_its_reference(golden_segmentation: Path) -> None:
+    arrays = np.load(golden_segmentation / "isnet_tiny.npz")
+    found = network_input(Image.fromarray(arrays["rgb"]), recipe("isnet", 128))
+    np.testing.assert_array_equal(found, arrays["network_input"])
+    np.testing.assert_array_equal(np.rint((found + 0.5) * 255), arrays["resized_uint8"])
+
+
+@pytest.mark.parametrize("name", ["resize_40x27", "resize_5x6", "resize_9x30"])
+def test_bilinear_equals_the_reference(golden_segmentation: Path, name: str) -> None:
+    arrays = np.load(golden_segmentation / "vvv_host.npz")
+    expected = arrays[name]
+    found = bilinear(arrays["resize_input"], expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    colours = bilinear(np.stack([arrays["resize_input"]] * 3, axis=2), expected.shape)
+    np.testing.assert_array_equal(colours, np.stack([found] * 3, axis=2))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [(1024, 1024), (31, 2000), (701, 12)])
+def test_bilinear_equals_pytorch_up_to_the_last_bit(size: tuple[int, int]) -> None:
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    image = np.random.default_rng(0).integers(0, 256, (211, 307, 3), dtype=np.uint8)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False)[0]
+    found, expected = bilinear(image, size), expected.permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
+    assert (np.floor(found) != np.floor(expected)).mean() < 2e-5
