@@ -36,7 +36,7 @@ from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import CategoryWriter, Result, Writing
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
-from zsad.engine.results.resume import check_output, fingerprint, finished_record
+from zsad.engine.results.resume import check_output, fingerprint, finished_record, why_again
 from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
 from zsad.engine.workplace import Options, Workplace, set_up
@@ -192,6 +192,10 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         if record is not None:
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)
+        if options.resume:
+            reason = why_again(options.output, category.name, digest, workplace.record, checkpoints)
+            if reason is not None:
+                log.info("%s: scored again, since %s", name, reason)
         record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
     except (CheckpointError, EngineError, CacheError):  # of the text tower, which all categories need
         raise

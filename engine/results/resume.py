@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zsad.engine.images.categories import Category
-from zsad.engine.images.tree import RECORD, SCORES, is_results
+from zsad.engine.images.tree import RECORD, RUN, SCORES, is_results
 
 from .category import THUMBNAILS
 from .records import CategoryRecord
@@ -59,6 +59,58 @@ def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | No
     written += [file for image in record.images for file in (image.map, image.overlay_file, image.json_file)]
     complete = record.fingerprint == wanted and all((folder / file).is_file() for file in written if file)
     return record if complete else None
+
+
+def why_again(
+    output: Path, name: str, wanted: str, config: Mapping[str, Any], checkpoints: Mapping[str, str]
+) -> str | None:
+    """Say why a category that an earlier run finished is not kept under this fingerprint; None where none has.
+
+    config, checkpoints: as for the fingerprint. What is no longer the same of them is told by the record of the run.
+    """
+    try:
+        record = CategoryRecord.from_json((output / name / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    if record.fingerprint == wanted:
+        return "some of its files are gone"
+    other = "it was finished with other settings"
+    try:
+        earlier = json.loads((output / RUN).read_text())
+        weights = {checkpoint["name"]: checkpoint["sha256"] for checkpoint in earlier["checkpoints"]}
+        before = _settings(earlier["version"], earlier["config"], weights)
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # no run ended there, or one of an old version
+        return other
+    differing = _differing(before, _settings(importlib.metadata.version("zsad"), config, checkpoints))
+    if not differing:
+        return "its images, its known-good images or --format are others"
+    return f"{other} ({', '.join(differing)})"
+
+
+def _settings(version: str, config: Mapping[str, Any], checkpoints: Mapping[str, str]) -> dict[str, Any]:
+    """Return all settings as JSON has them, the method's own in the table of its name."""
+    own = {key: value for key, value in config.items() if key != "settings"}
+    everything = {"version": version, "weights": sorted(checkpoints.items()), **own, own["method"]: config["settings"]}
+    settings: dict[str, Any] = json.loads(json.dumps(everything))
+    return settings
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], table: str = "") -> list[str]:
+    """Return the keys whose values differ, with their tables in front of them."""
+    found = []
+    for key in sorted(one.keys() | other.keys()):
+        values = one.get(key), other.get(key)
+        if isinstance(values[0], dict) and isinstance(values[1], dict):
+            found += _differing(*values, f"{table}{key}.")
+        elif values[0] != values[1]:
+            found.append(table + key)
+    return found
 
 
 def check_output(output: Path, categories: Sequence[Category]) -> None:

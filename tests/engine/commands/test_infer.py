@@ -458,6 +458,27 @@ def test_a_full_disk_stops_cleanly_and_resumes(
     check_whole(Path("out"))
 
 
+def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "data", *numbered(3))
+    assert infer("data") == 0
+    assert "scored again" not in capsys.readouterr().err
+    for options, reason in (
+        (["--degrees", "1", "--seed", "4"], "it was finished with other settings (musc.degrees, seed)"),
+        (["--degrees", "3", "--seed", "4"], "it was finished with other settings (musc.degrees)"),
+        (["--degrees", "3", "--seed", "4", "--format", "rayan"], "its images, its known-good images or --format are"),
+    ):
+        capsys.readouterr()
+        assert infer("data", "--resume", *options) == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "again" in line)
+        assert line.startswith(f"zsad-infer: data: scored again, since {reason}")
+    Path("out/run.json").unlink()
+    assert infer("data", "--resume") == 0
+    assert capsys.readouterr().err.count("scored again, since it was finished with other settings\n") == 1
+    next(Path("out/data/maps").rglob("*.tiff")).unlink()
+    assert infer("data", "--resume") == 0
+    assert "data: scored again, since some of its files are gone" in capsys.readouterr().err
+
+
 def test_a_category_that_cannot_be_written_keeps_its_old_results(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
