@@ -86,10 +86,16 @@ def sample_inputs(inputs: Mapping[str, Shape]) -> dict[str, NDArray[Any]]:
     samples: dict[str, Callable[..., NDArray[Any]]] = {
         "images": lambda _, height, __: sample_batch(height),
         "ids": sample_texts,
+        "points": lambda _: sample_points(),
     }
     return {
         name: samples[name](*shape[1:]) if name in samples else sample_numbers(shape) for name, shape in inputs.items()
     }
+
+
+def sample_points() -> Array:
+    """Return points [4, 2] of an image of the ordinary 1024 pixels, x and y."""
+    return np.random.default_rng(0).uniform(0, 1024, (BATCH, 2)).astype(np.float32)
 
 
 def sample_numbers(shape: Shape) -> Array:

@@ -23,16 +23,21 @@ from .options import (
     GraphOptions,
     IsnetOptions,
     Preprocessing,
+    SamImageOptions,
+    SamMasksOptions,
     TextOptions,
 )
 from .quantisation import int8_errors, layers_in_fp32
+from .sam import MaskDecoder, SamEncoder, TinyEncoder, read_mask_decoder, read_sam_encoder
+from .sam_image_graph import build_sam_image_graph, check_sam_image_options
+from .sam_masks_graph import build_sam_masks_graph, check_sam_masks_options
 from .state_dict import CheckpointError
 from .text_graph import build_text_graph, check_text_options
 from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
 from .vision_transformer import CLIP, VisionTransformer, read_vision_transformer
 from .vit_graph import build_vit_graph, check_options
 
-Options = TypeVar("Options", ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions)
+Options = TypeVar("Options", ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions, SamImageOptions)
 
 
 class GraphBuilder(Protocol):
@@ -200,6 +205,61 @@ class IsnetBuilder:
         return TorchIsnet(self.weights)
 
 
+@dataclass(frozen=True)
+class SamImageBuilder:
+    """Of an image encoder of SAM or MobileSAM (see `GraphBuilder`)."""
+
+    weights: SamEncoder | TinyEncoder
+    options: SamImageOptions
+    preprocessing: Preprocessing = "imagenet"
+
+    def check(self) -> None:
+        check_sam_image_options(self.weights, self.options)
+
+    def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        return build_sam_image_graph(self.weights, self.options, metadata)
+
+    def other(self) -> "SamImageBuilder":
+        return replace(self, options=_other(self.options))
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def forward(self) -> Any:
+        from .torch_sam import TorchSamEncoder, TorchTinyEncoder
+
+        if isinstance(self.weights, TinyEncoder):
+            return TorchTinyEncoder(self.weights)
+        return TorchSamEncoder(self.weights)
+
+
+@dataclass(frozen=True)
+class SamMasksBuilder:
+    """Of SAM's prompt encoder and mask decoder (see `GraphBuilder`)."""
+
+    weights: MaskDecoder
+    options: SamMasksOptions
+    folded: bool = True
+    preprocessing: Preprocessing = "imagenet"  # of the image whose embedding it reads
+
+    def check(self) -> None:
+        check_sam_masks_options(self.weights, self.options)
+
+    def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        return build_sam_masks_graph(self.weights, self.options, metadata, self.folded)
+
+    def other(self) -> "SamMasksBuilder":
+        return replace(self, options=replace(self.options, precision="fp32"), folded=not self.folded)
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def forward(self) -> Any:
+        from .torch_sam import TorchMaskDecoder
+
+        return TorchMaskDecoder(self.weights, self.options)
+
+
 # Options of a kind of graph → what reads its weights.
 BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
     ExportOptions: lambda path, options: ImageTowerBuilder(read_vision_transformer(path), options),
@@ -207,6 +267,8 @@ BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
     IsnetOptions: lambda path, options: IsnetBuilder(read_isnet(path), options),
     ClipSegImageOptions: lambda path, options: ClipSegImageBuilder(read_vision_transformer(path), options),
     ClipSegDecoderOptions: lambda path, options: ClipSegDecoderBuilder(read_clipseg_decoder(path), options),
+    SamImageOptions: lambda path, options: SamImageBuilder(read_sam_encoder(path), options),
+    SamMasksOptions: lambda path, options: SamMasksBuilder(read_mask_decoder(path), options),
 }
 
 

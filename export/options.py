@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 Preprocessing = Literal["imagenet", "clip", "isnet"]
 Shape = tuple[
@@ -153,8 +153,55 @@ class IsnetOptions:
         return f"isnet-{self.image_size}"
 
 
-GraphOptions = ExportOptions | TextOptions | ClipSegImageOptions | ClipSegDecoderOptions | IsnetOptions
-GRAPHS: Mapping[str, type[GraphOptions]] = {
-    options.kind: options
-    for options in (ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions, IsnetOptions)
-}
+@dataclass(frozen=True)
+class SamImageOptions:
+    """Options of the graph of an image encoder of SAM or MobileSAM."""
+
+    kind: ClassVar = "sam_image"
+    image_size: int = 1024
+    precision: str = "fp32"  # or fp16
+    attention: str = "fused"
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return {"images": (None, 3, self.image_size, self.image_size)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"image-{self.image_size}"
+
+
+@dataclass(frozen=True)
+class SamMasksOptions:
+    """Options of the graph of SAM's prompt encoder and mask decoder."""
+
+    kind: ClassVar = "sam_masks"
+    image_size: int = 1024  # in whose pixels points are; 16 make a cell of the embedding
+    channels: int = 256  # of the embedding, as in the checkpoint
+    heads: int = 8
+    precision: str = "fp32"  # or fp16
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """The shapes of the graph's inputs."""
+        grid = self.image_size // 16
+        return {"embedding": (1, self.channels, grid, grid), "points": (None, 2)}
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"masks-{self.image_size}"
+
+
+GraphOptions = (
+    ExportOptions
+    | TextOptions
+    | ClipSegImageOptions
+    | ClipSegDecoderOptions
+    | IsnetOptions
+    | SamImageOptions
+    | SamMasksOptions
+)
+GRAPHS: Mapping[str, type[GraphOptions]] = {options.kind: options for options in get_args(GraphOptions)}

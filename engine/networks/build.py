@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from zsad.engine.config import Config, NetworkSpec
 from zsad.export.agreement import sample_inputs
 from zsad.export.onnx_export import ExportedModel, export_onnx
-from zsad.export.options import ExportOptions, GraphOptions, TextOptions
+from zsad.export.options import ExportOptions, GraphOptions, SamImageOptions, SamMasksOptions, TextOptions
 from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
 from zsad.kernels.cuda.device import Device
 
@@ -48,10 +48,23 @@ def text_options(spec: NetworkSpec, request: GraphRequest, precision: str, atten
     )
 
 
+def sam_image_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamImageOptions:
+    """Return what the image encoder of SAM is exported with: in fp32 where image towers are in int8."""
+    return SamImageOptions(spec.image_size, "fp32" if precision == "int8" else precision, attention)
+
+
+def sam_masks_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamMasksOptions:
+    """Return what SAM's mask decoder is exported with, likewise."""
+    heads = SamMasksOptions.heads if spec.heads is None else spec.heads
+    return SamMasksOptions(spec.image_size, heads=heads, precision="fp32" if precision == "int8" else precision)
+
+
 # By the names that requests have.
 OPTIONS: Mapping[str, Callable[[NetworkSpec, GraphRequest, str, str], GraphOptions]] = {
     "image": export_options,
     "text": text_options,
+    "sam_image": sam_image_options,
+    "sam_masks": sam_masks_options,
 }
 
 
