@@ -107,8 +107,8 @@ def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:
 def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
     """Resize [h, w] or [h, w, C] to [H, W] or [H, W, C] without antialiasing, as PyTorch's `interpolate` does.
 
-    Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order; processors that multiply and
-    add in one step round the last bit otherwise.
+    Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order. Where it multiplies and adds
+    in one step the last bit can be another.
     """
     height, width = size
     more = (1,) * (values.ndim - 2)
@@ -128,8 +128,8 @@ def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]
 
 def _neighbours(source: int, target: int) -> tuple[NDArray[Any], ...]:
     """Return between which two values each of `target` values lies, and what share each of the two has in it."""
-    scale, half = np.float32(source) / np.float32(target), np.float32(0.5)
-    positions = np.maximum((np.arange(target, dtype=np.float32) + half) * scale - half, 0)
+    scale = np.float32(source) / np.float32(target)
+    positions = np.maximum((np.arange(target) + 0.5) * np.float64(scale) - 0.5, 0).astype(np.float32)
     before = np.minimum(positions.astype(np.intp), source - 1)
     share = positions - before.astype(np.float32)
     return before, np.minimum(before + 1, source - 1), 1 - share, share
