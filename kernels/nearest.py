@@ -119,12 +119,8 @@ def _check_neighbours(k: int, vectors: int) -> None:
 
 
 def _read(what: str, vectors: NDArray[Any], rows: cpu.Rows, out: Array) -> None:
-    """Fill out [n, C] with the unit vectors of some rows.
-
-    Squares are added in float64, where no float32 is too large or too small.
-    """
-    x = np.asarray(vectors[rows])
-    lengths = np.sqrt(np.einsum("nc,nc->n", x, x, dtype=np.float64))
+    """Fill out [n, C] with the unit vectors of some rows."""
+    lengths = cpu.unit_vectors(np.asarray(vectors[rows]), out)
     if not np.isfinite(lengths).all():
         number = int(np.argmin(np.isfinite(lengths)))
         number = rows.start + number if isinstance(rows, slice) else int(rows[number])
@@ -132,4 +128,3 @@ def _read(what: str, vectors: NDArray[Any], rows: cpu.Rows, out: Array) -> None:
             f"{what} {number} is not finite: the network that made it overflows in its precision; run it in fp32 "
             "(zsad-infer --network-precision fp32)"
         )
-    np.divide(x, np.where(lengths > 0, lengths, 1)[:, None], out=out, casting="same_kind")

@@ -13,7 +13,8 @@
 //
 // Instruction sets (ZSAD_TARGET; one translation unit each, identical integers):
 //   avx512vnni  vpdpbusd multiplies unsigned with signed bytes: the right codes are taken as code + 128, which the
-//               left token's offset, -128 * sum of its codes, undoes. 8 x 48 outputs stay in registers.
+//               left token's offset, -128 * sum of its codes, undoes. 8 x 48 outputs stay in registers. A group of
+//               right panels is copied as code + 128 before all left tokens pass by it.
 //   avx2        vpmaddubsw on |right code| and left code with the right one's sign; 127 * 127 * 2 fits 16 bits. About
 //               the speed of an fp32 product.
 //   portable    plain loops.
@@ -52,9 +53,11 @@ constexpr int kLanes = 16, kRows = 8, kMaxPanels = 3;
 using Columns = __m512i;
 using Sums = __m512i;
 
-inline Columns load_columns(const std::int8_t* codes) {
-  return _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));
+inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t bytes, std::int8_t* room) {
+  for (std::size_t i = 0; i < bytes; ++i) room[i] = codes[i] ^ -128;
+  return room;
 }
+inline Columns load_columns(const std::int8_t* codes) { return _mm512_loadu_si512(codes); }
 inline Sums first_sums(std::int32_t offset) { return _mm512_set1_epi32(offset); }
 inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
   // Not the intrinsic: GCC 12 then spills the accumulators.
@@ -73,6 +76,7 @@ constexpr int kLanes = 8, kRows = 4, kMaxPanels = 1;
 using Columns = __m256i;
 using Sums = __m256i;
 
+inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t, std::int8_t*) { return codes; }
 inline Columns load_columns(const std::int8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
@@ -97,6 +101,7 @@ struct Sums {
   std::int32_t lane[kLanes];
 };
 
+inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t, std::int8_t*) { return codes; }
 inline Columns load_columns(const std::int8_t* codes) { return codes; }
 inline Sums first_sums(std::int32_t) { return {}; }
 inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
@@ -114,6 +119,7 @@ inline void store_scaled(const Sums& sums, float left_scale, const float* right_
 #endif
 
 constexpr int kVectors = kPanel / kLanes;
+constexpr std::size_t kLine = 64;  // bytes
 
 struct Image {
   const float* scales;
@@ -128,13 +134,13 @@ struct Image {
         codes(reinterpret_cast<const std::int8_t*>(image.data + image.layout.codes)) {}
 };
 
-// kRows left patches from p on against Panels panels of right patches from `panel` on; layout: the left one's.
+// Products of kRows left patches from p on with Panels panels of right patches from `panel` on, into row i at
+// out + i * stride. columns: the prepared codes of these panels; layout: the left one's.
 template <int Panels>
-void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, float* gram,
-                    std::ptrdiff_t stride) {
+void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+                    const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
   const std::size_t panel_bytes = layout.panel_bytes();
   const std::int8_t* rows = left.codes + p / kPanel * panel_bytes + p % kPanel * kQuad;
-  const std::int8_t* columns = right.codes + panel * panel_bytes;
   Sums sums[kRows][Panels * kVectors];
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -163,7 +169,65 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
     for (int j = 0; j < Panels * kVectors; ++j) {
       const int q = panel * kPanel + j * kLanes;
       store_scaled(sums[i][j], left.scales[p + i], right.scales + q, left.mean_terms[p + i], right.mean_terms + q,
-                   gram + (p + i) * stride + q);
+                   out + i * stride + j * kLanes);
+    }
+  }
+}
+
+// Where the products of a block go: into the Gram.
+struct GramRows {
+  float* gram;
+  std::ptrdiff_t stride;
+
+  template <int Panels>
+  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+            const std::int8_t* columns) {
+    multiply_block<Panels>(left, right, layout, p, panel, columns, gram + p * stride + panel * kPanel, stride);
+  }
+};
+
+// Or those that are large enough among the largest, and the Gram is never written.
+struct KeptRows {
+  const Kept& kept;
+  float products[kRows][kMaxPanels * kPanel];
+
+  template <int Panels>
+  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+            const std::int8_t* columns) {
+    constexpr int kColumns = Panels * kPanel;
+    multiply_block<Panels>(left, right, layout, p, panel, columns, products[0], kMaxPanels * kPanel);
+    const int first = panel * kPanel, last = std::min(first + kColumns, kept.columns);
+    for (int i = 0; i < std::min(kRows, layout.patches - p); ++i) {
+      const float least = smallest(kept, p + i);
+      int larger = 0;
+#pragma omp simd reduction(| : larger)
+      for (int c = 0; c < kColumns; ++c) larger |= products[i][c] > least;
+      if (larger) raise(kept, p + i, products[i], first, last);
+    }
+  }
+};
+
+// Left patches that stay in the second-level cache while the right panels stream past them.
+constexpr std::size_t kBlockBytes = 512 << 10;
+
+template <typename Rows>
+void multiply(const Int8Image& left, const Int8Image& right, Rows rows) {
+  const Image a(left), b(right);
+  const Int8Layout& layout = left.layout;
+  const std::size_t panel_bytes = layout.panel_bytes();
+  const int block = int(std::max<std::size_t>(1, kBlockBytes / panel_bytes)) * kPanel;
+  std::vector<std::int8_t> room(kMaxPanels * panel_bytes + kLine);
+  std::int8_t* aligned = room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
+  for (int first = 0; first < layout.patches; first += block) {
+    const int last = std::min(first + block, layout.patches);
+    int panel = 0;
+    for (; panel + kMaxPanels <= right.layout.panels; panel += kMaxPanels) {
+      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, kMaxPanels * panel_bytes, aligned);
+      for (int p = first; p < last; p += kRows) rows.template fill<kMaxPanels>(a, b, layout, p, panel, columns);
+    }
+    for (; panel < right.layout.panels; ++panel) {
+      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panel_bytes, aligned);
+      for (int p = first; p < last; p += kRows) rows.template fill<1>(a, b, layout, p, panel, columns);
     }
   }
 }
@@ -237,15 +301,11 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
 
 void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* gram,
                                             std::ptrdiff_t stride) {
-  const Image a(left), b(right);
-  const Int8Layout& layout = left.layout;
-  const int panels = right.layout.panels;
-  // A group of right panels stays in the second-level cache while the left patches stream past it.
-  int panel = 0;
-  for (; panel + kMaxPanels <= panels; panel += kMaxPanels)
-    for (int p = 0; p < layout.patches; p += kRows) multiply_block<kMaxPanels>(a, b, layout, p, panel, gram, stride);
-  for (; panel < panels; ++panel)
-    for (int p = 0; p < layout.patches; p += kRows) multiply_block<1>(a, b, layout, p, panel, gram, stride);
+  multiply(left, right, GramRows{gram, stride});
+}
+
+void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, const Kept& kept) {
+  multiply(left, right, KeptRows{kept, {}});
 }
 
 }  // namespace zsad

@@ -2,6 +2,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "running_top.h"
+
 namespace zsad {
 
 constexpr int kPanel = 16;  // patches that lie side by side in memory
@@ -43,5 +45,10 @@ struct Int8Image {
 void int8_multiply_portable(const Int8Image& left, const Int8Image& right, float* gram, std::ptrdiff_t stride);
 void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
 void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
+
+// The same products go into the largest of every left patch instead of a Gram; kept.columns is at most Q.
+void int8_running_top_portable(const Int8Image& left, const Int8Image& right, const Kept& kept);
+void int8_running_top_avx2(const Int8Image&, const Int8Image&, const Kept&);
+void int8_running_top_avx512vnni(const Int8Image&, const Int8Image&, const Kept&);
 
 }  // namespace zsad

@@ -17,6 +17,7 @@
 #include "int8_product.h"
 #include "pooling.h"
 #include "running_top.h"
+#include "unit_vectors.h"
 #include "winner_cosines.h"
 
 namespace nb = nanobind;
@@ -72,8 +73,10 @@ const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
 const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
 const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
 const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
+const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
 const auto int8_quantisers = ZSAD_VARIANTS(int8_quantise, avx512vnni, has_avx512vnni);
 const auto int8_multipliers = ZSAD_VARIANTS(int8_multiply, avx512vnni, has_avx512vnni);
+const auto int8_running_tops = ZSAD_VARIANTS(int8_running_top, avx512vnni, has_avx512vnni);
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -84,6 +87,7 @@ using FeaturesOutput = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device:
 using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using NumbersOutput = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -158,25 +162,49 @@ void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& 
   run(tokens.data(), mean.data(), layout, out.data());
 }
 
-void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, const std::string& instruction_set) {
-  const std::size_t P = gram.shape(0), Q = gram.shape(1);
+struct Int8Pair {
+  zsad::Int8Image left, right;
+};
+
+// left: a quantised image of P patches; right: one of Q, and the channels of both.
+Int8Pair int8_pair(const Bytes& left, std::size_t P, const Bytes& right, std::size_t Q) {
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   // What is not header is codes, so the size tells the channels, rounded up to whole quads.
   const std::size_t channels = std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes;
-  const zsad::Int8Image a{left.data(), layout_of(P, channels)}, b{right.data(), layout_of(Q, channels)};
-  require(left.shape(0) == a.layout.bytes && right.shape(0) == b.layout.bytes,
-          "left and right must have int8_bytes(P, C) and int8_bytes(Q, C) bytes for a gram [P, Q]");
-  const std::ptrdiff_t room = std::ptrdiff_t(b.layout.panels) * zsad::kPanel;
+  const Int8Pair pair{{left.data(), layout_of(P, channels)}, {right.data(), layout_of(Q, channels)}};
+  require(left.shape(0) == pair.left.layout.bytes && right.shape(0) == pair.right.layout.bytes,
+          "left and right must have int8_bytes(P, C) and int8_bytes(Q, C) bytes for P and Q patches");
+  return pair;
+}
+
+void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, const std::string& instruction_set) {
+  const std::size_t P = gram.shape(0), Q = gram.shape(1);
+  const Int8Pair pair = int8_pair(left, P, right, Q);
+  const std::ptrdiff_t room = std::ptrdiff_t(pair.right.layout.panels) * zsad::kPanel;
   require(gram.stride(1) == 1 && (P == 1 || gram.stride(0) >= room),
           "gram must be [P, Q] with contiguous rows, each with room for Q rounded up to " +
               std::to_string(zsad::kPanel) + " floats");
   const auto run = int8_multipliers.choose(instruction_set);
   nb::gil_scoped_release release;
-  if (P > 1) return run(a, b, gram.data(), gram.stride(0));
+  if (P > 1) return run(pair.left, pair.right, gram.data(), gram.stride(0));
   std::vector<float> row(room);  // NumPy before 2 gives a single row the stride 1, whatever room it has
-  run(a, b, row.data(), room);
+  run(pair.left, pair.right, row.data(), room);
   std::copy_n(row.begin(), Q, gram.data());
+}
+
+void int8_running_top(const Bytes& left, const Bytes& right, int columns, int first, const Output& values,
+                      const NumbersOutput& indices, const std::string& instruction_set) {
+  const std::size_t P = values.shape(0), K = values.shape(1);
+  require(K > 0 && has_shape(indices, P, K), "values and indices must be [P, K]");
+  const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
+  const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
+  const Int8Pair pair = int8_pair(left, P, right, bytes_per_patch ? right.shape(0) / bytes_per_patch : 0);
+  require(columns > 0 && columns <= pair.right.layout.patches, "right must have room for the columns");
+  const auto run = int8_running_tops.choose(instruction_set);
+  const zsad::Kept kept{first, columns, int(K), values.data(), indices.data()};
+  nb::gil_scoped_release release;
+  run(pair.left, pair.right, kept);
 }
 
 void running_top(const Gram& products, int first, const Output& values, const NumbersOutput& indices,
@@ -185,8 +213,19 @@ void running_top(const Gram& products, int first, const Output& values, const Nu
   require(products.stride(1) == 1 || products.shape(1) < 2, "products must be [P, Q] with contiguous rows");
   require(K > 0 && has_shape(values, P, K) && has_shape(indices, P, K), "values and indices must be [P, K]");
   const auto run = running_tops.choose(instruction_set);
-  const zsad::RunningTop arguments{products.data(), products.stride(0), int(P),         int(products.shape(1)), first,
-                                   int(K),          values.data(),      indices.data()};
+  const zsad::Kept kept{first, int(products.shape(1)), int(K), values.data(), indices.data()};
+  const zsad::RunningTop arguments{products.data(), products.stride(0), int(P), kept};
+  nb::gil_scoped_release release;
+  run(arguments);
+}
+
+void unit_vectors(const Gram& vectors, const Output& units, const DoublesOutput& lengths,
+                  const std::string& instruction_set) {
+  const std::size_t N = vectors.shape(0), C = vectors.shape(1);
+  require(vectors.stride(1) == 1 || C < 2, "vectors must be [N, C] with contiguous rows");
+  require(has_shape(units, N, C) && lengths.shape(0) == N, "units must be [N, C] and lengths [N]");
+  const auto run = unit_makers.choose(instruction_set);
+  const zsad::UnitVectors arguments{vectors.data(), vectors.stride(0), int(N), int(C), units.data(), lengths.data()};
   nb::gil_scoped_release release;
   run(arguments);
 }
@@ -212,6 +251,7 @@ std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "pool") return poolings.names();
   if (kernel == "int8") return int8_multipliers.names();
   if (kernel == "running_top") return running_tops.names();
+  if (kernel == "unit_vectors") return unit_makers.names();
   if (kernel == "winner_cosines") return winner_kernels.names();
   throw std::invalid_argument("no such kernel: " + kernel);
 }
@@ -223,8 +263,8 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, pool, int8, running_top, winner_cosines) that build and processor "
-        "share, fastest first.");
+        "Instruction sets of a kernel (gram_pass, pool, int8, running_top, unit_vectors, winner_cosines) that build "
+        "and processor share, fastest first.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.");
@@ -239,9 +279,14 @@ NB_MODULE(_cpu, m) {
         "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "instruction_set"_a = "",
         "Fill the Gram [P, Q] of two quantised images.");
+  m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
+        "instruction_set"_a = "",
+        "running_top by the products of two quantised images, without a Gram; right has room for as many columns.");
   m.def("running_top", &running_top, "products"_a, "first"_a, "values"_a, "indices"_a, "instruction_set"_a = "",
         "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns "
         "first, first + 1, ...; of equal ones the first to come stays before.");
+  m.def("unit_vectors", &unit_vectors, "vectors"_a, "units"_a, "lengths"_a, "instruction_set"_a = "",
+        "Fill units [N, C] with vectors [N, C] divided by their lengths [N], also filled; zero ones stay zero.");
   m.def(
       "winner_cosines", &winner_cosines, "left"_a, "right"_a, "first"_a, "image"_a, "patch"_a, "cosines"_a,
       "instruction_set"_a = "",

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +42,16 @@ FP32_ERROR = 2e-6  # of a cosine from an fp32 product; up to 5e-7 was seen at 20
 ERROR_DEVIATIONS = 6.0  # of an int8 product's error, which one product in 10^9 exceeds
 
 
+@dataclass(frozen=True)
+class Best:
+    """The largest products of some queries, and the chunk of the bank that may raise them."""
+
+    values: Array  # [n, K]
+    numbers: Indices  # [n, K]
+    first: int  # number of the chunk's first vector in the bank
+    columns: int  # its vectors
+
+
 class Product(Protocol):
     """How chunks of unit vectors are multiplied."""
 
@@ -53,8 +64,11 @@ class Product(Protocol):
     def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
         """Return unit vectors [rows, C] as `multiply` takes them."""
 
-    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
-        """Fill products [rows of left, rows of right] of two prepared chunks."""
+    def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
+        """Raise the best of the rows of `left` by the rows of `right`, two prepared chunks.
+
+        products: room for [rows of left, rows of right].
+        """
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
         """Return by how much the products of each row of a prepared chunk with the bank may be off."""
@@ -72,8 +86,9 @@ class Fp32Product:
     def prepare(self, units: Array, is_bank: bool) -> NDArray[Any]:
         return units
 
-    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
+    def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
         np.matmul(left, right.T, out=products)
+        running_top(products[:, : best.columns], best.first, best.values, best.numbers)
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
         return np.full(rows, FP32_ERROR, np.float32)
@@ -106,8 +121,8 @@ class Int8Product:
                 self._bank_length = max(self._bank_length, float(lengths.max()))
         return codes
 
-    def multiply(self, left: NDArray[Any], right: NDArray[Any], products: Array) -> None:
-        _cpu.int8_multiply(left, right, products)
+    def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
+        _cpu.int8_running_top(left, right, best.columns, best.first, best.values, best.numbers)
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
         scales, lengths = _scales_and_lengths(left, rows)
@@ -146,7 +161,10 @@ class Search:
         self._exact: Product = Fp32Product()
         self._product = self._exact if self.precision == "fp32" else Int8Product(self._mean())
         self._chunks: list[NDArray[Any]] | None = None
+        self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
+            if self._product is self._exact:
+                self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
             with _workers() as pool:
                 self._chunks = list(
                     pool.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
@@ -167,7 +185,10 @@ class Search:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
         first = chunk * BANK_ROWS
         count = min(BANK_ROWS, self._vectors - first)
-        units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32)
+        if product is self._exact and self._bank is not None:
+            units = self._bank[first : first + BANK_ROWS]
+        else:
+            units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32)
         self._read(slice(first, first + count), units[:count])
         units[count:] = 0
         return product.prepare(units, is_bank=True)
@@ -269,9 +290,8 @@ class Search:
                 count = min(BANK_ROWS, self._vectors - first)
                 for i in share:
                     at = chunks[i]
-                    part = products[: at.stop - at.start]
-                    product.multiply(prepared[i], bank, part)
-                    running_top(part[:, :count], first, values[at], numbers[at])
+                    best = Best(values[at], numbers[at], first, count)
+                    product.raise_best(prepared[i], bank, products[: at.stop - at.start], best)
 
         try:
             found = list(pool.map(scan, range(available_cores())))
@@ -286,10 +306,8 @@ class Search:
         """Return the cosines [Q, K] of those candidates that are worth it, the lowest float for the others."""
         cosines = np.full(numbers.T.shape, LOWEST, np.float32)
         places = np.where(worth, numbers, np.int32(-1))
-        if self._chunks is not None and self._product is self._exact:  # they are the unit vectors themselves
-            places = np.ascontiguousarray(places.T)
-            for chunk in np.unique(numbers[worth] // BANK_ROWS):
-                measure(queries, self._chunks[chunk], int(chunk) * BANK_ROWS, places, cosines)
+        if self._bank is not None:
+            measure(queries, self._bank, 0, np.ascontiguousarray(places.T), cosines)
             return np.ascontiguousarray(cosines.T)
         rows, position = np.unique(numbers[worth], return_inverse=True)
         places[worth] = position
@@ -305,6 +323,20 @@ class Search:
 def has_native_kernels() -> bool:
     """Tell whether the native module was built."""
     return _cpu is not None
+
+
+def unit_vectors(vectors: Array, out: Array) -> NDArray[np.float64]:
+    """Fill out [n, C] with the vectors [n, C] divided by their lengths; returns these, not finite where one is not.
+
+    Zero vectors stay zero. Squares are added in float64, where no float32 is too large or too small.
+    """
+    lengths = np.empty(len(vectors))
+    if has_native_kernels() and vectors.strides[1] == vectors.itemsize and out.flags.c_contiguous:
+        _cpu.unit_vectors(vectors, out, lengths)
+        return lengths
+    np.sqrt(np.einsum("nc,nc->n", vectors, vectors, dtype=np.float64), out=lengths)
+    np.divide(vectors, np.where(lengths > 0, lengths, 1)[:, None], out=out, casting="same_kind")
+    return lengths
 
 
 def running_top(products: Array, first: int, values: Array, indices: Indices) -> None:

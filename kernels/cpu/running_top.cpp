@@ -29,31 +29,16 @@ float largest(const float* products, int count) {
   return best;
 }
 
-void insert(float value, std::int32_t index, int kept, float* values, std::int32_t* indices) {
-  int at = kept - 1;
-  for (; at > 0 && values[at - 1] < value; --at) {
-    values[at] = values[at - 1];
-    indices[at] = indices[at - 1];
-  }
-  values[at] = value;
-  indices[at] = index;
-}
-
 }  // namespace
 
 void ZSAD_JOIN(running_top_, ZSAD_TARGET)(const RunningTop& a) {
   for (int p = 0; p < a.rows; ++p) {
     const float* products = a.products + p * a.stride;
-    float* values = a.values + std::size_t(p) * a.kept;
-    std::int32_t* indices = a.indices + std::size_t(p) * a.kept;
-    const float& smallest = values[a.kept - 1];
-    for (int group = 0; group < a.columns; group += kGroup) {
+    for (int group = 0; group < a.kept.columns; group += kGroup) {
       // A constant count for whole groups, which keeps them in registers.
-      const int end = std::min(group + kGroup, a.columns);
+      const int end = std::min(group + kGroup, a.kept.columns);
       const float best = end - group == kGroup ? largest(products + group, kGroup) : largest(products + group, end - group);
-      if (!(best > smallest)) continue;
-      for (int c = group; c < end; ++c)
-        if (products[c] > smallest) insert(products[c], a.first + c, a.kept, values, indices);
+      if (best > smallest(a.kept, p)) raise(a.kept, p, products + group, group, end);
     }
   }
 }

@@ -329,3 +329,54 @@ def test_running_top_refuses_what_does_not_fit() -> None:
         comparers._cpu.running_top(products, 0, values, indices[:2])
     with pytest.raises(ValueError, match="abacus"):
         comparers._cpu.running_top(products, 0, values, indices, "abacus")
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize(("patches", "columns", "channels", "kept"), [(1, 1, 3, 1), (9, 40, 50, 5), (67, 133, 130, 24)])
+def test_int8_running_top(instruction_set: str, patches: int, columns: int, channels: int, kept: int) -> None:
+    left, right = make_pair(18, patches, channels)[0], make_pair(19, columns + 20, channels)[0]
+    codes = [quantise(x, instruction_set) for x in (left, right)]
+    gram = arrays.aligned_empty((patches, -(-(columns + 20) // 16) * 16), np.float32)[:, : columns + 20]
+    comparers._cpu.int8_multiply(*codes, gram, instruction_set)
+    values = np.full((patches, kept), np.finfo(np.float32).min, np.float32)
+    indices = np.full((patches, kept), -1, np.int32)
+    expected = values.copy(), indices.copy()
+    for first in (10, 10 + columns):  # the second time nothing is larger
+        comparers._cpu.int8_running_top(*codes, columns, first, values, indices, instruction_set)
+        comparers._cpu.running_top(gram[:, :columns], first, *expected)
+    np.testing.assert_array_equal(values, expected[0])
+    np.testing.assert_array_equal(indices, expected[1])
+
+
+def test_int8_running_top_refuses_what_does_not_fit() -> None:
+    codes = quantise(np.zeros((20, 8), np.float32), "")
+    values, indices = np.zeros((20, 4), np.float32), np.zeros((20, 4), np.int32)
+    for arguments, message in (
+        ((codes, codes, 33, 0, values, indices), "room for the columns"),
+        ((codes, codes, 0, 0, values, indices), "room for the columns"),
+        ((codes, codes[:-64], 20, 0, values, indices), "int8_bytes"),
+        ((codes, codes[:0], 20, 0, values, indices), "at least one patch"),
+        ((codes, codes, 20, 0, values, indices[1:]), r"\[P, K\]"),
+        ((codes, codes, 20, 0, values[:0], indices[:0]), "at least one patch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comparers._cpu.int8_running_top(*arguments)
+
+
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("unit_vectors"))
+@pytest.mark.parametrize("channels", [1, 31, 32, 100])
+def test_unit_vectors(instruction_set: str, channels: int) -> None:
+    x = make_pair(20, 9, channels + 3)[0][:, :channels]
+    x *= 10.0 ** np.linspace(-30, 30, 9, dtype=np.float32)[:, None]
+    x[2], x[4, -1] = 0, np.inf
+    units, lengths = np.full((9, channels), np.nan, np.float32), np.empty(9)
+    comparers._cpu.unit_vectors(x, units, lengths, instruction_set)
+    exact = np.linalg.norm(x.astype(np.float64), axis=1)
+    np.testing.assert_allclose(lengths, exact, rtol=1e-12)
+    finite = np.arange(9) != 4
+    exact = np.where(exact > 0, exact, 1)[finite, None]
+    np.testing.assert_allclose(units[finite], x[finite] / exact, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"lengths \[N\]"):
+        comparers._cpu.unit_vectors(x, units, lengths[1:])
+    with pytest.raises(ValueError, match="contiguous"):
+        comparers._cpu.unit_vectors(np.asfortranarray(make_pair(20, 9, 5)[0]), np.empty((9, 5), np.float32), lengths)
