@@ -108,7 +108,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
     ]
     timings = workplace.timings
-    dataset, evaluation = _evaluated(dataset, options, records, timings)
+    dataset, evaluation, missing = _evaluated(dataset, options, records, timings)
     seconds = time.perf_counter() - start
     record = RunRecord(
         version=importlib.metadata.version("zsad"),
@@ -130,7 +130,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         versions={"python": platform.python_version(), "numpy": np.__version__},
         categories=records,
         metrics=evaluation,
-        notes=[*dataset.notes, *_notes(records)],
+        notes=[*dataset.notes, *_notes(records), *missing],
     )
     if "zsad" in options.formats:
         shown = shown_categories(options.output, dataset.categories, records, evaluation)
@@ -417,26 +417,34 @@ class CategoryPass:
 
 def _evaluated(
     dataset: Dataset, options: Options, records: Sequence[CategoryRecord], timings: MutableMapping[str, float]
-) -> tuple[Dataset, Evaluation | None]:
-    """Compare with ground truth where the data have it; scoring never sees it. Returns the images with their labels."""
+) -> tuple[Dataset, Evaluation | None, list[str]]:
+    """Compare with ground truth where the data have it; scoring never sees it.
+
+    Returns the images with their labels, the metrics, and notes on metrics that there cannot be.
+    """
     # A category that failed in this run may still have the results of an earlier one.
     finished = {record.name for record in records if record.images}
     comparable = {category.name for category in dataset.categories if category.has_ground_truth} & finished
+    notes: list[str] = []
     if not comparable:
-        return dataset, None
+        return dataset, None, notes
     # Without maps every image would be named for lacking one.
     level = logging.WARNING if "zsad" in options.formats else logging.DEBUG
 
     def warn(message: str) -> None:
         log.log(level, "%s", message)
 
+    def note(message: str, level: int = logging.INFO) -> None:
+        log.log(level, "%s", message)
+        notes.append(f"{message}.")
+
     with stopwatch(timings, "evaluate"):
         try:
-            dataset = replace(dataset, categories=tuple(labelled(category, warn) for category in dataset.categories))
-            return dataset, evaluate(options.output, dataset, warn=warn, only=comparable)
+            dataset = replace(dataset, categories=tuple(labelled(c, warn, note) for c in dataset.categories))
+            return dataset, evaluate(options.output, dataset, warn=warn, only=comparable, note=note), notes
         except Exception as error:  # a mask that breaks its reader must not cost the report
-            log.warning("no metrics: %s", error)
-            return dataset, None
+            note(f"no metrics: {error}", logging.WARNING)
+            return dataset, None, notes
 
 
 def _notes(records: Sequence[CategoryRecord]) -> list[str]:

@@ -30,7 +30,7 @@ log = logging.getLogger("zsad")
 
 Protocol = Literal["official", "paper"]
 Values = dict[str, float | None]
-Warn = Callable[[str], None]
+Warn = Callable[[str], None]  # is told what is left out, or, as `note`, what is as it is; a sentence each
 
 # Weights of the Rayan challenge's leaderboard; the keys name and order the metrics everywhere below.
 CHALLENGE_WEIGHTS = {
@@ -81,12 +81,14 @@ def evaluate(
     aupro_limit: float = 0.3,
     warn: Warn = log.warning,
     only: Collection[str] | None = None,
+    note: Warn = log.info,
 ) -> Evaluation:
     """Metrics of every category and their mean over the categories that have a value.
 
     `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there. `warn` gets a sentence for each
-    thing left out. `only` names the categories to look at, where results of others may be stale or have no ground
-    truth. Raises EvaluationError where nothing can be evaluated, and ValueError for an AUPRO limit outside (0, 1].
+    thing left out, `note` one for each kind of metric that there cannot be. `only` names the categories to look at,
+    where results of others may be stale or have no ground truth. Raises EvaluationError where nothing can be evaluated,
+    and ValueError for an AUPRO limit outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
     follows the published code of the method that the run's record names: each mask goes to a square with Pillow's
@@ -119,7 +121,7 @@ def evaluate(
         warn(f"{name}: results in {out / name}, but {reason}; left out")
     paper = _paper(out / RUN) if protocol == "paper" else None
     categories = {
-        name: evaluate_category(out / name, category, paper, aupro_limit, warn)
+        name: evaluate_category(out / name, category, paper, aupro_limit, warn, note)
         for name, category in known.items()
         if name in with_results
     }
@@ -143,10 +145,12 @@ def _paper(file: Path) -> Paper:
     return Paper(side, 128, np.float32 if method == "april_gan" else np.float64, ends_coincide=True)
 
 
-def evaluate_category(results: Path, category: Category, paper: Paper | None, aupro_limit: float, warn: Warn) -> Values:
+def evaluate_category(
+    results: Path, category: Category, paper: Paper | None, aupro_limit: float, warn: Warn, note: Warn
+) -> Values:
     """Metrics of one category, from the folder of its results and its images; see `evaluate`."""
     rows = _read_scores(results / SCORES)
-    images = {image.relative: image for image in labelled(category, warn).images}
+    images = {image.relative: image for image in labelled(category, warn, note).images}
     for path in sorted(images.keys() - rows.keys()):
         warn(f"{category.root / path}: no result in {results / SCORES}, image left out")
     for mask in category.stray_masks:
@@ -160,7 +164,7 @@ def evaluate_category(results: Path, category: Category, paper: Paper | None, au
     at_image = image_metrics(np.array(labels, np.bool_), list(usable.values()))
 
     pixels: list[Pixels] = []
-    if _has_pixels(results, category, images.values(), rows.values(), warn):
+    if _has_pixels(results, category, images.values(), rows.values(), warn, note):
         saturation = _saturation(category, warn)
         for relative in usable:
             try:
@@ -175,19 +179,19 @@ def evaluate_category(results: Path, category: Category, paper: Paper | None, au
         PAPER_STEPS if paper else None,
         [of_image.regions for of_image in pixels],
     )
-    _say_what_is_missing(category.name, labels, pixels)
+    _say_what_is_missing(category.name, labels, pixels, note)
     found = {f"image_{key}": value for key, value in at_image.items()}
     found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
     values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
     return {**values, "challenge": _challenge(values)}
 
 
-def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Sequence[Pixels]) -> None:
+def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Sequence[Pixels], note: Warn) -> None:
     if len(set(labels)) == 1:
         kind = "anomalous" if labels[0] else "normal"
-        log.info("%s: no image metrics, since all images that are compared (%d) count as %s", name, len(labels), kind)
+        note(f"{name}: no image metrics, since all images that are compared ({len(labels)}) count as {kind}")
     if pixels and not any(of_image.mask.any() for of_image in pixels):
-        log.info("%s: no pixel metrics, since no pixel of the %d masks is anomalous", name, len(pixels))
+        note(f"{name}: no pixel metrics, since no pixel of the {len(pixels)} masks is anomalous")
 
 
 def _usable_score(source: Path, image: InputImage | None, text: str, warn: Warn) -> float | None:
@@ -216,10 +220,10 @@ def _saturation(category: Category, warn: Warn) -> Saturation | None:
         return None
 
 
-def labelled(category: Category, warn: Warn = log.warning) -> Category:
+def labelled(category: Category, warn: Warn = log.warning, note: Warn = log.info) -> Category:
     """Return a category with labels for its images: where no folder has any, by masks that are empty or not.
 
-    A label stays None where it cannot be told, of which `warn` hears.
+    A label stays None where it cannot be told, of which `warn` hears; `note` hears of images without a mask.
     """
     if not category.has_ground_truth or any(image.anomalous is not None for image in category.images):
         return category
@@ -234,7 +238,7 @@ def labelled(category: Category, warn: Warn = log.warning) -> Category:
         without += not image.masks.files
         images.append(replace(image, anomalous=anomalous, defect="defect" if anomalous else None))
     if without:
-        log.info("%s: %d of %d images have no mask and count as normal", category.name, without, len(images))
+        note(f"{category.name}: {without} of {len(images)} images have no mask and count as normal")
     return replace(category, images=tuple(images))
 
 
@@ -244,12 +248,13 @@ def _has_pixels(
     images: Collection[InputImage],
     rows: Collection[Mapping[str, str]],
     warn: Warn,
+    note: Warn,
 ) -> bool:
     """Tell whether pixels can be compared; if not, say why."""
     anomalous = [image for image in images if image.anomalous]
     if not any(image.masks.files for image in anomalous):
         if anomalous:
-            log.info("%s: no masks, so no pixel metrics: %s", category.name, _where_masks_lie(anomalous[0]))
+            note(f"{category.name}: no masks, so no pixel metrics: {_where_masks_lie(anomalous[0])}")
         return False
     if not any(row["map"] for row in rows):
         warn(f"{results}: holds no maps, so there are no pixel metrics; run `zsad-infer` with `--format zsad`")
@@ -360,8 +365,8 @@ def format_table(evaluation: Evaluation, aupro_limit: float) -> str:
     heads = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", f"AUPRO@{aupro_limit:g}", "P-AP", "P-F1", "challenge")
     rows: list[tuple[str, ...]] = [("category", "protocol", *heads)]
     for name, values in _rows(evaluation):
-        percent = ("-" if (value := values[key]) is None else f"{100 * value:.2f}" for key in METRICS)
-        rows.append((name, evaluation["protocol"], *percent))
+        cells = ("-" if (value := values[key]) is None else f"{value:.4f}" for key in METRICS)
+        rows.append((name, evaluation["protocol"], *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, protocol, *cells in rows:

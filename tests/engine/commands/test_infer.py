@@ -458,6 +458,21 @@ def test_a_full_disk_stops_cleanly_and_resumes(
     check_whole(Path("out"))
 
 
+def test_metrics_that_there_cannot_be_are_on_record(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "data/part/test", *numbered(3, "good/"), *numbered(2, "bent/"))
+    assert infer("data") == 0
+    output = capsys.readouterr()
+    (line,) = (line for line in output.err.splitlines() if "no masks" in line)
+    said = line.removeprefix("zsad-infer: ") + "."
+    assert said.startswith("part: no masks, so no pixel metrics: looked for ground_truth/bent/00_mask.png")
+    record = json.loads(Path("out/run.json").read_text())
+    assert said in record["notes"]
+    assert "no masks, so no pixel metrics" in Path("out/report.html").read_text()
+    # The table on the console has the numbers of the record and the report.
+    (row,) = (line for line in output.out.splitlines() if line.startswith("mean"))
+    assert float(row.split()[2]) == pytest.approx(record["metrics"]["mean"]["image_auroc"], abs=1e-4)
+
+
 def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(3))
     assert infer("data") == 0

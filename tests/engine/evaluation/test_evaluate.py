@@ -128,7 +128,7 @@ def test_table_and_files(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtu
     head, *rows = capsys.readouterr().out.splitlines()
     assert "AUPRO@0.05" in head
     assert [row.split()[:2] for row in rows] == [[name, "official"] for name in ("cable", "tile", "mean")]
-    assert rows[1].split()[2:] == ["75.00", "83.33", "80.00", "-", "-", "-", "-", "-"]
+    assert rows[1].split()[2:] == ["0.7500", "0.8333", "0.8000", "-", "-", "-", "-", "-"]
     saved = json.loads((case.out / "metrics.json").read_text(encoding="utf-8"))
     with (case.out / "metrics.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
