@@ -78,6 +78,9 @@ def _check(decoder: ClipSegDecoder) -> None:
     tensors += named_affine("film_add", decoder.film_add, (width, decoder.dimension))
     tensors += named_blocks(decoder.blocks, width)
     tensors += named_affine("convolution", decoder.convolution, (width, width, 3, 3))
+    for index, block in enumerate(decoder.blocks):
+        if len(block.fc1[1]) != block.fc2[0].shape[-1]:
+            raise ValueError(f"block {index} fc1 is gated, which CLIPSeg's is not")
     inner = len(decoder.upsampling[0][1])
     for index, (own, channels) in enumerate(((width, inner), (inner, 1))):
         weight, bias = decoder.upsampling[index]
@@ -87,10 +90,15 @@ def _check(decoder: ClipSegDecoder) -> None:
     check_tensors(tensors)
 
 
+def _read(state: Tensors) -> ClipSegDecoder:
+    """Either names: those of the Hugging Face port are renamed to the original ones."""
+    if any(f"{head}.weight" in state for head in ("transposed_convolution", "trans_conv")):
+        raise ValueError("it is not the refined one, which ends with three convolutions; this one has a single one")
+    return _read_original(_rename_hugging_face(state) if "transposed_convolution.0.weight" in state else state)
+
+
 def _read_original(state: Tensors) -> ClipSegDecoder:
     """The names of the original file."""
-    if "trans_conv.weight" in state:
-        raise ValueError("it is not the refined one, of which trans_conv is three convolutions")
     blocks = []
     for index in range(count_blocks(state, "blocks.")):
         block = f"blocks.{index}."
@@ -114,30 +122,21 @@ def _read_original(state: Tensors) -> ClipSegDecoder:
     )
 
 
-def _read(state: Tensors) -> ClipSegDecoder:
-    """Either names: those of the Hugging Face port are renamed to the original ones."""
-    if "transposed_convolution.weight" in state or "transposed_convolution.0.weight" in state:
-        return _read_original(_rename_hugging_face(state))
-    return _read_original(state)
-
-
 def _rename_hugging_face(state: Tensors) -> dict[str, Array]:
+    both = [(name, name) for name in ("film_mul", "film_add")]
+    both += [(f"reduces.{index}", f"reduces.{index}") for index in range(count_blocks(state, "reduces."))]
+    both += [(f"transposed_convolution.{index}", f"trans_conv.{index}") for index in (0, 2, 4)]
     renamed: dict[str, Array] = {}
-    layers: dict[str, str] = {}
     for index in range(count_blocks(state, "layers.")):
         source, target = f"layers.{index}.", f"blocks.{index}."
-        layers |= {source + "layer_norm1": target + "norm1", source + "layer_norm2": target + "norm2"}
-        layers |= {source + "mlp.fc1": target + "linear1", source + "mlp.fc2": target + "linear2"}
-        layers |= {source + "self_attn.out_proj": target + "self_attn.out_proj"}
+        both += [(source + "layer_norm1", target + "norm1"), (source + "layer_norm2", target + "norm2")]
+        both += [(source + "mlp.fc1", target + "linear1"), (source + "mlp.fc2", target + "linear2")]
+        both += [(source + "self_attn.out_proj", target + "self_attn.out_proj")]
         for kind in ("weight", "bias"):
             parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
             renamed[f"{target}self_attn.in_proj_{kind}"] = np.concatenate(parts)
-    for name in state:
-        module, _, kind = name.rpartition(".")
-        if not name.startswith("layers."):
-            renamed[name.replace("transposed_convolution", "trans_conv")] = state[name]
-        elif module in layers:
-            renamed[f"{layers[module]}.{kind}"] = state[name]
+    for theirs, ours in both:
+        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
     return renamed
 
 
