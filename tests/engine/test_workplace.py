@@ -25,7 +25,10 @@ def _workplace(workplace: None) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("limit", [[], ["--memory-limit", "230KB"]], ids=["resident", "spilled"])
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param([], marks=pytest.mark.slow, id="resident"), pytest.param(["--memory-limit", "230KB"], id="spilled")],
+)
 def test_a_run_on_a_device_equals_one_on_the_cpu(
     two_networks: Path,
     emulated_gpu: HostDevice,
@@ -70,7 +73,7 @@ def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
         f'image_size = {size}\n[networks.clip]\ncheckpoint = "{write_clip(tmp_path, model)}"\ntaps = {taps}\n'
         + (f'[april_gan]\nhead = "{ARRAYS / "april_head.pth"}"\n' if preset == "april-gan" else "")
     )
-    data = draw(tmp_path / "data", 5)
+    data = draw(tmp_path / "data", 3)
     # Every run has an object of its own, so that none finds text vectors in the cache.
     common = [str(data), "--preset", preset, "--config", "tiny.toml", "--object", f"nut {references}"]
     if references:

@@ -157,6 +157,21 @@ def run(
             check_fence(argument)
 
 
+def probes(parameters: str, *bodies: str, threads: int) -> list[Callable[..., None]]:
+    """Build small kernels, all at once, for the tests of the emulation itself; each is launched as one block."""
+    kernels = [f"probe{number}" for number in range(len(bodies))]
+    source = '#include "device.h"\n' + "".join(
+        f"ZSAD_KERNEL(1024, 1)\n{kernel}({parameters}) {{\n{body}\n}}\n"
+        for kernel, body in zip(kernels, bodies, strict=True)
+    )
+    built = build(source, cuda_device.FOLDER)
+
+    def launch(kernel: str, *arguments: Any, shared_bytes: int = 0) -> None:
+        run(built, kernel, (1, 1), threads, arguments, shared_bytes)
+
+    return [functools.partial(launch, kernel) for kernel in kernels]
+
+
 # While a device records: the work that is kept instead of run. Libraries other than the kernels look here.
 RECORDING: list[list[Callable[[], None]]] = []
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 SCENES = 13
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that the runs of a file share."""
+    """A cache that the runs of all these tests share."""
     return tmp_path_factory.mktemp("cache")
 
 

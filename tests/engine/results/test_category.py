@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -21,6 +21,14 @@ from zsad.engine.results.records import CategoryRecord
 IMAGES = 4
 KEPT = 2  # that the interrupted run has written
 WRITING = Writing(("zsad", "rayan"), object_mask=False, workers=1, memory_limit=1 << 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_maps() -> Iterator[None]:
+    """Most of a run's time here would go into the challenge's maps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SIDE", 40)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import host_build
@@ -15,7 +14,6 @@ from minima_mutations import MUTATIONS
 from mutations import found
 
 from zsad.kernels import reference
-from zsad.kernels.cuda import device as cuda_device
 from zsad.kernels.cuda.comparers import MAX_THREADS, OWN_PATCHES, filter_max_shape
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
@@ -27,19 +25,12 @@ def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared
     HostDevice().launch(kernel, grid, threads, arguments, shared_bytes)
 
 
-def program(body: str, kernel: str = "probe", parameters: str = "int* out") -> Callable[..., None]:
-    """Build a small kernel for the tests of the emulation itself."""
-    built = host_build.build(
-        f'#include "device.h"\nZSAD_KERNEL(1024, 1)\n{kernel}({parameters}) {{\n{body}\n}}\n', cuda_device.FOLDER
-    )
-    return lambda *arguments, **how: host_build.run(built, kernel, (1, 1), 64, arguments, **how)
-
-
 def test_emulated_half_is_ieee_half() -> None:
-    convert = program(
+    (convert,) = host_build.probes(
+        "const half_bits* h, float* f, const float* g, half_bits* back, int n",
         "for (int i = threadIdx.x; i < n; i += blockDim.x) {\n"
         "f[i] = half_to_float(h[i]); back[i] = float_to_half(g[i]); }",
-        parameters="const half_bits* h, float* f, const float* g, half_bits* back, int n",
+        threads=64,
     )
     every = np.arange(1 << 16).astype(np.uint16).view(np.float16)
     # Halfway between neighbours, a little beside it, and the far ends.
@@ -60,7 +51,8 @@ def test_emulated_half_is_ieee_half() -> None:
 def test_emulation_shows_a_missing_barrier() -> None:
     body = "ZSAD_SHARED(int, s); s[threadIdx.x] = threadIdx.x; {} out[threadIdx.x] = s[63 - threadIdx.x];"
     expected = np.arange(64)[::-1]
-    good, bad = (program(body.replace("{}", barrier)) for barrier in ("__syncthreads();", ""))
+    bodies = [body.replace("{}", barrier) for barrier in ("__syncthreads();", "")]
+    good, bad = host_build.probes("int* out", *bodies, threads=64)
     out = host_build.fenced((64,), np.int32)
     good(out, shared_bytes=256)
     np.testing.assert_array_equal(out, expected)
@@ -68,21 +60,22 @@ def test_emulation_shows_a_missing_barrier() -> None:
     assert (out != expected).any()
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("if (threadIdx.x < 40) __syncthreads();\nout[0] = 1;", "returned before a barrier"),
-        ("if (threadIdx.x < 40) __syncthreads(); else\n __syncthreads();", "different barriers"),
-        ("if (threadIdx.x >= 40) return;\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
-        ("if (threadIdx.x == 0) __syncthreads(); else\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
-        ("ZSAD_SHARED(int, s); s[64 + threadIdx.x] = 1;", "past shared memory"),
-        ("ZSAD_SHARED(int, s); s[-1] = 1;", "before shared memory"),
-        ("out[4] = 1;", "outside an array"),
-    ],
-)
-def test_emulation_refuses(body: str, message: str) -> None:
-    with pytest.raises(KernelError, match=message):
-        program(body)(host_build.fenced((4,), np.int32), shared_bytes=256)
+REFUSED = [
+    ("if (threadIdx.x < 40) __syncthreads();\nout[0] = 1;", "returned before a barrier"),
+    ("if (threadIdx.x < 40) __syncthreads(); else\n __syncthreads();", "different barriers"),
+    ("if (threadIdx.x >= 40) return;\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
+    ("if (threadIdx.x == 0) __syncthreads(); else\nout[0] = __reduce_max_sync(kFullWarp, 1);", "warp collective"),
+    ("ZSAD_SHARED(int, s); s[64 + threadIdx.x] = 1;", "past shared memory"),
+    ("ZSAD_SHARED(int, s); s[-1] = 1;", "before shared memory"),
+    ("out[4] = 1;", "outside an array"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_emulation_refuses(number: int) -> None:
+    launch = host_build.probes("int* out", *(body for body, _ in REFUSED), threads=64)[number]
+    with pytest.raises(KernelError, match=REFUSED[number][1]):
+        launch(host_build.fenced((4,), np.int32), shared_bytes=256)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -129,6 +122,7 @@ def test_filter_max_drops_a_direction(directions: tuple[bool, bool]) -> None:
     checks.check_filter_max(run, host_build.copied, (4, 5), (1, 3), directions=directions)
 
 
+@pytest.mark.slow
 def test_filter_max_at_full_size() -> None:
     checks.check_filter_max(run, host_build.copied, (37, 37), (1, 3, 5), pairs=1, negative=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import host_build
@@ -23,18 +22,12 @@ from zsad.kernels.cuda.device import Device
 needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
 seeds = itertools.count()
+WARP = 32  # threads of the emulation's own tests
 
 
 def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
     built = host_build.library(cuda_device.build_of(kernel)[0])
     host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
-
-
-def program(body: str, parameters: str) -> Callable[..., None]:
-    """Build a small kernel of one warp for the tests of the emulation itself."""
-    source = f'#include "device.h"\nZSAD_KERNEL(1024, 1)\nprobe({parameters}) {{\n{body}\n}}\n'
-    built = host_build.build(source, cuda_device.FOLDER)
-    return lambda *arguments: host_build.run(built, "probe", (1, 1), 32, arguments, shared_bytes=1024)
 
 
 MULTIPLY = """
@@ -59,14 +52,16 @@ MULTIPLY = """
 def test_emulated_tensor_cores_multiply(is_int8: bool) -> None:
     sums, factors = (np.int32, np.int8) if is_int8 else (np.float32, np.float16)
     name = "int" if is_int8 else "float"
-    multiply = program(
-        MULTIPLY.replace("T ", f"{name} "), f"const unsigned char* left, const unsigned char* right, {name}* out"
+    (multiply,) = host_build.probes(
+        f"const unsigned char* left, const unsigned char* right, {name}* out",
+        MULTIPLY.replace("T ", f"{name} "),
+        threads=WARP,
     )
     depth = 32 if is_int8 else 16
     random = kernel_checks.rng(depth)
     a, b = (random.integers(-120, 121, (rows, depth)).astype(factors) for rows in (16, 8))
     out = host_build.fenced((16, 8), sums)
-    multiply(host_build.copied(a), host_build.copied(b), out)
+    multiply(host_build.copied(a), host_build.copied(b), out, shared_bytes=1024)
     start = np.tile(np.array([[1, 2], [3, 4]]).repeat(8, axis=0), 4)
     np.testing.assert_array_equal(out, a.astype(np.int64) @ b.astype(np.int64).T + start)
 
@@ -77,35 +72,39 @@ COPY = "ZSAD_SHARED(int, s);\nconst int lane = threadIdx.x;\n"
 @needs_compiler
 def test_emulated_copies_land_at_the_wait_and_not_before() -> None:
     source, late, landed = (host_build.copied(np.arange(128, dtype=np.int32)) for _ in range(3))
-    program(
+    (copy,) = host_build.probes(
+        "const int* source, int* late, int* landed",
         f"{COPY}for (int i = 0; i < 4; ++i) s[4 * lane + i] = 5;\n"
         "copy_async(s, 16 * lane, source + 4 * lane); close_copies(); close_copies(); wait_for_copies<2>();\n"
         "for (int i = 0; i < 4; ++i) late[4 * lane + i] = s[4 * lane + i];\n"
         "wait_for_copies<1>();\n"
         "for (int i = 0; i < 4; ++i) landed[4 * lane + i] = s[4 * lane + i];",
-        "const int* source, int* late, int* landed",
-    )(source, late, landed)
+        threads=WARP,
+    )
+    copy(source, late, landed, shared_bytes=1024)
     assert (late == 0x7B7B7B7B).all()
     np.testing.assert_array_equal(landed, source)
 
 
+REFUSED = [
+    ("copy_async(s, 16 * lane, source + 4 * lane); close_copies();", "before its copies landed"),
+    ("copy_async(s, 16 * lane, source + 4 * lane);", "before its copies landed"),
+    ("copy_async(s, 16 * lane + 4, source + 4 * lane);", "unaligned address in shared"),
+    ("copy_async(s, 16 * lane, source + 4 * lane + 2);", "reads an unaligned"),
+    ("copy_async(s, 1024 + 16 * lane, source + 4 * lane);", "outside shared"),
+    ("unsigned m[4]; load_matrices(m, source, 0);", "outside shared"),
+    ("unsigned m[4]; load_matrices(m, s, 4 * lane);", "unaligned address in shared"),
+    ("unsigned m[4]; if (lane < 31) load_matrices(m, s, 0);", "warp collective"),
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("copy_async(s, 16 * lane, source + 4 * lane); close_copies();", "before its copies landed"),
-        ("copy_async(s, 16 * lane, source + 4 * lane);", "before its copies landed"),
-        ("copy_async(s, 16 * lane + 4, source + 4 * lane);", "unaligned address in shared"),
-        ("copy_async(s, 16 * lane, source + 4 * lane + 2);", "reads an unaligned"),
-        ("copy_async(s, 1024 + 16 * lane, source + 4 * lane);", "outside shared"),
-        ("unsigned m[4]; load_matrices(m, source, 0);", "outside shared"),
-        ("unsigned m[4]; load_matrices(m, s, 4 * lane);", "unaligned address in shared"),
-        ("unsigned m[4]; if (lane < 31) load_matrices(m, s, 0);", "warp collective"),
-    ],
-)
-def test_emulation_refuses(body: str, message: str) -> None:
-    with pytest.raises(KernelError, match=message):
-        program(COPY + body, "const int* source")(host_build.copied(np.zeros(128, np.int32)))
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_emulation_refuses(number: int) -> None:
+    bodies = [COPY + body for body, _ in REFUSED]
+    launch = host_build.probes("const int* source", *bodies, threads=WARP)[number]
+    with pytest.raises(KernelError, match=REFUSED[number][1]):
+        launch(host_build.copied(np.zeros(128, np.int32)), shared_bytes=1024)
 
 
 @needs_compiler
@@ -118,7 +117,10 @@ def test_pool_features(grid: tuple[int, int], degree: int) -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("images", "patches", "channels"),
-    [(1, 1, 24), (5, 49, 24), (2, 128, 96), (2, 129, 100), (3, 256, 32), (1, 300, 65), (1, 1369, 24)],
+    [
+        *((1, 1, 24), (5, 49, 24), (2, 128, 96), (2, 129, 100), (3, 256, 32), (1, 300, 65)),
+        pytest.param(1, 1369, 24, marks=pytest.mark.slow),
+    ],
 )
 def test_fused_max(images: int, patches: int, channels: int) -> None:
     checks.check_fused_max(run, host_build.copied, images, patches, channels)
