@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -163,10 +164,10 @@ def _products(categories: Sequence[Category]) -> frozenset[str]:
     return frozenset(category.product for category in categories)
 
 
-def deal_groups(images: int, group_size: int | None, seed: int) -> list[list[int]]:
+def deal_groups(images: int, group_size: int | None, seed: int) -> list[Sequence[int]]:
     """Deal image numbers at random into groups of nearly equal size, none above group_size (None: one group)."""
     if group_size is None or images <= group_size:
-        return [list(range(images))]
+        return [range(images)]
     # Never a group of one: it would have nothing to be compared with.
     count = min(-(-images // group_size), images // 2)
     shuffled = np.random.default_rng(seed).permutation(images)
@@ -239,7 +240,7 @@ class CategoryPass:
         self.category, self.config, self.method = job.category, job.config, workplace.method
         self.progress = partial(progress, printable(job.category.name))
         self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
-        self.done: frozenset[str] = frozenset()  # paths of images that an interrupted run has written
+        self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
         self.notes = [*self.category.notes, *references.notes]
@@ -261,16 +262,17 @@ class CategoryPass:
         # Results that depend on other images are written at the end: there is nothing to go on with before.
         journal = None if self.method.compares else digest
         with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
-            self.done = frozenset(written.record.path for written in writer.written)
-            if self.done:
-                log.info("%s: going on after %s", printable(self.category.name), counted(len(self.done), "image"))
+            self.done = writer.done
+            if self.done.any():
+                name = printable(self.category.name)
+                log.info("%s: going on after %s", name, counted(int(self.done.sum()), "image"))
             for result in results:
                 with stopwatch(timings, "write"):
                     writer.write(result)
             with stopwatch(timings, "write"):
                 scores = writer.scores()
                 if self.method.rescores and not self.method.compares and len(scores):
-                    light = [Scored(n, w.record.raw_score, NO_MAP, w.facts) for n, w in enumerate(writer.written)]
+                    light = (Scored(w.number, w.record.raw_score, NO_MAP, w.facts) for w in writer.written())
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
                 threshold, above = self._thresholds(writer, scores, results if isinstance(results, list) else None)
@@ -296,7 +298,7 @@ class CategoryPass:
         if self.config.bit_depth is not None:
             return self.config.bit_depth
         with stopwatch(self.workplace.timings, "decode"):
-            depth = batch_bit_depth([image.path for image in self.category.images])
+            depth = batch_bit_depth(image.path for image in self.category.images)
         if depth.note is not None:
             self._note(depth.note)
         return depth.bits
@@ -307,14 +309,14 @@ class CategoryPass:
 
     def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
         """Yield what the method says of the readable images, group after group."""
-        method, timings, done = self.method, self.workplace.timings, len(self.done)
+        method, timings, done = self.method, self.workplace.timings, int(self.done.sum())
         for number, members in enumerate(self.groups):
             suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
 
             def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
                 self.progress(stage + suffix, so_far, total)
 
-            members = [index for index in members if str(self.category.images[index].relative) not in self.done]
+            members = array("q", (index for index in members if not self.done[index]))
             readable: list[int] = []
             references = self._reference_batches(bit_depth)
             method.start(Group(len(members), self.category.product, references, len(self.references.images)))
@@ -325,7 +327,8 @@ class CategoryPass:
                     with stopwatch(timings, "networks"):
                         answered = list(method.take(batch))
                     yield from answered
-                readable += batch.indices
+                if method.compares:
+                    readable += batch.indices
                 done += len(batch.indices) + len(batch.failures)
                 self.progress("networks", done, len(images))
             if method.compares and len(readable) < 2:
@@ -378,7 +381,7 @@ class CategoryPass:
             max(float(image.map.max()) for image in found),
         )
         return [
-            Result(self.category.images[image.index], float(score), image.raw_score, image.map, scale)
+            Result(image.index, float(score), image.raw_score, image.map, scale)
             for image, score in zip(found, scores, strict=True)
         ]
 
@@ -386,8 +389,7 @@ class CategoryPass:
         """Return the result of a method whose maps have a fixed range."""
         assert self.method.map_range is not None
         score = min(max(image.raw_score, 0.0), 1.0)
-        source = self.category.images[image.index]
-        return Result(source, score, image.raw_score, image.map, self.method.map_range, image.facts)
+        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts)
 
     def _thresholds(
         self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None

@@ -1,6 +1,7 @@
 """`zsad-infer`: a folder of images in, anomaly scores, maps and a report out."""
 
 import argparse
+import heapq
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -144,7 +145,7 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
         lines.append(
             f"{name}: {counted(len(category.images), 'image')} scored, {judged}{len(category.failures)} failed"
         )
-        for image in sorted(category.images, key=lambda image: image.rank)[:5]:
+        for image in heapq.nsmallest(5, category.images, key=lambda image: image.rank):
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:
         lines.append(printable(format_table(record.metrics, 0.3), keep="\n").rstrip("\n"))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .ground_truth import NO_MASKS, ImageMasks, Matches, MaskFile, masks_beside, match_masks
+from .ground_truth import NO_MASKS, ImageMasks, MaskFile, Matches, masks_beside, match_masks
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
 from .names import clashing, result_folder, shortened, stem_of
 from .tree import Folder, is_image

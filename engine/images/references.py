@@ -124,29 +124,31 @@ def _listed_images(file: Path, category: Category, named: Set[str]) -> list[Path
 
 
 def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) -> References:
-    notes = []
-    digests: dict[Path, str] = {}  # of the images to score that are as large as a reference
-    sizes: dict[int, list[InputImage]] = {}
-    for image in category.images:
-        size = _size(image.path)
-        if size is not None:
-            sizes.setdefault(size, []).append(image)
-    usable: dict[Path, str] = {}
+    digests: dict[Path, str | OSError] = {}
+    sizes: set[int] = set()
     for path in paths:
         try:
             if not path.is_file():  # a pipe would be waited for
                 raise OSError(0, "there is no such file")
-            digest = file_sha256(path)
+            digests[path] = file_sha256(path)
+            sizes.add(path.stat().st_size)
         except OSError as error:
-            notes.append(f"the reference {path} is left out: {error.strerror}")
-            continue
-        same_size = sizes.get(path.stat().st_size, [])
-        digests |= {image.path: _digest(image.path) for image in same_size if image.path not in digests}
-        twins = [image for image in same_size if digests[image.path] == digest]
-        if twins:
-            notes.append(f"the reference {path} is left out: it is one of the images to score, {twins[0].relative}")
+            digests[path] = error
+    found = set(digests.values())
+    twins: dict[str, InputImage] = {}  # images to score that are a reference, by digest
+    for image in category.images:
+        if _size(image.path) in sizes and (digest := _digest(image.path)) in found:
+            twins.setdefault(digest, image)
+    notes = []
+    usable: dict[Path, str] = {}
+    for path, known in digests.items():
+        if isinstance(known, OSError):
+            notes.append(f"the reference {path} is left out: {known.strerror}")
+        elif known in twins:
+            twin = twins[known].relative
+            notes.append(f"the reference {path} is left out: it is one of the images to score, {twin}")
         else:
-            usable[path] = digest
+            usable[path] = known
     if not usable:
         raise NoReferencesError(f"no reference for {category.name} can be used: {'; '.join(notes[:3])}")
     chosen = list(usable)

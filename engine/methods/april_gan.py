@@ -6,7 +6,8 @@ references → memories of each block's tokens → cosine distances to the neare
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -98,8 +99,9 @@ class AprilGAN(TextGuided):
             ):
                 yield self._scored(index, probability, tokens)
 
-    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
-        values = np.array([image.facts for image in scored])  # [N, 2]: probability, map maximum
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
+        facts = chain.from_iterable(np.asarray(image.facts).tolist() for image in scored)
+        values = np.fromiter(facts, np.float64).reshape(-1, 2)  # [N, 2]: probability, map maximum
         scores: NDArray[np.float64] = (values[:, 0] + min_max(values[:, 1])) / 2
         return scores
 

@@ -101,7 +101,7 @@ class Method(Protocol):
     def finish(self, progress: Progress) -> Iterable[Scored]:
         """End the group; methods that compare answer here. Raises MemoryError."""
 
-    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         """Return the scores [N] in [0, 1] of a whole category, from all of `scored` but the maps."""
 
 

@@ -6,7 +6,7 @@ batch → networks: tokens [B, L, P, C], embedding [B, D] → kept for the whole
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -181,7 +181,8 @@ class MuSc:
             vector = None if vectors is None else vectors[row]
             yield Scored(index, float(raw[row]), maps[row].reshape(_grid(maps.shape[1])), vector)
 
-    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
+        scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
         if not self._settings.rscin:
             return min_max(raw)

@@ -6,7 +6,7 @@ references → memories of windows and patches → half the cosine distance to t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -84,7 +84,7 @@ class WinCLIP(TextGuided):
             for index, score, grid_map in zip(batch.indices[part], scores.tolist(), maps, strict=True):
                 yield Scored(index, score, _enlarged(grid_map, self._size))
 
-    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
 
     def _word_map(self, windows: NDArray[Any], side: int) -> Maps:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,12 +30,13 @@ from zsad.kernels.files import written_whole
 
 from .drawing import draw_small, jpeg, thumbnail
 from .rayan import SIDE, challenge_json, read_challenge, with_score
-from .records import CategoryRecord, Failure, ImageRecord
+from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
 Format = Literal["zsad", "rayan"]
 
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
 JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
+UNFINISHED = "images.jsonl"  # stands for the journal where no later run may go on
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
@@ -56,7 +58,7 @@ class Writing:
 class Result:
     """What there is to write of one image."""
 
-    image: InputImage
+    index: int  # of the image within its category
     score: float  # in [0, 1]
     raw_score: float
     map: NDArray[np.float32]  # [h, w] in the method's units
@@ -65,8 +67,9 @@ class Result:
 
 
 class Written(NamedTuple):
-    """What is kept of an image whose files are written."""
+    """What is kept of an image whose files are written: a line of the journal."""
 
+    number: int  # of the image within its category
     record: ImageRecord
     facts: list[float] | None = None  # of `Result`
     least_area: int = 0  # pixels of a defect region at least: a quarter of a map's cell
@@ -92,27 +95,30 @@ class CategoryWriter:
     ) -> None:
         """bit_depth: of grey values in 16-bit files. journal: the fingerprint under which a later run may go on."""
         self._final, self._writing, self._bit_depth = output / category.name, writing, bit_depth
-        self._order = {str(image.relative): number for number, image in enumerate(category.images)}
-        self._journal, self._resume = journal, resume
+        self._images, self._fingerprint, self._resume = category.images, journal, resume
         self._staging = _beside(self._final, "partial")
-        self.written: list[Written] = []  # in the order of the category's images once `scores` was asked for
+        # All else that is kept of an image is on disk: there may be a million.
+        self._scores = np.zeros(len(self._images))
+        self._failures: dict[int, Failure] = {}  # of writing, by the image's number
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
 
     def __enter__(self) -> "CategoryWriter":
-        thumbnails: Mapping[str, str] = {}
-        if self._resume and self._journal is not None:
-            self.written, thumbnails = read_journal(self._staging, self._journal)
-        self._went_on = bool(self.written)
-        if not self._went_on:
+        recovered: Iterator[tuple[Written, str]] = iter(())
+        if self._resume and self._fingerprint is not None:
+            recovered = _recovered(self._staging, self._fingerprint)
+        first = next(recovered, None)
+        if first is None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(parents=True)
         # What is no longer valid goes before any image is done again: a half-written one would count as done later.
         # Thumbnails first, so that an image in the journal always has its own.
-        self._thumbnails = _rewritten(self._staging / THUMBNAILS, thumbnails.values())
-        self._lines: IO[str] | None = None
-        if self._journal is not None:
-            lines = [json.dumps(self._journal) + "\n", *map(_line, self.written)]
-            self._lines = _rewritten(self._staging / JOURNAL, lines)
+        journal = self._staging / (UNFINISHED if self._fingerprint is None else JOURNAL)
+        with written_whole(journal) as lines, written_whole(self._staging / THUMBNAILS) as thumbnails:
+            count = len(self._images)
+            self._journal = _Lines(lines, journal, count, json.dumps(self._fingerprint) + "\n")
+            self._thumbnails = _Lines(thumbnails, self._staging / THUMBNAILS, count)
+            for written, pictures in chain([] if first is None else [first], recovered):
+                self._keep(written, pictures)
         workers = self._writing.workers
         self._ahead = Ahead(self._write_image, workers, 2 * workers, self._writing.memory_limit, "write")
         return self
@@ -124,43 +130,50 @@ class CategoryWriter:
         try:
             self._close()
         finally:
-            if error is None or self._journal is None or not self.written:
+            if error is None or self._fingerprint is None or not self.done.any():
                 shutil.rmtree(self._staging, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             # Writing to an open file fails without naming it.
             raise OSError(error.errno, error.strerror or str(error), str(self._staging)) from error
 
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """Which images of the category [N] are written, by this run or the one that it goes on from."""
+        return self._journal.starts >= 0
+
+    def written(self) -> Iterator[Written]:
+        """Read what is kept of the images that are written, in the order of the category."""
+        return self._written(np.flatnonzero(self.done))
+
     def write(self, result: Result) -> None:
         """Queue the files of an image."""
         self.scale = result.scale
-        self._keep(self._ahead.put(result, held_bytes(result.image.path)))
+        for _, (written, thumbnails) in self._ahead.put(result, held_bytes(self._images[result.index].path)):
+            self._keep(written, thumbnails)
 
     def scores(self) -> NDArray[np.float64]:
         """Wait for what is queued; return the scores [N] of all images in the order of the category."""
-        self._keep(self._ahead.rest())
-        # Those of an earlier run and those that it lacked are one after the other until here.
-        self.written.sort(key=lambda written: self._order[written.record.path])
-        return np.array([written.record.score for written in self.written])
+        for _, (written, thumbnails) in self._ahead.rest():
+            self._keep(written, thumbnails)
+        return self._scores[self.done]
 
     def rescore(self, scores: NDArray[np.float64]) -> None:
         """Replace the scores [N] of all images, as `scores` has given them, also in the files that hold them."""
-        for number, score in enumerate(scores.tolist()):
-            written = self.written[number]
-            self.written[number] = written._replace(record=replace(written.record, score=score))
+        self._scores[self.done] = scores
+        for written in self.written():
             if written.record.json_file:
                 path, draft = self._staging / written.record.json_file, self._staging / DRAFT
-                draft.write_text(with_score(path.read_text(), score))
+                draft.write_text(with_score(path.read_text(), written.record.score))
                 draft.replace(path)
 
     def map_percentile(self, numbers: NDArray[np.intp], percentile: float) -> float | None:
-        """Return a percentile of the written maps of images with these numbers; None without maps.
+        """Return a percentile of the maps of images with these numbers among the written; None without maps.
 
         Of many or large maps, a part spread evenly is looked at.
         """
-        files = [self.written[number].record.map for number in numbers.tolist()]
-        files = [file for file in files if file][:: max(1, len(numbers) // SAMPLED_MAPS)]
+        files = (written.record.map for written in self._written(np.flatnonzero(self.done)[numbers]))
         values = []
-        for file in files:
+        for file in islice(filter(None, files), 0, None, max(1, len(numbers) // SAMPLED_MAPS)):
             with Image.open(self._staging / file) as image:
                 pixels = np.asarray(image).ravel()
             values.append(pixels[:: max(1, pixels.size // SAMPLED_PIXELS)])
@@ -171,50 +184,50 @@ class CategoryWriter:
 
         Images that score above the record's threshold are anomalous, their regions what is above its region threshold.
         """
-        images = self._judged(record)
+        best_first = np.argsort(-self.scores(), kind="stable")
         self._close()
-        if self._went_on:
-            thumbnails = _thumbnail_lines(self._staging)
-            in_order = sorted(thumbnails, key=lambda path: self._order[path])
-            _rewritten(self._staging / THUMBNAILS, (thumbnails[path] for path in in_order)).close()
-        failures = [*record.failures, *(written.failure for written in self.written if written.failure is not None)]
-        complete = replace(record, images=images, failures=failures)
-        _write_tables(self._staging, images, record.threshold is not None)
-        (self._staging / RECORD).write_text(complete.to_json())
-        (self._staging / JOURNAL).unlink(missing_ok=True)  # last: on a full disk all before it may fail
+        self._thumbnails.sort()
+        failures = [*record.failures, *(self._failures[index] for index in sorted(self._failures))]
+        complete = replace(record, failures=failures)
+        images = write_record(self._staging / RECORD, complete, self._judged(record, best_first))
+        _write_tables(self._staging, images, best_first, record.threshold is not None)
+        self._journal.path.unlink()  # last: on a full disk all before it may fail
         _move_into_place(self._staging, self._final)
-        return complete
+        return replace(complete, images=images.moved(self._final / RECORD))
 
     def _close(self) -> None:
         self._thumbnails.close()
-        if self._lines is not None:
-            self._lines.close()
+        self._journal.close()
 
-    def _keep(self, done: Iterator[tuple[Result, tuple[Written, Mapping[str, str]]]]) -> None:
-        for _, (written, thumbnails) in done:
-            if thumbnails:
-                self._thumbnails.write(json.dumps([written.record.path, thumbnails]) + "\n")
-            self.written.append(written)
-            if self._lines is not None:
-                self._thumbnails.flush()  # first, so that an image in the journal has its thumbnails
-                self._lines.write(_line(written))
-                self._lines.flush()
+    def _keep(self, written: Written, thumbnails: str) -> None:
+        """Note an image whose files are written, with the line of its thumbnails, empty where it has none."""
+        self._scores[written.number] = written.record.score
+        if written.failure is not None:
+            self._failures[written.number] = written.failure
+        if thumbnails:
+            self._thumbnails.append(written.number, thumbnails)  # first, so that an image in the journal has its own
+        failure = None if written.failure is None else asdict(written.failure)
+        line = json.dumps([written.number, asdict(written.record), written.facts, written.least_area, failure]) + "\n"
+        self._journal.append(written.number, line)
 
-    def _judged(self, record: CategoryRecord) -> list[ImageRecord]:
-        """Return the images' records with ranks, and where there is a threshold with verdicts and regions."""
-        scores = self.scores()
-        ranks = np.empty(len(scores), int)
-        ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
-        images = []
-        for written, rank in zip(self.written, ranks.tolist(), strict=True):
-            image = replace(written.record, rank=rank)
+    def _written(self, indices: NDArray[np.intp]) -> Iterator[Written]:
+        for line in self._journal.read(indices):
+            written = _read_line(line)
+            score = float(self._scores[written.number])
+            yield written._replace(record=replace(written.record, score=score))
+
+    def _judged(self, record: CategoryRecord, best_first: NDArray[np.intp]) -> Iterator[ImageRecord]:
+        """Yield the images' records with ranks, and where there is a threshold with verdicts and regions."""
+        ranks = np.empty(len(best_first), int)
+        ranks[best_first] = np.arange(1, len(ranks) + 1)
+        for written, rank in zip(self.written(), ranks, strict=True):
+            image = replace(written.record, rank=int(rank))
             if record.threshold is not None:
                 anomalous = image.score > record.threshold
                 regions = self._regions(written, record.region_threshold) if anomalous else []
                 verdict = "anomalous" if anomalous else "normal"
                 image = replace(image, verdict=verdict, regions=regions if image.map else None)
-            images.append(_rounded(image))
-        return images
+            yield _rounded(image)
 
     def _regions(self, written: Written, threshold: float | None) -> list[Region]:
         if threshold is None or not written.record.map:
@@ -222,13 +235,15 @@ class CategoryWriter:
         with Image.open(self._staging / written.record.map) as file:
             return find_regions(np.asarray(file), threshold, written.least_area)
 
-    def _write_image(self, result: Result, last_try: bool) -> tuple[Written, Mapping[str, str]]:
-        """Write an image's files; returns what is kept of it, and its thumbnails."""
-        record = ImageRecord(str(result.image.relative), result.score, result.raw_score)
+    def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
+        """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
+        image = self._images[result.index]
+        record = ImageRecord(str(image.relative), result.score, result.raw_score)
         facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
-            record, least_area, thumbnails = self._draw(result, record)
-            return Written(record, facts, least_area), thumbnails
+            record, least_area, thumbnails = self._draw(result, image, record)
+            line = json.dumps([record.path, thumbnails]) + "\n" if thumbnails else ""
+            return Written(result.index, record, facts, least_area), line
         except MemoryError as error:
             if not last_try:
                 raise
@@ -239,14 +254,16 @@ class CategoryWriter:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             reason = "no map, its path in the output is too long"
-        return Written(record, facts, failure=Failure(record.path, reason)), {}
+        return Written(result.index, record, facts, failure=Failure(record.path, reason)), ""
 
-    def _draw(self, result: Result, record: ImageRecord) -> tuple[ImageRecord, int, Mapping[str, str]]:
+    def _draw(
+        self, result: Result, image: InputImage, record: ImageRecord
+    ) -> tuple[ImageRecord, int, Mapping[str, str]]:
         """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
-        picture = np.asarray(decode(result.image.path, self._bit_depth))  # [H, W, 3] RGB
+        picture = np.asarray(decode(image.path, self._bit_depth))  # [H, W, 3] RGB
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
         mask = object_mask(bgr) if self._writing.object_mask else None
-        key = result.image.key
+        key = image.key
         thumbnails: dict[str, str] = {}
         height, width = picture.shape[:2]
         record = replace(record, width=width, height=height)
@@ -271,38 +288,65 @@ class CategoryWriter:
         return path
 
 
-def _line(written: Written) -> str:
-    failure = None if written.failure is None else asdict(written.failure)
-    return json.dumps([asdict(written.record), written.facts, written.least_area, failure]) + "\n"
+class _Lines:
+    """A file with a line for some of a category's images, in any order; what is held of it is where they begin."""
+
+    def __init__(self, draft: Path, path: Path, images: int, head: str = "") -> None:
+        """draft: what becomes `path`."""
+        self.path = path
+        self.starts = np.full(images, -1, np.int64)  # -1: no line
+        self._file = draft.open("w", encoding="ascii")
+        self._end = self._file.write(head)
+        self._file.flush()
+
+    def append(self, index: int, line: str) -> None:
+        """Write an image's line, so that it is there if the run is killed."""
+        self.starts[index] = self._end
+        self._end += self._file.write(line)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, indices: NDArray[np.intp]) -> Iterator[str]:
+        """Yield the lines of these images, which have one."""
+        with self.path.open(encoding="ascii") as file:
+            for start in self.starts[indices].tolist():
+                file.seek(start)
+                yield file.readline()
+
+    def sort(self) -> None:
+        """Bring the lines of a file that is closed into the order of the category's images."""
+        (indices,) = np.nonzero(self.starts >= 0)
+        if (np.diff(self.starts[indices]) < 0).any():
+            with written_whole(self.path) as draft, draft.open("w", encoding="ascii") as file:
+                file.writelines(self.read(indices))
 
 
-def _rewritten(path: Path, lines: Iterable[str]) -> IO[str]:
-    """Write a file anew, so that it always is either the old or the new one; return it, open for more lines."""
-    with written_whole(path) as draft, draft.open("w", encoding="ascii") as file:
-        file.writelines(lines)
-    return path.open("a", encoding="ascii")
+def _read_line(line: str) -> Written:
+    """Read a line of the journal; raises ValueError where its end is missing."""
+    number, record, facts, least_area, failure = json.loads(line)
+    return Written(number, ImageRecord(**record), facts, least_area, None if failure is None else Failure(**failure))
 
 
-def read_journal(staging: Path, fingerprint: str) -> tuple[list[Written], dict[str, str]]:
-    """Return what an interrupted run has written of a category, and the lines of its thumbnails by image path.
+def _recovered(staging: Path, fingerprint: str) -> Iterator[tuple[Written, str]]:
+    """Yield what an interrupted run has written of a category, with the lines of thumbnails, empty for none.
 
     Images that had a failure, or whose files are not all there, are left out; of another fingerprint, all are.
     """
-    try:
-        first, *lines = (staging / JOURNAL).read_text(encoding="ascii").splitlines()
-        thumbnails = _thumbnail_lines(staging)
-        if json.loads(first) != fingerprint:
-            return [], {}
-    except (OSError, ValueError):
-        return [], {}
-    written = []
-    for line in lines:
-        with suppress(ValueError):  # the end of a line is missing
-            record, facts, least_area, failure = json.loads(line)
-            image = ImageRecord(**record)
-            if failure is None and _has_files(staging, image, image.path in thumbnails):
-                written.append(Written(image, facts, least_area))
-    return written, {image.record.path: thumbnails[image.record.path] for image in written if image.record.overlay_file}
+    with suppress(OSError, ValueError), (staging / JOURNAL).open(encoding="ascii") as journal:
+        if json.loads(journal.readline()) != fingerprint:
+            return
+        thumbnails = _thumbnail_lines(staging)  # in the order of the journal, where some may lack
+        pictured, pictures = next(thumbnails, ("", ""))
+        for line in journal:
+            with suppress(ValueError):
+                written = _read_line(line)
+                has_thumbnails = pictured == written.record.path
+                if written.failure is None and _has_files(staging, written.record, has_thumbnails):
+                    yield written, pictures if has_thumbnails else ""
+                if has_thumbnails:
+                    pictured, pictures = next(thumbnails, ("", ""))
 
 
 def _has_files(staging: Path, image: ImageRecord, has_thumbnails: bool) -> bool:
@@ -316,26 +360,27 @@ def _has_files(staging: Path, image: ImageRecord, has_thumbnails: bool) -> bool:
     return there and (has_thumbnails or not image.overlay_file)
 
 
-def _thumbnail_lines(folder: Path) -> dict[str, str]:
-    """Return the lines of thumbnails in a category's folder by image path, but for those whose end is missing."""
-    lines = {}
-    for line in (folder / THUMBNAILS).read_text(encoding="ascii").splitlines():
-        with suppress(ValueError):
-            lines[json.loads(line)[0]] = line + "\n"
-    return lines
+def _thumbnail_lines(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of thumbnails in a category's folder with their images' paths, but for torn ones."""
+    with (folder / THUMBNAILS).open(encoding="ascii") as file:
+        for line in file:
+            with suppress(ValueError):
+                yield json.loads(line)[0], line
 
 
-def read_thumbnails(output: Path, category: str) -> dict[str, dict[str, str]]:
-    """Return the thumbnails of a finished category by image path."""
-    lines = (output / category / THUMBNAILS).read_text(encoding="ascii").splitlines()
-    return dict(json.loads(line) for line in lines)
+def read_thumbnails(output: Path, category: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the thumbnails of a finished category by image path, in the order of its images."""
+    with (output / category / THUMBNAILS).open(encoding="ascii") as file:
+        for line in file:
+            path, thumbnails = json.loads(line)
+            yield path, thumbnails
 
 
 def _rounded(image: ImageRecord) -> ImageRecord:
     return replace(image, score=round(image.score, 6), raw_score=round(image.raw_score, 6))
 
 
-def _write_tables(folder: Path, images: Sequence[ImageRecord], with_verdicts: bool) -> None:
+def _write_tables(folder: Path, images: ImageRecords, best_first: NDArray[np.intp], with_verdicts: bool) -> None:
     columns = ["path", "score", "rank", "raw_score", "map"] + (
         ["verdict", "regions", "defect_area"] if with_verdicts else []
     )
@@ -343,7 +388,7 @@ def _write_tables(folder: Path, images: Sequence[ImageRecord], with_verdicts: bo
     with (folder / SCORES).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(columns)
-        for image in sorted(images, key=lambda image: image.rank):
+        for image in images.ordered(best_first.tolist()):
             row = [image.path, f"{image.score:.6f}", image.rank, f"{image.raw_score:.6f}", image.map]
             if with_verdicts:
                 regions = image.regions or []

@@ -1,8 +1,12 @@
 """What is on record of a run: of each image, of each category, and of the whole; kept as JSON beside the results."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import textwrap
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
 
 from pydantic import TypeAdapter
 
@@ -41,7 +45,7 @@ class CategoryRecord:
 
     name: str
     fingerprint: str = ""  # of everything that decides the results
-    images: list[ImageRecord] = field(default_factory=list)
+    images: Sequence[ImageRecord] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     groups: int = 0
     group_size: int | None = None
@@ -56,7 +60,7 @@ class CategoryRecord:
     resumed: bool = False
 
     @classmethod
-    def from_json(cls, text: str) -> "CategoryRecord":
+    def from_json(cls, text: str | bytes) -> "CategoryRecord":
         """Read a record; raises ValueError for anything else."""
         return _CATEGORY_RECORDS.validate_json(text)
 
@@ -64,7 +68,83 @@ class CategoryRecord:
         return json.dumps(asdict(self), indent=1)
 
 
-_CATEGORY_RECORDS = TypeAdapter(CategoryRecord)
+_CATEGORY_RECORDS, _IMAGE_RECORDS = TypeAdapter(CategoryRecord), TypeAdapter(ImageRecord)
+
+
+class ImageRecords(Sequence[ImageRecord]):
+    """The images on record of a category, of which there may be a million: they stay in its file until asked for.
+
+    Raises OSError and ValueError where the file is no longer as it was.
+    """
+
+    def __init__(self, file: Path, bounds: Sequence[int]) -> None:
+        """bounds: where each image begins in the file, and where the last one ends."""
+        self._file, self._bounds = file, bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        wanted = range(len(self))[index]
+        return list(self.ordered(wanted)) if isinstance(wanted, range) else next(self.ordered([wanted]))
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        return self.ordered(range(len(self)))
+
+    def ordered(self, numbers: Iterable[int]) -> Iterator[ImageRecord]:
+        """Yield the images with these numbers."""
+        with self._file.open("rb") as file:
+            for number in numbers:
+                file.seek(self._bounds[number])
+                text = file.read(self._bounds[number + 1] - self._bounds[number])
+                yield _IMAGE_RECORDS.validate_json(text.strip(b" \n,"))
+
+    def moved(self, file: Path) -> "ImageRecords":
+        """Return the same images after their file was moved."""
+        return ImageRecords(file, self._bounds)
+
+
+# Lines of a category's file; only what belongs to the category itself begins with a single space.
+_NO_IMAGES, _FIRST, _IMAGE, _LAST = '\n "images": [],\n', b' "images": [\n', b"  {\n", b" ],\n"
+
+
+def write_record(file: Path, record: CategoryRecord, images: Iterable[ImageRecord]) -> ImageRecords:
+    """Write a category's record, as `to_json` would of one with these images, each as it comes."""
+    before, after = replace(record, images=[]).to_json().split(_NO_IMAGES)
+    bounds = array("Q")
+    with file.open("wb") as opened:
+        opened.write(before.encode())
+        for image in images:
+            opened.write(b",\n" if bounds else b"\n" + _FIRST)
+            bounds.append(opened.tell())
+            opened.write(textwrap.indent(json.dumps(asdict(image), indent=1), "  ").encode())
+        bounds.append(opened.tell())
+        opened.write((b"\n" + _LAST if len(bounds) > 1 else _NO_IMAGES.encode()) + after.encode())
+    return ImageRecords(file, bounds)
+
+
+def read_record(file: Path) -> CategoryRecord:
+    """Read what `write_record` has written, but for the images; raises OSError, and ValueError for anything else."""
+    bounds, others = array("Q"), list[bytes]()
+    with file.open("rb") as lines:
+        within, position = False, 0
+        for line in lines:
+            if line == _FIRST:
+                within = True
+            elif not within:
+                others.append(line)
+            elif line in (_IMAGE, _LAST):
+                within = line != _LAST
+                bounds.append(position)
+            position += len(line)
+    record = CategoryRecord.from_json(b"".join(others))
+    return replace(record, images=ImageRecords(file, bounds)) if bounds else record
 
 
 @dataclass(frozen=True)
@@ -102,12 +182,9 @@ class RunRecord:
 
     def to_json(self) -> str:
         """Return the record without the single images, which are in the records of the categories."""
-        content = asdict(self)
-        content["categories"] = {
-            category["name"]: {
-                **{key: value for key, value in category.items() if key not in ("name", "fingerprint")},
-                "images": len(category["images"]),
-            }
-            for category in content["categories"]
-        }
+        content: dict[str, Any] = {**asdict(replace(self, categories=[])), "categories": {}}
+        for category in self.categories:
+            fields = asdict(replace(category, images=[]))
+            del fields["name"], fields["fingerprint"]
+            content["categories"][category.name] = {**fields, "images": len(category.images)}
         return json.dumps(content, indent=1)

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class ShownCategory:
     """What the page shows of a category."""
 
     record: CategoryRecord
-    images: Sequence[ShownImage]
+    images: Iterable[ShownImage]
     metrics: Mapping[str, float | None] | None  # by name
     protocol: str | None
 
@@ -52,11 +52,11 @@ def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory]
     # The page allows these two blocks alone: even markup that slipped in could neither run nor load anything.
     for name, block in (("{{STYLE_HASH}}", "style"), ("{{SCRIPT_HASH}}", "script")):
         page = page.replace(name, _hash_block(page, block))
-    shown_run = {key: value for key, value in asdict(run).items() if key != "categories"}
-    page = page.replace("{{DATA}}", _encode({"run": shown_run, "categories": [_of_category(c) for c in categories]}))
-
-    with written_whole(path) as temporary:
-        temporary.write_bytes(page.encode())
+    before, after = page.split("{{DATA}}")
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(before)
+        file.writelines(_data(run, categories))
+        file.write(after)
 
 
 def shown_categories(
@@ -65,26 +65,45 @@ def shown_categories(
     """Join the records of a run's categories with thumbnails, labels and metrics."""
     shown = []
     for category, record in zip(categories, records, strict=True):
-        thumbnails = read_thumbnails(output, category.name) if record.images else {}
-        labels = {str(image.relative): (image.defect, image.anomalous) for image in category.images}
-        images = []
-        for image in record.images:
-            pictures = thumbnails.get(image.path, {})
-            defect, anomalous = labels.get(image.path, (None, None))
-            label = "good" if anomalous is False else defect
-            images.append(ShownImage(image, label, anomalous, pictures.get("image", ""), pictures.get("overlay", "")))
         metrics = evaluation["categories"].get(category.name) if evaluation else None
+        images = _shown_images(output, category, record)
         shown.append(ShownCategory(record, images, metrics, evaluation["protocol"] if evaluation else None))
     return shown
 
 
-def _of_category(category: ShownCategory) -> dict[str, Any]:
-    return {
-        **asdict(replace(category.record, images=[])),
-        "images": [_of_image(category.record.name, image) for image in category.images],
-        "metrics": category.metrics,
-        "protocol": category.protocol,
-    }
+def _shown_images(output: Path, category: Category, record: CategoryRecord) -> Iterator[ShownImage]:
+    """Join images with their thumbnails and labels, all of which are in the order of the category's images."""
+    sources, thumbnails = iter(category.images), read_thumbnails(output, category.name) if record.images else iter(())
+    pictured, pictures = next(thumbnails, ("", {}))
+    for image in record.images:
+        source = next(source for source in sources if str(source.relative) == image.path)
+        label = "good" if source.anomalous is False else source.defect
+        own = pictures if pictured == image.path else {}
+        yield ShownImage(image, label, source.anomalous, own.get("image", ""), own.get("overlay", ""))
+        if own:
+            pictured, pictures = next(thumbnails, ("", {}))
+
+
+def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
+    """Yield the page's data, in pieces: pictures of a million images are never held at once."""
+    shown_run = asdict(replace(run, categories=[]))
+    del shown_run["categories"]
+    yield f'{{"run":{_encode(shown_run)},"categories":['
+    for number, category in enumerate(categories):
+        fields = asdict(replace(category.record, images=[]))
+        fields |= {"metrics": category.metrics, "protocol": category.protocol}
+        yield "," * (number > 0)
+        for key, value in fields.items():
+            yield f"{'{' if key == 'name' else ','}{_encode(key)}:"
+            if key != "images":
+                yield _encode(value)
+                continue
+            yield "["
+            for place, image in enumerate(category.images):
+                yield "," * (place > 0) + _encode(_of_image(category.record.name, image))
+            yield "]"
+        yield "}"
+    yield "]}"
 
 
 def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
@@ -100,7 +119,7 @@ def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
     }
 
 
-def _encode(data: Mapping[str, Any]) -> str:
+def _encode(data: Any) -> str:
     # Names come from file systems. Pure ASCII without these three can neither end the block nor open another.
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import RECORD, RUN, SCORES, is_results
 
 from .category import THUMBNAILS
-from .records import CategoryRecord
+from .records import CategoryRecord, read_record
 
 
 class OutputError(Exception):
@@ -31,18 +32,19 @@ def fingerprint(
 
     config: with the precisions in force. checkpoints: name → sha256. references: sha256 of known-good images.
     """
-    files: list[tuple[str, int, int]] = []
-    for image in category.images:
+    # Of one JSON list; its part on images is not held whole, since they may be a million.
+    digest = hashlib.sha256(f"[{json.dumps(importlib.metadata.version('zsad'))}, [".encode())
+    for number, image in enumerate(category.images):
         try:
             status = image.path.stat()
+            size, modified = status.st_size, status.st_mtime_ns
         except OSError:  # decoding will say what is wrong with it
-            files.append((str(image.relative), -1, -1))
-        else:
-            files.append((str(image.relative), status.st_size, status.st_mtime_ns))
-    version = importlib.metadata.version("zsad")
-    facts = [version, files, config, dict(checkpoints), sorted(formats), list(references)]
-    content = json.dumps(facts, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+            size = modified = -1
+        file = json.dumps([str(image.relative), size, modified])
+        digest.update((f", {file}" if number else file).encode())
+    others = json.dumps([config, dict(checkpoints), sorted(formats), list(references)], sort_keys=True)
+    digest.update(f"], {others.removeprefix('[')}".encode())
+    return digest.hexdigest()
 
 
 def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | None:
@@ -52,12 +54,13 @@ def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | No
     """
     folder = output / name
     try:
-        record = CategoryRecord.from_json((folder / RECORD).read_text())
+        record = read_record(folder / RECORD)
+        if record.fingerprint != wanted:
+            return None
+        of_images = (file for image in record.images for file in (image.map, image.overlay_file, image.json_file))
+        complete = all((folder / file).is_file() for file in chain((THUMBNAILS, SCORES), of_images) if file)
     except (OSError, ValueError):
         return None
-    written = [THUMBNAILS, SCORES]
-    written += [file for image in record.images for file in (image.map, image.overlay_file, image.json_file)]
-    complete = record.fingerprint == wanted and all((folder / file).is_file() for file in written if file)
     return record if complete else None
 
 
@@ -69,7 +72,7 @@ def why_again(
     config, checkpoints: as for the fingerprint. What is no longer the same of them is told by the record of the run.
     """
     try:
-        record = CategoryRecord.from_json((output / name / RECORD).read_text())
+        record = read_record(output / name / RECORD)
     except (OSError, ValueError):
         return None
     if record.fingerprint == wanted:

@@ -117,11 +117,15 @@ def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="JSON compliant"):
         write_report(path, make_run(1, seconds=float("nan")), [])
 
-    def fill_disk(self: Path, _: bytes) -> int:
-        self.touch()
-        raise OSError("No space left on device")
+    opened = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    def fill_disk(self: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "w":
+            self.touch()
+            raise OSError("No space left on device")
+        return opened(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", fill_disk)
     with pytest.raises(OSError, match="No space"):
         write_report(path, make_run(0), [])
     assert path.read_text() == "old"
