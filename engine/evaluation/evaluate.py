@@ -365,11 +365,11 @@ def format_table(evaluation: Evaluation, aupro_limit: float) -> str:
     heads = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", f"AUPRO@{aupro_limit:g}", "P-AP", "P-F1", "challenge")
     rows: list[tuple[str, ...]] = [("category", "protocol", *heads)]
     for name, values in _rows(evaluation):
-        cells = ("-" if (value := values[key]) is None else f"{value:.4f}" for key in METRICS)
-        rows.append((name, evaluation["protocol"], *cells))
+        numbers = ("-" if (value := values[key]) is None else f"{value:.4f}" for key in METRICS)
+        rows.append((name, evaluation["protocol"], *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, protocol, *cells in rows:
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True))
-        lines.append("  ".join((name.ljust(widths[0]), protocol.ljust(widths[1]), *numbers)))
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True))
+        lines.append("  ".join((name.ljust(widths[0]), protocol.ljust(widths[1]), *aligned)))
     return "\n".join(lines) + "\n"

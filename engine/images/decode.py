@@ -92,16 +92,32 @@ def _table(white: int) -> NDArray[np.uint8]:
 
 
 def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:
-    """Resize without keeping the aspect ratio and normalise; returns [3, S, S]."""
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    size = (recipe.size, recipe.size)
+    """Bring an image to a square and normalise it; returns [3, S, S]."""
+    size = recipe.size
     if recipe.resampling == "unfiltered":
-        resized = np.floor(bilinear(np.asarray(image), size))  # as IS-Net's code has its images: whole numbers again
+        # As IS-Net's code has its images: whole numbers again.
+        resized = np.floor(bilinear(np.asarray(image), (size, size)))
     else:
-        resized = np.asarray(image.resize(size, filters[recipe.resampling]), np.float32)
+        resized = np.asarray(_square(image, recipe), np.float32)
     resized /= np.float32(255)
     mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
     return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))
+
+
+def _square(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """Resize an image, or its middle, with an antialiased filter to a square.
+
+    Of what is cropped the longer side comes first, so that no more than its middle is resized along the other one.
+    """
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    size, resampling, (rows, columns) = recipe.size, filters[recipe.resampling], recipe.resized(*image.size[::-1])
+    if columns > size:
+        left = round((columns - size) / 2)
+        image = image.resize((columns, image.height), resampling).crop((left, 0, left + size, image.height))
+    elif rows > size:
+        top = round((rows - size) / 2)
+        image = image.resize((image.width, rows), resampling).crop((0, top, image.width, top + size))
+    return image.resize((size, size), resampling)
 
 
 def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -108,10 +108,10 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], table: str = ""
     """Return the keys whose values differ, with their tables in front of them."""
     found = []
     for key in sorted(one.keys() | other.keys()):
-        values = one.get(key), other.get(key)
-        if isinstance(values[0], dict) and isinstance(values[1], dict):
-            found += _differing(*values, f"{table}{key}.")
-        elif values[0] != values[1]:
+        before, now = one.get(key), other.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differing(before, now, f"{table}{key}.")
+        elif before != now:
             found.append(table + key)
     return found
 
