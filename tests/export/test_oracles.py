@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zsad.export.agreement import run_graph, sample_images, sample_texts
-from zsad.export.onnx_export import export_onnx
-from zsad.export.options import ExportOptions, TextOptions
+from zsad.export.builders import read_builder
+from zsad.export.onnx_export import export_onnx, save_graph
+from zsad.export.options import ClipSegDecoderOptions, ClipSegImageOptions, ExportOptions, GraphOptions, TextOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.text_transformer import VOCABULARY, TextTransformer
 from zsad.export.transformer import HEAD_WIDTH
@@ -138,6 +139,39 @@ def test_text_tower_of_open_clip(torchvision: None, tmp_path: Path, activation: 
     with torch.inference_mode():
         expected = model.encode_text(torch.from_numpy(ids.astype(np.int64))).numpy()
     np.testing.assert_allclose(run_graph(path, {"ids": ids})["embedding"], expected, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_clipseg(torchvision: None, tmp_path: Path) -> None:
+    """All three graphs of random weights of the published shape, but two blocks of the text tower."""
+    import torch
+
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.CLIPSegConfig(
+        text_config={"num_hidden_layers": 2}, vision_config={"patch_size": 16}, use_complex_transposed_convolution=True
+    )
+    model = transformers.CLIPSegForImageSegmentation(config)
+    checkpoint = save_random(model, tmp_path / "clipseg.safetensors")
+    images, ids = sample_images(352), sample_texts(77)[:2]
+    with torch.inference_mode():
+        texts = torch.from_numpy(ids.astype(np.int64))
+        expected = model(pixel_values=torch.from_numpy(images).expand(len(ids), -1, -1, -1), input_ids=texts)
+
+    def run(options: GraphOptions, **inputs: np.ndarray) -> np.ndarray:
+        save_graph(read_builder(checkpoint, options).build((), {}), tmp_path / "graph.onnx")
+        [output] = run_graph(tmp_path / "graph.onnx", inputs).values()
+        return output
+
+    conditions = run(TextOptions("quick_gelu"), ids=ids)
+    theirs = expected.conditional_embeddings.numpy()
+    np.testing.assert_allclose(conditions, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    activations = run(ClipSegImageOptions(), images=images)
+    logits = run(ClipSegDecoderOptions(), activations=activations[0], conditions=conditions)
+    theirs = expected.logits.numpy()
+    close = 1e-4 * np.abs(theirs).max()
+    assert np.ptp(theirs, axis=0).max() > 100 * close  # prompts count
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=close)
 
 
 @pytest.mark.torch
