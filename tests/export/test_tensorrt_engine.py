@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from clip_checkpoints import write_clip
+from clipseg_checkpoints import write_random_decoder
 
+from zsad.bench.towers import SHAPES, write_random_checkpoint
 from zsad.engine.commands.export import main
 from zsad.export import libraries, tensorrt_engine
 from zsad.export.cuda_driver import CudaError, use_device
@@ -537,3 +539,27 @@ def test_tensorrt_rtx_builds_windows(tmp_path: Path, precision: str, capsys: pyt
     assert capsys.readouterr().err.count("already built") == 2
     weights = 12 * 12 * 64**2 * (2 if precision == "fp16" else 4)  # once for all three sequences
     assert weights < fingerprint["engine_bytes"]
+
+
+@pytest.mark.slow
+@needs_rtx
+def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the published shape; its towers are those of ViT-B/16."""
+    tower = tmp_path / "tower.safetensors"
+    write_random_checkpoint(SHAPES["clip-vitb16"], tower)
+    decoder = write_random_decoder(tmp_path / "decoder.safetensors")
+    profiles = {
+        "clipseg_image": {"images": [[1, 3, 352, 352], [1, 3, 352, 352], [4, 3, 352, 352]]},
+        "clipseg_decoder": {"activations": [[3, 485, 768]] * 3, "conditions": [[1, 512], [19, 512], [32, 512]]},
+    }
+    for (graph, profile), checkpoint, batch in zip(
+        profiles.items(), (tower, decoder), ("1,1,4", "1,19,32"), strict=True
+    ):
+        engine = tmp_path / f"{graph}.engine"
+        arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx"]
+        assert main([*arguments, "--batch", batch, "--output", str(engine)]) == 0
+        assert "fp16 against" in capsys.readouterr().err
+        fingerprint = json.loads((tmp_path / f"{graph}.engine.json").read_text())
+        assert fingerprint["profile"] == profile
+        assert main(shlex.split(fingerprint["command"])[1:]) == 0
+        assert capsys.readouterr().err.count("already built") == 2
