@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import onnx
 
+from .adopt import ReadyGraph, read_ready_graph
 from .clipseg import ClipSegDecoder, read_clipseg_decoder
 from .clipseg_graph import (
     build_clipseg_decoder_graph,
@@ -260,11 +261,17 @@ class SamMasksBuilder:
         return TorchMaskDecoder(self.weights, self.options)
 
 
+def _read_isnet(path: Path, options: IsnetOptions) -> GraphBuilder | ReadyGraph:
+    if path.suffix.lower() == ".onnx":
+        return read_ready_graph(path, options)
+    return IsnetBuilder(read_isnet(path), options)
+
+
 # Options of a kind of graph → what reads its weights.
-BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
+BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder | ReadyGraph]] = {
     ExportOptions: lambda path, options: ImageTowerBuilder(read_vision_transformer(path), options),
     TextOptions: lambda path, options: TextTowerBuilder(read_text_transformer(path), options),
-    IsnetOptions: lambda path, options: IsnetBuilder(read_isnet(path), options),
+    IsnetOptions: _read_isnet,
     ClipSegImageOptions: lambda path, options: ClipSegImageBuilder(read_vision_transformer(path), options),
     ClipSegDecoderOptions: lambda path, options: ClipSegDecoderBuilder(read_clipseg_decoder(path), options),
     SamImageOptions: lambda path, options: SamImageBuilder(read_sam_encoder(path), options),
@@ -272,8 +279,8 @@ BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder]] = {
 }
 
 
-def read_builder(path: Path, options: GraphOptions) -> GraphBuilder:
-    """Read from a checkpoint the weights for which the options are; raises CheckpointError."""
+def read_builder(path: Path, options: GraphOptions) -> GraphBuilder | ReadyGraph:
+    """Read from a checkpoint the weights for which the options are, or a ready graph; raises CheckpointError."""
     return BUILDERS[type(options)](path, options)
 
 

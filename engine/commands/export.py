@@ -89,9 +89,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
     if arguments.list:
         for entry in read_manifest().values():
             automatic = any(source.automatic for source in entry.sources)
-            verifiable = any(source.verifiable for source in entry.sources)
+            fetchable = any(source.fetchable for source in entry.sources)
             fetched = (
-                "fetched when it is needed" if automatic else "with --fetch" if verifiable else "bring it yourself"
+                "fetched when it is needed" if automatic else "with --fetch" if fetchable else "bring it yourself"
             )
             emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence}, {fetched})")
             for source in entry.sources:

@@ -27,11 +27,17 @@ CONTENTS = [
     ("checkpoint", "dinov2"),
     ("checkpoint", "clip"),
     ("checkpoint", "clipseg"),
+    ("graph", "isnet"),
     ("heads", None),
     ("vocabulary", None),
 ]
 SHORTENED = {"clip-vitb16plus-240-e31"}  # entries of whose digests only the beginning is published
-UNVERIFIED = {"clipseg-rd64-refined", "clipseg-rd64-refined-decoder"}  # entries of which none is
+UNVERIFIED = {  # files of which none is
+    "CIDAS--clipseg-rd64-refined--model.safetensors",
+    "CIDAS--clipseg-rd64-refined--pytorch_model.bin",
+    "rd64-uni-refined.pth",
+    "NimaBoscarino--IS-Net_DIS-general-use--isnet-general-use.pth",
+}
 
 
 def test_manifest_is_complete() -> None:
@@ -43,13 +49,14 @@ def test_manifest_is_complete() -> None:
         assert entry.licence
         assert entry.sources
         for source in entry.sources:
-            assert source.kind in ("python-package", "url", "huggingface")
-            assert source.verifiable == (entry.name not in UNVERIFIED)
+            assert source.kind in ("python-package", "url", "huggingface", "npm-package")
+            assert source.fetchable == (source.digest is not None and source.kind != "npm-package")
+            assert (source.digest is None) == (source.file in UNVERIFIED)
             if source.digest is None:
                 continue
             length = 8 if entry.name in SHORTENED else KINDS[source.digest.kind][1]
             assert re.fullmatch(f"[0-9a-f]{{{length}}}", source.digest.digits)
-            assert source.digest.kind == ("git_blob" if entry.kind == "heads" else "sha256")
+            assert source.digest.kind in ("git_blob" if entry.kind == "heads" else "sha256", "md5")
 
 
 def test_missing_weights_say_file_url_digest_and_command(empty_cache: Path) -> None:
@@ -93,6 +100,7 @@ def test_digests_may_be_shortened_or_git_s(empty_cache: Path, monkeypatch: pytes
             assert find_checkpoint(name) == (path, file_sha256(path))
     # What `git hash-object` prints.
     assert heads.digest.of(path) == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert Digest("md5", "b1946ac9").of(path) == "b1946ac92492d2347c6235b4d2611184"  # of `md5sum`
 
 
 @pytest.mark.parametrize(
