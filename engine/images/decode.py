@@ -128,7 +128,7 @@ def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]
     """
     height, width = size
     more = (1,) * (values.ndim - 2)
-    (above, below, *vertical), (left, right, *horizontal) = map(_neighbours, values.shape, size)
+    (above, below, *vertical), (left, right, *horizontal) = map(neighbours, values.shape, size)
     upper, lower = (weight.reshape(-1, 1, *more) for weight in vertical)
     near, far = (weight.reshape(-1, *more) for weight in horizontal)
     out = np.empty((height, width, *values.shape[2:]), np.float32)
@@ -142,7 +142,7 @@ def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]
     return out
 
 
-def _neighbours(source: int, target: int) -> tuple[NDArray[Any], ...]:
+def neighbours(source: int, target: int) -> tuple[NDArray[Any], ...]:
     """Return between which two values each of `target` values lies, and what share each of the two has in it."""
     scale = np.float32(source) / np.float32(target)
     positions = np.maximum((np.arange(target) + 0.5) * np.float64(scale) - 0.5, 0).astype(np.float32)

@@ -49,6 +49,9 @@ class Arrays(Protocol):
     def fetch(self, array: Array) -> NDArray[Any]:
         """Wait for what is still under way and return an array's content in host memory."""
 
+    def send(self, array: NDArray[Any]) -> Array:
+        """Return an array of the host's where networks read it."""
+
 
 class HostArrays(Arrays):
     """Networks on the CPU; what computes on their outputs may be devices that take them from host memory."""
@@ -76,6 +79,9 @@ class HostArrays(Arrays):
 
     def fetch(self, array: Array) -> NDArray[Any]:
         return np.asarray(array)
+
+    def send(self, array: NDArray[Any]) -> Array:
+        return array
 
 
 class DeviceArrays(Arrays):
@@ -111,6 +117,9 @@ class DeviceArrays(Arrays):
 
     def fetch(self, array: Array) -> NDArray[Any]:
         return self._device.to_host(array)
+
+    def send(self, array: NDArray[Any]) -> Array:
+        return self._device.to_device(array)
 
 
 def _shared(size: int, limit: int, needed: int) -> tuple[bool, int]:
