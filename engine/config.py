@@ -20,6 +20,8 @@ SIDE = f"a number of pixels from 1 to {LARGEST_SIDE}"
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Block = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, description="a number in [0, 1]")]
+Foreground = Literal["none", "colour", "isnet", "isnet+sam"]
 
 
 class ConfigError(Exception):
@@ -51,13 +53,66 @@ class NetworkSpec(Table):
     """One network: which weights, where to tap them, how to feed them."""
 
     checkpoint: str = Field(description="a name of the manifest or a file")
-    taps: tuple[Block, ...] = Field((), description="block numbers, counted from 0")
+    taps: Annotated[tuple[Block, ...], Field(description="block numbers, counted from 0")] = ()
     image_size: Side = Field(description=SIDE)  # the configuration's, unless a network has its own
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    heads: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of attention heads")
-    text_heads: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of attention heads")  # of texts
-    antialias: bool | None = Field(None, description="true or false")  # None: as the architecture resizes its positions
+    heads: Annotated[int | None, Field(ge=1, description="a count of attention heads")] = None
+    text_heads: Annotated[int | None, Field(ge=1, description="a count of attention heads")] = None  # of texts
+    # None: as the architecture resizes its positions.
+    antialias: Annotated[bool | None, Field(description="true or false")] = None
     preprocessing: Literal["imagenet", "clip"] | None = None  # None: what the architecture was trained with
+
+
+class ForegroundSettings(Table):
+    """What counts as foreground."""
+
+    min_peak: Share = 0.8  # IS-Net's highest value below it: there is no object; 0: never
+    min_foreground: Share = 0.001  # of the image; below it all of the image is foreground
+    coverage: Share = 0.8  # of a mask by the object, for it to be part of the object
+
+
+class MaskSettings(Table):
+    """Which points SAM is asked for, and which of their masks are kept. The defaults are segment_anything's."""
+
+    points_per_side: Annotated[int, Field(ge=1, le=1024, description="a number from 1 to 1024")] = 32
+    # A filter whose limit is 0 or less is not applied.
+    min_predicted_iou: float = 0.88  # kept above it
+    min_stability: float = 0.95  # kept from it on
+    # Stability: the share that logits above the threshold plus this have in those above the threshold minus this.
+    stability_offset: Annotated[float, Field(ge=0, description="at least 0")] = 1.0
+    mask_threshold: float = 0.0  # of logits
+    max_box_iou: Share = 0.7  # with a better mask's box
+
+
+class TileSettings(Table):
+    """What is a component, how tiles are laid over it, and what their scores are for the image."""
+
+    min_component: Share = 0.001  # of the image; smaller ones are dropped unless all are
+    min_side: Annotated[int, Field(ge=1, description="a number of pixels from 1")] = 352  # of a tile
+    # Elongated is what has a box whose sides are to one another as more than `aspect`, and more parts than `parts`.
+    aspect: Annotated[float, Field(ge=1, description="at least 1")] = 1.5
+    parts: Annotated[int, Field(ge=0, description="a whole number from 0")] = 20
+    step: Annotated[float, Field(gt=0, description="above 0")] = 0.5  # between its tiles, in short sides of its box
+    flush: bool = True  # its end tiles end with the box; false: they are centred on its ends
+    # Tiles that reach beyond the image are moved and cut, or the image is mirrored at its borders.
+    pad: Literal["clamp", "reflect"] = "clamp"
+    # The image's score is the mean of this share of its components, the highest; at least of one.
+    top_share: Annotated[float, Field(gt=0, le=1, description="above 0, up to 1")] = 0.25
+    top_rounding: Literal["ceil", "floor"] = "ceil"
+    mask_background: bool = False  # within tiles too; outside of them it always has the lowest score
+
+
+class StageSettings(Table):
+    """What comes before a method: the foreground of an image, and its components in tiles.
+
+    Variance Vigilance Vanguard's report leaves most of it open; the defaults are this implementation's choices.
+    """
+
+    isnet: NetworkSpec = NetworkSpec(checkpoint="isnet-general-use", image_size=1024)
+    sam: NetworkSpec = NetworkSpec(checkpoint="sam-vit-b", image_size=1024)
+    foreground: ForegroundSettings = ForegroundSettings()
+    masks: MaskSettings = MaskSettings()
+    tiles: TileSettings = TileSettings()
 
 
 class Config(Table):
@@ -70,7 +125,9 @@ class Config(Table):
     settings: SerializeAsAny[Table]  # of the method, in files the table of its name
     reference: str | None = Field(None, description="a folder of known-good images, or a file that lists them")
     shots: Annotated[int, Field(ge=1)] | None = Field(None, description="a count of known-good images")  # None: all
-    object_mask: bool = Field(False, description="true or false")  # background by colour gets the lowest score
+    foreground: Foreground = "none"  # how it is found; the background gets the lowest score
+    components: bool = Field(False, description="true or false")  # of the foreground, each looked at by itself
+    stages: StageSettings = StageSettings()
     group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
     threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
         None, description="'auto' or a number in [0, 1]"
@@ -86,6 +143,12 @@ class Config(Table):
     def few_shot(self) -> bool:
         """Whether known-good images join in."""
         return self.reference is not None or self.shots is not None
+
+    @property
+    def specs(self) -> dict[str, NetworkSpec]:
+        """All networks by name: the method's own and those that find the foreground."""
+        finders = {name: getattr(self.stages, name) for name in self.foreground.split("+") if name in ("isnet", "sam")}
+        return {**self.networks, **finders}
 
 
 class ConfiguredMethod(Protocol):
@@ -216,11 +279,11 @@ def _explain(model: type[Table], error: Any, values: Any, where: str, options: C
     """Say which key of which table is wrong, what it takes, and what was given."""
     description, given = "a table", values
     path = list(error["loc"])
-    key = ""
+    key, outer = "", ""
     while path and path[0] in model.model_fields:
         key = str(path.pop(0))
         field = model.model_fields[key]
-        description = field.description or _choices(field.annotation)
+        description = field.description or _taken(field.annotation)
         given = given.get(key) if isinstance(given, Mapping) else None
         inner: Any = get_args(field.annotation)[-1] if get_origin(field.annotation) is dict else field.annotation
         if not (isinstance(inner, type(Table)) and issubclass(inner, Table)):  # `type` includes tuple[int] in 3.10
@@ -230,7 +293,8 @@ def _explain(model: type[Table], error: Any, values: Any, where: str, options: C
                 return f"[{key}] must hold {description}, not {given!r}"
             key = f"{key}.{path.pop(0)}"
             given = dict(given or {}).get(key.partition(".")[2])
-        model, where, key = inner, f"[{key}]", ""
+        outer += f"{key}."
+        model, where, key = inner, f"[{outer[:-1]}]", ""
         description = "a table"
     subject = " ".join(filter(None, (where, key))) or "the configuration"
     if key in options:
@@ -243,7 +307,9 @@ def _explain(model: type[Table], error: Any, values: Any, where: str, options: C
     return f"{subject} must be {description}, not {given!r}"
 
 
-def _choices(annotation: Any) -> str:
-    """Name what a literal type takes."""
+def _taken(annotation: Any) -> str:
+    """Say what a type takes."""
+    if annotation in (bool, float):
+        return "true or false" if annotation is bool else "a number"
     literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     return f"one of {', '.join(str(value) for literal in literals for value in get_args(literal))}"

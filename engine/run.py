@@ -32,9 +32,10 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 from zsad.engine.images.stored import ImageError
+from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.category import CategoryWriter, Result, Writing
+from zsad.engine.results.category import Background, CategoryWriter, Result, Writing
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.resume import check_output, fingerprint, finished_record, why_again
@@ -243,6 +244,7 @@ class CategoryPass:
         self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
+        self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
 
@@ -254,7 +256,8 @@ class CategoryPass:
         timings, options = self.workplace.timings, self.job.options
         writing = Writing(
             options.formats,
-            self.config.object_mask,
+            _background(self.config),
+            options.keep_stages,
             self.workplace.loader.workers,
             self.workplace.loader.memory_limit,
             middle_square=any(recipe.resize == "shortest_crop" for recipe in self.method.inputs),
@@ -326,6 +329,9 @@ class CategoryPass:
                 if batch.indices:
                     with stopwatch(timings, "networks"):
                         answered = list(method.take(batch))
+                    if (foregrounds := self.workplace.foregrounds) is not None:
+                        for index, image in zip(batch.indices, batch.images, strict=True):
+                            self.stages[index] = foregrounds.find(np.asarray(image)).stages()
                     yield from answered
                 if method.compares:
                     readable += batch.indices
@@ -381,7 +387,14 @@ class CategoryPass:
             max(float(image.map.max()) for image in found),
         )
         return [
-            Result(image.index, float(score), image.raw_score, image.map, scale)
+            Result(
+                image.index,
+                float(score),
+                image.raw_score,
+                image.map,
+                scale,
+                stages=self.stages.pop(image.index, None),
+            )
             for image, score in zip(found, scores, strict=True)
         ]
 
@@ -389,7 +402,8 @@ class CategoryPass:
         """Return the result of a method whose maps have a fixed range."""
         assert self.method.map_range is not None
         score = min(max(image.raw_score, 0.0), 1.0)
-        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts)
+        stages = image.stages or self.stages.pop(image.index, None)
+        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts, stages)
 
     def _thresholds(
         self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
@@ -470,6 +484,13 @@ def _notes(records: Sequence[CategoryRecord]) -> list[str]:
     if any(record.relative for record in records):
         notes.append("Scores are relative to this batch: 1 is its most unusual image or patch, not proof of a defect.")
     return notes
+
+
+def _background(config: Config) -> Background:
+    """Return which pixels get the lowest score, whatever the method says of them."""
+    if config.components or config.foreground == "none":  # the method has done it
+        return "none"
+    return "colour" if config.foreground == "colour" else "stages"
 
 
 def ignored_files(ignored: Mapping[str, int]) -> str:

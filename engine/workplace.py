@@ -9,7 +9,9 @@ from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
-from zsad.engine.methods.method import Method, Place, method_class
+from zsad.engine.methods.component_wise import ComponentWise
+from zsad.engine.methods.foreground import Foregrounds
+from zsad.engine.methods.method import Method, Place, graph_requests, method_class
 from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
@@ -31,6 +33,7 @@ class Options:
     memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free
     strict: bool = False  # stop at the first unreadable image
     resume: bool = False  # keep categories that an earlier run with these settings finished
+    keep_stages: bool = False  # write what led to the scores as pictures: foregrounds, masks, tiles
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Workplace:
     """What all categories of a run share."""
 
     method: Method
+    foregrounds: Foregrounds | None  # where the method leaves them to the run, and networks find them
     loader: Loader
     networks: Mapping[str, Network]
     arrays: Arrays
@@ -54,19 +58,38 @@ def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
     method_type = method_class(config.method)
     try:
         with stopwatch(timings, "load"):
-            networks = load_networks(config, method_type.graph_requests(config), runtime, batch_size)
-            graphs = [graph for network in networks.values() for graph in network.graphs.values()]
-            batch_size = min([batch_size, *(graph.largest_batch for graph in graphs)])
+            requests = graph_requests(config)
+            networks = load_networks(config, requests, runtime, batch_size)
+            batch_size = min(
+                batch_size,
+                *(networks[r.network].graphs[r.graph].largest_batch for r in requests if not (r.on_demand or r.rows)),
+            )
             arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
-            method = method_type(config, Place(networks, arrays, timings, _text(config, runtime, networks, arrays)))
+            own = {name: network for name, network in networks.items() if name in config.networks}
+            method: Method = method_type(config, Place(own, arrays, timings, _text(config, runtime, own, arrays)))
             inputs = _inputs(config, runtime, method, batch_size)
+            foregrounds = None
+            if config.components or config.foreground not in ("none", "colour"):
+                foregrounds = Foregrounds(config, networks, arrays, timings)
+            if config.components:
+                assert foregrounds is not None
+                method, foregrounds = ComponentWise(method, foregrounds, inputs, batch_size, config), None
+                inputs = _inputs(config, runtime, method, batch_size)
     except MemoryError as error:
         raise ConfigError(
             f"too little memory to start ({error}); try --batch-size 1 or a smaller --image-size"
         ) from None
     return Workplace(
         method=method,
-        loader=Loader(inputs, batch_size, workers, image_memory(runtime, options), timings),
+        foregrounds=foregrounds,
+        loader=Loader(
+            inputs,
+            batch_size if method.inputs else 1,  # whole images may be large
+            workers,
+            image_memory(runtime, options),
+            timings,
+            keep_images=foregrounds is not None or not method.inputs,
+        ),
         networks=networks,
         arrays=arrays,
         record={
@@ -84,13 +107,15 @@ def _text(config: Config, runtime: Runtime, networks: Mapping[str, Network], arr
         networks,
         f"{runtime.library} {runtime.network_precision(config.network_precision)}",
         load=lambda name: load_graph(config, GraphRequest(name, "text", ("embedding",)), runtime, TEXTS),
-        to_network=(lambda array: array) if runtime.device is None else runtime.device.to_device,
+        to_network=arrays.send,
         fetch=arrays.fetch,
     )
 
 
 def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -> Inputs:
-    if runtime.device is None:
+    if config.decoder == "nvimgcodec" and (config.components or config.foreground not in ("none", "colour")):
+        raise ConfigError("--decoder nvimgcodec leaves no image where its foreground could be found; leave it out")
+    if runtime.device is None or not method.inputs:
         if config.decoder == "nvimgcodec":
             raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")
         return HostInputs(method.inputs)

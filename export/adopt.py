@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .agreement import Array, run_graph
 from .isnet_graph import check_isnet_options
-from .options import IsnetOptions, Preprocessing
+from .options import IsnetOptions, Preprocessing, Shape
 from .state_dict import CheckpointError
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # of operators: ONNX's own, under both names, and ONNX Runtime's
@@ -32,6 +32,11 @@ class ReadyGraph:
     model: onnx.ModelProto
     options: IsnetOptions
     preprocessing: Preprocessing = "isnet"
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        """The shapes of the graph's inputs."""
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
 
     def check(self) -> None:
         """Raise CheckpointError where what is wanted of the graph breaks ONNX's rules or an option does not fit."""

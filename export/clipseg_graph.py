@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from .clipseg import LAYERS, NORM_EPS, ClipSegDecoder
-from .options import ClipSegDecoderOptions, ClipSegImageOptions
+from .options import ClipSegDecoderOptions, ClipSegImageOptions, Shape
 from .state_dict import CheckpointError
 from .transformer import Affine, Block, attention_heads
 from .transformer_graph import TransformerGraph, check_choices, finished_model
@@ -170,7 +170,7 @@ def build_clipseg_decoder_graph(
     graph.upsample(graph.cut(x, 1, 1 + grid * grid, "patches"), decoder, grid, "logits")
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch" if side is None else side for side in shape])
-        for name, shape in options.inputs.items()
+        for name, shape in clipseg_decoder_inputs(decoder, options).items()
     ]
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", size, size])
     facts = {
@@ -183,20 +183,20 @@ def build_clipseg_decoder_graph(
     return finished_model(graph, "clipseg-decoder", inputs, [logits], facts)
 
 
+def clipseg_decoder_inputs(decoder: ClipSegDecoder, options: ClipSegDecoderOptions) -> dict[str, Shape]:
+    """Return the shapes of the graph's inputs."""
+    tokens = 1 + (options.image_size // decoder.patch_size) ** 2
+    return {"activations": (3, tokens, decoder.token_width), "conditions": (None, decoder.dimension)}
+
+
 def check_clipseg_decoder_options(decoder: ClipSegDecoder, options: ClipSegDecoderOptions) -> int:
     """Return the number of attention heads; raises CheckpointError when an option does not fit the checkpoint."""
     _check_precision(options)
-    for what, found, wanted in (
-        ("patches of {} pixels", decoder.patch_size, options.patch_size),
-        ("tokens of {} channels", decoder.token_width, options.width),
-        ("prompts of {} channels", decoder.dimension, options.dimension),
-    ):
-        if found != wanted:
-            raise CheckpointError(f"the decoder takes {what.format(found)}, not of {wanted}; take another checkpoint")
-    if options.image_size <= 0 or options.image_size % options.patch_size:
+    size, patch = options.image_size, decoder.patch_size
+    if size <= 0 or size % patch:
         raise CheckpointError(
-            f"image size {options.image_size} is no multiple of the patch size {options.patch_size}; use --image-size "
-            f"{max(1, round(options.image_size / options.patch_size)) * options.patch_size}"
+            f"image size {size} is no multiple of the patch size {patch}; use --image-size "
+            f"{max(1, round(size / patch)) * patch}"
         )
     check_choices(options)
     return attention_heads(decoder.width, options.heads, None)

@@ -65,14 +65,14 @@ def export_onnx(
     log.debug("%s: weights of %s, sha256 %s", checkpoint, source, digest)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
     name = f"{Path(checkpoint).stem}-{options.label}-{key}.onnx"
-    precision, inputs = options.precision, options.inputs
-    model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=precision, inputs=inputs)
+    model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=options.precision)
     if output is not None:
         check_target(output, source)
     else:
         for folder in cache_places("models"):
             if (known := _read_facts(folder / name)) is not None:
-                return model(path=folder / name, preprocessing=known, built=False)
+                preprocessing, inputs = known
+                return model(path=folder / name, preprocessing=preprocessing, inputs=inputs, built=False)
 
     builder = read_builder(source, options)
     path = output or cache_to_write("models", keep) / name
@@ -94,10 +94,9 @@ def export_onnx(
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if output is None:
         with written_whole(_facts_path(path)) as temporary:
-            temporary.write_text(
-                json.dumps({"sizes": _sizes(path), "preprocessing": builder.preprocessing}), encoding="utf-8"
-            )
-    return model(path=path, preprocessing=builder.preprocessing, built=True, agreement=agreement)
+            facts = {"sizes": _sizes(path), "preprocessing": builder.preprocessing, "inputs": builder.inputs}
+            temporary.write_text(json.dumps(facts), encoding="utf-8")
+    return model(path=path, preprocessing=builder.preprocessing, inputs=builder.inputs, built=True, agreement=agreement)
 
 
 def weights_path(graph: Path) -> Path:
@@ -109,13 +108,13 @@ def _facts_path(graph: Path) -> Path:
     return graph.with_name(graph.name + ".json")
 
 
-def _read_facts(path: Path) -> Preprocessing | None:
-    """Return the preprocessing of a cached graph; None where it is not there as it was written."""
+def _read_facts(path: Path) -> tuple[Preprocessing, Mapping[str, Shape]] | None:
+    """Return preprocessing and inputs of a cached graph; None where it is not there as it was written."""
     try:
         known = json.loads(_facts_path(path).read_text(encoding="utf-8"))
-        preprocessing: Preprocessing = known["preprocessing"]
-        return preprocessing if known["sizes"] == _sizes(path) else None
-    except (OSError, ValueError, LookupError, TypeError):
+        inputs = {name: tuple(shape) for name, shape in known["inputs"].items()}
+        return (known["preprocessing"], inputs) if known["sizes"] == _sizes(path) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -140,7 +139,7 @@ def _write_verified(
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
     builder.check()
-    inputs = sample_inputs(options.inputs)
+    inputs = sample_inputs(builder.inputs)
     name, expected = _expected(draft, builder, oracle, inputs)
     for exact in builder.choices():
         save_graph(builder.build(exact, metadata), draft)

@@ -34,11 +34,6 @@ class ExportOptions:
     preprocessing: Preprocessing | None = None  # only noted: what the images are normalised with; None: the model's own
 
     @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        return {"images": (None, 3, self.image_size, self.image_size)}
-
-    @property
     def label(self) -> str:
         """What tells the graph's file from those of other graphs of the same weights."""
         return str(self.image_size)
@@ -62,11 +57,6 @@ class TextOptions:
     context: int = 77  # tokens per text; a tower of longer texts is cut to them, which changes nothing
 
     @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        return {"ids": (None, self.context)}
-
-    @property
     def label(self) -> str:
         """What tells the graph's file from those of other graphs of the same weights."""
         return "text"
@@ -83,11 +73,6 @@ class ClipSegImageOptions:
     heads: int | None = None  # None: those of the published tower of this width
     precision: str = "fp32"  # or fp16
     attention: str = "fused"
-
-    @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        return self.tower.inputs
 
     @property
     def label(self) -> str:
@@ -116,17 +101,8 @@ class ClipSegDecoderOptions:
     kind: ClassVar = "clipseg_decoder"
     image_size: int = 352  # of logits, as of images
     heads: int = 4
-    patch_size: int = 16  # of the image tower; this and what follows must be the checkpoint's
-    width: int = 768  # of the image tower
-    dimension: int = 512  # of a prompt's vector
     precision: str = "fp32"  # or fp16
     attention: str = "fused"
-
-    @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        tokens = 1 + (self.image_size // self.patch_size) ** 2
-        return {"activations": (3, tokens, self.width), "conditions": (None, self.dimension)}
 
     @property
     def label(self) -> str:
@@ -141,11 +117,6 @@ class IsnetOptions:
     kind: ClassVar = "isnet"
     image_size: int = 1024  # a multiple of 64
     precision: str = "fp32"  # or fp16
-
-    @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        return {"images": (None, 3, self.image_size, self.image_size)}
 
     @property
     def label(self) -> str:
@@ -163,11 +134,6 @@ class SamImageOptions:
     attention: str = "fused"
 
     @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        return {"images": (None, 3, self.image_size, self.image_size)}
-
-    @property
     def label(self) -> str:
         """What tells the graph's file from those of other graphs of the same weights."""
         return f"image-{self.image_size}"
@@ -179,15 +145,8 @@ class SamMasksOptions:
 
     kind: ClassVar = "sam_masks"
     image_size: int = 1024  # in whose pixels points are; 16 make a cell of the embedding
-    channels: int = 256  # of the embedding, as in the checkpoint
     heads: int = 8
     precision: str = "fp32"  # or fp16
-
-    @property
-    def inputs(self) -> dict[str, Shape]:
-        """The shapes of the graph's inputs."""
-        grid = self.image_size // 16
-        return {"embedding": (1, self.channels, grid, grid), "points": (None, 2)}
 
     @property
     def label(self) -> str:

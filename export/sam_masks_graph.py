@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from .options import SamMasksOptions
+from .options import SamMasksOptions, Shape
 from .sam import CHANNEL_EPS, MASKS, Attention, MaskDecoder, TwoWayBlock, dense_encoding
 from .state_dict import CheckpointError
 from .transformer import Affine, Array, attention_heads
@@ -300,10 +300,9 @@ def build_sam_masks_graph(
     check_sam_masks_options(decoder, options)
     graph = _Graph(decoder, options, folded)
     graph.decode()
-    shapes = options.inputs
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch" if n is None else n for n in shape])
-        for name, shape in shapes.items()
+        for name, shape in sam_masks_inputs(decoder, options).items()
     ]
     side = 4 * graph.grid
     outputs = [
@@ -319,6 +318,12 @@ def build_sam_masks_graph(
     return finished_model(graph, "sam-masks", inputs, outputs, facts)
 
 
+def sam_masks_inputs(decoder: MaskDecoder, options: SamMasksOptions) -> dict[str, Shape]:
+    """Return the shapes of the graph's inputs."""
+    grid = options.image_size // 16
+    return {"embedding": (1, decoder.width, grid, grid), "points": (None, 2)}
+
+
 def check_sam_masks_options(decoder: MaskDecoder, options: SamMasksOptions) -> None:
     """Raise CheckpointError when an option does not fit the checkpoint."""
     check_choices(options)
@@ -327,7 +332,5 @@ def check_sam_masks_options(decoder: MaskDecoder, options: SamMasksOptions) -> N
     if options.image_size <= 0 or options.image_size % 16:
         nearest = max(1, round(options.image_size / 16)) * 16
         raise CheckpointError(f"image size {options.image_size} is no multiple of 16; use --image-size {nearest}")
-    if options.channels != decoder.width:
-        raise CheckpointError(f"its embeddings have {decoder.width} channels, not {options.channels}")
     for attention in (decoder.to_image, *(block.self_attention for block in decoder.blocks)):
         attention_heads(len(attention.query[1]), options.heads, None)

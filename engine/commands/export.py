@@ -90,9 +90,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
         for entry in read_manifest().values():
             automatic = any(source.automatic for source in entry.sources)
             fetchable = any(source.fetchable for source in entry.sources)
-            fetched = (
-                "fetched when it is needed" if automatic else "with --fetch" if fetchable else "bring it yourself"
-            )
+            fetched = "fetched when it is needed" if automatic else "with --fetch" if fetchable else "bring it yourself"
             emit(f"{entry.name}  ({entry.architecture or entry.kind}, {entry.licence}, {fetched})")
             for source in entry.sources:
                 emit(f"    {source.location}\n        {source.file}: {source.facts}; {source.present() or 'not here'}")
@@ -274,7 +272,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
     for request, kind in requests.items():
-        spec = config.networks[request.network]
+        spec = config.specs[request.network]
         own = graph_options(spec, request, options.precision, options.attention)
         file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None

@@ -37,6 +37,7 @@ OF_THE_RUN = frozenset(
         "format",
         "resume",
         "strict",
+        "keep_stages",
         "json",
         "verbose",
         "quiet",
@@ -112,6 +113,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         memory_limit=arguments.memory_limit,
         strict=arguments.strict,
         resume=arguments.resume,
+        keep_stages=arguments.keep_stages,
     )
     with ProgressBars(arguments.quiet, interrupts) as progress:
         record = run(data, config, runtime, options, progress)
@@ -222,6 +224,17 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="SET|FILE.toml", help="states and templates of the words that images are compared with")
     add("--reference", metavar="FOLDER|LIST", help="known-good images, or a file with a path in each line")
     add("--shots", type=int, metavar="K", help="draw K known-good images, without --reference from the split train")
+    add(
+        "--foreground",
+        metavar="isnet",
+        help="what finds it: colour, isnet, isnet+sam or none; the background gets the lowest score",
+    )
+    add(
+        "--components",
+        action="store_true",
+        default=None,
+        help="look at each component of the foreground by itself, in tiles of the full resolution",
+    )
     add("--variant", help="of winclip: anomalib (the default), acc or paper")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add("--threshold", type=_threshold, metavar="0.5|auto", help="add verdicts and defect regions")
@@ -239,6 +252,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
     add("--strict", action="store_true", help="stop at the first unreadable image")
+    add("--keep-stages", action="store_true", help="write foregrounds, masks and tiles as pictures")
     add("--json", action="store_true", help="print the run record as JSON on standard output")
     add_loudness(parser, "plans and the time per stage")
     add("--version", action=Version, nargs=0, help="print the version and exit")

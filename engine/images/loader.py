@@ -30,6 +30,7 @@ class Batch:
     indices: list[int]  # of the readable ones, within their category
     inputs: Mapping[Recipe, Array]  # [B, 3, S, S] float32 each; valid until the next batch is asked for
     failures: list[tuple[int, str]]  # the other ones, and why they have no input
+    images: Sequence[Image.Image] = ()  # RGB, where the loader keeps them
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Inputs(Protocol):
         Raises ImageError.
         """
 
+    def prepare(self, image: Image.Image) -> Any:
+        """Return what `batch` takes of an image that is decoded already."""
+
     def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
         """Make inputs [B, 3, S, S] of what `read` has given, valid within the context."""
 
@@ -60,7 +64,10 @@ class HostInputs:
 
     def read(self, path: Path, bit_depth: int | None) -> tuple[dict[Recipe, NDArray[np.float32]], Image.Image]:
         image = decode(path, bit_depth)
-        return {recipe: network_input(image, recipe) for recipe in self._recipes}, image  # [3, S, S] each
+        return self.prepare(image), image
+
+    def prepare(self, image: Image.Image) -> dict[Recipe, NDArray[np.float32]]:
+        return {recipe: network_input(image, recipe) for recipe in self._recipes}  # [3, S, S] each
 
     def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
         return nullcontext({recipe: np.stack([image[recipe] for image in images]) for recipe in self._recipes})
@@ -87,7 +94,10 @@ class DeviceInputs:
         if on_device is not None:
             return on_device, None
         image = decode(path, bit_depth)
-        return np.asarray(image), image
+        return self.prepare(image), image
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:  # [rows, columns, 3]
+        return np.asarray(image)
 
     @contextmanager
     def batch(self, images: Sequence[Any]) -> Iterator[Mapping[Recipe, Array]]:
@@ -131,6 +141,7 @@ class Loader:
     workers: int  # threads that decode
     memory_limit: int  # bytes that images on their way may take
     timings: MutableMapping[str, float]
+    keep_images: bool = False  # in the batches, as they were decoded
 
     def batches(
         self,
@@ -149,7 +160,7 @@ class Loader:
             try:
                 prepared, image = self.inputs.read(images[index].path, bit_depth)
                 seen(index, image)
-                return prepared
+                return prepared, image if self.keep_images else None
             except MemoryError as error:
                 if not last_try:
                     raise
@@ -168,6 +179,7 @@ class Loader:
             while True:
                 indices: list[int] = []
                 prepared: list[Any] = []
+                kept: list[Image.Image] = []
                 failures: list[tuple[int, str]] = []
                 with stopwatch(self.timings, "decode"):
                     for index, result in following:
@@ -175,7 +187,8 @@ class Loader:
                             failures.append((index, result.reason))
                         else:
                             indices.append(index)
-                            prepared.append(result)
+                            prepared.append(result[0])
+                            kept += [result[1]] if self.keep_images else []
                         if len(indices) == self.batch_size:
                             break
                 if not indices:
@@ -183,4 +196,4 @@ class Loader:
                         yield Batch([], {}, failures)
                     return
                 with self.inputs.batch(prepared) as inputs:
-                    yield Batch(indices, inputs, failures)
+                    yield Batch(indices, inputs, failures, kept)

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 from threadpoolctl import threadpool_limits
 
-from zsad.engine.config import Table
+from zsad.engine.config import MaskSettings
 from zsad.engine.images.decode import neighbours, recipe
 from zsad.engine.networks.network import Graph, run_in_parts
 from zsad.kernels.machine import available_cores
@@ -28,19 +27,6 @@ from .bitmasks import BitMask, Box
 
 NOWHERE = Box(0, 0, 0, 0)
 STRIP = 1 << 17  # pixels that are enlarged at once, which a core's own cache holds
-
-
-class MaskSettings(Table):
-    """Which points are asked for, and which of their masks are kept. The defaults are segment_anything's."""
-
-    points_per_side: int = Field(32, ge=1, le=1024, description="a number from 1 to 1024")
-    # A filter whose limit is 0 or less is not applied.
-    min_predicted_iou: float = Field(0.88, description="a number")  # kept above it
-    min_stability: float = Field(0.95, description="a number")  # kept from it on
-    # Stability: the share that logits above the threshold plus this have in those above the threshold minus this.
-    stability_offset: float = Field(1.0, ge=0, description="at least 0")
-    mask_threshold: float = Field(0.0, description="a number")  # of logits
-    max_box_iou: float = Field(0.7, ge=0, le=1, description="in [0, 1]")  # with a better mask's box
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.text.vectors import TextVectors
 
 from .arrays import Arrays
+from .foreground import Stages, foreground_requests
 
 METHODS = {  # name → module in this folder and class
     "musc": ".musc:MuSc",
     "winclip": ".winclip:WinCLIP",
     "april_gan": ".april_gan:AprilGAN",
+    "vvv": ".vvv:VVV",
 }
 
 Progress = Callable[[str, int, int], None]  # stage, done, all
@@ -42,6 +44,7 @@ class Scored:
     raw_score: float  # in the method's own units; higher is more anomalous
     map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
     facts: ArrayLike | None = None  # [D], whatever the method's `image_scores` needs of an image beside its raw score
+    stages: Stages | None = None
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,28 @@ class Place:
 class Method(Protocol):
     """Scores images of one category; made once for a run and used for all of its categories."""
 
-    Settings: ClassVar[type[Table]]  # the table in a configuration that is named after the method
-    inputs: Sequence[Recipe]  # what the loader makes of each image
-    takes_references: ClassVar[bool]  # whether known-good images are of any use to it
-    compares: ClassVar[bool]  # whether maps and scores depend on the other images of the category or group
-    rescores: bool  # whether image scores do, which are asked for once a category is complete
-    # Fixed range of the maps; the scores of one that neither compares nor rescores are in [0, 1], then. None: both are
-    # relative to the category.
-    map_range: tuple[float, float] | None
+    @property
+    def inputs(self) -> Sequence[Recipe]:
+        """What the loader makes of each image; none: it works on decoded images."""
 
-    def __init__(self, config: Config, place: Place) -> None:
-        """Raises ConfigError for settings that these networks or this machine cannot do."""
+    @property
+    def takes_references(self) -> bool:
+        """Whether known-good images are of any use to it."""
 
-    @staticmethod
-    def graph_requests(config: Config) -> list[GraphRequest]:
-        """Return which graphs of the networks the method runs; raises ConfigError for networks that it cannot use."""
+    @property
+    def compares(self) -> bool:
+        """Whether maps and scores depend on the other images of the category or group."""
+
+    @property
+    def rescores(self) -> bool:
+        """Whether image scores do, which are asked for once a category is complete."""
+
+    @property
+    def map_range(self) -> tuple[float, float] | None:
+        """The fixed range of its maps; None: they are relative to the category, and so are its scores.
+
+        The scores of a method that neither compares nor rescores are in [0, 1].
+        """
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are in force, for fingerprints and the run record."""
@@ -105,15 +115,30 @@ class Method(Protocol):
         """Return the scores [N] in [0, 1] of a whole category, from all of `scored` but the maps."""
 
 
-def method_class(name: str) -> type[Method]:
+class ConfiguredMethod(Method, Protocol):
+    """A method that a configuration can name: what its class says before there is a run."""
+
+    Settings: ClassVar[type[Table]]  # the table in a configuration that is named after the method
+    takes_references: ClassVar[bool]
+    compares: ClassVar[bool]
+
+    def __init__(self, config: Config, place: Place) -> None:
+        """Raises ConfigError for settings that these networks or this machine cannot do."""
+
+    @staticmethod
+    def graph_requests(config: Config) -> list[GraphRequest]:
+        """Return which graphs of the networks the method runs; raises ConfigError for networks that it cannot use."""
+
+
+def method_class(name: str) -> type[ConfiguredMethod]:
     """Return the class of a method; raises ConfigError for a name that there is not."""
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
     module, _, found = METHODS[name].partition(":")
-    chosen: type[Method] = getattr(importlib.import_module(module, __package__), found)
+    chosen: type[ConfiguredMethod] = getattr(importlib.import_module(module, __package__), found)
     return chosen
 
 
 def graph_requests(config: Config) -> list[GraphRequest]:
-    """Return which graphs of its networks a configuration's method runs."""
-    return method_class(config.method).graph_requests(config)
+    """Return which graphs of its networks a configuration's method runs, and which find the foreground."""
+    return [*method_class(config.method).graph_requests(config), *foreground_requests(config)]

@@ -70,11 +70,15 @@ def chosen_prompts(name: str) -> PromptSet:
     return read_prompts(Path(name)) if name.endswith(".toml") else prompt_set(name)
 
 
-def tower_requests(config: Config, outputs: Sequence[str]) -> list[GraphRequest]:
-    """Return the requests for both towers of the only network; raises ConfigError where there are more."""
-    if len(config.networks) != 1:
-        raise ConfigError(f"method {config.method} takes one network, not {len(config.networks)}")
-    (name,) = config.networks
+def tower_requests(config: Config, outputs: Sequence[str], name: str | None = None) -> list[GraphRequest]:
+    """Return the requests for both towers of a network.
+
+    name: None: of the only one that there is; raises ConfigError where there are more.
+    """
+    if name is None:
+        if len(config.networks) != 1:
+            raise ConfigError(f"method {config.method} takes one network, not {len(config.networks)}")
+        (name,) = config.networks
     return [GraphRequest(name, "image", tuple(outputs)), GraphRequest(name, "text", ("embedding",), on_demand=True)]
 
 
@@ -85,17 +89,22 @@ class TextGuided:
     compares = False
     text_mean: ClassVar[str]  # where the settings say nothing
 
-    def __init__(self, config: Config, place: Place, prompts: str, remembered: Sequence[str]) -> None:
-        """prompts: a set or a file. remembered: outputs of the image tower that are kept of known-good images."""
+    def __init__(
+        self, config: Config, place: Place, prompts: str, remembered: Sequence[str] = (), tower: str | None = None
+    ) -> None:
+        """prompts: a set or a file. remembered: outputs that are kept of references.
+
+        tower: the network that has both towers; None: the only one that there is.
+        """
         assert isinstance(config.settings, TextSettings)
         self._text_settings, self._place, self._few_shot = config.settings, place, config.few_shot
-        ((self._name, network),) = place.networks.items()
+        self._name, network = next((name, used) for name, used in place.networks.items() if tower in (name, None))
         self._graph, self._size = network.graphs["image"], network.spec.image_size
         self._remembered = remembered
         self._recipe = recipe(network.preprocessing, self._size, config.settings.resize)
         self.inputs = [self._recipe]
         self._prompts = chosen_prompts(prompts)
-        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # unit vectors of the category, normal and abnormal
+        self._classes: NDArray[np.float64] = np.zeros((2, 0))  # of the category, normal and abnormal
         self._memories: dict[str, list[Nearest]] = {}  # of each layer of each of `remembered`; none without references
 
     def record(self) -> dict[str, Any]:
@@ -115,10 +124,14 @@ class TextGuided:
         vectors = self._place.text.of(self._name, [*normal, *abnormal])  # [M, D]
         halves = (vectors[: len(normal)], vectors[len(normal) :])
         at_unit_length = (self._text_settings.text_mean or self.text_mean) == "unit"
-        self._classes = np.stack([class_vector(half, at_unit_length) for half in halves])
+        self._classes = np.stack([self._class_vector(half, at_unit_length) for half in halves])
         self._memories = {}
         if self._few_shot:
             self._memories = self._remember(group)
+
+    def _class_vector(self, vectors: NDArray[np.float32], at_unit_length: bool) -> NDArray[np.float64]:
+        """Return the vector [D] that stands for the prompts of a class [M, D]."""
+        return class_vector(vectors, at_unit_length)
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()

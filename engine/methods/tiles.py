@@ -7,33 +7,17 @@ elongated ones of many parts: a row of overlapping squares along the long side
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from zsad.engine.config import Table
+from zsad.engine.config import TileSettings
 
 from .bitmasks import BitMask, Box, overlap, pack
 
 ROWS = 1 << 22  # pixels that are relabelled at once
-
-
-class TileSettings(Table):
-    """What is a component, which are elongated, and how tiles are laid over them."""
-
-    # Share of the image below which a component is dropped, unless all are below it.
-    min_component: float = Field(0.001, ge=0, le=1, description="in [0, 1]")
-    min_side: int = Field(352, ge=1, description="a number of pixels from 1")  # of tiles
-    # Elongated is what has a box whose sides are to one another as more than `aspect`, and more parts than `parts`.
-    aspect: float = Field(1.5, ge=1, description="at least 1")
-    parts: int = Field(20, ge=0, description="a whole number from 0")
-    step: float = Field(0.5, gt=0, description="above 0")  # between tiles of an elongated component; in short sides
-    flush: bool = Field(True, description="true or false")  # end tiles end with the box; false: are centred on its ends
-    # What becomes of tiles that reach beyond the image: they are moved and cut, or the image is mirrored there.
-    pad: Literal["clamp", "reflect"] = "clamp"
 
 
 @dataclass(frozen=True)

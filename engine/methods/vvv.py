@@ -1,38 +1,103 @@
 """Variance Vigilance Vanguard (Baugh et al., VAND challenge 2023): tiles of an image's objects against words.
 
-foreground → components → tiles → CLIP: probability of the abnormal class, one per tile; CLIPSeg: logits of the
-localising prompts [K, S, S] → their harmonic mean, times the tile's probability → mean over the tiles at every pixel
+images, which are tiles of components (see `ComponentWise`) → CLIP: probability of the abnormal class, one per tile;
+CLIPSeg: logits of the localising prompts [K, S, S] → their harmonic mean, times the tile's probability
 """
 
-import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from pydantic import Field
 
-from .bitmasks import Box
-from .foreground import ForegroundSettings
-from .text_guided import TextSettings
-from .tiles import TileSettings
+from zsad.engine.config import Config, ConfigError
+from zsad.engine.images.decode import recipe
+from zsad.engine.images.loader import Batch
+from zsad.engine.networks.network import GraphRequest, run_in_parts
+from zsad.engine.text.vectors import abnormal_probability, class_mean
 
+from .method import Group, Place, Scored
+from .text_guided import TextGuided, TextSettings, chosen_prompts, tower_requests
+
+TOWER, SEGMENTER = "clip", "clipseg"  # the networks by the names that a preset gives them
+PROMPTS = 6  # of the decoder at once: more leave the caches of a CPU
 LOWEST = -80.0  # of logits: their exponential stays finite in single precision, and so does a sum of many
-STRIP = 1 << 20  # pixels of a map that are enlarged at once
 
 
-class Settings(TextSettings, ForegroundSettings, TileSettings):
-    """What the report leaves open; the defaults are the reading that is tested."""
+class Settings(TextSettings):
+    """What the report leaves open of scores and maps; the rest is in [stages]."""
 
-    # What finds the object: IS-Net and SAM, IS-Net alone, nothing (the whole image), or its colour.
-    foreground: Literal["sam", "dichotomous", "whole", "colour"] = "sam"
     tau: float = Field(0.01, gt=0, description="above 0")  # what mean cosines are divided by
     deduplicate: bool = Field(False, description="true or false")  # localising prompts that are there twice count once
-    mask_outside: bool = Field(False, description="true or false")  # maps are 0 outside the foreground, in tiles too
-    share: float = Field(0.25, gt=0, le=1, description="above 0 and at most 1")  # of the components that score an image
-    top: Literal["ceil", "floor"] = "ceil"  # how that share is rounded to a count; it is at least one
+
+    @property
+    def prompt_name(self) -> str:
+        return self.prompts or "vvv"
+
+
+class VVV(TextGuided):
+    """See `Method`."""
+
+    Settings = Settings
+    takes_references = False
+    rescores = False
+    map_range = (0.0, 1.0)
+    text_mean = "unit"
+
+    def __init__(self, config: Config, place: Place) -> None:
+        assert isinstance(config.settings, Settings)
+        super().__init__(config, place, config.settings.prompt_name, tower=TOWER)
+        self._settings = config.settings
+        segmenter = place.networks[SEGMENTER]
+        self._image_graph, self._decoder = segmenter.graphs["clipseg_image"], segmenter.graphs["clipseg_decoder"]
+        self._segmenter_recipe = recipe(segmenter.preprocessing, segmenter.spec.image_size, config.settings.resize)
+        self.inputs = [self._recipe, self._segmenter_recipe]
+        self._conditions: Any = None  # [K, D] of the localising prompts, where the decoder reads them
+        self._counts = np.zeros(0, np.float32)  # how often each counts
+
+    @staticmethod
+    def graph_requests(config: Config) -> list[GraphRequest]:
+        assert isinstance(config.settings, Settings)
+        if set(config.networks) != {TOWER, SEGMENTER}:
+            raise ConfigError(f"method vvv takes [networks.{TOWER}] and [networks.{SEGMENTER}], not others")
+        if not chosen_prompts(config.settings.prompt_name).localising:
+            raise ConfigError("method vvv needs localising texts; add them to the file of --prompts")
+        return [
+            *tower_requests(config, ("embedding",), TOWER),
+            GraphRequest(SEGMENTER, "clipseg_image", ("activations",)),
+            GraphRequest(SEGMENTER, "clipseg_decoder", ("logits",), rows=PROMPTS),
+            GraphRequest(SEGMENTER, "text", ("embedding",), on_demand=True),
+        ]
+
+    def start(self, group: Group) -> None:
+        super().start(group)
+        prompts, self._counts = counted_prompts(self._prompts.localising, self._settings.deduplicate)
+        self._conditions = self._place.arrays.send(self._place.text.of(SEGMENTER, prompts))
+
+    def take(self, batch: Batch) -> Iterator[Scored]:
+        scores = np.concatenate(
+            [abnormal_probability(out["embedding"], self._classes, self._settings.tau) for _, out in self._run(batch)]
+        )  # [B]
+        images = {"images": batch.inputs[self._segmenter_recipe]}
+        for part, outputs in run_in_parts(self._image_graph, images):
+            for row, index in enumerate(batch.indices[part]):
+                score = float(scores[part][row])
+                yield Scored(index, score, np.float32(score) * self._map(outputs["activations"][row]))
+
+    def _class_vector(self, vectors: NDArray[np.float32], at_unit_length: bool) -> NDArray[np.float64]:
+        return class_mean(vectors, at_unit_length)  # of mean length: the mean of cosines, not the cosine of the mean
+
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
+        raise AssertionError("not asked of methods that judge every image by itself")
+
+    def _map(self, activations: Any) -> NDArray[np.float32]:
+        """Return the harmonic mean over the prompts, [S, S], for an image's activations [3, T, C]."""
+        inputs = {"activations": activations, "conditions": self._conditions}
+        parts = run_in_parts(self._decoder, inputs)
+        logits = np.concatenate([self._place.arrays.fetch(outputs["logits"]) for _, outputs in parts])  # [K, S, S]
+        return harmonic_mean(logits, self._counts)
 
 
 def counted_prompts(prompts: Sequence[str], deduplicate: bool) -> tuple[list[str], NDArray[np.float32]]:
@@ -56,60 +121,3 @@ def harmonic_mean(logits: NDArray[Any], counts: NDArray[np.float32] | None = Non
         total += inverse
     means: NDArray[np.float32] = np.float32(counts.sum()) / total
     return means
-
-
-def resized(values: NDArray[np.float32], size: tuple[int, int], rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Return some rows of a map [h, w] resized to [H, W].
-
-    Bilinear with half-pixel centres, the edges repeated; nothing is averaged where it becomes smaller.
-    """
-    height, width = size
-    source = len(values)
-    positions = (np.arange(height)[rows] + 0.5) * (source / height) - 0.5
-    positions = np.clip(positions, 0, source - 1)
-    above = positions.astype(np.intp)
-    below = np.minimum(above + 1, source - 1)
-    fraction = (positions - above).astype(np.float32)[:, None]
-    strip = values[above] + fraction * (values[below] - values[above])  # [rows, w]
-    wide: NDArray[np.float32] = cv2.resize(strip, (width, len(strip)), interpolation=cv2.INTER_LINEAR)
-    return wide.reshape(len(strip), width)
-
-
-class TileMean:
-    """The mean at every pixel over the tiles that cover it, made tile by tile: six bytes per pixel of the image."""
-
-    def __init__(self, size: tuple[int, int], tiles: int) -> None:
-        """size: height and width of the image. tiles: how many there are at most."""
-        self._total = np.zeros(size, np.float32)
-        self._count = np.zeros(size, np.uint16 if tiles <= np.iinfo(np.uint16).max else np.uint32)
-
-    def add(self, box: Box, values: NDArray[np.float32], times: int = 1) -> None:
-        """Add the map [h, w] of a tile, resized to it; times: how many tiles have this box."""
-        height, width = self._total.shape
-        y0, y1, x0, x1 = max(box.y0, 0), min(box.y1, height), max(box.x0, 0), min(box.x1, width)
-        rows = max(1, STRIP // box.width)  # at once: a tile may be as large as the image
-        for y in range(y0, y1, rows):
-            here = slice(y, min(y + rows, y1)), slice(x0, x1)
-            strip = resized(values, (box.height, box.width), slice(y - box.y0, here[0].stop - box.y0))
-            self._total[here] += times * strip[:, x0 - box.x0 : x1 - box.x0]
-            self._count[here] += times
-
-    def finish(self) -> NDArray[np.float32]:
-        """Return the means [H, W], 0 where there is no tile; nothing can be added any more."""
-        np.maximum(self._count, 1, out=self._count)
-        np.divide(self._total, self._count, out=self._total)
-        return self._total
-
-
-def component_scores(tile_scores: ArrayLike, components: ArrayLike, count: int) -> NDArray[np.float64]:
-    """Return the mean score [count] of the tiles of each component; tile_scores: [T], components: [T], indices."""
-    indices = np.asarray(components, np.intp)
-    means: NDArray[np.float64] = np.bincount(indices, np.asarray(tile_scores, np.float64), count).astype(np.float64)
-    return means / np.bincount(indices, minlength=count)
-
-
-def image_score(scores: NDArray[np.float64], settings: Settings) -> float:
-    """Return the mean of the highest share of component scores [C]."""
-    wanted = round(settings.share * len(scores), 9)  # 0.07 of 100 is 7, not a little more
-    count = max(1, math.ceil(wanted) if settings.top == "ceil" else math.floor(wanted))
-    return float(np.sort(scores)[-count:].mean())

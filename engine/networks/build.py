@@ -9,8 +9,18 @@ from numpy.typing import NDArray
 
 from zsad.engine.config import Config, NetworkSpec
 from zsad.export.agreement import sample_inputs
+from zsad.export.checkpoints import check_present
 from zsad.export.onnx_export import ExportedModel, export_onnx
-from zsad.export.options import ExportOptions, GraphOptions, SamImageOptions, SamMasksOptions, TextOptions
+from zsad.export.options import (
+    ClipSegDecoderOptions,
+    ClipSegImageOptions,
+    ExportOptions,
+    GraphOptions,
+    IsnetOptions,
+    SamImageOptions,
+    SamMasksOptions,
+    TextOptions,
+)
 from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
 from zsad.kernels.cuda.device import Device
 
@@ -59,10 +69,40 @@ def sam_masks_options(spec: NetworkSpec, request: GraphRequest, precision: str, 
     return SamMasksOptions(spec.image_size, heads=heads, precision="fp32" if precision == "int8" else precision)
 
 
+def clipseg_image_options(
+    spec: NetworkSpec, request: GraphRequest, precision: str, attention: str
+) -> ClipSegImageOptions:
+    """Return what CLIPSeg's image tower is exported with, likewise."""
+    return ClipSegImageOptions(
+        spec.image_size,
+        activation=spec.activation,
+        heads=spec.heads,
+        precision="fp32" if precision == "int8" else precision,
+        attention=attention,
+    )
+
+
+def clipseg_decoder_options(
+    spec: NetworkSpec, request: GraphRequest, precision: str, attention: str
+) -> ClipSegDecoderOptions:
+    """Return what CLIPSeg's decoder is exported with, likewise."""
+    return ClipSegDecoderOptions(
+        spec.image_size, precision="fp32" if precision == "int8" else precision, attention=attention
+    )
+
+
+def isnet_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> IsnetOptions:
+    """Return what IS-Net is exported with, likewise."""
+    return IsnetOptions(spec.image_size, "fp32" if precision == "int8" else precision)
+
+
 # By the names that requests have.
 OPTIONS: Mapping[str, Callable[[NetworkSpec, GraphRequest, str, str], GraphOptions]] = {
     "image": export_options,
     "text": text_options,
+    "clipseg_image": clipseg_image_options,
+    "clipseg_decoder": clipseg_decoder_options,
+    "isnet": isnet_options,
     "sam_image": sam_image_options,
     "sam_masks": sam_masks_options,
 }
@@ -82,6 +122,7 @@ def load_networks(
     graph the first time that it runs. Raises CheckpointError for weights that cannot be had or used, EngineError for
     engines and libraries likewise, ConfigError where the library does not start.
     """
+    check_present([*(config.specs[request.network].checkpoint for request in requests), *config.settings.files])
     graphs: dict[str, dict[str, Graph]] = {}
     networks = {}
     for request in (request for request in requests if not request.on_demand):
@@ -89,7 +130,7 @@ def load_networks(
         own = graphs.setdefault(request.network, {})
         assert request.graph not in own
         own[request.graph] = graph
-        spec = config.networks[request.network]
+        spec = config.specs[request.network]
         preprocessing = spec.preprocessing or model.preprocessing
         networks[request.network] = Network(spec, model.checkpoint, model.sha256, preprocessing, own)
     return networks
@@ -105,12 +146,12 @@ def _make_ready(
 ) -> tuple[ExportedModel, Graph]:
     precision = runtime.network_precision(config.network_precision)
     attention = "fused" if runtime.library == "onnxruntime" else "standard"
-    spec = config.networks[request.network]
+    spec = config.specs[request.network]
     options = graph_options(spec, request, precision, attention)
     model = export_onnx(spec.checkpoint, options)
     if model.built:
         log.info("%s: exported, %s", spec.checkpoint, model.agreement)
-    return model, _load(model, options, runtime, batch_size)
+    return model, _load(model, options, runtime, request.rows or batch_size)
 
 
 def _load(model: ExportedModel, options: GraphOptions, runtime: Runtime, batch_size: int) -> Graph:

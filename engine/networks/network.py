@@ -20,9 +20,10 @@ class GraphRequest:
     """A graph that a method asks of one of its preset's networks."""
 
     network: str  # NAME of [networks.NAME]
-    graph: str = "image"  # or "text"
-    outputs: tuple[str, ...] = ("tokens",)  # of an image tower some of IMAGE_OUTPUTS, of a text tower the embedding
+    graph: str = "image"  # of GRAPHS
+    outputs: tuple[str, ...] = ("tokens",)  # of an image tower some of IMAGE_OUTPUTS; other graphs have but theirs
     on_demand: bool = False  # loaded when it is used first
+    rows: int | None = None  # of a batch at most; None: as many as images are read at once
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,18 @@ from zsad.engine.images.decode import decode
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, SCORES
+from zsad.engine.methods.bitmasks import union
+from zsad.engine.methods.foreground import Stages
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
 from zsad.kernels.files import written_whole
 
-from .drawing import draw_small, jpeg, thumbnail
+from .drawing import draw_small, draw_stages, jpeg, stage_pictures, thumbnail
 from .rayan import SIDE, challenge_json, read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
 Format = Literal["zsad", "rayan"]
+Background = Literal["none", "colour", "stages"]
 
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
 JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
@@ -48,7 +51,8 @@ class Writing:
     """How results are written."""
 
     formats: Sequence[Format]
-    object_mask: bool  # background by colour gets the lowest score
+    background: Background  # what tells it; it gets the lowest score
+    keep_stages: bool  # as pictures
     workers: int
     memory_limit: int  # bytes that images on their way may take
     middle_square: bool = False  # maps are of the middle square of each image
@@ -64,6 +68,7 @@ class Result:
     map: NDArray[np.float32]  # [h, w] in the method's units
     scale: tuple[float, float]  # map values that become 0 and 1
     facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
+    stages: Stages | None = None
 
 
 class Written(NamedTuple):
@@ -262,7 +267,7 @@ class CategoryWriter:
         """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
         picture = np.asarray(decode(image.path, self._bit_depth))  # [H, W, 3] RGB
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
-        mask = object_mask(bgr) if self._writing.object_mask else None
+        mask = self._mask(bgr, result.stages)
         key = image.key
         thumbnails: dict[str, str] = {}
         height, width = picture.shape[:2]
@@ -276,11 +281,24 @@ class CategoryWriter:
             small, overlay = draw_small(bgr, scores)
             self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
             thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
+            if result.stages is not None:
+                thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
+        if self._writing.keep_stages and result.stages is not None:
+            for name, encoded in stage_pictures(bgr, result.stages):
+                self._path(f"stages/{key}-{name}").write_bytes(encoded)
         if "rayan" in self._writing.formats:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
             record = replace(record, json_file=f"{key}_scores.json")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
         return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
+
+    def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
+        """Return which pixels [H, W] of an image are no background; None: all of them."""
+        if self._writing.background == "colour":
+            return object_mask(bgr)
+        if self._writing.background == "stages" and stages is not None:
+            return union([stages.foreground], stages.size)
+        return None
 
     def _path(self, relative: str) -> Path:
         path = self._staging / relative

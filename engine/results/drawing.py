@@ -1,13 +1,18 @@
 """Pictures of results: overlays at one colour scale, thumbnails, JPEG."""
 
 import base64
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.engine.methods.bitmasks import union
+from zsad.engine.methods.foreground import Stages
+
 OVERLAY_SIDE = 1024  # pixels at most, so that large images do not make large reports
 THUMBNAIL_SIDE = 256
+FOREGROUND_COLOUR = (80, 220, 80)  # BGR
 
 
 def draw_overlay(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -22,6 +27,59 @@ def draw_small(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> tuple[NDA
     small = shrink(bgr, OVERLAY_SIDE)
     resized = cv2.resize(scores, small.shape[1::-1], interpolation=cv2.INTER_AREA)
     return small, draw_overlay(small, resized.astype(np.float32, copy=False))
+
+
+def draw_stages(bgr: NDArray[np.uint8], stages: Stages) -> NDArray[np.uint8]:
+    """Draw foreground and tiles over an image [h, w, 3] of any size: the background dark, tiles coloured by score."""
+    height, width = bgr.shape[:2]
+    inside = _resized(union([stages.foreground], stages.size), (height, width))
+    drawn = np.where(inside[:, :, None], bgr, bgr // 3).astype(np.uint8)
+    outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    thickness = max(1, round(max(height, width) / 300))
+    cv2.drawContours(drawn, outlines, -1, FOREGROUND_COLOUR, thickness)
+    across, down = width / stages.size[1], height / stages.size[0]
+    for box, score in stages.tiles:
+        corners = (round(box.x0 * across), round(box.y0 * down)), (round(box.x1 * across) - 1, round(box.y1 * down) - 1)
+        colour = cv2.applyColorMap(
+            np.array([[255 * min(max(score, 0), 1)]], np.float32).astype(np.uint8), cv2.COLORMAP_TURBO
+        )
+        cv2.rectangle(drawn, *corners, colour[0, 0].tolist(), thickness)
+    return drawn
+
+
+def stage_pictures(bgr: NDArray[np.uint8], stages: Stages) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the pictures that show how the results of an image [H, W, 3] came about.
+
+    The foreground, white, at full size; the masks that it was put together from, each in a colour, and the tiles with
+    their scores at the overlays' size.
+    """
+    yield "foreground.png", _png(union([stages.foreground], stages.size).astype(np.uint8) * 255)
+    small = shrink(bgr, OVERLAY_SIDE)
+    if stages.parts:
+        painted = small // 2
+        for number, part in enumerate(stages.parts):
+            hue = np.array([[[number * 67 % 180, 220, 255]]], np.uint8)  # neighbours in the order differ
+            inside = _resized(union([part], stages.size), small.shape[:2])
+            painted[inside] = painted[inside] // 2 + cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0] // 2
+        yield "masks.png", _png(painted)
+    drawn = draw_stages(small, stages)
+    across, down = small.shape[1] / stages.size[1], small.shape[0] / stages.size[0]
+    for box, score in stages.tiles:
+        corner = (round(box.x0 * across) + 4, round(box.y0 * down) + 16)
+        for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # readable on any ground
+            cv2.putText(drawn, f"{score:.2f}", corner, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, thickness, cv2.LINE_AA)
+    yield "tiles.jpg", jpeg(drawn, 90)
+
+
+def _resized(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Resize a mask [H, W] to size [h, w], nearest pixels."""
+    return cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    done, encoded = cv2.imencode(".png", image)
+    assert done
+    return bytes(encoded)
 
 
 def thumbnail(image: NDArray[np.uint8]) -> str:

@@ -31,6 +31,7 @@ class ShownImage:
     anomalous: bool | None
     image: str  # data URIs, or empty
     overlay: str
+    stages: str = ""  # foreground and tiles
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def _shown_images(output: Path, category: Category, record: CategoryRecord) -> I
         source = next(source for source in sources if str(source.relative) == image.path)
         label = "good" if source.anomalous is False else source.defect
         own = pictures if pictured == image.path else {}
-        yield ShownImage(image, label, source.anomalous, own.get("image", ""), own.get("overlay", ""))
+        yield ShownImage(
+            image, label, source.anomalous, *(own.get(name, "") for name in ("image", "overlay", "stages"))
+        )
         if own:
             pictured, pictures = next(thumbnails, ("", {}))
 
@@ -114,6 +117,7 @@ def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
         "anomalous": image.anomalous,
         "image": image.image,
         "overlay": image.overlay,
+        "stages": image.stages,
         # Quoted and anchored, a name can be neither a query nor another scheme; undecodable bytes keep their value.
         "overlay_file": file and "./" + quote(f"{category}/{file}", errors="surrogateescape"),
     }

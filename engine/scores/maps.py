@@ -26,6 +26,8 @@ def _bilinear_matrix(source: int, target: int) -> NDArray[np.float32]:
 def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
     """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc)."""
     scores = np.asarray(patch_map, np.float32)
+    if scores.shape == tuple(size):
+        return scores
     rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
     upsampled: NDArray[np.float32] = (rows @ scores @ columns.T).astype(np.float32, copy=False)
     return upsampled

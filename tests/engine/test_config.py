@@ -15,7 +15,7 @@ def load(preset: str, file: Path | None = None, overrides: dict[str, Any] | None
 
 
 def test_the_presets_are_complete_and_as_published() -> None:
-    assert preset_names() == ["april-gan", "challenge", "musc", "small", "winclip"]
+    assert preset_names() == ["april-gan", "challenge", "musc", "small", "vvv", "winclip"]
     small, musc, challenge = (load(name) for name in ("small", "musc", "challenge"))
     assert musc.settings.degrees == (1, 3, 5)
     assert musc.networks["clip"].preprocessing == "clip"
@@ -26,7 +26,7 @@ def test_the_presets_are_complete_and_as_published() -> None:
         "dinov2": "imagenet",
         "clip": "imagenet",
     }
-    assert (challenge.settings.map_network, challenge.object_mask) == ("dinov2", True)
+    assert (challenge.settings.map_network, challenge.foreground) == ("dinov2", "colour")
     assert (challenge.settings.image_network, challenge.settings.image_rule) == ("clip", "top_two")
     assert challenge.settings.rscin == (1, 8, 9)
     assert {network.activation for network in (*musc.networks.values(), *challenge.networks.values())} == {"gelu"}
@@ -54,11 +54,11 @@ def test_methods_without_use_for_references_refuse_them() -> None:
 
 def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('threshold = "auto"\nobject_mask = false\n[networks.clip]\nheads = 2\n[musc]\ndegrees = [3]\n')
+    file.write_text('threshold = "auto"\nforeground = "none"\n[networks.clip]\nheads = 2\n[musc]\ndegrees = [3]\n')
     config = load("challenge", file, {"degrees": (1, 5), "taps": (2, 4)})
     assert config.settings.degrees == (1, 5)
     assert config.threshold == "auto"
-    assert config.object_mask is False
+    assert config.foreground == "none"
     assert config.settings.map_network == "dinov2"
     assert config.networks["clip"].heads == 2
     assert {network.taps for network in config.networks.values()} == {(2, 4)}
@@ -88,7 +88,7 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         ("[musc]\nmap_network = 'clip'", r"\[musc\] map_network must be one of dinov2"),
         ("[musc]\nmap_network = [['dinov2']]", r"\[musc\] map_network"),
         ("[musc]\nmap_network = {name = 'dinov2'}", r"\[musc\] map_network"),
-        ("object_mask = 'yes'", "object_mask must be true or false, not 'yes'"),
+        ("foreground = 'yes'", "foreground must be one of none, colour, isnet, isnet\\+sam, not 'yes'"),
         ("[musc]\nimage_rule = 'mean'", r"\[musc\] image_rule must be one of"),
         ("[musc]\nrscin = 3", r"\[musc\] rscin"),
         ("[musc]\nrscin = [0]", r"\[musc\] rscin"),
@@ -150,6 +150,6 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(
 
 def test_unknown_presets() -> None:
     with pytest.raises(
-        ConfigError, match=r"no preset '\.\./small'; choose one of april-gan, challenge, musc, small, winclip"
+        ConfigError, match=r"no preset '\.\./small'; choose one of april-gan, challenge, musc, small, vvv, winclip"
     ):
         load("../small")

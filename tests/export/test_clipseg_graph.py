@@ -21,7 +21,7 @@ from zsad.export.transformer_graph import TransformerGraph
 
 RELATIVE = {"fp32": 5e-6, "fp16": 3e-3}
 IMAGE = ClipSegImageOptions(image_size=96, heads=3)
-DECODER = ClipSegDecoderOptions(image_size=96, width=48, dimension=24)
+DECODER = ClipSegDecoderOptions(image_size=96)
 TEXT = TextOptions("quick_gelu", heads=2, context=16)
 
 Run = Callable[..., np.ndarray]

@@ -16,7 +16,7 @@ from zsad.export.sam import read_mask_decoder
 from zsad.export.sam_masks_graph import _Graph, build_sam_masks_graph
 from zsad.export.state_dict import CheckpointError
 
-TINY = SamMasksOptions(192, channels=32, heads=4)
+TINY = SamMasksOptions(192, heads=4)
 
 Run = Callable[..., Mapping[str, np.ndarray]]
 
@@ -93,7 +93,6 @@ def test_it_is_exported_beside_the_encoder(empty_cache: Path, golden: Path, prec
     [
         ({"precision": "int8"}, "fp32 or fp16"),
         ({"image_size": 200}, "no multiple of 16; use --image-size 192"),
-        ({"channels": 256}, "embeddings have 32 channels, not 256"),
         ({"heads": 3}, "3 attention heads do not divide a width of 16"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zsad.engine.config import ConfigError, check
+from zsad.engine.config import ConfigError, MaskSettings, check
 from zsad.engine.images.decode import bilinear
 from zsad.engine.methods.arrays import HostArrays
 from zsad.engine.methods.bitmasks import Box, union
@@ -15,7 +15,6 @@ from zsad.engine.methods.mask_generation import (
     Enlargement,
     GeneratedMasks,
     MaskGenerator,
-    MaskSettings,
     network_input,
     not_overlapping,
     point_grid,
@@ -113,7 +112,7 @@ def test_the_same_masks_come_from_the_whole_network(
     checkpoint = str(golden / "segmentation" / "sam_tiny.safetensors")
     encoder, decoder = (
         OnnxRuntimeGraph(export_onnx(checkpoint, options).path, None, 24)
-        for options in (SamImageOptions(192), SamMasksOptions(192, channels=32, heads=4))
+        for options in (SamImageOptions(192), SamMasksOptions(192, heads=4))
     )
     generator = MaskGenerator(encoder, decoder, HostArrays([], None), settings_of(arrays, image))
     assert differing(generator.generate(arrays[f"image{image}_rgb"]), arrays, image) < 50  # of |logit| < 1e-3

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from zsad.engine.config import TileSettings
 from zsad.engine.methods.bitmasks import Box, pack
-from zsad.engine.methods.tiles import Component, Tile, TileSettings, components, cut, is_elongated, tiles, with_parts
+from zsad.engine.methods.tiles import Component, Tile, components, cut, is_elongated, tiles, with_parts
 
 DEFAULTS = TileSettings()
 

@@ -20,7 +20,7 @@ from zsad.engine.results.records import CategoryRecord
 
 IMAGES = 4
 KEPT = 2  # that the interrupted run has written
-WRITING = Writing(("zsad", "rayan"), object_mask=False, workers=1, memory_limit=1 << 30)
+WRITING = Writing(("zsad", "rayan"), background="none", keep_stages=False, workers=1, memory_limit=1 << 30)
 
 
 @pytest.fixture(scope="module", autouse=True)
