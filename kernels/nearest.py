@@ -49,8 +49,9 @@ class Nearest:
 
         k: how many nearest are wanted, 1 to 16 and at most M.
         precision: "fp32" on a CPU; "int8" there: int8 products choose candidates, which are measured again in fp32, and
-            queries whose candidates leave a doubt are searched again in fp32. It pays on processors with AVX-512 VNNI.
-            "fp16" on a CUDA device: fp16 unit vectors and fp32 sums. "auto" is fp32 on a CPU and fp16 on a device.
+            queries whose candidates leave a doubt are searched again in fp32. It pays on processors with AVX-512 VNNI,
+            most on those with AMX. "fp16" on a CUDA device: fp16 unit vectors and fp32 sums. "auto" is fp32 on a CPU
+            and fp16 on a device.
         device: "cpu", "cuda", "cuda:N", or a device that is open.
         memory_limit: bytes that preparing and searching may use on the CPU or on the device, beside bank, queries and
             results; by default a share of what is free. Where the prepared bank does not fit, every search prepares it

@@ -12,6 +12,8 @@
 // have over many: at the same eight bits the error of a cosine falls to a third on DINOv2 tokens.
 //
 // Instruction sets (ZSAD_TARGET; one translation unit each, identical integers):
+//   avx512amx   tdpbssd multiplies tiles: 16 left patches, transposed to rows of 64 codes, with a panel of 16 right
+//               patches, 64 codes at a time. 32 x 32 outputs stay in tiles; Linux has to be asked for them.
 //   avx512vnni  vpdpbusd multiplies unsigned with signed bytes: the right codes are taken as code + 128, which the
 //               left token's offset, -128 * sum of its codes, undoes. 8 x 48 outputs stay in registers. A group of
 //               right panels is copied as code + 128 before all left tokens pass by it.
@@ -27,6 +29,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
@@ -49,14 +52,15 @@ namespace {
 // Columns: kLanes right patches x 4 codes. Sums: as many int32 sums.
 #if defined(__AVX512VNNI__)
 
-constexpr int kLanes = 16, kRows = 8, kMaxPanels = 3;
+constexpr int kLanes = 16;
+#if defined(__AMX_INT8__)
+constexpr int kRows = 2 * kPanel, kMaxPanels = 2;
+#else
+constexpr int kRows = 8, kMaxPanels = 3;
+#endif
 using Columns = __m512i;
 using Sums = __m512i;
 
-inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t bytes, std::int8_t* room) {
-  for (std::size_t i = 0; i < bytes; ++i) room[i] = codes[i] ^ -128;
-  return room;
-}
 inline Columns load_columns(const std::int8_t* codes) { return _mm512_loadu_si512(codes); }
 inline Sums first_sums(std::int32_t offset) { return _mm512_set1_epi32(offset); }
 inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
@@ -76,7 +80,6 @@ constexpr int kLanes = 8, kRows = 4, kMaxPanels = 1;
 using Columns = __m256i;
 using Sums = __m256i;
 
-inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t, std::int8_t*) { return codes; }
 inline Columns load_columns(const std::int8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
@@ -101,7 +104,6 @@ struct Sums {
   std::int32_t lane[kLanes];
 };
 
-inline const std::int8_t* prepare_columns(const std::int8_t* codes, std::size_t, std::int8_t*) { return codes; }
 inline Columns load_columns(const std::int8_t* codes) { return codes; }
 inline Sums first_sums(std::int32_t) { return {}; }
 inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
@@ -134,13 +136,115 @@ struct Image {
         codes(reinterpret_cast<const std::int8_t*>(image.data + image.layout.codes)) {}
 };
 
+#if defined(__AMX_INT8__)
+
+constexpr int kTileQuads = 16;
+constexpr std::size_t kTileBytes = kTileQuads * kPanel * kQuad;
+
+// Bytes of a panel whose quads are filled up with zeros to whole tiles.
+std::size_t prepared_bytes(const Int8Layout& layout) {
+  return (std::size_t(layout.quads) + kTileQuads - 1) / kTileQuads * kTileBytes;
+}
+
+// Tiles of left patches are [16 patches, 16 quads]: the transpose of a panel's 16 quads.
+const std::int8_t* prepare_rows(const std::int8_t* codes, int panels, const Int8Layout& layout, std::int8_t* room) {
+  std::memset(room, 0, panels * prepared_bytes(layout));
+  const __m512i to = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                        _mm512_set1_epi32(kTileQuads));
+  for (int i = 0; i < panels; ++i)
+    for (int k = 0; k < layout.quads; ++k, codes += kPanel * kQuad) {
+      std::int8_t* tile = room + i * prepared_bytes(layout) + k / kTileQuads * kTileBytes + k % kTileQuads * kQuad;
+      _mm512_i32scatter_epi32(tile, to, _mm512_loadu_si512(codes), kQuad);
+    }
+  return room;
+}
+const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const Int8Layout& layout, std::int8_t* room) {
+  const std::size_t bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
+  for (int j = 0; j < panels; ++j) {
+    std::memcpy(room + j * prepared, codes + j * bytes, bytes);
+    std::memset(room + j * prepared + bytes, 0, prepared - bytes);
+  }
+  return room;
+}
+
+// The processor's tiles, all of 16 rows of 64 bytes, for as long as this lives.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      std::uint16_t row_bytes[16] = {};
+      std::uint8_t rows[16] = {};
+    } shape;
+    std::fill_n(shape.row_bytes, 8, std::uint16_t(64));
+    std::fill_n(shape.rows, 8, std::uint8_t(16));
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
 // Products of kRows left patches from p on with Panels panels of right patches from `panel` on, into row i at
-// out + i * stride. columns: the prepared codes of these panels; layout: the left one's.
+// out + i * stride. rows, columns: the prepared panels of both; layout: the left one's.
 template <int Panels>
 void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
-                    const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
+                    const std::int8_t* rows, const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
+  alignas(64) std::int32_t sums[kRows][Panels * kPanel];
+  const std::size_t bytes = prepared_bytes(layout);
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::size_t k = 0; k < bytes; k += kTileBytes) {
+    _tile_loadd(4, rows + k, 64);
+    _tile_loadd(5, rows + bytes + k, 64);
+    _tile_loadd(6, columns + k, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 5, 6);
+    if (Panels == 2) {
+      _tile_loadd(7, columns + bytes + k, 64);
+      _tile_dpbssd(2, 4, 7);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums[0], sizeof sums[0]);
+  _tile_stored(1, sums[kPanel], sizeof sums[0]);
+  if (Panels == 2) {
+    _tile_stored(2, sums[0] + kPanel, sizeof sums[0]);
+    _tile_stored(3, sums[kPanel] + kPanel, sizeof sums[0]);
+  }
+  for (int i = 0; i < std::min(kRows, layout.patches - p); ++i)
+    for (int j = 0; j < Panels; ++j) {
+      const int q = panel * kPanel + j * kLanes;
+      store_scaled(_mm512_load_si512(sums[i] + j * kPanel), left.scales[p + i], right.scales + q,
+                   left.mean_terms[p + i], right.mean_terms + q, out + i * stride + j * kLanes);
+    }
+}
+
+#else
+
+struct Tiles {};
+
+std::size_t prepared_bytes(const Int8Layout& layout) { return layout.panel_bytes(); }
+
+const std::int8_t* prepare_rows(const std::int8_t* codes, int, const Int8Layout&, std::int8_t*) { return codes; }
+const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const Int8Layout& layout, std::int8_t* room) {
+#if defined(__AVX512VNNI__)
+  const std::size_t bytes = panels * layout.panel_bytes();  // read once: codes might lie over the layout
+  for (std::size_t i = 0; i < bytes; ++i) room[i] = codes[i] ^ -128;
+  return room;
+#else
+  return codes;
+#endif
+}
+
+template <int Panels>
+void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+                    const std::int8_t* rows, const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
   const std::size_t panel_bytes = layout.panel_bytes();
-  const std::int8_t* rows = left.codes + p / kPanel * panel_bytes + p % kPanel * kQuad;
+  rows += p % kPanel * kQuad;
   Sums sums[kRows][Panels * kVectors];
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -174,15 +278,17 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
   }
 }
 
+#endif
+
 // Where the products of a block go: into the Gram.
 struct GramRows {
   float* gram;
   std::ptrdiff_t stride;
 
   template <int Panels>
-  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, const std::int8_t* rows,
             const std::int8_t* columns) {
-    multiply_block<Panels>(left, right, layout, p, panel, columns, gram + p * stride + panel * kPanel, stride);
+    multiply_block<Panels>(left, right, layout, p, panel, rows, columns, gram + p * stride + panel * kPanel, stride);
   }
 };
 
@@ -192,10 +298,10 @@ struct KeptRows {
   float products[kRows][kMaxPanels * kPanel];
 
   template <int Panels>
-  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, const std::int8_t* rows,
             const std::int8_t* columns) {
     constexpr int kColumns = Panels * kPanel;
-    multiply_block<Panels>(left, right, layout, p, panel, columns, products[0], kMaxPanels * kPanel);
+    multiply_block<Panels>(left, right, layout, p, panel, rows, columns, products[0], kMaxPanels * kPanel);
     const int first = panel * kPanel, last = std::min(first + kColumns, kept.columns);
     for (int i = 0; i < std::min(kRows, layout.patches - p); ++i) {
       const float least = smallest(kept, p + i);
@@ -211,24 +317,29 @@ struct KeptRows {
 constexpr std::size_t kBlockBytes = 512 << 10;
 
 template <typename Rows>
-void multiply(const Int8Image& left, const Int8Image& right, Rows rows) {
+void multiply(const Int8Image& left, const Int8Image& right, Rows out) {
   const Image a(left), b(right);
   const Int8Layout& layout = left.layout;
-  const std::size_t panel_bytes = layout.panel_bytes();
-  const int block = int(std::max<std::size_t>(1, kBlockBytes / panel_bytes)) * kPanel;
-  std::vector<std::int8_t> room(kMaxPanels * panel_bytes + kLine);
-  std::int8_t* aligned = room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
-  for (int first = 0; first < layout.patches; first += block) {
-    const int last = std::min(first + block, layout.patches);
+  const std::size_t panel_bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
+  const int block = int(std::max<std::size_t>(1, kBlockBytes / (2 * prepared))) * 2;  // panels
+  // Fresh memory would take as long as the products.
+  static thread_local std::vector<std::int8_t> room;
+  room.resize(std::max(room.size(), (block + kMaxPanels) * prepared + kLine));
+  std::int8_t* row_room = room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
+  std::int8_t* column_room = row_room + block * prepared;
+  const Tiles tiles;
+  for (int first = 0; first < layout.panels; first += block) {
+    const int last = std::min(first + block, layout.panels);
+    const std::int8_t* rows = prepare_rows(a.codes + first * panel_bytes, last - first, layout, row_room);
     int panel = 0;
-    for (; panel + kMaxPanels <= right.layout.panels; panel += kMaxPanels) {
-      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, kMaxPanels * panel_bytes, aligned);
-      for (int p = first; p < last; p += kRows) rows.template fill<kMaxPanels>(a, b, layout, p, panel, columns);
-    }
-    for (; panel < right.layout.panels; ++panel) {
-      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panel_bytes, aligned);
-      for (int p = first; p < last; p += kRows) rows.template fill<1>(a, b, layout, p, panel, columns);
-    }
+    const auto pass = [&](auto panels) {
+      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
+      for (int p = first * kPanel; p < std::min(last * kPanel, layout.patches); p += kRows)
+        out.template fill<panels>(a, b, layout, p, panel, rows + (p / kPanel - first) * prepared, columns);
+      panel += panels;
+    };
+    while (panel + kMaxPanels <= right.layout.panels) pass(std::integral_constant<int, kMaxPanels>());
+    while (panel < right.layout.panels) pass(std::integral_constant<int, 1>());
   }
 }
 

@@ -33,6 +33,7 @@ struct Int8Layout {
 void int8_quantise_portable(const float* tokens, const float* mean, const Int8Layout& layout, unsigned char* out);
 void int8_quantise_avx2(const float*, const float*, const Int8Layout&, unsigned char*);
 void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, unsigned char*);
+void int8_quantise_avx512amx(const float*, const float*, const Int8Layout&, unsigned char*);
 
 // A quantised image as int8_multiply takes it.
 struct Int8Image {
@@ -45,10 +46,12 @@ struct Int8Image {
 void int8_multiply_portable(const Int8Image& left, const Int8Image& right, float* gram, std::ptrdiff_t stride);
 void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
 void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
+void int8_multiply_avx512amx(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
 
 // The same products go into the largest of every left patch instead of a Gram; kept.columns is at most Q.
 void int8_running_top_portable(const Int8Image& left, const Int8Image& right, const Kept& kept);
 void int8_running_top_avx2(const Int8Image&, const Int8Image&, const Kept&);
 void int8_running_top_avx512vnni(const Int8Image&, const Int8Image&, const Kept&);
+void int8_running_top_avx512amx(const Int8Image&, const Int8Image&, const Kept&);
 
 }  // namespace zsad

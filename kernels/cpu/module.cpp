@@ -13,6 +13,12 @@
 #include <utility>
 #include <vector>
 
+#if defined(ZSAD_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "gram_pass.h"
 #include "int8_product.h"
 #include "pooling.h"
@@ -32,6 +38,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#if defined(ZSAD_AMX)
+bool has_avx512amx() {
+  constexpr unsigned kTiles = 3u << 24;  // AMX-TILE and AMX-INT8
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#define ZSAD_IF_AMX(...) __VA_ARGS__
+#else
+#define ZSAD_IF_AMX(...)
+#endif
 #define ZSAD_IF_X86(...) __VA_ARGS__
 #else
 #define ZSAD_IF_X86(...)
@@ -59,24 +77,29 @@ class Variants {
   std::vector<std::pair<std::string, Function>> variants_;
 };
 
-// The variants of a function that is compiled once per instruction set; `widest` is the set beyond AVX2.
-#define ZSAD_VARIANTS(function, widest, has_widest)                        \
+// The variants of a function that is compiled once per instruction set; `widest` is the set beyond AVX2, and what
+// follows adds those beyond that.
+#define ZSAD_VARIANTS(function, widest, has_widest, ...)                   \
   [] {                                                                     \
     Variants<decltype(&zsad::function##_portable)> v;                      \
+    __VA_ARGS__                                                            \
     ZSAD_IF_X86(v.add(has_widest(), #widest, zsad::function##_##widest);   \
                 v.add(has_avx2(), "avx2", zsad::function##_avx2);)         \
     v.add(true, "portable", zsad::function##_portable);                    \
     return v;                                                              \
   }()
+#define ZSAD_INT8_VARIANTS(function)                 \
+  ZSAD_VARIANTS(function, avx512vnni, has_avx512vnni, \
+                ZSAD_IF_AMX(v.add(has_avx512amx(), "avx512amx", zsad::function##_avx512amx);))
 
 const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
 const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
 const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
 const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
 const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
-const auto int8_quantisers = ZSAD_VARIANTS(int8_quantise, avx512vnni, has_avx512vnni);
-const auto int8_multipliers = ZSAD_VARIANTS(int8_multiply, avx512vnni, has_avx512vnni);
-const auto int8_running_tops = ZSAD_VARIANTS(int8_running_top, avx512vnni, has_avx512vnni);
+const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
+const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
+const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;

@@ -332,7 +332,9 @@ def test_running_top_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
-@pytest.mark.parametrize(("patches", "columns", "channels", "kept"), [(1, 1, 3, 1), (9, 40, 50, 5), (67, 133, 130, 24)])
+@pytest.mark.parametrize(
+    ("patches", "columns", "channels", "kept"), [(1, 1, 3, 1), (9, 40, 50, 5), (67, 133, 130, 24), (300, 33, 2048, 3)]
+)
 def test_int8_running_top(instruction_set: str, patches: int, columns: int, channels: int, kept: int) -> None:
     left, right = make_pair(18, patches, channels)[0], make_pair(19, columns + 20, channels)[0]
     codes = [quantise(x, instruction_set) for x in (left, right)]
