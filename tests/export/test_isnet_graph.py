@@ -74,8 +74,15 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
         build_isnet_graph(isnet, replace(IsnetOptions(), **wrong))
 
 
-@pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "oracle"),
+    [
+        pytest.param("fp32", "graph", marks=pytest.mark.slow),
+        ("fp16", "graph"),
+        pytest.param("fp32", "torch", marks=pytest.mark.torch),
+        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+    ],
+)
 def test_it_is_exported(empty_cache: Path, tmp_path: Path, precision: str, oracle: str) -> None:
     if oracle == "torch":
         pytest.importorskip("torch", reason="compares with PyTorch")

@@ -97,7 +97,7 @@ def test_every_export_is_compared(
 @pytest.mark.parametrize(
     ("activation", "antialias"),
     [
-        ("gelu", None),
+        pytest.param("gelu", None, marks=pytest.mark.slow),
         pytest.param("gelu", True, marks=pytest.mark.slow),
         pytest.param("quick_gelu", None, marks=pytest.mark.slow),
         ("quick_gelu", True),

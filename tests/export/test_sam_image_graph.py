@@ -109,8 +109,15 @@ def test_mobile_sam_equals_timm(run: Run, torchvision: None, mobile: Path) -> No
     np.testing.assert_allclose(run(mobile, SamImageOptions(96), images), expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("oracle", ["graph", pytest.param("torch", marks=pytest.mark.torch)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "oracle"),
+    [
+        pytest.param("fp32", "graph", marks=pytest.mark.slow),
+        ("fp16", "graph"),
+        pytest.param("fp32", "torch", marks=pytest.mark.torch),
+        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+    ],
+)
 @pytest.mark.parametrize("kind", ["sam", "mobile"])
 def test_they_are_exported(
     empty_cache: Path, tmp_path: Path, mobile: Path, kind: str, precision: str, oracle: str

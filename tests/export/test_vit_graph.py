@@ -441,7 +441,7 @@ def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> No
     [
         pytest.param("fp32", "graph", marks=pytest.mark.slow),
         pytest.param("fp16", "graph", marks=pytest.mark.slow),
-        ("int8", "graph"),
+        pytest.param("int8", "graph", marks=pytest.mark.slow),
         pytest.param("fp32", "torch", marks=pytest.mark.torch),
         pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
         pytest.param("int8", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),

@@ -146,7 +146,7 @@ def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
     assert "in turn against all others" in plans[0].describe()
 
 
-@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("failures", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_failed_allocation_halves_the_budget(
     failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

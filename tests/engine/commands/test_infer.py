@@ -590,9 +590,8 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(moment, marks=() if moment == "while writing" else pytest.mark.slow) for moment in MOMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, moment: str) -> None:
     process = start(tiny, many, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: MOMENTS[moment](tmp_path / "out"), process)

@@ -68,7 +68,9 @@ def test_photographs_of_one_product_are_no_copies(tmp_path: Path, moved: bool) -
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("quality 90", "2 % larger", "2 % smaller") else ())
+        pytest.param(
+            kind, marks=pytest.mark.slow if kind in ("quality 90", "2 % larger", "2 % smaller", "half") else ()
+        )
         for kind in COPIES
     ],
 )

@@ -72,7 +72,7 @@ def maps(out: Path) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("kind", ["image", "resized"])
+@pytest.mark.parametrize("kind", [pytest.param("image", marks=pytest.mark.slow), "resized"])
 def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
     golden = text_arrays("april")
     found = april(kind)
@@ -82,7 +82,7 @@ def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
         np.testing.assert_allclose(LAYERS * maps(found), golden["zero_map"], atol=1e-5)
 
 
-@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_few_shot(april: Callable[..., Path], shots: int) -> None:
     golden = text_arrays("april")
     found = april("resized", references=shots)

@@ -54,7 +54,7 @@ def maps(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / "maps" / f"{index}.tiff")) for index in range(COUNT)])
 
 
-@pytest.mark.parametrize("kind", ["image", "resized"])
+@pytest.mark.parametrize("kind", [pytest.param("image", marks=pytest.mark.slow), "resized"])
 def test_zero_shot(winclip: Callable[..., Path], kind: str) -> None:
     golden = text_arrays("winclip_anomalib")
     found = winclip(kind)

@@ -72,6 +72,7 @@ def test_an_engine_that_computes_something_else_is_refused(
         assert "engine: it computes something else (limit: cosine 0.999)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_golden_checkpoints_run_in_the_challenge_preset(golden: Path, tmp_path: Path) -> None:
     config = tmp_path / "golden.toml"
     config.write_text(

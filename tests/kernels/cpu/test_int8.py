@@ -31,20 +31,25 @@ def vit_like_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], 
     return ((tokens + rng.normal(size=channels)) * scale).astype(np.float32)
 
 
+SHAPES = [
+    (8, 2, (9, 9), 384, (1, 3, 5)),
+    (9, 2, (11, 8), 250, (1, 3, 5)),
+    (6, 1, (7, 7), 1024, (1, 3, 5)),
+    (5, 2, (1, 1), 64, (1,)),
+    (7, 1, (3, 5), 131, (9, 7)),
+]
+INTERVALS: list[tuple[float, float]] = [(0.0, 0.3), (0.2, 0.7), (0.0, 1), (1, 50)]
+
+
 @native
 @pytest.mark.parametrize(
-    ("images", "layers", "grid", "channels", "degrees"),
+    ("images", "layers", "grid", "channels", "degrees", "interval"),
     [
-        (8, 2, (9, 9), 384, (1, 3, 5)),
-        (9, 2, (11, 8), 250, (1, 3, 5)),
-        (6, 1, (7, 7), 1024, (1, 3, 5)),
-        (5, 2, (1, 1), 64, (1,)),
-        (7, 1, (3, 5), 131, (9, 7)),
+        # The fast ones have every shape and every interval once or twice.
+        pytest.param(*shape, interval, marks=() if number % len(INTERVALS) == place else pytest.mark.slow)
+        for number, shape in enumerate(SHAPES)
+        for place, interval in enumerate(INTERVALS)
     ],
-)
-@pytest.mark.parametrize(
-    "interval",
-    [(0.0, 0.3), (1, 50), *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in ((0.2, 0.7), (0.0, 1)))],
 )
 def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degrees, interval) -> None:
     tokens = vit_like_tokens(1, images, layers, grid, channels)
