@@ -136,7 +136,10 @@ def _problem(graph: onnx.GraphProto, size: int) -> str | None:
         fits = len(shape) == 4 and all(isinstance(a, str) or a == b for a, b in zip(shape, expected, strict=True))
         if kind.elem_type != TensorProto.FLOAT or not fits:
             element = TensorProto.DataType.Name(kind.elem_type)
-            return f"its {what} {value.name} is {element} {shape} instead of FLOAT {list(expected)}"
+            side = shape[-1] if shape else size
+            other = isinstance(side, int) and side != size and shape[1:] == [channels, side, side]
+            hint = f"; use --image-size {side}" if other else ""
+            return f"its {what} {value.name} is {element} {shape} instead of FLOAT {list(expected)}{hint}"
     return None
 
 

@@ -139,7 +139,10 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (typed("input", FLOAT, [1, 3, 320, 320]), r"its input input is FLOAT \[1, 3, 320, 320\] instead of .*64, 64"),
+        (
+            typed("input", FLOAT, [1, 3, 320, 320]),
+            r"is FLOAT \[1, 3, 320, 320\] instead of .*64, 64.; use --image-size 320",
+        ),
         (typed("input", FLOAT, [1, 3, SIZE]), "its input input is"),
         (typed("input", HALF, [1, 3, SIZE, SIZE]), "its input input is FLOAT16"),
         (typed("output", FLOAT, [1, 2, SIZE, SIZE]), "its first output output is"),
