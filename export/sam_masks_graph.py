@@ -45,7 +45,7 @@ class _Graph(TransformerGraph):
 
     def norm(self, x: str, y: str, affine: Affine, name: str) -> str:
         """The norm of a sum, in fp32, for the linear layers."""
-        total = self.widen(self.added(x, y, name + ".sum") if y else x)
+        total = self.widen(self.added(y, x, name + ".sum") if y else x)
         return self.narrow(self.layer_norm(total, affine, NORM_EPS, name))
 
     def probabilities(self, logits: str, name: str) -> str:
@@ -240,8 +240,10 @@ class _Graph(TransformerGraph):
         for index, (weight, bias) in enumerate((self.decoder.enlarge1, self.decoder.enlarge2), 1):
             name, out = f"enlarged{index}", len(bias)
             x = self.linear(x, (weight.transpose(2, 3, 1, 0).reshape(4 * out, -1), np.tile(bias, 4)), name)
+            if index == 2:  # behind the bias at once, which is one pass for both
+                x = self.node("Gelu", [x], name + ".gelu")
             x = self.reshape(x, (-1, 4**index * self.places, out), name + ".pixels")
-            x = self.channel_norm(x) if index == 1 else self.node("Gelu", [x], name + ".gelu")
+            x = self.channel_norm(x) if index == 1 else x
         hyper = self.turned(hyper, (0, 2, 1), "hyper.turned")
         x = self.widen(self.product(x, hyper, "logits.product"))  # [B, 16 · P, MASKS]
         x = self.reshape(x, (-1, grid, grid, 2, 2, 2, 2, MASKS), "logits.split")

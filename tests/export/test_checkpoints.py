@@ -27,6 +27,8 @@ CONTENTS = [
     ("checkpoint", "dinov2"),
     ("checkpoint", "clip"),
     ("checkpoint", "clipseg"),
+    ("checkpoint", "sam"),
+    ("checkpoint", "mobile-sam"),
     ("graph", "isnet"),
     ("heads", None),
     ("vocabulary", None),

@@ -188,3 +188,33 @@ def test_a_graph_that_computes_something_else_is_not_written(
     monkeypatch.setattr(TransformerGraph, "split", swapped)
     with pytest.raises(CheckpointError, match="computes something else"):
         export_onnx(str(mobile), SamImageOptions(96))
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_whole_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="compares with PyTorch")
+    checkpoint = write(tmp_path, "vit_b", sam_encoder_state(768, [14, 14, 64] * 4, 64, 64))
+    images = sample_images(1024)
+    forward = read_builder(checkpoint, SamImageOptions()).forward()
+    expected = forward.fetch(forward(forward.tensor(images))["embedding"])
+    found = run(checkpoint, SamImageOptions(), images)
+    assert found.shape == (1, 256, 64, 64)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("head", "every"), [(64, 6), (80, 8)])  # ViT-L and ViT-H, narrower
+def test_the_larger_ones_have_their_windows_and_heads(tmp_path: Path, head: int, every: int) -> None:
+    sides = ([14] * (every - 1) + [64]) * 4
+    checkpoint = write(tmp_path, "large", sam_encoder_state(2 * head, sides, head, 64, hidden=32))
+    encoder = read_sam_encoder(checkpoint)
+    for attention in ATTENTIONS:
+        model = build_sam_image_graph(encoder, SamImageOptions(attention=attention))
+        onnx.checker.check_model(model, full_check=True)
+        if attention == "fused":
+            nodes = [node for node in model.graph.node if node.op_type == "MultiHeadAttention"]
+            assert len(nodes) == 4 * every
+            for node in nodes:
+                own = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+                assert own["num_heads"] == 2
+                np.testing.assert_allclose(own["scale"], head**-0.5)

@@ -16,6 +16,7 @@ import pytest
 from clip_checkpoints import write_clip
 from clipseg_checkpoints import write_random_decoder
 from isnet_checkpoints import write_isnet
+from sam_checkpoints import decoder_state, sam_encoder_state, tiny_encoder_state, write
 
 from zsad.bench.towers import SHAPES, write_random_checkpoint
 from zsad.engine.commands.export import main
@@ -597,3 +598,29 @@ def test_tensorrt_rtx_reads_the_types_of_isnet(tmp_path: Path) -> None:
     (images, foreground) = network.get_input(0), network.get_output(0)
     assert (images.dtype.name, tuple(images.shape)) == ("FLOAT", (-1, 3, 128, 128))
     assert (foreground.dtype.name, tuple(foreground.shape)) == ("FLOAT", (-1, 128, 128))
+
+
+@pytest.mark.slow
+@needs_rtx
+@pytest.mark.parametrize(
+    ("kind", "graph", "weights"),
+    [
+        ("sam", "sam_image", 2 * 12 * 768**2),  # two of its blocks
+        ("sam", "sam_masks", 3_000_000),
+        ("mobile", "sam_image", 5_000_000),
+    ],
+)
+def test_tensorrt_rtx_builds_sam_at_its_size(
+    kind: str, graph: str, weights: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = sam_encoder_state(768, [14, 64], 64, 64) if kind == "sam" else tiny_encoder_state()
+    checkpoint = write(tmp_path, kind, encoder, decoder_state())
+    arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx", "--batch", "1,1,64"]
+    assert main([*arguments, "--output", str(tmp_path / "sam.engine")]) == 0
+    assert "fp16 against" in capsys.readouterr().err
+    fingerprint = json.loads((tmp_path / "sam.engine.json").read_text())
+    assert 2 * weights < fingerprint["engine_bytes"] < 3 * (2 * weights)
+    shapes = {"images": [1, 3, 1024, 1024]} if graph == "sam_image" else {"points": [1, 2]}
+    assert {name: profile[0] for name, profile in fingerprint["profile"].items() if name in shapes} == shapes
+    assert main(shlex.split(fingerprint["command"])[1:]) == 0
+    assert capsys.readouterr().err.count("already built") == 2
