@@ -135,11 +135,15 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
 
 
 def check_present(names: Iterable[str]) -> None:
-    """Raise CheckpointError, for all of them at once, where names of the manifest are not on this machine.
+    """Raise CheckpointError where one of some files is not there; where names of the manifest are not, for all of these.
 
-    What comes by itself when it is needed, and files, are left to `find_checkpoint`.
+    What comes by itself when it is needed is left to `find_checkpoint`.
     """
-    entries = (read_manifest()[name] for name in dict.fromkeys(names) if name in read_manifest())
+    manifest, wanted = read_manifest(), list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in manifest and not Path(os.path.expanduser(name)).is_file():  # noqa: PTH111 (as below)
+            raise _unknown(name)
+    entries = (manifest[name] for name in wanted if name in manifest)
     missing = [entry for entry in entries if not any(source.automatic or source.present() for source in entry.sources)]
     if len(missing) > 1:
         together = " ".join(entry.name for entry in missing if any(source.fetchable for source in entry.sources))
