@@ -35,9 +35,6 @@ NAMES = {SamEncoder: "sam-image", TinyEncoder: "mobile-sam-image"}
 class _Graph(TransformerGraph):
     """The graph of an image encoder."""
 
-    def reshape(self, x: str, shape: Sequence[int], name: str) -> str:
-        return self.node("Reshape", [x, self.constant(np.array(shape), "to." + "x".join(map(str, shape)))], name)
-
     def windows(self, packed: str, grid: int, side: int, width: int, name: str) -> str:
         """Queries, keys and values [B, grid² (+ 1), 3C] of windows: [-1, side², 3C]; the last token is the padding."""
         if side == grid:

@@ -31,9 +31,6 @@ class _Graph(TransformerGraph):
         self.grid = options.image_size // 16
         self.places, self.size = self.grid**2, options.image_size
 
-    def reshape(self, x: str, shape: Sequence[int], name: str) -> str:
-        return self.node("Reshape", [x, self.constant(np.array(shape), "to." + "x".join(map(str, shape)))], name)
-
     def turned(self, x: str, perm: Sequence[int], name: str) -> str:
         return self.node("Transpose", [x], name, perm=perm)
 
@@ -71,8 +68,8 @@ class _Graph(TransformerGraph):
             self.reshape(padded, (-1, TOKENS, width), "prompt.split"), self.weight(fixed[None], "tokens"), "prompt"
         )
 
-    def split(self, x: str, length: int, width: int, perm: Sequence[int], name: str) -> str:  # type: ignore[override]
-        """Into heads: [-1, length, width] → [-1, length, heads, width / heads] → `perm`."""
+    def in_heads(self, x: str, length: int, width: int, perm: Sequence[int], name: str) -> str:
+        """[-1, length, width] → [-1, length, heads, width / heads] → `perm`."""
         return self.turned(
             self.reshape(x, (-1, length, self.heads, width // self.heads), name + ".split"), perm, name + ".heads"
         )
@@ -99,9 +96,9 @@ class _Graph(TransformerGraph):
             query = self.reshape(query, (1, -1, self.heads, inner // self.heads), name + ".query.split")
             query = self.turned(query, (0, 2, 1, 3), name + ".query.heads")
         else:
-            query = self.split(query, length, inner, (0, 2, 1, 3), name + ".query")
-        key = self.split(key, others, inner, (0, 2, 3, 1), name + ".key")
-        value = self.split(value, others, inner, (0, 2, 1, 3), name + ".value")
+            query = self.in_heads(query, length, inner, (0, 2, 1, 3), name + ".query")
+        key = self.in_heads(key, others, inner, (0, 2, 3, 1), name + ".key")
+        value = self.in_heads(value, others, inner, (0, 2, 1, 3), name + ".value")
         weights = self.probabilities(self.product(query, key, name + ".logits"), name + ".softmax")
         mixed = self.turned(self.product(weights, value, name + ".mixed"), (0, 2, 1, 3), name + ".turned")
         merged = self.reshape(mixed, (-1, length, inner), name + ".merged")
@@ -176,7 +173,7 @@ class _Graph(TransformerGraph):
             return self.folded_from_image(keyed, tokens, attention, name, once)
         return self.attend([keyed, *tokens], (self.places, TOKENS), attention, name)
 
-    def block(  # type: ignore[override]
+    def two_way_block(
         self, tokens: str, keys: str, prompt: str, encoding: str, block: TwoWayBlock, first: bool, name: str
     ) -> tuple[str, str]:
         """Tokens [B, TOKENS, D] and keys [B, P, D] behind a block; in front of the first keys are [1, P, D]."""
@@ -277,7 +274,7 @@ class _Graph(TransformerGraph):
         encoding = self.weight(dense_encoding(decoder, self.grid)[None], "encoding")
         tokens = prompt
         for index, block in enumerate(decoder.blocks):
-            tokens, keys = self.block(tokens, keys, prompt, encoding, block, index == 0, f"block{index}")
+            tokens, keys = self.two_way_block(tokens, keys, prompt, encoding, block, index == 0, f"block{index}")
         placed = self.added(tokens, prompt, "last.placed")
         keyed = self.added(keys, encoding, "last.keyed")
         y = self.to_image(placed, keyed, keys, decoder.to_image, "last", False)

@@ -75,6 +75,9 @@ class TransformerGraph:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
+    def reshape(self, x: str, shape: Sequence[int], name: str) -> str:
+        return self.node("Reshape", [x, self.constant(np.array(shape), "to." + "x".join(map(str, shape)))], name)
+
     def cast(self, x: str, to: int, name: str) -> str:
         return self.node("Cast", [x], name, to=to) if self.precision == "fp16" else x
 
