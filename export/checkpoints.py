@@ -135,7 +135,7 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
 
 
 def check_present(names: Iterable[str]) -> None:
-    """Raise CheckpointError where one of some files is not there; where names of the manifest are not, for all of these.
+    """Raise CheckpointError where a file is not there, or for all names of the manifest at once whose files are not.
 
     What comes by itself when it is needed is left to `find_checkpoint`.
     """

@@ -62,12 +62,13 @@ class CategoryRecord:
     @classmethod
     def from_json(cls, text: str | bytes) -> "CategoryRecord":
         """Read a record; raises ValueError for anything else."""
-        return _CATEGORY_RECORDS.validate_json(text)
+        return _CATEGORY_RECORDS.validate_python(json.loads(text))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
 
+# Of what `json` reads: pydantic's own reader refuses names that are no valid Unicode.
 _CATEGORY_RECORDS, _IMAGE_RECORDS = TypeAdapter(CategoryRecord), TypeAdapter(ImageRecord)
 
 
@@ -103,7 +104,7 @@ class ImageRecords(Sequence[ImageRecord]):
             for number in numbers:
                 file.seek(self._bounds[number])
                 text = file.read(self._bounds[number + 1] - self._bounds[number])
-                yield _IMAGE_RECORDS.validate_json(text.strip(b" \n,"))
+                yield _IMAGE_RECORDS.validate_python(json.loads(text.strip(b" \n,")))
 
     def moved(self, file: Path) -> "ImageRecords":
         """Return the same images after their file was moved."""
