@@ -26,7 +26,8 @@ class ImageFolder:
 class InputImage:
     """One file of a category and the name that its results are kept under.
 
-    There may be a million of them: paths, of several hundred bytes each, are made when they are asked for.
+    There may be a million of them: paths, of several hundred bytes each, are made when they are asked for, and not of
+    the name as it is, which pathlib would enter into a table.
     """
 
     folder: ImageFolder
@@ -38,12 +39,12 @@ class InputImage:
 
     @property
     def path(self) -> Path:
-        return self.folder.path / self.name
+        return Path(f"{self.folder.path}/{self.name}")
 
     @property
     def relative(self) -> PurePosixPath:
         """Return its path below the category's folder, for example test/scratch/003.png."""
-        return self.folder.relative / self.name
+        return PurePosixPath(f"{self.folder.relative}/{self.name}")
 
     @property
     def key(self) -> PurePosixPath:
@@ -114,7 +115,8 @@ def read_category(name: str, root: Folder, part: Part) -> Category:
         beside += len(owners)
         for mask, owner in owners.items():
             owned.setdefault((path, owner), part.start / path / mask)
-        shelves.append((path, [name for name in names if name not in owners]))
+        if images := [name for name in names if name not in owners]:
+            shelves.append((path, images))
         ignored.update(PurePosixPath(name).suffix.lower() for name in folder.files if not is_image(name))
     undecided: Counter[str] = Counter()
     masks = [mask for mask_folder in mask_folders for mask in _masks_in(mask_folder, part, undecided)]
@@ -122,21 +124,21 @@ def read_category(name: str, root: Folder, part: Part) -> Category:
     if masks:
         places = [path / name for path, names in shelves for name in names]
         matches = match_masks(places, masks, by_name_alone=not part.others)
-    labels = _labels({path.parts[0] for path, names in shelves if path.parts and names}, part)
-    images = tuple(_images(root, part, shelves, labels, owned, matches))
+    labels = _labels({path.parts[0] for path, _ in shelves if path.parts}, part)
+    found = tuple(_images(root, part, shelves, labels, owned, matches))
     unreadable = [(part.start / path, folder.error) for path, folder in folders]
     unreadable += [(masks.path / path, folder.error) for masks in mask_folders for path, folder in masks.folder.walk()]
     notes = [
         *_left_out(root, part),
         *_together(folders, labels),
         *_about_masks(mask_folders, beside, owned, undecided),
-        *_about_several(images),
+        *_about_several(found),
         *_about_labels(labels, part),
     ]
     return Category(
         name,
         root.path,
-        images,
+        found,
         ignored,
         tuple((path, error) for path, error in unreadable if error is not None),
         tuple(notes),

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .layouts import fold, folded_key, is_normal, mask_stem, preference
+from .names import stem_of
 from .stored import ImageError, read_stored
 
 LOSSY = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
@@ -51,20 +52,20 @@ def masks_beside(folder: Path, names: Sequence[str]) -> dict[str, str]:
     `Part0_label.bmp` beside `Part0.jpg` is one by its name. Where every file that is not JPEG has the stem of one that
     is, as `x.png` beside `x.jpg`, they are masks if that is what is in them.
     """
-    marked = {name: stem for name in names if (stem := mask_stem(PurePosixPath(name).stem)) is not None}
+    marked = {name: stem for name in names if (stem := mask_stem(stem_of(name))) is not None}
     if not marked and len({_suffix(name) in LOSSY for name in names}) < 2:
         return {}  # the usual folder: no pairs to be looked for among its names, which may be a million
     stems: dict[str, str] = {}
     for name in sorted(names, key=lambda name: _suffix(name) not in LOSSY):
-        stems.setdefault(fold(PurePosixPath(name).stem), name)
+        stems.setdefault(fold(stem_of(name)), name)
     found = {name: stems[stem] for name, stem in marked.items() if stem in stems}
-    pairs = {name: stems[fold(PurePosixPath(name).stem)] for name in names if _suffix(name) not in LOSSY}
+    pairs = {name: stems[fold(stem_of(name))] for name in names if _suffix(name) not in LOSSY}
     in_pairs = not found and pairs and all(_suffix(image) in LOSSY for image in pairs.values())
     return pairs if in_pairs and all(_is_drawn(folder / name) for name in list(pairs)[:SAMPLES]) else found
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    return name[name.rindex(".") :].lower()
 
 
 def _is_drawn(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Folders: every layout is found alike, and results keep names of their own."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -370,3 +371,21 @@ def test_categories_never_take_a_reserved_or_taken_name(tmp_path: Path) -> None:
 def test_printable_escapes_what_a_terminal_obeys() -> None:
     assert printable("é\x1b[2J\n\udcff") == "é\\x1b[2J\\n\\udcff"
     assert printable("a\nb", keep="\n") == "a\nb"
+
+
+def test_little_is_held_of_an_image_and_little_more_while_folders_are_read(tmp_path: Path) -> None:
+    for number in range(1500):
+        (tmp_path / f"part_{number:04}.png").touch()
+    scan(tmp_path)  # what is made once
+    tracemalloc.start()
+    try:
+        (category,) = scan(tmp_path).categories
+        assert len({(image.path, image.relative, image.key) for image in category.images}) == 1500
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        (again,) = scan(tmp_path).categories
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held / 1500 < 250
+    assert (peak - held) / len(again.images) < 400

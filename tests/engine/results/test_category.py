@@ -2,7 +2,9 @@
 
 import errno
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -17,6 +19,8 @@ from zsad.engine.images.folders import scan
 from zsad.engine.results import category as module
 from zsad.engine.results.category import JOURNAL, CategoryWriter, Result, Writing
 from zsad.engine.results.records import CategoryRecord
+from zsad.engine.results.report import shown_categories
+from zsad.engine.results.resume import finished_record
 
 IMAGES = 4
 KEPT = 2  # that the interrupted run has written
@@ -177,3 +181,39 @@ def test_an_image_without_memory_is_tried_again(
         interrupted(category, tmp_path, 3)
     assert write(category, tmp_path) == ["01.png", "03.png"]
     assert files(tmp_path) == whole
+
+
+def test_next_to_nothing_is_held_of_an_image(
+    category: Category, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first image to the report; its record and thumbnails take more than 3000 bytes each."""
+    here = "./" * 1500
+
+    def draw(*arguments: Any) -> Any:
+        return replace(arguments[-1], map=here + "category.json"), 1, {"image": "x" * 4000}
+
+    monkeypatch.setattr(CategoryWriter, "_draw", draw)
+
+    def peak(images: int) -> int:
+        many = replace(category, images=category.images[:1] * images)
+        output = tmp_path / str(images)
+        tracemalloc.start()
+        try:
+            with CategoryWriter(output, many, WRITING, None, "fingerprint", resume=False) as writer:
+                for number in range(images):
+                    writer.write(Result(number, 0.5, 0.5, np.zeros((1, 1), np.float32), (0.0, 1.0), np.zeros(2)))
+                writer.rescore(writer.scores())
+                assert sum(written.facts == [0.0, 0.0] for written in writer.written()) == images
+                record = writer.finish(CategoryRecord(category.name, threshold=0.6))
+            (shown,) = shown_categories(output, [many], [record], None)
+            assert sum(image.record.rank for image in shown.images) == images * (images + 1) / 2
+            again = finished_record(output, category.name, "")
+            assert again is not None
+            assert len(again.images) == images
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(20)  # what is made once
+    few, many = peak(20), peak(320)
+    assert many - few < 300 * 1500
