@@ -120,21 +120,21 @@ def _square(image: Image.Image, recipe: Recipe) -> Image.Image:
     return image.resize((size, size), resampling)
 
 
-def bilinear(values: NDArray[Any], size: tuple[int, int]) -> NDArray[np.float32]:
+def bilinear(values: NDArray[Any], size: tuple[int, int], rows: slice = slice(None)) -> NDArray[np.float32]:
     """Resize [h, w] or [h, w, C] to [H, W] or [H, W, C] without antialiasing, as PyTorch's `interpolate` does.
 
-    Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order. Where it multiplies and adds
+    rows: return only these of the H. Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order. Where it multiplies and adds
     in one step the last bit can be another.
     """
-    height, width = size
     more = (1,) * (values.ndim - 2)
-    (above, below, *vertical), (left, right, *horizontal) = map(neighbours, values.shape, size)
-    upper, lower = (weight.reshape(-1, 1, *more) for weight in vertical)
+    vertical, (left, right, *horizontal) = map(neighbours, values.shape, size)
+    above, below, upper, lower = (of_rows[rows] for of_rows in vertical)
+    upper, lower = (weight.reshape(-1, 1, *more) for weight in (upper, lower))
     near, far = (weight.reshape(-1, *more) for weight in horizontal)
-    out = np.empty((height, width, *values.shape[2:]), np.float32)
-    rows = max(1, STRIP // out[0].size)
-    for start in range(0, height, rows):
-        here = slice(start, start + rows)
+    out = np.empty((len(above), size[1], *values.shape[2:]), np.float32)
+    step = max(1, STRIP // max(out[:1].size, 1))
+    for start in range(0, len(out), step):
+        here = slice(start, start + step)
         first = above[here][0]
         strip = values[first : below[here][-1] + 1]
         wide = strip[:, left] * near + strip[:, right] * far

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from zsad.engine.config import Config, ConfigError, TileSettings
-from zsad.engine.images.decode import Recipe
+from zsad.engine.images.decode import Recipe, bilinear
 from zsad.engine.images.loader import Batch, Inputs
 
 from .bitmasks import Box
@@ -114,23 +113,6 @@ class ComponentWise:
                 yield from (cut(image, box).copy() for box in dict.fromkeys(tile.box for tile in placed))
 
 
-def resized(values: NDArray[np.float32], size: tuple[int, int], rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Return some rows of a map [h, w] resized to [H, W].
-
-    Bilinear with half-pixel centres, the edges repeated; nothing is averaged where it becomes smaller.
-    """
-    height, width = size
-    source = len(values)
-    positions = (np.arange(height)[rows] + 0.5) * (source / height) - 0.5
-    positions = np.clip(positions, 0, source - 1)
-    above = positions.astype(np.intp)
-    below = np.minimum(above + 1, source - 1)
-    fraction = (positions - above).astype(np.float32)[:, None]
-    strip = values[above] + fraction * (values[below] - values[above])  # [rows, w]
-    wide: NDArray[np.float32] = cv2.resize(strip, (width, len(strip)), interpolation=cv2.INTER_LINEAR)
-    return wide.reshape(len(strip), width)
-
-
 class TileMean:
     """The mean at every pixel over the tiles that cover it, made tile by tile: six bytes per pixel of the image."""
 
@@ -146,7 +128,7 @@ class TileMean:
         rows = max(1, STRIP // box.width)  # at once: a tile may be as large as the image
         for y in range(y0, y1, rows):
             here = slice(y, min(y + rows, y1)), slice(x0, x1)
-            strip = resized(values, (box.height, box.width), slice(y - box.y0, here[0].stop - box.y0))
+            strip = bilinear(values, (box.height, box.width), slice(y - box.y0, here[0].stop - box.y0))
             self._total[here] += times * strip[:, x0 - box.x0 : x1 - box.x0]
             self._count[here] += times
 

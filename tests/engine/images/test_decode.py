@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -585,3 +587,24 @@ def test_bilinear_equals_pytorch_up_to_the_last_bit(size: tuple[int, int]) -> No
     found, expected = bilinear(image, size), expected.permute(1, 2, 0).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
     assert (np.floor(found) != np.floor(expected)).mean() < 2e-5
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    start=st.integers(0, 39),
+)
+def test_resizing_interpolates_between_the_centres_of_pixels(
+    shape: tuple[int, int], size: tuple[int, int], start: int
+) -> None:
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    ys, xs = (
+        np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+        for source, target in zip(shape, size, strict=True)
+    )
+    expected = 2 * ys[:, None] - 3 * xs + 1  # linear functions are reproduced exactly, but at the edges
+    np.testing.assert_allclose(bilinear(2 * y - 3 * x + 1, size), expected, atol=1e-4)
+    rows = slice(start, start + 3)
+    if start < size[0]:
+        np.testing.assert_allclose(bilinear(2 * y - 3 * x + 1, size, rows), expected[rows], atol=1e-4)

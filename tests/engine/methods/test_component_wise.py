@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zsad.engine.config import TileSettings
+from zsad.engine.images.decode import bilinear
 from zsad.engine.methods.bitmasks import Box
-from zsad.engine.methods.component_wise import TileMean, component_scores, image_score, resized
+from zsad.engine.methods.component_wise import TileMean, component_scores, image_score
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -34,32 +33,9 @@ def test_golden_scenes(scene: Arrays) -> None:
 
 def test_golden_functions(vvv_host: Arrays) -> None:
     for name, expected in vvv_host.items():
-        if name.startswith("resize_") and name != "resize_input":
-            np.testing.assert_allclose(resized(vvv_host["resize_input"], expected.shape), expected, atol=1e-5)
         if name.startswith("top_share_") and name.endswith("_score"):
             scores = vvv_host[name.replace("_score", "_components")].astype(np.float64)
             assert image_score(scores, TileSettings()) == pytest.approx(float(expected), abs=1e-5)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    start=st.integers(0, 39),
-)
-def test_resizing_interpolates_between_the_centres_of_pixels(
-    shape: tuple[int, int], size: tuple[int, int], start: int
-) -> None:
-    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
-    ys, xs = (
-        np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-        for source, target in zip(shape, size, strict=True)
-    )
-    expected = 2 * ys[:, None] - 3 * xs + 1  # linear functions are reproduced exactly, but at the edges
-    np.testing.assert_allclose(resized(2 * y - 3 * x + 1, size), expected, atol=1e-4)
-    rows = slice(start, start + 3)
-    if start < size[0]:
-        np.testing.assert_allclose(resized(2 * y - 3 * x + 1, size, rows), expected[rows], atol=1e-4)
 
 
 def test_a_pixel_has_the_mean_of_the_tiles_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +56,7 @@ def test_strips_of_a_tile_are_the_tile() -> None:
     values = np.random.default_rng(0).random((22, 22), np.float32)
     mean = TileMean((1500, 1300), 1)
     mean.add(Box(-40, -30, 1360, 1470), values)
-    expected = resized(values, (1500, 1400))[30:, 40:1340]
+    expected = bilinear(values, (1500, 1400))[30:, 40:1340]
     pixels = mean.finish()
     np.testing.assert_allclose(pixels[:1470], expected, atol=1e-6)
     assert not pixels[1470:].any()
