@@ -123,8 +123,8 @@ def _square(image: Image.Image, recipe: Recipe) -> Image.Image:
 def bilinear(values: NDArray[Any], size: tuple[int, int], rows: slice = slice(None)) -> NDArray[np.float32]:
     """Resize [h, w] or [h, w, C] to [H, W] or [H, W, C] without antialiasing, as PyTorch's `interpolate` does.
 
-    rows: return only these of the H. Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order. Where it multiplies and adds
-    in one step the last bit can be another.
+    Half-pixel centres, the edges repeated, all in single precision and in PyTorch's order. Where it multiplies and adds
+    in one step the last bit can be another. rows: return only these of the H.
     """
     more = (1,) * (values.ndim - 2)
     vertical, (left, right, *horizontal) = map(neighbours, values.shape, size)

@@ -168,9 +168,6 @@ def test_the_original_decoder_stands_beside_openai_s_tower(
         (replace(DECODER, attention="flash"), "fused, standard"),
         (replace(DECODER, heads=3), "do not divide a width of 16"),
         (replace(DECODER, image_size=100), "use --image-size 96"),
-        (replace(DECODER, patch_size=32), "patches of 16 pixels, not of 32"),
-        (replace(DECODER, width=768), "tokens of 48 channels, not of 768"),
-        (replace(DECODER, dimension=512), "prompts of 24 channels, not of 512"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(checkpoint: Path, options: GraphOptions, message: str) -> None:
