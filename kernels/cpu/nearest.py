@@ -32,7 +32,7 @@ Indices = NDArray[np.int32]
 Rows = slice | NDArray[np.integer[Any]]
 Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
 
-QUERY_ROWS, BANK_ROWS = 1536, 512  # rows of a product: few enough for the cache, many enough to be worth packing
+QUERY_ROWS, BANK_ROWS = 1536, 1024  # rows of a product: few enough for the cache, many enough to be worth packing
 LEAST_QUERY_ROWS = 256  # with which a product still reaches four fifths of its speed
 ALIGNED_ROWS = 16  # to which chunks are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
