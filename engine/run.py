@@ -331,7 +331,7 @@ class CategoryPass:
                         answered = list(method.take(batch))
                     if (foregrounds := self.workplace.foregrounds) is not None:
                         for index, image in zip(batch.indices, batch.images, strict=True):
-                            self.stages[index] = foregrounds.find(np.asarray(image)).stages()
+                            self.stages[index] = foregrounds.find(image).stages()
                     yield from answered
                 if method.compares:
                     readable += batch.indices

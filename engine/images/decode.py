@@ -91,14 +91,15 @@ def _table(white: int) -> NDArray[np.uint8]:
     return np.minimum((levels * 255 + white // 2) // white, 255).astype(np.uint8)
 
 
-def network_input(image: Image.Image, recipe: Recipe) -> NDArray[np.float32]:
-    """Bring an image to a square and normalise it; returns [3, S, S]."""
+def network_input(image: Image.Image | NDArray[np.uint8], recipe: Recipe) -> NDArray[np.float32]:
+    """Bring an image, or pixels [H, W, 3], to a square and normalise it; returns [3, S, S]."""
     size = recipe.size
     if recipe.resampling == "unfiltered":
         # As IS-Net's code has its images: whole numbers again.
         resized = np.floor(bilinear(np.asarray(image), (size, size)))
     else:
-        resized = np.asarray(_square(image, recipe), np.float32)
+        whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        resized = np.asarray(_square(whole, recipe), np.float32)
     resized /= np.float32(255)
     mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
     return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))

@@ -30,7 +30,7 @@ class Batch:
     indices: list[int]  # of the readable ones, within their category
     inputs: Mapping[Recipe, Array]  # [B, 3, S, S] float32 each; valid until the next batch is asked for
     failures: list[tuple[int, str]]  # the other ones, and why they have no input
-    images: Sequence[Image.Image] = ()  # RGB, where the loader keeps them
+    images: Sequence[NDArray[np.uint8]] = ()  # [H, W, 3] RGB each, where the loader keeps them
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Inputs(Protocol):
         Raises ImageError.
         """
 
-    def prepare(self, image: Image.Image) -> Any:
-        """Return what `batch` takes of an image that is decoded already."""
+    def prepare(self, image: Image.Image | NDArray[np.uint8]) -> Any:
+        """Return what `batch` takes of an image, or pixels [H, W, 3], decoded already."""
 
     def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
         """Make inputs [B, 3, S, S] of what `read` has given, valid within the context."""
@@ -66,7 +66,7 @@ class HostInputs:
         image = decode(path, bit_depth)
         return self.prepare(image), image
 
-    def prepare(self, image: Image.Image) -> dict[Recipe, NDArray[np.float32]]:
+    def prepare(self, image: Image.Image | NDArray[np.uint8]) -> dict[Recipe, NDArray[np.float32]]:
         return {recipe: network_input(image, recipe) for recipe in self._recipes}  # [3, S, S] each
 
     def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
@@ -96,7 +96,7 @@ class DeviceInputs:
         image = decode(path, bit_depth)
         return self.prepare(image), image
 
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:  # [rows, columns, 3]
+    def prepare(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:  # [rows, columns, 3]
         return np.asarray(image)
 
     @contextmanager
@@ -160,7 +160,7 @@ class Loader:
             try:
                 prepared, image = self.inputs.read(images[index].path, bit_depth)
                 seen(index, image)
-                return prepared, image if self.keep_images else None
+                return prepared, np.asarray(image) if self.keep_images else None  # Pillow has four bytes for each pixel
             except MemoryError as error:
                 if not last_try:
                     raise
@@ -179,7 +179,7 @@ class Loader:
             while True:
                 indices: list[int] = []
                 prepared: list[Any] = []
-                kept: list[Image.Image] = []
+                kept: list[NDArray[np.uint8]] = []
                 failures: list[tuple[int, str]] = []
                 with stopwatch(self.timings, "decode"):
                     for index, result in following:

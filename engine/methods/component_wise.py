@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from zsad.engine.config import Config, ConfigError, TileSettings
 from zsad.engine.images.decode import Recipe, bilinear
@@ -60,7 +59,7 @@ class ComponentWise:
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for index, image in zip(batch.indices, batch.images, strict=True):
-            yield self._scored(index, np.asarray(image))
+            yield self._scored(index, image)
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return self._method.finish(progress)
@@ -101,14 +100,14 @@ class ComponentWise:
         """Yield tiles [h, w, 3], numbered as they come, as the method behind takes images."""
         for start in range(0, len(parts), self._batch_size):
             members = range(start, min(start + self._batch_size, len(parts)))
-            prepared = [self._inputs.prepare(Image.fromarray(parts[member])) for member in members]
+            prepared = [self._inputs.prepare(parts[member]) for member in members]
             with self._inputs.batch(prepared) as inputs:
                 yield Batch(list(members), inputs, [])
 
     def _reference_tiles(self, references: Iterable[Batch]) -> Iterator[NDArray[np.uint8]]:
         """Yield the tiles [h, w, 3] of known-good images."""
         for batch in references:
-            for image in map(np.asarray, batch.images):
+            for image in batch.images:
                 _, placed = self._placed(image)
                 yield from (cut(image, box).copy() for box in dict.fromkeys(tile.box for tile in placed))
 

@@ -30,7 +30,7 @@ from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
 from zsad.kernels.files import written_whole
 
-from .drawing import draw_small, draw_stages, jpeg, stage_pictures, thumbnail
+from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
 from .rayan import SIDE, challenge_json, read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
@@ -153,7 +153,8 @@ class CategoryWriter:
     def write(self, result: Result) -> None:
         """Queue the files of an image."""
         self.scale = result.scale
-        for _, (written, thumbnails) in self._ahead.put(result, held_bytes(self._images[result.index].path)):
+        size = held_bytes(self._images[result.index].path) + result.map.nbytes
+        for _, (written, thumbnails) in self._ahead.put(result, size):
             self._keep(written, thumbnails)
 
     def scores(self) -> NDArray[np.float64]:
@@ -265,32 +266,37 @@ class CategoryWriter:
         self, result: Result, image: InputImage, record: ImageRecord
     ) -> tuple[ImageRecord, int, Mapping[str, str]]:
         """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
-        picture = np.asarray(decode(image.path, self._bit_depth))  # [H, W, 3] RGB
-        bgr = np.ascontiguousarray(picture[:, :, ::-1])
-        mask = self._mask(bgr, result.stages)
+        (height, width), small, mask = self._picture(image, result.stages)
         key = image.key
         thumbnails: dict[str, str] = {}
-        height, width = picture.shape[:2]
         record = replace(record, width=width, height=height)
         shortest = min(height, width)
         seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
         if "zsad" in self._writing.formats:
-            scores = pixel_map(result.map, picture.shape[:2], result.scale, mask, seen)  # [H, W]
+            scores = pixel_map(result.map, (height, width), result.scale, mask, seen)  # [H, W]
             record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
             Image.fromarray(scores).save(self._path(record.map), format="TIFF")
-            small, overlay = draw_small(bgr, scores)
+            overlay = draw_overlay(small, scores)
             self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
             thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
             if result.stages is not None:
                 thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
         if self._writing.keep_stages and result.stages is not None:
-            for name, encoded in stage_pictures(bgr, result.stages):
+            for name, encoded in stage_pictures(small, result.stages):
                 self._path(f"stages/{key}-{name}").write_bytes(encoded)
         if "rayan" in self._writing.formats:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
             record = replace(record, json_file=f"{key}_scores.json")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
         return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
+
+    def _picture(
+        self, image: InputImage, stages: Stages | None
+    ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
+        bgr = np.ascontiguousarray(np.asarray(decode(image.path, self._bit_depth))[:, :, ::-1])  # [H, W, 3]
+        height, width, _ = bgr.shape
+        return (height, width), shrink(bgr, OVERLAY_SIDE), self._mask(bgr, stages)
 
     def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
         """Return which pixels [H, W] of an image are no background; None: all of them."""

@@ -16,17 +16,15 @@ FOREGROUND_COLOUR = (80, 220, 80)  # BGR
 
 
 def draw_overlay(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Blend a map [h, w] in [0, 1] over an image [h, w, 3]: fixed colour scale, opacity growing with the score."""
-    colours = cv2.applyColorMap((np.clip(scores, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
-    opacity = (0.12 + 0.58 * np.clip(scores, 0, 1))[:, :, None]
+    """Blend a map [H, W] in [0, 1] over an image [h, w, 3], which may be smaller.
+
+    The colour scale is fixed, the opacity grows with the score.
+    """
+    resized = cv2.resize(scores, bgr.shape[1::-1], interpolation=cv2.INTER_AREA).astype(np.float32, copy=False)
+    scores = np.clip(resized, 0, 1)
+    colours = cv2.applyColorMap((scores * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
+    opacity = (0.12 + 0.58 * scores)[:, :, None]
     return (bgr * (1 - opacity) + colours * opacity).astype(np.uint8)
-
-
-def draw_small(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return an image [H, W, 3] at the overlays' size, and its overlay with the map [H, W], both [h, w, 3]."""
-    small = shrink(bgr, OVERLAY_SIDE)
-    resized = cv2.resize(scores, small.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return small, draw_overlay(small, resized.astype(np.float32, copy=False))
 
 
 def draw_stages(bgr: NDArray[np.uint8], stages: Stages) -> NDArray[np.uint8]:
@@ -47,14 +45,13 @@ def draw_stages(bgr: NDArray[np.uint8], stages: Stages) -> NDArray[np.uint8]:
     return drawn
 
 
-def stage_pictures(bgr: NDArray[np.uint8], stages: Stages) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the pictures that show how the results of an image [H, W, 3] came about.
+def stage_pictures(small: NDArray[np.uint8], stages: Stages) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the pictures that show how the results of an image came about.
 
-    The foreground, white, at full size; the masks that it was put together from, each in a colour, and the tiles with
-    their scores at the overlays' size.
+    The foreground, white, at full size; over the image at the overlays' size, [h, w, 3], the masks that it was put
+    together from, each in a colour, and the tiles with their scores.
     """
     yield "foreground.png", _png(union([stages.foreground], stages.size).astype(np.uint8) * 255)
-    small = shrink(bgr, OVERLAY_SIDE)
     if stages.parts:
         painted = small // 2
         for number, part in enumerate(stages.parts):

@@ -77,11 +77,15 @@ def pixel_map(
     low, high = scale
     height, width = (max(1, round(share * side)) for share, side in zip(seen, size, strict=True))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    scores = upsample(patch_map, (height, width))
-    scores = (scores - np.float32(low)) / np.float32(high - low) if high > low else np.zeros_like(scores)
+    scores = upsample(patch_map, (height, width)) - np.float32(low)  # never the method's own map
+    if high > low:
+        scores /= np.float32(high - low)
+    else:
+        scores[:] = 0
     if (height, width) != size:
         scores = np.pad(scores, ((top, size[0] - height - top), (left, size[1] - width - left)))
     if mask is not None:
         resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
         scores[resized == 0] = 0.0
-    return np.clip(scores, 0.0, 1.0)
+    np.clip(scores, 0.0, 1.0, out=scores)
+    return scores

@@ -151,7 +151,7 @@ import cv2, tifffile
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.stored import decoded_bytes
-from zsad.engine.results.drawing import draw_small, jpeg
+from zsad.engine.results.drawing import OVERLAY_SIDE, draw_overlay, jpeg, shrink
 from zsad.engine.scores.maps import object_mask, pixel_map
 from PIL import Image
 
@@ -171,7 +171,7 @@ bgr = np.ascontiguousarray(picture[:, :, ::-1])
 mask = object_mask(bgr) if sys.argv[2] == "masked" else None
 scores = pixel_map(np.eye(37), picture.shape[:2], (0.0, 1.0), mask)
 Image.fromarray(scores).save(path.with_name("map.tiff"), format="TIFF")
-jpeg(draw_small(bgr, scores)[1], 90)
+jpeg(draw_overlay(shrink(bgr, OVERLAY_SIDE), scores), 90)
 print(estimate, read, highest() - before)
 """
 
