@@ -66,8 +66,8 @@ class GraphBuilder(Protocol):
     def choices(self) -> Iterable[tuple[str, ...]]:
         """Yield ever more layers to keep in fp32."""
 
-    def forward(self) -> Any:
-        """Return the same network in PyTorch."""
+    def forward(self, *where: Any) -> Any:
+        """Return the same network in PyTorch; where: device and type, the CPU and float32 unless they are given."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class ImageTowerBuilder:
         int8 = self.options.precision == "int8"
         return layers_in_fp32(int8_errors(self.weights, self.options)) if int8 else [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_forward import TorchForward
 
-        return TorchForward(self.weights, self.options)
+        return TorchForward(self.weights, self.options, *where)
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class TextTowerBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_forward import TorchTextForward
 
-        return TorchTextForward(self.weights, self.options)
+        return TorchTextForward(self.weights, self.options, *where)
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class ClipSegImageBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_clipseg import TorchClipSegImage
 
-        return TorchClipSegImage(self.weights, self.options)
+        return TorchClipSegImage(self.weights, self.options, *where)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,10 @@ class ClipSegDecoderBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_clipseg import TorchClipSegDecoder
 
-        return TorchClipSegDecoder(self.weights, self.options)
+        return TorchClipSegDecoder(self.weights, self.options, *where)
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,10 @@ class IsnetBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_isnet import TorchIsnet
 
-        return TorchIsnet(self.weights)
+        return TorchIsnet(self.weights, *where)
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,12 @@ class SamImageBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_sam import TorchSamEncoder, TorchTinyEncoder
 
         if isinstance(self.weights, TinyEncoder):
-            return TorchTinyEncoder(self.weights)
-        return TorchSamEncoder(self.weights)
+            return TorchTinyEncoder(self.weights, *where)
+        return TorchSamEncoder(self.weights, *where)
 
 
 @dataclass(frozen=True)
@@ -289,10 +289,10 @@ class SamMasksBuilder:
     def choices(self) -> Iterable[tuple[str, ...]]:
         return [()]
 
-    def forward(self) -> Any:
+    def forward(self, *where: Any) -> Any:
         from .torch_sam import TorchMaskDecoder
 
-        return TorchMaskDecoder(self.weights, self.options)
+        return TorchMaskDecoder(self.weights, self.options, *where)
 
 
 def _read_isnet(path: Path, options: IsnetOptions) -> GraphBuilder | ReadyGraph:

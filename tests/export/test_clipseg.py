@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clipseg_checkpoints import original_decoder, write_random_decoder
+from clipseg_checkpoints import original_decoder
 from safetensors.numpy import load_file, save_file
 
+from zsad.bench.random_weights import clipseg_state, write_states
 from zsad.export.clipseg import ClipSegDecoder, read_clipseg_decoder
 from zsad.export.state_dict import CheckpointError
 
@@ -41,7 +42,7 @@ def test_both_names_are_read_alike(tiny: dict[str, np.ndarray], tmp_path: Path) 
 
 
 def test_sizes_of_the_published_decoder(tmp_path: Path) -> None:
-    decoder = read_clipseg_decoder(write_random_decoder(tmp_path / "decoder.safetensors"))
+    decoder = read_clipseg_decoder(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
     assert (decoder.width, decoder.token_width, decoder.dimension, decoder.patch_size) == (64, 768, 512, 16)
 
 

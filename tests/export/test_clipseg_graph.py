@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 import onnx
 import pytest
-from clipseg_checkpoints import openai_image_tower, original_decoder, write_random_decoder
+from clipseg_checkpoints import openai_image_tower, original_decoder
 from safetensors.numpy import load_file, save_file
 
-from zsad.bench.towers import SHAPES, write_random_checkpoint
+from zsad.bench.random_weights import clipseg_state, write_states
 from zsad.export.agreement import run_graph
 from zsad.export.builders import read_builder
 from zsad.export.onnx_export import export_onnx
@@ -199,10 +199,9 @@ def test_half_precision_is_read_by_tensorrt(checkpoint: Path, options: GraphOpti
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_shape_agrees(empty_cache: Path, tmp_path: Path, precision: str) -> None:
-    write_random_checkpoint(SHAPES["clip-vitb16"], tmp_path / "tower.safetensors")
-    image = export_onnx(str(tmp_path / "tower.safetensors"), ClipSegImageOptions(precision=precision))
-    decoder = write_random_decoder(tmp_path / "decoder.safetensors")
-    segmentation = export_onnx(str(decoder), ClipSegDecoderOptions(precision=precision))
+    checkpoint = str(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
+    image = export_onnx(checkpoint, ClipSegImageOptions(precision=precision))
+    segmentation = export_onnx(checkpoint, ClipSegDecoderOptions(precision=precision))
     assert image.inputs == {"images": (None, 3, 352, 352)}
     assert segmentation.inputs == {"activations": (3, 485, 768), "conditions": (None, 512)}
     assert image.agreement.startswith(precision)

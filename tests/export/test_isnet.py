@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from isnet_checkpoints import isnet_tensors
 from safetensors.numpy import save_file
 
+from zsad.bench.random_weights import isnet_state
 from zsad.export.isnet import NORM_EPS, Convolution, read_isnet
 from zsad.export.state_dict import CheckpointError
 
 
 def with_changes(path: Path, prefix: str = "", **changes: np.ndarray | None) -> Path:
     """Write a random checkpoint, some tensors changed or (None) left out."""
-    tensors = {**isnet_tensors(8), **changes}
+    tensors = {**isnet_state(8), **changes}
     save_file({prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     return path
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from isnet_checkpoints import write_isnet
 
+from zsad.bench.random_weights import isnet_state, write_states
 from zsad.export.agreement import run_graph, sample_batch
 from zsad.export.isnet import read_isnet
 from zsad.export.isnet_graph import build_isnet_graph
@@ -46,7 +46,9 @@ def test_it_equals_the_reference(
 
 
 def test_half_precision_is_in_all_convolutions_and_not_in_the_output(tmp_path: Path) -> None:
-    model = build_isnet_graph(read_isnet(write_isnet(tmp_path / "isnet.safetensors", 8)), IsnetOptions(64, "fp16"))
+    model = build_isnet_graph(
+        read_isnet(write_states(tmp_path / "isnet.safetensors", isnet_state(8))), IsnetOptions(64, "fp16")
+    )
     assert {node.domain for node in model.graph.node} == {""}
     types = {value.name: value for value in onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info}
     of = {node.op_type: set() for node in model.graph.node}
@@ -69,7 +71,7 @@ def test_half_precision_is_in_all_convolutions_and_not_in_the_output(tmp_path: P
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, object], message: str) -> None:
-    isnet = read_isnet(write_isnet(tmp_path / "isnet.safetensors", 8))
+    isnet = read_isnet(write_states(tmp_path / "isnet.safetensors", isnet_state(8)))
     with pytest.raises(CheckpointError, match=message):
         build_isnet_graph(isnet, replace(IsnetOptions(), **wrong))
 
@@ -86,7 +88,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
 def test_it_is_exported(empty_cache: Path, tmp_path: Path, precision: str, oracle: str) -> None:
     if oracle == "torch":
         pytest.importorskip("torch", reason="compares with PyTorch")
-    checkpoint = str(write_isnet(tmp_path / "isnet.safetensors", 8))
+    checkpoint = str(write_states(tmp_path / "isnet.safetensors", isnet_state(8)))
     options = IsnetOptions(128, precision)
     model = export_onnx(checkpoint, options, oracle=oracle)
     assert model.agreement.startswith(f"{precision} against {'PyTorch' if oracle == 'torch' else 'the fp32 graph'}")
@@ -106,14 +108,14 @@ def test_a_graph_that_computes_something_else_is_not_written(
 
     monkeypatch.setattr("zsad.export.isnet_graph._Graph.widen", shifted)
     with pytest.raises(CheckpointError, match=r"computes something else \(limit: mean deviation 0.0001\)"):
-        export_onnx(str(write_isnet(tmp_path / "isnet.safetensors", 8)), IsnetOptions(128))
+        export_onnx(str(write_states(tmp_path / "isnet.safetensors", isnet_state(8))), IsnetOptions(128))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_shape(empty_cache: Path, tmp_path: Path, precision: str) -> None:
     """At 256 pixels, where it takes a sixteenth of the time."""
-    checkpoint = str(write_isnet(tmp_path / "isnet.safetensors"))
+    checkpoint = str(write_states(tmp_path / "isnet.safetensors", isnet_state()))
     model = export_onnx(checkpoint, IsnetOptions(256, precision))
     (foreground,) = run_graph(model.path, {"images": sample_batch(256)[:1]}).values()
     assert foreground.std() > 0.05

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sam_checkpoints import decoder_state, sam_encoder_state, tiny_encoder_state, write
 
+from zsad.bench.random_weights import mask_decoder_state, sam_encoder_state, tiny_encoder_state, write_states
 from zsad.export.sam import (
     MaskDecoder,
     SamEncoder,
@@ -19,7 +19,7 @@ from zsad.export.sam import (
 )
 from zsad.export.state_dict import CheckpointError
 
-DECODER = decoder_state(32, hidden=48, quality=24)
+DECODER = mask_decoder_state(32, hidden=48, quality=24)
 SAM = sam_encoder_state(32, [3, 4, 3], 16, 4, out=32)
 TINY = tiny_encoder_state((8, 16, 16, 32), (1, 1, 1, 1), (3, 4, 3), head=8, out=32)
 
@@ -41,13 +41,13 @@ def test_sizes_are_those_of_the_tensors(golden: Path) -> None:
 def test_both_kinds_of_encoder_are_told_apart_wherever_they_stand(tmp_path: Path) -> None:
     for name, state, kind in (("sam", SAM, SamEncoder), ("mobile", TINY, TinyEncoder)):
         whole = {f"model.{key}": value for key, value in {**state, **DECODER}.items()}
-        path = write(tmp_path, name, whole)
+        path = write_states(tmp_path / f"{name}.safetensors", whole)
         assert isinstance(read_sam_encoder(path), kind)
         assert isinstance(read_mask_decoder(path), MaskDecoder)
 
 
 def test_batch_norms_are_folded_and_heads_of_tinyvit_sorted(tmp_path: Path) -> None:
-    encoder = read_sam_encoder(write(tmp_path, "mobile", TINY))
+    encoder = read_sam_encoder(write_states(tmp_path / "mobile.safetensors", TINY))
     assert isinstance(encoder, TinyEncoder)
     name = "image_encoder.layers.0.downsample.conv2"
     gamma, beta, mean, variance = (TINY[f"{name}.bn.{x}"] for x in ("weight", "bias", "running_mean", "running_var"))
@@ -118,13 +118,13 @@ def test_encoders_that_do_not_fit_are_refused(
     changed = dict(state)
     change(changed)
     with pytest.raises(CheckpointError, match=message):
-        read_sam_encoder(write(tmp_path, "wrong", changed))
+        read_sam_encoder(write_states(tmp_path / "wrong.safetensors", changed))
 
 
 def test_a_tinyvit_of_other_stages_is_refused(tmp_path: Path) -> None:
     state = tiny_encoder_state((8, 16, 32), (1, 1, 1), (3, 3), head=8, out=32)
     with pytest.raises(CheckpointError, match="2 stages of transformer blocks"):
-        read_sam_encoder(write(tmp_path, "short", state))
+        read_sam_encoder(write_states(tmp_path / "short.safetensors", state))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_decoders_that_do_not_fit_are_refused(tmp_path: Path, change: Callable[[
     changed = dict(DECODER)
     change(changed)
     with pytest.raises(CheckpointError, match=message):
-        read_mask_decoder(write(tmp_path, "wrong", changed))
+        read_mask_decoder(write_states(tmp_path / "wrong.safetensors", changed))
 
 
 def test_foreign_files_are_refused(random_dinov2: Callable[..., Path]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from sam_checkpoints import decoder_state, sam_encoder_state, tiny_encoder_state, write
 
+from zsad.bench.random_weights import mask_decoder_state, sam_encoder_state, tiny_encoder_state, write_states
 from zsad.export.agreement import run_graph, sample_images
 from zsad.export.builders import read_builder
 from zsad.export.onnx_export import export_onnx
@@ -40,7 +40,9 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture(scope="module")
 def mobile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small TinyViT; at 96 px its grids are 12, 6 and 6 tokens wide, and its windows 3, 14 and 5."""
-    return write(tmp_path_factory.mktemp("sam"), "mobile", tiny_encoder_state(WIDTHS, DEPTHS, SIDES, head=8, out=32))
+    return write_states(
+        tmp_path_factory.mktemp("sam") / "mobile.safetensors", tiny_encoder_state(WIDTHS, DEPTHS, SIDES, head=8, out=32)
+    )
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -69,10 +71,14 @@ def test_rows_and_columns_are_not_mixed_up(run: Run, tmp_path: Path, attention: 
     for name in ("patch_embed.proj.weight", "neck.2.weight"):
         turned[f"image_encoder.{name}"] = state[f"image_encoder.{name}"].swapaxes(2, 3)
     images, options = sample_images(64), SamImageOptions(64, attention=attention)
-    expected = run(write(tmp_path, "upright", state), options, images)
-    found = run(write(tmp_path, "turned", turned), options, images.swapaxes(2, 3))
+    upright = write_states(tmp_path / "upright.safetensors", state)
+    expected = run(upright, options, images)
+    found = run(write_states(tmp_path / "turned.safetensors", turned), options, images.swapaxes(2, 3))
     np.testing.assert_allclose(found.swapaxes(2, 3), expected, atol=1e-4)
-    assert np.abs(run(write(tmp_path, "upright", state), options, images.swapaxes(2, 3)) - found).max() > 0.1
+    assert (
+        np.abs(run(write_states(tmp_path / "upright.safetensors", state), options, images.swapaxes(2, 3)) - found).max()
+        > 0.1
+    )
 
 
 @pytest.mark.torch
@@ -127,8 +133,10 @@ def test_they_are_exported(
     checkpoint = (
         mobile
         if kind == "mobile"
-        else write(
-            tmp_path, "sam", sam_encoder_state(48, [4, 6, 4], 16, 6, out=32), decoder_state(32, hidden=16, quality=16)
+        else write_states(
+            tmp_path / "sam.safetensors",
+            sam_encoder_state(48, [4, 6, 4], 16, 6, out=32),
+            mask_decoder_state(32, hidden=16, quality=16),
         )
     )
     options = SamImageOptions(96, precision)

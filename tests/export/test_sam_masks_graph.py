@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from sam_checkpoints import decoder_state, write
 
+from zsad.bench.random_weights import mask_decoder_state, write_states
 from zsad.export.agreement import run_graph
 from zsad.export.onnx_export import export_onnx
 from zsad.export.options import SamMasksOptions
@@ -97,7 +97,9 @@ def test_it_is_exported_beside_the_encoder(empty_cache: Path, golden: Path, prec
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, object], message: str) -> None:
-    decoder = read_mask_decoder(write(tmp_path, "masks", decoder_state(32, hidden=16, quality=16)))
+    decoder = read_mask_decoder(
+        write_states(tmp_path / "masks.safetensors", mask_decoder_state(32, hidden=16, quality=16))
+    )
     with pytest.raises(CheckpointError, match=message):
         build_sam_masks_graph(decoder, replace(TINY, **wrong))
 
@@ -105,7 +107,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_sizes_agree(empty_cache: Path, tmp_path: Path, precision: str) -> None:
-    checkpoint = write(tmp_path, "masks", decoder_state())
+    checkpoint = write_states(tmp_path / "masks.safetensors", mask_decoder_state())
     model = export_onnx(str(checkpoint), SamMasksOptions(precision=precision))
     assert model.inputs == {"embedding": (1, 256, 64, 64), "points": (None, 2)}
     assert model.agreement.startswith(precision)

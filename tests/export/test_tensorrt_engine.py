@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 from clip_checkpoints import write_clip
-from clipseg_checkpoints import write_random_decoder
-from isnet_checkpoints import write_isnet
-from sam_checkpoints import decoder_state, sam_encoder_state, tiny_encoder_state, write
 
-from zsad.bench.towers import SHAPES, write_random_checkpoint
+from zsad.bench.random_weights import (
+    clipseg_state,
+    isnet_state,
+    mask_decoder_state,
+    sam_encoder_state,
+    tiny_encoder_state,
+    write_states,
+)
 from zsad.engine.commands.export import main
 from zsad.export import libraries, tensorrt_engine
 from zsad.export.cuda_driver import CudaError, use_device
@@ -547,16 +551,12 @@ def test_tensorrt_rtx_builds_windows(tmp_path: Path, precision: str, capsys: pyt
 @needs_rtx
 def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the published shape; its towers are those of ViT-B/16."""
-    tower = tmp_path / "tower.safetensors"
-    write_random_checkpoint(SHAPES["clip-vitb16"], tower)
-    decoder = write_random_decoder(tmp_path / "decoder.safetensors")
+    checkpoint = write_states(tmp_path / "clipseg.safetensors", clipseg_state())
     profiles = {
         "clipseg_image": {"images": [[1, 3, 352, 352], [1, 3, 352, 352], [4, 3, 352, 352]]},
         "clipseg_decoder": {"activations": [[3, 485, 768]] * 3, "conditions": [[1, 512], [19, 512], [32, 512]]},
     }
-    for (graph, profile), checkpoint, batch in zip(
-        profiles.items(), (tower, decoder), ("1,1,4", "1,19,32"), strict=True
-    ):
+    for (graph, profile), batch in zip(profiles.items(), ("1,1,4", "1,19,32"), strict=True):
         engine = tmp_path / f"{graph}.engine"
         arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx"]
         assert main([*arguments, "--batch", batch, "--output", str(engine)]) == 0
@@ -572,7 +572,7 @@ def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_tensorrt_rtx_builds_isnet(tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In the published shape, at a quarter of the published side: building takes as long, comparing a sixteenth."""
-    checkpoint = write_isnet(tmp_path / "isnet.safetensors")
+    checkpoint = write_states(tmp_path / "isnet.safetensors", isnet_state())
     arguments = ["--checkpoint", str(checkpoint), "--graph", "isnet", "--image-size", "256", "--target", "tensorrt-rtx"]
     arguments += ["--precision", precision, "--batch", "1,1,2", "--compute-capability", "8.9"]
     assert main([*arguments, "--output", str(tmp_path / "isnet.engine")]) == 0
@@ -587,7 +587,7 @@ def test_tensorrt_rtx_builds_isnet(tmp_path: Path, precision: str, capsys: pytes
 @needs_rtx
 def test_tensorrt_rtx_reads_the_types_of_isnet(tmp_path: Path) -> None:
     trt = import_tensorrt("tensorrt-rtx")
-    graph = export_onnx(str(write_isnet(tmp_path / "isnet.safetensors", 8)), IsnetOptions(128, "fp16"))
+    graph = export_onnx(str(write_states(tmp_path / "isnet.safetensors", isnet_state(8))), IsnetOptions(128, "fp16"))
     _, network = parse_network(trt, graph.path, tensorrt_engine._logger(trt))
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     types_of: dict[str, Counter] = {}
@@ -614,7 +614,7 @@ def test_tensorrt_rtx_builds_sam_at_its_size(
     kind: str, graph: str, weights: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = sam_encoder_state(768, [14, 64], 64, 64) if kind == "sam" else tiny_encoder_state()
-    checkpoint = write(tmp_path, kind, encoder, decoder_state())
+    checkpoint = write_states(tmp_path / f"{kind}.safetensors", encoder, mask_decoder_state())
     arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx", "--batch", "1,1,64"]
     assert main([*arguments, "--output", str(tmp_path / "sam.engine")]) == 0
     assert "fp16 against" in capsys.readouterr().err

@@ -1,11 +1,9 @@
-"""Checkpoint files of CLIPSeg: the tiny one of the golden arrays in other names, and a random decoder."""
+"""The tiny checkpoint of CLIPSeg of the golden arrays in other names."""
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 State = dict[str, np.ndarray]
 
@@ -57,32 +55,3 @@ def _renamed(state: Mapping[str, np.ndarray], prefix: str, parts: Mapping[str, s
         elif not re.search(r"[kv]_proj", ours):
             renamed[ours] = tensor
     return renamed
-
-
-def write_random_decoder(path: Path) -> Path:
-    """Write a decoder of the published shape in the names of the original file, that keeps numbers of ordinary size."""
-    rng, state = np.random.default_rng(0), {}
-
-    def affine(name: str, *size: int, inputs: int, outputs: int) -> None:
-        state[name + ".weight"] = (rng.standard_normal(size) / inputs**0.5).astype(np.float32)
-        state[name + ".bias"] = (rng.standard_normal(outputs) / 4).astype(np.float32)
-
-    for index in range(3):
-        block = f"blocks.{index}."
-        affine(f"reduces.{index}", 64, 768, inputs=768, outputs=64)
-        affine(block + "self_attn.in_proj", 192, 64, inputs=64, outputs=192)
-        for kind in ("weight", "bias"):
-            state[f"{block}self_attn.in_proj_{kind}"] = state.pop(f"{block}self_attn.in_proj.{kind}")
-        affine(block + "self_attn.out_proj", 64, 64, inputs=64, outputs=64)
-        affine(block + "linear1", 2048, 64, inputs=64, outputs=2048)
-        affine(block + "linear2", 64, 2048, inputs=2048, outputs=64)
-        for norm in ("norm1", "norm2"):
-            affine(block + norm, 64, inputs=64, outputs=64)
-            state[f"{block}{norm}.weight"] += 1
-    affine("film_mul", 64, 512, inputs=512, outputs=64)
-    affine("film_add", 64, 512, inputs=512, outputs=64)
-    affine("trans_conv.0", 64, 64, 3, 3, inputs=9 * 64, outputs=64)
-    affine("trans_conv.2", 64, 32, 4, 4, inputs=64, outputs=32)
-    affine("trans_conv.4", 32, 1, 4, 4, inputs=32, outputs=1)
-    save_file(state, path)
-    return path
