@@ -109,7 +109,7 @@ class StageSettings(Table):
     """
 
     isnet: NetworkSpec = NetworkSpec(checkpoint="isnet-general-use", image_size=1024)
-    sam: NetworkSpec = NetworkSpec(checkpoint="sam-vit-b", image_size=1024)
+    sam: NetworkSpec = NetworkSpec(checkpoint="sam-vitb", image_size=1024)
     foreground: ForegroundSettings = ForegroundSettings()
     masks: MaskSettings = MaskSettings()
     tiles: TileSettings = TileSettings()

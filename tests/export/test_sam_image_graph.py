@@ -202,7 +202,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
 @pytest.mark.torch
 def test_a_whole_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="compares with PyTorch")
-    checkpoint = write(tmp_path, "vit_b", sam_encoder_state(768, [14, 14, 64] * 4, 64, 64))
+    checkpoint = write_states(tmp_path / "vit_b.safetensors", sam_encoder_state(768, [14, 14, 64] * 4, 64, 64))
     images = sample_images(1024)
     forward = read_builder(checkpoint, SamImageOptions()).forward()
     expected = forward.fetch(forward(forward.tensor(images))["embedding"])
@@ -214,7 +214,7 @@ def test_a_whole_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("head", "every"), [(64, 6), (80, 8)])  # ViT-L and ViT-H, narrower
 def test_the_larger_ones_have_their_windows_and_heads(tmp_path: Path, head: int, every: int) -> None:
     sides = ([14] * (every - 1) + [64]) * 4
-    checkpoint = write(tmp_path, "large", sam_encoder_state(2 * head, sides, head, 64, hidden=32))
+    checkpoint = write_states(tmp_path / "large.safetensors", sam_encoder_state(2 * head, sides, head, 64, hidden=32))
     encoder = read_sam_encoder(checkpoint)
     for attention in ATTENTIONS:
         model = build_sam_image_graph(encoder, SamImageOptions(attention=attention))
