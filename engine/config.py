@@ -102,14 +102,21 @@ class TileSettings(Table):
     mask_background: bool = False  # within tiles too; outside of them it always has the lowest score
 
 
+# What [stages] says of its networks where a file does not.
+STAGE_NETWORKS: Mapping[str, Mapping[str, Any]] = {
+    "isnet": {"checkpoint": "isnet-general-use", "image_size": 1024},
+    "sam": {"checkpoint": "sam-vitb", "image_size": 1024},
+}
+
+
 class StageSettings(Table):
     """What comes before a method: the foreground of an image, and its components in tiles.
 
     Variance Vigilance Vanguard's report leaves most of it open; the defaults are this implementation's choices.
     """
 
-    isnet: NetworkSpec = NetworkSpec(checkpoint="isnet-general-use", image_size=1024)
-    sam: NetworkSpec = NetworkSpec(checkpoint="sam-vitb", image_size=1024)
+    isnet: NetworkSpec = NetworkSpec.model_validate(STAGE_NETWORKS["isnet"])
+    sam: NetworkSpec = NetworkSpec.model_validate(STAGE_NETWORKS["sam"])
     foreground: ForegroundSettings = ForegroundSettings()
     masks: MaskSettings = MaskSettings()
     tiles: TileSettings = TileSettings()
@@ -218,6 +225,8 @@ def _checked(
         raise ConfigError(f"unknown key 'settings' in the configuration; the method's own settings are in [{name}]")
     values = {key: value for key, value in merged.items() if key != name}
     values |= {"preset": preset, "settings": Table()}
+    stages = values.get("stages", {})
+    values["stages"] = _merge(STAGE_NETWORKS, stages) if isinstance(stages, Mapping) else stages
     networks = values.get("networks")
     if isinstance(networks, Mapping):
         values["networks"] = {

@@ -88,6 +88,10 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         ("[musc]\nmap_network = 'clip'", r"\[musc\] map_network must be one of dinov2"),
         ("[musc]\nmap_network = [['dinov2']]", r"\[musc\] map_network"),
         ("[musc]\nmap_network = {name = 'dinov2'}", r"\[musc\] map_network"),
+        ("[stages.tiles]\nmin_side = 0", r"\[stages.tiles\] min_side must be a number of pixels from 1, not 0"),
+        ("[stages.tiles]\nflush = 1", r"\[stages.tiles\] flush must be true or false, not 1"),
+        ("[stages.masks]\nfoo = 1", r"unknown key 'foo' in \[stages.masks\]; it takes points_per_side"),
+        ("[stages.isnet]\nimage_size = 0", r"\[stages.isnet\] image_size must be a number of pixels"),
         ("foreground = 'yes'", "foreground must be one of none, colour, isnet, isnet\\+sam, not 'yes'"),
         ("[musc]\nimage_rule = 'mean'", r"\[musc\] image_rule must be one of"),
         ("[musc]\nrscin = 3", r"\[musc\] rscin"),
@@ -153,3 +157,12 @@ def test_unknown_presets() -> None:
         ConfigError, match=r"no preset '\.\./small'; choose one of april-gan, challenge, musc, small, vvv, winclip"
     ):
         load("../small")
+
+
+def test_a_network_of_a_stage_keeps_what_a_file_does_not_replace(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[stages.isnet]\ncheckpoint = "mine.onnx"\n[stages]\nsam = {heads = 4}\ntiles = {min_side = 100}\n')
+    stages = load("vvv", file).stages
+    assert (stages.isnet.checkpoint, stages.isnet.image_size) == ("mine.onnx", 1024)
+    assert (stages.sam.checkpoint, stages.sam.heads, stages.tiles.min_side) == ("sam-vitb", 4, 100)
+    assert load("vvv").stages.tiles.min_side == 352
