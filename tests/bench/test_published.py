@@ -70,8 +70,9 @@ def april_as_mvtec() -> None:
 
 @pytest.mark.parametrize(
     ("options", "metrics_of"),
-    [pytest.param((), "zero", marks=pytest.mark.slow), (("--shots", "2", "--seed", "0", "1"), "few2")],
+    [((), "zero"), (("--shots", "2", "--seed", "0", "1"), "few2")],
 )
+@pytest.mark.slow
 def test_april_gan_from_pictures_to_the_published_codes_metrics(
     compare: Callable[..., dict[str, Any]],
     capsys: pytest.CaptureFixture[str],

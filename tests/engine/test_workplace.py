@@ -57,10 +57,9 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
 
 
 @needs_compiler
-@pytest.mark.parametrize("references", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    ("preset", "model"), [("winclip", "clip_tiny"), pytest.param("april-gan", "april", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize(("preset", "model"), [("winclip", "clip_tiny"), ("april-gan", "april")])
+@pytest.mark.slow
 def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
     tokenizer: object,
     emulated_gpu: HostDevice,

@@ -81,7 +81,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
     [
         pytest.param("fp32", "graph", marks=pytest.mark.slow),
         ("fp16", "graph"),
-        pytest.param("fp32", "torch", marks=pytest.mark.torch),
+        pytest.param("fp32", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
         pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
     ],
 )

@@ -1,6 +1,7 @@
 """Exports end to end: cached, verified, never half written."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,16 +75,14 @@ def test_a_damaged_graph_in_the_cache_is_built_again(
         assert not export_onnx(checkpoint, OPTIONS).built
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+FAST = [("fp32", {}, 98), ("fp16", {"registers": 4}, 98), ("int8", {"gated": True}, 70)]
+
+
 @pytest.mark.parametrize(
-    ("variant", "image_size"),
+    ("precision", "variant", "image_size"),
     [
-        ({}, 70),
-        pytest.param({}, 98, marks=pytest.mark.slow),
-        ({"gated": True}, 98),
-        pytest.param({"gated": True}, 70, marks=pytest.mark.slow),
-        ({"registers": 4}, 98),
-        pytest.param({"registers": 4}, 70, marks=pytest.mark.slow),
+        pytest.param(*how, marks=() if how in FAST else pytest.mark.slow)
+        for how in itertools.product(("fp32", "fp16", "int8"), ({}, {"gated": True}, {"registers": 4}), (70, 98))
     ],
 )
 def test_every_export_is_compared(

@@ -66,6 +66,7 @@ def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
     import torch
 
@@ -122,7 +123,8 @@ def test_open_clip(torchvision: None, tmp_path: Path, activation: str, layer_sca
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("activation", [pytest.param("gelu", marks=pytest.mark.slow), "quick_gelu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_text_tower_of_open_clip(torchvision: None, tmp_path: Path, activation: str) -> None:
     import torch
 

@@ -507,7 +507,8 @@ def test_command_builds_two_layers_of_vit_large(
 
 
 @needs_rtx
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_tensorrt_rtx_builds_a_text_tower(tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--checkpoint", str(write_clip(tmp_path, "april")), "--graph", "text", "--target", "tensorrt-rtx"]
     arguments += ["--precision", precision, "--batch", "1,8,64", "--output", str(tmp_path / "text.engine")]

@@ -340,7 +340,7 @@ def test_blocks_equal_those_of_april_gan(april: VisionTransformer) -> None:
         ("fused", "fp32", 1e-5),
         pytest.param("standard", "fp32", 1e-5, marks=pytest.mark.slow),
         pytest.param("fused", "fp16", 5e-3, marks=pytest.mark.slow),
-        ("standard", "fp16", 5e-3),
+        pytest.param("standard", "fp16", 5e-3, marks=pytest.mark.slow),
         pytest.param("fused", "int8", 0.15, marks=needs_vnni),
         pytest.param("standard", "int8", 0.15, marks=[needs_vnni, pytest.mark.slow]),
     ],
@@ -460,6 +460,7 @@ def test_windows_are_compared_before_they_are_kept(
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_windows_that_are_wrong_are_not_kept(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def test_the_planned_peak_is_kept(precision: str, kind) -> None:
         assert peak <= plans[-1].peak_bytes + 2**18  # Python's own objects, a few more or less by chance
 
 
-@pytest.mark.parametrize("disk", [0, 20_000])
+@pytest.mark.parametrize("disk", [0, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
     precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

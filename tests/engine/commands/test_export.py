@@ -25,7 +25,8 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
     return ["--checkpoint", str(random_dinov2()), "--taps", "0", "--image-size", "70"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.slow
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
     # A background job, as tests may be, starts its children with SIGINT ignored.
     code = (
@@ -163,6 +164,7 @@ def test_a_preset_brings_the_graphs_for_known_good_images_too(
     assert largest == tuple(outputs.split())
 
 
+@pytest.mark.slow
 def test_what_was_exported_is_what_runs_read(
     tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,8 +349,11 @@ HOSTILE = [
 @pytest.mark.parametrize(
     "category",
     [
-        *("report.html", "line\nbreak"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("run.json", "-rf", "caf\udce9", "c" * 255)),
+        "line\nbreak",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("report.html", "run.json", "-rf", "caf\udce9", "c" * 255)
+        ),
     ],
 )
 def test_hostile_names_stay_inside_and_escaped(
@@ -604,13 +607,14 @@ def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, mom
     assert sorted(path.name for path in Path("out").iterdir() if path.is_dir()) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        pytest.param("at the start", signal.SIGINT, marks=pytest.mark.slow),
+        ("at the start", signal.SIGINT),
         ("while writing", signal.SIGINT),
-        pytest.param("while writing", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("after the first category", signal.SIGINT, marks=pytest.mark.slow),
+        ("while writing", signal.SIGTERM),
+        ("after the first category", signal.SIGINT),
     ],
 )
 def test_interrupted_at_any_moment(

@@ -59,20 +59,16 @@ def found(folder: Path, images: list[Image.Image], suffixes: dict[int, str] | No
     return duplicates.groups()
 
 
-@pytest.mark.parametrize("moved", [False, True])  # a still camera with noise, and a part that moves
+@pytest.mark.parametrize(
+    "moved", [pytest.param(False, marks=pytest.mark.slow), True]
+)  # a still camera with noise, and a part that moves
 def test_photographs_of_one_product_are_no_copies(tmp_path: Path, moved: bool) -> None:
     assert found(tmp_path, [part(seed, moved) for seed in range(20)]) == []
 
 
 @pytest.mark.parametrize("moved", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            kind, marks=pytest.mark.slow if kind in ("quality 90", "2 % larger", "2 % smaller", "half") else ()
-        )
-        for kind in COPIES
-    ],
+    "kind", [pytest.param(kind, marks=() if kind == "quality 75" else pytest.mark.slow) for kind in COPIES]
 )
 def test_near_copies_are_found(tmp_path: Path, kind: str, moved: bool) -> None:
     images = [part(seed, moved) for seed in range(18)]
@@ -89,6 +85,7 @@ def test_exact_copies_are_found_by_file_and_by_pixels(tmp_path: Path) -> None:
     assert mixed == [Copies((2, 8, 9, 11), True), Copies((5, 10, 12), False)]
 
 
+@pytest.mark.slow
 def test_many_copies_of_one_image(tmp_path: Path) -> None:
     images = [part(seed) for seed in range(6)] + [part(0)] * 14
     assert found(tmp_path, images) == [Copies((0, *range(6, 20)), True)]

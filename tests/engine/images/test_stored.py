@@ -176,16 +176,11 @@ print(estimate, read, highest() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
     "kind",
-    [
-        "jpeg",
-        *(
-            pytest.param(kind, marks=pytest.mark.slow)
-            for kind in ("masked jpeg", "grey png", "alpha png", "16 bit tiff", "16 bit colour tiff", "16 bit planes")
-        ),
-    ],
+    ["jpeg", "masked jpeg", "grey png", "alpha png", "16 bit tiff", "16 bit colour tiff", "16 bit planes"],
 )
 def test_reading_and_writing_take_what_the_header_says(tmp_path: Path, kind: str) -> None:
     grey = np.zeros(LARGE[::-1], np.uint8)

@@ -105,6 +105,7 @@ def test_files_of_prompts(tiny: list[str], capsys: pytest.CaptureFixture[str], c
     assert "there is no prompt set 'theirs'; choose one of anomalib21" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_words_are_other_results(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.toml").write_text('normal = ["{}"]\nabnormal = ["broken {}"]')
     assert main([*tiny, "--prompts", "mine.toml"]) == 0
@@ -213,6 +214,7 @@ def test_fewer_known_good_images_than_there_were_files() -> None:
     assert 0 <= indices[0, 0] < 2 * 2 * 100
 
 
+@pytest.mark.slow
 def test_damaged_text_vectors_are_made_anew(tiny: list[str], cache: Path) -> None:
     before = set((cache / "text").glob("*"))
     assert main([*tiny, "--object", "rod"]) == 0

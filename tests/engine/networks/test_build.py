@@ -54,6 +54,7 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
 
 @needs_compiler
 @needs_rtx
+@pytest.mark.slow
 def test_an_engine_that_computes_something_else_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

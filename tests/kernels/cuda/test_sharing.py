@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections import Counter
-from itertools import pairwise
 from typing import Any
 
 import host_build
@@ -189,7 +189,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
     ("variant", "images", "devices", "share"),
     [
         *[("gram", *how) for how in ((2, 2, 1.0), (7, 1, 1.3), (7, 3, 1.0), (12, 2, 1.3))],
-        *[("fused", 7, 1, 1.3), ("int8", 7, 3, 1.0)],
+        ("fused", 7, 1, 1.3),
         *[
             pytest.param("gram", images, devices, share, marks=pytest.mark.slow)
             for images in (2, 7, 12)
@@ -198,7 +198,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
             if (images, devices, share) not in ((2, 2, 1.0), (7, 1, 1.3), (7, 3, 1.0), (12, 2, 1.3))
         ],
         *[pytest.param("fused", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (3, 1.0))],
-        *[pytest.param("int8", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (1, 1.3))],
+        *[pytest.param("int8", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
     ],
 )
 @pytest.mark.parametrize("host", ["much", pytest.param("little", marks=pytest.mark.slow)])
@@ -224,16 +224,16 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
 
 @compiled
 @pytest.mark.parametrize(
-    ("images", "devices"),
+    ("variant", "images", "devices"),
     [
-        *((2, 1), (9, 2)),
+        *(("gram", 9, 2), ("fused", 2, 1), ("int8", 2, 2)),
         *(
             pytest.param(*how, marks=pytest.mark.slow)
-            for how in ((2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (9, 1), (9, 3))
+            for how in itertools.product(COMPARERS, (2, 3, 9), (1, 2, 3))
+            if how not in (("gram", 9, 2), ("fused", 2, 1), ("int8", 2, 2))
         ),
     ],
 )
-@pytest.mark.parametrize("variant", COMPARERS)
 def test_needed_is_the_least_that_works(variant: str, images: int, devices: int) -> None:
     how: dict[str, Any] = dict(VARIANTS[variant])
     several = [HostDevice() for _ in range(devices)]
@@ -293,11 +293,12 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
 @pytest.mark.parametrize(
     ("variant", "devices", "degrees"),
     [
-        *[("gram", 1, (3, 1, 3)), ("gram", 3, (1, 3)), ("fused", 2, (3, 1, 3))],
+        ("gram", 3, (3, 1, 3)),
         *[
             pytest.param("gram", *how, marks=pytest.mark.slow)
-            for how in ((1, (1, 3)), (2, (1, 3)), (2, (3, 1, 3)), (3, (3, 1, 3)))
+            for how in ((1, (1, 3)), (1, (3, 1, 3)), (2, (1, 3)), (2, (3, 1, 3)), (3, (1, 3)))
         ],
+        pytest.param("fused", 2, (3, 1, 3), marks=pytest.mark.slow),
         pytest.param("int8", 1, (3, 1, 3), marks=pytest.mark.slow),
         pytest.param("int8", 2, (1, 3), marks=pytest.mark.slow),
     ],
@@ -354,7 +355,7 @@ def test_a_failed_allocation_halves_the_budget(
     for array, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(array, other)
     assert len(plans) == len(failing) + 1
-    for before, after in pairwise(plans):
+    for before, after in itertools.pairwise(plans):
         assert after.peak_bytes <= before.peak_bytes // 2
     assert caplog.text.count("out of memory") == len(failing)
 

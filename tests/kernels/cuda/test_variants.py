@@ -172,7 +172,12 @@ def recurring_tokens(images: int, patches: int, channels: int) -> Any:
 @needs_compiler
 @pytest.mark.parametrize(
     ("images", "grid", "channels", "degrees"),
-    [(6, (7, 7), 100, (1, 3, 5)), (3, (10, 14), 200, (3,)), (2, (1, 1), 24, (1, 3)), (4, (5, 4), 100, (5, 1, 1))],
+    [
+        pytest.param(6, (7, 7), 100, (1, 3, 5), marks=pytest.mark.slow),
+        pytest.param(3, (10, 14), 200, (3,), marks=pytest.mark.slow),
+        (2, (1, 1), 24, (1, 3)),
+        (4, (5, 4), 100, (5, 1, 1)),
+    ],
 )
 def test_mutual_scores_equal_the_reference(
     images: int, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]
