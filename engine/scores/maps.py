@@ -77,7 +77,7 @@ def pixel_map(
     low, high = scale
     height, width = (max(1, round(share * side)) for share, side in zip(seen, size, strict=True))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    scores = upsample(patch_map, (height, width)) - np.float32(low)  # never the method's own map
+    scores: NDArray[np.float32] = upsample(patch_map, (height, width)) - np.float32(low)  # never the method's own map
     if high > low:
         scores /= np.float32(high - low)
     else:
