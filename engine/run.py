@@ -189,7 +189,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     start = time.perf_counter()
     try:
         references = _references(job, workplace)
-        digest = fingerprint(category, workplace.record, checkpoints, options.formats, references.digests)
+        digest = fingerprint(category, workplace.record, checkpoints, options.written, references.digests)
         record = finished_record(options.output, category.name, digest) if options.resume else None
         if record is not None:
             log.info("%s: already finished", name)

@@ -35,6 +35,11 @@ class Options:
     resume: bool = False  # keep categories that an earlier run with these settings finished
     keep_stages: bool = False  # write what led to the scores as pictures: foregrounds, masks, tiles
 
+    @property
+    def written(self) -> list[str]:
+        """All that is written of an image."""
+        return [*self.formats, *["stages"] * self.keep_stages]
+
 
 @dataclass(frozen=True)
 class Workplace:

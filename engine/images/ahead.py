@@ -46,6 +46,19 @@ class Ahead(Generic[Item, Result]):
         self._bytes += size
         self._queue.append((item, size, self._pool.submit(self._first_try, item)))
 
+    def ready(self) -> Iterator[tuple[Item, Result]]:
+        """Yield the results that are there, up to the first that is not or that failed; after the end too."""
+        while self._queue:
+            item, size, future = self._queue[0]
+            if not future.done() or future.cancelled() or future.exception() is not None:
+                return
+            result = future.result()
+            if isinstance(result, _Failed):
+                return
+            self._queue.popleft()
+            self._bytes -= size
+            yield item, result
+
     def rest(self) -> Iterator[tuple[Item, Result]]:
         """Yield all results that are left."""
         while self._queue:

@@ -133,6 +133,9 @@ class CategoryWriter:
     ) -> None:
         self._ahead.__exit__(kind, error, traceback)
         try:
+            with suppress(OSError):  # of a full disk, say
+                for _, (written, thumbnails) in self._ahead.ready():  # what a later run need not do again
+                    self._keep(written, thumbnails)
             self._close()
         finally:
             if error is None or self._fingerprint is None or not self.done.any():
@@ -154,7 +157,7 @@ class CategoryWriter:
         """Queue the files of an image."""
         self.scale = result.scale
         size = held_bytes(self._images[result.index].path) + result.map.nbytes
-        for _, (written, thumbnails) in self._ahead.put(result, size):
+        for _, (written, thumbnails) in chain(self._ahead.put(result, size), self._ahead.ready()):
             self._keep(written, thumbnails)
 
     def scores(self) -> NDArray[np.float64]:

@@ -25,12 +25,13 @@ def fingerprint(
     category: Category,
     config: Mapping[str, Any],
     checkpoints: Mapping[str, str],
-    formats: Iterable[str],
+    written: Iterable[str],
     references: Sequence[str] = (),
 ) -> str:
     """Return a digest of everything that decides a category's results, to know whether they are still valid.
 
-    config: with the precisions in force. checkpoints: name → sha256. references: sha256 of known-good images.
+    config: with the precisions in force. checkpoints: name → sha256. written: formats and the like.
+    references: sha256 of known-good images.
     """
     # Of one JSON list; its part on images is not held whole, since they may be a million.
     digest = hashlib.sha256(f"[{json.dumps(importlib.metadata.version('zsad'))}, [".encode())
@@ -42,7 +43,7 @@ def fingerprint(
             size = modified = -1
         file = json.dumps([str(image.relative), size, modified])
         digest.update((f", {file}" if number else file).encode())
-    others = json.dumps([config, dict(checkpoints), sorted(formats), list(references)], sort_keys=True)
+    others = json.dumps([config, dict(checkpoints), sorted(written), list(references)], sort_keys=True)
     digest.update(f"], {others.removeprefix('[')}".encode())
     return digest.hexdigest()
 
@@ -92,7 +93,7 @@ def why_again(
         return other
     differing = _differing(before, _settings(importlib.metadata.version("zsad"), config, checkpoints))
     if not differing:
-        return "its images, its known-good images or --format are others"
+        return "its images, its known-good images, --format or --keep-stages are others"
     return f"{other} ({', '.join(differing)})"
 
 

@@ -483,7 +483,10 @@ def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.Capture
     for options, reason in (
         (["--degrees", "1", "--seed", "4"], "it was finished with other settings (musc.degrees, seed)"),
         (["--degrees", "3", "--seed", "4"], "it was finished with other settings (musc.degrees)"),
-        (["--degrees", "3", "--seed", "4", "--format", "rayan"], "its images, its known-good images or --format are"),
+        (
+            ["--degrees", "3", "--seed", "4", "--format", "rayan"],
+            "its images, its known-good images, --format or --keep-stages are",
+        ),
     ):
         capsys.readouterr()
         assert infer("data", "--resume", *options) == 0

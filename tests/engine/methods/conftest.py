@@ -1,12 +1,15 @@
 """What the tests of several methods have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from vvv_checkpoints import FEW, GOLDEN, networks, stages, write_bright_isnet
+
+from zsad.engine.commands.infer import main
 
 SCENES = 13
 
@@ -37,3 +40,46 @@ def scene(request: pytest.FixtureRequest, vvv_host: Mapping[str, NDArray[Any]]) 
         bits = np.unpackbits(arrays.pop(f"{name}_packed"), axis=-1, count=height * width)
         arrays[name] = bits.reshape(*bits.shape[:-1], height, width).view(bool)
     return {**arrays, "rule": vvv_host["scene_rules"][request.param]}
+
+
+@pytest.fixture(scope="session")
+def bright_isnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph for 128 px that takes for the object what is brighter than half."""
+    return write_bright_isnet(tmp_path_factory.mktemp("isnet") / "bright.onnx", 128)
+
+
+@pytest.fixture(scope="session")
+def vvv_networks(tokenizer: object, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tables of Variance Vigilance Vanguard's own networks, tiny ones."""
+    return networks(tmp_path_factory.mktemp("vvv"))
+
+
+@pytest.fixture
+def golden_pictures(golden_segmentation: Path) -> list[NDArray[np.uint8]]:
+    """Pictures [H, W, 3] of shapes, of which SAM's golden masks are, and one of the golden IS-Net."""
+    arrays = np.load(golden_segmentation / "sam_tiny.npz")
+    return [arrays["image0_rgb"], arrays["image1_rgb"], np.load(golden_segmentation / "isnet_tiny.npz")["rgb"]]
+
+
+@pytest.fixture
+def vvv(
+    vvv_networks: str, bright_isnet: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """Runs zsad-infer --preset vvv with tiny networks in a folder of the test's own; returns its exit code.
+
+    isnet: bright, or the golden one; settings: lines of the tables in [stages]. `few`: with few words.
+    """
+    monkeypatch.setenv("ZSAD_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    Path("few.toml").write_text(FEW)
+
+    def run(data: str, *options: str, isnet: str = "bright", few: bool = True, **settings: str) -> int:
+        tables = vvv_networks + ('[vvv]\nprompts = "few.toml"\ntau = 0.1\n' if few else "")
+        if isnet == "bright":
+            tables += stages(bright_isnet, 128, **settings)
+        else:
+            tables += stages(GOLDEN / "isnet_tiny.safetensors", 128, **settings)
+        Path("tiny.toml").write_text(tables)
+        return main([data, "--preset", "vvv", "--config", "tiny.toml", "--device", "cpu", *options])
+
+    return run
