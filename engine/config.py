@@ -240,6 +240,10 @@ def _checked(
         raise ConfigError(f"method {name} makes no use of known-good images; leave out --reference and --shots")
     if config.group_size is not None and not method.compares:
         raise ConfigError(f"method {name} judges every image by itself; leave out --group-size")
+    if config.components and method.compares:
+        raise ConfigError(f"--components: scores of method {name} depend on other images; leave it out")
+    if config.decoder == "nvimgcodec" and (config.components or config.foreground not in ("none", "colour")):
+        raise ConfigError("--decoder nvimgcodec leaves no image where its foreground could be found; leave it out")
     method.graph_requests(config)
     return config
 

@@ -118,8 +118,6 @@ def _text(config: Config, runtime: Runtime, networks: Mapping[str, Network], arr
 
 
 def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -> Inputs:
-    if config.decoder == "nvimgcodec" and (config.components or config.foreground not in ("none", "colour")):
-        raise ConfigError("--decoder nvimgcodec leaves no image where its foreground could be found; leave it out")
     if runtime.device is None or not method.inputs:
         if config.decoder == "nvimgcodec":
             raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")

@@ -46,7 +46,9 @@ class Source:
     @property
     def facts(self) -> str:
         """What is known of the file."""
-        return str(self.digest or NO_DIGEST) + (f", {self.size / 2**20:.0f} MiB" if self.size else "")
+        about = self.entry.get("about_size")  # where its publisher tells no more
+        size = f", {self.size / 2**20:.0f} MiB" if self.size else f", about {about / 2**20:.0f} MiB" if about else ""
+        return str(self.digest or NO_DIGEST) + size
 
     @property
     def automatic(self) -> bool:

@@ -57,6 +57,8 @@ def check_clipseg_image_options(vit: VisionTransformer, options: ClipSegImageOpt
     _check_precision(options)
     if vit.architecture != CLIP:
         raise CheckpointError(f"an image tower of {vit.architecture.name}; CLIPSeg's is CLIP's ViT-B/16")
+    if len(vit.blocks) <= options.taps[-1]:
+        raise CheckpointError(f"an image tower of {len(vit.blocks)} blocks; CLIPSeg's is CLIP's ViT-B/16, with 12")
     check_options(vit, options.tower)
 
 

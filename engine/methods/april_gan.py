@@ -83,6 +83,11 @@ class AprilGAN(TextGuided):
         # Mistakes are found before weights are fetched.
         chosen_prompts(config.settings.prompt_name)
         scope, score_range = config.settings.scope, config.settings.score_range
+        if config.components and config.few_shot and scope == "class_batch":
+            raise ConfigError(
+                "--components: with known-good images scores depend on other images; leave it out, or set "
+                '[april_gan] minmax_scope = "off" or a score_range'
+            )
         if (scope == "calibrated") != (score_range is not None):
             takes = "a score_range = [low, high]" if score_range is None else "no score_range; leave it out"
             raise ConfigError(f"[april_gan] minmax_scope {scope!r} takes {takes}")

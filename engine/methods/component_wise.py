@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zsad.engine.config import Config, ConfigError, TileSettings
+from zsad.engine.config import Config, TileSettings
 from zsad.engine.images.decode import Recipe, bilinear
 from zsad.engine.images.loader import Batch, Inputs
 
@@ -34,14 +34,12 @@ class ComponentWise:
     def __init__(
         self, method: Method, foregrounds: Foregrounds, inputs: Inputs, batch_size: int, config: Config
     ) -> None:
-        """inputs: make network inputs of tiles, of batch_size at most at once.
+        """method: one that judges every image by itself and sees all of it, as configurations are checked for.
 
-        Raises ConfigError for a method whose scores depend on other images, or that leaves out parts of images.
+        inputs: make network inputs of tiles, of batch_size at most at once.
         """
-        if method.compares or method.rescores or method.map_range is None:
-            raise ConfigError(f"--components: scores of method {config.method} depend on other images; leave it out")
-        if any(recipe.resize != "squash" for recipe in method.inputs):
-            raise ConfigError(f"--components: tiles are to be seen whole; leave out resize in [{config.method}]")
+        assert not (method.compares or method.rescores)
+        assert all(recipe.resize == "squash" for recipe in method.inputs)
         self._method, self._foregrounds, self._inputs, self._batch_size = method, foregrounds, inputs, batch_size
         self._settings = config.stages.tiles
         self.takes_references, self.map_range = method.takes_references, method.map_range

@@ -73,8 +73,12 @@ def chosen_prompts(name: str) -> PromptSet:
 def tower_requests(config: Config, outputs: Sequence[str], name: str | None = None) -> list[GraphRequest]:
     """Return the requests for both towers of a network.
 
-    name: None: of the only one that there is; raises ConfigError where there are more.
+    name: None: of the only one that there is. Raises ConfigError where there are more, and for images that are cut to
+    their middle where they are tiles.
     """
+    assert isinstance(config.settings, TextSettings)
+    if config.components and config.settings.resize != "squash":
+        raise ConfigError(f"--components: tiles are to be seen whole; leave out resize in [{config.method}]")
     if name is None:
         if len(config.networks) != 1:
             raise ConfigError(f"method {config.method} takes one network, not {len(config.networks)}")

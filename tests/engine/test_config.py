@@ -47,6 +47,20 @@ def test_the_text_guided_presets_are_as_published() -> None:
         assert (network.activation, network.antialias, network.preprocessing) == ("gelu", True, "clip")
 
 
+def test_components_need_scores_that_depend_on_no_other_image(tmp_path: Path) -> None:
+    few = {"components": True, "reference": "good"}
+    assert load("april-gan", overrides={"components": True}).components
+    with pytest.raises(ConfigError, match="--components: with known-good images scores depend on other images"):
+        load("april-gan", overrides=few)
+    file = tmp_path / "mine.toml"
+    file.write_text('[april_gan]\nminmax_scope = "off"\n')
+    assert load("april-gan", file, few).components
+    file.write_text('[winclip]\nresize = "shortest_crop"\n')
+    assert load("winclip", file).settings.resize == "shortest_crop"
+    with pytest.raises(ConfigError, match=r"tiles are to be seen whole; leave out resize in \[winclip\]"):
+        load("winclip", file, {"components": True})
+
+
 def test_methods_without_use_for_references_refuse_them() -> None:
     with pytest.raises(ConfigError, match="method musc makes no use of known-good images; leave out --reference"):
         load("small", overrides={"reference": "good"})
@@ -114,6 +128,16 @@ def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Pa
         (f"threshold = {10**400}", "threshold"),
         ("seed = -1", "seed"),
         ("seed = 0.5", "seed"),
+        ("components = true", "--components: scores of method musc depend on other images; leave it out"),
+        ("foreground = 'isnet'\ndecoder = 'nvimgcodec'", "--decoder nvimgcodec leaves no image"),
+        ("stages = 3", r"\[stages\] must be a table, not 3"),
+        ("[stages]\nisnet = 'isnet-general-use'", r"\[stages.isnet\] must be a table, not 'isnet-general-use'"),
+        ("[stages.tile]\nmin_side = 3", r"'tile' in \[stages\]; it takes isnet, sam, foreground, masks, tiles"),
+        ("[stages.tiles]\nside = 3", r"'side' in \[stages.tiles\]; it takes min_component, min_side"),
+        ("[stages.tiles]\nstep = nan", r"\[stages.tiles\] step must be above 0, not nan"),
+        ("[stages.tiles]\npad = 'mirror'", r"\[stages.tiles\] pad must be one of clamp, reflect, not 'mirror'"),
+        ("[stages.foreground]\ncoverage = 2", r"\[stages.foreground\] coverage must be a number in \[0, 1\], not 2"),
+        ("[stages.sam]\nhead = 4", r"'head' in \[stages.sam\]; it takes checkpoint"),
         ("[musc]\ndegrees = [1", "cannot be read as TOML"),
         ("[musc]\ndegrees = [1]\ndegrees = [3]", "cannot be read as TOML"),
     ],

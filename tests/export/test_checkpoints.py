@@ -87,8 +87,8 @@ def test_a_file_in_the_weights_folder_must_have_the_right_digest(empty_cache: Pa
 def test_digests_may_be_shortened_or_git_s(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = "april-gan-mvtec", "clip-vitb16plus-240-e31"
     heads, shortened = (read_manifest()[name].sources[0] for name in names)
-    assert heads.facts == "git blob id a057cec6c2ba5996baa0160a51e155908156813f"
-    assert shortened.facts == "sha256 8fb26589…"
+    assert heads.facts == "git blob id a057cec6c2ba5996baa0160a51e155908156813f, about 12 MiB"
+    assert shortened.facts == "sha256 8fb26589…, about 795 MiB"
     for name, source in zip(names, (heads, shortened), strict=True):
         path = empty_cache / "weights" / source.file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def test_what_cannot_be_verified_is_not_fetched_but_taken_where_it_lies(
     path.write_bytes(b"weights")
     assert find_checkpoint(name) == (path, file_sha256(path))
     assert main(["--list"]) == 0
-    assert f"rd64-uni-refined.pth: no digest published; {path}" in capsys.readouterr().out
+    assert f"rd64-uni-refined.pth: no digest published, about 4 MiB; {path}" in capsys.readouterr().out
 
 
 def test_a_digest_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

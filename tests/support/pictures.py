@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -18,3 +19,10 @@ def touch_images(root: Path, *names: str, seed: int = 0) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(number).save(path, format="PNG")
+
+
+def save_pictures(folder: str, *pictures: NDArray[np.uint8]) -> None:
+    """Write pictures [H, W, 3] as 0.png, 1.png, … into a new folder."""
+    Path(folder).mkdir(parents=True)
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(f"{folder}/{number}.png")

@@ -1,11 +1,13 @@
 """What the tests of several methods have in common."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from clip_checkpoints import ARRAYS, write_clip
 from numpy.typing import NDArray
 from vvv_checkpoints import FEW, GOLDEN, networks, stages, write_bright_isnet
 
@@ -49,9 +51,21 @@ def bright_isnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vvv_networks(tokenizer: object, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tables of Variance Vigilance Vanguard's own networks, tiny ones."""
-    return networks(tmp_path_factory.mktemp("vvv"))
+def preset_tables(
+    tokenizer: object, random_dinov2: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, str]:
+    """Presets → the tables of their own networks, tiny ones, and of their methods."""
+    folder = tmp_path_factory.mktemp("networks")
+    (folder / "few.toml").write_text(FEW)
+    clip = f'checkpoint = "{write_clip(folder, "clip_tiny")}"'
+    april = f'checkpoint = "{write_clip(folder, "april")}"\ntaps = [2, 5, 8, 11]'
+    dinov2 = f'checkpoint = "{random_dinov2(width=48, depth=4)}"\nheads = 3\ntaps = [1, 3]'
+    return {
+        "small": f"image_size = 70\n[networks.dinov2]\n{dinov2}\n",
+        "winclip": f"image_size = 96\n[networks.clip]\n{clip}\ntaps = [5]\n",
+        "april-gan": f'image_size = 98\n[networks.clip]\n{april}\n[april_gan]\nhead = "{ARRAYS / "april_head.pth"}"\n',
+        "vvv": networks(folder) + f'[vvv]\nprompts = "{folder / "few.toml"}"\ntau = 0.1\n',
+    }
 
 
 @pytest.fixture
@@ -62,24 +76,25 @@ def golden_pictures(golden_segmentation: Path) -> list[NDArray[np.uint8]]:
 
 
 @pytest.fixture
-def vvv(
-    vvv_networks: str, bright_isnet: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def infer(
+    preset_tables: Mapping[str, str], bright_isnet: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., int]:
-    """Runs zsad-infer --preset vvv with tiny networks in a folder of the test's own; returns its exit code.
+    """Runs zsad-infer with tiny networks in a folder of the test's own; returns its exit code.
 
-    isnet: bright, or the golden one; settings: lines of the tables in [stages]. `few`: with few words.
+    isnet: bright, or the golden one; settings: lines of the tables in [stages].
     """
     monkeypatch.setenv("ZSAD_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    Path("few.toml").write_text(FEW)
 
-    def run(data: str, *options: str, isnet: str = "bright", few: bool = True, **settings: str) -> int:
-        tables = vvv_networks + ('[vvv]\nprompts = "few.toml"\ntau = 0.1\n' if few else "")
-        if isnet == "bright":
-            tables += stages(bright_isnet, 128, **settings)
-        else:
-            tables += stages(GOLDEN / "isnet_tiny.safetensors", 128, **settings)
-        Path("tiny.toml").write_text(tables)
-        return main([data, "--preset", "vvv", "--config", "tiny.toml", "--device", "cpu", *options])
+    def run(preset: str, data: str, *options: str, isnet: str = "bright", **settings: str) -> int:
+        file = bright_isnet if isnet == "bright" else GOLDEN / "isnet_tiny.safetensors"
+        Path("tiny.toml").write_text(preset_tables[preset] + stages(file, 128, **settings))
+        return main([data, "--preset", preset, "--config", "tiny.toml", "--device", "cpu", *options])
 
     return run
+
+
+@pytest.fixture
+def vvv(infer: Callable[..., int]) -> Callable[..., int]:
+    """Runs zsad-infer --preset vvv."""
+    return partial(infer, "vvv")
