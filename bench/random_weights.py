@@ -192,8 +192,8 @@ def tiny_encoder_state(
             layers += [(name + "attn.proj", (width, width)), (name + "mlp.norm", (width,))]
             layers += [(name + "mlp.fc1", (4 * width, width)), (name + "mlp.fc2", (width, 4 * width))]
             convolutions += [(name + "local_conv", (width, 1, 3, 3))]
-            shape = (width // head, sides[stage - 1] ** 2)
-            state[name + "attn.attention_biases"] = rng.standard_normal(shape, np.float32)
+            biases = (width // head, sides[stage - 1] ** 2)
+            state[name + "attn.attention_biases"] = rng.standard_normal(biases, np.float32)
         if stage + 1 < len(widths):
             name, wide = f"{root}layers.{stage}.downsample.", widths[stage + 1]
             shapes = [(wide, width, 1, 1), (wide, 1, 3, 3), (wide, wide, 1, 1)]
@@ -231,10 +231,10 @@ def _port_block(name: str, width: int, hidden: int) -> Iterator[Layer]:
         yield f"{name}.layer_norm{norm}", (width,)
 
 
-def clipseg_state() -> State:
-    """Return CLIPSeg's image tower, a ViT-B/16, and its refined decoder in Hugging Face's names."""
+def clipseg_state(width: int = 768, dimension: int = 512, own: int = 64) -> State:
+    """Return CLIPSeg's image tower, a ViT-B/16, and its refined decoder, of width `own`, in Hugging Face's names."""
     rng = np.random.default_rng(0)
-    tower, width, dimension, own = "clip.vision_model.", 768, 512, 64
+    tower = "clip.vision_model."
     shapes = {
         tower + "embeddings.class_embedding": (width,),
         tower + "embeddings.patch_embedding.weight": (width, 3, 16, 16),
@@ -247,12 +247,12 @@ def clipseg_state() -> State:
         layers += _port_block(f"{tower}encoder.layers.{index}", width, 4 * width)
     for index in range(3):
         layers += [(f"decoder.reduces.{index}", (own, width))]
-        layers += _port_block(f"decoder.layers.{index}", own, 2048)
+        layers += _port_block(f"decoder.layers.{index}", own, 32 * own)
     layers += [(f"decoder.{name}", (own, dimension)) for name in ("film_mul", "film_add")]
     layers += [("decoder.transposed_convolution.0", (own, own, 3, 3))]
     enlarging: list[Layer] = [
-        ("decoder.transposed_convolution.2", (own, 32, 4, 4)),
-        ("decoder.transposed_convolution.4", (32, 1, 4, 4)),
+        ("decoder.transposed_convolution.2", (own, own // 2, 4, 4)),
+        ("decoder.transposed_convolution.4", (own // 2, 1, 4, 4)),
     ]
     return {**state, **_fill(layers, 1), **_fill(enlarging, 2, transposed=True)}
 

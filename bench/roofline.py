@@ -2,22 +2,29 @@
 
     python -m zsad.bench.roofline
 
-Counted are the products of the networks and of mutual scoring (one per image pair and layer) at the rate below;
-decoding, copies, the passes over the Grams and everything on the host come on top.
+Counted are the products of the networks (see `products.py`) and of mutual scoring (one per image pair and layer) at the
+rate below; decoding, copies, the passes over the Grams, what is done with masks and everything on the host come on top.
+Presets that look for objects are taken to find so many tiles in an image as the drawn scenes have objects.
 """
 
 import math
 from dataclasses import dataclass
 
-from zsad.engine.config import load_config
+from zsad.engine.config import Config, load_config
+from zsad.engine.methods import vvv
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.methods.musc import Settings
-from zsad.engine.networks.build import export_options
+from zsad.engine.networks.network import GraphRequest
+from zsad.engine.text.prompts import prompt_set
 from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 
+from .products import read_products
+from .scenes import PLACES
 from .towers import SHAPES
 
 IMAGES = 200
+TILES = len(PLACES)  # of an image, of presets that look for objects
+PRESETS = ("challenge", "musc", "small", "winclip", "april-gan", "vvv")
 
 
 @dataclass(frozen=True)
@@ -46,30 +53,49 @@ class Estimate:
 
 def estimate(preset: str, gpu: Gpu, images: int = IMAGES) -> Estimate:
     """Return the lower bound for a preset at its own image size."""
-    config = load_config(preset, method_of=method_class)
-    forward = scoring = 0.0
-    weights = tokens = plan_bytes = 0
-    settings = config.settings
-    assert isinstance(settings, Settings)
-    degrees = len(set(settings.degrees))
+    config, products = load_config(preset, method_of=method_class), read_products()
+    forward = 0.0
+    bytes_needed = 2 * 8 * 3 * config.image_size**2 * 4  # two batches of inputs
     for request in graph_requests(config):
-        spec = config.networks[request.network]
-        shape, graph = SHAPES[spec.checkpoint], export_options(spec, request, "fp16", "standard")
+        if not request.on_demand:
+            own = products[preset, request.network, request.graph]
+            forward += images * rows_of_an_image(config, request) * own.flops_per_row
+            bytes_needed += 2 * own.weights
+    scoring, needed = _mutual_scoring(config, gpu, images)
+    return Estimate(gpu.name, preset, forward / gpu.flops, scoring / gpu.flops, bytes_needed + needed)
+
+
+def rows_of_an_image(config: Config, request: GraphRequest) -> int:
+    """Return how many rows an image brings into a graph."""
+    if request.network not in config.networks:  # it finds the foreground
+        return config.stages.masks.points_per_side**2 if request.graph == "sam_masks" else 1
+    tiles = TILES if config.components else 1
+    if request.graph != "clipseg_decoder":
+        return tiles
+    assert isinstance(config.settings, vvv.Settings)
+    prompts, _ = vvv.counted_prompts(prompt_set(config.settings.prompt_name).localising, config.settings.deduplicate)
+    return tiles * len(prompts)
+
+
+def _mutual_scoring(config: Config, gpu: Gpu, images: int) -> tuple[float, int]:
+    """Return the operations of mutual scoring, and the bytes that tokens and scoring take; of other methods none."""
+    flops, tokens, working_set = 0.0, 0, 0
+    if not isinstance(config.settings, Settings):
+        return flops, tokens
+    for spec in config.networks.values():
+        shape = SHAPES[spec.checkpoint]
         patches = (config.image_size // shape.patch_size) ** 2
-        forward += images * shape.flops(graph)
-        scoring += math.comb(images, 2) * len(spec.taps) * 2 * shape.width * patches**2
-        weights += 2 * shape.weights(graph)
+        flops += math.comb(images, 2) * len(spec.taps) * 2 * shape.width * patches**2
         tokens += 2 * images * len(spec.taps) * patches * shape.width
-        plan = plan_mutual_scoring(Sizes(images, patches, shape.width, degrees), gpu.memory, gpu.cache)
-        plan_bytes = max(plan_bytes, plan.peak_bytes)
-    inputs = 2 * 8 * 3 * config.image_size**2 * 4
-    return Estimate(gpu.name, preset, forward / gpu.flops, scoring / gpu.flops, weights + tokens + inputs + plan_bytes)
+        sizes = Sizes(images, patches, shape.width, len(set(config.settings.degrees)))
+        working_set = max(working_set, plan_mutual_scoring(sizes, gpu.memory, gpu.cache).peak_bytes)
+    return flops, tokens + working_set
 
 
 def main() -> int:
     print(f"Estimates, nothing measured: lower bounds for {IMAGES} images")
     for gpu in GPUS:
-        for preset in ("challenge", "musc", "small"):
+        for preset in PRESETS:
             bound = estimate(preset, gpu)
             print(
                 f"  {bound.gpu:<9} {bound.preset:<10} networks {bound.network_seconds:6.2f} s, scoring "

@@ -3,13 +3,13 @@
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .published import METRICS, read_published
 from .records import RESULTS
-from .roofline import GPUS, IMAGES, estimate
+from .roofline import GPUS, IMAGES, PRESETS, TILES, estimate
 
 Record = Mapping[str, Any]
 
@@ -150,31 +150,77 @@ def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
 
 
 def networks_table() -> str:
+    """One table for each graph of older records, and for all graphs of one run of newer ones."""
     latest = {
-        (r["weights"], r["image_size"], r["batch"]): r
+        (r.get("preset"), r["weights"], r.get("graph"), r["image_size"], r["batch"]): r
         for r in read("throughput.jsonl")
         if r["kind"] in ("network", OLD)
     }
-    blocks = []
-    for record in latest.values():
-        flops, peaks, seconds = record["flops_per_image"], record["peak_flops"], record["seconds_per_image"]
-        base = next((times for name, times in seconds.items() if name.startswith("PyTorch")), None)
-        rows = [
-            [
-                name,
-                f"{statistics.median(times):.2f} s",
-                f"{100 * median_ratio([flops / peak for peak in peaks], times):.0f} %",
-                f"{median_ratio(base, times):.2f}" if base else "–",
-            ]
-            for name, times in seconds.items()
-        ]
-        caption = (
-            f"One image through a network ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
-            f"{flops / 1e12:.3f} TFLOP), product peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s; "
-            f"{where(record)}"
+    runs: dict[object, list[Record]] = {}
+    for number, record in enumerate(latest.values()):
+        runs.setdefault((record["date"], record["command"]) if "graph" in record else number, []).append(record)
+    return "\n\n".join(graphs_block(run) if "graph" in run[0] else network_block(run[0]) for run in runs.values())
+
+
+def variant_rows(
+    flops: float, peaks: Sequence[float], seconds: Mapping[str, Sequence[float]]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what was measured of each variant of a graph: name, time, share of the peak, factor over PyTorch."""
+    base = next((times for name, times in seconds.items() if name.startswith("PyTorch")), None)
+    for name, times in seconds.items():
+        yield (
+            name,
+            duration(statistics.median(times)),
+            f"{100 * median_ratio([flops / peak for peak in peaks], times):.0f} %",
+            f"{median_ratio(base, times):.2f}" if base else "–",
         )
-        blocks.append(f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows))
-    return "\n\n".join(blocks)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
+
+
+def operations(flops: float) -> str:
+    return f"{flops / 1e12:.3f} TFLOP" if flops >= 1e10 else f"{flops / 1e9:.2f} GFLOP"
+
+
+def network_block(record: Record) -> str:
+    flops, peaks, seconds = record["flops_per_image"], record["peak_flops"], record["seconds_per_image"]
+    caption = (
+        f"One image through a network ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
+        f"{operations(flops)}), product peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s; {where(record)}"
+    )
+    rows = list(variant_rows(flops, peaks, seconds))
+    return f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows)
+
+
+def is_random(weights: str) -> bool:
+    return weights.startswith("random")
+
+
+def graphs_block(run: Sequence[Record]) -> str:
+    rows = []
+    for record in run:
+        flops, row = record["flops_per_row"], record["row"]
+        graph = (
+            f"{record['network']}, `{record['graph']}`, {record['image_size']} px: one {row} of {record['batch']} at "
+            f"once, {operations(flops)}"
+        )
+        for cells in variant_rows(flops, record["peak_flops"], record["seconds_per_row"]):
+            rows.append([graph, *cells])
+            graph = ""
+    kinds = list(dict.fromkeys(record["weights"] for record in run))
+    weights = "random weights of the true shapes" if all(map(is_random, kinds)) else "; ".join(kinds)
+    peak = statistics.median(peak for record in run for peak in record["peak_flops"])
+    caption = (
+        f"Every graph of preset `{run[0]['preset']}` ({weights}), product peak {peak / 1e9:.0f} GFLOP/s; "
+        f"{where(run[0])}"
+    )
+    return f"{caption}:\n\n" + table(["graph", "", "time", "of the peak", "times faster than PyTorch"], rows)
+
+
+def stage_time(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def runs_table() -> str:
@@ -183,17 +229,19 @@ def runs_table() -> str:
     for record in latest.values():
         images, together = record["images"], record["seconds_together"]
         rows = [
-            ["networks" if stage == OLD else stage, f"{1e3 * s / images:.1f} ms"]
+            ["networks" if stage == OLD else stage, stage_time(s / images)]
             for stage, s in record["seconds_alone"].items()
         ]
-        rows.append(["all together", f"{1e3 * together / images:.1f} ms"])
+        rows.append(["all together", stage_time(together / images)])
         precisions = ", ".join(
             f"{part} {precision}"
             for part, precision in zip(("networks", "scoring"), record["precision"], strict=True)
             if precision
         )
+        found = record.get("found")
+        seen = f"{images} images at {record['image_size']} px" + (f", {found['tiles']} tiles each" if found else "")
         caption = (
-            f"Whole runs, time per image: preset `{record['preset']}`, {images} images at {record['image_size']} px, "
+            f"Whole runs, time per image: preset `{record['preset']}`, {seen}, "
             f"{record['runtime']}, {precisions}: "
             f"{images / together:.2f} images/s, overlap efficiency {record['overlap']:.2f}, peak memory "
             f"{record['peak_host_bytes'] / 2**30:.1f} GiB; {where(record)}"
@@ -205,19 +253,22 @@ def runs_table() -> str:
 def roofline_table() -> str:
     rows = []
     for gpu in GPUS:
-        for preset in ("challenge", "musc", "small"):
+        for preset in PRESETS:
             bound = estimate(preset, gpu)
             rows.append(
                 [
                     bound.gpu,
                     f"`{preset}`",
                     f"{bound.network_seconds:.2f} s",
-                    f"{bound.scoring_seconds:.2f} s",
+                    f"{bound.scoring_seconds:.2f} s" if bound.scoring_seconds else "–",
                     f"{1e3 * (bound.network_seconds + bound.scoring_seconds) / IMAGES:.1f} ms",
                     f"{bound.bytes / 2**30:.1f} GiB",
                 ]
             )
-    caption = f"Roofline **estimates, not measurements**, for {IMAGES} images; `python -m zsad.bench.roofline`"
+    caption = (
+        f"Roofline **estimates, not measurements**, for {IMAGES} images, {TILES} tiles in each of `vvv`; "
+        "`python -m zsad.bench.roofline`"
+    )
     head = ["GPU", "preset", "networks at least", "scoring at least", "per image at least", "memory about"]
     return f"{caption}:\n\n" + table(head, rows)
 

@@ -2,20 +2,23 @@
 
     python -m zsad.bench.throughput [--preset challenge] [--images 200] [--device auto] [--only networks|runs]
 
-First every network of the preset alone, all variants in turn in one process, beside the product peak of the same
-rounds (and, where PyTorch is installed, its plain forward pass):
+First every graph of the preset's networks alone, all variants in turn in one process, beside the product peak of the
+same rounds (and, where PyTorch is installed, its plain forward pass):
 
-    cpu      ONNX Runtime fp32 and int8, PyTorch eager fp32; the peak is the best of two large fp32 products
+    cpu      ONNX Runtime fp32 and, for image towers, int8, PyTorch eager fp32; the peak is the best of two large fp32
+             products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
 Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
 together. The overlap efficiency is the sum of the stages over the wall time of the whole.
 
 Validates first: outputs of every variant against the fp32 graph on the CPU. Where real weights are absent random ones
-of the true shape are used, and the output says so; words have random vectors then.
+of the true shape are used, and the output says so; words have random vectors then. Random weights find no objects: in
+whole runs of presets that look for them, IS-Net and SAM take their time, and what they say is then replaced by the
+bright parts of drawn scenes and by discs around the points.
 
 PyTorch does what the published code does: for `winclip` three passes over an image, the whole of it and its windows of
-both sizes.
+both sizes; of SAM's mask decoder all for every point.
 """
 
 import argparse
@@ -39,25 +42,37 @@ from zsad.engine.demo import draw_demo
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import scan
 from zsad.engine.images.loader import Batch
-from zsad.engine.methods.method import Group, graph_requests, method_class
-from zsad.engine.networks.build import export_options, load_networks
+from zsad.engine.methods.foreground import Stages
+from zsad.engine.methods.method import Group, Scored, graph_requests, method_class
+from zsad.engine.networks.build import graph_options, load_networks
 from zsad.engine.networks.network import Graph, GraphRequest
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
 from zsad.engine.run import CategoryJob, run_category
 from zsad.engine.text.vectors import TextVectors
 from zsad.engine.workplace import Options, Workplace, set_up
-from zsad.export.agreement import check_agreement, run_graph, sample_images
+from zsad.export.adopt import ReadyGraph
+from zsad.export.agreement import check_agreement, run_graph, sample_inputs
+from zsad.export.builders import read_builder
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
+from zsad.export.options import Shape
 from zsad.export.state_dict import CheckpointError
-from zsad.export.vision_transformer import VisionTransformer, read_vision_transformer
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.machine import available_cores, peak_memory
 
 from .mutual_scoring_cuda import peak_flops
+from .products import count_products, plain_options, row_count
+from .random_weights import write_random
 from .records import RESULTS, append, environment
-from .towers import SHAPES, Shape, write_random_checkpoint, write_random_heads
+from .scenes import draw_scenes, stand_ins
+from .towers import SHAPES, write_random_heads
+
+RANDOM = "random"
+ROWS = {"clipseg_decoder": "prompt", "sam_masks": "point"}  # graph → what its rows are, where they are no images
+FINDERS = ("foreground", "masks")  # stages within what a method does with an image
+SCENES = 3  # by default, of presets that look for objects: on a CPU an image takes tens of seconds
+Forward = Callable[..., Any]  # device, type → the network in PyTorch
 
 
 @dataclass(frozen=True)
@@ -72,18 +87,24 @@ class Variant:
 
 def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
     """Replace checkpoints that are not here by random ones of the same shape; also return what each one is."""
-    weights, networks = {}, dict(config.networks)
-    for name, spec in config.networks.items():
+    weights, changed = {}, {}
+    for name, spec in config.specs.items():
         try:
             find_checkpoint(spec.checkpoint)
             weights[name] = spec.checkpoint
         except CheckpointError:
             path = folder / f"{spec.checkpoint}-random.safetensors"
-            write_random_checkpoint(SHAPES[spec.checkpoint], path)
-            networks[name] = spec.model_copy(update={"checkpoint": str(path)})
-            weights[name] = f"random, of the shape of {spec.checkpoint}"
+            write_random(spec.checkpoint, path)
+            changed[name] = spec.model_copy(update={"checkpoint": str(path)})
+            weights[name] = f"{RANDOM}, of the shape of {spec.checkpoint}"
         print(f"weights of {name}: {weights[name]}")
-    return config.model_copy(update={"networks": networks, "settings": _with_heads(config, folder)}), weights
+    finders = {name: spec for name, spec in changed.items() if name not in config.networks}
+    update = {
+        "networks": {name: changed.get(name, spec) for name, spec in config.networks.items()},
+        "stages": config.stages.model_copy(update=finders),
+        "settings": _with_heads(config, folder),
+    }
+    return config.model_copy(update=update), weights
 
 
 def _with_heads(config: Config, folder: Path) -> Any:
@@ -107,7 +128,9 @@ def random_words() -> Iterator[None]:
     """Give every prompt a random vector: random checkpoints have no text tower, which takes no part in a run's time."""
 
     def of(vectors: TextVectors, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
-        (dimension,) = vectors.networks[network].graphs["image"].outputs["embedding"].shape
+        graphs = vectors.networks[network].graphs
+        compared = graphs["image"].outputs["embedding"] if "image" in graphs else None
+        (dimension,) = (compared or graphs["clipseg_decoder"].inputs["conditions"]).shape
         return np.random.default_rng(0).standard_normal((len(prompts), dimension), np.float32)
 
     with patch.object(TextVectors, "of", of):
@@ -156,102 +179,147 @@ def product_peak(runtime: Runtime) -> Callable[[], float]:
     return measure
 
 
+def sample_rows(inputs: Mapping[str, Shape], rows: int) -> dict[str, NDArray[Any]]:
+    """Return inputs of a graph with so many rows; those without a batch are whole."""
+    samples = sample_inputs(inputs)
+    return {
+        name: array if inputs[name][0] is not None else np.resize(array, (rows, *array.shape[1:]))
+        for name, array in samples.items()
+    }
+
+
 def variants(
-    config: Config, name: str, where: str, batch: NDArray[np.float32], vit: VisionTransformer
+    config: Config,
+    request: GraphRequest,
+    where: str,
+    inputs: Mapping[str, NDArray[Any]],
+    rows: int,
+    forward: Forward | None,
 ) -> Iterator[Variant]:
-    """Yield every variant of one network's image tower that can run here."""
-    (request,) = (request for request in image_requests(config) if request.network == name)
+    """Yield every variant of one graph that can run here; forward: of PyTorch, where there is one."""
+    spec = config.specs[request.network]
     for variant, runtime, precision in runtimes(where):
+        if graph_options(spec, request, precision, "fused").precision != precision:
+            continue  # only image towers are there in int8
         chosen = config.model_copy(update={"network_precision": precision})
-        tower = load_networks(chosen, [request], runtime, len(batch))[name].graphs[request.graph]
+        networks = load_networks(chosen, [request], runtime, rows)
         device = runtime.device
-        images = batch if device is None else device.to_device(batch)
+        fed = inputs if device is None else {name: device.to_device(array) for name, array in inputs.items()}
         fetch = np.asarray if device is None else device.to_host
-        yield Variant(variant, precision, partial(_complete, tower, images, device), fetch)
+        run = partial(_complete, networks[request.network].graphs[request.graph], fed, device)
+        yield Variant(variant, precision, run, fetch)
+    if forward is None:
+        print("PyTorch: not measured (a ready graph has no weights for it)")
+        return
     if find_spec("torch") is None:
         print("PyTorch: not measured (it is not installed)")
         return
     import torch
 
-    from zsad.export.torch_forward import TorchForward
-
     torch.set_num_threads(available_cores())
     precision, torch_type, kind = "fp32", torch.float32, "cpu"
     if where != "cpu":
         precision, torch_type, kind = "fp16", torch.float16, f"cuda:{choose_runtime(where).devices[0].number}"
-    forward = TorchForward(vit, export_options(config.networks[name], request, "fp32", "fused"), kind, torch_type)
-    tensor = forward.tensor(batch)
+    network = forward(kind, torch_type)
+    tensors = [network.tensor(array) for array in inputs.values()]
 
-    def run() -> Any:
-        outputs = forward(tensor)
+    def run_torch() -> Any:
+        outputs = network(*tensors)
         if where != "cpu":
             torch.cuda.synchronize()
         return outputs
 
-    yield Variant(f"PyTorch eager {precision}", precision, run, forward.fetch)
+    yield Variant(f"PyTorch eager {precision}", precision, run_torch, network.fetch)
 
 
-def _complete(tower: Graph, images: Any, device: Device | None) -> Mapping[str, Any]:
-    outputs = tower.run({"images": images})
+def _complete(graph: Graph, inputs: Mapping[str, Any], device: Device | None) -> Mapping[str, Any]:
+    outputs = graph.run(inputs)
     if device is not None:
         device.synchronise()
     return outputs
 
 
+def check_variants(found: Sequence[Variant], expected: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
+    """Compare the first row of every variant with what is expected of it; raises CheckpointError."""
+    agreement = {}
+    for variant in found:
+        outputs = {name: variant.fetch(array)[:1].astype(np.float32) for name, array in variant.run().items()}
+        agreement[variant.name] = check_agreement(outputs, expected, variant.precision, "the fp32 graph on the CPU")
+        print(f"check: {variant.name}: {agreement[variant.name]}")
+    return agreement
+
+
+def time_variants(
+    found: Sequence[Variant], peak: Callable[[], float], rows: int, repeats: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return the seconds of each variant for a row, and the peak rate, of rounds in which all run in turn."""
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in found}
+    peaks = []
+    for repeat in range(repeats + 1):
+        rate = peak()
+        times = {}
+        for variant in found:
+            start = time.perf_counter()
+            variant.run()
+            times[variant.name] = (time.perf_counter() - start) / rows
+        if repeat:  # the first round warms up
+            peaks.append(rate)
+            for label, value in times.items():
+                seconds[label].append(value)
+    return seconds, peaks
+
+
 def compare_networks(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
-    """Validate and time every variant of every network in turn, and append one record for each network."""
+    """Validate and time every variant of every graph in turn, and append one record for each graph."""
     peak = product_peak(choose_runtime(arguments.device))
     for request in image_requests(config):
-        name, spec = request.network, config.networks[request.network]
-        batch = np.repeat(sample_images(config.image_size), arguments.batch_size, axis=0)
-        graph = export_options(spec, request, "fp32", "fused")
-        vit = read_vision_transformer(find_checkpoint(spec.checkpoint)[0])
-        expected = run_graph(export_onnx(spec.checkpoint, graph).path, {"images": batch[:1]})
-        found = list(variants(config, name, arguments.device, batch, vit))
-        agreement = {}
-        for variant in found:
-            outputs = {name: variant.fetch(array)[:1].astype(np.float32) for name, array in variant.run().items()}
-            agreement[variant.name] = check_agreement(outputs, expected, variant.precision, "the fp32 graph on the CPU")
-            print(f"check: {variant.name}: {agreement[variant.name]}")
-        seconds: dict[str, list[float]] = {variant.name: [] for variant in found}
-        peaks = []
-        for repeat in range(arguments.repeats + 1):
-            rate = peak()
-            times = {}
-            for variant in found:
-                start = time.perf_counter()
-                variant.run()
-                times[variant.name] = (time.perf_counter() - start) / len(batch)
-            if repeat:  # the first round warms up
-                peaks.append(rate)
-                for label, value in times.items():
-                    seconds[label].append(value)
-        flops = Shape.of(vit).flops(graph)
-        median = {label: statistics.median(values) for label, values in seconds.items()}
-        print(
-            f"\n{name}: {weights[name]}, {config.image_size} px, batch {len(batch)}, {flops / 1e12:.3f} TFLOP per image"
-        )
-        print(f"  product peak{statistics.median(peaks) / 1e9:26.0f} GFLOP/s")
-        for label, value in median.items():
-            share = statistics.median(flops / time / peak for time, peak in zip(seconds[label], peaks, strict=True))
-            print(
-                f"  {label:<22}{1e3 * value:9.1f} ms per image {flops / value / 1e9:9.0f} GFLOP/s "
-                f"{100 * share:5.0f} % of the peak"
-            )
+        spec, rows = config.specs[request.network], row_count(request, arguments.batch_size)
+        source = find_checkpoint(spec.checkpoint)[0]
+        options = graph_options(spec, request, "fp32", "fused")
+        builder = read_builder(source, options)
+        inputs = sample_rows(builder.inputs, rows)
+        graph = export_onnx(spec.checkpoint, options).path
+        forward = None if isinstance(builder, ReadyGraph) else builder.forward
+        print(f"\n{request.network}, {request.graph}: {weights[request.network]}")
+        found = list(variants(config, request, arguments.device, inputs, rows, forward))
+        agreement = check_variants(found, run_graph(graph, sample_rows(builder.inputs, 1)))
+        seconds, peaks = time_variants(found, peak, rows, arguments.repeats)
+        flops, _ = count_products(read_builder(source, plain_options(spec, request)), rows)
+        timed = {
+            "flops_per_row": flops,
+            "peak_flops": peaks,
+            "seconds_per_row": seconds,
+        }
+        print_network(spec.image_size, ROWS.get(request.graph, "image"), rows, timed)
         append(
             arguments.output,
             {
                 **record,
                 "kind": "network",
-                "network": name,
-                "weights": weights[name],
-                "image_size": config.image_size,
-                "batch": len(batch),
-                "flops_per_image": flops,
-                "peak_flops": peaks,
-                "seconds_per_image": seconds,
+                "preset": config.preset,
+                "network": request.network,
+                "graph": request.graph,
+                "row": ROWS.get(request.graph, "image"),
+                "weights": weights[request.network],
+                "image_size": spec.image_size,
+                "batch": rows,
+                **timed,
                 "agreement": agreement,
             },
+        )
+
+
+def print_network(image_size: int, row: str, rows: int, timed: Mapping[str, Any]) -> None:
+    """Print what was measured of a graph."""
+    flops, peaks, seconds = timed["flops_per_row"], timed["peak_flops"], timed["seconds_per_row"]
+    print(f"{image_size} px, batch {rows}, {flops / 1e12:.4f} TFLOP per {row}")
+    print(f"  product peak{statistics.median(peaks) / 1e9:26.0f} GFLOP/s")
+    for label, values in seconds.items():
+        value = statistics.median(values)
+        share = statistics.median(flops / time / peak for time, peak in zip(values, peaks, strict=True))
+        print(
+            f"  {label:<22}{1e3 * value:9.1f} ms per {row} {flops / value / 1e9:9.0f} GFLOP/s "
+            f"{100 * share:5.0f} % of the peak"
         )
 
 
@@ -278,8 +346,8 @@ class Clock:
         self.seconds[stage] = time.perf_counter() - start
 
 
-def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> dict[str, float]:
-    """Run every stage of a category by itself over all images; returns seconds by stage."""
+def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> tuple[dict[str, float], Stages | None]:
+    """Run every stage of a category by itself over all images; returns seconds by stage, and what was found in one."""
     clock, count = Clock(runtime), len(category.images)
     loader, method = workplace.loader, workplace.method
 
@@ -290,19 +358,24 @@ def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> 
         for _ in batches(range(count)):
             pass
     method.start(Group(count, category.root.name))
+    workplace.timings.clear()
+    taken: list[Scored] = []
     # Every batch runs on the input of the first one, so that nothing else is timed.
     for first in batches(range(min(loader.batch_size, count))):
         with clock.measure("networks"):
             for start in range(0, count, loader.batch_size):
                 inputs = {recipe: images[: count - start] for recipe, images in first.inputs.items()}
                 indices = list(range(start, min(start + loader.batch_size, count)))
-                list(method.take(Batch(indices, inputs, [])))
+                taken += method.take(Batch(indices, inputs, [], first.images[: count - start]))
+    spent = clock.seconds.pop("networks")
+    clock.seconds |= {stage: workplace.timings[stage] for stage in FINDERS if stage in workplace.timings}
+    clock.seconds["networks"] = spent - sum(workplace.timings.get(stage, 0) for stage in FINDERS)
     with clock.measure("scoring"):
         scored = list(method.finish(lambda *_: None))
     if scored:
         with clock.measure("rescoring"):
             method.image_scores(scored)
-    return clock.seconds
+    return clock.seconds, taken[0].stages if taken else None
 
 
 def whole_runs(
@@ -312,7 +385,7 @@ def whole_runs(
     with tempfile.TemporaryDirectory() as folder:
         options = Options(Path(folder) / "out", batch_size=arguments.batch_size, strict=True)
         workplace = set_up(config, runtime, options)
-        data = arguments.data or draw_demo(Path(folder) / "data", count=arguments.images, defects=arguments.images // 4)
+        data = arguments.data or draw(config, arguments.images, Path(folder) / "data")
         (category, *_) = scan(data).categories
         category = replace(category, images=category.images[: arguments.images])
 
@@ -322,13 +395,15 @@ def whole_runs(
             run_category(CategoryJob(part, config, options), workplace, lambda *_: None)
             return time.perf_counter() - start, dict(workplace.timings)
 
-        run(2)  # warms up
-        alone = stages_alone(category, runtime, workplace)
+        run(1 if config.components else 2)  # warms up
+        alone, found = stages_alone(category, runtime, workplace)
         forget_peak_memory()
         together, stages = run(len(category.images))
         alone["write"] = stages["write"]  # nothing runs beside it
         host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
     print_run(config, runtime, len(category.images), alone, together)
+    if found is not None:
+        print(f"  {len(found.tiles)} tiles in the first image, {len(found.parts)} masks that are parts of objects")
     print(
         f"  peak memory {host / 2**30:.2f} GiB"
         + (f", on the device {device / 2**30:.2f} GiB" if device is not None else "")
@@ -345,6 +420,7 @@ def whole_runs(
             "image_size": config.image_size,
             "images": len(category.images),
             "batch": workplace.loader.batch_size,
+            "found": found and {"masks": len(found.parts), "tiles": len(found.tiles)},
             "seconds_alone": alone,
             "seconds_together": together,
             "overlap": sum(alone.values()) / together,
@@ -352,6 +428,11 @@ def whole_runs(
             "peak_device_bytes": device,
         },
     )
+
+
+def draw(config: Config, count: int, folder: Path) -> Path:
+    """Draw images for whole runs and return their folder."""
+    return draw_scenes(folder, count) if config.components else draw_demo(folder, count=count, defects=count // 4)
 
 
 def print_run(config: Config, runtime: Runtime, count: int, alone: Mapping[str, float], together: float) -> None:
@@ -369,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--preset", default="small", choices=preset_names(), help="(default %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
-    add("--images", type=int, default=200, help="of whole runs (default %(default)s)")
+    add("--images", type=int, help=f"of whole runs (default: 200, or {SCENES} where objects are looked for)")
     add("--data", type=Path, help="folder of images for whole runs; drawn ones by default")
     add("--image-size", type=int, help="(default: the preset's)")
     add("--device", default="auto", help="auto, cpu or cuda:N (default %(default)s)")
@@ -386,18 +467,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"device: {runtime.describe()} ({runtime.reason})")
     overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
+    arguments.images = arguments.images or (SCENES if config.components else 200)
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
         if arguments.only != "runs":
             compare_networks(config, weights, arguments, record)
         if arguments.only != "networks":
             found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
+            random = {name for name, kind in weights.items() if kind.startswith(RANDOM)}
             for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
                 settings = config.settings
                 if "precision" in type(settings).model_fields:
                     settings = settings.model_copy(update={"precision": precision})
                 chosen = config.model_copy(update={"network_precision": precision, "settings": settings})
-                with random_words() if any(name.startswith("random") for name in weights.values()) else nullcontext():
+                with random_words() if random else nullcontext(), stand_ins(random):
                     whole_runs(chosen, runtime, weights, arguments, record)
     return 0
 

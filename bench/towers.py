@@ -1,6 +1,5 @@
-"""Shapes of the published image towers: their arithmetic, and random checkpoints where real ones are absent."""
+"""Shapes of the published image towers, and random checkpoints where real ones are absent."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,13 +8,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from zsad.export.linear_heads import KEY as HEADS
-from zsad.export.options import WINDOWS, ExportOptions
-from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, Architecture, VisionTransformer
+from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, Architecture
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the arithmetic of an image tower."""
+    """What decides the shapes of an image tower's weights."""
 
     architecture: Architecture
     width: int
@@ -31,55 +29,6 @@ class Shape:
         """Width between the two linear layers of a block."""
         # DINOv2's SwiGLU keeps the arithmetic of a factor of four with three matrices, in multiples of eight.
         return (int(4 * self.width * 2 / 3) + 7) // 8 * 8 if self.gated else 4 * self.width
-
-    @classmethod
-    def of(cls, vit: VisionTransformer) -> "Shape":
-        """Return the shape of weights that were read."""
-        hidden = vit.blocks[0].fc2[0].shape[1]
-        return cls(
-            vit.architecture,
-            vit.width,
-            len(vit.blocks),
-            vit.patch_size,
-            math.isqrt(len(vit.positions) - 1),
-            0 if vit.projection is None else vit.projection.shape[1],
-            len(vit.blocks[0].fc1[1]) == 2 * hidden,
-            len(vit.registers),
-        )
-
-    def flops(self, graph: ExportOptions) -> float:
-        """Count the multiplications and additions of one image's products: 1.01e12 for a whole ViT-L/14 at 518 px.
-
-        As the exported graph does them: windows find queries, keys and values of the first block there already, and a
-        last block of which the class token alone is wanted has its other products for that token only.
-        """
-        grid, front, last = graph.image_size // self.patch_size, 1 + self.registers, self.depth - 1
-        whole = last in graph.taps or "patches" in graph.outputs
-        total = 2 * grid**2 * self.width * 3 * self.patch_size**2
-        total += self._trunk_flops(front + grid**2, self.blocks(graph), self.blocks(graph) == self.depth and not whole)
-        for side in (side for name, side in WINDOWS.items() if name in graph.outputs):
-            length = front + side**2
-            window = self._trunk_flops(length, self.depth, only_first=True) - 6 * length * self.width**2
-            total += (grid - side + 1) ** 2 * window
-        return float(total)
-
-    def _trunk_flops(self, tokens: int, blocks: int, only_first: bool) -> int:
-        """Count those of the blocks on one sequence; only_first: the last block's other tokens are not wanted."""
-        block = 2 * tokens * self._block_weights + 4 * tokens**2 * self.width
-        spared = (tokens - 1) * (2 * (self._block_weights - 3 * self.width**2) + 4 * tokens * self.width)
-        return blocks * block - only_first * spared
-
-    def blocks(self, graph: ExportOptions) -> int:
-        """Count the blocks that an exported graph holds."""
-        return graph.depth(self.depth)
-
-    def weights(self, graph: ExportOptions) -> int:
-        """Count the weights of the linear layers of these blocks."""
-        return self.blocks(graph) * self._block_weights
-
-    @property
-    def _block_weights(self) -> int:
-        return 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
 
 
 # By the manifest's names.

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from host_build import COMPILER, MISSING_COMPILER
 
-from zsad.bench import mutual_scoring_cuda, throughput
+from zsad.bench import mutual_scoring_cuda, random_weights, throughput
+from zsad.bench.scenes import PLACES
+from zsad.bench.towers import Shape
 from zsad.engine.config import load_config
-from zsad.engine.methods.method import graph_requests, method_class
-from zsad.engine.networks.build import export_options
+from zsad.engine.methods.method import method_class
 from zsad.export.linear_heads import read_linear_heads
-from zsad.export.options import ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import CLIP, DINOV2
 
@@ -43,9 +42,9 @@ def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 @pytest.mark.slow
 def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
     network, *runs = measure("--device", "cpu")
-    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_image"])
-    assert all(len(times) == 2 for times in network["seconds_per_image"].values())
-    assert set(network["agreement"]) == set(network["seconds_per_image"])
+    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_row"])
+    assert all(len(times) == 2 for times in network["seconds_per_row"].values())
+    assert set(network["agreement"]) == set(network["seconds_per_row"])
     assert [run["precision"] for run in runs] == [["fp32", "fp32"], ["int8", "int8"]]
     for run in runs:
         assert set(run["seconds_alone"]) == STAGES
@@ -61,7 +60,7 @@ def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: 
     monkeypatch.setattr(mutual_scoring_cuda, "PEAK_SIDE", 64)
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "torch" else object())
     network, *runs = measure("--device", "cuda:0", "--batch-size", "2")
-    assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(network["seconds_per_image"])
+    assert {"TensorRT fp16", "TensorRT-RTX fp16"} <= set(network["seconds_per_row"])
     assert [run["runtime"].split()[0] for run in runs] == ["tensorrt", "tensorrt-rtx"]
     for run in runs:
         assert set(run["seconds_alone"]) == STAGES
@@ -85,7 +84,7 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", throughput.Shape(DINOV2, 64, 2, stored_grid=5))
+    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", Shape(DINOV2, 64, 2, stored_grid=5))
     config = load_config("challenge", overrides={"taps": (0, 1)}, method_of=method_class)
     only = config.model_copy(update={"networks": {"dinov2": config.networks["dinov2"]}})
     replaced, weights = throughput.use_random_weights(only, tmp_path)
@@ -94,30 +93,9 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
     assert Path(replaced.networks["dinov2"].checkpoint).is_file()
 
 
-@pytest.mark.parametrize(("name", "teraflop"), [("dinov2-vitl14", 1.014), ("clip-vitl14-336", 1.014)])
-def test_arithmetic_of_a_large_tower(name: str, teraflop: float) -> None:
-    config = load_config("challenge", method_of=method_class)
-    (request,) = (each for each in graph_requests(config) if each.network == name.partition("-")[0])
-    graph = export_options(config.networks[request.network], request, "fp32", "fused")
-    assert throughput.SHAPES[name].flops(graph) / 1e12 == pytest.approx(teraflop, abs=5e-4)
-
-
-def test_arithmetic_of_windows_leaves_out_what_the_graph_does() -> None:
-    shape = throughput.Shape(CLIP, 64, 2, patch_size=16, stored_grid=6, projection=32)
-    options = ExportOptions((), 96, outputs=("embedding",))
-    whole, plain, both = (
-        shape.flops(replace(options, outputs=outputs))
-        for outputs in (("patches",), ("embedding",), ("embedding", "windows_2"))
-    )
-    tokens, windows, block = 37, 25, 12 * 64**2
-    assert whole - plain == (tokens - 1) * (2 * 9 * 64**2 + 4 * tokens * 64)
-    linear = windows * (5 * 2 * (2 * block - 3 * 64**2) - 4 * 2 * 9 * 64**2)
-    assert both - plain == linear + windows * 64 * 4 * (5**2 + 5)
-
-
 def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setitem(throughput.SHAPES, "clip-vitl14-336", throughput.Shape(CLIP, 64, 2, projection=32))
+    monkeypatch.setitem(throughput.SHAPES, "clip-vitl14-336", Shape(CLIP, 64, 2, projection=32))
     config, _ = throughput.use_random_weights(load_config("april-gan", method_of=method_class), tmp_path)
     heads = read_linear_heads(Path(config.settings.head), 4, 64, 32)
     assert {weight.shape for weight, _ in heads} == {(32, 64)}
@@ -128,13 +106,69 @@ def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: p
 def test_whole_runs_of_text_guided_presets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights, for which there are no words."""
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    shape = throughput.Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
+    shape = Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
     checkpoint = load_config(name, method_of=method_class).networks["clip"].checkpoint
     monkeypatch.setitem(throughput.SHAPES, checkpoint, shape)
     Path("tiny.toml").write_text("image_size = 48\n[networks.clip]\ntaps = [0, 1]\n")
     common = ["--preset", name, "--config", "tiny.toml", "--device", "cpu", "--images", "3", "--repeats", "1"]
     assert throughput.main([*common, "--output", "out.jsonl"]) == 0
     network, *runs = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
-    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_image"])
+    assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_row"])
     assert [run["precision"] for run in runs] == [["fp32", None], ["int8", None]]
     assert all(set(run["seconds_alone"]) >= {"decode", "networks", "write"} for run in runs)
+
+
+TINY = """
+image_size = 48
+[networks.clipseg]
+image_size = 32
+heads = 3
+[stages.isnet]
+checkpoint = "isnet-general-use"
+image_size = 64
+[stages.sam]
+checkpoint = "sam-vitb"
+image_size = 128
+heads = 4
+[stages.masks]
+points_per_side = 4
+"""
+
+
+@pytest.mark.slow
+def test_every_graph_and_whole_runs_of_vvv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With random weights: IS-Net's and SAM's results are replaced by what scenes show."""
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
+    tower = Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
+    monkeypatch.setitem(throughput.SHAPES, "clip-vitb16plus-240-e31", tower)
+    states = {
+        "clipseg-rd64-refined": random_weights.clipseg_state(48, 24, 16),
+        "isnet-general-use": random_weights.isnet_state(8),
+        "sam-vitb": random_weights.sam_encoder_state(32, [3, 8], 16, 8, out=32)
+        | random_weights.mask_decoder_state(32, hidden=16, quality=16),
+    }
+    for name, state in states.items():
+        monkeypatch.setitem(random_weights.STATES, name, lambda state=state: state)
+    Path("tiny.toml").write_text(TINY)
+    common = ["--preset", "vvv", "--config", "tiny.toml", "--device", "cpu", "--images", "2", "--repeats", "1"]
+    assert throughput.main([*common, "--output", "out.jsonl"]) == 0
+    records = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
+    networks, runs = ([each for each in records if each["kind"] == kind] for kind in ("network", "run"))
+    assert [(each["graph"], each["row"], each["batch"]) for each in networks] == [
+        ("image", "image", 1),
+        ("clipseg_image", "image", 1),
+        ("clipseg_decoder", "prompt", 6),
+        ("isnet", "image", 1),
+        ("sam_image", "image", 1),
+        ("sam_masks", "point", 64),
+    ]
+    for each in networks:
+        assert ("ONNX Runtime int8" in each["seconds_per_row"]) == (each["graph"] == "image")
+        assert each["flops_per_row"] > 0
+    assert [run["precision"] for run in runs] == [["fp32", None], ["int8", None]]
+    for run in runs:
+        assert list(run["seconds_alone"])[:4] == ["decode", "foreground", "masks", "networks"]
+        assert run["found"]["tiles"] == len(PLACES)
+    assert "random, of the shape of sam-vitb" in capsys.readouterr().out

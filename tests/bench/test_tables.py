@@ -1,0 +1,64 @@
+"""Tables of made-up records."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from zsad.bench import tables
+
+ENVIRONMENT = {"date": "now", "cpu": "a processor", "cores": 2, "commit": "0123456789", "command": "measure"}
+
+
+def graph(name: str, **values: Any) -> Mapping[str, Any]:
+    common = {"kind": "network", "preset": "vvv", "network": "net", "row": "image", "image_size": 64, "batch": 1}
+    measured = {"weights": "random, of the shape of a net", "peak_flops": [1e11, 1e11]}
+    return {**ENVIRONMENT, **common, **measured, "graph": name, **values}
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """What a results file holds, to be filled."""
+    found: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(tables, "read", lambda file: found)
+    return found
+
+
+def test_graphs_of_one_run_are_one_table(records: list[Mapping[str, Any]]) -> None:
+    first = {"ONNX Runtime fp32": [2.0, 2.0], "PyTorch eager fp32": [3.0, 4.0]}
+    records.append(graph("image", flops_per_row=1e11, seconds_per_row=first))
+    second = {"ONNX Runtime fp32": [0.02, 0.02]}
+    records.append(graph("masks", row="point", batch=64, flops_per_row=1e9, seconds_per_row=second))
+    assert tables.networks_table().splitlines() == [
+        "Every graph of preset `vvv` (random weights of the true shapes), product peak 100 GFLOP/s; a processor, "
+        "2 cores, commit 01234567, `measure`:",
+        "",
+        "| graph |  | time | of the peak | times faster than PyTorch |",
+        "| --- | --- | --- | --- | --- |",
+        "| net, `image`, 64 px: one image of 1 at once, 0.100 TFLOP | ONNX Runtime fp32 | 2.00 s | 50 % | 1.75 |",
+        "|  | PyTorch eager fp32 | 3.50 s | 29 % | 1.00 |",
+        "| net, `masks`, 64 px: one point of 64 at once, 1.00 GFLOP | ONNX Runtime fp32 | 20.0 ms | 50 % | – |",
+    ]
+
+
+def test_a_later_run_replaces_an_earlier_one(records: list[Mapping[str, Any]]) -> None:
+    for date, seconds in (("yesterday", 5.0), ("today", 2.0)):
+        records.append(graph("image", date=date, flops_per_row=1e11, seconds_per_row={"zsad": [seconds, seconds]}))
+    assert "2.00 s" in tables.networks_table()
+    assert "5.00 s" not in tables.networks_table()
+
+
+def test_graphs_of_older_records_stand_by_themselves(records: list[Mapping[str, Any]]) -> None:
+    old = {"kind": "network", "network": "net", "weights": "a net", "image_size": 64, "batch": 1, "peak_flops": [1e11]}
+    records.append({**ENVIRONMENT, **old, "flops_per_image": 1e12, "seconds_per_image": {"zsad": [20.0]}})
+    assert "One image through a network (a net; 64 px, batch 1, 1.000 TFLOP)" in tables.networks_table()
+
+
+def test_runs_say_how_many_tiles_there_were(records: list[Mapping[str, Any]]) -> None:
+    run = {"kind": "run", "preset": "vvv", "runtime": "a runtime", "precision": ["fp32", None], "image_size": 240}
+    times = {"seconds_alone": {"masks": 30.0, "write": 0.5}, "seconds_together": 40.0, "overlap": 0.8}
+    found = {"found": {"masks": 5, "tiles": 4}, "images": 2, "peak_host_bytes": 2**30}
+    records.append({**ENVIRONMENT, **run, **times, **found})
+    table = tables.runs_table()
+    assert "preset `vvv`, 2 images at 240 px, 4 tiles each, a runtime, networks fp32: 0.05 images/s" in table
+    assert "| masks | 15.0 s |\n| write | 250.0 ms |\n| all together | 20.0 s |" in table
