@@ -110,7 +110,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
     ]
     timings = workplace.timings
-    dataset, evaluation, missing = _evaluated(dataset, options, records, timings)
+    dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
     seconds = time.perf_counter() - start
     record = RunRecord(
         version=importlib.metadata.version("zsad"),
@@ -122,6 +122,7 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         seconds=round(seconds, 3),
         images=sum(len(category.images) for category in records),
         failed=sum(len(category.failures) for category in records),
+        not_compared=left_out,
         images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
         peak_memory_bytes=peak_memory(),
         device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
@@ -433,34 +434,39 @@ class CategoryPass:
 
 def _evaluated(
     dataset: Dataset, options: Options, records: Sequence[CategoryRecord], timings: MutableMapping[str, float]
-) -> tuple[Dataset, Evaluation | None, list[str]]:
+) -> tuple[Dataset, Evaluation | None, list[str], int]:
     """Compare with ground truth where the data have it; scoring never sees it.
 
-    Returns the images with their labels, the metrics, and notes on metrics that there cannot be.
+    Returns the images with their labels, the metrics, notes on metrics that there cannot be, and how many images were
+    left out since their masks or maps are unreadable, each of which is said.
     """
     # A category that failed in this run may still have the results of an earlier one.
     finished = {record.name for record in records if record.images}
     comparable = {category.name for category in dataset.categories if category.has_ground_truth} & finished
     notes: list[str] = []
+    left_out = 0
     if not comparable:
-        return dataset, None, notes
+        return dataset, None, notes, left_out
     # Without maps every image would be named for lacking one.
-    level = logging.WARNING if "zsad" in options.formats else logging.DEBUG
+    with_maps = "zsad" in options.formats
 
-    def warn(message: str) -> None:
-        log.log(level, "%s", message)
+    def warn(message: str | ImageError) -> None:
+        nonlocal left_out
+        left_out += with_maps and isinstance(message, ImageError)
+        log.log(logging.WARNING if with_maps else logging.DEBUG, "%s", message)
 
-    def note(message: str, level: int = logging.INFO) -> None:
+    def note(message: str | ImageError, level: int = logging.INFO) -> None:
         log.log(level, "%s", message)
         notes.append(f"{message}.")
 
     with stopwatch(timings, "evaluate"):
         try:
             dataset = replace(dataset, categories=tuple(labelled(c, warn, note) for c in dataset.categories))
-            return dataset, evaluate(options.output, dataset, warn=warn, only=comparable, note=note), notes
-        except Exception as error:  # a mask that breaks its reader must not cost the report
+            evaluation = evaluate(options.output, dataset, warn=warn, only=comparable, note=note)
+            return dataset, evaluation, notes, left_out
+        except Exception as error:  # whatever goes wrong here must not cost the report
             note(f"no metrics: {error}", logging.WARNING)
-            return dataset, None, notes
+            return dataset, None, notes, left_out + 1
 
 
 def _notes(records: Sequence[CategoryRecord]) -> list[str]:

@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     interrupts.check()  # it may have been put off until here
     warnings = 0
 
-    def warn(message: str) -> None:
+    def warn(message: object) -> None:
         nonlocal warnings
         interrupts.check()
         warnings += 1

@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         emit((arguments.output / "run.json").read_text())
     elif not arguments.quiet:
         emit(_summary(record, arguments.output, arguments.format))
-    return SOME_FAILED if record.failed else DONE
+    return SOME_FAILED if record.failed or record.not_compared else DONE
 
 
 def _stage_table(record: "RunRecord") -> str:

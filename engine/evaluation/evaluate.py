@@ -19,6 +19,7 @@ from PIL import Image
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.folders import Dataset
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
+from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RUN, SCORES
 from zsad.engine.scores.maps import upsample
 
@@ -30,7 +31,8 @@ log = logging.getLogger("zsad")
 
 Protocol = Literal["official", "paper"]
 Values = dict[str, float | None]
-Warn = Callable[[str], None]  # is told what is left out, or, as `note`, what is as it is; a sentence each
+# Is told what is left out, or, as `note`, what is as it is; a sentence each, as an error where a file is unreadable.
+Warn = Callable[[str | ImageError], None]
 
 # Weights of the Rayan challenge's leaderboard; the keys name and order the metrics everywhere below.
 CHALLENGE_WEIGHTS = {
@@ -170,8 +172,9 @@ def evaluate_category(
             try:
                 map_path = results / rows[relative]["map"]
                 pixels.append(_load_pixels(category.root, images[relative], map_path, paper, saturation))
-            except (OSError, ValueError) as error:
-                warn(f"{category.root / relative}: left out of the pixel metrics: {error}")
+            except (ImageError, OSError, ValueError) as error:
+                said = f"{category.root / relative}: left out of the pixel metrics: {error}"
+                warn(ImageError(said) if isinstance(error, ImageError) else said)
     at_pixel = pixel_metrics(
         [of_image.mask for of_image in pixels],
         [of_image.map for of_image in pixels],
@@ -231,8 +234,9 @@ def labelled(category: Category, warn: Warn = log.warning, note: Warn = log.info
     for image in category.images:
         try:
             anomalous = any(read_mask(category.root / mask).any() for mask in image.masks.files)
-        except MaskError as error:
-            warn(f"{category.root / image.relative}: its mask {image.masks.files[0]}: {error}")
+        except (ImageError, MaskError) as error:
+            said = f"{category.root / image.relative}: its mask {image.masks.files[0]}: {error}"
+            warn(ImageError(said) if isinstance(error, ImageError) else said)
             images.append(image)
             continue
         without += not image.masks.files
@@ -297,11 +301,13 @@ class Pixels:
 def _load_pixels(
     root: Path, image: InputImage, map_path: Path, paper: Paper | None, saturation: Saturation | None
 ) -> Pixels:
-    """Mask and map of one image; ValueError or OSError says what is wrong."""
+    """Mask and map of one image; ImageError says which file is unreadable, ValueError what else is wrong."""
     if not map_path.is_file():
         raise ValueError(f"its map {map_path} is missing; run `zsad-infer` again")
-    with Image.open(map_path) as file:
-        map_ = file.convert("F")
+    try:
+        map_ = read_map(map_path)
+    except ImageError as error:
+        raise ImageError(f"its map {map_path}: {error}; run `zsad-infer` again") from None
     if not np.isfinite(np.asarray(map_)).all():
         raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
     if image.anomalous and not image.masks.files:
@@ -312,8 +318,9 @@ def _load_pixels(
     for path in image.masks.files:
         try:
             part = read_mask(root / path)  # [H, W]
-        except MaskError as error:
-            raise ValueError(f"its mask {root / path}: {error}") from None
+        except (ImageError, MaskError) as error:
+            kind = ImageError if isinstance(error, ImageError) else ValueError
+            raise kind(f"its mask {root / path}: {error}") from None
         if part.shape != mask.shape:
             size = f"{part.shape[1]}x{part.shape[0]} px, the image {map_.width}x{map_.height} px"
             raise ValueError(f"its mask {root / path} is {size}")

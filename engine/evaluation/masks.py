@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.stored import ImageError, Stored, read_stored
+from zsad.engine.images.stored import ImageMemoryError, Stored, read_stored
 
 LOSSY = ("JPEG", "MPO")  # values lie around those that were drawn
 # Of other files: more values than that, some close to black and several close to white, are no class numbers.
@@ -30,12 +30,23 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     What is transparent, and black, is normal; every other colour, class number or grey value is a defect, whose own
     colour may be any. Where another colour clearly is the background (inverted masks, palettes), all but that colour
     is a defect. Masks of JPEG files, and what has become of them, are cut halfway instead.
-    Raises MaskError for a file that is unreadable or leaves open what is normal, such as one that is white all over.
+    Raises ImageError for a file that is unreadable, MaskError for one that leaves open what is normal, such as one that
+    is white all over.
     """
+    stored = read_stored(path)
     try:
-        stored = read_stored(path)
+        return _shape(stored)
+    except MemoryError:
+        raise ImageMemoryError("not enough memory to tell its shape") from None
+
+
+def _shape(stored: Stored) -> NDArray[np.bool_]:
+    """Return where a mask [h, w] says that the image is anomalous; raises MaskError."""
+    try:
         colours = _colours(stored)  # [h, w] or [h, w, 3]
-    except (ImageError, ValueError) as error:  # ValueError: a mode that Pillow does not convert
+    except MaskError:
+        raise
+    except ValueError as error:  # a mode that Pillow does not convert
         raise MaskError(str(error)) from None
     seen = None if stored.transparent is None else ~stored.transparent
     if seen is not None and not seen.all():

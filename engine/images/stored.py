@@ -109,6 +109,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
+def read_map(path: Path) -> Image.Image:
+    """Read a map that a run has written, floats in mode F; raises ImageError for whatever else the file is."""
+    with regular_file(path) as file:
+        try:
+            return Image.open(file, formats=("TIFF",)).convert("F")
+        except UnidentifiedImageError:
+            raise ImageError("not a TIFF image") from None
+
+
 @contextmanager
 def regular_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file with something in it; whatever fails in the context becomes an ImageError."""

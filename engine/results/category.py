@@ -22,7 +22,7 @@ from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.decode import decode
 from zsad.engine.images.loader import held_bytes
-from zsad.engine.images.stored import ImageError
+from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RECORD, SCORES
 from zsad.engine.methods.bitmasks import union
 from zsad.engine.methods.foreground import Stages
@@ -183,8 +183,7 @@ class CategoryWriter:
         files = (written.record.map for written in self._written(np.flatnonzero(self.done)[numbers]))
         values = []
         for file in islice(filter(None, files), 0, None, max(1, len(numbers) // SAMPLED_MAPS)):
-            with Image.open(self._staging / file) as image:
-                pixels = np.asarray(image).ravel()
+            pixels = np.asarray(read_map(self._staging / file)).ravel()
             values.append(pixels[:: max(1, pixels.size // SAMPLED_PIXELS)])
         return float(np.percentile(np.concatenate(values), percentile)) if values else None
 
@@ -241,8 +240,7 @@ class CategoryWriter:
     def _regions(self, written: Written, threshold: float | None) -> list[Region]:
         if threshold is None or not written.record.map:
             return []
-        with Image.open(self._staging / written.record.map) as file:
-            return find_regions(np.asarray(file), threshold, written.least_area)
+        return find_regions(np.asarray(read_map(self._staging / written.record.map)), threshold, written.least_area)
 
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""

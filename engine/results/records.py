@@ -169,6 +169,7 @@ class RunRecord:
     seconds: float
     images: int  # with a score
     failed: int
+    not_compared: int  # images with masks or maps that are unreadable
     images_per_second: float  # resumed ones not counted
     peak_memory_bytes: int  # of host memory
     device_memory_bytes: int | None

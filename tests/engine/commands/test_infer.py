@@ -304,7 +304,7 @@ def test_a_mask_that_cannot_be_read_costs_no_scores(infer, tmp_path: Path, conte
     (data / "ground_truth/bent").mkdir(parents=True)
     (data / "ground_truth/bent/0_mask.png").write_bytes(content)
     os.mkfifo(data / "ground_truth/bent/1_mask.png")
-    assert infer("data") == 0
+    assert infer("data") == 1
     check_whole(Path("out"))
     assert Path("out/report.html").is_file()
 
@@ -474,6 +474,26 @@ def test_metrics_that_there_cannot_be_are_on_record(infer, tmp_path: Path, capsy
     # The table on the console has the numbers of the record and the report.
     (row,) = (line for line in output.out.splitlines() if line.startswith("mean"))
     assert float(row.split()[2]) == pytest.approx(record["metrics"]["mean"]["image_auroc"], abs=1e-4)
+
+
+def test_a_damaged_mask_costs_the_metrics_of_its_own_image(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "data/part/test", *numbered(3, "good/"), *numbered(3, "bent/"))
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10:24, 10:24] = 255
+    masks = tmp_path / "data/part/ground_truth/bent"
+    masks.mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(mask).save(masks / f"{index:02}_mask.png")
+    assert infer("data") == 0
+    (masks / "01_mask.png").write_bytes((masks / "01_mask.png").read_bytes()[:-30])
+    capsys.readouterr()
+    assert infer("data") == 1
+    assert "part/test/bent/01.png: left out of the pixel metrics: its mask" in capsys.readouterr().err
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["failed"], record["not_compared"]) == (0, 1)
+    assert record["metrics"]["mean"]["pixel_auroc"] is not None
 
 
 def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

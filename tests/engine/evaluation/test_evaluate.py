@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,8 @@ from zsad.engine.images.folders import scan
 from zsad.engine.scores.maps import upsample
 
 HEIGHT, WIDTH = 24, 32
+# Makes Pillow run `gs`, where nothing says which formats are meant.
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 24\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 class Case:
@@ -291,6 +295,42 @@ def break_mask(case: Case) -> None:
     case.add_mask("cable", "test/cut/000.png", make_mask(2, 3)).write_bytes(b"no image")
 
 
+def widen_mask(case: Case) -> None:
+    path = case.add_mask("cable", "test/cut/000.png", make_mask(2, 3))
+    content = bytearray(path.read_bytes())
+    content[16:20] = struct.pack(">I", 20_000_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def tear_mask(case: Case) -> None:
+    path = case.add_mask("cable", "test/cut/000.png", make_mask(2, 3))
+    content = bytearray(path.read_bytes())
+    content[41:] = content[41:48]  # within the pixels
+    path.write_bytes(content)
+
+
+def write_program_as_mask(case: Case) -> None:
+    path = case.add_mask("cable", "test/cut/000.png", make_mask(2, 3))
+    path.write_bytes(POSTSCRIPT)
+
+
+def write_program_as_map(case: Case) -> None:
+    (case.out / "cable/maps/test/cut/000.tiff").write_bytes(POSTSCRIPT)
+
+
+def cut_map(case: Case) -> None:
+    path = case.out / "cable/maps/test/cut/000.tiff"
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def spoil_tags_of_map(case: Case) -> None:
+    path = case.out / "cable/maps/test/cut/000.tiff"
+    content = bytearray(path.read_bytes())
+    content[8:60] = b"\xff" * 52
+    path.write_bytes(content)
+
+
 def drop_map(case: Case) -> None:
     (case.out / "cable/maps/test/cut/000.tiff").unlink()
 
@@ -305,13 +345,24 @@ def spoil_map(case: Case) -> None:
         (drop_mask, "its mask is missing: looked for ground_truth/cut/000_mask.png"),
         (shrink_mask, "000_mask.png is 32x23 px, the image 32x24 px"),
         (break_mask, "000_mask.png: not a PNG"),
+        (widen_mask, "000_mask.png: too large"),
+        (tear_mask, "000_mask.png: damaged"),
+        (write_program_as_mask, "000_mask.png: not a PNG"),
+        (write_program_as_map, "its map .*000.tiff: not a TIFF image; run"),
+        (cut_map, "its map .*000.tiff: damaged: .*truncated"),
+        (spoil_tags_of_map, "its map .*000.tiff: "),
         (drop_map, "its map .*000.tiff is missing"),
         (spoil_map, "000.tiff holds NaN"),
     ],
 )
 def test_an_image_without_usable_pixels_keeps_its_score(
-    case: Case, capsys: pytest.CaptureFixture[str], damage: Callable[[Case], None], reason: str
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Case], None],
+    reason: str,
 ) -> None:
+    monkeypatch.setattr("subprocess.Popen", None)  # no file is a reason to run another program
     intact = evaluate(case.out, scan(case.data))["categories"]["cable"]
     damage(case)
     assert case.run("--json") == 1

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.evaluation.masks import MaskError, read_mask
+from zsad.engine.images.stored import ImageError
 
 SHAPE = np.zeros((60, 90), bool)
 SHAPE[10:30, 20:50] = True
@@ -178,7 +179,7 @@ def test_what_cannot_be_decided_is_said(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match="NaN"):
         read_mask(tmp_path / "nan.tif")
     (tmp_path / "words.png").write_text("words")
-    with pytest.raises(MaskError, match="not a PNG"):
+    with pytest.raises(ImageError, match="not a PNG"):
         read_mask(tmp_path / "words.png")
 
 

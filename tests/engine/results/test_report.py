@@ -54,6 +54,7 @@ def make_run(images: int, **fields: Any) -> RunRecord:
         started="2025-01-31 12:00:00",
         seconds=3.0,
         images=images,
+        not_compared=0,
         failed=0,
         images_per_second=images / 3.0,
         peak_memory_bytes=2**30,
