@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zsad.kernels.files import file_sha256, written_whole
+from zsad.kernels.files import remembered_sha256, written_whole
 from zsad.kernels.machine import cache_folder, cache_to_write
 
 from .digests import KINDS, Digest
@@ -124,7 +124,7 @@ def find_checkpoint(checkpoint: str) -> tuple[Path, str]:
     if known is None:
         path = Path(os.path.expanduser(checkpoint))  # noqa: PTH111 (pathlib raises for a user that there is not)
         if path.is_file():
-            return path, file_sha256(path)
+            return path, remembered_sha256(path)
         raise _unknown(checkpoint)
     present = _find_present(known)
     if present is not None:
@@ -207,13 +207,13 @@ def _find_present(known: Entry) -> tuple[Path, str] | None:
 def _verified(path: Path, source: Source) -> str:
     """Return the sha256 of a source's file; raises CheckpointError where its digest is another than the published."""
     if source.digest is None:
-        return file_sha256(path)
+        return remembered_sha256(path)
     found = source.digest.of(path)
     if problem := source.digest.problem(found):
         raise CheckpointError(
             f"{path}: {problem}; the file is damaged or another version. Delete it and try again: rm '{path}'"
         )
-    return found if source.digest.kind == "sha256" else file_sha256(path)
+    return found if source.digest.kind == "sha256" else remembered_sha256(path)
 
 
 def _to_keep(folder: Path | None) -> Path:

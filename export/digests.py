@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zsad.kernels.files import file_sha256
+from zsad.kernels.files import file_sha256, remembered_digest
 
 
 def git_blob(path: Path) -> str:
@@ -59,8 +59,8 @@ class Digest:
         return f"{name} {self.digits}{'…' if len(self.digits) < length else ''}"
 
     def of(self, path: Path) -> str:
-        """Return the digest of this kind that a file has."""
-        return KINDS[self.kind][2](path)
+        """Return the digest of this kind that a file has; of a file that stays as it is it is computed once."""
+        return remembered_digest(path, self.kind, KINDS[self.kind][2])
 
     def problem(self, found: str) -> str | None:
         """Return what is wrong with a digest that was found, None where it fits."""

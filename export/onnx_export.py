@@ -13,7 +13,7 @@ from typing import Any, Literal
 import onnx
 from numpy.typing import NDArray
 
-from zsad.kernels.files import check_target, written_whole
+from zsad.kernels.files import check_target, remembered_sha256, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .adopt import ReadyGraph
@@ -94,7 +94,7 @@ def export_onnx(
         raise CheckpointError(f"{checkpoint}: {error}") from None
     if output is None:
         with written_whole(_facts_path(path)) as temporary:
-            facts = {"sizes": _sizes(path), "preprocessing": builder.preprocessing, "inputs": builder.inputs}
+            facts = {"sha256": _digests(path), "preprocessing": builder.preprocessing, "inputs": builder.inputs}
             temporary.write_text(json.dumps(facts), encoding="utf-8")
     return model(path=path, preprocessing=builder.preprocessing, inputs=builder.inputs, built=True, agreement=agreement)
 
@@ -113,15 +113,18 @@ def _read_facts(path: Path) -> tuple[Preprocessing, Mapping[str, Shape]] | None:
     try:
         known = json.loads(_facts_path(path).read_text(encoding="utf-8"))
         inputs = {name: tuple(shape) for name, shape in known["inputs"].items()}
-        return (known["preprocessing"], inputs) if known["sizes"] == _sizes(path) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
+        if known["sha256"] == _digests(path):
+            return known["preprocessing"], inputs
+        log.warning("%s: damaged since it was built; it is built anew", path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    return None
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """The sizes in bytes of a graph and its weights, as the cache keeps them to notice what was cut or lost."""
+def _digests(path: Path) -> dict[str, str]:
+    """The sha256 of a graph and of its weights, as the cache keeps them to notice what is damaged or lost."""
     files = (file for file in (path, weights_path(path)) if file.is_file())
-    return {file.name: file.stat().st_size for file in files}
+    return {file.name: remembered_sha256(file) for file in files}
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:

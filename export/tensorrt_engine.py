@@ -6,6 +6,7 @@ alone decides the precisions. TensorRT builds on the GPU that will run the engin
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from zsad.kernels.files import file_sha256, written_whole
+from zsad.kernels.files import remembered_sha256, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph
@@ -24,6 +25,8 @@ from .libraries import RTX_CAPABILITIES, EngineError, import_tensorrt, numbers
 from .onnx_export import ExportedModel, weights_path
 from .options import GRAPH_WORDS, ExportOptions, GraphOptions, Shape
 from .state_dict import CheckpointError
+
+log = logging.getLogger("zsad")
 
 LARGEST_BATCH = 4096  # images; TensorRT counts in 32 bits
 RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0", "12.1")  # what an engine runs on when none is named: not Turing
@@ -115,10 +118,13 @@ def build_engine(
     )
     name = f"{onnx.stem}-{fingerprint.key()}.engine"
     for path in [output] if output else [folder / name for folder in cache_places("engines")]:
-        with suppress(EngineError):  # missing, damaged or foreign: build it
-            found, _ = _read_checked(path)
+        try:
+            found = _read_fingerprint(path)
             if found.key() == fingerprint.key():
                 return BuiltEngine(path, found, built=False)
+        except EngineError as error:  # missing, damaged or foreign
+            if path.is_file():
+                log.warning("%s", str(error).partition("; ")[0] + "; it is built anew")
     path = output or cache_to_write("engines", keep) / name
     engine = _build(trt, onnx, fingerprint, options)
     fingerprint = replace(fingerprint, engine_sha256=hashlib.sha256(engine).hexdigest(), engine_bytes=len(engine))
@@ -182,7 +188,7 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     onnx: the graph that it must have been made from, if known. Raises EngineError when the file is missing, truncated
     or foreign, or was made by another library version, for another GPU or from another graph.
     """
-    fingerprint, engine = _read_checked(path)
+    fingerprint = _read_fingerprint(path)
     trt = import_tensorrt(fingerprint.library)
     again = f"; build it again: {fingerprint.command}"
     same_major = trt.__version__.split(".")[0] == fingerprint.version.split(".")[0]
@@ -202,7 +208,7 @@ def read_engine(path: Path, device: int = 0, onnx: Path | None = None) -> tuple[
     ):
         built_for = ", ".join(fingerprint.compute_capabilities)
         raise EngineError(f"{path}: built for compute capability {built_for}, device {device} has {capability}{again}")
-    return engine, fingerprint
+    return path.read_bytes(), fingerprint
 
 
 @dataclass(frozen=True)
@@ -337,8 +343,8 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
     return bytes(plan)
 
 
-def _read_checked(path: Path) -> tuple[Fingerprint, bytes]:
-    """Read an engine and its fingerprint, which must belong together."""
+def _read_fingerprint(path: Path) -> Fingerprint:
+    """Read the fingerprint of an engine; raises EngineError unless the two belong together."""
     anew = f"build one: zsad-export --preset NAME --target tensorrt (or tensorrt-rtx) --output '{path.parent}'"
     if not path.is_file():
         raise EngineError(f"{path}: there is no such engine; {anew}")
@@ -351,24 +357,23 @@ def _read_checked(path: Path) -> tuple[Fingerprint, bytes]:
             raise ValueError("edited or damaged")
     except FileNotFoundError:
         raise EngineError(f"{path}: has no fingerprint ({beside.name}), so zsad did not build it; {anew}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise EngineError(f"{beside}: no fingerprint of this version ({error}); {anew}") from None
-    engine = path.read_bytes()
-    if len(engine) < fingerprint.engine_bytes:
+    size = path.stat().st_size
+    if size < fingerprint.engine_bytes:
         raise EngineError(
-            f"{path}: truncated, {len(engine)} of {fingerprint.engine_bytes} bytes; "
-            f"build it again: {fingerprint.command}"
+            f"{path}: truncated, {size} of {fingerprint.engine_bytes} bytes; build it again: {fingerprint.command}"
         )
-    if hashlib.sha256(engine).hexdigest() != fingerprint.engine_sha256:
+    if remembered_sha256(path) != fingerprint.engine_sha256:
         raise EngineError(
             f"{path}: not the engine that its fingerprint describes; build it again: {fingerprint.command}"
         )
-    return fingerprint, engine
+    return fingerprint
 
 
 def _onnx_sha256(onnx: Path) -> str:
     """The digest of a graph, and of the file of weights beside it where there is one."""
-    digests = [file_sha256(file) for file in (onnx, weights_path(onnx)) if file.is_file()]
+    digests = [remembered_sha256(file) for file in (onnx, weights_path(onnx)) if file.is_file()]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -1,15 +1,25 @@
 """Files: their digests, names that are safe to print, and writing them so that nobody ever sees half of one."""
 
+import glob
 import hashlib
+import logging
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+from .machine import CacheError, cache_folder, cache_to_write
+
+log = logging.getLogger("zsad")
+
+SEAL = 16  # hexadecimal digits
+SETTLED = 2 * 10**9  # nanoseconds after a change until another one shows in a file's time on every file system
 
 
 @contextmanager
@@ -57,6 +67,51 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def remembered_digest(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
+    """Return a digest of a file, computed once for as long as its size, its time of change and its inode stay the same.
+
+    kind: tells digests of several kinds apart. The cache keeps it, where that can be written. Raises OSError.
+    """
+    status = path.stat()
+    known, facts = f"{status.st_dev:x}-{status.st_ino:x}.{kind}", f"{status.st_size} {status.st_mtime_ns} "
+    with suppress(OSError, UnicodeDecodeError):
+        remembered = (cache_folder() / "digests" / known).read_text("ascii")
+        if remembered.startswith(facts):
+            return remembered.removeprefix(facts)
+    digest = compute(path)
+    if time.time_ns() - status.st_mtime_ns > SETTLED:
+        with suppress(OSError, CacheError), written_whole(cache_to_write("digests", keep=True) / known) as draft:
+            draft.write_text(facts + digest, "ascii")
+    return digest
+
+
+def remembered_sha256(path: Path) -> str:
+    """Return the sha256 of a large file in hexadecimal, see `remembered_digest`."""
+    return remembered_digest(path, "sha256", file_sha256)
+
+
+def find_sealed(path: Path) -> Path | None:
+    """Return the file of the cache that `write_sealed` made for this path; None where there is none.
+
+    What has another content by now goes, with a word.
+    """
+    for found in path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}"):
+        with suppress(OSError):
+            if found.stem == f"{path.stem}-{file_sha256(found)[:SEAL]}":
+                return found
+            log.warning("%s: damaged, it is made anew", found)
+            found.unlink()
+    return None
+
+
+def write_sealed(path: Path, content: bytes) -> Path:
+    """Write a file of the cache under a name that has the beginning of its sha256 too; returns it."""
+    sealed = path.with_name(f"{path.stem}-{hashlib.sha256(content).hexdigest()[:SEAL]}{path.suffix}")
+    with written_whole(sealed) as draft:
+        draft.write_bytes(content)
+    return sealed
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -1,5 +1,6 @@
 """Graphs on TensorRT and TensorRT-RTX engines: one execution context on the device's stream."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,8 @@ log = logging.getLogger("zsad")
 
 Array = Any  # an array on the device
 
+SEAL = hashlib.sha256().digest_size  # bytes of the digest in front of what is kept
+
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
 
@@ -35,8 +38,10 @@ class CompiledKernels:
         self._path, self._kept, self._sizes = engine.with_name(engine.name + ".kernels"), b"", set[int]()
         self._cache = settings.create_runtime_cache()
         with suppress(OSError):
-            content = self._path.read_bytes()
-            if self._cache.deserialize(content):  # not if another GPU, driver or version has made it
+            seal, content = (stored := self._path.read_bytes())[:SEAL], stored[SEAL:]
+            if hashlib.sha256(content).digest() != seal:
+                log.warning("%s: damaged, it is made anew", self._path)
+            elif self._cache.deserialize(content):  # not if another GPU, driver or version has made it
                 self._kept = content
         settings.set_runtime_cache(self._cache)
 
@@ -49,7 +54,7 @@ class CompiledKernels:
         if content != self._kept:
             self._kept = content
             with suppress(OSError), written_whole(self._path) as temporary:  # else they are compiled again
-                temporary.write_bytes(content)
+                temporary.write_bytes(hashlib.sha256(content).digest() + content)
 
 
 class TensorRTGraph:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from zsad.engine.networks.network import Graph, Network, run_in_parts
 from zsad.export.transformer_graph import BUILDER_VERSION
-from zsad.kernels.files import written_whole
+from zsad.kernels.files import find_sealed, write_sealed
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .tokenizer import TOKENIZER_VERSION, load_tokenizer
@@ -46,16 +48,15 @@ class TextVectors:
         facts = [used.sha256, used.spec.activation, self._arithmetic, BUILDER_VERSION, TOKENIZER_VERSION, list(prompts)]
         name = f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
         for folder in cache_places("text"):
-            try:
-                vectors: NDArray[np.float32] = np.load(folder / name, allow_pickle=False)
-            except (OSError, ValueError, EOFError):
-                continue
-            if vectors.ndim == 2 and len(vectors) == len(prompts) and np.isfinite(vectors).all():
-                return vectors
+            if (known := find_sealed(folder / name)) is not None:
+                with suppress(OSError):
+                    kept: NDArray[np.float32] = np.load(known, allow_pickle=False)
+                    return kept
         vectors = self._computed(network, prompts)
+        content = BytesIO()
+        np.save(content, vectors)
         try:
-            with written_whole(cache_to_write("text") / name) as draft, draft.open("wb") as file:
-                np.save(file, vectors)
+            write_sealed(cache_to_write("text") / name, content.getvalue())
         except OSError as error:  # they are at hand all the same
             log.warning("text vectors are not kept: %s", error)
         return vectors

@@ -7,7 +7,6 @@ NVRTC compiles them on first use into the user's cache, keyed by sources, option
 import hashlib
 import math
 import re
-import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.kernels.files import find_sealed, write_sealed
 from zsad.kernels.machine import cache_places, cache_to_write
 
 FOLDER = Path(__file__).parent
@@ -192,8 +192,8 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     file = f"{name}-{architecture}-{key}.cubin"
     for folder in cache_places("kernels"):
-        if (folder / file).exists():
-            return folder / file
+        if (known := find_sealed(folder / file)) is not None:
+            return known
     program = nvrtc.createProgram(texts[f"{name}.cu"], f"{name}.cu", [texts["device.h"].encode()], [b"device.h"])
     try:
         nvrtc.compileProgram(program, options)
@@ -204,11 +204,7 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
         ) from error
     finally:
         nvrtc.destroyProgram(program)
-    path = cache_to_write("kernels") / file
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
-        draft.write(cubin)
-    Path(draft.name).replace(path)  # another process may be writing the same
-    return path
+    return write_sealed(cache_to_write("kernels") / file, cubin)
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -54,7 +54,7 @@ def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Pa
 
 
 def test_a_damaged_graph_in_the_cache_is_built_again(
-    random_dinov2: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    random_dinov2: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
     checkpoint = str(random_dinov2())
@@ -66,6 +66,8 @@ def test_a_damaged_graph_in_the_cache_is_built_again(
         lambda: graph.write_bytes(b""),
         lambda: graph.write_bytes(contents[0][:-1]),
         lambda: weights.write_bytes(contents[1][:-1]),
+        lambda: graph.write_bytes(_one_bit_flipped(contents[0])),
+        lambda: weights.write_bytes(_one_bit_flipped(contents[1])),
         weights.unlink,
         lambda: graph.with_name(graph.name + ".json").write_bytes(b"\xff"),
     ):
@@ -73,6 +75,12 @@ def test_a_damaged_graph_in_the_cache_is_built_again(
         assert export_onnx(checkpoint, OPTIONS).built
         assert (graph.read_bytes(), weights.read_bytes()) == contents
         assert not export_onnx(checkpoint, OPTIONS).built
+    assert caplog.messages == 6 * [f"{graph}: damaged since it was built; it is built anew"]
+
+
+def _one_bit_flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x40]) + content[middle + 1 :]
 
 
 FAST = [("fp32", {}, 98), ("fp16", {"registers": 4}, 98), ("int8", {"gated": True}, 70)]

@@ -210,11 +210,14 @@ def test_engines_are_cached_by_fingerprint(
     assert set((cache / "engines").glob("*.engine")) == paths
 
 
-def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: ExportedModel) -> None:
+def test_a_damaged_engine_is_built_again(
+    tensorrt: FakeBuilder, graph: ExportedModel, caplog: pytest.LogCaptureFixture
+) -> None:
     first = build_engine(graph, EngineOptions("tensorrt"), "again")
     stored = json.loads(fingerprint_path(first.path).read_text())
     for damaged, content in (
         (first.path, "plan"),
+        (first.path, "plan of an Engine"),
         (fingerprint_path(first.path), ""),
         (fingerprint_path(first.path), json.dumps({**stored, "engine_bytes": "x"})),
     ):
@@ -222,6 +225,8 @@ def test_a_damaged_engine_is_built_again(tensorrt: FakeBuilder, graph: ExportedM
         assert build_engine(graph, EngineOptions("tensorrt"), "again").built
         assert first.path.read_bytes() == b"plan of an engine"
         assert not build_engine(graph, EngineOptions("tensorrt"), "again").built
+    assert len(caplog.messages) == 4
+    assert all(line.startswith(str(first.path)) and line.endswith("; it is built anew") for line in caplog.messages)
 
 
 def test_a_cache_that_may_only_be_read(

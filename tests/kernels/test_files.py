@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from zsad.kernels.files import check_target, file_sha256, printable, written_whole
+from zsad.kernels.files import (
+    check_target,
+    file_sha256,
+    find_sealed,
+    printable,
+    remembered_digest,
+    remembered_sha256,
+    write_sealed,
+    written_whole,
+)
 
 
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -84,3 +93,54 @@ def test_what_is_read_is_not_written(tmp_path: Path) -> None:
     check_target(tmp_path / "other", tmp_path / "file")
     with pytest.raises(OSError, match="is what is to be read"):
         check_target(tmp_path / "link", tmp_path / "file")
+
+
+def test_a_digest_is_computed_again_when_the_file_has_changed(
+    tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def compute(path: Path) -> str:
+        asked.append(path)
+        return file_sha256(path)
+
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    for _ in range(2):  # it has changed just now, and might once more without its time telling
+        assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+    assert len(asked) == 2
+    os.utime(file, (1e9, 1e9))
+    for _ in range(2):
+        assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+    file = file.rename(tmp_path / "renamed")
+    assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+    assert len(asked) == 3
+    file.write_bytes(b"Content")
+    assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"Content").hexdigest()
+    os.utime(file, (2e9, 1e9))
+    assert remembered_digest(file, "md5", lambda _: "of another kind") == "of another kind"
+    (known,) = (empty_cache / "digests").glob("*.md5")
+    for damage in (b"", b"\xff", b"7 1000000000"):
+        known.write_bytes(damage)
+        assert remembered_digest(file, "md5", lambda _: "once more") == "once more"
+
+
+def test_a_digest_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").write_text("a file")
+    (tmp_path / "file").write_bytes(b"content")
+    os.utime(tmp_path / "file", (1e9, 1e9))
+    assert remembered_sha256(tmp_path / "file") == hashlib.sha256(b"content").hexdigest()
+
+
+def test_a_sealed_file_is_found_until_it_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a [kernel]-0.cubin"
+    assert find_sealed(path) is None
+    sealed = write_sealed(path, b"content")
+    assert sealed.read_bytes() == b"content"
+    assert find_sealed(path) == sealed
+    assert find_sealed(tmp_path / "a [kernel].cubin") is None
+    sealed.write_bytes(b"cOntent")
+    assert find_sealed(path) is None
+    assert f"{sealed}: damaged, it is made anew" in caplog.text
+    assert list(tmp_path.iterdir()) == []

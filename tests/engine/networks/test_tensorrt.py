@@ -81,7 +81,7 @@ def test_kernels_that_tensorrt_rtx_compiles_are_kept(
     assert kernels.stat().st_mtime_ns == written
     kernels.write_bytes(b"made by another version")
     assert run(3) == [3]
-    assert kernels.read_bytes() == b"kernels \x03"
+    assert kernels.read_bytes()[32:] == b"kernels \x03"
     recordings = device.recordings
     monkeypatch.setattr(HostContext, "is_stream_capturable", lambda self, stream: False)
     assert run(4, 4) == [4]

@@ -52,3 +52,17 @@ def test_a_tower_is_loaded_for_new_words_and_dropped_again(towers: tuple[TextVec
     assert not np.array_equal(vectors.of("clip", ["a nut", "a broken nut", "nuts"]), bolt)
     gc.collect()
     assert [tower() for tower in loaded] == [None, None]
+
+
+def test_damaged_vectors_are_computed_again(
+    towers: tuple[TextVectors, list], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors, loaded = towers
+    bolt = vectors.of("clip", ["a bolt"])
+    (kept,) = (tmp_path / "text").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-2] ^= 1
+    kept.write_bytes(content)
+    np.testing.assert_array_equal(vectors.of("clip", ["a bolt"]), bolt)
+    assert len(loaded) == 2
+    assert caplog.messages == [f"{kept}: damaged, it is made anew"]
