@@ -24,7 +24,7 @@ from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.methods.method import method_class
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
-from zsad.engine.results.resume import OutputError
+from zsad.engine.results.output import OutputError
 from zsad.engine.run import run
 from zsad.engine.workplace import Options
 from zsad.export.libraries import EngineError

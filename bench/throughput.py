@@ -383,7 +383,8 @@ def whole_runs(
 ) -> None:
     """Time the stages alone and together, and append one record."""
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(Path(folder) / "out", batch_size=arguments.batch_size, strict=True)
+        (output := Path(folder) / "out").mkdir()
+        options = Options(output, batch_size=arguments.batch_size, strict=True)
         workplace = set_up(config, runtime, options)
         data = arguments.data or draw(config, arguments.images, Path(folder) / "data")
         (category, *_) = scan(data).categories

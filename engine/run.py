@@ -32,13 +32,15 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 from zsad.engine.images.stored import ImageError
+from zsad.engine.images.tree import REPORT, RUN
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import Background, CategoryWriter, Result, Writing
+from zsad.engine.results.output import claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
-from zsad.engine.results.resume import check_output, fingerprint, finished_record, why_again
+from zsad.engine.results.resume import fingerprint, finished_record, why_again
 from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
 from zsad.engine.workplace import Options, Workplace, set_up
@@ -90,8 +92,47 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
     dataset = scan(data, exclude=options.output)
+    with claimed(options.output, dataset.categories, options.resume):
+        workplace, records = _scored(dataset, config, runtime, options, progress)
+        timings = workplace.timings
+        dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
+        seconds = time.perf_counter() - start
+        record = RunRecord(
+            version=importlib.metadata.version("zsad"),
+            preset=config.preset,
+            method=config.method,
+            device=runtime.device_name,
+            runtime=runtime.describe(),
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            images=sum(len(category.images) for category in records),
+            failed=sum(len(category.failures) for category in records),
+            not_compared=left_out,
+            images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
+            peak_memory_bytes=peak_memory(),
+            device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
+            stages={name: round(value, 3) for name, value in timings.items()},
+            library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
+            config=dict(workplace.record),
+            checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
+            versions={"python": platform.python_version(), "numpy": np.__version__},
+            categories=records,
+            metrics=evaluation,
+            notes=[*dataset.notes, *_notes(records), *missing],
+        )
+        if "zsad" in options.formats:
+            shown = shown_categories(options.output, dataset.categories, records, evaluation)
+            write_report(options.output / REPORT, record, shown)
+        with written_whole(options.output / RUN) as temporary:
+            temporary.write_text(record.to_json())
+    return record
+
+
+def _scored(
+    dataset: Dataset, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress
+) -> tuple[Workplace, list[CategoryRecord]]:
+    """Set up what all categories share, and score and write each."""
     categories = dataset.categories
-    check_output(options.output, categories)
     workplace = set_up(config, runtime, options)
     check_memory(categories, config, workplace)
     log.info(
@@ -106,41 +147,9 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     for note in dataset.notes:
         log.info("%s", note)
     products = _products(categories)
-    records = [
+    return workplace, [
         run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
     ]
-    timings = workplace.timings
-    dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
-    seconds = time.perf_counter() - start
-    record = RunRecord(
-        version=importlib.metadata.version("zsad"),
-        preset=config.preset,
-        method=config.method,
-        device=runtime.device_name,
-        runtime=runtime.describe(),
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 3),
-        images=sum(len(category.images) for category in records),
-        failed=sum(len(category.failures) for category in records),
-        not_compared=left_out,
-        images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
-        peak_memory_bytes=peak_memory(),
-        device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
-        stages={name: round(value, 3) for name, value in timings.items()},
-        library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
-        config=dict(workplace.record),
-        checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
-        versions={"python": platform.python_version(), "numpy": np.__version__},
-        categories=records,
-        metrics=evaluation,
-        notes=[*dataset.notes, *_notes(records), *missing],
-    )
-    if "zsad" in options.formats:
-        shown = shown_categories(options.output, dataset.categories, records, evaluation)
-        write_report(options.output / "report.html", record, shown)
-    with written_whole(options.output / "run.json") as temporary:
-        temporary.write_text(record.to_json())
-    return record
 
 
 def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:

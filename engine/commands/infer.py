@@ -70,7 +70,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
     from zsad.engine.config import ConfigError
     from zsad.engine.images.folders import NothingToScoreError
     from zsad.engine.images.stored import ImageError
-    from zsad.engine.results.resume import OutputError
+    from zsad.engine.results.output import OutputError
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
     from zsad.kernels.machine import CacheError
@@ -89,9 +89,10 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.config import load_config
     from zsad.engine.demo import draw_demo
+    from zsad.engine.images.tree import DEMO
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
-    from zsad.engine.results.resume import check_output
+    from zsad.engine.results.output import claimed
     from zsad.engine.run import run
     from zsad.engine.workplace import Options
 
@@ -103,8 +104,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
     data = arguments.data
     if arguments.demo:
-        check_output(arguments.output, ())
-        data = draw_demo(arguments.output / "demo-data", config.seed).parent
+        with claimed(arguments.output, (), arguments.resume):
+            data = draw_demo(arguments.output / DEMO, config.seed).parent
     options = Options(
         output=arguments.output,
         formats=arguments.format,
@@ -120,7 +121,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     share = f" ({100 * record.library_share:.0f} % in networks and products)" if not runtime.devices else ""
     log.debug("time per stage%s:\n%s", share, _stage_table(record))
     if arguments.json:
-        emit((arguments.output / "run.json").read_text())
+        emit(record.to_json())
     elif not arguments.quiet:
         emit(_summary(record, arguments.output, arguments.format))
     return SOME_FAILED if record.failed or record.not_compared else DONE

@@ -12,7 +12,8 @@ from .stored import SUFFIXES
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 SCORES = "scores.csv"
 RUN = "run.json"
-RUN_FILES = (RUN, "report.html", "metrics.json", "metrics.csv")  # at the top of the output folder
+REPORT = "report.html"
+RUN_FILES = (RUN, REPORT, "metrics.json", "metrics.csv")  # at the top of the output folder
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
 
 _SUFFIXES = tuple(SUFFIXES)

@@ -2,9 +2,7 @@
 
 import csv
 import errno
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +29,7 @@ from zsad.engine.scores.verdicts import Region, find_regions
 from zsad.kernels.files import written_whole
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
+from .output import JOURNAL, UNFINISHED, left_folder, move_into_place, own_folder
 from .rayan import SIDE, challenge_json, read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
@@ -38,8 +37,6 @@ Format = Literal["zsad", "rayan"]
 Background = Literal["none", "colour", "stages"]
 
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
-JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
-UNFINISHED = "images.jsonl"  # stands for the journal where no later run may go on
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
@@ -101,7 +98,7 @@ class CategoryWriter:
         """bit_depth: of grey values in 16-bit files. journal: the fingerprint under which a later run may go on."""
         self._final, self._writing, self._bit_depth = output / category.name, writing, bit_depth
         self._images, self._fingerprint, self._resume = category.images, journal, resume
-        self._staging = _beside(self._final, "partial")
+        self._staging, self._left = own_folder(self._final, "partial"), left_folder(self._final)
         # All else that is kept of an image is on disk: there may be a million.
         self._scores = np.zeros(len(self._images))
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
@@ -109,12 +106,15 @@ class CategoryWriter:
 
     def __enter__(self) -> "CategoryWriter":
         recovered: Iterator[tuple[Written, str]] = iter(())
+        shutil.rmtree(self._staging, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self._left.rename(self._staging)
         if self._resume and self._fingerprint is not None:
             recovered = _recovered(self._staging, self._fingerprint)
         first = next(recovered, None)
         if first is None:
             shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir(parents=True)
+            self._staging.mkdir()
         # What is no longer valid goes before any image is done again: a half-written one would count as done later.
         # Thumbnails first, so that an image in the journal always has its own.
         journal = self._staging / (UNFINISHED if self._fingerprint is None else JOURNAL)
@@ -140,6 +140,10 @@ class CategoryWriter:
         finally:
             if error is None or self._fingerprint is None or not self.done.any():
                 shutil.rmtree(self._staging, ignore_errors=True)
+            else:
+                with suppress(OSError):  # the folder may be gone
+                    shutil.rmtree(self._left, ignore_errors=True)
+                    self._staging.rename(self._left)
         if isinstance(error, OSError) and error.filename is None:
             # Writing to an open file fails without naming it.
             raise OSError(error.errno, error.strerror or str(error), str(self._staging)) from error
@@ -200,7 +204,7 @@ class CategoryWriter:
         images = write_record(self._staging / RECORD, complete, self._judged(record, best_first))
         _write_tables(self._staging, images, best_first, record.threshold is not None)
         self._journal.path.unlink()  # last: on a full disk all before it may fail
-        _move_into_place(self._staging, self._final)
+        move_into_place(self._staging, self._final)
         return replace(complete, images=images.moved(self._final / RECORD))
 
     def _close(self) -> None:
@@ -426,23 +430,3 @@ def _write_tables(folder: Path, images: ImageRecords, best_first: NDArray[np.int
         table.writerow(["path", "x", "y", "width", "height", "area", "peak"])
         for image in images:
             table.writerows([image.path, *asdict(region).values()] for region in image.regions or [])
-
-
-def _beside(final: Path, suffix: str) -> Path:
-    """Name a hidden folder next to a category's; a digest, because that name may be as long as allowed."""
-    return final.with_name(f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}.{suffix}")
-
-
-def _move_into_place(staging: Path, final: Path) -> None:
-    """Replace a finished category's folder; the old one stays whole until the new one is ready."""
-    old = _beside(final, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        staging.rename(final)
-    except BaseException:
-        if old.exists() and not final.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,24 +1,18 @@
-"""Whether results of an earlier run are still valid, and whether there is room for new ones."""
+"""Whether results of an earlier run are still valid."""
 
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from zsad.engine.images.categories import Category
-from zsad.engine.images.tree import RECORD, RUN, SCORES, is_results
+from zsad.engine.images.tree import RECORD, RUN, SCORES
 
 from .category import THUMBNAILS
 from .records import CategoryRecord, read_record
-
-
-class OutputError(Exception):
-    """Results that cannot be written; the message says why and what to do."""
 
 
 def fingerprint(
@@ -115,20 +109,3 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], table: str = ""
         elif before != now:
             found.append(table + key)
     return found
-
-
-def check_output(output: Path, categories: Sequence[Category]) -> None:
-    """Make sure, before any work, that results can be written; raises OutputError."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
-            probe.write(bytes(4096))  # a full disk still takes empty files
-        taken = [
-            folder
-            for folder in (output / category.name for category in categories)
-            if os.path.lexists(folder) and not is_results(folder)
-        ]
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
-    if taken:
-        raise OutputError(f"{taken[0]}: exists and holds no zsad results; move it away or choose another --output")

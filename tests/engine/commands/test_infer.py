@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.commands.infer import main
+from zsad.engine.results.output import claimed
 from zsad.engine.run import CategoryPass
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
@@ -422,6 +423,10 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(
     for output in ("file", "/dev/full/out", "taken", "dangling"):
         assert infer("data", "--output", output) == 2
         assert "choose another --output" in capsys.readouterr().err
+    for arguments in (["data"], ["--demo"]):
+        with claimed(tmp_path / "busy", (), resume=False):
+            assert infer(*arguments, "--output", "busy") == 2
+        assert "busy: another run is writing there (process" in capsys.readouterr().err
     assert infer(data, "--output", tmp_path) == 2  # the category's folder would be the data's own
     assert (tmp_path / "taken/data/thesis.tex").read_text() == "years of work"
 

@@ -4,6 +4,7 @@ import errno
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -17,7 +18,8 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.decode import decode
 from zsad.engine.images.folders import scan
 from zsad.engine.results import category as module
-from zsad.engine.results.category import JOURNAL, CategoryWriter, Result, Writing
+from zsad.engine.results.category import CategoryWriter, Result, Writing
+from zsad.engine.results.output import JOURNAL, claimed, own_folder
 from zsad.engine.results.records import CategoryRecord
 from zsad.engine.results.report import shown_categories
 from zsad.engine.results.resume import finished_record
@@ -57,8 +59,12 @@ def write(
 
     images: after so many of the category a KeyboardInterrupt. before_each: called before an image is written.
     """
-    now = []
-    with CategoryWriter(output, category, WRITING, None, "fingerprint", resume=True) as writer:
+    now: list[str] = []
+    with ExitStack() as held:
+        held.enter_context(claimed(output, [category], resume=True))
+        if finished_record(output, category.name, "fingerprint"):
+            return now
+        writer = held.enter_context(CategoryWriter(output, category, WRITING, None, "fingerprint", resume=True))
         done = writer.done
         for number, image in enumerate(category.images[:images]):
             if not done[number]:
@@ -71,7 +77,7 @@ def write(
             raise KeyboardInterrupt
         # All are alike before, so that ranks depend on the order.
         writer.rescore(np.where(np.arange(len(scores)) == 1, 0.75, scores / 2))
-        writer.finish(CategoryRecord(category.name, threshold=0.6, region_threshold=0.1))
+        writer.finish(CategoryRecord(category.name, "fingerprint", threshold=0.6, region_threshold=0.1))
     return now
 
 
@@ -96,7 +102,8 @@ def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
 ) -> None:
     """What is on disk before each of its file operations, or half through, is what a kill would leave there."""
     output = tmp_path / "out"
-    partial = interrupted(category, output)
+    interrupted(category, output)
+    partial = own_folder(output / category.name, "partial")
     moments: list[tuple[str, Path]] = []  # what came next, and a copy of all before it
 
     def copy(following: str) -> None:
@@ -119,12 +126,12 @@ def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
         return operation
 
     with monkeypatch.context() as patch:
-        for name in ("open", "replace", "unlink", "write_text"):
+        for name in ("open", "replace", "rename", "unlink", "write_text"):
             patch.setattr(Path, name, watched(name))
         assert write(category, output, before_each=lambda: copy("an image")) == ["02.png", "03.png"]
     assert files(output) == whole
     names = [following for following, _ in moments]
-    assert {"an image", "unlink journal.jsonl", "open category.json"} <= set(names)
+    assert {"an image", "unlink journal.jsonl", "open category.json", f"rename {partial.name}"} <= set(names)
     all_written = next(number for number, name in enumerate(names) if name.startswith("write_text"))  # new scores
     for number, (following, killed) in enumerate(moments):
         assert len(write(category, killed)) <= (0 if number >= all_written else IMAGES - KEPT), following
@@ -196,7 +203,7 @@ def test_next_to_nothing_is_held_of_an_image(
 
     def peak(images: int) -> int:
         many = replace(category, images=category.images[:1] * images)
-        output = tmp_path / str(images)
+        (output := tmp_path / f"{images} {len(list(tmp_path.iterdir()))}").mkdir()
         tracemalloc.start()
         try:
             with CategoryWriter(output, many, WRITING, None, "fingerprint", resume=False) as writer:

@@ -1,0 +1,183 @@
+"""The output folder: one run at a time writes there; what killed runs have left is taken up or removed."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+
+from zsad.engine.images.categories import Category
+from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_results
+
+from .records import read_record
+
+LOCK = ".zsad.lock"  # there while a run writes; says who
+JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
+UNFINISHED = "images.jsonl"  # stands for the journal where no later run may go on
+
+# Hidden folders of a category have a digest of its name, which may be as long as allowed, and who writes them; what was
+# left for a later run to go on from is nobody's.
+_HIDDEN = re.compile(r"\.(?P<of>[0-9a-f]{16})(\.(?P<host>.*)\.(?P<pid>\d+))?\.(?P<kind>partial|old)")
+_DRAFT = re.compile(rf"\.(?P<host>.*)\.(?P<pid>\d+)\.({re.escape(REPORT)}|{re.escape(RUN)})")
+
+
+class OutputError(Exception):
+    """Results that cannot be written; the message says why and what to do."""
+
+
+@contextmanager
+def claimed(output: Path, categories: Sequence[Category], resume: bool) -> Iterator[None]:
+    """Hold an output folder, made if need be, and make sure that results can be written; raises OutputError.
+
+    What killed runs have left there goes, but for what `resume` can go on from.
+    """
+    folders = [output / category.name for category in categories]
+    with ExitStack() as held:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
+                probe.write(bytes(4096))  # a full disk still takes empty files
+            _refuse_links(output, folders)
+            _tidy(output, held.enter_context(_locked(output)), resume)
+            taken = [folder for folder in folders if folder.exists() and not is_results(folder)]
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
+        if taken:
+            raise OutputError(f"{taken[0]}: exists and holds no zsad results; move it away or choose another --output")
+        yield
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[bool]:
+    """Hold the folder's lock, which the system releases if the process dies; raises OutputError where another has it.
+
+    Yields False on file systems without locks.
+    """
+    path = output / LOCK
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _lies_at(lock.fileno(), path):  # whoever held it has removed it
+                    continue
+                lock.truncate()
+                lock.write(f"process {os.getpid()} on {platform.node()}, since {datetime.now(timezone.utc):%F %T} UTC")
+                lock.flush()
+                alone = True
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise OutputError(
+                        f"{output}: another run is writing there ({lock.read(200) or 'it has just begun'}); "
+                        "wait until it has ended or choose another --output"
+                    ) from None
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                    raise
+                alone = False
+            try:
+                yield alone
+            finally:
+                if _lies_at(lock.fileno(), path):  # the folder may be another by now
+                    path.unlink()
+            return
+
+
+def _lies_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
+
+
+def _refuse_links(output: Path, folders: Sequence[Path]) -> None:
+    """Raise OutputError where what is written, replaced or gone on with would lie elsewhere."""
+    written = [output / LOCK, output / RUN, output / REPORT, *folders]
+    for path in (path for path in output.iterdir() if path.name == DEMO or _HIDDEN.fullmatch(path.name)):
+        written.append(path)
+        written += (Path(above, name) for above, *names in os.walk(path) for name in (*names[0], *names[1]))
+    for path in written:
+        if path.is_symlink():
+            raise OutputError(
+                f"{path} is a link, and nothing is written through links; remove it or choose another --output"
+            )
+
+
+def _tidy(output: Path, alone: bool, resume: bool) -> None:
+    """Put in place what a killed run had finished, keep what can be gone on from, and remove all else it has left.
+
+    alone: nobody else writes here; otherwise what others are at stays.
+    """
+    for path in sorted(output.iterdir(), key=lambda path: path.suffix == ".old"):  # what replaces old results is first
+        match = _HIDDEN.fullmatch(path.name)
+        left = match or _DRAFT.fullmatch(path.name)
+        if left is None or not (alone or _is_dead(left["host"], left["pid"])):
+            continue
+        if match is not None:
+            final = _place_of(path, match["of"])
+            if final is not None and (match["kind"] == "partial" or not final.exists()):
+                move_into_place(path, final)
+                continue
+            kept = path.with_name(f".{match['of']}.partial")
+            if resume and (path / JOURNAL).is_file():
+                if not kept.exists():
+                    path.rename(kept)
+                if path == kept or not path.exists():
+                    continue
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_dead(host: str | None, process: str | None) -> bool:
+    """Return whether nobody writes a hidden folder any more; who works on other machines may live."""
+    if host is None or process is None:
+        return True
+    # In a container it often is the same number.
+    return host == platform.node() and (int(process) == os.getpid() or not psutil.pid_exists(int(process)))
+
+
+def _place_of(hidden: Path, of: str) -> Path | None:
+    """Return where a hidden folder belongs if it holds finished results, and nothing else is there."""
+    try:
+        name = read_record(hidden / RECORD).name
+        final = hidden.with_name(name)  # raises ValueError where it would lie elsewhere
+        unfinished = any((hidden / journal).exists() for journal in (JOURNAL, UNFINISHED))
+        free = not final.is_symlink() and (not final.exists() or is_results(final))
+        return final if free and not unfinished and _digest(final) == of and not name.startswith(".") else None
+    except (OSError, ValueError):
+        return None
+
+
+def own_folder(final: Path, kind: str) -> Path:
+    """Name a hidden folder of this process beside a category's, of the kind partial or old."""
+    return final.with_name(f".{_digest(final)}.{platform.node()}.{os.getpid()}.{kind}")
+
+
+def left_folder(final: Path) -> Path:
+    """Name the hidden folder beside a category's that a run leaves for a later one to go on from."""
+    return final.with_name(f".{_digest(final)}.partial")
+
+
+def _digest(final: Path) -> str:
+    return hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]
+
+
+def move_into_place(staging: Path, final: Path) -> None:
+    """Replace a finished category's folder; the old one stays whole until the new one is ready."""
+    old = own_folder(final, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    try:
+        staging.rename(final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
