@@ -80,8 +80,8 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
     ("precision", "oracle"),
     [
         pytest.param("fp32", "graph", marks=pytest.mark.slow),
-        ("fp16", "graph"),
-        pytest.param("fp32", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+        pytest.param("fp16", "graph", marks=pytest.mark.slow),
+        pytest.param("fp32", "torch", marks=pytest.mark.torch),
         pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
     ],
 )
