@@ -69,6 +69,16 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
         raise ImageError(str(error)) from None
 
 
+def pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels [H, W, 3] of an RGB image, part by part: all at once Pillow would hold them twice more."""
+    values = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values[top : top + rows] = np.asarray(part)
+    return values
+
+
 def _eight_bits(stored: Stored, bit_depth: int) -> NDArray[np.uint8]:
     """Scale levels to 8 bits, by their bits and not to the image's own range: images of a batch stay comparable."""
     levels: NDArray[Any] = np.asarray(stored.values)  # [h, w] or [h, w, 3]

@@ -16,7 +16,7 @@ from zsad.kernels.machine import stopwatch
 
 from .ahead import Ahead
 from .categories import InputImage
-from .decode import Recipe, decode, network_input
+from .decode import Recipe, decode, network_input, pixels
 from .device_jpegs import DeviceJpegs
 from .stored import ImageError, decoded_bytes
 
@@ -160,7 +160,8 @@ class Loader:
             try:
                 prepared, image = self.inputs.read(images[index].path, bit_depth)
                 seen(index, image)
-                return prepared, np.asarray(image) if self.keep_images else None  # Pillow has four bytes for each pixel
+                # Pillow has four bytes for each pixel.
+                return prepared, pixels(image) if self.keep_images and image is not None else None
             except MemoryError as error:
                 if not last_try:
                     raise

@@ -38,7 +38,8 @@ class ComponentWise:
 
         inputs: make network inputs of tiles, of batch_size at most at once.
         """
-        assert not (method.compares or method.rescores)
+        assert not method.compares
+        assert not method.rescores
         assert all(recipe.resize == "squash" for recipe in method.inputs)
         self._method, self._foregrounds, self._inputs, self._batch_size = method, foregrounds, inputs, batch_size
         self._settings = config.stages.tiles

@@ -18,7 +18,7 @@ from PIL import Image
 
 from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.categories import Category, InputImage
-from zsad.engine.images.decode import decode
+from zsad.engine.images.decode import decode, pixels
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RECORD, SCORES
@@ -187,8 +187,8 @@ class CategoryWriter:
         files = (written.record.map for written in self._written(np.flatnonzero(self.done)[numbers]))
         values = []
         for file in islice(filter(None, files), 0, None, max(1, len(numbers) // SAMPLED_MAPS)):
-            pixels = np.asarray(read_map(self._staging / file)).ravel()
-            values.append(pixels[:: max(1, pixels.size // SAMPLED_PIXELS)])
+            whole = np.asarray(read_map(self._staging / file)).ravel()
+            values.append(whole[:: max(1, whole.size // SAMPLED_PIXELS)])
         return float(np.percentile(np.concatenate(values), percentile)) if values else None
 
     def finish(self, record: CategoryRecord) -> CategoryRecord:
@@ -299,9 +299,10 @@ class CategoryWriter:
         self, image: InputImage, stages: Stages | None
     ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
         """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
-        bgr = np.ascontiguousarray(np.asarray(decode(image.path, self._bit_depth))[:, :, ::-1])  # [H, W, 3]
-        height, width, _ = bgr.shape
-        return (height, width), shrink(bgr, OVERLAY_SIDE), self._mask(bgr, stages)
+        rgb = pixels(decode(image.path, self._bit_depth))  # [H, W, 3]
+        height, width, _ = rgb.shape
+        small = np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
+        return (height, width), small, self._mask(rgb[:, :, ::-1], stages)
 
     def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
         """Return which pixels [H, W] of an image are no background; None: all of them."""

@@ -77,7 +77,11 @@ def pixel_map(
     low, high = scale
     height, width = (max(1, round(share * side)) for share, side in zip(seen, size, strict=True))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    scores: NDArray[np.float32] = upsample(patch_map, (height, width)) - np.float32(low)  # never the method's own map
+    enlarged = upsample(patch_map, (height, width))
+    as_it_is = mask is None and (*scale, height, width) == (0.0, 1.0, *size)
+    if as_it_is and enlarged.min() >= 0 and enlarged.max() <= 1:
+        return enlarged  # of a large image there is no second map
+    scores: NDArray[np.float32] = enlarged - np.float32(low)  # a new one: the other may be the method's own
     if high > low:
         scores /= np.float32(high - low)
     else:

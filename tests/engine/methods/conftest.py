@@ -1,5 +1,6 @@
 """What the tests of several methods have in common."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -81,14 +82,26 @@ def infer(
 ) -> Callable[..., int]:
     """Runs zsad-infer with tiny networks in a folder of the test's own; returns its exit code.
 
-    isnet: bright, or the golden one; settings: lines of the tables in [stages].
+    isnet: bright, or the golden one. replaced: checkpoints of isnet, sam or clipseg instead. settings: lines of the
+    tables in [stages].
     """
     monkeypatch.setenv("ZSAD_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
 
-    def run(preset: str, data: str, *options: str, isnet: str = "bright", **settings: str) -> int:
+    def run(
+        preset: str,
+        data: str,
+        *options: str,
+        isnet: str = "bright",
+        isnet_size: int = 128,
+        replaced: Mapping[str, Path] | None = None,
+        **settings: str,
+    ) -> int:
         file = bright_isnet if isnet == "bright" else GOLDEN / "isnet_tiny.safetensors"
-        Path("tiny.toml").write_text(preset_tables[preset] + stages(file, 128, **settings))
+        tables = preset_tables[preset] + stages(file, isnet_size, **settings)
+        for name, other in (replaced or {}).items():
+            tables = re.sub(rf'(\.{name}\]\ncheckpoint = )".*"', rf'\g<1>"{other}"', tables)
+        Path("tiny.toml").write_text(tables)
         return main([data, "--preset", preset, "--config", "tiny.toml", "--device", "cpu", *options])
 
     return run
