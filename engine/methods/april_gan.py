@@ -18,7 +18,7 @@ from zsad.engine.config import Config, ConfigError, rising
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest
 from zsad.engine.scores.image_scores import min_max
-from zsad.engine.scores.maps import upsample
+from zsad.engine.scores.maps import enlarged
 from zsad.engine.text.vectors import abnormal_probability, sigmoid
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.linear_heads import read_linear_heads
@@ -26,13 +26,14 @@ from zsad.export.linear_heads import read_linear_heads
 from .method import Place, Scored
 from .text_guided import TextGuided, TextSettings, chosen_prompts, tower_requests
 
-TAU = 0.01  # fixed in the published code, whatever the checkpoint has learned
-
 
 class Settings(TextSettings):
     """The trained part, and how image scores come about with references."""
 
     head: str = Field(description="a name of the manifest or a file of trained linear layers")
+    # What cosines are divided by: in the published code this, whatever the checkpoint has learned.
+    tau: float = Field(0.01, gt=0, description="above 0")
+    align_corners: bool = Field(True, description="true or false")  # of maps that are enlarged
     # Lowest and highest map maximum, saved from an earlier run: then images are scored one by one.
     score_range: Annotated[tuple[float, float], AfterValidator(rising)] | None = Field(
         None, description="two numbers, low < high"
@@ -98,7 +99,7 @@ class AprilGAN(TextGuided):
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for part, outputs in self._run(batch):
-            probabilities = abnormal_probability(outputs["embedding"], self._classes, TAU)  # [B]
+            probabilities = abnormal_probability(outputs["embedding"], self._classes, self._settings.tau)  # [B]
             for index, probability, tokens in zip(
                 batch.indices[part], probabilities.tolist(), outputs["tokens"], strict=True
             ):
@@ -132,8 +133,8 @@ class AprilGAN(TextGuided):
         units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         cosines = units @ self._classes.T  # [P, 2]
         # The softmax over two classes depends on the difference of their logits alone, and enlarging is linear.
-        return sigmoid(self._enlarged((cosines[:, 1] - cosines[:, 0]) / TAU, side))
+        return sigmoid(self._enlarged((cosines[:, 1] - cosines[:, 0]) / self._settings.tau, side))
 
     def _enlarged(self, values: NDArray[Any], side: int) -> NDArray[np.float32]:
-        """Enlarge values [P] of a grid to [S, S], bilinear with aligned corners."""
-        return upsample(values.reshape(side, side), (self._size, self._size))
+        """Enlarge values [P] of a grid to [S, S]."""
+        return enlarged(values.reshape(side, side), self._size, self._settings.align_corners)

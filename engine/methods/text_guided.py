@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from zsad.engine.images.stored import ImageError
 from zsad.engine.networks.network import GraphRequest, run_in_parts
 from zsad.engine.text.prompts import PromptSet, prompt_set, read_prompts
 from zsad.engine.text.tokenizer import VOCABULARY
-from zsad.engine.text.vectors import class_vector
+from zsad.engine.text.vectors import TextMean, class_vector
 from zsad.kernels.nearest import Nearest
 
 from .method import Group, Place, Progress, Scored
@@ -47,7 +47,7 @@ class TextSettings(Table):
     spaces: bool = Field(False, description="true or false")  # underscores in folder names become spaces
     prompts: str | None = Field(None, description="a prompt set or a TOML file")  # None: the method's own
     # What is averaged over the prompts of a class: vectors as they are, or at unit length. None: the method's own.
-    text_mean: Literal["raw", "unit"] | None = None
+    text_mean: TextMean | None = None
     resize: Resize = "squash"  # of images that are not square; shortest_crop looks at their middle square alone
 
     @property
@@ -91,7 +91,7 @@ class TextGuided:
 
     takes_references = True
     compares = False
-    text_mean: ClassVar[str]  # where the settings say nothing
+    text_mean: ClassVar[TextMean]  # where the settings say nothing
 
     def __init__(
         self, config: Config, place: Place, prompts: str, remembered: Sequence[str] = (), tower: str | None = None
@@ -127,15 +127,11 @@ class TextGuided:
         normal, abnormal = self._prompts.compose(name)
         vectors = self._place.text.of(self._name, [*normal, *abnormal])  # [M, D]
         halves = (vectors[: len(normal)], vectors[len(normal) :])
-        at_unit_length = (self._text_settings.text_mean or self.text_mean) == "unit"
-        self._classes = np.stack([self._class_vector(half, at_unit_length) for half in halves])
+        mean = self._text_settings.text_mean or self.text_mean
+        self._classes = np.stack([class_vector(half, mean) for half in halves])
         self._memories = {}
         if self._few_shot:
             self._memories = self._remember(group)
-
-    def _class_vector(self, vectors: NDArray[np.float32], at_unit_length: bool) -> NDArray[np.float64]:
-        """Return the vector [D] that stands for the prompts of a class [M, D]."""
-        return class_vector(vectors, at_unit_length)
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()

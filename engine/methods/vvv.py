@@ -16,7 +16,7 @@ from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest, run_in_parts
-from zsad.engine.text.vectors import abnormal_probability, class_mean
+from zsad.engine.text.vectors import abnormal_probability
 
 from .method import Group, Place, Scored
 from .text_guided import TextGuided, TextSettings, chosen_prompts, tower_requests
@@ -44,7 +44,7 @@ class VVV(TextGuided):
     takes_references = False
     rescores = False
     map_range = (0.0, 1.0)
-    text_mean = "unit"
+    text_mean = "unit_norenorm"
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
@@ -85,9 +85,6 @@ class VVV(TextGuided):
             for row, index in enumerate(batch.indices[part]):
                 score = float(scores[part][row])
                 yield Scored(index, score, np.float32(score) * self._map(outputs["activations"][row]))
-
-    def _class_vector(self, vectors: NDArray[np.float32], at_unit_length: bool) -> NDArray[np.float64]:
-        return class_mean(vectors, at_unit_length)  # of mean length: the mean of cosines, not the cosine of the mean
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -17,6 +16,7 @@ from pydantic import Field
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest
+from zsad.engine.scores.maps import enlarged
 from zsad.engine.text.vectors import abnormal_probability
 from zsad.export.options import WINDOWS
 
@@ -31,6 +31,7 @@ class Settings(TextSettings):
 
     variant: Literal["anomalib", "acc", "paper"] = "anomalib"
     tau: float = Field(0.07, gt=0, description="above 0")  # what cosines are divided by
+    align_corners: bool = Field(False, description="true or false")  # of maps that are enlarged
     patches: Literal["ln_post", "last_block"] | None = None  # patch features of the memory; None: the variant's
     fusion: Literal["mean", "sum"] | None = None  # of the maps of words and references; None: the variant's
 
@@ -82,7 +83,7 @@ class WinCLIP(TextGuided):
                 maps = self._settings.share * (maps + visual)
                 scores = (scores + visual.max(axis=(1, 2))) / 2
             for index, score, grid_map in zip(batch.indices[part], scores.tolist(), maps, strict=True):
-                yield Scored(index, score, _enlarged(grid_map, self._size))
+                yield Scored(index, score, enlarged(grid_map, self._size, self._settings.align_corners))
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
@@ -131,11 +132,3 @@ def _harmonic_mean(maps: Sequence[Maps]) -> Maps:
     with np.errstate(divide="ignore"):
         inverse: Maps = np.add.reduce([1 / one for one in maps])
     return len(maps) / inverse
-
-
-def _enlarged(grid_map: Maps, size: int) -> NDArray[np.float32]:
-    """Enlarge a map [g, g] to [size, size], bilinear between the centres of pixels."""
-    enlarged: NDArray[np.float32] = np.asarray(
-        cv2.resize(grid_map, (size, size), interpolation=cv2.INTER_LINEAR), np.float32
-    )
-    return enlarged

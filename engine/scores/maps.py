@@ -1,6 +1,7 @@
 """From patch scores to pixel maps, verdicts and regions."""
 
 import functools
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,6 +32,16 @@ def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]
     rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
     upsampled: NDArray[np.float32] = (rows @ scores @ columns.T).astype(np.float32, copy=False)
     return upsampled
+
+
+def enlarged(grid_map: NDArray[Any], size: int, align_corners: bool) -> NDArray[np.float32]:
+    """Enlarge a map [g, g] to [size, size], bilinear: end samples coincide, or the centres of pixels are in line."""
+    if align_corners:
+        return upsample(grid_map, (size, size))
+    wide: NDArray[np.float32] = np.asarray(
+        cv2.resize(grid_map, (size, size), interpolation=cv2.INTER_LINEAR), np.float32
+    )
+    return wide
 
 
 def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:

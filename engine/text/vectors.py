@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from zsad.kernels.machine import cache_places, cache_to_write
 from .tokenizer import TOKENIZER_VERSION, load_tokenizer
 
 log = logging.getLogger("zsad")
+
+TextMean = Literal["raw", "unit", "unit_norenorm"]  # see `class_vector`
 
 
 class TextVectors:
@@ -70,23 +72,17 @@ class TextVectors:
         return np.concatenate([np.asarray(self._fetch(outputs["embedding"]), np.float32) for _, outputs in parts])
 
 
-def class_mean(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
-    """Return the mean [D] of text vectors [M, D].
+def class_vector(vectors: NDArray[np.float32], mean: TextMean) -> NDArray[np.float64]:
+    """Return the vector [D] that stands for the prompts of a class, from their vectors [M, D].
 
-    each_at_unit_length: bring every vector to unit length before the mean (APRIL-GAN, VVV), or none (WinCLIP).
+    mean: of vectors as they are, at unit length then (`raw`, WinCLIP), of unit vectors, at unit length then (`unit`,
+    APRIL-GAN), or as it is (`unit_norenorm`, VVV): a cosine with it is the mean of the cosines with the prompts.
     """
     values = vectors.astype(np.float64)
-    if each_at_unit_length:
+    if mean != "raw":
         values /= np.linalg.norm(values, axis=1, keepdims=True)
-    mean: NDArray[np.float64] = values.mean(axis=0)
-    return mean
-
-
-def class_vector(vectors: NDArray[np.float32], each_at_unit_length: bool) -> NDArray[np.float64]:
-    """Return the mean of `class_mean` at unit length."""
-    mean = class_mean(vectors, each_at_unit_length)
-    unit: NDArray[np.float64] = mean / np.linalg.norm(mean)
-    return unit
+    vector: NDArray[np.float64] = values.mean(axis=0)
+    return vector if mean == "unit_norenorm" else vector / np.linalg.norm(vector)
 
 
 def abnormal_probability(vectors: NDArray[Any], classes: NDArray[np.float64], tau: float) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ from zsad.engine.methods.vvv import LOWEST, counted_prompts, harmonic_mean
 from zsad.engine.networks.onnx_runtime import OnnxRuntimeGraph
 from zsad.engine.text.prompts import prompt_set
 from zsad.engine.text.tokenizer import load_tokenizer
-from zsad.engine.text.vectors import abnormal_probability, class_mean
+from zsad.engine.text.vectors import abnormal_probability, class_vector
 from zsad.export.onnx_export import export_onnx
 from zsad.export.options import ClipSegDecoderOptions, ClipSegImageOptions, ExportOptions, IsnetOptions, TextOptions
 
@@ -36,7 +36,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def classes(arrays: Arrays) -> NDArray[np.float64]:
-    return np.stack([class_mean(arrays[f"prompts_{label}"], True) for label in ("normal", "abnormal")])
+    return np.stack([class_vector(arrays[f"prompts_{label}"], "unit_norenorm") for label in ("normal", "abnormal")])
 
 
 def test_golden_scenes(vvv_host: Arrays, scene: Arrays) -> None:
@@ -99,7 +99,7 @@ class Recomputed:
         prompts = chosen_prompts(self.config.settings.prompt_name)
         clip = TextOptions("gelu", precision="fp32", attention="fused")
         halves = (self.texts("clip", half, clip) for half in prompts.compose(object_name))
-        self.classes = np.stack([class_mean(half, True) for half in halves])
+        self.classes = np.stack([class_vector(half, "unit_norenorm") for half in halves])
         clipseg = TextOptions("quick_gelu", heads=2, precision="fp32", attention="fused")
         self.conditions = self.texts("clipseg", prompts.localising, clipseg)
 

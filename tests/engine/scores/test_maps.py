@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsad.engine.scores.maps import object_mask, pixel_map, upsample
+from zsad.engine.scores.maps import enlarged, object_mask, pixel_map, upsample
 
 RNG = np.random.default_rng(5)
 
@@ -96,3 +96,9 @@ def test_object_mask_of_small_and_narrow_images(shape) -> None:
 def test_object_mask_needs_three_channels() -> None:
     with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
         object_mask(np.zeros((8, 8), np.uint8))
+
+
+def test_maps_are_enlarged_between_corners_or_centres() -> None:
+    ramp = np.array([[0.0, 1.0], [0.0, 1.0]])
+    np.testing.assert_allclose(enlarged(ramp, 5, align_corners=True)[0], [0, 0.25, 0.5, 0.75, 1], atol=1e-6)
+    np.testing.assert_allclose(enlarged(ramp, 4, align_corners=False)[0], [0, 0.25, 0.75, 1], atol=1e-6)
