@@ -1,5 +1,12 @@
-"""Random weights in the published names, of the published shapes and of smaller ones, where real ones are absent."""
+"""Random weights in the published names, of the published shapes and of smaller ones, where real ones are absent.
 
+    python -m zsad.bench.random_weights --preset vvv FOLDER
+
+writes those of all networks of a preset and a configuration that names them, for `zsad-export --preset vvv --config
+FOLDER/vvv.toml --target tensorrt-rtx`, say.
+"""
+
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -7,9 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from zsad.engine.config import load_config
+from zsad.engine.methods.method import method_class
+from zsad.engine.presets.names import preset_names
+from zsad.engine.text.tokenizer import CONTEXT
 from zsad.export.isnet import DECODER, ENCODER
+from zsad.export.text_transformer import VOCABULARY
+from zsad.export.vision_transformer import CLIP
 
-from .towers import SHAPES, write_random_checkpoint
+from .towers import SHAPES, tower_state
 
 State = dict[str, NDArray[np.generic]]
 Layer = tuple[str, Sequence[int]]  # name and shape of a weight; one of a single axis is a norm's
@@ -24,10 +37,11 @@ ISNET = {
 
 def write_random(name: str, path: Path) -> None:
     """Write a safetensors file of the shape that a name of the manifest has published; raises KeyError."""
-    if name in SHAPES:
-        write_random_checkpoint(SHAPES[name], path)
-    else:
+    if name not in SHAPES:
         write_states(path, STATES[name]())
+        return
+    shape = SHAPES[name]
+    write_states(path, tower_state(shape), text_state(shape.projection) if shape.architecture == CLIP else {})
 
 
 def write_states(path: Path, *states: State) -> Path:
@@ -221,6 +235,25 @@ def mobile_sam_state() -> State:
     return {**tiny_encoder_state(), **mask_decoder_state()}
 
 
+def text_state(width: int) -> State:
+    """Return the text tower of a CLIP in OpenAI's names; its published ones are as wide as their vectors."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "token_embedding.weight": (VOCABULARY, width),
+        "positional_embedding": (CONTEXT, width),
+        "text_projection": (width, width),
+    }
+    state: State = {name: 0.03 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    layers: list[Layer] = [("ln_final", (width,))]
+    for index in range(12):
+        name = f"transformer.resblocks.{index}."
+        layers += [(name + "ln_1", (width,)), (name + "ln_2", (width,)), (name + "attn.out_proj", (width, width))]
+        layers += [(name + "mlp.c_fc", (4 * width, width)), (name + "mlp.c_proj", (width, 4 * width))]
+        packed = _fill([("qkv", (3 * width, width))], index)
+        state |= {f"{name}attn.in_proj_{kind}": packed[f"qkv.{kind}"] for kind in ("weight", "bias")}
+    return {**state, **_fill(layers, 1)}
+
+
 def _port_block(name: str, width: int, hidden: int) -> Iterator[Layer]:
     """Yield the layers of a transformer block in Hugging Face's names for CLIP."""
     for part in ("q", "k", "v", "out"):
@@ -232,19 +265,27 @@ def _port_block(name: str, width: int, hidden: int) -> Iterator[Layer]:
 
 
 def clipseg_state(width: int = 768, dimension: int = 512, own: int = 64) -> State:
-    """Return CLIPSeg's image tower, a ViT-B/16, and its refined decoder, of width `own`, in Hugging Face's names."""
+    """Return CLIPSeg in Hugging Face's names: the towers of a ViT-B/16, the texts' as wide as their vectors.
+
+    own: width of its refined decoder.
+    """
     rng = np.random.default_rng(0)
-    tower = "clip.vision_model."
+    tower, texts = "clip.vision_model.", "clip.text_model."
     shapes = {
         tower + "embeddings.class_embedding": (width,),
         tower + "embeddings.patch_embedding.weight": (width, 3, 16, 16),
         tower + "embeddings.position_embedding.weight": (1 + 14**2, width),
         "clip.visual_projection.weight": (dimension, width),
+        texts + "embeddings.token_embedding.weight": (VOCABULARY, dimension),
+        texts + "embeddings.position_embedding.weight": (CONTEXT, dimension),
+        "clip.text_projection.weight": (dimension, dimension),
     }
     state: State = {name: 0.03 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     layers: list[Layer] = [(tower + norm, (width,)) for norm in ("pre_layrnorm", "post_layernorm")]
+    layers += [(texts + "final_layer_norm", (dimension,))]
     for index in range(12):
         layers += _port_block(f"{tower}encoder.layers.{index}", width, 4 * width)
+        layers += _port_block(f"{texts}encoder.layers.{index}", dimension, 4 * dimension)
     for index in range(3):
         layers += [(f"decoder.reduces.{index}", (own, width))]
         layers += _port_block(f"decoder.layers.{index}", own, 32 * own)
@@ -264,3 +305,25 @@ STATES: Mapping[str, Callable[[], State]] = {
     "mobile-sam": mobile_sam_state,
     "sam-vitb": sam_state,
 }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.random_weights", description="Writes random weights.")
+    parser.add_argument("--preset", required=True, choices=preset_names())
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.preset, method_of=method_class)
+    tables = []
+    for name, spec in config.specs.items():
+        path = (arguments.folder / f"{spec.checkpoint}-random.safetensors").resolve()
+        write_random(spec.checkpoint, path)
+        table = "networks" if name in config.networks else "stages"
+        tables.append(f'[{table}.{name}]\ncheckpoint = "{path.as_posix()}"\nimage_size = {spec.image_size}\n')
+    settings = arguments.folder / f"{arguments.preset}.toml"
+    settings.write_text("".join(tables), encoding="utf-8")
+    print(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

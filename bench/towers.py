@@ -62,7 +62,13 @@ def write_random_heads(layers: int, width: int, dimension: int, path: Path) -> N
 
 
 def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, seed: int = 0) -> None:
-    """Write a safetensors file; norms and layer scales lie near 1, everything else is normal around 0."""
+    """Write the tensors of an image tower as a safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tower_state(shape, deviation, seed), path)
+
+
+def tower_state(shape: Shape, deviation: float = 0.02, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Return an image tower; norms and layer scales lie near 1, everything else is normal around 0."""
     rng = np.random.default_rng(seed)
     state: dict[str, NDArray[np.float32]] = {}
 
@@ -106,5 +112,4 @@ def write_random_checkpoint(shape: Shape, path: Path, deviation: float = 0.02, s
             affine(f"{block}ln_2", width, around=1)
             affine(f"{block}mlp.c_fc", hidden, width)
             affine(f"{block}mlp.c_proj", width, hidden)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
+    return state

@@ -49,6 +49,7 @@ class Job:
     checkpoint: str
     options: GraphOptions
     output: Path | None
+    batch: tuple[int, int, int] | None = None  # of an engine, where the command line has none; None: the usual one
     files: tuple[str, ...] = ()  # what a preset's method reads beside the checkpoint: names of the manifest or files
 
 
@@ -182,7 +183,12 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the engine (--target tensorrt or tensorrt-rtx)").add_argument
-    add("--batch", type=numbers(int), default=(1, 8, 32), metavar="1,8,32", help="smallest, best and largest batch")
+    add(
+        "--batch",
+        type=numbers(int),
+        metavar="1,8,32",
+        help="smallest, best and largest batch (default: what zsad-infer takes for a preset's graph, else %(metavar)s)",
+    )
     add("--device", type=int, default=0, metavar="GPU", help="GPU to build for (default: %(default)s)")
     add(
         "--compute-capability",
@@ -202,7 +208,7 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
     from zsad.export.tensorrt_engine import EngineOptions
 
     onnx = arguments.target == "onnx"
-    if len(arguments.batch) != 3:
+    if arguments.batch is not None and len(arguments.batch) != 3:
         parser.error("--batch takes three numbers: smallest, best and largest, for example 1,8,32")
     if onnx and _engine_options(arguments) != EngineOptions(arguments.target):
         parser.error("--batch, --device and the other options of an engine need --target tensorrt or tensorrt-rtx")
@@ -257,7 +263,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     """
     from zsad.engine.config import ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
-    from zsad.engine.networks.build import graph_options
+    from zsad.engine.networks.build import engine_batch, graph_options
 
     given = {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None}
     load = partial(load_config, arguments.preset, arguments.config, method_of=method_class)
@@ -276,7 +282,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
         own = graph_options(spec, request, options.precision, options.attention)
         file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None
-        jobs.append(Job(spec.checkpoint, own, output, config.settings.files))
+        jobs.append(Job(spec.checkpoint, own, output, engine_batch(request), config.settings.files))
     return jobs
 
 
@@ -289,12 +295,12 @@ def _export(job: Job, output: Path | None, keep: bool) -> "ExportedModel":
     return model
 
 
-def _engine_options(arguments: argparse.Namespace) -> "EngineOptions":
+def _engine_options(arguments: argparse.Namespace, batch: tuple[int, int, int] | None = None) -> "EngineOptions":
     from zsad.export.tensorrt_engine import EngineOptions
 
     return EngineOptions(
         arguments.target,
-        arguments.batch,
+        arguments.batch or batch or EngineOptions.batch,
         arguments.device,
         arguments.compute_capability,
         arguments.strip_weights,
@@ -309,7 +315,7 @@ def _build(job: Job, arguments: argparse.Namespace) -> Path:
 
     graph = _export(job, None, keep=arguments.strip_weights)  # which loading such an engine takes
     started = time.monotonic()
-    options = _engine_options(arguments)
+    options = _engine_options(arguments, job.batch)
     command = rebuild_command(job.checkpoint, job.options, options, job.output)
     engine = build_engine(graph, options, command, job.output, keep=True)
     said = f"built in {time.monotonic() - started:.1f} s" if engine.built else "already built"

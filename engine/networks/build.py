@@ -151,18 +151,26 @@ def _make_ready(
     model = export_onnx(spec.checkpoint, options)
     if model.built:
         log.info("%s: exported, %s", spec.checkpoint, model.agreement)
-    return model, _load(model, options, runtime, request.rows or batch_size)
+    return model, _load(model, options, runtime, request, batch_size)
 
 
-def _load(model: ExportedModel, options: GraphOptions, runtime: Runtime, batch_size: int) -> Graph:
+def engine_batch(request: GraphRequest) -> tuple[int, int, int]:
+    """Return the smallest, best and largest batch of a graph's engine: of those that have their own rows no more."""
+    return (1, request.rows, request.rows) if request.rows else EngineOptions.batch
+
+
+def _load(
+    model: ExportedModel, options: GraphOptions, runtime: Runtime, request: GraphRequest, batch_size: int
+) -> Graph:
+    rows = request.rows or batch_size
     if runtime.library == "onnxruntime":
-        return OnnxRuntimeGraph(model.path, runtime.device, batch_size)
+        return OnnxRuntimeGraph(model.path, runtime.device, rows)
     assert runtime.device is not None
-    target = EngineOptions(runtime.library, device=runtime.device.number)
+    target = EngineOptions(runtime.library, engine_batch(request), runtime.device.number)
     command = rebuild_command(model.checkpoint, options, target)
     log.info("%s: loading its engine; the first time it is built, which can take minutes", model.checkpoint)
     engine = build_engine(model, target, command)
-    graph = TensorRTGraph(engine.path, model.path, runtime.device, batch_size)
+    graph = TensorRTGraph(engine.path, model.path, runtime.device, rows)
     if not engine.fingerprint.agreement:
         log.info("%s: comparing its engine with its graph on the CPU, this once", model.checkpoint)
         inputs = sample_inputs(model.inputs)

@@ -20,9 +20,11 @@ from zsad.bench.random_weights import (
     isnet_state,
     mask_decoder_state,
     sam_encoder_state,
+    text_state,
     tiny_encoder_state,
     write_states,
 )
+from zsad.bench.towers import Shape, tower_state
 from zsad.engine.commands.export import main
 from zsad.export import libraries, tensorrt_engine
 from zsad.export.cuda_driver import CudaError, use_device
@@ -38,6 +40,7 @@ from zsad.export.tensorrt_engine import (
     parse_network,
     read_engine,
 )
+from zsad.export.vision_transformer import CLIP
 from zsad.kernels.files import file_sha256
 from zsad.kernels.machine import CacheError
 
@@ -630,3 +633,53 @@ def test_tensorrt_rtx_builds_sam_at_its_size(
     assert {name: profile[0] for name, profile in fingerprint["profile"].items() if name in shapes} == shapes
     assert main(shlex.split(fingerprint["command"])[1:]) == 0
     assert capsys.readouterr().err.count("already built") == 2
+
+
+@pytest.mark.slow
+@needs_rtx
+def test_command_builds_every_engine_of_vvv(tmp_path: Path) -> None:
+    """For as many rows as runs have; in the sizes of a toy."""
+    states = {
+        "clip": [tower_state(Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=64)), text_state(64)],
+        "clipseg": [clipseg_state(48, 24, 16)],
+        "isnet": [isnet_state(8)],
+        "sam": [sam_encoder_state(32, [3, 8], 16, 8, out=32), mask_decoder_state(32, hidden=16, quality=16)],
+    }
+    files = {name: write_states(tmp_path / f"{name}.safetensors", *parts) for name, parts in states.items()}
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        f"""
+        image_size = 48
+        [networks.clip]
+        checkpoint = "{files["clip"]}"
+        [networks.clipseg]
+        checkpoint = "{files["clipseg"]}"
+        image_size = 32
+        heads = 3
+        text_heads = 2
+        [stages.isnet]
+        checkpoint = "{files["isnet"]}"
+        image_size = 64
+        [stages.sam]
+        checkpoint = "{files["sam"]}"
+        image_size = 128
+        heads = 4
+        """
+    )
+    arguments = ["--preset", "vvv", "--config", str(config), "--target", "tensorrt-rtx", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    batches = {}
+    for file in tmp_path.glob("*.engine.json"):
+        profile = json.loads(file.read_text())["profile"]
+        batched = profile.get("points") or profile.get("conditions") or next(iter(profile.values()))
+        batches[file.name.removesuffix("-fp16.engine.json")] = [shape[0] for shape in batched]
+    assert batches == {
+        "clip-48": [1, 8, 32],
+        "clip-text": [1, 8, 32],
+        "clipseg-image-32": [1, 8, 32],
+        "clipseg-decoder-32": [1, 6, 6],
+        "clipseg-text": [1, 8, 32],
+        "isnet-isnet-64": [1, 1, 1],
+        "sam-image-128": [1, 1, 1],
+        "sam-masks-128": [1, 64, 64],
+    }
