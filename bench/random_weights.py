@@ -9,6 +9,7 @@ FOLDER/vvv.toml --target tensorrt-rtx`, say.
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from zsad.export.vision_transformer import CLIP
 
 from .towers import SHAPES, tower_state
 
-State = dict[str, NDArray[np.generic]]
+State = dict[str, NDArray[Any]]
 Layer = tuple[str, Sequence[int]]  # name and shape of a weight; one of a single axis is a norm's
 
 # IS-Net's stage → channels inside and of its output.
@@ -44,7 +45,7 @@ def write_random(name: str, path: Path) -> None:
     write_states(path, tower_state(shape), text_state(shape.projection) if shape.architecture == CLIP else {})
 
 
-def write_states(path: Path, *states: State) -> Path:
+def write_states(path: Path, *states: Mapping[str, NDArray[Any]]) -> Path:
     """Write states as one safetensors file and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: np.ascontiguousarray(value) for state in states for key, value in state.items()}, path)
