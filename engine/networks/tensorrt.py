@@ -22,6 +22,8 @@ Array = Any  # an array on the device
 
 SEAL = hashlib.sha256().digest_size  # bytes of the digest in front of what is kept
 
+RECORDINGS = 128  # CUDA graphs that are kept of an engine; inputs that lie elsewhere every time make ever more
+
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
 
@@ -116,9 +118,9 @@ class TensorRTGraph:
             self._recorded[where]()
         else:
             self._set_batch(rows)
-            if rows < self._full or not self._recordable():
+            if rows < self._full or len(self._recorded) == RECORDINGS or not self._recordable():
                 queue()
-            else:  # the loader alternates between two inputs, so there are two recordings
+            else:  # the loader alternates between two inputs, so of an image tower there are two recordings
                 self._recorded[where] = self._device.record(queue)
             if self._kernels is not None:
                 self._kernels.keep(rows)

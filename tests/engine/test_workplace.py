@@ -10,8 +10,10 @@ from host_build import COMPILER, MISSING_COMPILER, HostDevice, KernelError
 from host_tensorrt import HostEngine
 from machines import having
 from numpy.typing import NDArray
-from pictures import touch_images
+from pictures import save_pictures, touch_images
+from PIL import Image
 from runs import draw, record, scores_and_maps
+from vvv_checkpoints import FEW, networks, stages, write_bright_isnet
 
 from zsad.engine.commands.infer import main
 from zsad.engine.networks import runtime as runtimes
@@ -87,6 +89,49 @@ def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
     for one, other in zip(maps, expected_maps, strict=True):
         np.testing.assert_allclose(one, other, atol=0.02)
     assert len(tensorrt) == 2  # both towers
+    assert record("cuda:0")["device"] == "cuda:0"
+
+
+def stage_foregrounds(output: str) -> list[NDArray[np.bool_]]:
+    return [np.asarray(Image.open(path)) > 0 for path in sorted(Path(output).glob("data/stages/*-foreground.png"))]
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "batch"), [("vvv", "1"), ("vvv", "3"), ("winclip", "3")])
+def test_foregrounds_and_tiles_on_a_device_equal_those_on_the_cpu(
+    tokenizer: object,
+    golden_segmentation: Path,
+    emulated_gpu: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    preset: str,
+    batch: str,
+) -> None:
+    arrays = np.load(golden_segmentation / "sam_tiny.npz")
+    save_pictures("data", arrays["image0_rgb"], arrays["image1_rgb"])
+    save_pictures("good", arrays["image1_rgb"][::-1])
+    Path("few.toml").write_text(FEW)
+    isnet = write_bright_isnet(tmp_path / "bright.onnx", 128)
+    own = networks(tmp_path) + '[vvv]\nprompts = "few.toml"\ntau = 0.1\n'
+    few = ["--reference", "good"] if preset == "winclip" else []
+    if preset == "winclip":
+        own = f'image_size = 96\n[networks.clip]\ncheckpoint = "{write_clip(tmp_path, "clip_tiny")}"\n'
+    Path("tiny.toml").write_text(own + stages(isnet, 128, foreground="coverage = 0.4", tiles="parts = 1"))
+    # Every run has an object of its own, so that none finds text vectors in the cache.
+    common = ["data", "--preset", preset, "--config", "tiny.toml", "--object", f"nut {batch}", "--keep-stages", *few]
+    common += ["--foreground", "isnet+sam", "--components", "--batch-size", batch]
+    for device in ("cpu", "cuda:0"):
+        assert main([*common, "--device", device, "--output", device]) == 0
+    for one, other in zip(stage_foregrounds("cuda:0"), stage_foregrounds("cpu"), strict=True):
+        assert np.mean(one != other) < 1e-3  # of masks in half precision
+    (scores, maps), (expected, expected_maps) = scores_and_maps("cuda:0"), scores_and_maps("cpu")
+    np.testing.assert_allclose(scores, expected, atol=0.02)
+    for one, other in zip(maps, expected_maps, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.02)
+        assert other.max() > 0.1
+    # CLIP's towers, IS-Net, SAM's encoder and decoder; CLIPSeg's decoder and towers, whose texts may be in the cache.
+    assert len(tensorrt) in ((7, 8) if preset == "vvv" else (5,))
     assert record("cuda:0")["device"] == "cuda:0"
 
 

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from tiny_graph import INPUTS, OUTPUTS, check_equal, images
 
 from zsad.engine.networks import tensorrt as tensorrt_graphs
+from zsad.engine.networks.network import run_in_parts
 from zsad.engine.networks.onnx_runtime import OnnxRuntimeGraph
 from zsad.engine.networks.tensorrt import TensorRTGraph
 from zsad.export.libraries import EngineError
-from zsad.export.onnx_export import ExportedModel
+from zsad.export.onnx_export import ExportedModel, export_onnx
+from zsad.export.options import SamMasksOptions
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="needs TensorRT-RTX (pip install tensorrt-rtx)"
@@ -55,6 +57,36 @@ def test_an_engine_gives_what_onnx_runtime_gives(model: ExportedModel, tensorrt:
         check_equal(engine.run({"images": batch}), plain.run({"images": images(count) + turn}))
     assert device.recordings == 2  # one for each of the two inputs; parts of a batch are queued launch by launch
     assert sorted(set(tensorrt[0].runs)) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("most", [128, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_input_that_all_rows_share_goes_with_every_part(
+    golden_segmentation: Path,
+    empty_cache: Path,
+    tensorrt: list[HostEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+) -> None:
+    monkeypatch.setattr(tensorrt_graphs, "RECORDINGS", most)
+    model = export_onnx(str(golden_segmentation / "sam_tiny.safetensors"), SamMasksOptions(192, heads=4))
+    device, arrays = HostDevice(), np.load(golden_segmentation / "sam_tiny.npz")
+    engine, plain = TensorRTGraph(model.path, model.path, device, 24), OnnxRuntimeGraph(model.path, None, 24)
+    assert engine.inputs == plain.inputs
+    assert [spec.batched for spec in engine.inputs.values()] == [False, True]
+    held = []  # so that every image's inputs lie elsewhere
+    for image in (0, 1, 0):
+        inputs = {
+            "embedding": arrays[f"image{image}_embedding"][None],
+            "points": arrays[f"image{image}_points_scaled"].astype(np.float32),
+        }
+        held.append({name: device.to_device(array) for name, array in inputs.items()})
+        parts = list(run_in_parts(plain, inputs))
+        for (rows, found), (expected_rows, expected) in zip(run_in_parts(engine, held[-1]), parts, strict=True):
+            assert rows == expected_rows
+            for name, output in found.items():
+                np.testing.assert_array_equal(output, expected[name])
+    assert device.recordings == min(6, most)  # of two full parts of three images
+    assert tensorrt[0].runs.count(16) == 3
 
 
 def test_kernels_that_tensorrt_rtx_compiles_are_kept(
