@@ -29,6 +29,7 @@ from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Dataset, scan
+from zsad.engine.images.limits import Limits, limited
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 from zsad.engine.images.stored import ImageError
@@ -43,7 +44,7 @@ from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
 from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
-from zsad.engine.workplace import Options, Workplace, set_up
+from zsad.engine.workplace import Options, Workplace, image_memory, set_up
 from zsad.export.libraries import EngineError
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.files import printable, written_whole
@@ -88,6 +89,11 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     What goes wrong with single images or categories is in the record. Raises ConfigError, CheckpointError, EngineError,
     OutputError and NothingToScoreError before any work, ImageError with `strict`, OSError when the disk is full.
     """
+    with limited(replace(options.limits, bytes=image_memory(runtime, options))):
+        return _run(data, config, runtime, options, progress)
+
+
+def _run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
     start, started = time.perf_counter(), datetime.now(timezone.utc)
     if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
@@ -199,7 +205,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     start = time.perf_counter()
     try:
         references = _references(job, workplace)
-        digest = fingerprint(category, workplace.record, checkpoints, options.written, references.digests)
+        written = [*options.written, *[str(options.limits)] * (options.limits != Limits())]  # a file may be left out
+        digest = fingerprint(category, workplace.record, checkpoints, written, references.digests)
         record = finished_record(options.output, category.name, digest) if options.resume else None
         if record is not None:
             log.info("%s: already finished", name)

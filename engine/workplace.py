@@ -1,12 +1,13 @@
 """What all categories of a run share: networks, method and loader, made once, in host memory or on a device."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.device_jpegs import DeviceJpegs
+from zsad.engine.images.limits import Limits
 from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
 from zsad.engine.methods.component_wise import ComponentWise
@@ -31,6 +32,7 @@ class Options:
     batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
     workers: int | None = None  # threads that decode and write; None: one per core
     memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free
+    limits: Limits = field(default_factory=Limits)  # of single files; their memory is half of what a run may take
     strict: bool = False  # stop at the first unreadable image
     resume: bool = False  # keep categories that an earlier run with these settings finished
     keep_stages: bool = False  # write what led to the scores as pictures: foregrounds, masks, tiles

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,40 @@ def size(text: str) -> int:
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None
+
+
+def positive(text: str) -> float:
+    """Read a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+def add_file_limits(parser: argparse.ArgumentParser) -> None:
+    """Add what a single image file may cost, by the names of `images.limits.Limits`."""
+    parser.add_argument(
+        "--max-megapixels",
+        dest="megapixels",
+        type=positive,
+        metavar="N",
+        help="larger images are named and left out (default: 178, as Pillow has it)",
+    )
+    parser.add_argument(
+        "--file-timeout",
+        dest="seconds",
+        type=positive,
+        metavar="SECONDS",
+        help="files that take longer to read are named and left out (default: 20)",
+    )
+
+
+def file_limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return those limits that are given."""
+    return {name: value for name in ("megapixels", "seconds") if (value := getattr(arguments, name)) is not None}
 
 
 def add_loudness(parser: argparse.ArgumentParser, verbose: str) -> None:

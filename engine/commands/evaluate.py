@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Version
+from .arguments import Version, add_file_limits, file_limits
 
 if TYPE_CHECKING:
     from .start import Interrupts
@@ -38,7 +38,9 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.evaluation.evaluate import evaluate, format_csv, format_table
     from zsad.engine.images.folders import scan
+    from zsad.engine.images.limits import Limits, limited
     from zsad.kernels.files import printable, written_whole
+    from zsad.kernels.machine import default_memory_limit
 
     from .console import DONE, SOME_FAILED, emit
 
@@ -54,7 +56,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     dataset = scan(arguments.data, exclude=arguments.out)
     for note in dataset.all_notes():
         log.info("%s", note)
-    evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
+    with limited(Limits(**file_limits(arguments), bytes=default_memory_limit())):
+        evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
     text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
     for path, content in (
         (arguments.csv or arguments.out / "metrics.csv", format_csv(evaluation)),
@@ -92,6 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.3,
         help="false-positive rate up to which AUPRO integrates (default %(default)s)",
     )
+    add_file_limits(parser)
     add("--csv", metavar="FILE", type=Path, help="the table as CSV (default OUT/metrics.csv)")
     add("--output-json", metavar="FILE", type=Path, help="the JSON (default OUT/metrics.json)")
     add("-q", "--quiet", action="store_true", help="errors only")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsad.engine.presets.names import preset_names
 
-from .arguments import Version, add_loudness, log_level, numbers, size
+from .arguments import Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.results.records import RunRecord
@@ -34,6 +34,8 @@ OF_THE_RUN = frozenset(
         "batch_size",
         "workers",
         "memory_limit",
+        "megapixels",
+        "seconds",
         "format",
         "resume",
         "strict",
@@ -89,6 +91,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.config import load_config
     from zsad.engine.demo import draw_demo
+    from zsad.engine.images.limits import Limits
     from zsad.engine.images.tree import DEMO
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
@@ -112,6 +115,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         memory_limit=arguments.memory_limit,
+        limits=Limits(**file_limits(arguments)),
         strict=arguments.strict,
         resume=arguments.resume,
         keep_stages=arguments.keep_stages,
@@ -201,6 +205,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="4GB",
         help="of what scores, above it tokens are spilled (default: 3/4 of the free memory, 9/10 on a GPU)",
     )
+    add_file_limits(parser)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -95,7 +95,8 @@ def _codes(colours: NDArray[Any]) -> NDArray[Any]:
     bits, kind = (8, np.uint32) if colours.dtype == np.uint8 else (16, np.uint64)
     codes: NDArray[Any] = np.zeros(colours.shape[:2], kind)
     for channel in range(3):
-        codes = codes << kind(bits) | colours[:, :, channel]
+        codes <<= kind(bits)
+        codes |= colours[:, :, channel]
     return codes
 
 

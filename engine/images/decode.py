@@ -90,7 +90,10 @@ def _eight_bits(stored: Stored, bit_depth: int) -> NDArray[np.uint8]:
     table = _table(white)
     if stored.white_is_zero:  # inverted within all 16 bits, or within a camera's own
         table = table[::-1] if levels.max() > white else np.pad(table[white::-1], (0, 65535 - white))
-    eight: NDArray[np.uint8] = table[levels]
+    eight = np.empty(levels.shape, np.uint8)
+    step = max(1, STRIP // max(levels[:1].size, 1))  # rows at once: NumPy makes eight bytes of each number
+    for start in range(0, len(levels), step):
+        eight[start : start + step] = table[levels[start : start + step]]
     return eight
 
 

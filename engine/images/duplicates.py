@@ -16,6 +16,7 @@ from .decode import decode
 from .stored import ImageError
 
 SIDE = 32  # pixels of a thumbnail; its filter is a triangle, so that resizing an image by a little leaves it as it is
+LARGEST_FILE = 1 << 30  # bytes that are compared; a file may have holes of terabytes behind its picture
 ROWS, DISTANCES = 1024, 1 << 24  # at once, at most
 
 # Thumbnails of copies differ by less than this many grey levels, root mean square and largest. Copies at JPEG quality
@@ -39,7 +40,7 @@ class Duplicates:
     """Finds copies among the images of one batch; `add` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._files: dict[int, tuple[Path, str]] = {}  # with digests
+        self._files: dict[int, tuple[Path, str]] = {}  # with digests, of large files their paths
         self._thumbnails: dict[int, NDArray[np.float32]] = {}  # [SIDE * SIDE] each
         self._lock = threading.Lock()
 
@@ -48,7 +49,8 @@ class Duplicates:
 
         Raises OSError where the file cannot be read.
         """
-        file = (path, file_sha256(path))
+        small = path.stat().st_size <= LARGEST_FILE
+        file = (path, file_sha256(path) if small else str(path))
         thumbnail = None if image is None else _thumbnail(image)
         with self._lock:
             self._files[index] = file

@@ -1,19 +1,22 @@
 """Image files as they are stored: every kind that is read, opened safely, with its pixels upright."""
 
+import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
+from .limits import ImageError as ImageError
+from .limits import ImageMemoryError as ImageMemoryError
+from .limits import TimedFile, Timer, check_bytes, check_pixels, too_many_pixels
 from .metadata import significant_bits, transparent_grey, without_metadata
 from .upright import ORIENTATION, upright_array, upright_image
 
@@ -35,14 +38,11 @@ SUFFIXES = frozenset(
 # That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three,
 # and maps of floats. A test measures it.
 BYTES_PER_PIXEL = 22
-
-
-class ImageError(Exception):
-    """A file that cannot be scored; the message says why."""
-
-
-class ImageMemoryError(ImageError, MemoryError):
-    """A file for whose pixels there is no memory at the moment."""
+# Of its format where that is more: OpenJPEG has four bytes for each value, twice.
+DECODER_BYTES_PER_PIXEL = {"JPEG2000": 36}
+# Of progressive JPEG files that are decoded before it is seen whether there is time left: in a few bytes a scan goes
+# over the whole image.
+PROGRESSIVE_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,13 @@ def read_stored(path: Path) -> Stored:
         try:
             image = _opened(file, path.suffix)
         except UnidentifiedImageError as refusal:
-            return _of_tiff(file, _readable_tiff(file, refusal))
+            tiff = _readable_tiff(file, refusal)
+            check_bytes(_bytes_of_tiff(tiff))
+            return _of_tiff(file, tiff)
+        check_bytes(_bytes(image))
         if image.format == "TIFF":
             return _of_opened_tiff(file, image)
+        file.timer.try_elsewhere(file, image)
         image = _loaded(file, image)
         if is_deep_png(image, file):
             # Pillow says better than OpenCV what is wrong; what it has found to be whole is read again with all bits.
@@ -96,10 +100,21 @@ def decoded_bytes(path: Path) -> int:
         try:
             image = _opened(file, path.suffix)
         except UnidentifiedImageError as refusal:
-            rows, columns = _readable_tiff(file, refusal).shape
-        else:
-            rows, columns = image.height, image.width
-        return rows * columns * BYTES_PER_PIXEL
+            return _bytes_of_tiff(_readable_tiff(file, refusal))
+        return _bytes(image)
+
+
+def _bytes(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return _bytes_of_tiff(tiff_of_pillow(image))
+    return image.width * image.height * max(BYTES_PER_PIXEL, DECODER_BYTES_PER_PIXEL.get(image.format or "", 0))
+
+
+def _bytes_of_tiff(tiff: Tiff) -> int:
+    """Of many channels all are decoded, and again without those that do not count."""
+    rows, columns = tiff.shape
+    stored = tiff.samples * (max(tiff.bits) + 7) // 8
+    return rows * columns * max(BYTES_PER_PIXEL, 2 * stored)
 
 
 @contextmanager
@@ -119,22 +134,21 @@ def read_map(path: Path) -> Image.Image:
 
 
 @contextmanager
-def regular_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file with something in it; whatever fails in the context becomes an ImageError."""
+def regular_file(path: Path) -> Iterator[TimedFile]:
+    """Open a file with something in it; whatever fails in the context becomes an ImageError, its time being up too."""
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as raw:
+            status = os.fstat(raw.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("not a regular file")
             if status.st_size == 0:
                 raise ImageError("empty file")
-            yield file
+            with TimedFile(raw, Timer(status)) as file:
+                yield file
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise ImageError(
-            f"too large: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels; cut it into tiles"
-        ) from None
+        raise ImageError(too_many_pixels()) from None
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000" + (", AVIF" if _AVIF else "")
         raise ImageError(f"not a {kinds} or PNM image") from None
@@ -155,13 +169,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _opened(file: BinaryIO, suffix: str) -> Image.Image:
+def _opened(file: TimedFile, suffix: str) -> Image.Image:
     """Open an image; what Pillow refuses for its metadata is opened without them."""
     file.seek(0)
     by_suffix = BY_SUFFIX.get(suffix.lower())
     try:
         return Image.open(file, formats=FORMATS if by_suffix is None else (*FORMATS, by_suffix))
-    except (Image.DecompressionBombError, MemoryError):
+    except (Image.DecompressionBombError, ImageError, MemoryError):
         raise
     except Exception as refusal:
         for content in _without_metadata(file):
@@ -170,28 +184,44 @@ def _opened(file: BinaryIO, suffix: str) -> Image.Image:
         raise refusal
 
 
-def _loaded(file: BinaryIO, image: Image.Image) -> Image.Image:
+def _loaded(file: TimedFile, image: Image.Image) -> Image.Image:
     """Decode the pixels of an open image; what Pillow refuses for its metadata is decoded without them."""
-    try:
-        image.load()
-        return image
-    except (Image.DecompressionBombError, MemoryError):
-        raise
-    except Exception as refusal:  # metadata may also follow the pixels
+    refusal = _load(image)
+    if refusal is not None:  # metadata may also follow the pixels
         for content in _without_metadata(file):
+            cast(Any, image).im = None  # else the pixels of all tries would be there at once
             with suppress(OSError, SyntaxError, ValueError):
                 image = Image.open(content, formats=FORMATS)
-                image.load()
-                return image
+                if _load(image) is None:
+                    return image
         raise refusal
+    return image
 
 
-def _without_metadata(file: BinaryIO) -> Iterator[BytesIO]:
-    """Yield a file without profiles and comments, then also without EXIF, if it is of a kind that can be."""
+def _load(image: Image.Image) -> Exception | None:
+    """Decode the pixels of an open image; returns why that cannot be, without what was allocated for it."""
+    if image.info.get("progressive"):
+        cast(Any, image).decodermaxblock = PROGRESSIVE_BLOCK
+    try:
+        image.load()
+        return None
+    except (Image.DecompressionBombError, ImageError, MemoryError):
+        raise
+    except Exception as refusal:
+        return refusal.with_traceback(None)
+
+
+def _without_metadata(file: TimedFile) -> Iterator[TimedFile]:
+    """Yield a file without profiles and comments, then also without EXIF, if it is of a kind that can be.
+
+    What is the same as before is left out.
+    """
+    size = file.timer.size
     for with_exif in (True, False):
         bare = without_metadata(file, with_exif)
-        if bare is not None:
-            yield BytesIO(bare)
+        if bare is not None and len(bare) < size:
+            size = len(bare)
+            yield TimedFile(io.BytesIO(bare), file.timer)
 
 
 def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
@@ -207,8 +237,7 @@ def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
         raise ImageError("float and signed images have no defined range; convert it to 8 or 16 bit")
     if not tiff.readable:
         raise refusal
-    if Image.MAX_IMAGE_PIXELS is not None and tiff.shape[0] * tiff.shape[1] > 2 * Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    check_pixels(*tiff.shape)
     return tiff
 
 
