@@ -207,7 +207,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         references = _references(job, workplace)
         written = [*options.written, *[str(options.limits)] * (options.limits != Limits())]  # a file may be left out
         digest = fingerprint(category, workplace.record, checkpoints, written, references.digests)
-        record = finished_record(options.output, category.name, digest) if options.resume else None
+        record = finished_record(options.output, category, digest) if options.resume else None
         if record is not None:
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)

@@ -26,7 +26,8 @@ SETTLED = 2 * 10**9  # nanoseconds after a change until another one shows in a f
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a folder beside it; the file becomes `path` only if the block succeeds.
 
-    What killed processes left there of the same file goes first. Raises OSError, also where `check_target` does.
+    It is on disk by then, so that a power cut leaves no half of it either. What killed processes left there of the same
+    file goes first. Raises OSError, also where `check_target` does.
     """
     check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +36,21 @@ def written_whole(path: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder / path.name
+        flush(folder / path.name)
         (folder / path.name).replace(path)
+        flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk; raises OSError, but not of folders: not all can."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(*[OSError] * path.is_dir()):
+            os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _sweep(path: Path) -> None:

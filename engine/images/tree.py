@@ -18,6 +18,7 @@ DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
 
 _SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
+_RECORD_START = b'{\n "name": "'
 _RUN_START = (b'"version": ', b'"preset": ')
 
 
@@ -104,9 +105,14 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
 
 
 def is_results(folder: Path) -> bool:
-    """Tell whether a folder holds a category's finished results: files of others may have the same names."""
+    """Tell whether a folder holds a category's finished results, of which one of two files may be damaged.
+
+    Files of others may have the same names.
+    """
     finished = os.path.isfile(folder / RECORD)  # noqa: PTH113 - pathlib raises where a folder may not be entered
-    return finished and _start(folder / SCORES).startswith(_SCORES_START)
+    return finished and (
+        _start(folder / SCORES).startswith(_SCORES_START) or _start(folder / RECORD).startswith(_RECORD_START)
+    )
 
 
 def _listed(folder: Path) -> tuple[list[str], list["os.DirEntry[str]"]]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +30,14 @@ from zsad.engine.scores.verdicts import Region, find_regions
 from zsad.kernels.files import written_whole
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
-from .output import JOURNAL, UNFINISHED, left_folder, move_into_place, own_folder
+from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place, own_folder
 from .rayan import SIDE, challenge_json, read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
 Format = Literal["zsad", "rayan"]
 Background = Literal["none", "colour", "stages"]
 
+REGIONS = "regions.csv"
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
@@ -201,8 +203,9 @@ class CategoryWriter:
         self._thumbnails.sort()
         failures = [*record.failures, *(self._failures[index] for index in sorted(self._failures))]
         complete = replace(record, failures=failures)
-        images = write_record(self._staging / RECORD, complete, self._judged(record, best_first))
-        _write_tables(self._staging, images, best_first, record.threshold is not None)
+        tables = partial(_write_tables, self._staging, best_first, record.threshold is not None)
+        images = write_record(self._staging / RECORD, complete, self._judged(record, best_first), tables)
+        flush_all(self._staging)
         self._journal.path.unlink()  # last: on a full disk all before it may fail
         move_into_place(self._staging, self._final)
         return replace(complete, images=images.moved(self._final / RECORD))
@@ -233,7 +236,8 @@ class CategoryWriter:
         ranks = np.empty(len(best_first), int)
         ranks[best_first] = np.arange(1, len(ranks) + 1)
         for written, rank in zip(self.written(), ranks, strict=True):
-            image = replace(written.record, rank=int(rank))
+            # The challenge's files may have other scores now.
+            image = replace(written.record, rank=int(rank), sizes=written.record.sizes_in(self._staging))
             if record.threshold is not None:
                 anomalous = image.score > record.threshold
                 regions = self._regions(written, record.region_threshold) if anomalous else []
@@ -253,6 +257,7 @@ class CategoryWriter:
         facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
             record, least_area, thumbnails = self._draw(result, image, record)
+            record = replace(record, sizes=record.sizes_in(self._staging))
             line = json.dumps([record.path, thumbnails]) + "\n" if thumbnails else ""
             return Written(result.index, record, facts, least_area), line
         except MemoryError as error:
@@ -380,37 +385,40 @@ def _recovered(staging: Path, fingerprint: str) -> Iterator[tuple[Written, str]]
 
 
 def _has_files(staging: Path, image: ImageRecord, has_thumbnails: bool) -> bool:
-    """Return whether the files of an image are there; the challenge's is read, because it may be half of one."""
+    """Return whether the files of an image are there and whole; the challenge's is read, since its size may change."""
     try:
         if image.json_file:
             read_challenge((staging / image.json_file).read_text())
+        sizes = image.sizes_in(staging)
     except (OSError, ValueError):
         return False
-    there = all((staging / file).is_file() for file in (image.map, image.overlay_file) if file)
-    return there and (has_thumbnails or not image.overlay_file)
+    known = len(sizes) - bool(image.json_file)
+    return sizes[:known] == image.sizes[:known] and (has_thumbnails or not image.overlay_file)
 
 
 def _thumbnail_lines(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines of thumbnails in a category's folder with their images' paths, but for torn ones."""
-    with (folder / THUMBNAILS).open(encoding="ascii") as file:
+    """Yield the lines of thumbnails in a category's folder with their images' paths, but for damaged ones."""
+    with (folder / THUMBNAILS).open(encoding="ascii", errors="replace") as file:
         for line in file:
-            with suppress(ValueError):
-                yield json.loads(line)[0], line
+            with suppress(ValueError, TypeError):
+                path, _ = json.loads(line)
+                yield path, line
 
 
 def read_thumbnails(output: Path, category: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the thumbnails of a finished category by image path, in the order of its images."""
-    with (output / category / THUMBNAILS).open(encoding="ascii") as file:
-        for line in file:
-            path, thumbnails = json.loads(line)
-            yield path, thumbnails
+    for path, line in _thumbnail_lines(output / category):
+        yield path, json.loads(line)[1]
 
 
 def _rounded(image: ImageRecord) -> ImageRecord:
     return replace(image, score=round(image.score, 6), raw_score=round(image.raw_score, 6))
 
 
-def _write_tables(folder: Path, images: ImageRecords, best_first: NDArray[np.intp], with_verdicts: bool) -> None:
+def _write_tables(
+    folder: Path, best_first: NDArray[np.intp], with_verdicts: bool, images: ImageRecords
+) -> dict[str, int]:
+    """Write the tables of a category; returns their sizes in bytes, and that of the thumbnails."""
     columns = ["path", "score", "rank", "raw_score", "map"] + (
         ["verdict", "regions", "defect_area"] if with_verdicts else []
     )
@@ -424,10 +432,11 @@ def _write_tables(folder: Path, images: ImageRecords, best_first: NDArray[np.int
                 regions = image.regions or []
                 row += [image.verdict, len(regions), sum(region.area for region in regions)]
             table.writerow(row)
-    if not with_verdicts:
-        return
-    with (folder / "regions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["path", "x", "y", "width", "height", "area", "peak"])
-        for image in images:
-            table.writerows([image.path, *asdict(region).values()] for region in image.regions or [])
+    if with_verdicts:
+        with (folder / REGIONS).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["path", "x", "y", "width", "height", "area", "peak"])
+            for image in images:
+                table.writerows([image.path, *asdict(region).values()] for region in image.regions or [])
+    names = [THUMBNAILS, SCORES, *[REGIONS] * with_verdicts]
+    return {name: (folder / name).stat().st_size for name in names}

@@ -3,10 +3,10 @@
 import json
 import textwrap
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter
 
@@ -28,7 +28,15 @@ class ImageRecord:
     map: str = ""
     overlay_file: str = ""
     json_file: str = ""
+    sizes: list[int] = field(default_factory=list)  # bytes of these files, of those there are
     regions: list[Region] | None = None  # None without a threshold or a map
+
+    def files(self) -> list[str]:
+        return [file for file in (self.map, self.overlay_file, self.json_file) if file]
+
+    def sizes_in(self, folder: Path) -> list[int]:
+        """Return the sizes that its files have in a category's folder; raises OSError where one is gone."""
+        return [(folder / file).stat().st_size for file in self.files()]
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,12 @@ class CategoryRecord:
     notes: list[str] = field(default_factory=list)  # what was found or decided while reading the images
     seconds: float = 0.0
     resumed: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of the files that tell of all images
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "CategoryRecord":
         """Read a record; raises ValueError for anything else."""
-        return _CATEGORY_RECORDS.validate_python(json.loads(text))
+        return _read(_CATEGORY_RECORDS, CategoryRecord, text)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -70,6 +79,17 @@ class CategoryRecord:
 
 # Of what `json` reads: pydantic's own reader refuses names that are no valid Unicode.
 _CATEGORY_RECORDS, _IMAGE_RECORDS = TypeAdapter(CategoryRecord), TypeAdapter(ImageRecord)
+
+_Record = TypeVar("_Record", CategoryRecord, ImageRecord)
+
+
+def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes) -> _Record:
+    """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
+    content = json.loads(text)
+    names = {field.name for field in fields(kind)}
+    if not isinstance(content, dict) or content.keys() | {"images"} != names | {"images"}:  # may be read apart
+        raise ValueError(f"not a {kind.__name__}")
+    return adapter.validate_python(content)
 
 
 class ImageRecords(Sequence[ImageRecord]):
@@ -104,7 +124,7 @@ class ImageRecords(Sequence[ImageRecord]):
             for number in numbers:
                 file.seek(self._bounds[number])
                 text = file.read(self._bounds[number + 1] - self._bounds[number])
-                yield _IMAGE_RECORDS.validate_python(json.loads(text.strip(b" \n,")))
+                yield _read(_IMAGE_RECORDS, ImageRecord, text.strip(b" \n,"))
 
     def moved(self, file: Path) -> "ImageRecords":
         """Return the same images after their file was moved."""
@@ -115,9 +135,17 @@ class ImageRecords(Sequence[ImageRecord]):
 _NO_IMAGES, _FIRST, _IMAGE, _LAST = '\n "images": [],\n', b' "images": [\n', b"  {\n", b" ],\n"
 
 
-def write_record(file: Path, record: CategoryRecord, images: Iterable[ImageRecord]) -> ImageRecords:
-    """Write a category's record, as `to_json` would of one with these images, each as it comes."""
-    before, after = replace(record, images=[]).to_json().split(_NO_IMAGES)
+def write_record(
+    file: Path,
+    record: CategoryRecord,
+    images: Iterable[ImageRecord],
+    write_others: Callable[[ImageRecords], dict[str, int]] = lambda _: {},
+) -> ImageRecords:
+    """Write a category's record, as `to_json` would of one with these images, each as it comes.
+
+    write_others: writes what else tells of the images, once they can be read; returns the `sizes` of the record.
+    """
+    before, _ = replace(record, images=[]).to_json().split(_NO_IMAGES)
     bounds = array("Q")
     with file.open("wb") as opened:
         opened.write(before.encode())
@@ -126,6 +154,9 @@ def write_record(file: Path, record: CategoryRecord, images: Iterable[ImageRecor
             bounds.append(opened.tell())
             opened.write(textwrap.indent(json.dumps(asdict(image), indent=1), "  ").encode())
         bounds.append(opened.tell())
+        opened.flush()
+        sizes = write_others(ImageRecords(file, bounds))
+        _, after = replace(record, images=[], sizes=sizes).to_json().split(_NO_IMAGES)
         opened.write((b"\n" + _LAST if len(bounds) > 1 else _NO_IMAGES.encode()) + after.encode())
     return ImageRecords(file, bounds)
 
@@ -186,7 +217,7 @@ class RunRecord:
         """Return the record without the single images, which are in the records of the categories."""
         content: dict[str, Any] = {**asdict(replace(self, categories=[])), "categories": {}}
         for category in self.categories:
-            fields = asdict(replace(category, images=[]))
-            del fields["name"], fields["fingerprint"]
-            content["categories"][category.name] = {**fields, "images": len(category.images)}
+            facts = asdict(replace(category, images=[]))
+            del facts["name"], facts["fingerprint"], facts["sizes"]
+            content["categories"][category.name] = {**facts, "images": len(category.images)}
         return json.dumps(content, indent=1)

@@ -94,6 +94,7 @@ def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
     yield f'{{"run":{_encode(shown_run)},"categories":['
     for number, category in enumerate(categories):
         fields = asdict(replace(category.record, images=[]))
+        del fields["sizes"]
         fields |= {"metrics": category.metrics, "protocol": category.protocol}
         yield "," * (number > 0)
         for key, value in fields.items():
@@ -110,9 +111,10 @@ def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
 
 
 def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
-    file = image.record.overlay_file
+    file, facts = image.record.overlay_file, asdict(image.record)
+    del facts["sizes"]
     return {
-        **asdict(image.record),
+        **facts,
         "label": image.label,
         "anomalous": image.anomalous,
         "image": image.image,

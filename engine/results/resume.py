@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +41,24 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def finished_record(output: Path, name: str, wanted: str) -> CategoryRecord | None:
+def finished_record(output: Path, category: Category, wanted: str) -> CategoryRecord | None:
     """Return the record of a category that an earlier run finished with the same fingerprint, else None.
 
-    A category whose files are no longer all there counts as unfinished.
+    A category whose files are no longer all there, as they were written, counts as unfinished.
     """
-    folder = output / name
+    folder = output / category.name
     try:
         record = read_record(folder / RECORD)
         if record.fingerprint != wanted:
             return None
-        of_images = (file for image in record.images for file in (image.map, image.overlay_file, image.json_file))
-        complete = all((folder / file).is_file() for file in chain((THUMBNAILS, SCORES), of_images) if file)
+        whole = {THUMBNAILS, SCORES} <= record.sizes.keys() and all(
+            (folder / file).stat().st_size == size for file, size in record.sizes.items()
+        )
+        paths = (str(image.relative) for image in category.images)  # in the same order, some may have failed
+        whole = whole and all(image.path in paths and image.sizes == image.sizes_in(folder) for image in record.images)
     except (OSError, ValueError):
         return None
-    return record if complete else None
+    return record if whole else None
 
 
 def why_again(
@@ -68,10 +70,12 @@ def why_again(
     """
     try:
         record = read_record(output / name / RECORD)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError):
+        return "its record is damaged"
     if record.fingerprint == wanted:
-        return "some of its files are gone"
+        return "some of its files are gone or damaged"
     other = "it was finished with other settings"
     try:
         earlier = json.loads((output / RUN).read_text())

@@ -33,6 +33,18 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
         assert list(target.parent.iterdir()) == [target]
 
 
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def flush(file: int) -> None:
+        seen.append((os.fstat(file).st_ino, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with written_whole(tmp_path / "file") as draft:
+        draft.write_text("whole")
+    assert seen == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
 def test_drafts_of_killed_processes_go_and_those_of_others_stay(tmp_path: Path) -> None:
     target = tmp_path / "file"
     code = (

@@ -1,6 +1,7 @@
 """A category's folder, written in one go, or by several runs of which some were killed: the same files come out."""
 
 import errno
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from zsad.engine.results.category import CategoryWriter, Result, Writing
 from zsad.engine.results.output import JOURNAL, claimed, own_folder
 from zsad.engine.results.records import CategoryRecord
 from zsad.engine.results.report import shown_categories
-from zsad.engine.results.resume import finished_record
+from zsad.engine.results.resume import finished_record, why_again
 
 IMAGES = 4
 KEPT = 2  # that the interrupted run has written
@@ -62,7 +63,7 @@ def write(
     now: list[str] = []
     with ExitStack() as held:
         held.enter_context(claimed(output, [category], resume=True))
-        if finished_record(output, category.name, "fingerprint"):
+        if finished_record(output, category, "fingerprint"):
             return now
         writer = held.enter_context(CategoryWriter(output, category, WRITING, None, "fingerprint", resume=True))
         done = writer.done
@@ -150,7 +151,19 @@ def test_a_full_disk_at_the_end_costs_no_image(
     assert files(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", ["half a JSON", "no JSON", "no map", "no thumbnails", "half its line", "no lines"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "half a JSON",
+        "no JSON",
+        "no map",
+        "no thumbnails",
+        "half its line",
+        "no lines",
+        "half a map",
+        "an empty overlay",
+    ],
+)
 def test_only_what_is_damaged_is_done_again(
     category: Category, whole: dict[str, bytes], tmp_path: Path, damage: str
 ) -> None:
@@ -163,6 +176,10 @@ def test_only_what_is_damaged_is_done_again(
         challenge.unlink()
     elif damage == "no map":
         (partial / "maps/00.tiff").unlink()
+    elif damage == "half a map":
+        os.truncate(partial / "maps/00.tiff", 5000)
+    elif damage == "an empty overlay":
+        os.truncate(partial / "overlays/00.jpg", 0)
     elif damage == "no thumbnails":
         thumbnails.write_text("".join(thumbnails.read_text().splitlines(keepends=True)[1:]))
     elif damage == "half its line":
@@ -197,7 +214,7 @@ def test_next_to_nothing_is_held_of_an_image(
     here = "./" * 1500
 
     def draw(*arguments: Any) -> Any:
-        return replace(arguments[-1], map=here + "category.json"), 1, {"image": "x" * 4000}
+        return replace(arguments[-1], map=here + "thumbnails.jsonl"), 1, {"image": "x" * 4000}
 
     monkeypatch.setattr(CategoryWriter, "_draw", draw)
 
@@ -214,7 +231,7 @@ def test_next_to_nothing_is_held_of_an_image(
                 record = writer.finish(CategoryRecord(category.name, threshold=0.6))
             (shown,) = shown_categories(output, [many], [record], None)
             assert sum(image.record.rank for image in shown.images) == images * (images + 1) / 2
-            again = finished_record(output, category.name, "")
+            again = finished_record(output, many, "")
             assert again is not None
             assert len(again.images) == images
             return tracemalloc.get_traced_memory()[1]
@@ -224,3 +241,83 @@ def test_next_to_nothing_is_held_of_an_image(
     peak(20)  # what is made once
     few, many = peak(20), peak(320)
     assert many - few < 300 * 1500
+
+
+@pytest.mark.parametrize(
+    ("file", "size"),
+    [
+        *(("category.json", size) for size in (0, 1000, -3)),
+        *((file, size) for file in ("thumbnails.jsonl", "scores.csv", "regions.csv") for size in (0, -1)),
+        *((file, size) for file in ("maps/02.tiff", "overlays/02.jpg", "02_scores.json") for size in (0, -1)),
+    ],
+)
+def test_results_that_are_cut_are_not_finished(category: Category, finished: Path, file: str, size: int) -> None:
+    path = finished / category.name / file
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+    check_again(category, finished)
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [(' "failures": [],\n', ""), ('   "rank": 2,\n', ""), ('"path": "02.png"', '"path": "x2.png"'), (": 2,", ": [],")],
+)
+def test_records_that_lack_something_are_not_finished(
+    category: Category, finished: Path, part: str, other: str
+) -> None:
+    path = finished / category.name / "category.json"
+    text = path.read_text()
+    assert part in text
+    path.write_text(text.replace(part, other))
+    check_again(category, finished)
+
+
+@pytest.fixture
+def finished(category: Category, whole: dict[str, bytes], tmp_path: Path) -> Path:
+    """An output folder with finished results, which are found to be so."""
+    for name, content in whole.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert finished_record(tmp_path, category, "fingerprint") is not None
+    return tmp_path
+
+
+def check_again(category: Category, output: Path) -> None:
+    """Check that a category is not believed to be finished, and that its results may be replaced all the same."""
+    assert finished_record(output, category, "fingerprint") is None
+    assert "damaged" in (why_again(output, category.name, "fingerprint", {}, {}) or "")
+    with claimed(output, [category], resume=True):
+        pass
+
+
+def test_thumbnails_that_are_damaged_cost_their_pictures_only(category: Category, finished: Path) -> None:
+    """A file system may give back other bytes of the same number."""
+    record = finished_record(finished, category, "fingerprint")
+    assert record is not None
+    path = finished / category.name / "thumbnails.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged in (bytes(len(lines[1])), b"\xff" * len(lines[1]), b"1", b'["01.png"]', b"[1, 2, 3]"):
+        path.write_bytes(b"".join([lines[0], damaged + b"\n", *lines[2:]]))
+        (shown,) = shown_categories(finished, [category], [record], None)
+        assert [bool(image.image) for image in shown.images] == [True, False, True, True]
+
+
+def test_everything_is_on_disk_before_it_is_in_place(
+    category: Category, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    real, rename = os.fsync, Path.rename
+
+    def flush(file: int) -> None:
+        flushed.add(os.fstat(file).st_ino)
+        real(file)
+
+    def checked(self: Path, target: Path) -> Path:
+        if target.name == category.name:
+            assert {path.stat().st_ino for path in (self, *self.rglob("*"))} <= flushed
+            flushed.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", checked)
+    write(category, tmp_path)
+    assert flushed == {tmp_path.stat().st_ino}
