@@ -6,8 +6,9 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,9 @@ from .category import read_thumbnails
 from .records import CategoryRecord, ImageRecord, RunRecord
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+
+PICTURED = 4000  # images of a run at most whose pictures are in the page: about 120 MB
+BLOCK = 2**27  # characters of a block of data, from where on it ends; browsers read no string above 2**29 - 24
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,17 @@ def _shown_images(output: Path, category: Category, record: CategoryRecord) -> I
 
 
 def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
-    """Yield the page's data, in pieces: pictures of a million images are never held at once."""
+    """Yield the page's data, in pieces: pictures of a million images are never held at once.
+
+    Images that find no room in the block of the run follow in blocks of their own.
+    """
+    counts = [len(category.record.images) for category in categories]
+    share = _share(counts)
+    room, waiting = BLOCK, list[tuple[int, Iterator[str]]]()
     shown_run = asdict(replace(run, categories=[]))
     del shown_run["categories"]
-    yield f'{{"run":{_encode(shown_run)},"categories":['
+    pictured = None if share == max(counts, default=0) else share
+    yield f'{{"run":{_encode(shown_run)},"pictured":{_encode(pictured)},"categories":['
     for number, category in enumerate(categories):
         fields = asdict(replace(category.record, images=[]))
         del fields["sizes"]
@@ -102,12 +113,47 @@ def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
             if key != "images":
                 yield _encode(value)
                 continue
-            yield "["
-            for place, image in enumerate(category.images):
-                yield "," * (place > 0) + _encode(_of_image(category.record.name, image))
-            yield "]"
+            images = _encoded_images(category, share)
+            room = yield from _list(images, room)
+            waiting.append((number, images))
         yield "}"
     yield "]}"
+    for number, images in waiting:
+        while (image := next(images, None)) is not None:
+            yield f'</script>\n<script type="application/json" class="more">{{"category":{number},"images":'
+            yield from _list(chain([image], images), BLOCK)
+            yield "}"
+
+
+def _list(images: Iterator[str], room: int) -> Generator[str, None, int]:
+    """Yield a list of images until so many characters are used up; returns how many are left."""
+    yield "["
+    separator = ""
+    while room > 0 and (image := next(images, None)) is not None:
+        yield separator + image
+        room, separator = room - len(image), ","
+    yield "]"
+    return room
+
+
+def _share(counts: Sequence[int]) -> int:
+    """Return of how many images of a category at most the page has pictures, for these numbers of images."""
+    room = PICTURED
+    for number, count in enumerate(sorted(counts)):
+        share = room // (len(counts) - number)
+        if count > share:
+            return share
+        room -= count
+    return max(counts, default=0)
+
+
+def _encoded_images(category: ShownCategory, share: int) -> Iterator[str]:
+    """Yield what the page has of each image; of more than `share`, only those of both ends have pictures."""
+    count = len(category.record.images)
+    for image in category.images:
+        if share - share // 2 < image.record.rank <= count - share // 2:
+            image = replace(image, image="", overlay="", stages="")
+        yield _encode(_of_image(category.record.name, image))
 
 
 def _of_image(category: str, image: ShownImage) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from zsad.engine.results import report as module
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, ImageRecord, RunRecord
 from zsad.engine.results.report import TEMPLATE, ShownCategory, ShownImage, write_report
 from zsad.engine.scores.verdicts import Region
@@ -322,3 +323,85 @@ def test_report_of_nothing_opens(browser: Any, tmp_path: Path) -> None:
     assert find(browser, "#count").text == "0 of 0 images"
     assert find(browser, "[data-testid=failures]").is_displayed()
     assert browser.get_log("browser") == []
+
+
+def numbered_images(count: int, **fields: Any) -> list[ShownImage]:
+    return [make_image(f"{rank:05d}.png", 1 - rank / count, rank, **fields) for rank in range(1, count + 1)]
+
+
+def recorded(name: str, images: list[ShownImage]) -> ShownCategory:
+    """A category whose images are on record, as those of a run are."""
+    return ShownCategory(CategoryRecord(name, images=[image.record for image in images]), images, None, None)
+
+
+@pytest.fixture
+def small_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 10 images and 3000 characters were many."""
+    monkeypatch.setattr(module, "PICTURED", 10)
+    monkeypatch.setattr(module, "BLOCK", 3000)
+
+
+@pytest.mark.usefixtures("small_page")
+def test_pictures_of_both_ends_and_blocks_of_bounded_size(tmp_path: Path) -> None:
+    counts = {"large": 20, "small": 3, "larger": 30}
+    categories = [recorded(name, numbered_images(count)) for name, count in counts.items()]
+    write_report(tmp_path / "report.html", make_run(53), categories)
+    page = (tmp_path / "report.html").read_text(encoding="ascii")
+    blocks = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert len(blocks) > 3
+    longest = max(len(json.dumps(image)) for image in read_data(page)["categories"][0]["images"])
+    assert max(map(len, blocks[1:])) < 3000 + 2 * longest
+    data = read_data(page)
+    for block in map(json.loads, blocks[1:]):
+        data["categories"][block["category"]]["images"] += block["images"]
+    assert data["pictured"] == 3  # 10 - 3 = 7 for two
+    for (name, count), category in zip(counts.items(), data["categories"], strict=True):
+        assert category["name"] == name
+        assert [image["rank"] for image in category["images"]] == list(range(1, count + 1))
+        shown = [image["rank"] for image in category["images"] if image["image"] and image["overlay"]]
+        assert shown == [1, 2, count]
+
+
+@pytest.mark.parametrize(
+    ("counts", "share"), [([], 0), ([10], 10), ([11], 10), ([4, 6], 6), ([1, 20, 20], 4), ([3] * 20, 0)]
+)
+@pytest.mark.usefixtures("small_page")
+def test_categories_share_the_pictures_of_a_page(counts: list[int], share: int) -> None:
+    assert module._share(counts) == share
+
+
+@pytest.mark.usefixtures("small_page")
+def test_a_large_report_lists_all_and_says_what_it_leaves_out(browser: Any, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", make_run(30), [recorded("a", numbered_images(30))])
+    browser.get((tmp_path / "report.html").as_uri())
+    assert find(browser, "#count").text == "30 of 30 images"
+    assert "pictures of 10 images of a category at most" in find(browser, "[data-testid=pictured]").text
+    assert len(browser.find_elements("css selector", ".card img")) == 20
+    assert not find(browser, "#unread").is_displayed()
+    middle = browser.find_elements("css selector", ".card")[15]
+    assert "Not in this page" in middle.text
+    middle.click()
+    assert find(browser, "#view-pictures a").get_attribute("href").endswith("/a/overlays/00016.png")
+    assert browser.get_log("browser") == []
+
+
+def test_a_report_that_cannot_be_read_says_so(browser: Any, page: Any, tmp_path: Path) -> None:
+    assert not find(page, "#unread").is_displayed()
+    assert not find(page, "[data-testid=pictured]").is_displayed()
+    text = (tmp_path / "report.html").read_text()
+    (tmp_path / "damaged.html").write_text(text.replace('"pictured":', '"pictured"', 1))
+    browser.get((tmp_path / "damaged.html").as_uri())
+    assert "scores.csv" in find(browser, "#unread").text
+    assert "SyntaxError" in browser.get_log("browser")[0]["message"]
+
+
+@pytest.mark.slow
+def test_a_report_of_more_images_than_a_string_holds(browser: Any, tmp_path: Path) -> None:
+    """Without pictures left out and blocks of their own, 18,000 images of 30 KB are an empty page."""
+    picture = "data:image/jpeg;base64," + "/9j/" * 3850
+    images = [replace(image, image=picture, overlay=picture) for image in numbered_images(18000)]
+    path = tmp_path / "report.html"
+    write_report(path, make_run(18000), [recorded("a", images)])
+    browser.get(path.as_uri())
+    assert find(browser, "#count").text == "18000 of 18000 images"
+    assert path.stat().st_size < 2**28
