@@ -123,8 +123,8 @@ class MaskGenerator:
         rows: list[int] = []
         columns = np.zeros(part.box.width, bool)
         for top, strip in enlargement.strips(part, part.box):
-            inner += np.count_nonzero(strip > threshold + offset)
-            outer += np.count_nonzero(strip > threshold - offset)
+            inner += int(np.count_nonzero(strip > threshold + offset))
+            outer += int(np.count_nonzero(strip > threshold - offset))
             mask = strip > threshold
             columns |= mask.any(axis=0)
             rows += (top + np.flatnonzero(mask.any(axis=1))).tolist()
