@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .agreement import Array, run_graph
 from .isnet_graph import check_isnet_options
 from .options import IsnetOptions, Preprocessing, Shape
-from .state_dict import CheckpointError
+from .state_dict import CheckpointError, load_model
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # of operators: ONNX's own, under both names, and ONNX Runtime's
 OLDEST_OPSET = 11  # the first that enlarges an image between the centres of pixels
@@ -101,8 +101,8 @@ def read_ready_graph(path: Path, options: IsnetOptions) -> ReadyGraph:
     file is damaged, keeps tensors in other files or has operators that are neither ONNX's nor ONNX Runtime's own.
     """
     try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError
+        model = load_model(path, external_data=False)
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged or no ONNX file ({error}); put a whole copy in its place") from error
     graph, size = model.graph, options.image_size
     opset = {_domain(entry.domain): entry.version for entry in model.opset_import}.get("", 0)

@@ -31,7 +31,7 @@ def install_command(what: str) -> str:
 
 @cache
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime; raises EngineError with the line that installs it.
+    """Import ONNX Runtime; raises EngineError with the line that installs it, MemoryError where it does not fit.
 
     Its telemetry, which writes a device number and a queue of events into the home folder, is off unless the user has
     set ORT_DISABLE_TELEMETRY; it reads that when it is loaded.
@@ -42,6 +42,8 @@ def import_onnxruntime() -> Any:
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
+        if "failed to map" in str(error):  # it is there, but memory for it is not
+            raise MemoryError(str(error)) from None
         raise EngineError(f"ONNX Runtime is not installed ({error}); {both}") from None
     except (OSError, RuntimeError) as error:
         raise EngineError(f"ONNX Runtime cannot be loaded ({error}); {both}") from error

@@ -1,21 +1,26 @@
 """Reads the tensors of a checkpoint file, whatever wrote it, and runs nothing that is in it."""
 
 import math
+import mmap
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 StateDict = Mapping[str, NDArray[Any]]
 
@@ -33,6 +38,7 @@ TYPES: dict[tuple[str, str], Any] = {
     ("ByteStorage", "U8"): np.uint8,
     ("BoolStorage", "BOOL"): np.bool_,
 }
+Storages = Mapping[str, bytes | bytearray]
 DTYPES = {name: np.dtype(dtype) for names, dtype in TYPES.items() for name in names}
 # What reading a damaged, foreign or malicious file ends in; RuntimeErrors are recursions and encrypted archives.
 DAMAGE = (
@@ -153,6 +159,21 @@ class _TensorUnpickler(pickle.Unpickler):
         return self.storages[key], dtype
 
 
+def _unpickled(file: Any, read_storage: Callable[[str, int], bytes | bytearray]) -> tuple[Any, Storages]:
+    """Return the objects of the next pickle in a file, and the storages that they lie in.
+
+    Raises ValueError for one that asks for memory which nothing fills: the numbers under which pickles remember objects
+    are places in an array, and real ones count from 0.
+    """
+    start = file.tell()
+    for done, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > done:
+            raise ValueError("a pickle that numbers its objects as no real one does")
+    file.seek(start)
+    unpickler = _TensorUnpickler(file, read_storage)
+    return unpickler.load(), unpickler.storages
+
+
 def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> NDArray[Any]:
     """Return a view of a storage; NumPy refuses what would reach beyond it."""
     buffer, dtype = storage
@@ -175,7 +196,7 @@ def _read_torch(path: Path) -> StateDict:
         size = os.fstat(file.fileno()).st_size
         try:
             loaded = _load_archive(file, size) if archive else _load_pickles(file, size)
-        except (TypeError, AttributeError, OSError, MemoryError) as error:  # senseless operands, offsets and sizes
+        except (TypeError, AttributeError, OSError) as error:  # senseless operands, offsets and sizes
             raise ValueError(f"not a plain file of weights: {error!r}") from error
     return dict(_named_tensors(loaded, "", set()))
 
@@ -189,7 +210,8 @@ def _load_archive(file: BufferedReader, size: int) -> Any:
         parts = [info for info in archive.infolist() if info.filename.startswith(folder + "data")]
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
             raise ValueError("its parts are compressed or larger than the file, as PyTorch writes none")
-        return _TensorUnpickler(archive.open(pickles[0]), lambda key, _: archive.read(f"{folder}data/{key}")).load()
+        objects = BytesIO(archive.read(pickles[0]))
+        return _unpickled(objects, lambda key, _: archive.read(f"{folder}data/{key}"))[0]
 
 
 def _load_pickles(file: BufferedReader, size: int) -> Any:
@@ -200,17 +222,17 @@ def _load_pickles(file: BufferedReader, size: int) -> Any:
             raise ValueError("a storage is larger than the file")
         return bytearray(length)
 
-    unpickler = _TensorUnpickler(file, reserve)
-    if unpickler.load() != OLD_MAGIC:
-        raise ValueError("not a file that PyTorch wrote")
-    for _ in ("version", "platform", "objects"):
-        unpickler = _TensorUnpickler(file, reserve)
-        loaded = unpickler.load()
-    keys = _TensorUnpickler(file, reserve).load()
-    if set(keys) != set(unpickler.storages):
+    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:  # of which no one reads beyond the end
+        if _unpickled(content, reserve)[0] != OLD_MAGIC:
+            raise ValueError("not a file that PyTorch wrote")
+        for _ in ("version", "platform", "objects"):
+            loaded, storages = _unpickled(content, reserve)
+        keys, _ = _unpickled(content, reserve)
+        file.seek(content.tell())
+    if set(keys) != set(storages):
         raise ValueError("its storages are not those of its tensors")
     for key in keys:
-        storage = unpickler.storages[key]
+        storage = storages[key]
         file.seek(8, os.SEEK_CUR)  # the number of elements once more
         if file.readinto(storage) != len(storage):
             raise EOFError("the file ends within a storage")
@@ -230,19 +252,42 @@ def _named_tensors(item: Any, name: str, seen: set[int]) -> Iterator[tuple[str, 
                 yield from _named_tensors(value, f"{name}.{key}" if name else str(key), seen)
 
 
+def load_model(path: Path, external_data: bool = True) -> "ModelProto":
+    """Return the model of an ONNX file; raises ValueError where it is damaged, also where a name is no text."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=external_data)
+    except MemoryError:
+        raise
+    except Exception as error:  # protobuf raises its own DecodeError
+        if "alloc" in str(error):
+            raise MemoryError(str(error)) from None
+        raise ValueError(str(error)) from error
+    if not _is_text(model):
+        raise ValueError("a name in it is no UTF-8")
+    return model
+
+
+def _is_text(message: Any) -> bool:
+    """Tell whether all names in a message of protobuf are text; what is no UTF-8 it gives as bytes, unasked."""
+    for field, value in message.ListFields():
+        if field.type in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+            if not all(isinstance(each, str) or (not isinstance(each, bytes) and _is_text(each)) for each in values):
+                return False
+    return True
+
+
 def _read_onnx_initializers(path: Path) -> StateDict:
     """Recover parameter names from a PyTorch export, where constant folding has made some anonymous.
 
     Linear weights appear transposed as the right operand of a MatMul whose node is named after its module; the position
     embedding was cut into the class token's row and the patches' rows.
     """
-    import onnx
     from onnx import numpy_helper
 
-    try:
-        graph = onnx.load(path).graph
-    except Exception as error:  # protobuf raises its own DecodeError
-        raise ValueError(str(error)) from error
+    graph = load_model(path).graph
     raw = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name: array for name, array in raw.items() if "::" not in name}
     positions = {}

@@ -1,9 +1,11 @@
 """Where the commands begin. Ctrl-C is one line from here on, so nothing slow is imported before it is caught."""
 
 import os
+import resource
 import signal
 import sys
 import threading
+from functools import partial
 from importlib import import_module
 from types import FrameType
 
@@ -88,6 +90,15 @@ def export() -> int:
 
 
 def _start(command: str, module: str) -> int:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return _run(command, module)
+    from .scarce import supervised
+
+    return supervised(command, limit, partial(_run, command, module))
+
+
+def _run(command: str, module: str) -> int:
     try:
         with Interrupts():
             code: int = import_module(f"{__package__}.{module}").main()

@@ -7,14 +7,19 @@ import sys
 import types
 import zipfile
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from zsad.export import state_dict
+from zsad.export.adopt import read_ready_graph
+from zsad.export.options import IsnetOptions
 from zsad.export.state_dict import CheckpointError, read_state_dict
+from zsad.kernels.machine import peak_memory
 
 
 class FakePickler(pickle.Pickler):
@@ -261,3 +266,32 @@ def test_damaged_old_files_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(CheckpointError, match=r"old\.pth: damaged or not what its name says") as caught:
             read_state_dict(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("archived", [True, False])
+@pytest.mark.parametrize("number", [b"r\xff\xff\xff\x0f", b"p268435455\n"])
+def test_pickles_that_number_their_objects_as_no_real_one_does_take_no_memory(
+    tmp_path: Path, archived: bool, number: bytes
+) -> None:
+    """The number is a place in an array that the unpickler would make as large as it is: 4 GB."""
+    path = tmp_path / "model.pth"
+    objects = b"\x80\x02}" + number + b"."
+    if archived:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data.pkl", objects)
+    else:
+        path.write_bytes(objects)
+    before = peak_memory()
+    with pytest.raises(CheckpointError, match="numbers its objects as no real one does"):
+        read_state_dict(path)
+    assert peak_memory() - before < 2**28
+
+
+@pytest.mark.parametrize("read", [read_state_dict, lambda path: read_ready_graph(path, IsnetOptions())])
+def test_names_in_graphs_must_be_text(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "model.onnx"
+    tensor = helper.make_tensor("name", TensorProto.FLOAT, [1], [0.0])
+    content = helper.make_model(helper.make_graph([], "graph", [], [], [tensor])).SerializeToString()
+    path.write_bytes(content.replace(b"name", b"na\xffe"))
+    with pytest.raises(CheckpointError, match=r"damaged or .*a name in it is no UTF-8"):
+        read(path)
