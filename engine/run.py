@@ -33,12 +33,12 @@ from zsad.engine.images.limits import Limits, limited
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
 from zsad.engine.images.stored import ImageError
-from zsad.engine.images.tree import REPORT, RUN
+from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.category import Background, CategoryWriter, Result, Writing
-from zsad.engine.results.output import claimed
+from zsad.engine.results.category import THUMBNAILS, Background, CategoryWriter, Result, Writing
+from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
@@ -100,6 +100,8 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
     dataset = scan(data, exclude=options.output)
     with claimed(options.output, dataset.categories, options.resume):
         workplace, records = _scored(dataset, config, runtime, options, progress)
+        check_there(options.output)
+        records = [_if_there(record, dataset, options) for record in records]
         timings = workplace.timings
         dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
         seconds = time.perf_counter() - start
@@ -126,6 +128,7 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
             metrics=evaluation,
             notes=[*dataset.notes, *_notes(records), *missing],
         )
+        check_there(options.output)  # writing would make it anew
         if "zsad" in options.formats:
             shown = shown_categories(options.output, dataset.categories, records, evaluation)
             write_report(options.output / REPORT, record, shown)
@@ -156,6 +159,17 @@ def _scored(
     return workplace, [
         run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
     ]
+
+
+def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> CategoryRecord:
+    """Return a category's record, or where somebody has removed its results since, one that says so."""
+    folder = options.output / record.name
+    if not record.images or all((folder / file).is_file() for file in (RECORD, SCORES, THUMBNAILS)):
+        return record
+    log.error("%s: its results are gone from %s; --resume scores it again", printable(record.name), options.output)
+    (images,) = (category.images for category in dataset.categories if category.name == record.name)
+    failures = [Failure(str(image.relative), "its results are gone") for image in images]
+    return CategoryRecord(record.name, failures=failures, notes=record.notes)
 
 
 def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:
@@ -203,6 +217,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         log.info("%s: %s", name, note)
     checkpoints = {network.checkpoint: network.sha256 for network in workplace.networks.values()}
     start = time.perf_counter()
+    check_there(options.output)
     try:
         references = _references(job, workplace)
         written = [*options.written, *[str(options.limits)] * (options.limits != Limits())]  # a file may be left out
@@ -223,6 +238,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
             raise
+        check_there(options.output)
         said = str(error) or type(error).__name__
         log.error("%s", said if isinstance(error, TooFewImagesError) else f"{name}: {said}")
         log.debug("%s", name, exc_info=True)

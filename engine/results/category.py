@@ -319,7 +319,10 @@ class CategoryWriter:
 
     def _path(self, relative: str) -> Path:
         path = self._staging / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            # Only below its own folder: if that is gone, it must not come back half empty.
+            for folder in reversed(Path(relative).parents[:-1]):
+                (self._staging / folder).mkdir(exist_ok=True)
         return path
 
 

@@ -59,6 +59,14 @@ def claimed(output: Path, categories: Sequence[Category], resume: bool) -> Itera
         yield
 
 
+def check_there(output: Path) -> None:
+    """Raise OSError where a run's output folder is gone by now, or can no longer be written to."""
+    if not output.is_dir():
+        raise OSError(f"the output folder {output} is gone, and what was written there with it; start again")
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise OSError(f"the output folder {output} can no longer be written to; change its mode")
+
+
 @contextmanager
 def _locked(output: Path) -> Iterator[bool]:
     """Hold the folder's lock, which the system releases if the process dies; raises OutputError where another has it.

@@ -546,6 +546,77 @@ def test_a_category_that_cannot_be_written_keeps_its_old_results(
     assert not [path for path in Path("out").iterdir() if path.name.startswith(".")]
 
 
+def when_written(monkeypatch: pytest.MonkeyPatch, category: str, do: Callable[[], object]) -> None:
+    """Do something while a category is scored."""
+    write = CategoryPass.write
+
+    def watched(self: CategoryPass, *rest: Any) -> Any:
+        if self.category.name == category:
+            do()
+        return write(self, *rest)
+
+    monkeypatch.setattr(CategoryPass, "write", watched)
+
+
+def test_results_that_go_while_a_run_goes_on_are_named(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "data", *numbered(3, "a/"), *numbered(3, "b/"))
+    when_written(monkeypatch, "b", lambda: shutil.rmtree("out/a"))
+    assert infer("data") == 1
+    printed = capsys.readouterr()
+    assert "zsad-infer: a: its results are gone from out; --resume scores it again\n" in printed.err
+    assert "a: 0 images scored, 3 failed\nb: 3 images scored, 0 failed" in printed.out
+    assert json.loads(Path("out/run.json").read_text())["failed"] == 3
+    assert "its results are gone" in Path("out/report.html").read_text()
+    check_whole(Path("out"))
+    assert infer("data", "--resume") == 0
+
+
+@pytest.mark.parametrize("moment", ["before a category", "while it is written", "after the last"])
+def test_an_output_folder_that_goes_ends_the_run_and_does_not_come_back(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    draw(tmp_path / "data", *numbered(3, "a/"), *numbered(3, "b/"))
+    if moment == "while it is written":
+        save = Image.Image.save
+
+        def gone(self: Image.Image, path: Any, **options: Any) -> None:
+            if "02.tiff" in str(path):
+                Path("out").rename("elsewhere")
+            save(self, path, **options)
+
+        monkeypatch.setattr(Image.Image, "save", gone)
+    elif moment == "before a category":
+        when_written(monkeypatch, "a", lambda: shutil.rmtree("out"))
+    else:
+        monkeypatch.setattr("zsad.engine.run._notes", lambda _: shutil.rmtree("out") or [])
+    assert infer("data", "--workers", "1") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("zsad-infer: stopped: ")
+    assert "b: " not in error
+    assert "stopped: the output folder out is gone" in error
+    assert not Path("out").exists()
+
+
+def test_an_output_folder_that_becomes_read_only_ends_the_run(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "data", *numbered(3, "a/"), *numbered(3, "b/"))
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, *rest: access(path, *rest) and not (path == Path("out") and Path("out/a").exists())
+    )
+    assert infer("data") == 1
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "stopped: the output folder out can no longer be written to; change its mode. "
+        "What was finished is in out; add --resume to go on from there\n"
+    )
+    check_whole(Path("out"))
+
+
 def test_standard_output_that_is_full(tiny: Path, tmp_path: Path) -> None:
     draw(tmp_path / "data", *numbered(3))
     with open("/dev/full", "wb") as full:  # noqa: PTH123
@@ -632,7 +703,7 @@ def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, mom
         check_whole(Path("out"))
     assert infer(many, "--resume") == 0
     check_whole(Path("out"))
-    assert sorted(path.name for path in Path("out").iterdir() if path.is_dir()) == ["a", "b", "c"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a", "b", "c", "report.html", "run.json"]
 
 
 @pytest.mark.slow
