@@ -378,7 +378,7 @@ def _recovered(staging: Path, fingerprint: str) -> Iterator[tuple[Written, str]]
         thumbnails = _thumbnail_lines(staging)  # in the order of the journal, where some may lack
         pictured, pictures = next(thumbnails, ("", ""))
         for line in journal:
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError):
                 written = _read_line(line)
                 has_thumbnails = pictured == written.record.path
                 if written.failure is None and _has_files(staging, written.record, has_thumbnails):

@@ -19,7 +19,7 @@ import psutil
 
 from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_results
-from zsad.kernels.files import flush
+from zsad.kernels.files import check_target, flush
 
 from .records import read_record
 
@@ -50,10 +50,14 @@ def claimed(output: Path, categories: Sequence[Category], resume: bool) -> Itera
             with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
                 probe.write(bytes(4096))  # a full disk still takes empty files
             _refuse_links(output, folders)
+            for name in (RUN, REPORT):
+                check_target(output / name)
             _tidy(output, held.enter_context(_locked(output)), resume)
             taken = [folder for folder in folders if folder.exists() and not is_results(folder)]
         except OSError as error:
-            raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error
+            raise OutputError(
+                f"{output}: cannot be written to ({error.strerror or error}); choose another --output"
+            ) from error
         if taken:
             raise OutputError(f"{taken[0]}: exists and holds no zsad results; move it away or choose another --output")
         yield

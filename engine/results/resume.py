@@ -73,7 +73,7 @@ def why_again(
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        return "its record is damaged"
+        return "its record is damaged or of another version"
     if record.fingerprint == wanted:
         return "some of its files are gone or damaged"
     other = "it was finished with other settings"

@@ -159,6 +159,7 @@ def test_a_full_disk_at_the_end_costs_no_image(
         "no map",
         "no thumbnails",
         "half its line",
+        "another line",
         "no lines",
         "half a map",
         "an empty overlay",
@@ -185,6 +186,10 @@ def test_only_what_is_damaged_is_done_again(
     elif damage == "half its line":
         journal.write_text(journal.read_text()[:-20])
         redone = ["02.png"]
+    elif damage == "another line":
+        first, _, *rest = journal.read_text().splitlines(keepends=True)
+        journal.write_text("".join([first, "[0, 1, 2, 3, 4]\n", *rest]))
+        redone = ["00.png", "01.png", "02.png"]  # from there on
     else:
         journal.write_text("")
         redone = ["00.png", "01.png", "02.png"]

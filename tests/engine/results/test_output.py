@@ -171,3 +171,13 @@ def test_nothing_is_written_through_links(category: Category, tmp_path: Path, li
         with pytest.raises(OutputError, match="is a link, and nothing is written"), claimed(output, [category], resume):
             pass
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "report.html"])
+def test_what_stands_where_results_will_be_written_is_named_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with (
+        pytest.raises(OutputError, match=rf"{name} is a folder; name a file\); choose"),
+        claimed(tmp_path, (), resume=False),
+    ):
+        pass

@@ -316,6 +316,16 @@ def test_undecodable_name_opens(browser: Any, tmp_path: Path) -> None:
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
+def test_of_many_failures_a_thousand_are_listed(browser: Any, tmp_path: Path) -> None:
+    failures = [Failure(f"{number}.png", "not an image") for number in range(1002)]
+    write_report(tmp_path / "report.html", make_run(0), [make_category("a", [], failures=failures)])
+    browser.get((tmp_path / "report.html").as_uri())
+    find(browser, "[data-testid=failures] summary").click()
+    assert len(browser.find_elements("css selector", "[data-testid=failures] tbody tr")) == 1000
+    assert find(browser, "[data-testid=failures]").text.endswith("2 more are in run.json.")
+
+
 def test_report_of_nothing_opens(browser: Any, tmp_path: Path) -> None:
     failures = [Failure("a.png", "not an image")]
     write_report(tmp_path / "report.html", make_run(0), [make_category("a", [], failures=failures)])
