@@ -162,7 +162,7 @@ def test_every_graph_and_whole_runs_of_vvv(
         ("clipseg_decoder", "prompt", 6),
         ("isnet", "image", 1),
         ("sam_image", "image", 1),
-        ("sam_masks", "point", 64),
+        ("sam_masks", "point", 16),
     ]
     for each in networks:
         assert ("ONNX Runtime int8" in each["seconds_per_row"]) == (each["graph"] == "image")

@@ -681,5 +681,5 @@ def test_command_builds_every_engine_of_vvv(tmp_path: Path) -> None:
         "clipseg-text": [1, 8, 32],
         "isnet-isnet-64": [1, 1, 1],
         "sam-image-128": [1, 1, 1],
-        "sam-masks-128": [1, 64, 64],
+        "sam-masks-128": [1, 16, 16],
     }
