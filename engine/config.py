@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_arg
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from zsad.kernels.files import read_text
+
 from .presets.names import PRESETS, preset_names
 
 if sys.version_info >= (3, 11):
@@ -260,11 +262,12 @@ def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file, lists as tuples, as strict tables take them; raises ConfigError."""
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        frozen: dict[str, Any] = _frozen(tomllib.loads(read_text(path)))
+        return frozen
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
-    frozen: dict[str, Any] = _frozen(table)
-    return frozen
+        raise ConfigError(f"{path}: cannot be read as TOML ({getattr(error, 'strerror', None) or error})") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as TOML (nested too deep)") from None
 
 
 def _frozen(value: Any) -> Any:

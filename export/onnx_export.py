@@ -13,7 +13,7 @@ from typing import Any, Literal
 import onnx
 from numpy.typing import NDArray
 
-from zsad.kernels.files import check_target, remembered_sha256, written_whole
+from zsad.kernels.files import check_target, parse_json, remembered_sha256, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .adopt import ReadyGraph
@@ -111,12 +111,12 @@ def _facts_path(graph: Path) -> Path:
 def _read_facts(path: Path) -> tuple[Preprocessing, Mapping[str, Shape]] | None:
     """Return preprocessing and inputs of a cached graph; None where it is not there as it was written."""
     try:
-        known = json.loads(_facts_path(path).read_text(encoding="utf-8"))
+        known = parse_json(_facts_path(path).read_text(encoding="utf-8"))
         inputs = {name: tuple(shape) for name, shape in known["inputs"].items()}
         if known["sha256"] == _digests(path):
             return known["preprocessing"], inputs
         log.warning("%s: damaged since it was built; it is built anew", path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return None
 

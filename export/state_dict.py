@@ -167,7 +167,7 @@ def _unpickled(file: Any, read_storage: Callable[[str, int], bytes | bytearray])
     """
     start = file.tell()
     for done, (operation, argument, _) in enumerate(pickletools.genops(file)):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > done:
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > done:
             raise ValueError("a pickle that numbers its objects as no real one does")
     file.seek(start)
     unpickler = _TensorUnpickler(file, read_storage)

@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from zsad.kernels.files import remembered_sha256, written_whole
+from zsad.kernels.files import parse_json, remembered_sha256, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph
@@ -350,14 +350,14 @@ def _read_fingerprint(path: Path) -> Fingerprint:
         raise EngineError(f"{path}: there is no such engine; {anew}")
     beside = fingerprint_path(path)
     try:
-        stored = dict(json.loads(beside.read_text(encoding="utf-8")))
+        stored = dict(parse_json(beside.read_text(encoding="utf-8")))
         sha256, capabilities = stored.pop("sha256", ""), tuple(stored.pop("compute_capabilities", ()))
         fingerprint = Fingerprint(**stored, compute_capabilities=capabilities)
         if fingerprint.sha256() != sha256:
             raise ValueError("edited or damaged")
     except FileNotFoundError:
         raise EngineError(f"{path}: has no fingerprint ({beside.name}), so zsad did not build it; {anew}") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise EngineError(f"{beside}: no fingerprint of this version ({error}); {anew}") from None
     size = path.stat().st_size
     if size < fingerprint.engine_bytes:

@@ -1,7 +1,6 @@
 """Fetches the wheel of a Python package: by pip where the environment has it, else straight from the package index."""
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -12,6 +11,8 @@ from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+from zsad.kernels.files import parse_json
 
 from .downloads import TIMEOUT, fetch
 from .state_dict import CheckpointError
@@ -91,7 +92,7 @@ def _links(page: str) -> list[str]:
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         base, content = response.url, response.read()
         if response.headers.get_content_type() == JSON:
-            links = [file["url"] for file in json.loads(content)["files"]]
+            links = [file["url"] for file in parse_json(content)["files"]]
         else:
             anchors = _Anchors()
             anchors.feed(content.decode())

@@ -1,22 +1,30 @@
 """Files: their digests, names that are safe to print, and writing them so that nobody ever sees half of one."""
 
+import errno
 import glob
 import hashlib
+import json
 import logging
 import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from .machine import CacheError, cache_folder, cache_to_write
 
 log = logging.getLogger("zsad")
+
+LARGEST_TEXT = 2**28  # bytes
+# What spreadsheets take for a formula, and names that could be mistaken for one that has its apostrophe.
+FORMULA = re.compile("'*[=+@\t\r-]")
 
 SEAL = 16  # hexadecimal digits
 SETTLED = 2 * 10**9  # nanoseconds after a change until another one shows in a file's time on every file system
@@ -125,6 +133,37 @@ def write_sealed(path: Path, content: bytes) -> Path:
     with written_whole(sealed) as draft:
         draft.write_bytes(content)
     return sealed
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 text that somebody wrote; raises UnicodeDecodeError, and OSError also for what is no regular file.
+
+    A pipe would be waited for, a device never ends.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file", str(path))
+    if status.st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST_TEXT >> 20} MB", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raises ValueError for anything else, also for one nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def as_cell(text: str) -> str:
+    """Return a name as a table holds it: a spreadsheet shall not take it for a formula, so an apostrophe goes first."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the name that `as_cell` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def printable(text: str, keep: str = "") -> str:

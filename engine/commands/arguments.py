@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 
 def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
@@ -75,6 +75,15 @@ def add_loudness(parser: argparse.ArgumentParser, verbose: str) -> None:
 def log_level(arguments: argparse.Namespace) -> int:
     """Return the level from which on log lines are shown."""
     return logging.ERROR if arguments.quiet else logging.DEBUG if arguments.verbose else logging.INFO
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints, which quote names of files, do not steer the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        from zsad.kernels.files import printable
+
+        super().error(printable(message))
 
 
 class Version(argparse.Action):

@@ -106,7 +106,9 @@ class ProgressBars:
 
 
 def emit(text: str) -> None:
-    """Print to standard output; raises OSError when that is full or gone."""
+    """Print to standard output, to a terminal without what would steer it; raises OSError when that is full or gone."""
+    if sys.stdout.isatty():
+        text = printable(text, keep="\n")
     try:
         print(text, flush=True)
     except OSError as error:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Version, add_file_limits, file_limits
+from .arguments import Parser, Version, add_file_limits, file_limits
 
 if TYPE_CHECKING:
     from .start import Interrupts
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zsad-eval",
         description="Compare the results of zsad-infer with the labels and masks that lie among the images.",
         epilog="Exit codes: 0 done, 1 something was left out (each named on stderr), 2 usage or configuration, "

@@ -23,7 +23,7 @@ from zsad.export.options import (
     GraphOptions,
 )
 
-from .arguments import Version, add_loudness, log_level, numbers
+from .arguments import Parser, Version, add_loudness, log_level, numbers
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on graphs
     from zsad.export.onnx_export import ExportedModel
@@ -121,7 +121,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zsad-export",
         description="Export vision transformer checkpoints to ONNX graphs and TensorRT engines.",
         epilog=EXAMPLES,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsad.engine.presets.names import preset_names
 
-from .arguments import Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
+from .arguments import Parser, Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.results.records import RunRecord
@@ -75,6 +75,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
     from zsad.engine.results.output import OutputError
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
+    from zsad.kernels.files import printable
     from zsad.kernels.machine import CacheError
 
     from .console import SOME_FAILED, USAGE
@@ -82,7 +83,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
     if isinstance(error, (ConfigError, CheckpointError, EngineError, CacheError, OutputError, NothingToScoreError)):
         return str(error), USAGE
     if isinstance(error, ImageError):
-        return f"stopped by --strict: {error}{_go_on(output)}", SOME_FAILED
+        return f"stopped by --strict: {printable(str(error))}{_go_on(output)}", SOME_FAILED
     if isinstance(error, (OSError, MemoryError)):
         return f"stopped: {str(error).rstrip('.')}{_go_on(output)}", SOME_FAILED
     return None
@@ -156,11 +157,11 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:
         lines.append(printable(format_table(record.metrics, 0.3), keep="\n").rstrip("\n"))
-    return "\n".join([*lines, str(output / ("report.html" if "zsad" in formats else "run.json"))])
+    return "\n".join([*lines, printable(str(output / ("report.html" if "zsad" in formats else "run.json")))])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zsad-infer",
         description="Score a folder of unlabeled images: an anomaly score per image and a map per pixel, in [0, 1].",
         epilog="Exit codes: 0 done, 1 some inputs failed (each named on stderr), 2 usage or configuration, "

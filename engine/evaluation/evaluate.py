@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from zsad.engine.images.layouts import MASK_FOLDERS, is_test
 from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RUN, SCORES
 from zsad.engine.scores.maps import upsample
+from zsad.kernels.files import as_cell, from_cell, parse_json
 
 from .masks import MaskError, read_mask
 from .metrics import Region, image_metrics, pixel_metrics
@@ -136,7 +136,7 @@ def _paper(file: Path) -> Paper:
     if not file.is_file():
         return MUSC
     try:
-        record = json.loads(file.read_bytes())
+        record = parse_json(file.read_bytes())
         method = record.get("method")  # the records of old versions lack it: there was but MuSc
         if method not in ("april_gan", "winclip"):
             return MUSC
@@ -284,7 +284,7 @@ def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
             missing = {"path", "score", "map"} - set(reader.fieldnames or ())
             if missing:
                 raise EvaluationError(f"{path} lacks the column {', '.join(sorted(missing))}: run `zsad-infer` again")
-            return {PurePosixPath(row["path"]): row for row in reader}
+            return {PurePosixPath(from_cell(row["path"])): row for row in reader}
     except csv.Error as error:
         raise EvaluationError(f"{path} is not a CSV file ({error}): run `zsad-infer` again") from error
 
@@ -364,7 +364,7 @@ def format_csv(evaluation: Evaluation) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("category", "protocol", *METRICS))
     for name, values in _rows(evaluation):
-        writer.writerow((name, evaluation["protocol"], *(values[key] for key in METRICS)))
+        writer.writerow((as_cell(name), evaluation["protocol"], *(values[key] for key in METRICS)))
     return text.getvalue()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from zsad.kernels.files import file_sha256
+from zsad.kernels.files import file_sha256, read_text
 
 from .categories import HERE, Category, ImageFolder, InputImage
 from .layouts import fold, holds_masks, is_hidden, is_normal, is_training
@@ -107,7 +107,7 @@ def _listed_images(file: Path, category: Category, named: Set[str]) -> list[Path
     named: folded names of the folders of all categories.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except OSError as error:
         raise NoReferencesError(f"the references {file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

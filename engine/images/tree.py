@@ -16,6 +16,8 @@ REPORT = "report.html"
 RUN_FILES = (RUN, REPORT, "metrics.json", "metrics.csv")  # at the top of the output folder
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
 
+DEEPEST = 64  # folders within folders
+
 _SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
 _RECORD_START = b'{\n "name": "'
@@ -74,9 +76,12 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
     Links to folders that they lie in are not followed.
     """
     top = Folder(root, real=os.path.realpath(root))
-    known, waiting = {top.real: top}, [top]
+    known, waiting = {top.real: top}, [(top, 0)]
     while waiting:
-        folder = waiting.pop()
+        folder, depth = waiting.pop()
+        if depth > DEEPEST:
+            folder.error = f"lies more than {DEEPEST} folders deep and is not read"
+            continue
         try:
             files, entries = _listed(folder.path)
         except OSError as error:
@@ -90,7 +95,7 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
                 continue
             if real not in known:
                 known[real] = Folder(folder.path / entry.name, real=real)
-                waiting.append(known[real])
+                waiting.append((known[real], depth + 1))
             folder.folders[entry.name] = known[real]
             if link:
                 folder.links.add(entry.name)

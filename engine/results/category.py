@@ -27,7 +27,7 @@ from zsad.engine.methods.bitmasks import union
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Region, find_regions
-from zsad.kernels.files import written_whole
+from zsad.kernels.files import as_cell, parse_json, written_whole
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
 from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place, own_folder
@@ -363,7 +363,7 @@ class _Lines:
 
 def _read_line(line: str) -> Written:
     """Read a line of the journal; raises ValueError where its end is missing."""
-    number, record, facts, least_area, failure = json.loads(line)
+    number, record, facts, least_area, failure = parse_json(line)
     return Written(number, ImageRecord(**record), facts, least_area, None if failure is None else Failure(**failure))
 
 
@@ -373,7 +373,7 @@ def _recovered(staging: Path, fingerprint: str) -> Iterator[tuple[Written, str]]
     Images that had a failure, or whose files are not all there, are left out; of another fingerprint, all are.
     """
     with suppress(OSError, ValueError), (staging / JOURNAL).open(encoding="ascii") as journal:
-        if json.loads(journal.readline()) != fingerprint:
+        if parse_json(journal.readline()) != fingerprint:
             return
         thumbnails = _thumbnail_lines(staging)  # in the order of the journal, where some may lack
         pictured, pictures = next(thumbnails, ("", ""))
@@ -404,14 +404,14 @@ def _thumbnail_lines(folder: Path) -> Iterator[tuple[str, str]]:
     with (folder / THUMBNAILS).open(encoding="ascii", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):
-                path, _ = json.loads(line)
+                path, _ = parse_json(line)
                 yield path, line
 
 
 def read_thumbnails(output: Path, category: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the thumbnails of a finished category by image path, in the order of its images."""
     for path, line in _thumbnail_lines(output / category):
-        yield path, json.loads(line)[1]
+        yield path, parse_json(line)[1]
 
 
 def _rounded(image: ImageRecord) -> ImageRecord:
@@ -430,7 +430,7 @@ def _write_tables(
         table = csv.writer(file)
         table.writerow(columns)
         for image in images.ordered(best_first.tolist()):
-            row = [image.path, f"{image.score:.6f}", image.rank, f"{image.raw_score:.6f}", image.map]
+            row = [as_cell(image.path), f"{image.score:.6f}", image.rank, f"{image.raw_score:.6f}", image.map]
             if with_verdicts:
                 regions = image.regions or []
                 row += [image.verdict, len(regions), sum(region.area for region in regions)]
@@ -440,6 +440,6 @@ def _write_tables(
             table = csv.writer(file)
             table.writerow(["path", "x", "y", "width", "height", "area", "peak"])
             for image in images:
-                table.writerows([image.path, *asdict(region).values()] for region in image.regions or [])
+                table.writerows([as_cell(image.path), *asdict(region).values()] for region in image.regions or [])
     names = [THUMBNAILS, SCORES, *[REGIONS] * with_verdicts]
     return {name: (folder / name).stat().st_size for name in names}

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.kernels.files import parse_json
+
 SIDE = 224  # pixels of the maps
 
 
@@ -25,7 +27,7 @@ def challenge_json(score: float, scores: NDArray[np.float32]) -> str:
 
 def read_challenge(text: str) -> dict[str, Any]:
     """Return what the challenge's JSON of an image holds; raises ValueError where it is none, or not all of one."""
-    content = json.loads(text)
+    content = parse_json(text)
     if not (isinstance(content, dict) and content.keys() == {"img_level_score", "pix_level_score"}):
         raise ValueError("not the JSON of the Rayan challenge")
     return content

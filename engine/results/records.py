@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from zsad.engine.evaluation.evaluate import Evaluation
 from zsad.engine.scores.verdicts import Region
+from zsad.kernels.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ _Record = TypeVar("_Record", CategoryRecord, ImageRecord)
 
 def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes) -> _Record:
     """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
-    content = json.loads(text)
+    content = parse_json(text)
     names = {field.name for field in fields(kind)}
     if not isinstance(content, dict) or content.keys() | {"images"} != names | {"images"}:  # may be read apart
         raise ValueError(f"not a {kind.__name__}")

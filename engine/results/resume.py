@@ -9,6 +9,7 @@ from typing import Any
 
 from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import RECORD, RUN, SCORES
+from zsad.kernels.files import parse_json
 
 from .category import THUMBNAILS
 from .records import CategoryRecord, read_record
@@ -78,7 +79,7 @@ def why_again(
         return "some of its files are gone or damaged"
     other = "it was finished with other settings"
     try:
-        earlier = json.loads((output / RUN).read_text())
+        earlier = parse_json((output / RUN).read_text())
         weights = {checkpoint["name"]: checkpoint["sha256"] for checkpoint in earlier["checkpoints"]}
         before = _settings(earlier["version"], earlier["config"], weights)
     except (

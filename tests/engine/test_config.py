@@ -1,5 +1,6 @@
 """Configuration: presets are complete, later values win, and every mistake is named with its file and key."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.methods.method import method_class
 from zsad.engine.presets.names import preset_names
+from zsad.engine.text.prompts import read_prompts
 
 
 def load(preset: str, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
@@ -154,6 +156,22 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for name in ("absent.toml", "binary.toml", ""):
         with pytest.raises(ConfigError, match=f"{name or tmp_path.name}: cannot be read as TOML"):
             load("small", tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 1000 + "]" * 1000, f"[{'.'.join(['a'] * 1000)}]"])
+def test_files_nested_too_deep(tmp_path: Path, text: str) -> None:
+    (tmp_path / "deep.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"deep.toml: cannot be read as TOML \(nested too deep\)"):
+        load("small", tmp_path / "deep.toml")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("pipe.toml", "not a regular file"), ("/dev/zero", "not a"), (".", "a")])
+def test_what_is_no_file(tmp_path: Path, name: str, reason: str) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=rf"cannot be read as TOML \({reason}"):
+        load("small", tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"cannot be read as TOML \({reason}"):
+        read_prompts(tmp_path / name)
 
 
 @pytest.mark.parametrize(

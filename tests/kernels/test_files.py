@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from zsad.kernels import files
 from zsad.kernels.files import (
+    as_cell,
     check_target,
     file_sha256,
     find_sealed,
+    from_cell,
+    parse_json,
     printable,
+    read_text,
     remembered_digest,
     remembered_sha256,
     write_sealed,
@@ -156,3 +161,32 @@ def test_a_sealed_file_is_found_until_it_is_damaged(tmp_path: Path, caplog: pyte
     assert find_sealed(path) is None
     assert f"{sealed}: damaged, it is made anew" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\tx", "\rx", "'=x", "''-x"])
+def test_a_name_that_is_a_formula_is_none_in_a_table(name: str) -> None:
+    assert as_cell(name) == f"'{name}"
+    assert from_cell(as_cell(name)) == name
+
+
+@pytest.mark.parametrize("name", ["a=1.png", "'tis.png", "''", "0.png", ""])
+def test_other_names_are_in_tables_as_they_are(name: str) -> None:
+    assert as_cell(name) == from_cell(name) == name
+
+
+def test_texts_are_regular_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("näme", encoding="utf-8")
+    assert read_text(tmp_path / "text") == "näme"
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in (("pipe", "not a regular file"), ("/dev/zero", "not a regular file"), (".", "a folder")):
+        with pytest.raises(OSError, match=problem):
+            read_text(tmp_path / path)
+    monkeypatch.setattr(files, "LARGEST_TEXT", 3)
+    with pytest.raises(OSError, match="larger than"):
+        read_text(tmp_path / "text")
+
+
+def test_json_nested_too_deep_is_no_json() -> None:
+    assert parse_json(b"[1]") == [1]
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json("[" * 10**5)

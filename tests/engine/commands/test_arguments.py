@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from zsad.engine.commands.arguments import Parser
+
 HEAVY = "numpy onnx onnxruntime PIL cv2 pydantic psutil polygraphy safetensors tqdm"
 
 
@@ -20,3 +22,9 @@ def test_help_imports_nothing_that_works(command: str) -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("usage: ")
+
+
+def test_complaints_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Parser(prog="zsad-x").error("\033[31m")
+    assert capsys.readouterr().err.endswith("zsad-x: error: \\x1b[31m\n")

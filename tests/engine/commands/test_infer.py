@@ -31,6 +31,7 @@ from zsad.engine.run import CategoryPass
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cpu import comparers
+from zsad.kernels.files import from_cell
 
 ENOUGH = 30.0  # seconds that a waiting test gives up after
 
@@ -80,7 +81,7 @@ def numbered(count: int, folder: str = "") -> list[str]:
 
 def read_scores(category: Path) -> dict[str, float]:
     with (category / "scores.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+        return {from_cell(row["path"]): float(row["score"]) for row in csv.DictReader(file)}
 
 
 def check_whole(output: Path) -> None:

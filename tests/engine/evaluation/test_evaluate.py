@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.commands.evaluate import main
-from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, labelled
+from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, format_csv, labelled
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.folders import scan
 from zsad.engine.scores.maps import upsample
@@ -678,3 +678,15 @@ def test_a_region_or_a_file_that_saturation_cannot_be_read_from(
     config.write_text('[{"defect_name": "a"}]')
     assert case.run() == 1
     assert re.search(r"defects_config.json cannot be read .*whole area", capsys.readouterr().err)
+
+
+def test_names_that_are_formulas_are_neutral_in_tables_and_read_back(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    for name, score in (("test/good/0.png", 0.1), ("test/bad/1.png", 0.9)):
+        case.add("=cmd", name, score, None if "good" in name else np.eye(HEIGHT, WIDTH) * 255)
+    case.rows["=cmd"][0]["path"] = "'=gone.png"
+    case.write_scores("=cmd")
+    said: list[str] = []
+    evaluation = evaluate(case.out, scan(case.data), warn=said.append)
+    assert format_csv(evaluation).splitlines()[1].startswith("'=cmd,")
+    assert f"{case.data}/=cmd/=gone.png: no longer in the data; result left out" in said

@@ -389,3 +389,19 @@ def test_little_is_held_of_an_image_and_little_more_while_folders_are_read(tmp_p
         tracemalloc.stop()
     assert held / 1500 < 250
     assert (peak - held) / len(again.images) < 400
+
+
+@pytest.mark.parametrize("name", ["d", "good", "images"])
+def test_folders_nested_too_deep_are_named_and_cost_no_images(tmp_path: Path, name: str) -> None:
+    deepest = tmp_path.joinpath("data", *[name] * 300, "test", "good")
+    deepest.mkdir(parents=True)
+    (deepest / "deep.png").touch()
+    with pytest.raises(NothingToScoreError):
+        scan(tmp_path / "data")
+    for number in range(9):
+        (tmp_path / "data" / f"{number}.png").touch()
+    (category,) = scan(tmp_path / "data").categories
+    assert len(category.images) == 9
+    ((path, reason),) = category.unreadable
+    assert str(path).startswith(f"{name}/{name}/")
+    assert reason == "lies more than 64 folders deep and is not read"
