@@ -32,7 +32,7 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import Limits, limited
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
-from zsad.engine.images.stored import ImageError
+from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
@@ -277,6 +277,7 @@ class CategoryPass:
         self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
+        self.damaged: dict[int, str] = {}  # what speaks for damage of images that have one
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
@@ -313,6 +314,7 @@ class CategoryPass:
                     writer.rescore(scores)
                 threshold, above = self._thresholds(writer, scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
+                self._note_damaged()
                 record = CategoryRecord(
                     name=self.category.name,
                     fingerprint=digest,
@@ -389,6 +391,8 @@ class CategoryPass:
             )
 
     def _seen(self, index: int, image: Image.Image | None) -> None:
+        if image is not None and DAMAGE in image.info:
+            self.damaged[index] = image.info[DAMAGE]
         if not self.method.compares:  # copies hide nothing
             return
         with suppress(OSError):  # a file that has just gone is no copy of anything
@@ -413,11 +417,16 @@ class CategoryPass:
                 "compares images with each other and needs at least two, and ten or more for useful scores",
                 self._failures(),
             )
+        sound = [place for place, image in enumerate(found) if image.index not in self.damaged]
+        if len(sound) < 2:
+            sound = list(range(len(found)))
         with stopwatch(self.workplace.timings, "rescoring"):
             scores = self.method.image_scores(found)  # [N]
+            if len(sound) < len(found):  # one broken picture must not make all others look alike
+                scores[sound] = self.method.image_scores([found[place] for place in sound])
         scale = self.method.map_range or (
-            min(float(image.map.min()) for image in found),
-            max(float(image.map.max()) for image in found),
+            min(float(found[place].map.min()) for place in sound),
+            max(float(found[place].map.max()) for place in sound),
         )
         return [
             Result(
@@ -427,6 +436,7 @@ class CategoryPass:
                 image.map,
                 scale,
                 stages=self.stages.pop(image.index, None),
+                note=self.damaged.get(image.index),
             )
             for image, score in zip(found, scores, strict=True)
         ]
@@ -436,7 +446,8 @@ class CategoryPass:
         assert self.method.map_range is not None
         score = min(max(image.raw_score, 0.0), 1.0)
         stages = image.stages or self.stages.pop(image.index, None)
-        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts, stages)
+        note = self.damaged.get(image.index)
+        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts, stages, note)
 
     def _thresholds(
         self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
@@ -451,10 +462,14 @@ class CategoryPass:
         threshold = auto_threshold(scores) if isinstance(asked, str) else asked
         anomalous = scores > threshold
         if results is not None:
-            maps = min_max(np.stack([result.map for result in results]))  # [N, h, w]
+            maps = min_max(np.stack([result.map for result in results]), results[0].scale)  # [N, h, w]
             return threshold, region_threshold(maps, anomalous)
         normal = np.flatnonzero(~anomalous) if not anomalous.all() else np.arange(len(scores))
         return threshold, writer.map_percentile(normal, NORMAL_PERCENTILE)
+
+    def _note_damaged(self) -> None:
+        for index in sorted(self.damaged):
+            self._note(f"{printable(str(self.category.images[index].relative))}: {self.damaged[index]}")
 
     def _note_duplicates(self) -> None:
         for copies in self.duplicates.groups():

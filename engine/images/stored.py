@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
+from .damage import WatchedJpeg
 from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
 from .limits import ImageError as ImageError
 from .limits import ImageMemoryError as ImageMemoryError
@@ -34,6 +35,8 @@ SUFFIXES = frozenset(
         *([".avif"] if _AVIF else []),
     )
 )
+
+DAMAGE = "damage"  # in the information of an image that is decoded all the same: a sentence on what speaks for it
 
 # That reading an image and writing its results hold at once: mostly RGB in Pillow's four bytes and in NumPy's three,
 # and maps of floats. A test measures it.
@@ -186,24 +189,27 @@ def _opened(file: TimedFile, suffix: str) -> Image.Image:
 
 def _loaded(file: TimedFile, image: Image.Image) -> Image.Image:
     """Decode the pixels of an open image; what Pillow refuses for its metadata is decoded without them."""
-    refusal = _load(image)
+    refusal = _load(file, image)
     if refusal is not None:  # metadata may also follow the pixels
         for content in _without_metadata(file):
             cast(Any, image).im = None  # else the pixels of all tries would be there at once
             with suppress(OSError, SyntaxError, ValueError):
                 image = Image.open(content, formats=FORMATS)
-                if _load(image) is None:
+                if _load(content, image) is None:
                     return image
         raise refusal
     return image
 
 
-def _load(image: Image.Image) -> Exception | None:
+def _load(file: BinaryIO, image: Image.Image) -> Exception | None:
     """Decode the pixels of an open image; returns why that cannot be, without what was allocated for it."""
+    watched = WatchedJpeg(image, file) if image.format in ("JPEG", "MPO") else None
     if image.info.get("progressive"):
         cast(Any, image).decodermaxblock = PROGRESSIVE_BLOCK
     try:
         image.load()
+        if watched is not None and (damage := watched.damage()) is not None:
+            image.info[DAMAGE] = damage
         return None
     except (Image.DecompressionBombError, ImageError, MemoryError):
         raise

@@ -42,6 +42,8 @@ THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
+VERDICTS, NOTE = ("verdict", "regions", "defect_area"), "note"  # columns of tables that need them
+
 SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a category, and of each of them
 
 
@@ -68,6 +70,7 @@ class Result:
     scale: tuple[float, float]  # map values that become 0 and 1
     facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
     stages: Stages | None = None
+    note: str | None = None  # what the user should know of the file
 
 
 class Written(NamedTuple):
@@ -104,6 +107,7 @@ class CategoryWriter:
         # All else that is kept of an image is on disk: there may be a million.
         self._scores = np.zeros(len(self._images))
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
+        self._with_notes = False  # whether an image has one
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
 
     def __enter__(self) -> "CategoryWriter":
@@ -203,7 +207,8 @@ class CategoryWriter:
         self._thumbnails.sort()
         failures = [*record.failures, *(self._failures[index] for index in sorted(self._failures))]
         complete = replace(record, failures=failures)
-        tables = partial(_write_tables, self._staging, best_first, record.threshold is not None)
+        columns = [*VERDICTS * (record.threshold is not None), *[NOTE] * self._with_notes]
+        tables = partial(_write_tables, self._staging, best_first, columns)
         images = write_record(self._staging / RECORD, complete, self._judged(record, best_first), tables)
         flush_all(self._staging)
         self._journal.path.unlink()  # last: on a full disk all before it may fail
@@ -217,6 +222,7 @@ class CategoryWriter:
     def _keep(self, written: Written, thumbnails: str) -> None:
         """Note an image whose files are written, with the line of its thumbnails, empty where it has none."""
         self._scores[written.number] = written.record.score
+        self._with_notes |= written.record.note is not None
         if written.failure is not None:
             self._failures[written.number] = written.failure
         if thumbnails:
@@ -253,7 +259,7 @@ class CategoryWriter:
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
         image = self._images[result.index]
-        record = ImageRecord(str(image.relative), result.score, result.raw_score)
+        record = ImageRecord(str(image.relative), result.score, result.raw_score, note=result.note)
         facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
             record, least_area, thumbnails = self._draw(result, image, record)
@@ -419,21 +425,24 @@ def _rounded(image: ImageRecord) -> ImageRecord:
 
 
 def _write_tables(
-    folder: Path, best_first: NDArray[np.intp], with_verdicts: bool, images: ImageRecords
+    folder: Path, best_first: NDArray[np.intp], columns: Sequence[str], images: ImageRecords
 ) -> dict[str, int]:
-    """Write the tables of a category; returns their sizes in bytes, and that of the thumbnails."""
-    columns = ["path", "score", "rank", "raw_score", "map"] + (
-        ["verdict", "regions", "defect_area"] if with_verdicts else []
-    )
+    """Write the tables of a category; returns their sizes in bytes, and that of the thumbnails.
+
+    columns: beside those that every table of scores has.
+    """
+    with_verdicts = VERDICTS[0] in columns
     # Names that are no valid Unicode keep their bytes.
     with (folder / SCORES).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
-        table.writerow(columns)
+        table.writerow(["path", "score", "rank", "raw_score", "map", *columns])
         for image in images.ordered(best_first.tolist()):
             row = [as_cell(image.path), f"{image.score:.6f}", image.rank, f"{image.raw_score:.6f}", image.map]
             if with_verdicts:
                 regions = image.regions or []
                 row += [image.verdict, len(regions), sum(region.area for region in regions)]
+            if NOTE in columns:
+                row.append(image.note)
             table.writerow(row)
     if with_verdicts:
         with (folder / REGIONS).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -31,6 +31,14 @@ class ImageRecord:
     json_file: str = ""
     sizes: list[int] = field(default_factory=list)  # bytes of these files, of those there are
     regions: list[Region] | None = None  # None without a threshold or a map
+    note: str | None = None  # what the user should know of the file
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields for JSON, without a note where there is none."""
+        facts = asdict(self)
+        if self.note is None:
+            del facts["note"]
+        return facts
 
     def files(self) -> list[str]:
         return [file for file in (self.map, self.overlay_file, self.json_file) if file]
@@ -88,7 +96,8 @@ def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes)
     """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
     content = parse_json(text)
     names = {field.name for field in fields(kind)}
-    if not isinstance(content, dict) or content.keys() | {"images"} != names | {"images"}:  # may be read apart
+    may_lack = {"images", "note"}  # the former are read apart
+    if not isinstance(content, dict) or content.keys() | may_lack != names | may_lack:
         raise ValueError(f"not a {kind.__name__}")
     return adapter.validate_python(content)
 
@@ -153,7 +162,7 @@ def write_record(
         for image in images:
             opened.write(b",\n" if bounds else b"\n" + _FIRST)
             bounds.append(opened.tell())
-            opened.write(textwrap.indent(json.dumps(asdict(image), indent=1), "  ").encode())
+            opened.write(textwrap.indent(json.dumps(image.facts(), indent=1), "  ").encode())
         bounds.append(opened.tell())
         opened.flush()
         sizes = write_others(ImageRecords(file, bounds))

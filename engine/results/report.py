@@ -157,7 +157,7 @@ def _encoded_images(category: ShownCategory, share: int) -> Iterator[str]:
 
 
 def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
-    file, facts = image.record.overlay_file, asdict(image.record)
+    file, facts = image.record.overlay_file, image.record.facts()
     del facts["sizes"]
     return {
         **facts,

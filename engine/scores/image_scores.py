@@ -32,11 +32,12 @@ def image_scores(
     return np.partition(scores, -count, axis=1)[:, -count:].mean(axis=1)  # type: ignore[no-any-return]
 
 
-def min_max(values: ArrayLike) -> NDArray[np.float64]:
-    """Stretch values to [0, 1]; equal values all become 0."""
+def min_max(values: ArrayLike, ends: tuple[float, float] | None = None) -> NDArray[np.float64]:
+    """Stretch values to [0, 1]; equal values all become 0. ends: what becomes 0 and 1; without, lowest and highest."""
     v = np.asarray(values, np.float64)
-    low, high = v.min(), v.max()
-    return np.zeros_like(v) if high <= low else (v - low) / (high - low)
+    low, high = (v.min(), v.max()) if ends is None else ends
+    stretched = np.zeros_like(v) if high <= low else (v - low) / (high - low)
+    return stretched if ends is None else np.clip(stretched, 0, 1)
 
 
 def rscin(scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]) -> NDArray[np.float64]:

@@ -502,6 +502,39 @@ def test_a_damaged_mask_costs_the_metrics_of_its_own_image(
     assert record["metrics"]["mean"]["pixel_auroc"] is not None
 
 
+def test_a_damaged_file_is_marked_and_does_not_flatten_the_others(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("data", "sound"):
+        (tmp_path / name).mkdir()
+        for seed in range(5):
+            Image.fromarray(pixels(seed, (96, 80))).save(tmp_path / name / f"{seed}.jpg", quality=95)
+    whole = (tmp_path / "data/3.jpg").read_bytes()
+    (tmp_path / "data/3.jpg").write_bytes(whole[: len(whole) // 2].rstrip(b"\xff") + b"\xff\xd9")
+    assert infer("sound", "--output", "sound-out") == 0
+    assert not any("note" in row for row in table(Path("sound-out/sound/scores.csv")))
+    capsys.readouterr()
+    assert infer("data", "--threshold", "auto") == 0
+    note = "the file looks damaged: its bits end before its picture does"
+    assert f"data: 3.jpg: {note}" in capsys.readouterr().err
+    rows = {row["path"]: row for row in table(Path("out/data/scores.csv"))}
+    assert {name: row["note"] for name, row in rows.items()} == {f"{i}.jpg": note * (i == 3) for i in range(5)}
+    record = json.loads(Path("out/data/category.json").read_text())
+    assert [image.get("note") for image in record["images"]] == [None, None, None, note, None]
+    assert note in Path("out/report.html").read_text()
+    # The highest of the others, in scores and maps, is 1 as if the damaged one were not there.
+    others = [row for name, row in rows.items() if name != "3.jpg"]
+    assert max(float(row["score"]) for row in others) == 1
+    assert max(np.asarray(Image.open(Path("out/data") / row["map"])).max() for row in others) == pytest.approx(
+        1, abs=0.2
+    )
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(3))
     assert infer("data") == 0

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -158,8 +159,8 @@ def test_one_try_after_the_other_is_in_memory(tmp_path: Path, monkeypatch: pytes
     loads = []
     load = stored._load
 
-    def watched(image: Image.Image) -> Exception | None:
-        refusal = load(image)
+    def watched(file: BinaryIO, image: Image.Image) -> Exception | None:
+        refusal = load(file, image)
         assert refusal is None or refusal.__traceback__ is None
         assert all(getattr(before, "_im", before) is None for before in loads)
         loads.append(image)
