@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from tqdm import tqdm
 
@@ -28,7 +28,34 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def logging_to_stderr(command: str, level: int) -> Iterator[None]:
-    """Send the library's log lines and warnings to standard error, each with the command's name in front."""
+    """Send the library's log lines and warnings to standard error, each with the command's name in front.
+
+    Where only errors are wanted, what native libraries write there by themselves goes nowhere: it names no file.
+    """
+    with _without_libraries() if level >= logging.ERROR else nullcontext(), _logging(command, level):
+        yield
+
+
+@contextmanager
+def _without_libraries() -> Iterator[None]:
+    sys.stderr.flush()
+    before, kept = sys.stderr, os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        if before is sys.__stderr__:
+            sys.stderr = os.fdopen(os.dup(kept), "w", 1, before.encoding, "backslashreplace")
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = before
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _logging(command: str, level: int) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{command}: %(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
