@@ -14,7 +14,8 @@ from .upright import ORIENTATION, upright_array
 
 # What is wrong with a file is said once, in the error that refuses it, not by the libraries that were asked.
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, and OpenCV 5; 0: silent
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+for _library in ("PIL", "tifffile"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other
 ALPHA = (1, 2)  # of TIFF's ExtraSamples: premultiplied or not

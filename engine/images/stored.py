@@ -116,7 +116,7 @@ def _bytes(image: Image.Image) -> int:
 def _bytes_of_tiff(tiff: Tiff) -> int:
     """Of many channels all are decoded, and again without those that do not count."""
     rows, columns = tiff.shape
-    stored = tiff.samples * (max(tiff.bits) + 7) // 8
+    stored = tiff.samples * ((max(tiff.bits) + 7) // 8)
     return rows * columns * max(BYTES_PER_PIXEL, 2 * stored)
 
 
