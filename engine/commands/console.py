@@ -39,13 +39,13 @@ def logging_to_stderr(command: str, level: int) -> Iterator[None]:
 @contextmanager
 def _without_libraries() -> Iterator[None]:
     sys.stderr.flush()
-    before, kept = sys.stderr, os.dup(2)
+    before, encoding, kept = sys.stderr, sys.stderr.encoding, os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
     try:
         if before is sys.__stderr__:
-            sys.stderr = os.fdopen(os.dup(kept), "w", 1, before.encoding, "backslashreplace")
+            sys.stderr = os.fdopen(os.dup(kept), "w", 1, encoding, "backslashreplace")
         yield
     finally:
         sys.stderr.flush()

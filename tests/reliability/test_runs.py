@@ -1,0 +1,127 @@
+"""Whole runs that are killed, starved, doubled or varied: what is there in the end is right, or a line says why not."""
+
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from runs import draw
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
+
+RUNS = int(os.environ.get("ZSAD_RUNS", "4"))  # of each test with a random choice
+SEED = int(os.environ.get("ZSAD_SEED", "0"))
+IMAGES = 24
+SECONDS = 120  # after which a run hangs
+TABLES = ("scores.csv", "regions.csv")
+
+
+@pytest.fixture
+def command(tiny: Path, tmp_path: Path) -> list[str]:
+    """A run over a small network, whose graph is in the cache, and a folder `data` in two categories."""
+    for name in ("bolt", "nut"):
+        draw(tmp_path / "data" / name, IMAGES // 2)
+    start = [sys.executable, "-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
+    return [*start, "data", "--config", str(tiny / "config.toml"), "--device", "cpu", "--threshold", "auto", "-q"]
+
+
+def run(command: list[str], *options: str, megabytes: int | None = None) -> subprocess.CompletedProcess[str]:
+    limits = None
+    if megabytes is not None:
+        limits = partial(resource.setrlimit, resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    return subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False, timeout=SECONDS, preexec_fn=limits
+    )
+
+
+def results(output: Path) -> dict[str, str]:
+    """Return digests of the tables, maps and overlays in an output folder; nothing hidden may be left in it."""
+    files = [path for path in output.rglob("*") if path.is_file()]
+    left = [path for path in files if path.relative_to(output).parts[0].startswith(".") and "lock" not in path.name]
+    assert not left
+    kept = (path for path in files if path.name in TABLES or path.suffix in (".tiff", ".jpg"))
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def test_killed_runs_go_on_to_the_same_results(command: list[str], tmp_path: Path) -> None:
+    assert run(command, "--output", "whole").returncode == 0
+    rng = random.Random(SEED)
+    for _ in range(RUNS):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for _ in range(rng.randrange(1, 4)):
+            with subprocess.Popen([*command, "--output", "out", "--resume"], stderr=subprocess.DEVNULL) as process:
+                try:
+                    process.wait(rng.uniform(0.2, 2.5))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+                    assert process.wait(SECONDS) in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+        ended = run(command, "--output", "out", "--resume")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("megabytes", range(300, 1300, 100))
+def test_a_limit_of_memory_ends_in_the_same_results_or_in_a_line(
+    command: list[str], tmp_path: Path, megabytes: int
+) -> None:
+    ended = run(command, "--output", "out", megabytes=megabytes)
+    assert "Traceback" not in ended.stderr
+    if ended.returncode == 0:
+        assert run(command, "--output", "whole").returncode == 0
+        assert results(tmp_path / "out") == results(tmp_path / "whole")
+    else:
+        assert ended.returncode in (1, 2)
+        assert all(line.startswith("zsad-infer: ") for line in ended.stderr.splitlines())
+        assert ended.stderr
+
+
+def test_of_two_runs_into_one_output_each_is_whole_or_refused(command: list[str], tmp_path: Path) -> None:
+    assert run(command, "--output", "whole").returncode == 0
+    rng = random.Random(SEED)
+    for _ in range(RUNS):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        first = subprocess.Popen([*command, "--output", "out"], stderr=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.wait(rng.uniform(0, 0.5))
+        second = run(command, "--output", "out")
+        _, said = first.communicate(timeout=SECONDS)
+        codes = sorted((first.returncode, second.returncode))
+        assert codes in ([0, 0], [0, 2]), said + second.stderr
+        assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workers", "1"),
+        ("--workers", "7"),
+        ("--batch-size", "1"),
+        ("--batch-size", "5", "--workers", "3"),
+        ("--memory-limit", "40MB"),
+    ],
+)
+def test_how_the_work_is_dealt_changes_no_byte(command: list[str], tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Of networks on a CPU the batch size may change the last bits: ONNX Runtime chooses other kernels for it."""
+    plain = ("--batch-size", options[1]) if options[0] == "--batch-size" else ()
+    for output, own in (("one", plain), ("other", options)):
+        ended = run(command, "--output", output, *own)
+        assert ended.returncode == 0, ended.stderr
+    assert results(tmp_path / "one") == results(tmp_path / "other")
+
+
+def test_the_order_in_which_files_were_made_changes_no_byte(command: list[str], tmp_path: Path) -> None:
+    assert run(command, "--output", "one").returncode == 0
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "data").rglob("*.png"))}
+    shutil.rmtree(tmp_path / "data")
+    for path in random.Random(SEED).sample(list(files), len(files)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[path])
+    assert run(command, "--output", "other").returncode == 0
+    assert results(tmp_path / "one") == results(tmp_path / "other")
