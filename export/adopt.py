@@ -135,7 +135,9 @@ def _problem(graph: onnx.GraphProto, size: int) -> str | None:
         expected = (1, channels, size, size)
         fits = len(shape) == 4 and all(isinstance(a, str) or a == b for a, b in zip(shape, expected, strict=True))
         if kind.elem_type != TensorProto.FLOAT or not fits:
-            element = TensorProto.DataType.Name(kind.elem_type)
+            element = {number: name for name, number in TensorProto.DataType.items()}.get(
+                kind.elem_type, "of no known type"
+            )
             side = shape[-1] if shape else size
             other = isinstance(side, int) and side != size and shape[1:] == [channels, side, side]
             hint = f"; use --image-size {side}" if other else ""

@@ -241,6 +241,8 @@ def _readable_tiff(file: BinaryIO, refusal: Exception) -> Tiff:
         raise refusal from None
     if tiff.signed_or_float:
         raise ImageError("float and signed images have no defined range; convert it to 8 or 16 bit")
+    if 0 in tiff.shape:
+        raise ImageError("damaged: has no pixels")
     if not tiff.readable:
         raise refusal
     check_pixels(*tiff.shape)

@@ -226,3 +226,12 @@ def test_real_weights_give_what_the_reference_gives(
     (foreground,) = run_graph(path, {"images": images})["foreground"]
     np.testing.assert_allclose(foreground[::8, ::8], arrays["side1_step8"], atol=2e-3)
     np.testing.assert_allclose((foreground.min(), foreground.max()), arrays["side1_min_max"], atol=2e-3)
+
+
+def test_types_that_there_are_not_are_refused(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 64, 64]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([], "graph", values[:1], values[1:]))
+    model.graph.input[0].type.tensor_type.elem_type = 64
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match="its input x is of no known type"):
+        read_ready_graph(tmp_path / "model.onnx", IsnetOptions(64))

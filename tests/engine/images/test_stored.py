@@ -1,5 +1,6 @@
 """Files as they are stored: upright whoever decodes them, what PNG chunks say, errors to the point, and memory."""
 
+import re
 import struct
 import subprocess
 import sys
@@ -208,3 +209,16 @@ def test_reading_and_writing_take_what_the_header_says(tmp_path: Path, kind: str
     print(f"{kind}: {estimate:.0f} bytes per pixel estimated, reading took {read:.1f}, with writing {written:.1f}")
     assert written < 1.1 * estimate
     assert written > 0.75 * estimate
+
+
+@pytest.mark.parametrize("tag", [256, 257])
+def test_a_tiff_without_pixels_is_damaged(tmp_path: Path, tag: int) -> None:
+    path = tmp_path / "none.tif"
+    Image.new("RGB", (3, 2)).save(path)
+    content = bytearray(path.read_bytes())
+    entry = re.search(re.escape(tag.to_bytes(2, "little")) + rb"[\3\4]\0", content)
+    assert entry is not None
+    content[entry.start() + 8 : entry.start() + 12] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match="has no pixels"):
+        read_stored(path)
