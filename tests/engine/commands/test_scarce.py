@@ -60,7 +60,8 @@ def test_a_fault_of_ours_has_its_traceback() -> None:
 
 
 SLEEPS = (
-    "import resource, sys, time; from zsad.engine.commands.scarce import supervised\n"
+    "import signal, sys, time; from zsad.engine.commands.scarce import supervised\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in a background job it arrives ignored
     "def run():\n    print('begun', flush=True)\n    time.sleep(60)\n"
     "sys.exit(supervised('zsad-x', 1, run))"
 )
@@ -88,7 +89,15 @@ def test_a_run_in_little_memory_ends_in_results_or_a_word(megabytes: int, tiny: 
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
 
     ended = subprocess.run(
-        ["zsad-infer", "data", "--config", str(tiny / "config.toml"), "--device", "cpu", "-q"],
+        [
+            Path(sys.executable).with_name("zsad-infer"),
+            "data",
+            "--config",
+            str(tiny / "config.toml"),
+            "--device",
+            "cpu",
+            "-q",
+        ],
         capture_output=True,
         text=True,
         check=False,
