@@ -14,6 +14,8 @@ from .transformer_graph import TransformerGraph, check_choices, finished_model
 from .vision_transformer import CLIP, VisionTransformer
 from .vit_graph import ImageTowerGraph, check_options
 
+BLOCKS = 12  # of the image tower
+
 
 def build_clipseg_image_graph(
     vit: VisionTransformer, options: ClipSegImageOptions, metadata: Mapping[str, str] | None = None
@@ -57,8 +59,10 @@ def check_clipseg_image_options(vit: VisionTransformer, options: ClipSegImageOpt
     _check_precision(options)
     if vit.architecture != CLIP:
         raise CheckpointError(f"an image tower of {vit.architecture.name}; CLIPSeg's is CLIP's ViT-B/16")
-    if len(vit.blocks) <= options.taps[-1]:
-        raise CheckpointError(f"an image tower of {len(vit.blocks)} blocks; CLIPSeg's is CLIP's ViT-B/16, with 12")
+    if len(vit.blocks) < BLOCKS:
+        raise CheckpointError(
+            f"an image tower of {len(vit.blocks)} blocks; CLIPSeg's is CLIP's ViT-B/16, with {BLOCKS}"
+        )
     check_options(vit, options.tower)
 
 

@@ -50,6 +50,7 @@ def test_scores_that_are_off_are_not_timed(device: HostDevice, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_refcheck_times_nothing(device: HostDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([*SMALL, "--refcheck", "--output", str(tmp_path / "out.jsonl")]) == 0
     assert capsys.readouterr().out.count("largest deviation from float64") == len(benchmark.VARIANTS)

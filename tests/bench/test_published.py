@@ -89,6 +89,7 @@ def test_april_gan_from_pictures_to_the_published_codes_metrics(
     assert "2 of 15 classes: no comparison of the means" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_winclip_on_visa_as_it_is_downloaded(
     compare: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

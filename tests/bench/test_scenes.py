@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from zsad.bench.scenes import PLACES, RADII, SIDE, bright_parts, discs, draw_scenes
@@ -10,6 +11,7 @@ from zsad.engine.config import TileSettings
 from zsad.engine.methods.tiles import components
 
 
+@pytest.mark.slow
 def test_bright_parts_are_the_objects(tmp_path: Path) -> None:
     (file, _) = sorted(draw_scenes(tmp_path / "scenes", 2).iterdir())
     scene = np.asarray(Image.open(file))

@@ -68,6 +68,7 @@ def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: 
         assert run["peak_device_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_a_network_that_computes_something_else_is_not_timed(
     measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ def read_all(category: Path) -> dict[str, NDArray[np.uint8]]:
     }
 
 
+@pytest.mark.slow
 def test_layout_counts_and_masks(tmp_path: Path) -> None:
     category = draw_demo(tmp_path, seed=0, count=9, defects=5)
     assert category.parent == tmp_path
@@ -40,6 +41,7 @@ def test_layout_counts_and_masks(tmp_path: Path) -> None:
         assert 0.0001 < np.mean(pictures[name] > 0) < 0.05
 
 
+@pytest.mark.slow
 def test_one_seed_draws_one_set(tmp_path: Path) -> None:
     first, again, other = (
         read_all(draw_demo(tmp_path / name, seed=seed, count=5, defects=4))
@@ -60,6 +62,7 @@ def test_good_parts_are_alike_but_not_identical() -> None:
         assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_defect_can_be_seen(kind: str, seed: int) -> None:

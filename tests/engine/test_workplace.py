@@ -149,6 +149,7 @@ def test_tokens_from_the_cpu_can_be_scored_on_a_device(
     assert record("cuda:0")["config"]["settings"]["precision"] == "fp16"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_several_devices_share_the_scoring(
     two_networks: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +164,7 @@ def test_several_devices_share_the_scoring(
     np.testing.assert_array_equal(scores_and_maps("on1")[0], scores_and_maps("on2")[0])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_gpu_that_fails_stops_the_run_and_keeps_what_is_finished(
     two_networks: Path,

@@ -31,6 +31,7 @@ def cache(empty_cache: Path) -> Path:
     return empty_cache
 
 
+@pytest.mark.slow
 def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Path], cache: Path) -> None:
     checkpoint = str(random_dinov2())
     first = export_onnx(checkpoint, OPTIONS)
@@ -53,6 +54,7 @@ def test_export_is_cached_by_weights_and_options(random_dinov2: Callable[..., Pa
     assert len({model.path for model in models}) == len(models)
 
 
+@pytest.mark.slow
 def test_a_damaged_graph_in_the_cache_is_built_again(
     random_dinov2: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,6 +41,7 @@ def save_random(model, path: Path, prefix: str = "") -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "variant", ["registers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "swiglu"))]

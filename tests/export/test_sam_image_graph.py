@@ -211,6 +211,7 @@ def test_a_whole_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "every"), [(64, 6), (80, 8)])  # ViT-L and ViT-H, narrower
 def test_the_larger_ones_have_their_windows_and_heads(tmp_path: Path, head: int, every: int) -> None:
     sides = ([14] * (every - 1) + [64]) * 4

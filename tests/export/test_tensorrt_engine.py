@@ -464,6 +464,7 @@ def test_a_foreign_graph_is_refused_by_the_parser(random_dinov2: Callable[..., P
         build_engine(replace(quantised, precision="fp32"), RTX, "again")
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_tensorrt_rtx_builds_caches_and_needs_a_gpu_to_run(graph: ExportedModel, cache: Path) -> None:
     engine = build_engine(graph, replace(RTX, compute_capabilities=("8.9", "12.0")), "again")

@@ -55,6 +55,7 @@ def test_it_equals_open_clip(
     assert np.abs(found - other).max() > 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["fused", pytest.param("standard", marks=pytest.mark.slow)])
 def test_the_batch_is_dynamic_and_only_what_stands_in_front_of_the_end_counts(
     text: TextTransformer, run: Callable, attention: str
@@ -107,6 +108,7 @@ def test_standard_attention_uses_no_foreign_operators(text: TextTransformer) -> 
             assert types[node.output[0]].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "oracle"),
     [
@@ -131,6 +133,7 @@ def test_it_is_exported_beside_the_image_tower(empty_cache: Path, tmp_path: Path
     assert facts["checkpoint_sha256"] == model.sha256
 
 
+@pytest.mark.slow
 def test_other_options_are_other_files(empty_cache: Path, tmp_path: Path) -> None:
     checkpoint = str(write_clip(tmp_path, "april"))
     changes: list[dict[str, str]] = [{}, {"precision": "fp16"}, {"attention": "standard"}, {"activation": "quick_gelu"}]

@@ -78,6 +78,7 @@ def smallest_limit(tokens: np.ndarray, **options) -> int:
             limit += 4096
 
 
+@pytest.mark.slow
 def test_every_plan_hands_back_the_same(precision: str) -> None:
     tokens, options = make_tokens(11), {"precision": precision, "return_minima": True}
     expected = mutual_scores(tokens, GRID, **options)
@@ -102,6 +103,7 @@ def test_minima_count_in_the_plan(kind) -> None:
         mutual_scores(tokens, GRID, memory_limit=returned, return_minima=kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [False, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (True, "each"))])
 def test_the_planned_peak_is_kept(precision: str, kind) -> None:
     tokens = np.random.default_rng(1).normal(size=(40, 1, 256, 32)).astype(np.float32)
@@ -119,6 +121,7 @@ def test_the_planned_peak_is_kept(precision: str, kind) -> None:
         assert peak <= plans[-1].peak_bytes + 2**18  # Python's own objects, a few more or less by chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [0, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
     precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +149,7 @@ def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
     assert "in turn against all others" in plans[0].describe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_failed_allocation_halves_the_budget(
     failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -170,6 +174,7 @@ def test_a_failed_allocation_halves_the_budget(
     assert caplog.text.count("out of memory (no such memory)") == failures
 
 
+@pytest.mark.slow
 def test_memory_that_always_fails_ends_in_the_usual_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(shape, dtype):
         raise MemoryError("no such memory")

@@ -102,6 +102,7 @@ def test_memory_stays_within_the_limit(precision: str) -> None:
         assert peak < limit + 3000 * 5 * 12 + (1 << 20)  # beside results and Python's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), k=st.integers(1, 5), clusters=st.sampled_from([0, 3]))

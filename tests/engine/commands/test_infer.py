@@ -348,6 +348,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "category",
     [
@@ -535,6 +536,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(3))
     assert infer("data") == 0
@@ -651,6 +653,7 @@ def test_an_output_folder_that_becomes_read_only_ends_the_run(
     check_whole(Path("out"))
 
 
+@pytest.mark.slow
 def test_standard_output_that_is_full(tiny: Path, tmp_path: Path) -> None:
     draw(tmp_path / "data", *numbered(3))
     with open("/dev/full", "wb") as full:  # noqa: PTH123
@@ -665,6 +668,7 @@ def test_standard_output_that_is_full(tiny: Path, tmp_path: Path) -> None:
 # Interruption and resuming
 
 
+@pytest.mark.slow
 def test_resume_redoes_what_changed_and_nothing_else(infer, tmp_path: Path, capsys, monkeypatch) -> None:
     data = draw(tmp_path / "data", *numbered(3, "a/"), *numbered(3, "b/"))
 
@@ -866,6 +870,7 @@ def test_quiet_prints_nothing_but_errors(infer, tmp_path: Path, capfd: pytest.Ca
     assert printed.err == "zsad-infer: data/bad.png: skipped: empty file\n"
 
 
+@pytest.mark.slow
 def test_progress_bars_only_on_a_terminal(infer, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(3))
     terminal, end = pty.openpty()
@@ -891,6 +896,7 @@ def test_progress_bars_only_on_a_terminal(infer, tiny: Path, tmp_path: Path, cap
     assert "networks" not in written
 
 
+@pytest.mark.slow
 def test_groups_are_seeded_blind_and_reported(infer, tmp_path: Path) -> None:
     names = [*numbered(5, "test/bent/"), *numbered(6, "test/good/")]
     draw(tmp_path / "one/part", *names)
@@ -978,6 +984,7 @@ def test_configuration_errors(
 # Presets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["challenge", pytest.param("musc", marks=pytest.mark.slow)])
 def test_the_large_presets_run(golden: Path, tmp_path: Path, preset: str) -> None:
     clip = f'[networks.clip]\ncheckpoint = "{golden / "clip_vit_tiny.safetensors"}"\nheads = 2\ntaps = [2, 5, 8, 11]\n'

@@ -85,6 +85,7 @@ def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int,
     return ended.returncode, ended.stdout, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "module"),
     [
@@ -97,6 +98,7 @@ def test_an_interrupt_while_libraries_load_is_one_line(command: str, module: str
     assert interrupt(command, module, "pass") == (130, "", f"{COMMANDS[command][0]}: interrupted\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_library_is_not_called_missing(tiny: Path) -> None:
     failure = "raise ImportError('initialization failed')"
     ended = interrupt("infer", "onnxruntime", failure, "--config", str(tiny / "config.toml"))

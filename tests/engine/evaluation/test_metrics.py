@@ -72,6 +72,7 @@ any_scores = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(scores_with_ties | any_scores)
 def test_image_metrics_equal_sklearn(pairs: list[tuple[int, float]]) -> None:
@@ -111,6 +112,7 @@ def test_pixel_metrics_equal_sklearn(decimals: int, piece: int, monkeypatch: pyt
     assert found == pytest.approx(sklearn_metrics(labels, scores), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decimals", DECIMALS)
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 def test_exact_aupro_equals_brute_force(decimals: int, limit: float) -> None:

@@ -53,6 +53,7 @@ def test_damaged_bits_are_refused_or_marked(tmp_path: Path, options: dict[str, A
     assert marked >= 0.9 * wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["Pillow", "OpenCV", "MPO", "flat", "zeros behind", "words behind"])
 def test_whole_files_are_as_they_were(tmp_path: Path, writer: str) -> None:
     path, rng = tmp_path / "a.jpg", np.random.default_rng(1)

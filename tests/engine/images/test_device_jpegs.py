@@ -41,6 +41,7 @@ class HostDecoder:
             return np.asarray(ImageOps.exif_transpose(image))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_jpegs_can_be_decoded_on_the_device(
     two_networks: Path,

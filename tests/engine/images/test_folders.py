@@ -375,6 +375,7 @@ def test_printable_escapes_what_a_terminal_obeys() -> None:
     assert printable("a\nb", keep="\n") == "a\nb"
 
 
+@pytest.mark.slow
 def test_little_is_held_of_an_image_and_little_more_while_folders_are_read(tmp_path: Path) -> None:
     for number in range(1500):
         (tmp_path / f"part_{number:04}.png").touch()

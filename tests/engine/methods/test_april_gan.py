@@ -102,6 +102,7 @@ def test_a_saved_range_scores_images_one_by_one(april: Callable[..., Path], tmp_
     np.testing.assert_allclose(scores(april("resized", references=1)), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_stretch_images_are_scored_one_by_one(april: Callable[..., Path], tmp_path: Path) -> None:
     golden = text_arrays("april")
     with (tmp_path / "tiny.toml").open("a") as file:
@@ -126,6 +127,7 @@ def test_stretches_that_cannot_be(lines: str, reason: str, tmp_path: Path, capsy
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_single_image_is_enough(april: Callable[..., Path]) -> None:
     april("resized", references=1)
     found = april_alone()
@@ -143,6 +145,7 @@ def april_alone() -> object:
     return image
 
 
+@pytest.mark.slow
 def test_the_challenge_format_has_the_final_scores(april: Callable[..., Path]) -> None:
     found = april("resized", "--format", "zsad,rayan", references=1)
     for record, image in records(found).values():

@@ -142,6 +142,7 @@ def as_network_inputs(picture: NDArray[np.uint8], laid: list[Any], side: int) ->
     return [np.asarray(crop.resize((side, side), Image.Resampling.BICUBIC)) for crop in crops]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "side", "references", "pad"),
     [
@@ -200,6 +201,7 @@ def test_references_are_tiles_of_components_too(
     np.testing.assert_allclose(with_references[0], without[0] / 2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_the_background_within_tiles_can_be_dropped(
     infer: Callable[..., int], golden_pictures: list[NDArray[np.uint8]]
 ) -> None:
@@ -229,6 +231,7 @@ def odd_images() -> dict[str, NDArray[np.uint8]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["clamp", pytest.param("reflect", marks=pytest.mark.slow)])
 def test_odd_images_have_results_and_damaged_ones_are_named(
     infer: Callable[..., int], capsys: pytest.CaptureFixture[str], pad: str
@@ -250,6 +253,7 @@ def test_odd_images_have_results_and_damaged_ones_are_named(
         assert np.asarray(file).all()  # where nothing is an object, all is looked at
 
 
+@pytest.mark.slow
 def test_specks_beside_an_object_are_dropped_and_alone_looked_at(infer: Callable[..., int]) -> None:
     specks = np.full((128, 128, 3), 20, np.uint8)
     specks[::12, ::12] = 255

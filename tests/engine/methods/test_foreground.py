@@ -95,6 +95,7 @@ ALIKE = [pytest.param("small", rule, marks=pytest.mark.slow) for rule in RULES[1
 ALIKE += [pytest.param(preset, "isnet+sam", marks=pytest.mark.slow) for preset in ("winclip", "april-gan")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "rule"), [("small", "colour"), ("winclip", "isnet"), ("april-gan", "isnet"), *ALIKE]
 )
@@ -133,6 +134,7 @@ def test_without_an_object_all_is_foreground(
         np.testing.assert_array_equal(found, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "role", "wrong", "said"),
     [

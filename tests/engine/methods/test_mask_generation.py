@@ -105,6 +105,7 @@ def test_the_same_masks_come_from_the_same_logits(arrays: Arrays, image: int, ba
     np.testing.assert_allclose(np.concatenate(decoder.points), arrays[f"image{image}_points_scaled"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [0, 1])
 def test_the_same_masks_come_from_the_whole_network(
     empty_cache: Path, golden: Path, arrays: Arrays, image: int
@@ -218,6 +219,7 @@ def test_sizes_are_rounded_to_the_nearest_and_points_are_middles() -> None:
     np.testing.assert_array_equal(padded[:, 4:], 0)
 
 
+@pytest.mark.slow
 def test_many_candidates_of_a_large_image_take_little_memory() -> None:
     size, points = (3000, 4000), 3
     logits = np.full((points**2, 3, 64, 64), 9, np.float32)  # every mask is the whole image

@@ -36,6 +36,7 @@ def images_of(name: str) -> int:
     return len(CategoryRecord.from_json(Path(f"out/{name}/category.json").read_text()).images)
 
 
+@pytest.mark.slow
 def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*tiny, "--object", "?!"]) == 2
     assert "--object must be a name with letters, not '?!'" in capsys.readouterr().err
@@ -45,6 +46,7 @@ def test_objects_without_letters(tiny: list[str], capsys: pytest.CaptureFixture[
     assert images_of("bolt") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -87,6 +89,7 @@ def test_an_unreadable_reference_among_others(tiny: list[str], capsys: pytest.Ca
     assert images_of("bolt") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -127,6 +130,7 @@ def test_a_folder_of_a_split_is_no_name_of_an_object(tiny: list[str], capsys: py
     assert "are compared with words for 'bolt'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_verdicts_and_regions(tiny: list[str]) -> None:
     touch_images(Path.cwd(), *(f"data/bolt/{index}.png" for index in range(6)))
     assert main([*tiny, "--threshold", "auto"]) == 0
@@ -161,6 +165,7 @@ def test_the_middle_square_alone(tiny: list[str], shape: tuple[int, int]) -> Non
     assert not of_whole.any()
 
 
+@pytest.mark.slow
 def test_known_good_images_within_a_memory_limit(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     touch_images(Path.cwd(), *(f"good/{index}.png" for index in range(4)), seed=10)
     few = [*tiny, "--device", "cpu", "--reference", "good"]
@@ -223,6 +228,7 @@ def test_damaged_text_vectors_are_made_anew(tiny: list[str], cache: Path) -> Non
     assert main([*tiny, "--object", "rod"]) == 0
 
 
+@pytest.mark.slow
 def test_images_of_one_pixel_and_one_colour(tiny: list[str]) -> None:
     Image.new("RGB", (1, 1)).save("data/bolt/dot.png")
     Image.fromarray(np.full((40, 40), 200, np.uint8)).save("data/bolt/plain.png")

@@ -150,6 +150,7 @@ def test_a_tile_beyond_the_image_mirrors_it() -> None:
     np.testing.assert_array_equal(cut(image[:1, :1], Box(-2, -2, 3, 3)), np.broadcast_to(image[0, 0], (5, 5, 3)))
 
 
+@pytest.mark.slow
 def test_thousands_of_specks() -> None:
     foreground = np.zeros((600, 800), bool)
     foreground[::4, ::5] = True

@@ -236,6 +236,7 @@ def test_the_masks_of_a_run_are_the_golden_ones(
     assert np.count_nonzero(written_foreground("out") != union) < BORDER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -265,6 +266,7 @@ def report_images(output: str) -> list[dict[str, Any]]:
     return data["categories"][0]["images"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_stages(
     vvv: Callable[..., int],
     golden_pictures: list[NDArray[np.uint8]],
@@ -297,6 +299,7 @@ def test_an_interrupted_run_keeps_its_stages(
     assert report_images("out") == shown
 
 
+@pytest.mark.slow
 def test_stages_that_are_wanted_later_are_written(
     vvv: Callable[..., int], golden_pictures: list[NDArray[np.uint8]], capsys: pytest.CaptureFixture[str]
 ) -> None:

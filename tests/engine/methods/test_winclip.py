@@ -64,6 +64,7 @@ def test_zero_shot(winclip: Callable[..., Path], kind: str) -> None:
         np.testing.assert_allclose(maps(found), golden["zero_map"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_object_is_named(winclip: Callable[..., Path]) -> None:
     golden = text_arrays("winclip_anomalib")
     found = winclip("resized", "--object", "metal_nut")
@@ -84,6 +85,7 @@ def test_few_shot(winclip: Callable[..., Path], name: str, variant: str, share: 
     assert len(record["references"]) == shots
 
 
+@pytest.mark.slow
 def test_results_depend_neither_on_batches_nor_on_order(winclip: Callable[..., Path]) -> None:
     one, several = (scores(winclip("resized", "--batch-size", size)) for size in ("1", "4"))
     np.testing.assert_allclose(one, several, atol=1e-6)
@@ -107,6 +109,7 @@ def test_prompts_are_averaged_as_they_are_or_at_unit_length(winclip: Callable[..
     assert not np.allclose(scores(winclip("resized")), golden["zero_image_score"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reference_against_itself_has_no_distance(winclip: Callable[..., Path], tmp_path: Path) -> None:
     winclip("resized", references=2)
     Path("other/bottle").mkdir(parents=True)

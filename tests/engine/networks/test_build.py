@@ -131,6 +131,7 @@ def test_a_network_has_an_image_graph_and_a_text_graph(clip_config: Config, prec
     assert (only.sha256, only.preprocessing, list(only.graphs)) == (network.sha256, "clip", ["text"])
 
 
+@pytest.mark.slow
 def test_heads_of_a_text_tower_are_those_of_the_configuration(clip_config: Config) -> None:
     spec, ids = clip_config.networks["clip"], {"ids": text_arrays("clip_tiny")["token_ids"]}
     runtime = runtimes.choose_runtime("cpu")
@@ -142,6 +143,7 @@ def test_heads_of_a_text_tower_are_those_of_the_configuration(clip_config: Confi
     assert np.abs(found[0] - found[2]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_positions_are_resized_as_the_configuration_says(clip_config: Config) -> None:
     arrays, runtime = text_arrays("april"), runtimes.choose_runtime("cpu")
     spec = clip_config.networks["clip"]
@@ -154,6 +156,7 @@ def test_positions_are_resized_as_the_configuration_says(clip_config: Config) ->
     assert np.abs(rough - arrays["block_3"][:, 1:]).max() > 0.01
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_rtx
 def test_a_text_graph_runs_on_an_engine_that_is_compared_once(

@@ -98,6 +98,7 @@ def fail(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
     category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_an_image_without_memory_is_tried_again(
     assert files(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_next_to_nothing_is_held_of_an_image(
     category: Category, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

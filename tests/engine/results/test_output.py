@@ -53,6 +53,7 @@ def content(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_second_run_is_told_who_writes_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", CLAIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -277,6 +277,7 @@ def test_panels_tell_metrics_failures_and_run(page: Any) -> None:
         assert all(word in text for word in words)
 
 
+@pytest.mark.slow
 def test_large_view_steps_with_the_arrows(page: Any) -> None:
     find(page, "[data-testid=card]").click()
     view = find(page, "[data-testid=view]")
@@ -295,6 +296,7 @@ def test_large_view_steps_with_the_arrows(page: Any) -> None:
     assert page.switch_to.active_element != body  # back on the card
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_as_they_are(page: Any) -> None:
     set_value(page, "#filter-category", "1")
     shown = [element.text for element in page.find_elements("css selector", ".card .path")]

@@ -41,6 +41,7 @@ def towers(tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return TextVectors({"clip": network}, "fp32", load, np.asarray, np.asarray), loaded
 
 
+@pytest.mark.slow
 def test_a_tower_is_loaded_for_new_words_and_dropped_again(towers: tuple[TextVectors, list]) -> None:
     vectors, loaded = towers
     bolt = vectors.of("clip", ["a bolt", "a broken bolt", "bolts"])

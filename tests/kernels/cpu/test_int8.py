@@ -122,6 +122,7 @@ def test_zero_features_keep_their_convention(zeros) -> None:
     np.testing.assert_allclose(mutual_scores(tokens, degrees=(1,), precision="int8"), exact, atol=2e-3)
 
 
+@pytest.mark.slow
 @native
 def test_every_plan_gives_the_same_scores() -> None:
     tokens = vit_like_tokens(6, 11, 2, (6, 6), 48)

@@ -72,6 +72,7 @@ def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> N
             np.testing.assert_allclose(chosen, rows.max(axis=1), atol=precision + 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
 def test_keys_tell_close_neighbours_apart(instruction_set: str) -> None:
     # 4096 patches take 12 of 23 bits; cosines of 1 - 1e-5 and closer must not lose what tells them apart.

@@ -25,6 +25,7 @@ def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared
     HostDevice().launch(kernel, grid, threads, arguments, shared_bytes)
 
 
+@pytest.mark.slow
 def test_emulated_half_is_ieee_half() -> None:
     (convert,) = host_build.probes(
         "const half_bits* h, float* f, const float* g, half_bits* back, int n",
@@ -48,6 +49,7 @@ def test_emulated_half_is_ieee_half() -> None:
         np.testing.assert_array_equal(back, floats.astype(np.float16))
 
 
+@pytest.mark.slow
 def test_emulation_shows_a_missing_barrier() -> None:
     body = "ZSAD_SHARED(int, s); s[threadIdx.x] = threadIdx.x; {} out[threadIdx.x] = s[63 - threadIdx.x];"
     expected = np.arange(64)[::-1]
@@ -71,6 +73,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_emulation_refuses(number: int) -> None:
     launch = host_build.probes("int* out", *(body for body, _ in REFUSED), threads=64)[number]
@@ -106,6 +109,7 @@ def test_filter_max_where_every_product_is_negative(grid: tuple[int, int]) -> No
     checks.check_filter_max(run, host_build.copied, grid, (1, 3, 5), negative=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [(5,), (3, 7), (1, 9)])
 def test_filter_max_of_other_degrees(degrees: tuple[int, ...]) -> None:
     checks.check_filter_max(run, host_build.copied, (6, 5), degrees, pairs=1)
@@ -173,6 +177,7 @@ def tokens(images: int, layers: int, grid: tuple[int, int], channels: int) -> An
     return checks.rng(images).normal(size=(images, layers, grid[0] * grid[1], channels)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "grid", "channels", "degrees", "interval"),
     [

@@ -119,6 +119,7 @@ def test_what_was_sent_is_there_before_it_is_needed() -> None:
                 assert any(to in later for later in rounds[number:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)]
 )
@@ -184,6 +185,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
         plan_of(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize(
     ("variant", "images", "devices", "share"),
@@ -250,6 +252,7 @@ def test_needed_is_the_least_that_works(variant: str, images: int, devices: int)
         scoring.scores(tokens(images, 1), needed - 1)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize(
     ("variant", "images", "share", "devices"),
@@ -320,6 +323,7 @@ def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
     assert averaged.dtype == each.dtype == np.float32
 
 
+@pytest.mark.slow
 @compiled
 def test_minima_count_in_the_plan() -> None:
     x, plans = tokens(7), []
@@ -331,6 +335,7 @@ def test_minima_count_in_the_plan() -> None:
         device_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True, host_memory_limit=1000)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
@@ -360,6 +365,7 @@ def test_a_failed_allocation_halves_the_budget(
     assert caplog.text.count("out of memory") == len(failing)
 
 
+@pytest.mark.slow
 @compiled
 def test_failing_allocations_end_in_the_usual_error() -> None:
     device = HostDevice()
@@ -379,6 +385,7 @@ def test_other_memory_serves_where_none_can_be_page_locked(monkeypatch: pytest.M
     np.testing.assert_array_equal(device_scores(x, GRID, device=[HostDevice(), HostDevice()]), expected)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("devices", [1, 3])
 def test_what_one_device_meets_stops_all(devices: int) -> None:

@@ -47,6 +47,7 @@ MULTIPLY = """
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_emulated_tensor_cores_multiply(is_int8: bool) -> None:
@@ -69,6 +70,7 @@ def test_emulated_tensor_cores_multiply(is_int8: bool) -> None:
 COPY = "ZSAD_SHARED(int, s);\nconst int lane = threadIdx.x;\n"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_emulated_copies_land_at_the_wait_and_not_before() -> None:
     source, late, landed = (host_build.copied(np.arange(128, dtype=np.int32)) for _ in range(3))
@@ -98,6 +100,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_emulation_refuses(number: int) -> None:
