@@ -75,6 +75,11 @@ SCENES = 3  # by default, of presets that look for objects: on a CPU an image ta
 Forward = Callable[..., Any]  # device, type → the network in PyTorch
 
 
+# Seconds before each run: threads of the library before it, PyTorch's above all, go on spinning for a while and would
+# take a core from the next.
+PAUSE = 0.5
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to run a network over a batch that lies ready."""
@@ -259,6 +264,7 @@ def time_variants(
         rate = peak()
         times = {}
         for variant in found:
+            time.sleep(PAUSE)
             start = time.perf_counter()
             variant.run()
             times[variant.name] = (time.perf_counter() - start) / rows
