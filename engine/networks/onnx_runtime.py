@@ -32,8 +32,8 @@ class OnnxRuntimeGraph:
         self._ort = ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = available_cores()
-        # Threads that spin between batches would take their core from decoding and from mutual scoring.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Between batches spinning threads would take their core from decoding and from mutual scoring.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device is not None and device.kind == "cuda":
             ort.preload_dlls()  # CUDA's libraries may come from wheels
