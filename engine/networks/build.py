@@ -48,36 +48,36 @@ def export_options(spec: NetworkSpec, request: GraphRequest, precision: str, att
 
 
 def text_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> TextOptions:
-    """Return what a network's text tower is exported with: in fp32 where images are in int8, since it runs rarely."""
+    """Return what a network's text tower is exported with."""
     assert request.outputs == ("embedding",), request
     return TextOptions(
         spec.activation,
         heads=spec.text_heads,
-        precision="fp32" if precision == "int8" else precision,
+        precision=precision,
         attention=attention,
     )
 
 
 def sam_image_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamImageOptions:
-    """Return what the image encoder of SAM is exported with: in fp32 where image towers are in int8."""
-    return SamImageOptions(spec.image_size, "fp32" if precision == "int8" else precision, attention)
+    """Return what the image encoder of SAM is exported with."""
+    return SamImageOptions(spec.image_size, precision, attention)
 
 
 def sam_masks_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamMasksOptions:
-    """Return what SAM's mask decoder is exported with, likewise."""
+    """Return what SAM's mask decoder is exported with."""
     heads = SamMasksOptions.heads if spec.heads is None else spec.heads
-    return SamMasksOptions(spec.image_size, heads=heads, precision="fp32" if precision == "int8" else precision)
+    return SamMasksOptions(spec.image_size, heads=heads, precision=precision)
 
 
 def clipseg_image_options(
     spec: NetworkSpec, request: GraphRequest, precision: str, attention: str
 ) -> ClipSegImageOptions:
-    """Return what CLIPSeg's image tower is exported with, likewise."""
+    """Return what CLIPSeg's image tower is exported with."""
     return ClipSegImageOptions(
         spec.image_size,
         activation=spec.activation,
         heads=spec.heads,
-        precision="fp32" if precision == "int8" else precision,
+        precision=precision,
         attention=attention,
     )
 
@@ -85,15 +85,13 @@ def clipseg_image_options(
 def clipseg_decoder_options(
     spec: NetworkSpec, request: GraphRequest, precision: str, attention: str
 ) -> ClipSegDecoderOptions:
-    """Return what CLIPSeg's decoder is exported with, likewise."""
-    return ClipSegDecoderOptions(
-        spec.image_size, precision="fp32" if precision == "int8" else precision, attention=attention
-    )
+    """Return what CLIPSeg's decoder is exported with."""
+    return ClipSegDecoderOptions(spec.image_size, precision=precision, attention=attention)
 
 
 def isnet_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> IsnetOptions:
-    """Return what IS-Net is exported with, likewise."""
-    return IsnetOptions(spec.image_size, "fp32" if precision == "int8" else precision)
+    """Return what IS-Net is exported with."""
+    return IsnetOptions(spec.image_size, precision)
 
 
 # By the names that requests have.
@@ -109,7 +107,9 @@ OPTIONS: Mapping[str, Callable[[NetworkSpec, GraphRequest, str, str], GraphOptio
 
 
 def graph_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> GraphOptions:
-    """Return what one of a network's graphs is exported with."""
+    """Return what one of a network's graphs is exported with: in fp32 where it is no image tower and those are int8."""
+    if precision == "int8" and request.graph != "image":
+        precision = "fp32"
     return OPTIONS[request.graph](spec, request, precision, attention)
 
 
