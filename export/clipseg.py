@@ -18,6 +18,7 @@ from .transformer import (
     named_blocks,
     read_affine,
     read_tower,
+    rename_hugging_face_blocks,
 )
 
 LAYERS = 3  # blocks of the image tower that the decoder sees, and blocks of its own
@@ -123,19 +124,12 @@ def _read_original(state: Tensors) -> ClipSegDecoder:
 
 
 def _rename_hugging_face(state: Tensors) -> dict[str, Array]:
-    both = [(name, name) for name in ("film_mul", "film_add")]
-    both += [(f"reduces.{index}", f"reduces.{index}") for index in range(count_blocks(state, "reduces."))]
-    both += [(f"transposed_convolution.{index}", f"trans_conv.{index}") for index in (0, 2, 4)]
-    renamed: dict[str, Array] = {}
-    for index in range(count_blocks(state, "layers.")):
-        source, target = f"layers.{index}.", f"blocks.{index}."
-        both += [(source + "layer_norm1", target + "norm1"), (source + "layer_norm2", target + "norm2")]
-        both += [(source + "mlp.fc1", target + "linear1"), (source + "mlp.fc2", target + "linear2")]
-        both += [(source + "self_attn.out_proj", target + "self_attn.out_proj")]
-        for kind in ("weight", "bias"):
-            parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
-            renamed[f"{target}self_attn.in_proj_{kind}"] = np.concatenate(parts)
-    for theirs, ours in both:
+    of_block = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+    renamed = rename_hugging_face_blocks(state, "layers.", "blocks.", "self_attn", of_block)
+    both = {name: name for name in ("film_mul", "film_add")}
+    both |= {f"reduces.{index}": f"reduces.{index}" for index in range(count_blocks(state, "reduces."))}
+    both |= {f"transposed_convolution.{index}": f"trans_conv.{index}" for index in (0, 2, 4)}
+    for theirs, ours in both.items():
         renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
     return renamed
 

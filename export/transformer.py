@@ -203,20 +203,31 @@ def read_clip_blocks(state: Tensors) -> list[Block]:
     return blocks
 
 
+def rename_hugging_face_blocks(
+    state: Tensors, source: str, target: str, attention: str, layers: Mapping[str, str]
+) -> dict[str, Array]:
+    """Return the blocks that are numbered behind `source` in Hugging Face's names, behind `target` in others.
+
+    attention: what is `self_attn` there. layers: of a block beside it, theirs → ours.
+    """
+    renamed = {}
+    for index in range(count_blocks(state, source)):
+        theirs, ours = f"{source}{index}.", f"{target}{index}."
+        for kind in ("weight", "bias"):
+            parts = [state[f"{theirs}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
+            renamed[f"{ours}{attention}.in_proj_{kind}"] = np.concatenate(parts)
+        for name, own in {"self_attn.out_proj": f"{attention}.out_proj", **layers}.items():
+            renamed[f"{ours}{own}.weight"], renamed[f"{ours}{own}.bias"] = read_affine(state, theirs + name)
+    return renamed
+
+
 def rename_hugging_face_clip(state: Tensors, tower: str, layers: Mapping[str, str]) -> dict[str, Array]:
     """Return the blocks of a tower of CLIP, and further layers of theirs → ours, from Hugging Face's to OpenAI's names.
 
     tower: `vision_model.` or `text_model.`.
     """
-    renamed, both = {}, [(tower + theirs, ours) for theirs, ours in layers.items()]
-    for index in range(count_blocks(state, tower + "encoder.layers.")):
-        source, target = f"{tower}encoder.layers.{index}.", f"transformer.resblocks.{index}."
-        both += [(source + "layer_norm1", target + "ln_1"), (source + "layer_norm2", target + "ln_2")]
-        both += [(source + "mlp.fc1", target + "mlp.c_fc"), (source + "mlp.fc2", target + "mlp.c_proj")]
-        both += [(source + "self_attn.out_proj", target + "attn.out_proj")]
-        for kind in ("weight", "bias"):
-            parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
-            renamed[f"{target}attn.in_proj_{kind}"] = np.concatenate(parts)
-    for theirs, ours in both:
-        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
+    of_block = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    renamed = rename_hugging_face_blocks(state, tower + "encoder.layers.", "transformer.resblocks.", "attn", of_block)
+    for theirs, ours in layers.items():
+        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, tower + theirs)
     return renamed
