@@ -5,7 +5,7 @@ CLIPSeg: logits of the localising prompts [K, S, S] → their harmonic mean, tim
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,6 @@ class VVV(TextGuided):
             for row, index in enumerate(batch.indices[part]):
                 score = float(scores[part][row])
                 yield Scored(index, score, np.float32(score) * self._map(outputs["activations"][row]))
-
-    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
 
     def _map(self, activations: Any) -> NDArray[np.float32]:
         """Return the harmonic mean over the prompts, [S, S], for an image's activations [3, T, C]."""

@@ -6,7 +6,7 @@ references → memories of windows and patches → half the cosine distance to t
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -84,9 +84,6 @@ class WinCLIP(TextGuided):
                 scores = (scores + visual.max(axis=(1, 2))) / 2
             for index, score, grid_map in zip(batch.indices[part], scores.tolist(), maps, strict=True):
                 yield Scored(index, score, enlarged(grid_map, self._size, self._settings.align_corners))
-
-    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
 
     def _word_map(self, windows: NDArray[Any], side: int) -> Maps:
         """Return the probabilities of windows [B, W, D] as maps [B, g, g]."""
