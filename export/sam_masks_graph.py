@@ -54,7 +54,7 @@ class _Graph(TransformerGraph):
         # In fp32: sines of large numbers. Centres of pixels, over the image's side, from −1 to 1.
         scale = np.float32(2) / np.float32(self.size)
         unit = self.node("Mul", ["points", self.constant(scale, "points.scale")], "points.scaled")
-        unit = self.added(unit, self.constant(scale / 2 - np.float32(1), "points.shift"), "points.unit")
+        unit = self.added(unit, self.constant(scale / np.float32(2) - np.float32(1), "points.shift"), "points.unit")
         frequencies = self.constant((2 * np.pi * decoder.frequencies).astype(np.float32), "frequencies")
         angles = self.product(unit, frequencies, "angles")
         waves = [self.node(wave, [angles], wave.lower()) for wave in ("Sin", "Cos")]
