@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from zsad.engine.run import deal_groups
+from zsad.engine.category_pass import deal_groups
 from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu.arrays import box_sum, inverse_lengths, layer_normalise
 from zsad.kernels.machine import available_cores

@@ -37,6 +37,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.engine.category_pass import CategoryJob, run_category
 from zsad.engine.config import Config, ConfigError, Precision, load_config
 from zsad.engine.demo import draw_demo
 from zsad.engine.images.categories import Category
@@ -48,7 +49,6 @@ from zsad.engine.networks.build import graph_options, load_networks
 from zsad.engine.networks.network import Graph, GraphRequest
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
-from zsad.engine.run import CategoryJob, run_category
 from zsad.engine.text.vectors import TextVectors
 from zsad.engine.workplace import Options, Workplace, set_up
 from zsad.export.adopt import ReadyGraph

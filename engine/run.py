@@ -1,86 +1,46 @@
 """A run, in one place: set up once, then one category after another from its images to its record.
 
-data/<category>/… → folders: which images → resume: what is finished already → loader: batches of network inputs
-[B, 3, S, S] → method: a raw score and a map [h, w] for each image → scores and maps in [0, 1], verdicts → results: the
-category's folder → evaluation and report of all of them
+data/<category>/… → folders: which images → category_pass: scores, maps, verdicts, and the folder of each category →
+evaluation and report of all of them
 """
 
-import errno
 import importlib.metadata
 import logging
 import os
 import platform
 import time
-from array import array
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
 from zsad.engine.images.categories import Category, counted
-from zsad.engine.images.depth import batch_bit_depth
-from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.folders import Dataset, scan
-from zsad.engine.images.limits import Limits, limited
-from zsad.engine.images.loader import Batch
-from zsad.engine.images.references import NoReferencesError, References, count_references, find_references
-from zsad.engine.images.stored import DAMAGE, ImageError
+from zsad.engine.images.limits import limited
+from zsad.engine.images.references import count_references
+from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
-from zsad.engine.methods.foreground import Stages
-from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.category import THUMBNAILS, Background, CategoryWriter, Result, Writing
+from zsad.engine.results.category import THUMBNAILS
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
-from zsad.engine.results.resume import fingerprint, finished_record, why_again
-from zsad.engine.scores.image_scores import min_max
-from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
 from zsad.engine.workplace import Options, Workplace, image_memory, set_up
-from zsad.export.libraries import EngineError
-from zsad.export.state_dict import CheckpointError
 from zsad.kernels.files import printable, written_whole
-from zsad.kernels.machine import CacheError, peak_memory, stopwatch
+from zsad.kernels.machine import peak_memory, stopwatch
+
+from .category_pass import CategoryJob, CategoryProgress, deal_groups, ignored_files, run_category
 
 log = logging.getLogger("zsad")
-
-CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done, all
-
-# After these the next category would fail like the one before.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # What libraries and kernels multiply; of methods that judge every image by itself the first is all that `take` does.
 LIBRARY_STAGES = ("networks", "product")
 
-NO_MAP = np.zeros((0, 0), np.float32)
-
 FEW_IMAGES = 10  # below, a group says little about what is usual
-
-
-@dataclass(frozen=True)
-class CategoryJob:
-    """One category to be scored and written; can be handed to another process."""
-
-    category: Category
-    config: Config
-    options: Options
-    products: frozenset[str] = frozenset()  # names of the folders of all categories
-
-
-class TooFewImagesError(ImageError):
-    """A category in which no two images can be compared; `failures` are its files and why they have no score."""
-
-    def __init__(self, message: str, failures: list[Failure]) -> None:
-        super().__init__(message)
-        self.failures = failures
 
 
 def run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
@@ -195,290 +155,6 @@ def _products(categories: Sequence[Category]) -> frozenset[str]:
     return frozenset(category.product for category in categories)
 
 
-def deal_groups(images: int, group_size: int | None, seed: int) -> list[Sequence[int]]:
-    """Deal image numbers at random into groups of nearly equal size, none above group_size (None: one group)."""
-    if group_size is None or images <= group_size:
-        return [range(images)]
-    # Never a group of one: it would have nothing to be compared with.
-    count = min(-(-images // group_size), images // 2)
-    shuffled = np.random.default_rng(seed).permutation(images)
-    return [sorted(part.tolist()) for part in np.array_split(shuffled, count)]
-
-
-def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgress) -> CategoryRecord:
-    """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
-    category, options = job.category, job.options
-    name = printable(category.name)
-    progress(name, "start", 0, 0)
-    unreadable = [Failure(str(path), reason) for path, reason in category.unreadable]
-    if unreadable and options.strict:
-        raise ImageError(f"{category.root / unreadable[0].path}: {unreadable[0].reason}")
-    for note in [ignored_files(category.ignored)] * bool(category.ignored) + list(category.notes):
-        log.info("%s: %s", name, note)
-    checkpoints = {network.checkpoint: network.sha256 for network in workplace.networks.values()}
-    start = time.perf_counter()
-    check_there(options.output)
-    try:
-        references = _references(job, workplace)
-        written = [*options.written, *[str(options.limits)] * (options.limits != Limits())]  # a file may be left out
-        digest = fingerprint(category, workplace.record, checkpoints, written, references.digests)
-        record = finished_record(options.output, category, digest) if options.resume else None
-        if record is not None:
-            log.info("%s: already finished", name)
-            return replace(record, resumed=True, seconds=0.0)
-        if options.resume:
-            reason = why_again(options.output, category.name, digest, workplace.record, checkpoints)
-            if reason is not None:
-                log.info("%s: scored again, since %s", name, reason)
-        record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
-    except (CheckpointError, EngineError, CacheError):  # of the text tower, which all categories need
-        raise
-    except workplace.fatal as error:
-        raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
-    except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
-        if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
-            raise
-        check_there(options.output)
-        said = str(error) or type(error).__name__
-        log.error("%s", said if isinstance(error, TooFewImagesError) else f"{name}: {said}")
-        log.debug("%s", name, exc_info=True)
-        failures = [Failure(str(image.relative), "its category failed") for image in category.images]
-        if isinstance(error, TooFewImagesError):
-            failures = error.failures
-        record = CategoryRecord(category.name, failures=[*failures, *unreadable], notes=list(category.notes))
-    for failure in record.failures:
-        log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
-    return replace(record, seconds=round(time.perf_counter() - start, 3))
-
-
-def _references(job: CategoryJob, workplace: Workplace) -> References:
-    """Find the known-good images of a category, if any are asked for; raises NoReferencesError."""
-    config = job.config
-    if not config.few_shot:
-        return References()
-    references = find_references(job.category, job.products, config.reference, config.shots, config.seed)
-    name = printable(job.category.name)
-    for note in references.notes:
-        log.warning("%s: %s", name, note)
-    log.info("%s: %s to compare with", name, counted(len(references.images), "known-good image"))
-    return references
-
-
-class CategoryPass:
-    """One category's way from its images to its folder."""
-
-    def __init__(
-        self, job: CategoryJob, references: References, workplace: Workplace, progress: CategoryProgress
-    ) -> None:
-        self.job, self.references, self.workplace = job, references, workplace
-        self.category, self.config, self.method = job.category, job.config, workplace.method
-        self.progress = partial(progress, printable(job.category.name))
-        self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
-        self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
-        self.duplicates = Duplicates()
-        self.failures: dict[int, str] = {}  # why images have no score, by their number
-        self.damaged: dict[int, str] = {}  # what speaks for damage of images that have one
-        self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
-        self.notes = [*self.category.notes, *references.notes]
-        self.failed_references: list[Failure] = []
-
-    def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
-        """Score the images and write the category's folder; images without a score join what was unreadable before."""
-        bit_depth = self._bit_depth()
-        scored = self._scored(bit_depth)
-        results = self._compared(scored) if self.method.compares else map(self._absolute, scored)
-        timings, options = self.workplace.timings, self.job.options
-        writing = Writing(
-            options.formats,
-            _background(self.config),
-            options.keep_stages,
-            self.workplace.loader.workers,
-            self.workplace.loader.memory_limit,
-            middle_square=any(recipe.resize == "shortest_crop" for recipe in self.method.inputs),
-        )
-        # Results that depend on other images are written at the end: there is nothing to go on with before.
-        journal = None if self.method.compares else digest
-        with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
-            self.done = writer.done
-            if self.done.any():
-                name = printable(self.category.name)
-                log.info("%s: going on after %s", name, counted(int(self.done.sum()), "image"))
-            for result in results:
-                with stopwatch(timings, "write"):
-                    writer.write(result)
-            with stopwatch(timings, "write"):
-                scores = writer.scores()
-                if self.method.rescores and not self.method.compares and len(scores):
-                    light = (Scored(w.number, w.record.raw_score, NO_MAP, w.facts) for w in writer.written())
-                    scores = self.method.image_scores(light)
-                    writer.rescore(scores)
-                threshold, above = self._thresholds(writer, scores, results if isinstance(results, list) else None)
-                self._note_duplicates()
-                self._note_damaged()
-                record = CategoryRecord(
-                    name=self.category.name,
-                    fingerprint=digest,
-                    failures=[*self._failures(), *self.failed_references, *unreadable],
-                    groups=len(self.groups),
-                    group_size=self.config.group_size,
-                    scale=writer.scale or self.method.map_range,
-                    relative=self.method.map_range is None or self.method.rescores,
-                    threshold=threshold,
-                    region_threshold=above,
-                    ignored=dict(self.category.ignored),
-                    references=self.references.record(),
-                    notes=self.notes,
-                )
-                return writer.finish(record)
-
-    def _bit_depth(self) -> int | None:
-        """Return how many bits of the 16-bit files' grey values are in use."""
-        if self.config.bit_depth is not None:
-            return self.config.bit_depth
-        with stopwatch(self.workplace.timings, "decode"):
-            depth = batch_bit_depth(image.path for image in self.category.images)
-        if depth.note is not None:
-            self._note(depth.note)
-        return depth.bits
-
-    def _note(self, note: str) -> None:
-        log.warning("%s: %s", printable(self.category.name), note)
-        self.notes.append(note)
-
-    def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
-        """Yield what the method says of the readable images, group after group."""
-        method, timings, done = self.method, self.workplace.timings, int(self.done.sum())
-        for number, members in enumerate(self.groups):
-            suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
-
-            def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
-                self.progress(stage + suffix, so_far, total)
-
-            members = array("q", (index for index in members if not self.done[index]))
-            readable: list[int] = []
-            references = self._reference_batches(bit_depth)
-            method.start(Group(len(members), self.category.product, references, len(self.references.images)))
-            images, seen = self.category.images, self._seen
-            for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
-                self._take_failures(batch.failures)
-                if batch.indices:
-                    with stopwatch(timings, "networks"):
-                        answered = list(method.take(batch))
-                    if (foregrounds := self.workplace.foregrounds) is not None:
-                        for index, image in zip(batch.indices, batch.images, strict=True):
-                            self.stages[index] = foregrounds.find(image).stages()
-                    yield from answered
-                if method.compares:
-                    readable += batch.indices
-                done += len(batch.indices) + len(batch.failures)
-                self.progress("networks", done, len(images))
-            if method.compares and len(readable) < 2:
-                self.failures.update((index, "no other readable image to compare it with") for index in readable)
-            else:
-                yield from method.finish(report)
-
-    def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
-        """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""
-        images, readable = self.references.images, 0
-        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, lambda *_: None):
-            self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
-            readable += len(batch.indices)
-            if batch.indices:
-                yield batch
-        if images and not readable:
-            raise NoReferencesError(
-                f"none of the {len(images)} references can be read: {self.failed_references[0].reason}"
-            )
-
-    def _seen(self, index: int, image: Image.Image | None) -> None:
-        if image is not None and DAMAGE in image.info:
-            self.damaged[index] = image.info[DAMAGE]
-        if not self.method.compares:  # copies hide nothing
-            return
-        with suppress(OSError):  # a file that has just gone is no copy of anything
-            self.duplicates.add(index, self.category.images[index].path, image)
-
-    def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
-        for index, reason in failures:
-            if self.job.options.strict:
-                raise ImageError(f"{self.category.images[index].path}: {reason}")
-            self.failures[index] = reason
-
-    def _failures(self) -> list[Failure]:
-        images = self.category.images
-        return [Failure(str(images[index].relative), self.failures[index]) for index in sorted(self.failures)]
-
-    def _compared(self, scored: Iterator[Scored]) -> list[Result]:
-        """Return the results of methods whose scores and maps are relative to the category."""
-        found = sorted(scored, key=lambda image: image.index)  # groups are random
-        if not found:
-            raise TooFewImagesError(
-                f"{printable(self.category.name)}: fewer than two readable images; method {self.config.method} "
-                "compares images with each other and needs at least two, and ten or more for useful scores",
-                self._failures(),
-            )
-        sound = [place for place, image in enumerate(found) if image.index not in self.damaged]
-        if len(sound) < 2:
-            sound = list(range(len(found)))
-        with stopwatch(self.workplace.timings, "rescoring"):
-            scores = self.method.image_scores(found)  # [N]
-            if len(sound) < len(found):  # one broken picture must not make all others look alike
-                scores[sound] = self.method.image_scores([found[place] for place in sound])
-        scale = self.method.map_range or (
-            min(float(found[place].map.min()) for place in sound),
-            max(float(found[place].map.max()) for place in sound),
-        )
-        return [
-            Result(
-                image.index,
-                float(score),
-                image.raw_score,
-                image.map,
-                scale,
-                stages=self.stages.pop(image.index, None),
-                note=self.damaged.get(image.index),
-            )
-            for image, score in zip(found, scores, strict=True)
-        ]
-
-    def _absolute(self, image: Scored) -> Result:
-        """Return the result of a method whose maps have a fixed range."""
-        assert self.method.map_range is not None
-        score = min(max(image.raw_score, 0.0), 1.0)
-        stages = image.stages or self.stages.pop(image.index, None)
-        note = self.damaged.get(image.index)
-        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts, stages, note)
-
-    def _thresholds(
-        self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
-    ) -> tuple[float | None, float | None]:
-        """Return the score above which images are anomalous, and the map value above which their pixels are.
-
-        results: of methods that compare, with their maps in the methods' units.
-        """
-        asked = self.config.threshold
-        if asked is None or not scores.size:
-            return None, None
-        threshold = auto_threshold(scores) if isinstance(asked, str) else asked
-        anomalous = scores > threshold
-        if results is not None:
-            maps = min_max(np.stack([result.map for result in results]), results[0].scale)  # [N, h, w]
-            return threshold, region_threshold(maps, anomalous)
-        normal = np.flatnonzero(~anomalous) if not anomalous.all() else np.arange(len(scores))
-        return threshold, writer.map_percentile(normal, NORMAL_PERCENTILE)
-
-    def _note_damaged(self) -> None:
-        for index in sorted(self.damaged):
-            self._note(f"{printable(str(self.category.images[index].relative))}: {self.damaged[index]}")
-
-    def _note_duplicates(self) -> None:
-        for copies in self.duplicates.groups():
-            names = [printable(str(self.category.images[index].relative)) for index in copies.indices]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            kind = "the same picture" if copies.exact else "nearly the same picture"
-            self._note(f"{', '.join(names[:3])}{more} are {kind}; copies of a defect hide it")
-
-
 def _evaluated(
     dataset: Dataset, options: Options, records: Sequence[CategoryRecord], timings: MutableMapping[str, float]
 ) -> tuple[Dataset, Evaluation | None, list[str], int]:
@@ -537,16 +213,3 @@ def _notes(records: Sequence[CategoryRecord]) -> list[str]:
     if any(record.relative for record in records):
         notes.append("Scores are relative to this batch: 1 is its most unusual image or patch, not proof of a defect.")
     return notes
-
-
-def _background(config: Config) -> Background:
-    """Return which pixels get the lowest score, whatever the method says of them."""
-    if config.components or config.foreground == "none":  # the method has done it
-        return "none"
-    return "colour" if config.foreground == "colour" else "stages"
-
-
-def ignored_files(ignored: Mapping[str, int]) -> str:
-    """Say how many files were passed over because of their names, by suffix."""
-    kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(ignored.items()))
-    return f"{sum(ignored.values())} files are no images by their names and are ignored ({kinds})"

@@ -1,6 +1,6 @@
 """What a method is: images of one category in, one score and one map for each out.
 
-    run.py: for each group of a category
+    category_pass.py: for each group of a category
         method.start(group)
         for batch in loader: method.take(batch) → Scored, …       (methods that judge every image by itself)
         method.finish(progress) → Scored, …                       (methods that compare the images of a group)

@@ -25,9 +25,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from zsad.engine.category_pass import CategoryPass
 from zsad.engine.commands.infer import main
 from zsad.engine.results.output import claimed
-from zsad.engine.run import CategoryPass
 from zsad.export.checkpoints import find_checkpoint, read_manifest
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cpu import comparers

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import runs
 
+from zsad.engine.category_pass import CategoryJob
 from zsad.engine.commands.infer import main
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.folders import scan
 from zsad.engine.methods import method as methods
 from zsad.engine.results.records import CategoryRecord
-from zsad.engine.run import CategoryJob
 from zsad.engine.workplace import Options
 from zsad.export.agreement import run_graph
 from zsad.export.onnx_export import export_onnx

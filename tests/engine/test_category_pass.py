@@ -2,7 +2,7 @@
 
 import pytest
 
-from zsad.engine.run import deal_groups
+from zsad.engine.category_pass import deal_groups
 
 
 @pytest.mark.parametrize("images", [2, 3, 5, 10, 11, 37])
