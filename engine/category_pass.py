@@ -328,10 +328,12 @@ class CategoryPass:
 
         results: of methods that compare, with their maps in the methods' units.
         """
-        asked = self.config.threshold
-        if asked is None or not scores.size:
+        asked, own = self.config.threshold, self.method.bounds()
+        if (asked is None and own is None) or not scores.size:
             return None, None
         threshold = auto_threshold(scores) if isinstance(asked, str) else asked
+        if own is not None:
+            threshold = own.reject
         anomalous = scores > threshold
         if results is not None:
             maps = min_max(np.stack([result.map for result in results]), results[0].scale)  # [N, h, w]

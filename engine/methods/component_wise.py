@@ -66,6 +66,9 @@ class ComponentWise:
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
 
+    def bounds(self) -> None:
+        return None
+
     def _scored(self, index: int, image: NDArray[np.uint8]) -> Scored:
         """Score an image [H, W, 3] by its tiles."""
         foreground, placed = self._placed(image)

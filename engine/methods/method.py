@@ -21,6 +21,7 @@ from zsad.engine.config import Config, ConfigError, Table
 from zsad.engine.images.decode import Recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import GraphRequest, Network
+from zsad.engine.scores.verdicts import Bounds
 from zsad.engine.text.vectors import TextVectors
 
 from .arrays import Arrays
@@ -113,6 +114,9 @@ class Method(Protocol):
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         """Return the scores [N] in [0, 1] of a whole category, from all of `scored` but the maps."""
+
+    def bounds(self) -> Bounds | None:
+        """Return which scores of a category are accepted and rejected, where the method knows that by itself."""
 
 
 class ConfiguredMethod(Method, Protocol):

@@ -188,6 +188,9 @@ class MuSc:
             return min_max(raw)
         return rscin(raw, np.array([image.facts for image in scored]), self._settings.rscin)
 
+    def bounds(self) -> None:
+        return None
+
 
 def _grid(patches: int) -> tuple[int, int]:
     """Return rows and columns of the patch grid of a square input."""

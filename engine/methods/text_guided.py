@@ -139,6 +139,9 @@ class TextGuided:
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
 
+    def bounds(self) -> None:
+        return None
+
     def _run(self, batch: Batch) -> Iterator[tuple[slice, Outputs]]:
         """Run the image tower; yield which rows of the batch, and its outputs."""
         for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):

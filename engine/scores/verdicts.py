@@ -1,6 +1,7 @@
 """From scores and maps to verdicts and defect regions."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -12,6 +13,24 @@ TAIL_DEVIATIONS = 3.0
 
 # What the patches of images judged normal stay below, up to this percentile, is no defect.
 NORMAL_PERCENTILE = 99.9
+
+
+Verdict = Literal["accept", "review", "reject"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which scores of images, in [0, 1], are accepted and which rejected; those between the two are to be reviewed."""
+
+    accept: float  # up to it
+    reject: float  # above it; not below `accept`
+    rule: str  # what they follow from, in words
+    region: float | None = None  # map value above which pixels are a defect; None: follows from the accepted images
+
+    def verdict(self, score: float) -> Verdict:
+        if score > self.reject:
+            return "reject"
+        return "review" if score > self.accept else "accept"
 
 
 @dataclass(frozen=True)
