@@ -229,7 +229,8 @@ class CategoryPass:
             members = array("q", (index for index in members if not self.done[index]))
             readable: list[int] = []
             references = self._reference_batches(bit_depth)
-            method.start(Group(len(members), self.category.product, references, len(self.references.images)))
+            count, category = len(self.references.images), self.category
+            method.start(Group(len(members), category.product, references, count, category.name))
             images, seen = self.category.images, self._seen
             for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
                 self._take_failures(batch.failures)
@@ -316,10 +317,18 @@ class CategoryPass:
     def _absolute(self, image: Scored) -> Result:
         """Return the result of a method whose maps have a fixed range."""
         assert self.method.map_range is not None
-        score = min(max(image.raw_score, 0.0), 1.0)
-        stages = image.stages or self.stages.pop(image.index, None)
-        note = self.damaged.get(image.index)
-        return Result(image.index, score, image.raw_score, image.map, self.method.map_range, image.facts, stages, note)
+        score = min(max(image.raw_score if image.score is None else image.score, 0.0), 1.0)
+        return Result(
+            image.index,
+            score,
+            image.raw_score,
+            image.map,
+            self.method.map_range,
+            image.facts,
+            image.stages or self.stages.pop(image.index, None),
+            self.damaged.get(image.index),
+            image.p_value,
+        )
 
     def _thresholds(
         self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None

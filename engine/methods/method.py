@@ -46,6 +46,8 @@ class Scored:
     map: NDArray[np.float32]  # [h, w] in the method's own resolution and units, row 0 at the top
     facts: ArrayLike | None = None  # [D], whatever the method's `image_scores` needs of an image beside its raw score
     stages: Stages | None = None
+    score: float | None = None  # in [0, 1], where the method neither compares nor rescores; None: the raw score
+    p_value: float | None = None  # share of normal images that score as high, where the method knows that
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Group:
     object: str  # what they show, as its folder is called
     references: Iterable[Batch] = ()  # known-good images; read once
     reference_count: int = 0  # how many they are at most
+    name: str = ""  # of the category
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
-VERDICTS, NOTE = ("verdict", "regions", "defect_area"), "note"  # columns of tables that need them
+VERDICTS, P_VALUE, NOTE = ("verdict", "regions", "defect_area"), "p_value", "note"  # columns of tables that need them
 
 SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a category, and of each of them
 
@@ -71,6 +71,7 @@ class Result:
     facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
     stages: Stages | None = None
     note: str | None = None  # what the user should know of the file
+    p_value: float | None = None  # share of normal images that score as high
 
 
 class Written(NamedTuple):
@@ -107,7 +108,7 @@ class CategoryWriter:
         # All else that is kept of an image is on disk: there may be a million.
         self._scores = np.zeros(len(self._images))
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
-        self._with_notes = False  # whether an image has one
+        self._with_notes = self._with_p_values = False  # whether an image has one
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
 
     def __enter__(self) -> "CategoryWriter":
@@ -207,7 +208,11 @@ class CategoryWriter:
         self._thumbnails.sort()
         failures = [*record.failures, *(self._failures[index] for index in sorted(self._failures))]
         complete = replace(record, failures=failures)
-        columns = [*VERDICTS * (record.threshold is not None), *[NOTE] * self._with_notes]
+        columns = [
+            *VERDICTS * (record.threshold is not None),
+            *[P_VALUE] * self._with_p_values,
+            *[NOTE] * self._with_notes,
+        ]
         tables = partial(_write_tables, self._staging, best_first, columns)
         images = write_record(self._staging / RECORD, complete, self._judged(record, best_first), tables)
         flush_all(self._staging)
@@ -223,6 +228,7 @@ class CategoryWriter:
         """Note an image whose files are written, with the line of its thumbnails, empty where it has none."""
         self._scores[written.number] = written.record.score
         self._with_notes |= written.record.note is not None
+        self._with_p_values |= written.record.p_value is not None
         if written.failure is not None:
             self._failures[written.number] = written.failure
         if thumbnails:
@@ -259,7 +265,9 @@ class CategoryWriter:
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
         image = self._images[result.index]
-        record = ImageRecord(str(image.relative), result.score, result.raw_score, note=result.note)
+        record = ImageRecord(
+            str(image.relative), result.score, result.raw_score, p_value=result.p_value, note=result.note
+        )
         facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
             record, least_area, thumbnails = self._draw(result, image, record)
@@ -441,6 +449,8 @@ def _write_tables(
             if with_verdicts:
                 regions = image.regions or []
                 row += [image.verdict, len(regions), sum(region.area for region in regions)]
+            if P_VALUE in columns:
+                row.append("" if image.p_value is None else f"{image.p_value:.6f}")
             if NOTE in columns:
                 row.append(image.note)
             table.writerow(row)

@@ -15,6 +15,9 @@ from zsad.engine.scores.verdicts import Region
 from zsad.kernels.files import parse_json
 
 
+RARE = ("p_value", "note")  # fields of an image that its record has only where there is something to say
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """Scores of one image, and its files relative to the category's folder (empty where there is none)."""
@@ -31,14 +34,12 @@ class ImageRecord:
     json_file: str = ""
     sizes: list[int] = field(default_factory=list)  # bytes of these files, of those there are
     regions: list[Region] | None = None  # None without a threshold or a map
+    p_value: float | None = None  # share of normal images that score as high; None where the method knows of none
     note: str | None = None  # what the user should know of the file
 
     def facts(self) -> dict[str, Any]:
-        """Return the fields for JSON, without a note where there is none."""
-        facts = asdict(self)
-        if self.note is None:
-            del facts["note"]
-        return facts
+        """Return the fields for JSON, without a p-value and a note where there is none."""
+        return {name: value for name, value in asdict(self).items() if name not in RARE or value is not None}
 
     def files(self) -> list[str]:
         return [file for file in (self.map, self.overlay_file, self.json_file) if file]
@@ -96,7 +97,7 @@ def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes)
     """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
     content = parse_json(text)
     names = {field.name for field in fields(kind)}
-    may_lack = {"images", "note"}  # the former are read apart
+    may_lack = {"images", *RARE}  # the former are read apart
     if not isinstance(content, dict) or content.keys() | may_lack != names | may_lack:
         raise ValueError(f"not a {kind.__name__}")
     return adapter.validate_python(content)
