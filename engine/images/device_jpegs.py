@@ -41,6 +41,9 @@ class DeviceJpegs:
             return None
         if not hasattr(self._threads, "decoder"):
             self._device.use()
-            self._threads.decoder = self._library.Decoder(device_id=self._device.number, max_num_cpu_threads=1)
+            # Subsampled colours are interpolated, as Pillow's decoder does.
+            self._threads.decoder = self._library.Decoder(
+                device_id=self._device.number, max_num_cpu_threads=1, options=":fancy_upsampling=1"
+            )
         decoded = self._threads.decoder.decode(content, params=self._how)
         return None if decoded is None else self._device.adopt(decoded)

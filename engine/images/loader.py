@@ -88,6 +88,7 @@ class DeviceInputs:
             for _ in range(2)
         ]
         self._slot = 0
+        self._held: list[Sequence[Array]] = [(), ()]  # images on the device, which may still be reading them
 
     def read(self, path: Path, bit_depth: int | None) -> tuple[Array, Image.Image | None]:  # [rows, columns, 3] uint8
         on_device = None if self._jpegs is None else self._jpegs.decode(path)
@@ -102,6 +103,8 @@ class DeviceInputs:
     @contextmanager
     def batch(self, images: Sequence[Any]) -> Iterator[Mapping[Recipe, Array]]:
         self._slot = 1 - self._slot
+        self._device.wait(("images", self._slot))
+        self._held[self._slot] = [image for image in images if not isinstance(image, np.ndarray)]
         with self._device.producing(("images", self._slot)):
             for index, image in enumerate(images):
                 on_device = image

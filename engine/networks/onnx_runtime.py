@@ -1,6 +1,9 @@
 """Graphs on ONNX Runtime: on a CPU, and on a CUDA device without copies through the host."""
 
+import re
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ TYPES = {
     "tensor(bool)": np.bool_,
 }
 
+# Of ONNX Runtime's own arena, of the allocator beneath it, of CUDA, cuBLAS and cuDNN.
+OUT_OF_MEMORY = re.compile(r"allocat|alloc_failed|bad_alloc|out.of.memory|memory_allocation", re.IGNORECASE)
+
 
 class OnnxRuntimeGraph:
     """A session over one ONNX file (see `Graph`)."""
@@ -36,7 +42,8 @@ class OnnxRuntimeGraph:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if device is not None and device.kind == "cuda":
-            ort.preload_dlls()  # CUDA's libraries may come from wheels
+            with redirect_stdout(sys.stderr):  # it prints, where results go
+                ort.preload_dlls()  # CUDA's libraries may come from wheels
             # TF32 would cut the factors of fp32 products to 10 bits.
             cuda = {
                 "device_id": str(device.number),
@@ -67,7 +74,7 @@ class OnnxRuntimeGraph:
                 return self._queue(inputs, self._device)
             outputs = self._session.run(None, dict(inputs))
         except Exception as error:  # ONNX Runtime has a dozen kinds with no base of their own
-            if "allocat" in str(error):  # nor one where memory runs out
+            if OUT_OF_MEMORY.search(str(error)):  # nor one where memory runs out
                 raise MemoryError(str(error)) from error
             raise
         return dict(zip(self.outputs, outputs, strict=True))

@@ -1,4 +1,4 @@
-"""Graphs on TensorRT and TensorRT-RTX engines: one execution context on the device's stream."""
+"""Graphs on TensorRT and TensorRT-RTX engines, on the device's stream."""
 
 import hashlib
 import logging
@@ -21,8 +21,6 @@ log = logging.getLogger("zsad")
 Array = Any  # an array on the device
 
 SEAL = hashlib.sha256().digest_size  # bytes of the digest in front of what is kept
-
-RECORDINGS = 128  # CUDA graphs that are kept of an engine; inputs that lie elsewhere every time make ever more
 
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 
@@ -60,10 +58,14 @@ class CompiledKernels:
 
 
 class TensorRTGraph:
-    """An engine with one context and fixed outputs (see `Graph`).
+    """An engine with inputs and outputs of its own (see `Graph`).
+
+    Inputs are copied to where the engine reads them: TensorRT takes addresses at multiples of 256 bytes alone, which
+    parts of a batch do not have, and a copy costs a thousandth of a ViT-L's pass.
 
     Full batches are replayed as a CUDA graph: a ViT-L is several hundred launches, more than the host queues in the
-    time that a fast GPU takes for them.
+    time that a fast GPU takes for them. They have a context to themselves, since a recording does not outlast a change
+    of its context's shapes.
     """
 
     def __init__(self, path: Path, onnx: Path, device: Device, batch_size: int) -> None:
@@ -73,18 +75,15 @@ class TensorRTGraph:
         """
         self._loaded, self._path, self._device = load_engine(path, device.number, onnx), path, device
         engine, library = self._loaded.engine, self._loaded.library
-        # Its working memory is ours: as much as our batches need, not the largest one that the engine was built for.
-        ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
         self._kernels: CompiledKernels | None = None
+        # Its working memory is ours: as much as our batches need, not the largest one that the engine was built for,
+        # and one for both contexts, which follow each other on one stream.
+        self._context_settings = ours = library.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(library, "DynamicShapesKernelSpecializationStrategy"):
-            settings = engine.create_runtime_config()
-            settings.set_execution_context_allocation_strategy(ours)
-            self._kernels = CompiledKernels(settings, library, path)
-            self._context = engine.create_execution_context(settings)
-        else:
-            self._context = engine.create_execution_context(ours)
-        if self._context is None:
-            raise EngineError(f"{path}: {self._loaded.log.said()}; see nvidia-smi for what else uses the GPU")
+            self._context_settings = engine.create_runtime_config()
+            self._context_settings.set_execution_context_allocation_strategy(ours)
+            self._kernels = CompiledKernels(self._context_settings, library, path)
+        self._full = self._context()
         specs = {name: _spec(engine, name) for name in map(engine.get_tensor_name, range(engine.num_io_tensors))}
         is_input = {name: engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in specs}
         self.inputs = {name: spec for name, spec in specs.items() if is_input[name]}
@@ -100,54 +99,68 @@ class TensorRTGraph:
                     raise
                 self.largest_batch //= 2
                 log.warning("%s (%s); going on with batches of %d", path.name, error, self.largest_batch)
-        self._full = self.largest_batch
-        self._recorded: dict[tuple[int, ...], Callable[[], None]] = {}  # addresses of a full batch → its CUDA graph
+        self._full_rows = self.largest_batch
+        self._lay_out(self._full, self._full_rows)
+        self._replay: Callable[[], None] | None = None  # a full batch, once it is recorded
+        self._part: Any = None  # the context of all other batches, made when the first one comes
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """See Graph.run."""
-        where = tuple(address(inputs[name]) for name in self.inputs)
         rows = batch_rows(self.inputs, inputs)
-
-        def queue() -> None:
-            for name, array in {**inputs, **self._buffers}.items():
-                self._context.set_tensor_address(name, address(array))
-            if not self._context.execute_async_v3(self._device.stream):
-                raise EngineError(f"{self._path}: the engine failed: {self._loaded.log.said()}")
-
-        if rows == self._full and where in self._recorded:
-            self._recorded[where]()
+        for name, array in inputs.items():
+            self._device.copy(array, self._buffers[name][: len(array)])
+        if rows < self._full_rows:
+            self._part = self._part or self._context()
+            self._lay_out(self._part, rows)
+            self._queue(self._part)
+        elif self._replay is not None:
+            self._replay()
+        elif self._kernels is not None and not self._full.is_stream_capturable(self._device.stream):
+            self._queue(self._full)  # TensorRT-RTX wants to allocate while it runs, which cannot be recorded
         else:
-            self._set_batch(rows)
-            if rows < self._full or len(self._recorded) == RECORDINGS or not self._recordable():
-                queue()
-            else:  # the loader alternates between two inputs, so of an image tower there are two recordings
-                self._recorded[where] = self._device.record(queue)
-            if self._kernels is not None:
-                self._kernels.keep(rows)
-        return {name: buffer[:rows] for name, buffer in self._buffers.items()}
+            self._replay = self._device.record(lambda: self._queue(self._full))
+        if self._kernels is not None:
+            self._kernels.keep(rows)
+        return {name: self._buffers[name][:rows] for name in self.outputs}
 
-    def _recordable(self) -> bool:
-        # TensorRT-RTX may want to allocate while it runs, which cannot be recorded.
-        return self._kernels is None or bool(self._context.is_stream_capturable(self._device.stream))
+    def _context(self) -> Any:
+        context = self._loaded.engine.create_execution_context(self._context_settings)
+        if context is None:
+            raise self._error("see nvidia-smi for what else uses the GPU")
+        return context
 
     def _allocate(self) -> None:
         """Make room for the largest batch; raises MemoryError."""
+        specs = {**self.inputs, **self.outputs}
         self._buffers = {
-            name: self._device.empty((self.largest_batch, *spec.shape), spec.dtype)
-            for name, spec in self.outputs.items()
+            name: self._device.empty(spec.whole(self.largest_batch), spec.dtype) for name, spec in specs.items()
         }
-        self._set_shapes(self.largest_batch)
-        self._workspace = self._device.empty((self._context.update_device_memory_size_for_shapes(),), np.uint8)
+        self._workspace = self._device.empty((self._workspace_bytes(self._full, self.largest_batch),), np.uint8)
 
-    def _set_batch(self, rows: int) -> None:
-        """Lay the working memory out for a batch; smaller ones need no more than the largest."""
-        self._set_shapes(rows)
-        self._context.update_device_memory_size_for_shapes()
-        self._context.set_device_memory(address(self._workspace), self._workspace.nbytes)
+    def _lay_out(self, context: Any, rows: int) -> None:
+        """Tell a context where it works; smaller batches need no more memory than the largest."""
+        self._workspace_bytes(context, rows)
+        context.set_device_memory(address(self._workspace), self._workspace.nbytes)
+        for name, buffer in self._buffers.items():
+            if not context.set_tensor_address(name, address(buffer)):
+                raise self._error(f"the engine refuses the address of {name}")
 
-    def _set_shapes(self, rows: int) -> None:
+    def _workspace_bytes(self, context: Any, rows: int) -> int:
+        """Set the batch of a context; returns the working memory that it takes."""
         for name, spec in self.inputs.items():
-            self._context.set_input_shape(name, spec.whole(rows))
+            if not context.set_input_shape(name, spec.whole(rows)):
+                raise self._error(f"the engine refuses the shape {spec.whole(rows)} of {name}")
+        size = int(context.update_device_memory_size_for_shapes())
+        if size == 0:
+            raise self._error(f"the engine cannot lay its memory out for a batch of {rows}")
+        return size
+
+    def _queue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._device.stream):
+            raise self._error("the engine failed")
+
+    def _error(self, what: str) -> EngineError:
+        return EngineError(f"{self._path}: {what}: {self._loaded.log.said()}")
 
 
 def _spec(engine: Any, name: str) -> TensorSpec:

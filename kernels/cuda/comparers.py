@@ -23,6 +23,7 @@ STAGED_IMAGES = 8  # prepared together
 
 # As in filter_max.cu.
 OWN_PATCHES, MAX_THREADS = 2, 704
+MAX_SHARED_BYTES = 99 << 10  # that a block may have on compute capabilities 8.6, 8.9 and 12.0; others have more
 
 Products = Literal["gram", "fused"]
 
@@ -323,4 +324,6 @@ def filter_max_shape(grid: tuple[int, int], mask: int, pairs: int, multiprocesso
     segment = min(range(1, columns + 1), key=cost)
     plane = reach + (covered + 2 * reach) * (columns + reach)
     shared_bytes = 4 * strip * (2 * plane + mask.bit_count() * segment)
+    if shared_bytes > MAX_SHARED_BYTES:
+        raise ValueError(f"a patch grid of {rows} rows of {columns} is too flat for the CUDA kernels; use the CPU")
     return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes)

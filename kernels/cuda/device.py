@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -23,7 +23,7 @@ from zsad.kernels.machine import cache_places, cache_to_write
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
 DEVICE_ARRAY = Any  # a cupy.ndarray
-STAGED_UPLOADS = 8  # on their way before the host waits for the first of them
+STAGED_UPLOADS = 2  # on their way before the host waits for the first of them; each keeps its page-locked memory
 OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status
 
 
@@ -112,6 +112,9 @@ class Device(Protocol):
     def consuming(self, slot: Hashable) -> Any:
         """Context: what is queued in it waits until workspace `slot` has been produced."""
 
+    def wait(self, slot: Hashable) -> None:
+        """Wait until workspace `slot`, if it ever was, has been produced."""
+
     def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], DEVICE_ARRAY]]) -> None:
         """Queue copying contiguous host arrays to the device beside products and passes.
 
@@ -188,7 +191,7 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
 
     texts = sources(name)
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{define}" for define in defines))
-    parts = [*texts.values(), *options, str(nvrtc.getVersion())]
+    parts = [*texts.values(), *options, str(nvrtc.getVersion()), "whole"]  # earlier versions lack their last byte
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     file = f"{name}-{architecture}-{key}.cubin"
     for folder in cache_places("kernels"):
@@ -204,7 +207,12 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
         ) from error
     finally:
         nvrtc.destroyProgram(program)
-    return write_sealed(cache_to_write("kernels") / file, cubin)
+    return write_sealed(cache_to_write("kernels") / file, whole_elf(cubin))
+
+
+def whole_elf(cubin: bytes) -> bytes:
+    """Return a cubin with the byte that CuPy takes for a terminating NUL and drops: ELF files end at 8 bytes."""
+    return cubin + bytes(-len(cubin) % 8)
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -273,16 +281,19 @@ class CupyDevice:
         self._staged: deque[tuple[Any, Any]] = deque()  # events of uploads and their pinned sources, alive until then
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         self._functions: dict[str, Any] = {}
+        self._shared_bytes: dict[str, int] = {}  # that a kernel may ask for; reading it is a call of the driver
 
     def use(self) -> None:
         self._device.use()
 
     def free_bytes(self) -> int:
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
-        return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
+        with self._device:  # both are asked of the calling thread's device
+            free, _ = self._cupy.cuda.runtime.memGetInfo()
+            return int(free) + int(self._cupy.get_default_memory_pool().free_bytes())
 
     def used_bytes(self) -> int:
-        free, total = self._cupy.cuda.runtime.memGetInfo()
+        with self._device:
+            free, total = self._cupy.cuda.runtime.memGetInfo()
         return int(total) - int(free)
 
     def adopt(self, array: Any) -> DEVICE_ARRAY:
@@ -349,8 +360,11 @@ class CupyDevice:
             self._passes.begin_capture()
             try:
                 queue()
-            finally:
-                graph = self._passes.end_capture()
+            except BaseException:
+                with suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # of the recording, which is of no use now
+                    self._passes.end_capture()
+                raise
+            graph = self._passes.end_capture()
         return lambda: graph.launch(self._passes)
 
     @_names_exhaustion
@@ -358,8 +372,8 @@ class CupyDevice:
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
         function = self._functions.get(kernel) or self._load(kernel)
-        if shared_bytes > function.max_dynamic_shared_size_bytes:
-            function.max_dynamic_shared_size_bytes = shared_bytes
+        if shared_bytes > self._shared_bytes[kernel]:
+            self._shared_bytes[kernel] = function.max_dynamic_shared_size_bytes = shared_bytes
         with self._queue:
             pointers = tuple(np.uintp(0) if argument is None else argument for argument in arguments)
             function(grid, (threads,), pointers, shared_mem=shared_bytes)
@@ -410,6 +424,9 @@ class CupyDevice:
         finally:
             self._consumed[slot].record(self._passes)
 
+    def wait(self, slot: Hashable) -> None:
+        self._produced[slot].synchronize()
+
     def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], DEVICE_ARRAY]]) -> None:
         runtime = self._cupy.cuda.runtime
         self._copies.wait_event(self._compared[slot])
@@ -431,6 +448,7 @@ class CupyDevice:
         self._copy_to_host(array, out, self._copies)
 
     def follow(self) -> None:
+        self.use()  # events are the calling thread's device's
         done = self._cupy.cuda.Event(disable_timing=True)
         done.record()
         self._passes.wait_event(done)
@@ -442,17 +460,16 @@ class CupyDevice:
     def _load(self, kernel: str) -> Any:
         name, defines = build_of(kernel)
         fatbin = None if defines else prebuilt(name)
-        module = None
+        function = None
         if fatbin is not None:
-            try:
-                module = self._cupy.RawModule(path=str(fatbin))
-                module.compile()
-            except self._cupy.cuda.driver.CUDADriverError:  # a driver older than the nvcc that built it
-                module = None
-        if module is None:
-            module = self._cupy.RawModule(path=str(compile_cubin(name, self._architecture, defines)))
-        self._functions[kernel] = module.get_function(kernel)
-        return self._functions[kernel]
+            # A driver older than the nvcc that built it refuses the module or, where it loads lazily, the kernel.
+            with suppress(self._cupy.cuda.driver.CUDADriverError):
+                function = self._cupy.RawModule(path=str(fatbin)).get_function(kernel)
+        if function is None:
+            cubin = compile_cubin(name, self._architecture, defines)
+            function = self._cupy.RawModule(path=str(cubin)).get_function(kernel)
+        self._functions[kernel], self._shared_bytes[kernel] = function, function.max_dynamic_shared_size_bytes
+        return function
 
 
 @cache

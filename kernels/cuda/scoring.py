@@ -61,10 +61,19 @@ class Scoring:
     def check(self, tokens: Any) -> None:
         if tokens.dtype not in (np.float32, np.float16):
             raise ValueError(f"tokens must be float32 or float16, not {tokens.dtype}")
-        if len(self._devices) > 1 and not isinstance(tokens, np.ndarray):
+        if isinstance(tokens, np.ndarray):
+            return
+        if len(self._devices) > 1:
             raise ValueError(
                 "tokens on a device are scored by that device alone; copy them to the host to share the work"
             )
+        if tokens.device.id != self._devices[0].number:
+            raise ValueError(
+                f"tokens lie on device {tokens.device.id} and cannot be scored on device {self._devices[0].number}; "
+                f"use cuda:{tokens.device.id}, or copy them there"
+            )
+        if not tokens[:1, 0].flags.c_contiguous:  # the kernels take an image's tokens of a layer for packed
+            raise ValueError("the tokens [P, C] of an image must lie together; use cupy.ascontiguousarray(tokens)")
 
     def memory_limit(self) -> int:
         return min(int(MEMORY_SHARE * device.free_bytes()) for device in self._devices)

@@ -28,6 +28,7 @@ OPTIONS += ("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 LAUNCHING = threading.Lock()  # the emulation runs one block at a time, whichever thread asks
 CACHE = Path(__file__).resolve().parents[2] / "build" / "host"  # which git ignores
 FENCE = 64  # entries around every array that a kernel sees
+ALIGNMENT = 512  # bytes: as CuPy's memory pool gives them
 
 
 class KernelError(RuntimeError):
@@ -108,8 +109,11 @@ def poison(dtype: Any) -> Any:
 
 def fenced(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     """Allocate a poisoned array inside a poisoned fence."""
-    count = int(np.prod(shape))
-    memory = np.full(count + 2 * FENCE, poison(dtype), dtype)
+    count, dtype = int(np.prod(shape)), np.dtype(dtype)
+    raw = bytearray((count + 2 * FENCE) * dtype.itemsize + ALIGNMENT)
+    start = -(np.frombuffer(raw, np.uint8).ctypes.data + FENCE * dtype.itemsize) % ALIGNMENT
+    memory = np.frombuffer(raw, dtype, count + 2 * FENCE, start)
+    memory.fill(poison(dtype))
     return memory[FENCE : FENCE + count].reshape(shape)
 
 
@@ -187,6 +191,7 @@ class HostDevice:
     def __init__(self, cache_bytes: int = 1, free: int = 1 << 30) -> None:
         self.cache_bytes, self.free = cache_bytes, free
         self.filled: dict[Hashable, bool] = defaultdict(bool)  # workspaces, and whether they hold unread products
+        self.waited: list[Hashable] = []
         self.products = self.launches = self.recordings = 0
         self.allocated: list[int] = []  # bytes of every array
         self.fail_at: set[int] = set()  # allocations that fail, counted from 0
@@ -279,6 +284,9 @@ class HostDevice:
             yield
         finally:
             self.filled[slot] = False
+
+    def wait(self, slot: Hashable) -> None:
+        self.waited.append(slot)
 
     # A copy lands as late as it may: fetched images when somebody waits for them, sent ones when all is waited for or
     # their slot is compared again.

@@ -21,6 +21,8 @@ TYPES = {
     "tensor(int32)": ("INT32", np.int32),
 }
 
+ALIGNMENT = 256  # bytes, of addresses
+
 
 def loaded(engine: "HostEngine", rtx: bool = False) -> LoadedEngine:
     """Give an engine the library, TensorRT or TensorRT-RTX, and the logger that it comes with."""
@@ -123,6 +125,7 @@ class HostContext:
         self.engine, self.addresses, self.kernels = engine, dict[str, int](), kernels
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.fails, self.capturable, self.laid_out_for = False, True, 0
+        self.changes = 0  # of shapes, each of which ends what was recorded before
 
     @property
     def _rows(self) -> int:
@@ -133,7 +136,10 @@ class HostContext:
         first, *others = self.engine.get_tensor_shape(name)
         assert name in self.engine.inputs
         assert shape == (shape[0] if first < 0 else first, *others)
+        if not 1 <= shape[0] <= max(self.engine.most, first):
+            return False
         self.shapes[name] = shape
+        self.changes += 1
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
@@ -148,26 +154,29 @@ class HostContext:
         return self.capturable
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if address % ALIGNMENT:
+            return False
         self.addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
         rows = self._rows
         assert self.laid_out_for == rows
-        if self.fails or not 1 <= rows <= self.engine.most:
+        if self.fails:
             return False
         if self.kernels is not None:
             assert not RECORDING or rows in self.kernels.sizes  # compiling is nothing to record
             self.kernels._compile(rows)
-        work = partial(self._execute, dict(self.addresses), dict(self.shapes), rows)
+        work = partial(self._execute, dict(self.addresses), dict(self.shapes), rows, self.changes)
         if RECORDING:  # what is replayed later knows nothing of what the context is told until then
             RECORDING[-1].append(work)
         else:
             work()
         return True
 
-    def _execute(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], rows: int) -> None:
+    def _execute(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], rows: int, changes: int) -> None:
         engine = self.engine
+        assert changes == self.changes, "replayed after its context's shapes were set again"
         engine.runs.append(rows)
 
         def memory(name: str, shape: tuple[int, ...]) -> NDArray[Any]:

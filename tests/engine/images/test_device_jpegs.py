@@ -29,8 +29,8 @@ class HostDecoder:
 
     decoded: ClassVar[list[str]] = []
 
-    def __init__(self, device_id: int, max_num_cpu_threads: int) -> None:
-        assert (device_id, max_num_cpu_threads) == (0, 1)
+    def __init__(self, device_id: int, max_num_cpu_threads: int, options: str) -> None:
+        assert (device_id, max_num_cpu_threads, options) == (0, 1, ":fancy_upsampling=1")
 
     def decode(self, content: bytes, params: dict[str, Any]) -> NDArray[np.uint8] | None:
         assert params == {"apply_exif_orientation": True, "color_spec": "sRGB"}

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_build import HostDevice
 from PIL import Image
 
 from zsad.engine.images.categories import HERE, ImageFolder, InputImage
 from zsad.engine.images.decode import recipe
-from zsad.engine.images.loader import HostInputs, Inputs, Loader
+from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.images.stored import ImageError
 
 TINY = recipe("imagenet", 2)
@@ -63,6 +64,23 @@ def test_batches_are_in_order_and_full_except_the_last() -> None:
         ([], [(9, "no image 9")]),
     ]
     assert sorted(seen) == [0, 2, 3, 6, 7, 8]
+
+
+def test_images_on_a_device_stay_until_their_slot_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        shape = (2, 2, 3)
+
+    monkeypatch.setattr("zsad.engine.images.loader.network_input_on_device", lambda *_: None)
+    device = HostDevice()
+    inputs = DeviceInputs(device, [TINY], 1, None)
+    held: list[weakref.ref[OnDevice]] = []
+    for turn in range(3):
+        images = [OnDevice()]
+        held.append(weakref.ref(images[0]))
+        with inputs.batch(images):
+            images.clear()  # as the loader forgets them
+        assert device.waited == [("images", (slot + 1) % 2) for slot in range(turn + 1)]
+    assert [reference() is None for reference in held] == [True, False, False]
 
 
 def test_failures_keep_nothing_alive_that_was_decoded_before() -> None:

@@ -139,6 +139,9 @@ def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
     assert shape.shared_bytes <= 99 * 1024
     with pytest.raises(ValueError, match="too wide"):
         filter_max_shape((4, 1000), 0b111, 1, 132)
+    with pytest.raises(ValueError, match="1 rows of 1400 is too flat"):
+        filter_max_shape((1, 1400), 0b111, 1, 128)
+    assert filter_max_shape((2, 700), 0b111, 1, 128).shared_bytes < 101_376
 
 
 @pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])

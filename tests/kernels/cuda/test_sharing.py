@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import types
 from collections import Counter
 from typing import Any
 
@@ -21,7 +22,9 @@ from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree
 from zsad.kernels.cuda.device import DeviceError, DeviceMemoryError, open_device, open_devices
 from zsad.kernels.cuda.plan import Plan, Sizes, plan_mutual_scoring
 from zsad.kernels.cuda.scoring import Options
+from zsad.kernels.cuda.scoring import Scoring as CudaScoring
 from zsad.kernels.mutual_scoring import MutualScoring
+from zsad.kernels.task import make_task
 
 compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -429,3 +432,29 @@ def test_bad_device_names(name: str) -> None:
 def test_a_device_is_not_named_twice() -> None:
     with pytest.raises(DeviceError, match="twice"):
         open_devices("cuda:0,0")
+
+
+class OnDevice:
+    """Tokens on a device, as far as they are looked at before they are scored."""
+
+    def __init__(self, tokens: Any, device: int = 0) -> None:
+        self.tokens, self.device = tokens, types.SimpleNamespace(id=device)
+        self.shape, self.dtype, self.flags = tokens.shape, tokens.dtype, tokens.flags
+
+    def __getitem__(self, key: Any) -> OnDevice:
+        return OnDevice(self.tokens[key], self.device.id)
+
+
+def test_tokens_that_the_kernels_would_misread_are_refused() -> None:
+    scoring = CudaScoring(make_task(GRID, 2, CHANNELS, DEGREES, (0.0, 0.3)), "auto", [HostDevice()], Options())
+    whole = tokens(3)  # [N, L, P, C]
+    scoring.check(OnDevice(whole))
+    scoring.check(OnDevice(np.zeros((3, 2, 10, CHANNELS), np.float32)[:, :, 1:]))  # without the class token
+    with pytest.raises(ValueError, match="must lie together"):
+        scoring.check(OnDevice(whole.swapaxes(2, 3)))
+    with pytest.raises(ValueError, match="must lie together"):
+        scoring.check(OnDevice(whole[..., ::2]))
+    with pytest.raises(ValueError, match=r"lie on device 1 .* use cuda:1"):
+        scoring.check(OnDevice(whole, device=1))
+    with pytest.raises(ValueError, match="copy them to the host"):
+        CudaScoring(scoring._task, "auto", [HostDevice(), HostDevice()], Options()).check(OnDevice(whole))
