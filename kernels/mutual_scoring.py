@@ -38,16 +38,16 @@ class _Scoring(Protocol):
     def memory_limit(self) -> int:
         """Return the bytes that it may use unless told otherwise."""
 
-    def needed(self, images: int) -> int:
+    def needed(self, images: int, references: int) -> int:
         """Return the least bytes for which there is a plan."""
 
-    def plan(self, images: int, memory_limit: int, returned_bytes: int) -> Any:
+    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int) -> Any:
         """Plan a call that hands back minima of this size; raises MemoryError where the limit is too small."""
 
     def run(
         self, tokens: Any, plan: Any, returned: ReturnedMinima, progress: Progress | None, timings: Timings
     ) -> Array:
-        """Score tokens [N, L, P, C] as planned; returns [N, P] and fills `returned`."""
+        """Score tokens [N + K, L, P, C] as planned; returns [N, P] and fills `returned`."""
 
 
 class MutualScoring:
@@ -78,12 +78,13 @@ class MutualScoring:
             self._scoring = CpuScoring(self._task, precision)
         self.precision = self._scoring.precision
 
-    def needed(self, images: int) -> int:
+    def needed(self, images: int, references: int = 0) -> int:
         """Return the least memory in bytes with which `scores` works, beside the tokens.
 
-        On the CPU it is host memory, otherwise memory of each device.
+        images: that are scored; references: that they are compared with beside each other. On the CPU it is host
+        memory, otherwise memory of each device.
         """
-        return self._scoring.needed(images)
+        return self._scoring.needed(images, references)
 
     def memory_limit(self) -> int:
         """Return the bytes that `scores` uses at most unless told otherwise, from what is free now.
@@ -102,6 +103,7 @@ class MutualScoring:
         progress: Progress | None = ...,
         timings: Timings | None = ...,
         on_plan: Callable[[Any], None] | None = ...,
+        references: int = ...,
         return_minima: Literal[False] = ...,
     ) -> Array: ...
 
@@ -114,6 +116,7 @@ class MutualScoring:
         progress: Progress | None = ...,
         timings: Timings | None = ...,
         on_plan: Callable[[Any], None] | None = ...,
+        references: int = ...,
         return_minima: Literal[True, "each"],
     ) -> tuple[Array, Array]: ...
 
@@ -126,6 +129,7 @@ class MutualScoring:
         progress: Progress | None = ...,
         timings: Timings | None = ...,
         on_plan: Callable[[Any], None] | None = ...,
+        references: int = ...,
         return_minima: ReturnMinima,
     ) -> Array | tuple[Array, Array]: ...
 
@@ -137,19 +141,20 @@ class MutualScoring:
         progress: Progress | None = None,
         timings: Timings | None = None,
         on_plan: Callable[[Any], None] | None = None,
+        references: int = 0,
         return_minima: ReturnMinima = False,
     ) -> Array | tuple[Array, Array]:
-        """Score images against each other: tokens [N, L, P, C] -> [N, P]; arguments and errors as of `mutual_scores`.
+        """Score images by each other and by references; arguments, result and errors as of `mutual_scores`.
 
         Plans once, and says the plan at the level DEBUG; where an allocation fails all the same it plans again for half
         as much, and warns.
         """
-        self._check(tokens)
-        images, timings = len(tokens), timings if timings is not None else {}
-        returned = ReturnedMinima(return_minima, images, self._task)
+        self._check(tokens, references)
+        images, timings = len(tokens) - references, timings if timings is not None else {}
+        returned = ReturnedMinima(return_minima, images, self._task, references)
         limit = self.memory_limit() if memory_limit is None else memory_limit
         while True:
-            plan = self._scoring.plan(images, limit, returned.bytes)
+            plan = self._scoring.plan(images, references, limit, returned.bytes)
             log.debug("%s", plan.describe())
             if on_plan is not None:
                 on_plan(plan)
@@ -163,17 +168,19 @@ class MutualScoring:
             limit = min(limit, plan.peak_bytes) // 2
             log.warning("out of memory (%s): mutual scoring starts again with at most %d MiB", why, limit >> 20)
 
-    def _check(self, tokens: Any) -> None:
+    def _check(self, tokens: Any, references: int) -> None:
         task = self._task
         if tuple(tokens.shape[1:]) != (task.layers, task.patches, task.channels):
             raise ValueError(
                 f"tokens must be [N, {task.layers}, {task.patches}, {task.channels}], not {list(tokens.shape)}"
             )
         self._scoring.check(tokens)
+        if not 0 <= references < len(tokens):
+            raise ValueError(f"of {len(tokens)} images {references} cannot be references: at least one is scored")
         if len(tokens) < 2:
             raise ValueError(
                 "mutual scoring compares images with each other and got only one; give it at least two images of the "
-                "same product (ten or more for useful scores)"
+                "same product (ten or more for useful scores), or known-good images as references"
             )
 
 
@@ -190,6 +197,7 @@ def mutual_scores(
     progress: Progress | None = ...,
     timings: Timings | None = ...,
     on_plan: Callable[[Any], None] | None = ...,
+    references: int = ...,
     return_minima: Literal[False] = ...,
 ) -> Array: ...
 
@@ -207,6 +215,7 @@ def mutual_scores(
     progress: Progress | None = ...,
     timings: Timings | None = ...,
     on_plan: Callable[[Any], None] | None = ...,
+    references: int = ...,
     return_minima: Literal[True, "each"],
 ) -> tuple[Array, Array]: ...
 
@@ -223,15 +232,16 @@ def mutual_scores(
     progress: Progress | None = None,
     timings: Timings | None = None,
     on_plan: Callable[[Any], None] | None = None,
+    references: int = 0,
     return_minima: ReturnMinima = False,
 ) -> Array | tuple[Array, Array]:
     """Score every patch by how far it is from the nearest patches of the other images (MuSc, sections 3.1 and 3.2).
 
-    tokens: [N, L, P, C] float32 patch tokens straight from the network, without the class token; an array or a
+    tokens: [N + K, L, P, C] float32 patch tokens straight from the network, without the class token; an array or a
         memory map. They are read a few images at a time and not changed.
     grid: rows and columns of the patch grid; a square one by default.
     degrees: odd sizes of the neighbourhoods that LNAMD averages.
-    interval: which of the N − 1 sorted distances are averaged: below 1 a fraction, 1.0 all of them, above 1 a count
+    interval: which of the N − 1 + K sorted distances are averaged: below 1 a fraction, 1.0 all of them, above 1 a count
         (see `reference.interval_ranks`).
     device: "cpu", "cuda", "cuda:N", several devices that share the image pairs ("cuda:0,1") or "cuda:all"; on one CUDA
         device tokens may also be a device array, and on any number of them float16.
@@ -242,13 +252,15 @@ def mutual_scores(
     progress: called with the pairs done and the pairs in all; with several devices from their threads, one at a time.
     timings: seconds are added under "product", "filter and max", "normalise" and "select", with int8 also "re-measure".
     on_plan: called with the plan before work starts; `describe()` says it in words.
+    references: K, how many of the images, the last ones, have no scores: the others are compared with them and with
+        each other, references are not. With one, a single image can be scored.
     return_minima: also hand back the distances of every patch to the nearest patch of each image, from which other
         references can be selected without new products: True averages them over layers and degrees, "each" does not.
 
     Returns scores [N, P] float32, distances between unit vectors averaged over layers and degrees; with `return_minima`
-    also the minima, float32 [N, P, N] or for "each" [L, R, N, P, N] in the order of `degrees`, infinity for the image
-    itself.
-    Raises ValueError for arguments that make no sense (N = 1 among them), MemoryError for a limit below the minimum.
+    also the minima, float32 [N, P, N + K] or for "each" [L, R, N, P, N + K] in the order of `degrees`, infinity for the
+    image itself.
+    Raises ValueError for arguments that make no sense (N + K = 1 among them), MemoryError for too low a limit.
     """
     if getattr(tokens, "ndim", None) != 4 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [N, L, P, C] and not empty, got shape {getattr(tokens, 'shape', None)}")
@@ -261,7 +273,13 @@ def mutual_scores(
     devices = open_devices(device) if device != "cpu" else ()
     scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices)
     return scoring.scores(
-        tokens, memory_limit, progress=progress, timings=timings, on_plan=on_plan, return_minima=return_minima
+        tokens,
+        memory_limit,
+        progress=progress,
+        timings=timings,
+        on_plan=on_plan,
+        references=references,
+        return_minima=return_minima,
     )
 
 

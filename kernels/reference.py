@@ -66,10 +66,10 @@ def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
 def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int]:
     """Turn an interval into ranks [first, last) among the sorted distances to the other images.
 
-    others: N − 1. A bound below 1 is a fraction of them, a bound above 1 a count. Of the bounds that are 1, an upper
-    one that is a float is the fraction that means all: (0.0, 1.0) averages every distance; an integer and a lower one
-    are a count: (0, 1) is the nearest image alone, (1.0, 3.0) the second and the third nearest. Counts of more images
-    than there are mean all of them; at least one rank is kept.
+    others: N − 1, with K references N − 1 + K. A bound below 1 is a fraction of them, a bound above 1 a count. Of the
+    bounds that are 1, an upper one that is a float is the fraction that means all: (0.0, 1.0) averages every distance;
+    an integer and a lower one are a count: (0, 1) is the nearest image alone, (1.0, 3.0) the second and the third
+    nearest. Counts of more images than there are mean all of them; at least one rank is kept.
     """
     low, high = interval
     first = int(others * low) if low < 1 else int(low)
@@ -78,16 +78,19 @@ def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int
     return min(first, last - 1), last
 
 
-def patch_minima_per_degree(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.float64]:
+def patch_minima_per_degree(
+    tokens: ArrayLike, grid: tuple[int, int], degree: int, references: int = 0
+) -> NDArray[np.float64]:
     """Measure how far every patch of one layer is from the nearest patch of each image (MuSc, section 3.2).
 
-    tokens: [N, P, C]. Returns [N, P, N]; infinity where an image would be compared with itself.
+    tokens: [N + K, P, C], of which the last K, `references`, are only compared with. Returns [N, P, N + K]; infinity
+    where an image would be compared with itself.
     """
-    z = lnamd(tokens, grid, degree)  # [N, P, C]
+    z = lnamd(tokens, grid, degree)  # [N + K, P, C]
     images = len(z)
-    lengths = np.square(z).sum(axis=-1)  # [N, P], 1 except for zero features
-    minima = np.full((*z.shape[:2], images), np.inf)
-    for i in range(images):
+    lengths = np.square(z).sum(axis=-1)  # [N + K, P], 1 except for zero features
+    minima = np.full((images - references, z.shape[1], images), np.inf)
+    for i in range(images - references):
         for j in range(images):
             if j != i:
                 squared = lengths[i][:, None] + lengths[j] - 2 * z[i] @ z[j].T  # [P, P]
@@ -103,11 +106,19 @@ def interval_average(minima: ArrayLike, interval: tuple[float, float]) -> NDArra
     return average
 
 
-def patch_minima(tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5)) -> NDArray[np.float64]:
-    """Measure every layer's and degree's minima; tokens: [N, L, P, C]. Returns [L, R, N, P, N]."""
+def patch_minima(
+    tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5), references: int = 0
+) -> NDArray[np.float64]:
+    """Measure every layer's and degree's minima; tokens: [N + K, L, P, C] with K `references`.
+
+    Returns [L, R, N, P, N + K].
+    """
     x = np.asarray(tokens, np.float64)
     return np.array(
-        [[patch_minima_per_degree(x[:, layer], grid, degree) for degree in degrees] for layer in range(x.shape[1])]
+        [
+            [patch_minima_per_degree(x[:, layer], grid, degree, references) for degree in degrees]
+            for layer in range(x.shape[1])
+        ]
     )
 
 
@@ -126,12 +137,14 @@ def mutual_scores(
     grid: tuple[int, int],
     degrees: Sequence[int] = (1, 3, 5),
     interval: tuple[float, float] = (0.0, 0.3),
+    references: int = 0,
 ) -> NDArray[np.float64]:
     """Average the mutual scores over layers, then over degrees (MuSc, eq. 6).
 
-    tokens: [N, L, P, C]. Returns [N, P].
+    tokens: [N + K, L, P, C], of which the last K, `references`, have no scores. Returns [N, P].
     """
-    scores: NDArray[np.float64] = interval_average(patch_minima(tokens, grid, degrees), interval).mean(axis=(0, 1))
+    minima = patch_minima(tokens, grid, degrees, references)
+    scores: NDArray[np.float64] = interval_average(minima, interval).mean(axis=(0, 1))
     return scores
 
 

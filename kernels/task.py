@@ -32,7 +32,10 @@ class Task:
         return math.prod(self.grid)
 
     def ranks(self, images: int) -> tuple[int, int]:
-        """Return which ranks [first, last) of a patch's sorted distances to the other images are averaged."""
+        """Return which ranks [first, last) of a patch's sorted distances to the other images are averaged.
+
+        images: all that are compared, references among them.
+        """
         return interval_ranks(images - 1, self.interval)
 
 

@@ -10,14 +10,15 @@ FLOAT_BYTES = 4
 ROW_CHUNKS = (8, 2, 1)  # images per chunk where most memory goes to the minima of a few rows
 
 
-def compared_pairs(images: int, rows: int) -> int:
+def compared_pairs(images: int, rows: int, references: int = 0) -> int:
     """Count the products of a layer where chunks of rows are compared in turn with themselves and everything else.
 
-    Pairs within a chunk of rows serve both directions; all others are computed once for each.
+    images: all, of which references are never rows. Pairs within a chunk of rows serve both directions; all others are
+    computed once for each.
     """
-    total = 0
-    for first in range(0, images, rows):
-        count = min(rows, images - first)
+    total, scored = 0, images - references
+    for first in range(0, scored, rows):
+        count = min(rows, scored - first)
         total += count * (count - 1) // 2 + count * (images - count)
     return total
 
@@ -26,11 +27,12 @@ def compared_pairs(images: int, rows: int) -> int:
 class Plan:
     """How one call of mutual scoring runs; every plan gives the same scores."""
 
-    images: int
+    images: int  # all, references among them
+    references: int  # the last images, which are only compared with
     rows: int  # images whose minima with all others are kept at a time
     chunk: int  # images of one layer whose features are resident, on each side of a pair of chunks
     workers: int  # image pairs in flight, each with a Gram of its own
-    minima_in_memory: bool  # else [rows, N, R, P] lives in a memory-mapped temporary file
+    minima_in_memory: bool  # else [rows, images, R, P] lives in a memory-mapped temporary file
     patches_at_once: int  # whose ranks a worker selects together
     peak_bytes: int
     minima_bytes: int
@@ -38,14 +40,19 @@ class Plan:
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
-        return compared_pairs(self.images, self.rows)
+        return compared_pairs(self.images, self.rows, self.references)
+
+    @property
+    def scored(self) -> int:
+        return self.images - self.references
 
     def describe(self) -> str:
         resident = "all features of a layer resident" if self.chunk >= self.images else f"{self.chunk} images per chunk"
-        turns = "" if self.rows >= self.images else f"{self.rows} images in turn against all others, "
+        turns = "" if self.rows >= self.scored else f"{self.rows} images in turn against all others, "
         minima = "in memory" if self.minima_in_memory else "in a memory-mapped temporary file"
+        known = f" with {self.references} references" if self.references else ""
         return (
-            f"mutual scoring of {self.images} images: {turns}{resident}, {self.workers} pairs at a time, "
+            f"mutual scoring of {self.scored} images{known}: {turns}{resident}, {self.workers} pairs at a time, "
             f"minima ({self.minima_bytes / 2**20:.0f} MiB) {minima}, {self.peak_bytes / 2**20:.0f} MiB at the peak"
         )
 
@@ -54,13 +61,18 @@ class Plan:
 class Sizes:
     """What decides how much memory a call takes."""
 
-    images: int
+    images: int  # all, references among them
     patches: int
     channels: int
     degrees: int
     comparer: type[Comparer] = GramOnce  # says what features take
     remeasured_ranks: int = 0  # ranks whose winners are measured again (int8; 0 for fp32)
     returned_bytes: int = 0  # of the minima that the caller gets back, which stay in memory
+    references: int = 0
+
+    @property
+    def scored(self) -> int:
+        return self.images - self.references
 
     def plan(self, rows: int, chunk: int, workers: int, minima_in_memory: bool) -> Plan:
         """Count what a plan takes; `rows` or `chunk` may be 0, for what is left without them."""
@@ -68,7 +80,7 @@ class Sizes:
         row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
         loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.
-        always = self.returned_bytes + self.images * self.patches * (8 + 8 + self.degrees)
+        always = self.returned_bytes + self.patches * (self.scored * (8 + 8) + self.images * self.degrees)
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
         # degree at a time. It may take what comparing takes.
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)
@@ -78,6 +90,7 @@ class Sizes:
         peak += rows * row * minima_in_memory
         return Plan(
             images=self.images,
+            references=self.references,
             rows=rows,
             chunk=chunk,
             workers=workers,
@@ -95,8 +108,8 @@ class Sizes:
         return features + FLOAT_BYTES * self.patches * (self.degrees + 3 * self.remeasured_ranks)
 
     def fits_disk(self, disk_limit: int | None) -> bool:
-        """Tell whether the minima of all images may go to a temporary file; by default nearly all that is free."""
-        return self.plan(self.images, 0, 0, False).minima_bytes <= (
+        """Tell whether all minima may go to a temporary file; by default nearly all that is free."""
+        return self.plan(self.scored, 0, 0, False).minima_bytes <= (
             default_disk_limit() if disk_limit is None else disk_limit
         )
 
@@ -114,13 +127,13 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
     images either, a few images at a time are compared with all others, which computes most products twice. Raises
     MemoryError below the minimum.
     """
-    images, image = sizes.images, sizes.image_bytes
+    images, scored, image = sizes.images, sizes.scored, sizes.image_bytes
     row = sizes.plan(1, 0, 0, True).minima_bytes
-    cores = min(available_cores(), max(1, images * (images - 1) // 2))
+    cores = min(available_cores(), max(1, scored * (scored - 1) // 2 + scored * sizes.references))
     on_disk = sizes.fits_disk(disk_limit)
     for workers in [cores, *(w for w in (cores // 2, cores // 4, 1) if 0 < w < cores)]:
         for minima_in_memory in (True, False) if on_disk else (True,):
-            plan = sizes.plan(images, images, workers, minima_in_memory)
+            plan = sizes.plan(scored, images, workers, minima_in_memory)
             if plan.peak_bytes <= memory_limit:
                 return plan
         room = memory_limit - sizes.plan(0, 0, workers, False).peak_bytes
@@ -128,9 +141,9 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
         if chunk < 1 or (chunk < min(images, 4) and workers > 1):
             continue
         if on_disk:
-            return sizes.plan(images, chunk, workers, False)
+            return sizes.plan(scored, chunk, workers, False)
         for chunk in ROW_CHUNKS:
-            rows = int(min((room - 2 * chunk * image) // row, images - 1))
+            rows = int(min((room - 2 * chunk * image) // row, scored, images - 1))
             if rows >= chunk:
                 return sizes.plan(rows, chunk, workers, True)
     raise MemoryError(

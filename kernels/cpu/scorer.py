@@ -53,6 +53,10 @@ class _Chunk:
         """Return those of an image."""
         return Features(self.inverse[at], self.features[at])
 
+    def own(self, rows: range) -> range:
+        """Return those of its images, the first ones, that are rows."""
+        return range(self.first, min(self.first + self.count, rows.stop))
+
     def load(self, first: int, tokens: Array, prepare: Prepare, pool: ThreadPoolExecutor) -> None:
         """tokens: [B, P, C] of the images from number `first` on."""
         self.first, self.count = first, len(tokens)
@@ -78,21 +82,21 @@ class Scorer:
         best: Array,
         timings: Timings,
     ) -> None:
-        """best: [rows, N, R, P] of any content, for the best cosines of some images, the rows, with all images."""
+        """best: [rows, images, R, P] of any content, for the best cosines of some images, the rows, with all images."""
         self.pool, self.plan, self.task, self.returned, self.timings = pool, plan, task, returned, timings
         images, patches, degrees = plan.images, task.patches, len(task.degrees)
         self.comparer = plan.comparer(task.grid, task.degrees)
         self.ranks = task.ranks(images)
         self.best = best
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
-        self.scores = np.zeros((images, patches))
+        self.scores = np.zeros((plan.scored, patches))
         room = plan.comparer.feature_bytes(patches, task.channels, degrees)
         sides = 1 if plan.chunk >= images else 2  # of a pair of chunks
         self.chunks = [_Chunk(plan.chunk, room, degrees, patches) for _ in range(sides)]
         self.lock = threading.Lock()
 
     def start_layer(self, tokens: Array, layer: int) -> None:
-        """Take the tokens [N, P, C] of a layer, which are read when they are compared."""
+        """Take the tokens [images, P, C] of a layer, which are read when they are compared."""
         self.tokens, self.layer = tokens, layer
         self.comparer.start_layer(tokens)
 
@@ -102,14 +106,15 @@ class Scorer:
         own = threading.local()  # a Gram for each worker, gone before the ranks are selected
 
         def against(left: _Chunk, right: _Chunk) -> None:
-            for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, own), range(left.count)):
+            mine = range(len(left.own(rows)))
+            for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, own), mine):
                 report(pairs)
 
-        runs = runs_of(rows, self.plan.chunk)
+        runs, outside = self._runs(rows)
         for number, images in enumerate(runs):
             left = self._load_features(0, images)
             against(left, left)
-            for others in (*runs[number + 1 :], *self._outside(rows)):
+            for others in (*runs[number + 1 :], *outside):
                 against(left, self._load_features(1, others))
 
     def select(self, rows: range) -> None:
@@ -132,10 +137,12 @@ class Scorer:
         self.usable[images.start : images.stop] = chunk.inverse[: chunk.count] > 0
         return chunk
 
-    def _outside(self, rows: range) -> list[range]:
-        """Cut the images that are no rows into chunks."""
-        before, after = range(rows.start), range(rows.stop, self.plan.images)
-        return [*runs_of(before, self.plan.chunk), *runs_of(after, self.plan.chunk)]
+    def _runs(self, rows: range) -> tuple[list[range], list[range]]:
+        """Cut rows, and images that are no rows, into chunks; where all images are resident they are one."""
+        images, size = self.plan.images, self.plan.chunk
+        if size >= images:
+            return [range(images)], []
+        return runs_of(rows, size), [*runs_of(range(rows.start), size), *runs_of(range(rows.stop, images), size)]
 
     def _compare_image(self, left: _Chunk, i: int, right: _Chunk, rows: range, own: threading.local) -> int:
         """Compare image i of the left chunk with the right chunk's images (only the later ones in its own chunk)."""
@@ -191,7 +198,7 @@ class Scorer:
 
     def _remeasured(self, rows: range) -> NDArray[np.float64]:
         """Turn keys into mean distances over the chosen ranks and the degrees, [rows, P], all of them measured."""
-        comparer, runs = self.comparer, runs_of(rows, self.plan.chunk)
+        comparer, (runs, outside) = self.comparer, self._runs(rows)
         assert isinstance(comparer, Int8GramOnce)
         self._hold(((self.task.patches, self.task.channels), np.float32), 1)
         total = np.zeros((len(rows), self.task.patches))
@@ -203,15 +210,16 @@ class Scorer:
             prepare = comparer.prepare_unit(degree)
             for images in runs:
                 left = self._load(0, images, prepare)
+                own = left.own(rows)
                 with stopwatch(self.timings, "select"):
-                    keys = self.best[images.start - rows.start : images.stop - rows.start, :, r]
-                    winners = list(self.pool.map(lambda i, k: self._choose_winners(i, r, k), images, keys))  # noqa: B023
-                for others in (*runs, *self._outside(rows)):
+                    keys = self.best[own.start - rows.start : own.stop - rows.start, :, r]
+                    winners = list(self.pool.map(lambda i, k: self._choose_winners(i, r, k), own, keys))  # noqa: B023
+                for others in (*runs, *outside):
                     right = left if others == images else self._load(1, others, prepare)
                     with stopwatch(self.timings, "re-measure"):
-                        list(self.pool.map(lambda i: measure(left, i, right, winners[i]), range(left.count)))  # noqa: B023
+                        list(self.pool.map(lambda i: measure(left, i, right, winners[i]), range(len(own))))  # noqa: B023
                 with stopwatch(self.timings, "select"):
-                    list(self.pool.map(lambda i, w: self._add_average(i, r, w, total[i - rows.start]), images, winners))  # noqa: B023
+                    list(self.pool.map(lambda i, w: self._add_average(i, r, w, total[i - rows.start]), own, winners))  # noqa: B023
                 winners.clear()  # the next ones would otherwise stand beside them
         return total
 

@@ -1,7 +1,9 @@
 """Mutual scoring on a CPU: the data flow from patch tokens to patch scores.
 
-tokens [N, L, P, C] → per layer: features and inverse lengths → best cosines of every pair [N, N, R, P] → distances →
-mean of the lowest ranks → mean over layers and degrees [N, P]
+tokens [N + K, L, P, C] → per layer: features and inverse lengths → best cosines of every pair [N, N + K, R, P] →
+distances → mean of the lowest ranks → mean over layers and degrees [N, P]
+
+The last K images are references, which nothing is compared for: there is no product among them.
 """
 
 import warnings
@@ -40,19 +42,19 @@ class Scoring:
     def memory_limit(self) -> int:
         return default_memory_limit()
 
-    def needed(self, images: int) -> int:
-        return least_bytes(self._sizes(images))
+    def needed(self, images: int, references: int) -> int:
+        return least_bytes(self._sizes(images, references))
 
-    def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
-        return plan_mutual_scoring(self._sizes(images, returned_bytes), memory_limit)
+    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
+        return plan_mutual_scoring(self._sizes(images, references, returned_bytes), memory_limit)
 
-    def _sizes(self, images: int, returned_bytes: int = 0) -> Sizes:
-        task, remeasured = self._task, 0
+    def _sizes(self, images: int, references: int, returned_bytes: int = 0) -> Sizes:
+        task, remeasured, compared = self._task, 0, images + references
         if self._comparer is Int8GramOnce:
-            first, last = task.ranks(images)
-            remeasured = images - 1 if returned_bytes else last - first
-        sizes = images, task.patches, task.channels, len(task.degrees)
-        return Sizes(*sizes, self._comparer, remeasured, returned_bytes)
+            first, last = task.ranks(compared)
+            remeasured = compared - 1 if returned_bytes else last - first
+        sizes = compared, task.patches, task.channels, len(task.degrees)
+        return Sizes(*sizes, self._comparer, remeasured, returned_bytes, references)
 
     def run(
         self,
@@ -62,7 +64,7 @@ class Scoring:
         progress: Callable[[int, int], None] | None,
         timings: Timings,
     ) -> Array:
-        """Score tokens [N, L, P, C] as planned; returns [N, P] and fills `returned`."""
+        """Score tokens [N + K, L, P, C] as planned; returns [N, P] and fills `returned`."""
         task = self._task
         if not native_pass_covers(task.degrees):
             warnings.warn(
@@ -92,7 +94,7 @@ class Scoring:
                 for layer in range(task.layers):
                     with stopwatch(timings, "normalise"):
                         scorer.start_layer(tokens[:, layer], layer)
-                    for rows in runs_of(range(plan.images), plan.rows):
+                    for rows in runs_of(range(plan.scored), plan.rows):
                         scorer.compare(rows, report)
                         scorer.select(rows)
             except BaseException:  # Ctrl-C included: do not start what is still queued

@@ -25,13 +25,14 @@ class Share:
 
     own: range
     others: range
+    sent: bool = True  # whether what the others get goes to the chunk that they are rows of
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one call of mutual scoring runs on its devices; every plan gives the same scores."""
 
-    images: int
+    images: int  # all, references among them
     rows: int  # images of a device whose best cosines with all others are resident
     columns: int  # images per chunk that streams past the rows, two of which are resident; 0 where nothing does
     pairs: int  # image pairs per launch
@@ -41,25 +42,47 @@ class Plan:
     peak_bytes: int  # on each device
     host_bytes: int
     comparer: type[Comparer]
+    references: int = 0  # the last images, which are only compared with
+
+    @property
+    def scored(self) -> int:
+        return self.images - self.references
 
     def rounds(self) -> list[list[range]]:
         """Return, for every round, the chunk of rows of each device; the last ones may be empty."""
-        share, more = divmod(self.images, self.devices)
+        share, more = divmod(self.scored, self.devices)
         starts = [device * share + min(device, more) for device in range(self.devices + 1)]
         runs = [range(start, stop) for start, stop in pairwise(starts)]
         return [[run[at : at + self.rows] for run in runs] for at in range(0, len(runs[0]), self.rows)]
+
+    def prepared(self) -> list[list[range]]:
+        """Return, for every device, the chunks that it makes the features of: shares of the references, then its rows.
+
+        Where nothing streams there is one chunk of all.
+        """
+        if not self.columns:
+            return [[range(self.images)]]
+        known = range(self.scored, self.images)
+        shares = [known[at : at + self.rows] for at in range(0, len(known), self.rows)]
+        return [
+            [*shares[device :: self.devices], *(chunks[device] for chunks in self.rounds() if chunks[device])]
+            for device in range(self.devices)
+        ]
 
     def shares(self, rows: range) -> dict[range, Share]:
         """Return what a chunk of rows compares with images outside of it, by the run that these are of.
 
         Where chunks exchange, the two of one round halve their pairs and an earlier round takes all of a later one's.
+        References take nothing: every chunk compares all of its rows with them.
         """
         if not self.exchanges:
             outside = range(rows.start), range(rows.stop, self.images)
-            return {others: Share(rows, others) for others in outside if others}
+            return {others: Share(rows, others, sent=False) for others in outside if others}
         rounds = self.rounds()
         now = next(number for number, chunks in enumerate(rounds) if rows in chunks)
-        shares = {others: Share(rows, others) for chunks in rounds[now + 1 :] for others in chunks}
+        known = range(self.scored, self.images)
+        shares = {known: Share(rows, known, sent=False)}
+        shares |= {others: Share(rows, others) for chunks in rounds[now + 1 :] for others in chunks}
         for others in rounds[now]:
             if rows.start < others.start:
                 shares[others] = Share(rows, others[: len(others) // 2])
@@ -71,13 +94,14 @@ class Plan:
         return [rows for chunks in self.rounds() for rows in chunks if rows]
 
     def outside_pairs(self) -> int:
-        """Count the pairs of a layer that are compared across chunks."""
-        both_ways = sum(len(rows) * (self.images - len(rows)) for rows in self.chunks())
+        """Count the pairs of a layer that are compared across chunks of rows."""
+        both_ways = sum(len(rows) * (self.scored - len(rows)) for rows in self.chunks())
         return both_ways // 2 if self.exchanges else both_ways
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
-        return sum(len(rows) * (len(rows) - 1) // 2 for rows in self.chunks()) + self.outside_pairs()
+        within = sum(len(rows) * (len(rows) - 1) // 2 for rows in self.chunks())
+        return within + self.outside_pairs() + self.scored * self.references
 
     def describe(self) -> str:
         where = "the device" if self.devices == 1 else f"{self.devices} devices"
@@ -89,9 +113,10 @@ class Plan:
                 f"features {self.features}, "
                 f"pairs across chunks compared {'once' if self.exchanges else 'by both sides'}"
             )
+        known = f" with {self.references} references" if self.references else ""
         host = f", {self.host_bytes / 2**20:.0f} MiB on the host" if self.host_bytes else ""
         return (
-            f"mutual scoring of {self.images} images on {where}: {resident}, {self.comparer.description}, "
+            f"mutual scoring of {self.scored} images{known} on {where}: {resident}, {self.comparer.description}, "
             f"{self.pairs} pairs per launch, "
             f"{self.peak_bytes / 2**20:.0f} MiB at the peak{' of each' if self.devices > 1 else ''}{host}"
         )
@@ -101,13 +126,18 @@ class Plan:
 class Sizes:
     """What decides how much memory a call takes."""
 
-    images: int
+    images: int  # all, references among them
     patches: int
     channels: int
     degrees: int  # distinct ones
     devices: int = 1
     comparer: type[Comparer] = GramOnce  # says what comparing takes
     returned_bytes: int = 0  # of the minima that the caller gets back, in host memory
+    references: int = 0
+
+    @property
+    def scored(self) -> int:
+        return self.images - self.references
 
     @property
     def image_bytes(self) -> int:
@@ -124,10 +154,12 @@ class Sizes:
         """Count what a plan takes; `rows` may be 0, for what is left without them."""
         images, patches = self.images, self.patches
         # Scores, distances of one image to all others if they are handed back, staged tokens, sums, flags of images.
-        peak = 4 * patches * (images * (2 if self.returned_bytes else 1) + STAGED_IMAGES * self.channels)
+        one_image = images if self.returned_bytes else 0
+        peak = 4 * patches * (self.scored + one_image + STAGED_IMAGES * self.channels)
         peak += STAGED_IMAGES * (16 * SLICES + 4) + images * (self.degrees + 4)
         peak += self.comparer.scratch_bytes(patches, self.channels) + 2 * pairs * self.comparer.gram_bytes(patches)
-        peak += rows * (self.image_bytes + images * self.entry_bytes) + 2 * columns * self.image_bytes
+        resident = images if features == "on the device" else rows
+        peak += resident * self.image_bytes + rows * images * self.entry_bytes + 2 * columns * self.image_bytes
         peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
         host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
         plan = Plan(
@@ -135,12 +167,13 @@ class Sizes:
             rows=rows,
             columns=columns,
             pairs=pairs,
-            devices=max(min(self.devices, images), 1),
+            devices=max(min(self.devices, self.scored), 1),
             features=features,
             exchanges=exchanges,
             peak_bytes=peak,
             host_bytes=host,
             comparer=self.comparer,
+            references=self.references,
         )
         return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
 
@@ -148,9 +181,9 @@ class Sizes:
 def least_bytes(sizes: Sizes) -> int:
     """Return the smallest memory limit for which there is a plan, if the host has room for what does not fit."""
     streaming = sizes.plan(1, min(1, sizes.images), 1, False, "in host memory").peak_bytes
-    if sizes.devices > 1 < sizes.images:
+    if sizes.devices > 1 < sizes.scored:
         return streaming
-    return min(streaming, sizes.plan(sizes.images, 0, 1, False, "on the device").peak_bytes)
+    return min(streaming, sizes.plan(sizes.scored, 0, 1, False, "on the device").peak_bytes)
 
 
 def plan_mutual_scoring(
@@ -169,15 +202,15 @@ def plan_mutual_scoring(
     if sizes.returned_bytes > host_limit:
         raise MemoryError(_too_little("in host memory", sizes, sizes.returned_bytes, host_limit))
     choices = _pairs_per_launch(sizes, cache_bytes, pairs)
-    devices = max(min(sizes.devices, sizes.images), 1)
+    devices = max(min(sizes.devices, sizes.scored), 1)
     if devices == 1:
         for pairs in choices:
-            plan = sizes.plan(sizes.images, 0, pairs, False, "on the device")
+            plan = sizes.plan(sizes.scored, 0, pairs, False, "on the device")
             if plan.peak_bytes <= memory_limit:
                 return plan
     in_memory = sizes.returned_bytes + sizes.images * sizes.image_bytes <= host_limit
     where: Where = "in host memory" if in_memory else "in a memory-mapped file"
-    own = -(-sizes.images // devices)
+    own = -(-sizes.scored // devices)
     # A launch compares at most as many images as are fetched together, so few pairs cost less than few columns.
     shapes = [(32, choices[0]), *((8, pairs) for pairs in choices), (1, choices[-1])]
     for least in (*(rows for rows in HIDING_ROWS if rows < own), 1):

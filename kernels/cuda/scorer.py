@@ -77,6 +77,7 @@ def open_store(device: Device, plan: Plan, work: Work) -> Iterator[Store]:
         (rows, others): (share, page_locked((len(share.others), len(share.own), degrees, patches), np.int32))
         for rows in (plan.chunks() if plan.exchanges else ())
         for others, share in plan.shares(rows).items()
+        if share.sent
     }
     inverse, has_zero = page_locked((images, degrees, patches), np.float32), np.empty((images, degrees), np.uint8)
     with ExitStack() as stack:
@@ -128,15 +129,16 @@ class Scorer:
         images, patches, degrees = plan.images, work.patches, len(work.degrees)
         device.use()
         layout = work.layout(plan)
-        self.rows = _Chunk(device, min(plan.rows, images), layout, work)
+        rows = min(plan.rows, plan.scored)
+        self.rows = _Chunk(device, rows if plan.columns else images, layout, work)
         self.columns = [_Chunk(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
         self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.pairs)
         # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
-        self.best = device.empty((len(self.rows), images, degrees, patches), np.int32)
-        room = plan.columns * len(self.rows) * degrees * patches if plan.exchanges else 0
+        self.best = device.empty((rows, images, degrees, patches), np.int32)
+        room = plan.columns * rows * degrees * patches if plan.exchanges else 0
         self.sent = [device.empty((room,), np.int32) for _ in range(2 if room else 0)]
         self.has_zero = device.empty((images, degrees), np.uint8)
-        self.scores = device.empty((images, patches), np.float32)
+        self.scores = device.empty((plan.scored, patches), np.float32)
         self.distances = device.empty((1, patches, images), np.float32) if work.minima_weights else None
         self.score_weights = device.to_device(work.score_weights)
         self.minima_weights = [device.to_device(weights) for weights in work.minima_weights]
@@ -147,7 +149,7 @@ class Scorer:
         device.fill(self.scores, 0)
 
     def normalise(self, tokens: Any, layer: int, chunks: Sequence[range], store: Store | None) -> None:
-        """Prepare the features of this device's chunks of rows; the last chunk's stay."""
+        """Prepare the features of this device's chunks; the last one's stay."""
         self.device.use()
         self.device.fill(self.has_zero, 0)
         for images in chunks:
@@ -169,9 +171,10 @@ class Scorer:
         steps = self._steps(rows, store) if store is not None else []
         device.fetch(0, [] if store is None or self.rows.images == rows else self.rows.fetched_from(store, rows))
         with device.comparing(0):
+            resident = rows if store is not None else self.rows.images  # with the references behind them
             for i in rows:
-                self._compare_within(i, rows[i - rows.start + 1 :])
-                report(rows.stop - i - 1)
+                self._compare_within(i, rows[i - rows.start + 1 :], resident[len(rows) :])
+                report(resident.stop - i - 1)
         if steps:
             self._fetch(1, steps[0])
         for number, step in enumerate(steps, 1):
@@ -249,7 +252,7 @@ class Scorer:
         self.device.fetch(slot, self.columns[slot].fetched_from(step.store, step.others))
 
     def _load(self, tokens: Any, layer: int, images: range) -> None:
-        """Normalise a chunk of rows and make its features."""
+        """Normalise a chunk and make its features."""
         self.device.synchronise()  # products may still be reading what is overwritten
         self.rows.images = images
         for start in range(0, len(images), STAGED_IMAGES):
@@ -287,16 +290,12 @@ class Scorer:
             ),
         )
 
-    def _compare_within(self, i: int, partners: range) -> None:
-        """Queue the comparison of a row image with later row images, both directions."""
-        own, at = i - self.rows.images.start, slice(partners.start - self.rows.images.start, None)
-        best = self.best[: len(self.rows.images)]
-        self._compare(
-            self.rows.all.of(own),
-            self.rows.run(partners),
-            best[at, i],
-            best[own, partners.start : partners.stop],
-        )
+    def _compare_within(self, i: int, partners: range, references: range) -> None:
+        """Queue the comparison of a row image with later row images, both directions, and with resident references."""
+        own, first = i - self.rows.images.start, partners.start - self.rows.images.start
+        for others, best in (partners, self.best[first : first + len(partners), i]), (references, None):
+            mine = self.best[own, others.start : others.stop]
+            self._compare(self.rows.all.of(own), self.rows.run(others), best, mine)
 
     def _compare_across(self, step: "_Step", slot: int, report: Report) -> DEVICE_ARRAY:
         """Queue the comparison of fetched images with rows; return the fetched images' keys [others, own, R, P].

@@ -78,18 +78,18 @@ class Scoring:
     def memory_limit(self) -> int:
         return min(int(MEMORY_SHARE * device.free_bytes()) for device in self._devices)
 
-    def needed(self, images: int) -> int:
-        return least_bytes(self._sizes(images))
+    def needed(self, images: int, references: int) -> int:
+        return least_bytes(self._sizes(images, references))
 
-    def plan(self, images: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
+    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
         cache_bytes, options = min(device.cache_bytes for device in self._devices), self._options
-        sizes = self._sizes(images, returned_bytes)
+        sizes = self._sizes(images, references, returned_bytes)
         return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.pairs)
 
-    def _sizes(self, images: int, returned_bytes: int = 0) -> Sizes:
+    def _sizes(self, images: int, references: int, returned_bytes: int = 0) -> Sizes:
         task = self._task
-        sizes = images, task.patches, task.channels, len(self._degrees)
-        return Sizes(*sizes, len(self._devices), self._comparer, returned_bytes)
+        sizes = images + references, task.patches, task.channels, len(self._degrees)
+        return Sizes(*sizes, len(self._devices), self._comparer, returned_bytes, references)
 
     def run(
         self,
@@ -99,7 +99,7 @@ class Scoring:
         progress: Callable[[int, int], None] | None,
         timings: Timings,
     ) -> Array:
-        """Score tokens [N, L, P, C] as planned; returns [N, P] and fills `returned`."""
+        """Score tokens [N + K, L, P, C] as planned; returns [N, P] and fills `returned`."""
         return _score(tokens, self._devices[: plan.devices], plan, self._work(len(tokens), returned), progress, timings)
 
     def _work(self, images: int, returned: ReturnedMinima) -> Work:
@@ -122,9 +122,9 @@ def _score(
     progress: Callable[[int, int], None] | None,
     timings: Timings,
 ) -> Array:
-    """Score tokens [N, L, P, C] as planned; returns [N, P] and fills what is handed back."""
+    """Score tokens [N + K, L, P, C] as planned; returns [N, P] and fills what is handed back."""
     layers = tokens.shape[1]
-    rounds = plan.rounds()
+    rounds, prepared = plan.rounds(), plan.prepared()
     with ExitStack() as stack:
         stack.callback(devices[0].use)
         for device in devices:  # also after a failure: nothing may still use the arrays when they go
@@ -134,15 +134,14 @@ def _score(
         scorers = [Scorer(device, plan, work) for device in devices]
         store = stack.enter_context(open_store(devices[0], plan, work)) if plan.columns else None
         for layer in range(layers):
-            chunks = [[mine[d] for mine in rounds if mine[d]] for d in range(len(devices))]
             with stopwatch(timings, "normalise"):
-                team.do(lambda d: scorers[d].normalise(tokens, layer, chunks[d], store))  # noqa: B023
+                team.do(lambda d: scorers[d].normalise(tokens, layer, prepared[d], store))  # noqa: B023
             for mine in rounds:
                 with stopwatch(timings, "product, filter and max"):
                     team.do(lambda d: scorers[d].compare(mine[d], store, team.report))  # noqa: B023
                 with stopwatch(timings, "select"):
                     team.do(lambda d: scorers[d].select(layer, mine[d], store))  # noqa: B023
-        scores = np.empty((plan.images, work.patches), np.float32)
+        scores = np.empty((plan.scored, work.patches), np.float32)
         for d, scorer in enumerate(scorers):
             for mine in rounds:
                 scorer.device.use()

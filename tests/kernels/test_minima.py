@@ -67,6 +67,21 @@ def test_other_references_can_be_selected_without_products(precision: str) -> No
     np.testing.assert_allclose(selected, expected, atol=2e-3 if precision == "int8" else 1e-4)
 
 
+@pytest.mark.parametrize(("images", "references", "zeros"), [(1, 1, False), (1, 5, False), (2, 6, True), (5, 2, True)])
+def test_references_are_compared_with_and_not_scored(precision: str, images: int, references: int, zeros: bool) -> None:
+    tokens, seen = make_tokens(images + references, zeros=zeros), []
+    options = {"grid": GRID, "degrees": (3, 1), "interval": INTERVAL, "precision": precision, "return_minima": "each"}
+    all_scores, all_minima = mutual_scores(tokens, **options)
+    scores, each = mutual_scores(tokens, references=references, progress=lambda *pairs: seen.append(pairs), **options)
+    assert each.shape == (2, 2, images, 20, images + references)
+    np.testing.assert_array_equal(scores, all_scores[:images])
+    np.testing.assert_array_equal(each, all_minima[:, :, :images])
+    expected = reference.mutual_scores(tokens, GRID, (3, 1), INTERVAL, references)
+    np.testing.assert_allclose(scores, expected, atol=2e-3 if precision == "int8" else 1e-4)
+    products = 2 * (images * (images - 1) // 2 + images * references)  # none among the references
+    assert seen[-1] == (products, products)
+
+
 def smallest_limit(tokens: np.ndarray, **options) -> int:
     """The smallest of a few memory limits that a call runs within."""
     limit = 4096
@@ -79,8 +94,9 @@ def smallest_limit(tokens: np.ndarray, **options) -> int:
 
 
 @pytest.mark.slow
-def test_every_plan_hands_back_the_same(precision: str) -> None:
-    tokens, options = make_tokens(11), {"precision": precision, "return_minima": True}
+@pytest.mark.parametrize("references", [0, 1, 7])
+def test_every_plan_hands_back_the_same(precision: str, references: int) -> None:
+    tokens, options = make_tokens(11), {"precision": precision, "return_minima": True, "references": references}
     expected = mutual_scores(tokens, GRID, **options)
     plans, smallest = [], smallest_limit(tokens, **options)
     for limit in (smallest, smallest * 5 // 4, smallest * 3 // 2, 3 * smallest):
@@ -122,11 +138,12 @@ def test_the_planned_peak_is_kept(precision: str, kind) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disk", [0, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("disk", "references"), [(0, 0), (0, 6), (20_000, 0)])
 def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
-    precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
+    precision: str, disk: int, references: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, options = make_tokens(11, zeros=True), {"precision": precision, "return_minima": "each"}
+    options = {"precision": precision, "return_minima": "each", "references": references}
+    tokens, images = make_tokens(11, zeros=True), 11 - references
     expected = mutual_scores(tokens, GRID, **options)
     monkeypatch.setattr("zsad.kernels.cpu.plan.default_disk_limit", lambda: disk)
     plans, seen = [], []
@@ -143,9 +160,9 @@ def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
         for array, other in zip(got, expected, strict=True):
             np.testing.assert_array_equal(array, other)
         assert seen[-1] == (2 * plans[-1].comparisons(),) * 2
-    assert plans[0].rows < 11
+    assert plans[0].rows < images
     assert plans[0].minima_in_memory
-    assert plans[0].comparisons() > 11 * 10 // 2
+    assert plans[0].comparisons() > images * (images - 1) // 2 + images * references
     assert "in turn against all others" in plans[0].describe()
 
 

@@ -168,6 +168,8 @@ def test_tokens_are_not_changed() -> None:
     ("change", "message"),
     [
         ({"tokens": np.zeros((1, 1, 4, 3), np.float32)}, "only one"),
+        ({"references": 3}, "at least one is scored"),
+        ({"references": -1}, "at least one is scored"),
         ({"tokens": np.zeros((3, 4, 3), np.float32)}, r"\[N, L, P, C\]"),
         ({"tokens": np.zeros((3, 1, 4, 3))}, "float32"),
         ({"tokens": np.zeros((3, 1, 5, 3), np.float32)}, "square grid"),
@@ -191,22 +193,23 @@ def test_bad_arguments(change, message: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("images", [2, 3, 11])
+@pytest.mark.parametrize(("images", "references"), [(2, 0), (3, 0), (11, 0), (1, 1), (1, 9), (6, 5)])
 @pytest.mark.parametrize("disk", [0, 1 << 40])
 def test_needed_is_the_least_that_works(
-    images: int, precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
+    images: int, references: int, precision: str, disk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "int8" and comparers._cpu is None:
         pytest.skip("installed without a compiler: int8 needs the native kernel")
     monkeypatch.setattr("zsad.kernels.cpu.plan.default_disk_limit", lambda: disk)
-    tokens = make_tokens(6, images, 2, (4, 5), 24)
+    tokens = make_tokens(6, images + references, 2, (4, 5), 24)
     scoring = MutualScoring((4, 5), 2, 24, (1, 3), (0.0, 0.5), precision)
     plans: list[Any] = []
-    needed = scoring.needed(images)
-    np.testing.assert_array_equal(scoring.scores(tokens, needed, on_plan=plans.append), scoring.scores(tokens))
+    needed = scoring.needed(images, references)
+    scores = scoring.scores(tokens, needed, on_plan=plans.append, references=references)
+    np.testing.assert_array_equal(scores, scoring.scores(tokens, references=references))
     assert plans[0].peak_bytes == needed
     with pytest.raises(MemoryError, match="needs at least"):
-        scoring.scores(tokens, needed - 1)
+        scoring.scores(tokens, needed - 1, references=references)
 
 
 def test_the_plan_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

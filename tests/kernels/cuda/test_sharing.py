@@ -44,9 +44,9 @@ def unplanned(variant: str, images: int) -> Any:
     return device_scores(tokens(images, 1), GRID, DEGREES, device=HostDevice(), **VARIANTS[variant])
 
 
-def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False) -> Plan:
+def planned(images: int, rows: int, devices: int = 1, exchanges: bool = False, references: int = 0) -> Plan:
     columns = 0 if devices == 1 and rows >= images else 2
-    return Plan(images, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce)
+    return Plan(images + references, rows, columns, 1, devices, "in host memory", exchanges, 0, 0, GramOnce, references)
 
 
 def plan_of(
@@ -79,14 +79,17 @@ def smallest_limit(images: int, **options: Any) -> int:
     return high
 
 
+@pytest.mark.parametrize("references", [0, 1, 5])
 @pytest.mark.parametrize("exchanges", [False, True])
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
 @pytest.mark.parametrize("images", [4, 5, 9, 14])
-def test_every_row_meets_every_other_image_once(images: int, devices: int, exchanges: bool) -> None:
-    for rows in range(1, images + 1):
-        plan = planned(images, rows, devices, exchanges)
+def test_every_row_meets_every_other_image_once(images: int, devices: int, exchanges: bool, references: int) -> None:
+    for rows in range(1, images + 1 - (devices == 1)):
+        plan = planned(images, rows, devices, exchanges, references)
         met: Counter[tuple[int, int]] = Counter()
         compared = 0
+        prepared = [image for chunks in plan.prepared() for chunk in chunks for image in chunk]
+        assert sorted(prepared) == list(range(images + references))
         for chunk in plan.chunks():
             met.update((i, j) for i in chunk for j in chunk if i != j)
             compared += len(chunk) * (len(chunk) - 1) // 2
@@ -94,12 +97,12 @@ def test_every_row_meets_every_other_image_once(images: int, devices: int, excha
                 pairs = [(i, j) for i in share.own for j in share.others]
                 compared += len(pairs)
                 met.update(pairs)
-                if exchanges:
+                if share.sent:
                     met.update((j, i) for i, j in pairs)
-        assert met == Counter((i, j) for i in range(images) for j in range(images) if i != j)
+        assert met == Counter((i, j) for i in range(images) for j in range(images + references) if i != j)
         assert plan.comparisons() == compared
         if exchanges:
-            assert compared == images * (images - 1) // 2
+            assert compared == images * (images - 1) // 2 + images * references
 
 
 @pytest.mark.parametrize("devices", [2, 3])
@@ -293,6 +296,48 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
     np.testing.assert_array_equal(scores, device_scores(x, GRID, DEGREES, device=HostDevice(cache_bytes=1 << 20)))
     assert sum(device.products for device in several) == images * (images - 1)  # in two layers
     assert seen[-1] == (images * (images - 1),) * 2
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("variant", "images", "references", "devices", "host"),
+    [
+        ("gram", 1, 4, 2, "much"),
+        ("gram", 5, 3, 2, "much"),
+        *(
+            pytest.param(variant, *counts, devices, host, marks=pytest.mark.slow)
+            for variant in COMPARERS
+            for counts in ((1, 1), (1, 6), (7, 2), (3, 9))
+            for devices in (1, 2, 3)
+            for host in ("much", "little")
+        ),
+    ],
+)
+def test_references_have_no_scores(variant: str, images: int, references: int, devices: int, host: str) -> None:
+    """Whatever the plan, scores and distances are those of the first images of all."""
+    x, options = tokens(images + references, 1), VARIANTS[variant]
+    joined: Any = {"return_minima": True, **options}
+    expected = device_scores(x, GRID, DEGREES, device=HostDevice(), **joined)
+    host_limit = PLENTY if host == "much" else 4 * images * (images + references) * 9
+    precision = options.get("precision", "auto")
+    how: Any = {"return_minima": True, "references": references, "host_memory_limit": host_limit, **options}
+    needed = MutualScoring(
+        GRID, 1, CHANNELS, DEGREES, (0.0, 0.3), precision, [HostDevice()] * devices, Options(options.get("products"))
+    ).needed(images, references)
+    several: list[HostDevice] = []
+    plans: list[Plan] = []
+    for limit in (needed + 4 * 9 * (images + references), int(1.3 * needed), PLENTY):
+        several = [HostDevice() for _ in range(devices)]
+        got = device_scores(x, GRID, DEGREES, device=several, memory_limit=limit, on_plan=plans.append, **how)
+        for array, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(array, other[:images])
+        plan, each = plans[-1], products_of_a_pair(variant, DEGREES)
+        assert sum(device.products for device in several) == each * plan.comparisons()
+        for device in several[: plan.devices]:
+            assert sum(device.allocated) <= plan.peak_bytes <= limit
+    if host == "much":  # with little, devices compare what lies between them twice
+        assert plans[-1].comparisons() == images * (images - 1) // 2 + images * references
+    assert (plans[-1].columns == 0) == (min(devices, images) == 1)
 
 
 @compiled
