@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zsad.engine.address_space import address_limit, is_scarcity
 from zsad.engine.config import Config
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.depth import batch_bit_depth
@@ -110,6 +111,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
             raise
+        if address_limit() is not None and is_scarcity(error) and not isinstance(error, ImageError):
+            raise  # what `ulimit -v` allows is used up, for the other categories too
         check_there(options.output)
         said = str(error) or type(error).__name__
         log.error("%s", said if isinstance(error, TooFewImagesError) else f"{name}: {said}")

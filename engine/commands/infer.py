@@ -69,6 +69,7 @@ def _go_on(output: Path) -> str:
 
 def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
     """Say what stopped a run, with the exit code."""
+    from zsad.engine.address_space import address_limit, is_scarcity, said_scarcity
     from zsad.engine.config import ConfigError
     from zsad.engine.images.folders import NothingToScoreError
     from zsad.engine.images.stored import ImageError
@@ -84,6 +85,8 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
         return str(error), USAGE
     if isinstance(error, ImageError):
         return f"stopped by --strict: {printable(str(error))}{_go_on(output)}", SOME_FAILED
+    if (limit := address_limit()) is not None and is_scarcity(error):
+        return f"{said_scarcity(limit)}{_go_on(output)}", USAGE
     if isinstance(error, (OSError, MemoryError)):
         return f"stopped: {str(error).rstrip('.')}{_go_on(output)}", SOME_FAILED
     return None

@@ -1,20 +1,20 @@
 """Runs a command in a child where `ulimit -v` bounds its memory: libraries that get none crash in ways of their own."""
 
+import ctypes
 import os
-import re
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
+from zsad.engine.address_space import is_scarcity, said_scarcity
+
 INTERRUPTED, USAGE = 130, 2  # exit codes
-# What libraries call it that have no MemoryError.
-SCARCE = re.compile(
-    r"memory|alloc|failed to map segment|start new thread|mmap|bad array new length|serialize proto|Load model from",
-    re.IGNORECASE,
-)
+THREAD_STACK = 2 << 20  # bytes of address space; eight are usual
+M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 def supervised(command: str, limit: int, run: Callable[[], int]) -> int:
@@ -31,6 +31,7 @@ def supervised(command: str, limit: int, run: Callable[[], int]) -> int:
             os.close(report)
             os.close(hold)
             _divert_libraries(said.fileno())
+            _save_address_space()
             threading.Thread(target=_end_with_parent, args=(held,), daemon=True).start()
             return _reported(run, to_report)
         os.close(to_report)
@@ -56,10 +57,7 @@ def supervised(command: str, limit: int, run: Callable[[], int]) -> int:
     if signals and os.WIFSIGNALED(status):
         print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(
-        f"{command}: too little memory to start: ulimit -v allows {limit >> 20} MB; allow more: ulimit -v unlimited",
-        file=sys.stderr,
-    )
+    print(f"{command}: {said_scarcity(limit)}", file=sys.stderr)
     return USAGE
 
 
@@ -68,6 +66,13 @@ def _divert_libraries(file: int) -> None:
     os.setpgid(0, 0)  # so that Ctrl-C reaches the child once, through its parent
     sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding=sys.stderr.encoding, errors="backslashreplace")
     os.dup2(file, 2)
+
+
+def _save_address_space() -> None:
+    """Give threads small stacks, and one heap to share: glibc keeps 64 MB of addresses for each thread's own."""
+    threading.stack_size(THREAD_STACK)
+    with suppress(AttributeError, OSError):  # other C libraries have no such heaps
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _end_with_parent(held: int) -> None:
@@ -84,18 +89,9 @@ def _reported(run: Callable[[], int], report: int) -> int:
         os.write(report, bytes([code]))
         raise
     except BaseException as error:
-        if _is_scarcity(error):
+        if is_scarcity(error):
             os._exit(USAGE)
         os.write(report, b"\1")
         raise
     os.write(report, bytes([code]))
     return code
-
-
-def _is_scarcity(error: BaseException | None) -> bool:
-    """Tell whether an error, or what it came from, is a want of memory."""
-    while error is not None:
-        if isinstance(error, MemoryError) or SCARCE.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -1,13 +1,14 @@
 """Where the commands begin. Ctrl-C is one line from here on, so nothing slow is imported before it is caught."""
 
 import os
-import resource
 import signal
 import sys
 import threading
 from functools import partial
 from importlib import import_module
 from types import FrameType
+
+from zsad.engine.address_space import address_limit
 
 INTERRUPTED = 130  # the exit code
 
@@ -90,8 +91,8 @@ def export() -> int:
 
 
 def _start(command: str, module: str) -> int:
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
+    limit = address_limit()
+    if limit is None:
         return _run(command, module)
     from .scarce import supervised
 

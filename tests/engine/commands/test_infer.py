@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import resource
 import select
 import shutil
 import signal
@@ -270,6 +271,22 @@ def test_one_failing_category_does_not_stop_the_others(
     run = json.loads(Path("out/run.json").read_text())
     assert run["categories"]["cursed"]["failures"]
     assert run["failed"] == 4
+
+
+def test_a_want_of_address_space_is_one_line(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "data", *numbered(3, "bolt/"), *numbered(3, "nut/"))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(CategoryPass, "write", fail)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 40, 1 << 40))
+    assert infer("data", "-q") == 2
+    assert capsys.readouterr().err == (
+        "zsad-infer: too little memory: ulimit -v allows 1048576 MB; allow more: ulimit -v unlimited\n"
+    )
 
 
 def test_an_unreadable_folder_is_a_failure_now_and_when_resumed(

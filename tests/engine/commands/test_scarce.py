@@ -10,7 +10,7 @@ import psutil
 import pytest
 from runs import draw
 
-LINE = "zsad-x: too little memory to start: ulimit -v allows 256 MB; allow more: ulimit -v unlimited\n"
+LINE = "zsad-x: too little memory: ulimit -v allows 256 MB; allow more: ulimit -v unlimited\n"
 
 
 def supervise(run: str) -> tuple[int, str, str]:
@@ -104,9 +104,8 @@ def test_a_run_in_little_memory_ends_in_results_or_a_word(megabytes: int, tiny: 
         preexec_fn=limit,
     )
     if ended.returncode == 2:
-        assert ended.stderr.startswith("zsad-infer: too little memory to start")
+        assert ended.stderr.startswith("zsad-infer: too little memory")
         assert ended.stderr.count("\n") == 1
     else:
-        assert ended.returncode in (0, 1), ended.stderr
-        assert "Traceback" not in ended.stderr
+        assert (ended.returncode, ended.stderr) == (0, "")
     assert megabytes < 4000 or ended.returncode == 0
