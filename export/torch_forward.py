@@ -13,7 +13,7 @@ from torch.nn import functional
 from .options import WINDOWS, ExportOptions, TextOptions
 from .text_transformer import NORM_EPS, TextTransformer
 from .transformer import Affine, Block
-from .vision_transformer import VisionTransformer
+from .vision_transformer import LONGEST_PERIOD, VisionTransformer
 
 Array = NDArray[np.float32]
 
@@ -60,6 +60,7 @@ class TorchBlocks(OnDevice):
         """causal: a token sees none behind it. where: device and type."""
         super().__init__(*where)
         self._heads, self._activation, self._eps, self._causal = heads, ACTIVATION[activation], eps, causal
+        self._turn: tuple[Any, Any] | None = None  # cosine and sine of rotary positions, [P, head width]
         self._blocks = [{name: self._affine(getattr(block, name)) for name in BLOCK} for block in blocks]
 
     def _streams(self, x: Any, depth: int) -> Iterator[Any]:
@@ -76,8 +77,16 @@ class TorchBlocks(OnDevice):
         batch, count, width = x.shape
         parts = functional.linear(x, *block["qkv"]).reshape(batch, count, 3, self._heads, width // self._heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
+        if self._turn is not None:
+            query, key = self._turned(query, *self._turn), self._turned(key, *self._turn)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self._causal)
         return functional.linear(mixed.transpose(1, 2).reshape(batch, count, width), *block["proj"])
+
+    def _turned(self, x: Any, cosine: Any, sine: Any) -> Any:
+        """Turn the patches of x [B, heads, T, head width], which stand last."""
+        front, patches = x[:, :, : -len(cosine)], x[:, :, -len(cosine) :].float()
+        first, second = patches.chunk(2, dim=-1)
+        return torch.cat([front, (patches * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)], dim=2)
 
     def _feed_forward(self, x: Any, block: dict[str, tuple[Any, Any]]) -> Any:
         hidden = functional.linear(x, *block["fc1"])
@@ -95,10 +104,12 @@ class TorchForward(TorchBlocks):
     ) -> None:
         """options: all but the precision, which is `dtype`, and the form of attention."""
         own = vit.architecture
-        heads = own.attention_heads(vit.width, options.heads)
+        heads = vit.attention_heads(options.heads)
         super().__init__(vit.blocks, heads, options.activation, own.norm_eps, causal=False, where=(device, dtype))
         self._vit, self._options = vit, options
-        self._norm = self._affine(vit.norm)
+        if own.rotary:
+            self._turn = self._rotation(vit.width // heads)
+        self._norm, self._class_norm = self._affine(vit.norm), self._affine(vit.class_norm)
         self._pre_norm = None if vit.pre_norm is None else self._affine(vit.pre_norm)
         self._patches = self.tensor(vit.patch_weight), None if vit.patch_bias is None else self.tensor(vit.patch_bias)
         self._class_token, self._registers = self.tensor(vit.class_token), self.tensor(vit.registers)
@@ -134,7 +145,7 @@ class TorchForward(TorchBlocks):
         return torch.cat([x[:, :1], self._registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
     def _class_vector(self, x: Any) -> Any:
-        y = self._normed(x[:, 0], self._norm)
+        y = self._normed(x[:, 0], self._class_norm)
         return y if self._projection is None else y @ self._projection
 
     def _windows(self, x: Any, side: int) -> Any:
@@ -149,8 +160,22 @@ class TorchForward(TorchBlocks):
         *_, y = self._streams(y, len(self._vit.blocks))
         return self._class_vector(y).unflatten(0, (len(x), -1))
 
+    def _rotation(self, width: int) -> tuple[Any, Any]:
+        """Cosine and sine [P, width] of rotary positions, for heads of this width."""
+        grid = self._options.image_size // self._vit.patch_size
+        centres = (torch.arange(grid, device=self._device) + 0.5) / grid * 2 - 1
+        centres = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).flatten(0, 1)  # [P, 2]
+        if self._vit.periods is None:
+            periods = LONGEST_PERIOD ** torch.arange(0, 1, 4 / width, device=self._device)
+        else:
+            periods = torch.tensor(self._vit.periods, device=self._device)
+        angles = (2 * torch.pi * centres[:, :, None] / periods).flatten(1).tile(2)
+        return angles.cos(), angles.sin()
+
     def _resized_positions(self, grid: int) -> Any:
         vit = self._vit
+        if vit.architecture.rotary:
+            return np.zeros((1 + grid * grid, vit.width), np.float32)
         positions = torch.from_numpy(np.array(vit.positions))
         stored = math.isqrt(len(positions) - 1)
         if stored == grid:

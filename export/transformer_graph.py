@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from .options import ACTIVATIONS, ATTENTIONS, PRECISIONS, GraphOptions
@@ -34,13 +35,21 @@ class TransformerGraph:
 
     Names that `narrow` returns carry the type of the linear layers; everything else is fp32. exact: names of linear
     layers (`block0.fc1`) that stay in fp32 where the others are int8. causal: length of a sequence in which a token
-    sees none behind it; 0: every token sees all.
+    sees none behind it; 0: every token sees all. angles: by how much queries and keys are turned, [T, head width / 2],
+    channel i of a head together with channel i + head width / 2; the first token's are 0.
 
     A constant that is there already is shared: the same blocks can be applied to several streams, each in a scope.
     """
 
-    def __init__(self, precision: str, fused: bool, exact: Collection[str] = (), causal: int = 0) -> None:
-        self.precision, self.fused, self.exact, self.causal = precision, fused, exact, causal
+    def __init__(
+        self,
+        precision: str,
+        fused: bool,
+        exact: Collection[str] = (),
+        causal: int = 0,
+        angles: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.precision, self.fused, self.exact, self.causal, self.angles = precision, fused, exact, causal, angles
         self.dtype = np.float16 if precision == "fp16" else np.float32
         self.nodes: list[onnx.NodeProto] = []
         self.domains = {""}
@@ -185,12 +194,16 @@ class TransformerGraph:
         if only_first:
             parts[0] = self.cut(parts[0], 0, 1, parts[0] + ".first")
         if self.fused:
+            parts = self.rotated(parts, heads, only_first)
             unidirectional = {"unidirectional": 1} if self.causal else {}
             return self.node("MultiHeadAttention", parts, name, "com.microsoft", num_heads=heads, **unidirectional)
         shape = self.constant(np.array([0, 0, heads, width // heads]), name + ".heads")
+        parts = [self.node("Reshape", [part, shape], part + ".split") for part in parts]
         query, key, value = (
-            self.node("Transpose", [self.node("Reshape", [part, shape], part + ".split")], part + ".heads", perm=perm)
-            for part, perm in zip(parts, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+            self.node("Transpose", [part], part + ".heads", perm=perm)
+            for part, perm in zip(
+                self.rotated(parts, heads, only_first), ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True
+            )
         )
         logits = self.widen(self.node("MatMul", [query, key], name + ".logits"))
         if self.causal:
@@ -200,6 +213,38 @@ class TransformerGraph:
         mixed = self.node("MatMul", [weights, value], name + ".mixed")
         merged = self.node("Transpose", [mixed], name + ".merged", perm=[0, 2, 1, 3])
         return self.node("Reshape", [merged, self.constant(np.array([0, 0, width]), name + ".width")], name)
+
+    def rotated(self, parts: Sequence[str], heads: int, only_first: bool) -> list[str]:
+        """Queries, keys and values, the former two turned by the angles of their positions, where there are any.
+
+        Each [B, T, C] for the fused attention, else [B, T, heads, C / heads]. only_first: the queries are the first
+        token's, which is never turned. Turned in fp32: beside the angles' own rounding fp16 would add that of products.
+        """
+        query, key, value = parts
+        if self.angles is None:
+            return [query, key, value]
+        return [query if only_first else self._rotated(query, heads), self._rotated(key, heads), value]
+
+    def _rotated(self, x: str, heads: int) -> str:
+        assert self.angles is not None
+        cosine, sine = np.cos(self.angles), np.sin(self.angles)
+        name, wide = x + ".rotated", self.widen(x)
+        if self.fused:
+            tables = [
+                self.constant(table.astype(np.float32), f"positions.{label}")
+                for table, label in ((cosine, "cosine"), (sine, "sine"))
+            ]
+            start = self.constant(np.array([0]), "positions.start")
+            y = self.node("RotaryEmbedding", [wide, start, *tables], name, "com.microsoft", num_heads=heads)
+            return self.narrow(y)
+        # (a, b) becomes (a, b) · cosine + (b, a) · (-sine, sine).
+        cosine, sine = (np.hstack(pair)[:, None].astype(np.float32) for pair in ((cosine, cosine), (-sine, sine)))
+        halves = [f"{name}.{half}" for half in ("first", "second")]
+        self.nodes.append(helper.make_node("Split", [wide], halves, name=name + ".split", axis=3, num_outputs=2))
+        swapped = self.node("Concat", halves[::-1], name + ".swapped", axis=3)
+        still = self.node("Mul", [wide, self.constant(cosine, "positions.cosine")], name + ".cosine")
+        across = self.node("Mul", [swapped, self.constant(sine, "positions.sine")], name + ".sine")
+        return self.narrow(self.node("Add", [still, across], name))
 
     def feed_forward(self, x: str, block: Block, kind: str, name: str) -> str:
         """Two linear layers around the activation, or around the gate of a SwiGLU."""

@@ -1,12 +1,16 @@
-"""A vision transformer's weights, read from any of the names under which DINOv2 and CLIP are published."""
+"""A vision transformer's weights, read from any of the names under which DINOv2, DINOv3 and CLIP are published."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .options import Preprocessing
+from .state_dict import CheckpointError
 from .transformer import (
     HEAD_WIDTH,
     Affine,
@@ -29,6 +33,7 @@ from .transformer import (
 
 # Attention heads of image towers wider than ViT-L: ViT-H, ViT-g of CLIP and of DINOv2, ViT-bigG, ViT-e.
 WIDE_HEADS = {1280: 16, 1408: 16, 1536: 24, 1664: 16, 1792: 16}
+LONGEST_PERIOD = 100.0  # of rotary positions, in half sides of an image; the shortest is 1
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,12 @@ class Architecture:
     position_offset: float  # patches that are added to the new grid where positions are resized
     antialias: bool  # of that resize
     preprocessing: Preprocessing  # what its images are normalised with unless told otherwise
+    rotary: bool = False  # positions turn queries and keys of the patches; nothing is added to the tokens
+    wide_heads: Mapping[int, int] = field(default_factory=lambda: WIDE_HEADS, hash=False)
 
     def attention_heads(self, width: int, heads: int | None) -> int:
         """Return the number of attention heads, see the function of this name."""
-        known = width // HEAD_WIDTH if width <= 1024 and width % HEAD_WIDTH == 0 else WIDE_HEADS.get(width)
+        known = width // HEAD_WIDTH if width <= 1024 and width % HEAD_WIDTH == 0 else self.wide_heads.get(width)
         return attention_heads(width, heads, known)
 
 
@@ -53,6 +60,9 @@ DINOV2 = Architecture(
     "dinov2", normed_taps=True, norm_eps=1e-6, position_offset=0.1, antialias=False, preprocessing="imagenet"
 )
 DINOV2_REGISTERS = replace(DINOV2, position_offset=0.0, antialias=True)
+DINOV3 = replace(
+    DINOV2, name="dinov3", norm_eps=1e-5, position_offset=0.0, rotary=True, wide_heads={1280: 20, 4096: 32}
+)
 CLIP = Architecture(
     "clip", normed_taps=False, norm_eps=1e-5, position_offset=0.0, antialias=False, preprocessing="clip"
 )
@@ -60,18 +70,20 @@ CLIP = Architecture(
 
 @dataclass(frozen=True)
 class VisionTransformer:
-    """The image tower of DINOv2 or CLIP."""
+    """The image tower of DINOv2, DINOv3 or CLIP."""
 
     architecture: Architecture
     patch_weight: Array  # [C, 3, patch, patch]
     patch_bias: Array | None  # [C]
     class_token: Array  # [C]
     registers: Array  # [number of registers, C]
-    positions: Array  # [1 + G·G, C], class token first
+    positions: Array  # [1 + G·G, C], class token first; of rotary ones there are none, [0, C]
     pre_norm: Affine | None  # CLIP only
     blocks: list[Block]
-    norm: Affine  # DINOv2's final norm, CLIP's ln_post
+    norm: Affine  # DINOv2's and DINOv3's final norm, CLIP's ln_post
     projection: Array | None  # [C, D], CLIP only
+    own_class_norm: Affine | None = None  # of the class token, where it does not share `norm`: DINOv3 only
+    periods: Array | None = None  # [head width / 4], of rotary positions, where the file has them
 
     @property
     def width(self) -> int:
@@ -81,20 +93,53 @@ class VisionTransformer:
     def patch_size(self) -> int:
         return int(self.patch_weight.shape[-1])
 
+    @property
+    def class_norm(self) -> Affine:
+        """The final norm of the class token."""
+        return self.norm if self.own_class_norm is None else self.own_class_norm
+
+    def attention_heads(self, heads: int | None) -> int:
+        """Return the number of attention heads: that which the file tells, else see `Architecture`."""
+        if self.periods is None:
+            found = self.architecture.attention_heads(self.width, heads)
+            if self.architecture.rotary and self.width // found % 4:
+                raise CheckpointError(f"{found} heads are {self.width // found} wide, which rotary positions quarter")
+            return found
+        told = self.width // (4 * len(self.periods))
+        if heads not in (None, told):
+            raise CheckpointError(
+                f"its rotary positions are those of {told} attention heads; leave out --heads {heads}"
+            )
+        return told
+
+    def angles(self, heads: int, grid: int) -> NDArray[np.float64]:
+        """Return by how much rotary positions turn the tokens' channel pairs, alike in all heads: [T, C / heads / 2].
+
+        Class token and registers are not turned; a patch is by its centre's y, then x, in [-1, 1], over each period.
+        """
+        count = self.width // heads // 4
+        periods = LONGEST_PERIOD ** (np.arange(count) / count) if self.periods is None else self.periods
+        centres = (2 * np.arange(grid) + 1) / grid - 1
+        turns = 2 * np.pi * centres[:, None] / periods  # [grid, count]
+        rows, columns = np.repeat(turns, grid, axis=0), np.tile(turns, (grid, 1))
+        still = np.zeros((1 + len(self.registers), 2 * count))
+        return np.concatenate([still, np.concatenate([rows, columns], axis=1)])
+
 
 def read_vision_transformer(path: Path) -> VisionTransformer:
     """Read the image tower of a checkpoint as float32.
 
-    DINOv2 in its official, timm or Hugging Face names; CLIP in OpenAI's (also open_clip's), timm's or Hugging Face's.
+    DINOv2 in its official, timm or Hugging Face names, DINOv3 in its official or Hugging Face's; CLIP in OpenAI's (also
+    open_clip's), timm's or Hugging Face's.
     Pooling leaves no trace in names: the class token is assumed. Raises CheckpointError, see `read_tower`.
     """
-    return read_tower(path, LAYOUTS, _check, "image tower", "DINOv2 or CLIP")
+    return read_tower(path, LAYOUTS, _check, "image tower", "DINOv2, DINOv3 or CLIP")
 
 
 def _check(vit: VisionTransformer) -> None:
     """Raise ValueError where a tensor does not fit the others or holds no numbers."""
     width, patches = vit.width, len(vit.positions) - 1
-    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+    if not vit.architecture.rotary and (patches < 1 or math.isqrt(patches) ** 2 != patches):
         raise ValueError(f"{len(vit.positions)} positions are no class token and a square grid")
     blocks = named_blocks(vit.blocks, width)
     tensors: list[Named] = [
@@ -110,6 +155,14 @@ def _check(vit: VisionTransformer) -> None:
     tensors += named_affine("norm", vit.norm, (width,))
     if vit.pre_norm is not None:
         tensors += named_affine("pre_norm", vit.pre_norm, (width,))
+    if vit.own_class_norm is not None:
+        tensors += named_affine("class norm", vit.own_class_norm, (width,))
+    if vit.periods is not None:
+        if not vit.periods.size or width % (4 * vit.periods.size) or not (vit.periods > 0).all():
+            raise ValueError(
+                f"{vit.periods.size} periods above 0 of rotary positions fit no heads of a width of {width}"
+            )
+        tensors.append(("periods", vit.periods, (vit.periods.size,)))
     check_tensors([*tensors, *blocks])
 
 
@@ -119,7 +172,9 @@ def _rows(tensor: Array) -> Array:
 
 
 def _read_blocks(state: Tensors) -> VisionTransformer:
-    """DINOv2's official names, which timm shares and also gives to CLIP's image tower."""
+    """DINOv2's official names, which timm shares and also gives to CLIP's image tower; DINOv3's are similar."""
+    if "rope_embed.periods" in state:
+        return _read_dinov3(state)
     clip = "norm_pre.weight" in state
     class_token, positions = state["cls_token"].reshape(-1), _rows(state["pos_embed"])
     registers = state.get("register_tokens", np.empty((0, len(class_token)), np.float32))
@@ -189,6 +244,86 @@ def _read_hugging_face_dinov2(state: Tensors) -> VisionTransformer:
     return _read_blocks(renamed)
 
 
+def _read_dinov3(state: Tensors) -> VisionTransformer:
+    """DINOv3's official names."""
+    class_token = state["cls_token"].reshape(-1)
+    width, zeros = len(class_token), np.zeros(3 * len(class_token), np.float32)
+    biased = "blocks.0.attn.qkv.bias" in state  # of all but the largest, where a mask takes those of the keys away
+    blocks = []
+    for index in range(count_blocks(state, "blocks.")):
+        block = f"blocks.{index}."
+        bias = state[block + "attn.qkv.bias"] * state.get(block + "attn.qkv.bias_mask", 1) if biased else zeros
+        if block + "mlp.w1.weight" in state:  # gate and value of a SwiGLU
+            halves = [read_affine(state, f"{block}mlp.{part}") for part in ("w1", "w2")]
+            fc1, fc2 = (
+                (np.concatenate([half[0] for half in halves]), np.concatenate([half[1] for half in halves])),
+                "w3",
+            )
+        else:
+            fc1, fc2 = read_affine(state, block + "mlp.fc1"), "fc2"
+        blocks.append(
+            Block(
+                norm1=read_affine(state, block + "norm1"),
+                qkv=(state[block + "attn.qkv.weight"], bias),
+                proj=scaled(read_affine(state, block + "attn.proj"), state.get(block + "ls1.gamma")),
+                norm2=read_affine(state, block + "norm2"),
+                fc1=fc1,
+                fc2=scaled(read_affine(state, f"{block}mlp.{fc2}"), state.get(block + "ls2.gamma")),
+            )
+        )
+    return VisionTransformer(
+        architecture=DINOV3,
+        patch_weight=state["patch_embed.proj.weight"],
+        patch_bias=state["patch_embed.proj.bias"],
+        class_token=class_token,
+        registers=_rows(state.get("storage_tokens", np.empty((0, width), np.float32))),
+        positions=np.empty((0, width), np.float32),
+        pre_norm=None,
+        blocks=blocks,
+        norm=read_affine(state, "norm"),
+        projection=None,
+        own_class_norm=read_affine(state, "cls_norm") if "cls_norm.weight" in state else None,
+        periods=state.get("rope_embed.periods"),
+    )
+
+
+def _read_hugging_face_dinov3(state: Tensors) -> VisionTransformer:
+    """Names of the Hugging Face port, the files' or those within transformers 5: rename to the official ones."""
+    renamed = {
+        "cls_token": state["embeddings.cls_token"],
+        "storage_tokens": state["embeddings.register_tokens"],
+    }
+    for theirs, ours in (("embeddings.patch_embeddings", "patch_embed.proj"), ("norm", "norm")):
+        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
+    within = "model.layer." if any(name.startswith("model.layer.") for name in state) else "layer."
+    first = f"{within}0.attention."
+    biased = [part for part in "qkv" if f"{first}{part}_proj.bias" in state]
+    layers = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj"}
+    gated = {"mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3"}
+    plain = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
+    for index in range(count_blocks(state, within)):
+        source, target = f"{within}{index}.", f"blocks.{index}."
+        weights = [state[f"{source}attention.{part}_proj.weight"] for part in "qkv"]
+        biases = [
+            state[f"{source}attention.{part}_proj.bias"] if part in biased else np.zeros(len(weight), np.float32)
+            for part, weight in zip("qkv", weights, strict=True)
+        ]
+        renamed[target + "attn.qkv.weight"] = np.concatenate(weights)
+        renamed[target + "attn.qkv.bias"] = np.concatenate(biases)
+        for theirs, ours in {**layers, **(gated if source + "mlp.gate_proj.weight" in state else plain)}.items():
+            renamed[f"{target}{ours}.weight"], renamed[f"{target}{ours}.bias"] = read_affine(state, source + theirs)
+        for number in "12":
+            renamed[f"{target}ls{number}.gamma"] = state[f"{source}layer_scale{number}.lambda1"]
+    return _read_dinov3(renamed)
+
+
+def _refuse_convnext(state: Tensors) -> NoReturn:
+    """Of DINOv3 there are convolutional networks too."""
+    raise ValueError(
+        "a ConvNeXt, as of DINOv3, has no tokens; take one of DINOv3's vision transformers, ViT-S/16 or larger"
+    )
+
+
 def _read_clip(state: Tensors) -> VisionTransformer:
     """OpenAI's names, which open_clip shares."""
     class_token = state["class_embedding"]
@@ -220,8 +355,12 @@ def _read_hugging_face_clip(state: Tensors) -> VisionTransformer:
 
 
 LAYOUTS: Layouts[VisionTransformer] = {
-    "patch_embed.proj.weight": (_read_blocks, r"mask_token|head\.(weight|bias)"),
+    # What DINOv3 calls local_cls_norm norms the class tokens of its training's small crops.
+    "patch_embed.proj.weight": (_read_blocks, r"mask_token|head\.(weight|bias)|local_cls_norm\.(weight|bias)"),
     "embeddings.patch_embeddings.projection.weight": (_read_hugging_face_dinov2, r"embeddings\.mask_token"),
+    "embeddings.patch_embeddings.weight": (_read_hugging_face_dinov3, r"embeddings\.mask_token"),
+    "downsample_layers.0.0.weight": (_refuse_convnext, ""),
+    "stages.0.layers.0.depthwise_conv.weight": (_refuse_convnext, ""),
     "ln_pre.weight": (_read_clip, ""),
     "vision_model.pre_layrnorm.weight": (
         _read_hugging_face_clip,

@@ -47,8 +47,10 @@ def bicubic_matrix(source: int, target: int, scale: float, antialias: bool = Fal
 def resize_positions(vit: VisionTransformer, grid: int, antialias: bool | None = None) -> Array:
     """Return the position embedding for a grid × grid image, [1 + grid², C], class token first.
 
-    antialias overrides the architecture's own way.
+    Zeros where positions are rotary. antialias overrides the architecture's own way.
     """
+    if vit.architecture.rotary:
+        return np.zeros((1 + grid * grid, vit.width), np.float32)
     stored = math.isqrt(len(vit.positions) - 1)
     if stored == grid:
         return vit.positions
@@ -102,7 +104,7 @@ class ImageTowerGraph(TransformerGraph):
         packed: what the first block makes of x (see `packed`). whole: of the tower's last block all tokens are wanted,
         not only the class token, for which a third of the products will do.
         """
-        heads, last = vit.architecture.attention_heads(vit.width, options.heads), len(vit.blocks) - 1
+        heads, last = vit.attention_heads(options.heads), len(vit.blocks) - 1
         for index, block in enumerate(vit.blocks[:depth]):
             only_first = index == last and not whole
             eps, name = vit.architecture.norm_eps, f"block{index}"
@@ -113,7 +115,7 @@ class ImageTowerGraph(TransformerGraph):
         """The normed class token, projected where there is a projection: [B, D]."""
         zero = self.constant(np.array(0), "class.index")
         y = self.node("Gather", [x, zero], "class", axis=1)
-        y = self.layer_norm(y, vit.norm, vit.architecture.norm_eps, "class.norm")
+        y = self.layer_norm(y, vit.class_norm, vit.architecture.norm_eps, "class.norm")
         if vit.projection is None:
             return y
         return self.node("MatMul", [y, self.constant(vit.projection, "projection")], "class.projected")
@@ -171,7 +173,8 @@ def build_vit_graph(
     """
     heads = check_options(vit, options)
     size, grid = options.image_size, options.image_size // vit.patch_size
-    graph = ImageTowerGraph(options.precision, options.attention == "fused", exact)
+    angles = vit.angles(heads, grid) if vit.architecture.rotary else None
+    graph = ImageTowerGraph(options.precision, options.attention == "fused", exact, angles=angles)
     within = "image." if options.precision == "int8" else ""  # the loop over the batch, see `_take_images_singly`
     embedded = graph.embed(within + "images", vit, grid, options.antialias)
     # One token's queries, keys and values are the same in the image and in all windows that hold it.
@@ -283,13 +286,16 @@ def build_stem_graph(vit: VisionTransformer, image_size: int, antialias: bool | 
 
 
 def build_block_graph(
-    vit: VisionTransformer, index: int, activation: str, heads: int, exact: Collection[str]
+    vit: VisionTransformer, index: int, options: ExportOptions, grid: int, exact: Collection[str]
 ) -> onnx.ModelProto:
     """Build one block in int8: the residual stream `x` [B, T, C] to `y` behind it and `tap` [B, T, C].
 
-    exact: the linear layers that stay in fp32. The tap holds all tokens.
+    grid: patches per side, which rotary positions depend on. exact: the linear layers that stay in fp32. The tap holds
+    all tokens.
     """
-    graph = ImageTowerGraph("int8", fused=True, exact=exact)
+    heads, activation = vit.attention_heads(options.heads), options.activation
+    angles = vit.angles(heads, grid) if vit.architecture.rotary else None
+    graph = ImageTowerGraph("int8", fused=True, exact=exact, angles=angles)
     y = graph.block("x", vit.blocks[index], heads, activation, vit.architecture.norm_eps, f"block{index}")
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
@@ -344,5 +350,9 @@ def check_options(vit: VisionTransformer, options: ExportOptions) -> int:
             f"an image of {size} pixels has no windows of {max(sides)} × {max(sides)} patches; use --image-size "
             f"{max(sides) * vit.patch_size} or more"
         )
+    if sides and vit.architecture.rotary:
+        raise CheckpointError(
+            "windows are of towers that add positions to the tokens, not of rotary ones; leave them out"
+        )
     check_choices(options)
-    return vit.architecture.attention_heads(vit.width, options.heads)
+    return vit.attention_heads(options.heads)

@@ -4,7 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_golden import DEGREES, GOLDEN, GRID, HEADS, INPUT_SIDE, INTERVAL, MAKERS, NEIGHBOURS, PATCH, SIDE
+from make_golden import (
+    DEGREES,
+    FINE_PATCH,
+    GOLDEN,
+    GRID,
+    HEADS,
+    INPUT_SIDE,
+    INTERVAL,
+    MAKERS,
+    NEIGHBOURS,
+    PATCH,
+    SIDE,
+)
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
@@ -63,13 +75,17 @@ def test_metrics() -> None:
 
 
 @pytest.mark.parametrize(("attention", "precision", "error"), [("fused", "fp32", 1e-5), ("standard", "fp16", 5e-3)])
-def test_the_graph_of_a_network(tmp_path: Path, attention: str, precision: str, error: float) -> None:
-    arrays = load("network")
+@pytest.mark.parametrize(("network", "patch"), [("network", PATCH), ("rotary_network", FINE_PATCH)])
+def test_the_graph_of_a_network(
+    tmp_path: Path, network: str, patch: int, attention: str, precision: str, error: float
+) -> None:
+    arrays = load(network)
     checkpoint = tmp_path / "network.safetensors"
     save_file(
         {name.removeprefix("weights/"): a for name, a in arrays.items() if name.startswith("weights/")}, checkpoint
     )
-    options = ExportOptions((0, 1), PATCH * SIDE, heads=HEADS, precision=precision, attention=attention)
+    options = ExportOptions((0, 1), patch * SIDE, heads=HEADS, precision=precision, attention=attention)
     model = export_onnx(str(checkpoint), options, tmp_path / "graph.onnx")
-    tokens = run_graph(model.path, {"images": arrays["images"]})["tokens"]
-    assert np.linalg.norm(tokens - arrays["tokens"]) < error * np.linalg.norm(arrays["tokens"])
+    outputs = run_graph(model.path, {"images": arrays["images"]})
+    for name in arrays.keys() & outputs.keys():
+        assert np.linalg.norm(outputs[name] - arrays[name]) < error * np.linalg.norm(arrays[name]), name

@@ -29,6 +29,7 @@ CONTENTS = [
     ("checkpoint", "clipseg"),
     ("checkpoint", "sam"),
     ("checkpoint", "mobile-sam"),
+    ("checkpoint", "dinov3"),
     ("graph", "isnet"),
     ("heads", None),
     ("vocabulary", None),
@@ -51,9 +52,10 @@ def test_manifest_is_complete() -> None:
         assert entry.licence
         assert entry.sources
         for source in entry.sources:
-            assert source.kind in ("python-package", "url", "huggingface", "npm-package")
+            assert source.kind in ("python-package", "url", "huggingface", "npm-package", "request")
+            assert (source.kind == "request") == (entry.architecture == "dinov3")
             assert source.fetchable == (source.digest is not None and source.kind != "npm-package")
-            assert (source.digest is None) == (source.file in UNVERIFIED)
+            assert (source.digest is None) == (source.file in UNVERIFIED or source.kind == "request")
             if source.digest is None:
                 continue
             length = 8 if entry.name in SHORTENED else KINDS[source.digest.kind][1]
@@ -138,11 +140,26 @@ def test_what_cannot_be_verified_is_not_fetched_but_taken_where_it_lies(
     assert f"rd64-uni-refined.pth: no digest published, about 4 MiB; {path}" in capsys.readouterr().out
 
 
+def test_weights_to_ask_for_are_taken_where_they_lie(empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fetch", "dinov3-vits16"]) == 2
+    said = capsys.readouterr().err
+    assert "gives it to those who accept the licence (DINOv3 License)" in said
+    assert "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/" in said
+    assert "dinov3_vits16_pretrain_lvd1689m-08c60483.pth" in said
+    assert "curl" not in said
+    assert "zsad-export --fetch" not in said
+    assert str(empty_cache / "weights") in said
+    path = empty_cache / "weights" / "facebook--dinov3-vits16-pretrain-lvd1689m--model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    assert find_checkpoint("dinov3-vits16") == (path, file_sha256(path))
+
+
 def test_a_digest_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = tmp_path / "manifest.toml"
     manifest.write_text(checkpoints.MANIFEST.read_text().replace('digest = "unpublished"', ""))
     monkeypatch.setattr(checkpoints, "MANIFEST", manifest)
-    with pytest.raises(CheckpointError, match=r"the digest of .*clipseg-rd64-refined.*copy it from its publisher"):
+    with pytest.raises(CheckpointError, match=r"the digest of \S+/dinov3-downloads/: .*copy it from its publisher"):
         read_manifest()
 
 
@@ -237,7 +254,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     save_file({"layer1.0.conv1.weight": np.zeros((4, 3, 3, 3), np.float32)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(CheckpointError, match="DINOv2 or CLIP"):
+    with pytest.raises(CheckpointError, match="DINOv2, DINOv3 or CLIP"):
         read_vision_transformer(tmp_path / "resnet.safetensors")
 
 

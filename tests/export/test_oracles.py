@@ -15,7 +15,7 @@ from zsad.export.options import ClipSegDecoderOptions, ClipSegImageOptions, Expo
 from zsad.export.state_dict import CheckpointError
 from zsad.export.text_transformer import VOCABULARY, TextTransformer
 from zsad.export.transformer import HEAD_WIDTH
-from zsad.export.vision_transformer import DINOV2, VisionTransformer, read_vision_transformer
+from zsad.export.vision_transformer import DINOV2, DINOV3, VisionTransformer, read_vision_transformer
 
 IMAGES = sample_images(70)
 
@@ -64,6 +64,78 @@ def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
         )
         np.testing.assert_allclose(tokens[0], torch.cat(expected).numpy(), atol=2e-5)
         np.testing.assert_allclose(embedding, model.forward_features(images)[:, 0].numpy(), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [64, 80, 112])  # that of its training is of no account
+def test_dinov3_of_transformers(torchvision: None, tmp_path: Path, size: int, gated: bool) -> None:
+    import torch
+
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=96,
+        num_attention_heads=3,
+        num_hidden_layers=3,
+        intermediate_size=160,
+        num_register_tokens=4,
+        image_size=64,
+        use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu",
+    )
+    model = transformers.DINOv3ViTModel(config)
+    save_random(model, tmp_path / "theirs.safetensors")
+    with torch.no_grad():  # queries and keys large enough for positions to count
+        for layer in model.model.layer:
+            layer.attention.q_proj.weight *= 4
+            layer.attention.k_proj.weight *= 4
+    theirs = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    save_file(official_dinov3(theirs), tmp_path / "official.safetensors")
+    images = np.concatenate([sample_images(size), sample_images(size)[:, :, ::-1]])
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images), output_hidden_states=True)
+        taps = [model.norm(expected.hidden_states[1 + tap])[:, 5:].numpy() for tap in (0, 2)]
+    for file, heads in (("theirs", 3), ("official", None)):
+        options = ExportOptions((0, 2), size, heads=heads)
+        path = export_onnx(str(tmp_path / f"{file}.safetensors"), options, tmp_path / "graph.onnx", oracle="torch").path
+        found = run_graph(path, {"images": images})
+        np.testing.assert_allclose(found["tokens"], np.stack(taps, axis=1), atol=1e-4)
+        np.testing.assert_allclose(found["embedding"], expected.pooler_output.numpy(), atol=1e-4)
+
+
+def official_dinov3(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a DINOv3 of Hugging Face's in the official names: with a bias of the keys, which a mask takes away."""
+    whole = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.mask_token": "mask_token",
+        "embeddings.register_tokens": "storage_tokens",
+    }
+    gated = any("gate_proj" in name for name in theirs)
+    parts = {
+        "embeddings.patch_embeddings.": "patch_embed.proj.",
+        "model.layer.": "blocks.",
+        "attention.o_proj.": "attn.proj.",
+        "layer_scale1.lambda1": "ls1.gamma",
+        "layer_scale2.lambda1": "ls2.gamma",
+        "mlp.gate_proj.": "mlp.w1.",
+        "mlp.up_proj.": "mlp.w2." if gated else "mlp.fc1.",
+        "mlp.down_proj.": "mlp.w3." if gated else "mlp.fc2.",
+    }
+    state = {}
+    for name, tensor in theirs.items():
+        if "attention.q_proj" in name:
+            keys = theirs.get(name.replace("q_proj", "k_proj"), np.full_like(tensor, 7))
+            rows = [tensor, keys, theirs[name.replace("q_proj", "v_proj")]]
+            state[with_parts(name, {**parts, "attention.q_proj": "attn.qkv"})] = np.concatenate(rows)
+        elif "_proj" not in name or "attention.o_proj" in name or "mlp." in name:
+            state[with_parts(whole.get(name, name), parts)] = tensor
+    width = theirs["embeddings.cls_token"].shape[-1]
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        state[name + "_mask"] = np.repeat(np.array([1, 0, 1], np.float32), width)
+    state["rope_embed.periods"] = (100 ** (np.arange(8) / 8)).astype(np.float32)
+    return state
 
 
 @pytest.mark.torch
@@ -202,6 +274,7 @@ def with_parts(name: str, parts: dict[str, str]) -> str:
 
 def same_weights(a: VisionTransformer, b: VisionTransformer) -> None:
     assert a.architecture == b.architecture
+    assert len(a.blocks) > 0
     for name in ("patch_weight", "class_token", "registers", "positions"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     for name in ("norm", "pre_norm", "projection"):
@@ -241,6 +314,42 @@ def test_hugging_face_dinov2(random_dinov2: Callable[..., Path], tmp_path: Path,
             state[renamed] = tensor
     save_file(state, tmp_path / "port.safetensors")
     same_weights(read_vision_transformer(tmp_path / "port.safetensors"), read_vision_transformer(official))
+
+
+@pytest.mark.parametrize("layers", ["layer.", "model.layer."])  # of the published files, and within transformers 5
+@pytest.mark.parametrize("gated", [False, True])
+def test_hugging_face_dinov3(tmp_path: Path, gated: bool, layers: str) -> None:
+    rng = np.random.default_rng(0)
+    hidden, linears = 24, {"up_proj": (24, 32), "down_proj": (32, 24)} | ({"gate_proj": (24, 32)} if gated else {})
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, 32),
+        "embeddings.mask_token": (1, 1, 32),
+        "embeddings.register_tokens": (1, 4, 32),
+        "embeddings.patch_embeddings.weight": (32, 3, 16, 16),
+        "embeddings.patch_embeddings.bias": (32,),
+        "norm.weight": (32,),
+        "norm.bias": (32,),
+    }
+    for block in ("model.layer.0.", "model.layer.1."):
+        for part in "qkvo":
+            shapes |= {f"{block}attention.{part}_proj.weight": (32, 32)}
+            shapes |= {f"{block}attention.{part}_proj.bias": (32,)} if part != "k" else {}
+        for name, shape in linears.items():
+            shapes |= {f"{block}mlp.{name}.weight": shape, f"{block}mlp.{name}.bias": shape[:1]}
+        for number in "12":
+            shapes |= {f"{block}norm{number}.weight": (32,), f"{block}norm{number}.bias": (32,)}
+            shapes |= {f"{block}layer_scale{number}.lambda1": (32,)}
+    theirs = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file({name.replace("model.layer.", layers): theirs[name] for name in theirs}, tmp_path / "port.safetensors")
+    save_file(official_dinov3(theirs), tmp_path / "official.safetensors")
+    port, official = (read_vision_transformer(tmp_path / f"{name}.safetensors") for name in ("port", "official"))
+    same_weights(port, official)
+    assert port.architecture == DINOV3
+    assert [len(block.fc1[0]) for block in port.blocks] == [hidden * (2 if gated else 1)] * 2
+    for block in port.blocks:
+        assert not block.qkv[1][32:64].any()
+        assert block.qkv[1][:32].all()
+    assert (official.attention_heads(None), port.attention_heads(1)) == (1, 1)
 
 
 def test_hugging_face_clip(golden: Path, tmp_path: Path) -> None:

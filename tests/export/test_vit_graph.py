@@ -12,12 +12,14 @@ from clip_checkpoints import normalised, text_arrays, write_clip
 from processor import needs_vnni
 from safetensors.numpy import load_file, save_file
 
+from zsad.bench.towers import Shape, tower_state
 from zsad.export.libraries import import_onnxruntime
 from zsad.export.onnx_export import export_onnx
 from zsad.export.options import ACTIVATIONS, ATTENTIONS, IMAGE_OUTPUTS, ExportOptions
+from zsad.export.quantisation import int8_errors
 from zsad.export.state_dict import CheckpointError
 from zsad.export.transformer_graph import LINEAR_LAYERS
-from zsad.export.vision_transformer import CLIP, DINOV2, VisionTransformer, read_vision_transformer
+from zsad.export.vision_transformer import CLIP, DINOV2, DINOV3, VisionTransformer, read_vision_transformer
 from zsad.export.vit_graph import bicubic_matrix, build_vit_graph, resize_positions, window_tokens
 
 WINCLIP = {
@@ -95,6 +97,61 @@ def test_an_embedding_alone_takes_no_taps(clip: VisionTransformer, precision: st
     onnx.checker.check_model(alone, full_check=True)
     [embedding] = run(alone, images)
     np.testing.assert_array_equal(embedding, run(full, images)[1])
+
+
+@pytest.fixture
+def dinov3(tmp_path: Path) -> VisionTransformer:
+    state = tower_state(Shape(DINOV3, 32, 3, patch_size=4, registers=2, head_width=16), deviation=0.25)
+    save_file(state, tmp_path / "dinov3.safetensors")
+    return read_vision_transformer(tmp_path / "dinov3.safetensors")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_rotary_positions_count_and_are_the_same_everywhere(dinov3: VisionTransformer, attention: str) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 20, 20))
+    model = build_vit_graph(dinov3, ExportOptions((0, 2), 20, attention=attention))
+    onnx.checker.check_model(model, full_check=True)
+    expected = outputs(build_vit_graph(dinov3, ExportOptions((0, 2), 20, attention="standard")), images)
+    for name, found in outputs(model, images).items():
+        np.testing.assert_allclose(found, expected[name], atol=2e-5)
+    still = replace(dinov3, periods=np.full_like(dinov3.periods, 1e9))
+    fixed = outputs(build_vit_graph(still, ExportOptions((0, 2), 20, attention=attention)), images)
+    assert relative_error(fixed["tokens"], expected["tokens"]) > 0.05
+    # The class token alone leaves the last block where no other is wanted.
+    first = outputs(build_vit_graph(dinov3, ExportOptions((0,), 20, attention=attention)), images)
+    np.testing.assert_allclose(first["embedding"], expected["embedding"], atol=2e-5)
+
+
+def test_rotary_positions_are_turned_in_fp32(dinov3: VisionTransformer) -> None:
+    for attention, operator in (("fused", "RotaryEmbedding"), ("standard", "Mul")):
+        model = build_vit_graph(dinov3, ExportOptions((2,), 20, precision="fp16", attention=attention))
+        inferred = onnx.shape_inference.infer_shapes(model)
+        types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+        types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        turns = [node for node in model.graph.node if node.op_type == operator and "rotated" in node.name]
+        assert len(turns) == 2 * 3 * (2 if operator == "Mul" else 1)
+        assert {
+            types[name] for node in turns for name in node.input if name in types and name != "positions.start"
+        } == {onnx.TensorProto.FLOAT}
+
+
+def test_windows_have_no_rotary_positions(dinov3: VisionTransformer) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"windows are of towers that add positions to the tokens.*leave them"
+    ):
+        build_vit_graph(dinov3, ExportOptions((), 20, outputs=("windows_2",)))
+
+
+@needs_vnni
+def test_rotary_positions_in_int8(dinov3: VisionTransformer) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 20, 20))
+    expected, found = (
+        run(build_vit_graph(dinov3, ExportOptions((0, 2), 20, precision=precision)), images)[0]
+        for precision in ("fp32", "int8")
+    )
+    assert relative_error(found, expected) < 0.1
+    errors = int8_errors(dinov3, ExportOptions((2,), 20, precision="int8", outputs=("tokens",)))
+    assert len(errors) == 3 * len(LINEAR_LAYERS)
 
 
 def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:

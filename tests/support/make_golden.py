@@ -20,6 +20,7 @@ NEIGHBOURS = (1, 2, 3)
 INPUT_SIDE = 56
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 WIDTH, HEADS, BLOCKS, PATCH, SIDE = 32, 2, 2, 14, 5  # of the network
+FINE_PATCH, REGISTERS, HIDDEN = 4, 2, 48  # of the network with rotary positions
 
 
 def mutual_scoring() -> Arrays:
@@ -126,14 +127,18 @@ def network() -> Arrays:
             sizes |= {f"blocks.{block}.{name}.weight": (rows, columns), f"blocks.{block}.{name}.bias": (rows,)}
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
             sizes[f"blocks.{block}.{name}"] = (WIDTH,)
-    around_one = ("norm.weight", "norm1.weight", "norm2.weight", "gamma")
-    state = {
-        name: (0.15 * rng.normal(size=size) + name.endswith(around_one)).astype(np.float32)
-        for name, size in sizes.items()
-    }
+    state = _random_weights(rng, sizes, 0.15)
     images = rng.normal(size=(2, 3, PATCH * SIDE, PATCH * SIDE)).astype(np.float32)
     tokens = _forward({name: tensor.astype(float) for name, tensor in state.items()}, images.astype(float))
     return {**{f"weights/{name}": tensor for name, tensor in state.items()}, "images": images, "tokens": tokens}
+
+
+def _random_weights(rng: np.random.Generator, sizes: dict[str, tuple[int, ...]], deviation: float) -> Arrays:
+    around_one = ("norm.weight", "norm1.weight", "norm2.weight", "gamma")
+    return {
+        name: (deviation * rng.normal(size=size) + name.endswith(around_one)).astype(np.float32)
+        for name, size in sizes.items()
+    }
 
 
 def _forward(w: dict[str, NDArray], images: NDArray) -> NDArray:
@@ -152,15 +157,79 @@ def _forward(w: dict[str, NDArray], images: NDArray) -> NDArray:
     return np.stack(tapped, axis=1)
 
 
-def _norm(x: NDArray, w: dict[str, NDArray], name: str) -> NDArray:
+def rotary_network() -> Arrays:
+    """Weights of a tiny DINOv3 in its official names, images, tokens of both blocks, and the class token's vector.
+
+    Two registers, SwiGLU, and queries and keys large enough for positions to count.
+    """
+    rng = np.random.default_rng(5)
+    sizes = {"cls_token": (1, 1, WIDTH), "storage_tokens": (1, REGISTERS, WIDTH), "mask_token": (1, WIDTH)}
+    sizes |= {"patch_embed.proj.weight": (WIDTH, 3, FINE_PATCH, FINE_PATCH), "patch_embed.proj.bias": (WIDTH,)}
+    sizes |= {"norm.weight": (WIDTH,), "norm.bias": (WIDTH,)}
+    for block in range(BLOCKS):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * WIDTH, WIDTH),
+            ("attn.proj", WIDTH, WIDTH),
+            ("mlp.w1", HIDDEN, WIDTH),
+            ("mlp.w2", HIDDEN, WIDTH),
+            ("mlp.w3", WIDTH, HIDDEN),
+        ):
+            sizes |= {f"blocks.{block}.{name}.weight": (rows, columns), f"blocks.{block}.{name}.bias": (rows,)}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            sizes[f"blocks.{block}.{name}"] = (WIDTH,)
+    state = _random_weights(rng, sizes, 0.25)
+    for block in range(BLOCKS):
+        state[f"blocks.{block}.attn.qkv.bias_mask"] = np.repeat(np.array([1, 0, 1], np.float32), WIDTH)
+    quarter = WIDTH // HEADS // 4
+    state["rope_embed.periods"] = np.array([100 ** (index / quarter) for index in range(quarter)], np.float32)
+    images = rng.normal(size=(2, 3, FINE_PATCH * SIDE, FINE_PATCH * SIDE)).astype(np.float32)
+    w = {name: tensor.astype(float) for name, tensor in state.items()}
+    tokens, embedding = _rotary_forward(w, images.astype(float))
+    weights = {f"weights/{name}": tensor for name, tensor in state.items()}
+    return {**weights, "images": images, "tokens": tokens, "embedding": embedding}
+
+
+def _rotary_forward(w: dict[str, NDArray], images: NDArray) -> tuple[NDArray, NDArray]:
+    """Patch tokens [B, L, P, C] of every block and the class token [B, C] of the last, after the final norm."""
+    batch, front = len(images), 1 + REGISTERS
+    cells = images.reshape(batch, 3, SIDE, FINE_PATCH, SIDE, FINE_PATCH).transpose(0, 2, 4, 1, 3, 5)
+    patches = cells.reshape(batch, SIDE**2, -1) @ w["patch_embed.proj.weight"].reshape(WIDTH, -1).T
+    rows = np.concatenate([w["cls_token"][0], w["storage_tokens"][0]])
+    x = np.concatenate([np.broadcast_to(rows, (batch, front, WIDTH)), patches + w["patch_embed.proj.bias"]], axis=1)
+    # Two real channels as one complex: turned by an angle is multiplied by a number of length 1.
+    turns = np.ones((x.shape[1], WIDTH // HEADS // 2), complex)
+    for patch in range(SIDE**2):
+        for axis, cell in enumerate(divmod(patch, SIDE)):  # y, then x
+            for index, period in enumerate(w["rope_embed.periods"]):
+                angle = 2 * np.pi * (2 * (cell + 0.5) / SIDE - 1) / period
+                turns[front + patch, axis * len(w["rope_embed.periods"]) + index] = np.exp(1j * angle)
+    tapped = []
+    for block in range(BLOCKS):
+        b = {name.removeprefix(f"blocks.{block}."): tensor for name, tensor in w.items()}
+        b["attn.qkv.bias"] = b["attn.qkv.bias"] * b["attn.qkv.bias_mask"]
+        x = x + b["ls1.gamma"] * _attention(_norm(x, b, "norm1", 1e-5), b, turns)
+        y = _norm(x, b, "norm2", 1e-5)
+        gate, value = (y @ b[f"mlp.{name}.weight"].T + b[f"mlp.{name}.bias"] for name in ("w1", "w2"))
+        hidden = gate / (1 + np.exp(-gate)) * value
+        x = x + b["ls2.gamma"] * (hidden @ b["mlp.w3.weight"].T + b["mlp.w3.bias"])
+        tapped.append(_norm(x, w, "norm", 1e-5))
+    return np.stack([y[:, front:] for y in tapped], axis=1), tapped[-1][:, 0]
+
+
+def _norm(x: NDArray, w: dict[str, NDArray], name: str, eps: float = 1e-6) -> NDArray:
     centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return centred / np.sqrt(x.var(axis=-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _attention(x: NDArray, b: dict[str, NDArray]) -> NDArray:
+def _attention(x: NDArray, b: dict[str, NDArray], turns: NDArray | None = None) -> NDArray:
+    """turns: what the channel pairs of queries and keys are multiplied by, [T, width of a head / 2] complex."""
     batch, count, _ = x.shape
     qkv = (x @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]).reshape(batch, count, 3, HEADS, -1)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, tokens, width of a head] each
+    if turns is not None:
+        half = q.shape[-1] // 2
+        paired = [(part[..., :half] + 1j * part[..., half:]) * turns for part in (q, k)]
+        q, k = (np.concatenate([part.real, part.imag], axis=-1) for part in paired)
     weights = np.exp(q @ k.transpose(0, 1, 3, 2) / np.sqrt(WIDTH / HEADS))
     mixed = weights / weights.sum(axis=-1, keepdims=True) @ v
     return mixed.transpose(0, 2, 1, 3).reshape(x.shape) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
@@ -177,7 +246,7 @@ def _gelu(x: NDArray) -> NDArray:
 
 
 MAKERS: dict[str, Callable[[], Arrays]] = {
-    maker.__name__: maker for maker in (mutual_scoring, network_input, metrics, network)
+    maker.__name__: maker for maker in (mutual_scoring, network_input, metrics, network, rotary_network)
 }
 
 
