@@ -7,6 +7,7 @@ FOLDER/vvv.toml --target tensorrt-rtx`, say.
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = (arguments.folder / f"{spec.checkpoint}-random.safetensors").resolve()
         write_random(spec.checkpoint, path)
         table = "networks" if name in config.networks else "stages"
-        tables.append(f'[{table}.{name}]\ncheckpoint = "{path.as_posix()}"\nimage_size = {spec.image_size}\n')
+        size = json.dumps(spec.image_size)  # a number, or "auto"
+        tables.append(f'[{table}.{name}]\ncheckpoint = "{path.as_posix()}"\nimage_size = {size}\n')
     settings = arguments.folder / f"{arguments.preset}.toml"
     settings.write_text("".join(tables), encoding="utf-8")
     print(settings)

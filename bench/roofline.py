@@ -52,10 +52,11 @@ class Estimate:
 
 
 def estimate(preset: str, gpu: Gpu, images: int = IMAGES) -> Estimate:
-    """Return the lower bound for a preset at its own image size."""
+    """Return the lower bound for a preset at its own image size, or the largest that it chooses itself."""
     config, products = load_config(preset, method_of=method_class), read_products()
     forward = 0.0
-    bytes_needed = 2 * 8 * 3 * config.image_size**2 * 4  # two batches of inputs
+    side = next(iter(config.networks.values())).side
+    bytes_needed = 2 * 8 * 3 * side**2 * 4  # two batches of inputs
     for request in graph_requests(config):
         if not request.on_demand:
             own = products[preset, request.network, request.graph]
@@ -84,7 +85,7 @@ def _mutual_scoring(config: Config, gpu: Gpu, images: int) -> tuple[float, int]:
         return flops, tokens
     for spec in config.networks.values():
         shape = SHAPES[spec.checkpoint]
-        patches = (config.image_size // shape.patch_size) ** 2
+        patches = (spec.side // shape.patch_size) ** 2
         flops += math.comb(images, 2) * len(spec.taps) * 2 * shape.width * patches**2
         tokens += 2 * images * len(spec.taps) * patches * shape.width
         sizes = Sizes(images, patches, shape.width, len(set(config.settings.degrees)))

@@ -95,7 +95,7 @@ def stand_ins(random: Collection[str]) -> Iterator[None]:
             "sam_masks": lambda inputs: discs(
                 inputs["points"],
                 networks["sam"].graphs["sam_masks"].outputs["logits"].shape[-1],
-                networks["sam"].spec.image_size,
+                networks["sam"].spec.side,
             ),
         }
         for name in {"isnet", "sam"}.intersection(random, networks):

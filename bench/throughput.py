@@ -296,7 +296,7 @@ def compare_networks(config: Config, weights: Mapping[str, str], arguments: argp
             "peak_flops": peaks,
             "seconds_per_row": seconds,
         }
-        print_network(spec.image_size, ROWS.get(request.graph, "image"), rows, timed)
+        print_network(spec.side, ROWS.get(request.graph, "image"), rows, timed)
         append(
             arguments.output,
             {
@@ -307,7 +307,7 @@ def compare_networks(config: Config, weights: Mapping[str, str], arguments: argp
                 "graph": request.graph,
                 "row": ROWS.get(request.graph, "image"),
                 "weights": weights[request.network],
-                "image_size": spec.image_size,
+                "image_size": spec.side,
                 "batch": rows,
                 **timed,
                 "agreement": agreement,
@@ -391,7 +391,7 @@ def whole_runs(
     with tempfile.TemporaryDirectory() as folder:
         (output := Path(folder) / "out").mkdir()
         options = Options(output, batch_size=arguments.batch_size, strict=True)
-        workplace = set_up(config, runtime, options)
+        workplace = set_up(config, runtime, options, {})
         data = arguments.data or draw(config, arguments.images, Path(folder) / "data")
         (category, *_) = scan(data).categories
         category = replace(category, images=category.images[: arguments.images])
@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--images", type=int, help=f"of whole runs (default: 200, or {SCENES} where objects are looked for)")
     add("--data", type=Path, help="folder of images for whole runs; drawn ones by default")
-    add("--image-size", type=int, help="(default: the preset's)")
+    add("--image-size", type=int, help="(default: the preset's; of auto the largest)")
     add("--device", default="auto", help="auto, cpu or cuda:N (default %(default)s)")
     add("--batch-size", type=int, help="(default: 1 on a CPU, 8 on a GPU)")
     add("--repeats", type=int, default=5, help="counted rounds of the networks (default %(default)s)")
@@ -474,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"device: {runtime.describe()} ({runtime.reason})")
     overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
+    config = config.sized({name: config.networks[name].side for name in config.unsized})
     arguments.images = arguments.images or (SCENES if config.components else 200)
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))

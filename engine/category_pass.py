@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -58,6 +58,9 @@ class CategoryJob:
     config: Config
     options: Options
     products: frozenset[str] = frozenset()  # names of the folders of all categories
+    sides: Mapping[str, int] = field(default_factory=dict)  # of the inputs of networks, where the images decide them
+    median: float | None = None  # of the shorter sides of images, where it was asked for
+    deep: bool = True  # whether there may be files of 16 bits among the images
 
 
 class TooFewImagesError(ImageError):
@@ -100,7 +103,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)
         if options.resume:
-            reason = why_again(options.output, category.name, digest, workplace.record, checkpoints)
+            reason = why_again(options.output, category.name, digest, workplace.asked(job.config), checkpoints)
             if reason is not None:
                 log.info("%s: scored again, since %s", name, reason)
         record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
@@ -196,6 +199,7 @@ class CategoryPass:
                     failures=[*self._failures(), *self.failed_references, *unreadable],
                     groups=len(self.groups),
                     group_size=self.config.group_size,
+                    image_sizes=self.workplace.sides,
                     scale=writer.scale or self.method.map_range,
                     relative=self.method.map_range is None or self.method.rescores,
                     threshold=threshold,
@@ -210,6 +214,8 @@ class CategoryPass:
         """Return how many bits of the 16-bit files' grey values are in use."""
         if self.config.bit_depth is not None:
             return self.config.bit_depth
+        if not self.job.deep:
+            return 16
         with stopwatch(self.workplace.timings, "decode"):
             depth = batch_bit_depth(image.path for image in self.category.images)
         if depth.note is not None:

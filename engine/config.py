@@ -18,9 +18,11 @@ else:
 
 LARGEST_SIDE = 4096  # pixels; beyond, the similarities of one pair of images alone fill a large machine
 SIDE = f"a number of pixels from 1 to {LARGEST_SIDE}"
+LARGEST_AUTO = 518  # pixels; what published methods take images at, above which none is taken by itself
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+ImageSize = Side | Literal["auto"]  # auto: as large as a category's images are
 Block = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1, description="a number in [0, 1]")]
 Foreground = Literal["none", "colour", "isnet", "isnet+sam"]
@@ -56,13 +58,18 @@ class NetworkSpec(Table):
 
     checkpoint: str = Field(description="a name of the manifest or a file")
     taps: Annotated[tuple[Block, ...], Field(description="block numbers, counted from 0")] = ()
-    image_size: Side = Field(description=SIDE)  # the configuration's, unless a network has its own
+    image_size: ImageSize = Field(description=f"{SIDE}, or 'auto'")  # the configuration's, unless it has its own
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     heads: Annotated[int | None, Field(ge=1, description="a count of attention heads")] = None
     text_heads: Annotated[int | None, Field(ge=1, description="a count of attention heads")] = None  # of texts
     # None: as the architecture resizes its positions.
     antialias: Annotated[bool | None, Field(description="true or false")] = None
     preprocessing: Literal["imagenet", "clip"] | None = None  # None: what the architecture was trained with
+
+    @property
+    def side(self) -> int:
+        """The side of its input in pixels; of `auto` the largest that it can be, until the images are known."""
+        return LARGEST_AUTO if self.image_size == "auto" else self.image_size
 
 
 class ForegroundSettings(Table):
@@ -129,7 +136,7 @@ class Config(Table):
 
     preset: str
     method: str = Field(description="the name of a method")
-    image_size: Side = Field(description=SIDE)
+    image_size: ImageSize = Field(description=f"{SIDE}, or 'auto'")
     networks: dict[str, NetworkSpec] = Field(description="one table per network")
     settings: SerializeAsAny[Table]  # of the method, in files the table of its name
     reference: str | None = Field(None, description="a folder of known-good images, or a file that lists them")
@@ -158,6 +165,20 @@ class Config(Table):
         """All networks by name: the method's own and those that find the foreground."""
         finders = {name: getattr(self.stages, name) for name in self.foreground.split("+") if name in ("isnet", "sam")}
         return {**self.networks, **finders}
+
+    @property
+    def unsized(self) -> list[str]:
+        """The names of the networks whose inputs are as large as a category's images are."""
+        return [name for name, spec in self.networks.items() if spec.image_size == "auto"]
+
+    def sized(self, sides: Mapping[str, int]) -> "Config":
+        """Return this configuration with these sides of the inputs, in pixels, of its networks without one."""
+        networks = {
+            name: spec.model_copy(update={"image_size": sides[name]}) if name in sides else spec
+            for name, spec in self.networks.items()
+        }
+        size = max(sides.values()) if sides and self.image_size == "auto" else self.image_size
+        return self.model_copy(update={"image_size": size, "networks": networks})
 
 
 class ConfiguredMethod(Protocol):
@@ -246,6 +267,14 @@ def _checked(
         raise ConfigError(f"--components: scores of method {name} depend on other images; leave it out")
     if config.decoder == "nvimgcodec" and (config.components or config.foreground not in ("none", "colour")):
         raise ConfigError("--decoder nvimgcodec leaves no image where its foreground could be found; leave it out")
+    if config.unsized and not method.compares:
+        raise ConfigError(
+            f"method {name} judges every image by itself, so that no size follows from the others; "
+            "give --image-size a number"
+        )
+    for stage, spec in (("isnet", config.stages.isnet), ("sam", config.stages.sam)):
+        if spec.image_size == "auto":
+            raise ConfigError(f"[stages.{stage}] image_size must be {SIDE}, not 'auto'")
     method.graph_requests(config)
     return config
 

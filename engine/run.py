@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from zsad.engine.config import Config, ConfigError
+from zsad.engine.config import LARGEST_AUTO, Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
-from zsad.engine.images.categories import Category, counted
+from zsad.engine.images.categories import counted
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
-from zsad.engine.images.references import count_references
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
 from zsad.engine.networks.runtime import Runtime
@@ -29,11 +28,12 @@ from zsad.engine.results.category import THUMBNAILS
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
-from zsad.engine.workplace import Options, Workplace, image_memory, set_up
+from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
-from .category_pass import CategoryJob, CategoryProgress, deal_groups, ignored_files, run_category
+from .category_pass import CategoryProgress, ignored_files, run_category
+from .plan import by_size, check_memory, plan, said_sides
 
 log = logging.getLogger("zsad")
 
@@ -81,7 +81,7 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
             device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
             stages={name: round(value, 3) for name, value in timings.items()},
             library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
-            config=dict(workplace.record),
+            config=workplace.asked(config),
             checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
             versions={"python": platform.python_version(), "numpy": np.__version__},
             categories=records,
@@ -100,10 +100,12 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
 def _scored(
     dataset: Dataset, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress
 ) -> tuple[Workplace, list[CategoryRecord]]:
-    """Set up what all categories share, and score and write each."""
-    categories = dataset.categories
-    workplace = set_up(config, runtime, options)
-    check_memory(categories, config, workplace)
+    """Set up what categories share, and score and write each; returns what the last one has shared, too."""
+    categories, workplaces = dataset.categories, Workplaces(config, runtime, options)
+    jobs = plan(categories, config, options, progress, workplaces.timings)
+    groups = by_size(jobs)
+    for group in reversed(groups):  # what was made for the first one is there when the work begins
+        check_memory(group, workplaces.of(group[0].sides))
     log.info(
         "%s in %d %s, preset %s, %s (%s)",
         counted(sum(len(category.images) for category in categories), "image"),
@@ -115,10 +117,16 @@ def _scored(
     )
     for note in dataset.notes:
         log.info("%s", note)
-    products = _products(categories)
-    return workplace, [
-        run_category(CategoryJob(category, config, options, products), workplace, progress) for category in categories
-    ]
+    for job in jobs:
+        if job.median is not None and job.median < LARGEST_AUTO:
+            name, size = printable(job.category.name), said_sides(job.sides)
+            log.info(
+                "%s: images are taken at %s, since the median of their shorter sides is %g", name, size, job.median
+            )
+    records = {
+        job.category.name: run_category(job, workplaces.of(job.sides), progress) for group in groups for job in group
+    }
+    return workplaces.of(groups[-1][0].sides), [records[category.name] for category in categories]
 
 
 def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> CategoryRecord:
@@ -130,29 +138,6 @@ def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> Cat
     (images,) = (category.images for category in dataset.categories if category.name == record.name)
     failures = [Failure(str(image.relative), "its results are gone") for image in images]
     return CategoryRecord(record.name, failures=failures, notes=record.notes)
-
-
-def check_memory(categories: Sequence[Category], config: Config, workplace: Workplace) -> None:
-    """Make sure, before any work, that every group can be scored within the limit; raises ConfigError."""
-    limit = workplace.arrays.limit()
-    products = _products(categories)
-    for category in categories:
-        references = count_references(category, products, config.reference, config.shots) if config.few_shot else 0
-        largest = max(map(len, deal_groups(len(category.images), config.group_size, config.seed)))
-        needed = workplace.method.needed(largest, references)
-        if needed > limit:
-            work, option = f"scoring {largest} images together", "--group-size"
-            if not workplace.method.compares:
-                work, option = f"comparing with {counted(references, 'known-good image')}", "--shots"
-            raise ConfigError(
-                f"{printable(category.name)}: {work} needs at least {needed / 2**20:.0f} MiB and the memory limit is "
-                f"{limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller with --image-size or {option}"
-            )
-
-
-def _products(categories: Sequence[Category]) -> frozenset[str]:
-    """Return the names of the folders of all categories."""
-    return frozenset(category.product for category in categories)
 
 
 def _evaluated(

@@ -1,4 +1,7 @@
-"""What all categories of a run share: networks, method and loader, made once, in host memory or on a device."""
+"""What the categories of a run share: networks, method and loader, in host memory or on a device.
+
+Networks are made for images of one size; categories whose images have the same size share all of it.
+"""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -52,14 +55,45 @@ class Workplace:
     loader: Loader
     networks: Mapping[str, Network]
     arrays: Arrays
-    record: Mapping[str, Any]  # the configuration in force
+    record: Mapping[str, Any]  # the configuration in force, with the size of its images
     timings: MutableMapping[str, float]  # seconds by stage
     fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
 
+    def asked(self, config: Config) -> dict[str, Any]:
+        """Return the configuration in force with image sizes as they were asked for, which may be auto."""
+        return {**self.record, **config.model_dump(mode="json", include={"image_size", "networks"})}
 
-def set_up(config: Config, runtime: Runtime, options: Options) -> Workplace:
-    """Load the networks and make the method, once for all categories; raises ConfigError where that cannot be."""
-    timings: dict[str, float] = {}
+    @property
+    def sides(self) -> dict[str, int]:
+        """The sides of the method's networks' inputs, in pixels."""
+        return {name: spec["image_size"] for name, spec in self.record["networks"].items()}
+
+
+class Workplaces:
+    """The workplaces of a run: one for each size of images, one of them there at a time."""
+
+    def __init__(self, config: Config, runtime: Runtime, options: Options) -> None:
+        self.timings: dict[str, float] = {}  # of all of them
+        self._config, self._runtime, self._options = config, runtime, options
+        self._current: tuple[Mapping[str, int], Workplace] | None = None
+
+    def of(self, sides: Mapping[str, int]) -> Workplace:
+        """Return the one for these sides of inputs, by networks; must not be held when that for others is asked for.
+
+        Raises what `set_up` raises.
+        """
+        if self._current is None or self._current[0] != sides:
+            self._current = None  # its memory is given back before the next one takes any
+            config = self._config.sized(sides)
+            self._current = sides, set_up(config, self._runtime, self._options, self.timings)
+        return self._current[1]
+
+
+def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableMapping[str, float]) -> Workplace:
+    """Load the networks and make the method, for all categories; raises ConfigError where that cannot be.
+
+    timings: seconds by stage, which are added to.
+    """
     batch_size = options.batch_size or (8 if runtime.device else 1)
     workers = options.workers or available_cores()
     method_type = method_class(config.method)

@@ -9,6 +9,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.kernels.files import remembered_digest
+
 from .options import Preprocessing
 from .state_dict import CheckpointError
 from .transformer import (
@@ -134,6 +136,11 @@ def read_vision_transformer(path: Path) -> VisionTransformer:
     Pooling leaves no trace in names: the class token is assumed. Raises CheckpointError, see `read_tower`.
     """
     return read_tower(path, LAYOUTS, _check, "image tower", "DINOv2, DINOv3 or CLIP")
+
+
+def read_patch_size(path: Path) -> int:
+    """Return the side in pixels of the patches that a checkpoint's image tower cuts images into, see above."""
+    return int(remembered_digest(path, "patch", lambda path: str(read_vision_transformer(path).patch_size)))
 
 
 def _check(vit: VisionTransformer) -> None:

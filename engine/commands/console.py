@@ -125,7 +125,7 @@ class ProgressBars:
             self.bar, self.shown = None, (category, stage)
             if not total:
                 return
-            unit = "image" if stage == "networks" else "pair"
+            unit = "image" if stage in ("headers", "networks") else "pair"
             self.bar = tqdm(total=total, desc=f"{category}: {stage}", unit=unit, file=sys.stderr, leave=False)
         self.bar.update(done - self.bar.n)
         if done >= total:  # log lines may follow

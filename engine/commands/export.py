@@ -261,7 +261,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
 
     They have the precision and are for the target asked for.
     """
-    from zsad.engine.config import ConfigError, load_config
+    from zsad.engine.config import LARGEST_AUTO, ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
     from zsad.engine.networks.build import engine_batch, graph_options
 
@@ -275,6 +275,9 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
             requests |= {request: "-few-shot" for request in few_shot if request not in requests}
     except ConfigError as error:
         parser.error(str(error))
+    if config.unsized:
+        names = ", ".join(config.unsized)
+        log.info("%s: takes images as large as they are; made for %d px, see --image-size", names, LARGEST_AUTO)
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
     for request, kind in requests.items():

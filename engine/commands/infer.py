@@ -214,7 +214,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image-size", type=int, metavar="PIXELS", help="side of the networks' input, a multiple of the patch size")
+    add(
+        "--image-size",
+        type=_image_size,
+        metavar="PIXELS|auto",
+        help="side of the networks' input, a multiple of the patch size; auto: as large as a category's images are",
+    )
     add("--taps", type=numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
     add("--degrees", type=numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
     add(
@@ -273,6 +278,13 @@ def _formats(text: str) -> list[str]:
     if not set(chosen) <= set(FORMATS):
         raise argparse.ArgumentTypeError(f"must be some of {', '.join(FORMATS)}, not {text!r}")
     return chosen
+
+
+def _image_size(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number of pixels, not {text!r}") from None
 
 
 def _threshold(text: str) -> float | Any:

@@ -204,5 +204,10 @@ def _decoded(content: bytes) -> NDArray[Any] | None:
 
 def is_deep_png(image: Image.Image, file: BinaryIO) -> bool:
     """Whether Pillow would cut the channels of this PNG to 8 bits."""
+    return image.format == "PNG" and png_bits(file) > 8 and not image.mode.startswith("I")
+
+
+def png_bits(file: BinaryIO) -> int:
+    """Return the bits of each channel of a PNG."""
     file.seek(24)
-    return image.format == "PNG" and file.read(1) == b"\x10" and not image.mode.startswith("I")
+    return ord(file.read(1))

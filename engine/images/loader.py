@@ -18,7 +18,7 @@ from .ahead import Ahead
 from .categories import InputImage
 from .decode import Recipe, decode, network_input, pixels
 from .device_jpegs import DeviceJpegs
-from .stored import ImageError, decoded_bytes
+from .stored import ImageError, read_header
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -130,7 +130,7 @@ class DeviceInputs:
 def held_bytes(path: Path) -> int:
     """Return what an image takes while it is worked on; nothing where it cannot be read, which reading will say."""
     try:
-        return decoded_bytes(path)
+        return read_header(path).bytes
     except ImageError:
         return 0
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from .damage import WatchedJpeg
-from .deep import Tiff, is_deep_png, png_values, tiff_of_file, tiff_of_pillow, tiff_values
+from .deep import Tiff, is_deep_png, png_bits, png_values, tiff_of_file, tiff_of_pillow, tiff_values
 from .limits import ImageError as ImageError
 from .limits import ImageMemoryError as ImageMemoryError
 from .limits import TimedFile, Timer, check_bytes, check_pixels, too_many_pixels
@@ -67,6 +67,16 @@ class Stored:
         return found if found is not None and found.any() and not found.all() else None
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its first picture."""
+
+    rows: int
+    columns: int
+    bytes: int  # about how many reading the image and writing its results hold at once
+    deep: bool  # whether it has more than 8 bits per channel, in a format that stores a camera's values as they are
+
+
 def read_stored(path: Path) -> Stored:
     """Read a file's first picture.
 
@@ -94,17 +104,19 @@ def read_stored(path: Path) -> Stored:
         return _of_pillow(file, image)
 
 
-def decoded_bytes(path: Path) -> int:
-    """Return about how many bytes reading an image and writing its results hold at once; raises ImageError.
-
-    Only the header is read.
-    """
+def read_header(path: Path) -> Header:
+    """Read only the header of a file; raises ImageError."""
     with regular_file(path) as file:
         try:
             image = _opened(file, path.suffix)
         except UnidentifiedImageError as refusal:
-            return _bytes_of_tiff(_readable_tiff(file, refusal))
-        return _bytes(image)
+            tiff = _readable_tiff(file, refusal)
+            return Header(*tiff.shape, _bytes_of_tiff(tiff), max(tiff.bits) > 8)
+        if image.format == "TIFF":
+            deep = max(tiff_of_pillow(image).bits) > 8
+        else:
+            deep = image.format == "PNG" and png_bits(file) > 8
+        return Header(image.height, image.width, _bytes(image), deep)
 
 
 def _bytes(image: Image.Image) -> int:

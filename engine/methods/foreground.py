@@ -128,7 +128,7 @@ class Foregrounds:
     def _dichotomous(self, image: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Return what IS-Net takes for the object [H, W] in an image [H, W, 3]."""
         network = self._networks["isnet"]
-        prepared = network_input(image, recipe(network.preprocessing, network.spec.image_size))
+        prepared = network_input(image, recipe(network.preprocessing, network.spec.side))
         outputs = network.graphs["isnet"].run({"images": self._arrays.send(prepared[None])})
         (values,) = self._arrays.fetch(outputs["foreground"]).astype(np.float32)  # [S, S]
         return dichotomous(values, image.shape[:2], self._stages.foreground.min_peak)

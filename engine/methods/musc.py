@@ -72,7 +72,7 @@ class MuSc:
         assert isinstance(config.settings, Settings)
         self._settings, self._place = config.settings, place
         self._recipes = {
-            name: recipe(network.preprocessing, network.spec.image_size) for name, network in place.networks.items()
+            name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()
         }
         self.inputs = list(dict.fromkeys(self._recipes.values()))
         self._graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
@@ -174,7 +174,7 @@ class MuSc:
             scores[image_network],
             _grid(scores[image_network].shape[1]),
             settings.image_rule,
-            self._place.networks[image_network].spec.image_size,
+            self._place.networks[image_network].spec.side,
         )  # [n]
         maps = scores[settings.map_network]
         for row, index in enumerate(self._members):

@@ -103,7 +103,7 @@ class TextGuided:
         assert isinstance(config.settings, TextSettings)
         self._text_settings, self._place, self._few_shot = config.settings, place, config.few_shot
         self._name, network = next((name, used) for name, used in place.networks.items() if tower in (name, None))
-        self._graph, self._size = network.graphs["image"], network.spec.image_size
+        self._graph, self._size = network.graphs["image"], network.spec.side
         self._remembered = remembered
         self._recipe = recipe(network.preprocessing, self._size, config.settings.resize)
         self.inputs = [self._recipe]

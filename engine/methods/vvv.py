@@ -52,7 +52,7 @@ class VVV(TextGuided):
         self._settings = config.settings
         segmenter = place.networks[SEGMENTER]
         self._image_graph, self._decoder = segmenter.graphs["clipseg_image"], segmenter.graphs["clipseg_decoder"]
-        self._segmenter_recipe = recipe(segmenter.preprocessing, segmenter.spec.image_size, config.settings.resize)
+        self._segmenter_recipe = recipe(segmenter.preprocessing, segmenter.spec.side, config.settings.resize)
         self.inputs = [self._recipe, self._segmenter_recipe]
         self._conditions: Any = None  # [K, D] of the localising prompts, where the decoder reads them
         self._counts = np.zeros(0, np.float32)  # how often each counts

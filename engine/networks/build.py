@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from zsad.engine.config import Config, NetworkSpec
 from zsad.export.agreement import sample_inputs
-from zsad.export.checkpoints import check_present
+from zsad.export.checkpoints import check_present, find_checkpoint
 from zsad.export.onnx_export import ExportedModel, export_onnx
 from zsad.export.options import (
     ClipSegDecoderOptions,
@@ -22,6 +22,7 @@ from zsad.export.options import (
     TextOptions,
 )
 from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
+from zsad.export.vision_transformer import read_patch_size
 from zsad.kernels.cuda.device import Device
 
 from .network import Graph, GraphRequest, Network, run_in_parts
@@ -36,7 +37,7 @@ def export_options(spec: NetworkSpec, request: GraphRequest, precision: str, att
     """Return what a network's image tower is exported with."""
     return ExportOptions(
         taps=spec.taps if "tokens" in request.outputs else (),
-        image_size=spec.image_size,
+        image_size=spec.side,
         activation=spec.activation,
         heads=spec.heads,
         outputs=request.outputs,
@@ -60,13 +61,13 @@ def text_options(spec: NetworkSpec, request: GraphRequest, precision: str, atten
 
 def sam_image_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamImageOptions:
     """Return what the image encoder of SAM is exported with."""
-    return SamImageOptions(spec.image_size, precision, attention)
+    return SamImageOptions(spec.side, precision, attention)
 
 
 def sam_masks_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> SamMasksOptions:
     """Return what SAM's mask decoder is exported with."""
     heads = SamMasksOptions.heads if spec.heads is None else spec.heads
-    return SamMasksOptions(spec.image_size, heads=heads, precision=precision)
+    return SamMasksOptions(spec.side, heads=heads, precision=precision)
 
 
 def clipseg_image_options(
@@ -74,7 +75,7 @@ def clipseg_image_options(
 ) -> ClipSegImageOptions:
     """Return what CLIPSeg's image tower is exported with."""
     return ClipSegImageOptions(
-        spec.image_size,
+        spec.side,
         activation=spec.activation,
         heads=spec.heads,
         precision=precision,
@@ -86,12 +87,12 @@ def clipseg_decoder_options(
     spec: NetworkSpec, request: GraphRequest, precision: str, attention: str
 ) -> ClipSegDecoderOptions:
     """Return what CLIPSeg's decoder is exported with."""
-    return ClipSegDecoderOptions(spec.image_size, precision=precision, attention=attention)
+    return ClipSegDecoderOptions(spec.side, precision=precision, attention=attention)
 
 
 def isnet_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> IsnetOptions:
     """Return what IS-Net is exported with."""
-    return IsnetOptions(spec.image_size, precision)
+    return IsnetOptions(spec.side, precision)
 
 
 # By the names that requests have.
@@ -111,6 +112,12 @@ def graph_options(spec: NetworkSpec, request: GraphRequest, precision: str, atte
     if precision == "int8" and request.graph != "image":
         precision = "fp32"
     return OPTIONS[request.graph](spec, request, precision, attention)
+
+
+def patch_sizes(config: Config) -> dict[str, int]:
+    """Return the sides in pixels of the patches of those networks whose images have no size yet; raises as below."""
+    check_present([*(spec.checkpoint for spec in config.specs.values()), *config.settings.files])
+    return {name: read_patch_size(find_checkpoint(config.networks[name].checkpoint)[0]) for name in config.unsized}
 
 
 def load_networks(

@@ -67,6 +67,7 @@ class CategoryRecord:
     failures: list[Failure] = field(default_factory=list)
     groups: int = 0
     group_size: int | None = None
+    image_sizes: dict[str, int] = field(default_factory=dict)  # pixels, the side of each network's input
     scale: tuple[float, float] | None = None  # map values that became 0 and 1
     relative: bool = True  # whether scores depend on the other images of the category
     threshold: float | None = None

@@ -34,8 +34,8 @@ def test_the_presets_are_complete_and_as_published() -> None:
     assert {network.activation for network in (*musc.networks.values(), *challenge.networks.values())} == {"gelu"}
     assert small.networks["dinov2"].taps == (5, 8)
     assert small.settings.rscin == ()
+    assert [config.image_size for config in (small, musc, challenge)] == ["auto", 518, 518]
     for config in (small, musc, challenge):
-        assert config.image_size == 518
         assert config.settings.interval == (0.0, 0.3)
 
 

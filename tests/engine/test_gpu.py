@@ -57,8 +57,8 @@ class TorchTower:
         options = export_options(spec, request, "fp16", "fused")
         path, self.sha256 = find_checkpoint(spec.checkpoint)
         vit = read_vision_transformer(path)
-        patches = (spec.image_size // vit.patch_size) ** 2
-        self.inputs = {"images": TensorSpec((3, spec.image_size, spec.image_size), np.dtype(np.float32))}
+        patches = (spec.side // vit.patch_size) ** 2
+        self.inputs = {"images": TensorSpec((3, spec.side, spec.side), np.dtype(np.float32))}
         self.outputs = {
             "tokens": TensorSpec((len(options.taps), patches, vit.width), np.dtype(np.float16)),
             "embedding": TensorSpec((vit.width,), np.dtype(np.float32)),

@@ -30,7 +30,7 @@ class TextImage:
         assert isinstance(config.settings, Settings)
         self.settings, self.place = config.settings, place
         ((self.name, network),) = place.networks.items()
-        self.graph, self.inputs = network.graphs["image"], [recipe(network.preprocessing, network.spec.image_size)]
+        self.graph, self.inputs = network.graphs["image"], [recipe(network.preprocessing, network.spec.side)]
         texts = np.load(config.settings.vectors)  # [2, D]
         self.texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from zsad.engine.images import limits, stored
 from zsad.engine.images.decode import decode
 from zsad.engine.images.limits import SPARE_BYTES, Limits, limited
-from zsad.engine.images.stored import ImageError, decoded_bytes, read_stored
+from zsad.engine.images.stored import ImageError, read_header, read_stored
 
 SIDE = 2000
 
@@ -54,7 +54,7 @@ def test_a_jpeg_of_many_scans_is_stopped_and_not_tried_again(tmp_path: Path, mon
             decode(path)
         assert len(reads) < 60
         reads.clear()
-        for read in (decode, decoded_bytes):
+        for read in (decode, read_header):
             with pytest.raises(ImageError, match="takes more than 5 s"):
                 read(path)
         assert len(reads) <= 2
@@ -77,7 +77,7 @@ def test_headers_without_an_end_are_stopped(tmp_path: Path, start: bytes) -> Non
         file.write(start)
         file.truncate(1 << 38)
     with limited(Limits(seconds=0.1)):
-        for read in (decode, decoded_bytes):
+        for read in (decode, read_header):
             with pytest.raises(ImageError, match="takes more than"):
                 read(path)
 
@@ -98,7 +98,7 @@ def test_what_takes_too_much_memory_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str
 ) -> None:
     Image.new(mode, (SIDE, SIDE)).save(tmp_path / "a", kind)
-    needed = decoded_bytes(tmp_path / "a")
+    needed = read_header(tmp_path / "a").bytes
     assert needed >= 22 * SIDE**2
     monkeypatch.setattr(limits, "SPARE_BYTES", 1000)
     with limited(Limits(bytes=needed - 1000)):
@@ -108,14 +108,14 @@ def test_what_takes_too_much_memory_is_refused_before_it_is_decoded(
     with limited(Limits(bytes=needed - 1001)):
         with pytest.raises(ImageError, match=r"too large: it takes about .* GB, .*\(--memory-limit\)"):
             decode(tmp_path / "a")
-        assert decoded_bytes(tmp_path / "a") == needed  # so that it is known what it takes
+        assert read_header(tmp_path / "a").bytes == needed  # so that it is known what it takes
     assert SPARE_BYTES > 22 * 24e6
 
 
 def test_a_tiff_of_many_channels_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     levels = np.zeros((30, 40, 60), np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", levels, photometric="minisblack", planarconfig="contig", metadata=None)
-    assert decoded_bytes(tmp_path / "a.tif") == 2 * levels.nbytes
+    assert read_header(tmp_path / "a.tif").bytes == 2 * levels.nbytes
     assert decode(tmp_path / "a.tif").size == (40, 30)
     assert not caplog.records  # Pillow, which reads fewer, has nothing to say
 
@@ -132,15 +132,15 @@ def declare(path: Path, side: int) -> None:
 def test_pixels_are_limited_either_way(tmp_path: Path) -> None:
     declare(tmp_path / "a.png", 13000)
     with limited(Limits(megapixels=100)), pytest.raises(ImageError, match=r"more than 100 million pixels.*--max-mega"):
-        decoded_bytes(tmp_path / "a.png")
-    decoded_bytes(tmp_path / "a.png")
+        read_header(tmp_path / "a.png")
+    read_header(tmp_path / "a.png")
     declare(tmp_path / "a.png", 14000)
     with pytest.raises(ImageError, match="more than 178 million pixels"):
-        decoded_bytes(tmp_path / "a.png")
+        read_header(tmp_path / "a.png")
     with limited(Limits(megapixels=200)):
-        decoded_bytes(tmp_path / "a.png")
+        read_header(tmp_path / "a.png")
     with limited(Limits()), pytest.raises(ImageError, match="more than 178 million"):
-        decoded_bytes(tmp_path / "a.png")
+        read_header(tmp_path / "a.png")
 
 
 def test_sixteen_bits_take_no_eight_bytes_per_value(tmp_path: Path) -> None:

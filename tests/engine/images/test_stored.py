@@ -15,7 +15,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.engine.images.stored import ImageError, decoded_bytes, read_stored
+from zsad.engine.images.stored import ImageError, read_header, read_stored
 
 LEVELS = np.random.default_rng(0).integers(300, 65536, (40, 52, 4), dtype=np.uint16)
 
@@ -133,7 +133,7 @@ def test_a_large_file_that_is_no_image_is_not_read(tmp_path: Path) -> None:
         file.truncate(100 << 20)
     tracemalloc.start()
     try:
-        for read in (read_stored, decoded_bytes):
+        for read in (read_stored, read_header):
             with pytest.raises(ImageError, match="not a PNG"):
                 read(tmp_path / "a.png")
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
@@ -151,7 +151,7 @@ import numpy as np
 import cv2, tifffile
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.duplicates import Duplicates
-from zsad.engine.images.stored import decoded_bytes
+from zsad.engine.images.stored import read_header
 from zsad.engine.results.drawing import OVERLAY_SIDE, draw_overlay, jpeg, shrink
 from zsad.engine.scores.maps import object_mask, pixel_map
 from PIL import Image
@@ -160,7 +160,7 @@ def highest():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 path = Path(sys.argv[1])
-estimate = decoded_bytes(path)
+estimate = read_header(path).bytes
 Path("/proc/self/clear_refs").write_text("5")  # the highest use starts again from the present one
 before = highest()
 image = decode(path)
