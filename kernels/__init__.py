@@ -1,5 +1,6 @@
 """Mutual scoring: how unlike every patch is to the nearest patches of the other images."""
 
+from .averages import kept_averages
 from .mutual_scoring import mutual_scores
 
-__all__ = ["mutual_scores"]
+__all__ = ["kept_averages", "mutual_scores"]

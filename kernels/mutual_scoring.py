@@ -38,11 +38,11 @@ class _Scoring(Protocol):
     def memory_limit(self) -> int:
         """Return the bytes that it may use unless told otherwise."""
 
-    def needed(self, images: int, references: int) -> int:
+    def needed(self, images: int, references: int, returned: ReturnedMinima) -> int:
         """Return the least bytes for which there is a plan."""
 
-    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int) -> Any:
-        """Plan a call that hands back minima of this size; raises MemoryError where the limit is too small."""
+    def plan(self, images: int, references: int, memory_limit: int, returned: ReturnedMinima) -> Any:
+        """Plan a call that hands back these minima; raises MemoryError where the limit is too small."""
 
     def run(
         self, tokens: Any, plan: Any, returned: ReturnedMinima, progress: Progress | None, timings: Timings
@@ -78,13 +78,14 @@ class MutualScoring:
             self._scoring = CpuScoring(self._task, precision)
         self.precision = self._scoring.precision
 
-    def needed(self, images: int, references: int = 0) -> int:
+    def needed(self, images: int, references: int = 0, return_minima: ReturnMinima = False) -> int:
         """Return the least memory in bytes with which `scores` works, beside the tokens.
 
         images: that are scored; references: that they are compared with beside each other. On the CPU it is host
-        memory, otherwise memory of each device.
+        memory, otherwise memory of each device. Minima that are handed back go to a temporary file where memory does
+        not hold them.
         """
-        return self._scoring.needed(images, references)
+        return self._scoring.needed(images, references, ReturnedMinima(return_minima, images, self._task, references))
 
     def memory_limit(self) -> int:
         """Return the bytes that `scores` uses at most unless told otherwise, from what is free now.
@@ -117,7 +118,7 @@ class MutualScoring:
         timings: Timings | None = ...,
         on_plan: Callable[[Any], None] | None = ...,
         references: int = ...,
-        return_minima: Literal[True, "each"],
+        return_minima: Literal[True, "each", "smallest degree"],
     ) -> tuple[Array, Array]: ...
 
     @overload
@@ -154,12 +155,12 @@ class MutualScoring:
         returned = ReturnedMinima(return_minima, images, self._task, references)
         limit = self.memory_limit() if memory_limit is None else memory_limit
         while True:
-            plan = self._scoring.plan(images, references, limit, returned.bytes)
+            plan = self._scoring.plan(images, references, limit, returned)
             log.debug("%s", plan.describe())
             if on_plan is not None:
                 on_plan(plan)
             try:
-                returned.allocate()
+                returned.allocate(plan.returned_in_memory)
                 scores = self._scoring.run(tokens, plan, returned, progress, timings)
                 return scores if returned.array is None else (scores, returned.array)
             except self._scoring.exhausted as error:
@@ -216,7 +217,7 @@ def mutual_scores(
     timings: Timings | None = ...,
     on_plan: Callable[[Any], None] | None = ...,
     references: int = ...,
-    return_minima: Literal[True, "each"],
+    return_minima: Literal[True, "each", "smallest degree"],
 ) -> tuple[Array, Array]: ...
 
 
@@ -255,11 +256,14 @@ def mutual_scores(
     references: K, how many of the images, the last ones, have no scores: the others are compared with them and with
         each other, references are not. With one, a single image can be scored.
     return_minima: also hand back the distances of every patch to the nearest patch of each image, from which other
-        references can be selected without new products: True averages them over layers and degrees, "each" does not.
+        references can be selected without new products (`kept_averages`): True averages them over layers and degrees,
+        "each" does not, "smallest degree" gives the averages and those over layers of the smallest degree alone; with
+        int8 the distances beyond the interval are then as the products have them, to a few 1e-4. Where they take more
+        than half of the limit, they are a memory map of a temporary file that goes with them.
 
     Returns scores [N, P] float32, distances between unit vectors averaged over layers and degrees; with `return_minima`
-    also the minima, float32 [N, P, N + K] or for "each" [L, R, N, P, N + K] in the order of `degrees`, infinity for the
-    image itself.
+    also the minima, float32 [N, P, N + K], for "each" [L, R, N, P, N + K] in the order of `degrees`, for "smallest
+    degree" [2, N, P, N + K], infinity for the image itself.
     Raises ValueError for arguments that make no sense (N + K = 1 among them), MemoryError for too low a limit.
     """
     if getattr(tokens, "ndim", None) != 4 or 0 in tokens.shape:

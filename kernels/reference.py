@@ -106,6 +106,20 @@ def interval_average(minima: ArrayLike, interval: tuple[float, float]) -> NDArra
     return average
 
 
+def kept_average(minima: ArrayLike, kept: ArrayLike, interval: tuple[float, float]) -> NDArray[np.float64]:
+    """Average the distances of the chosen ranks among the images that are kept, every image but itself.
+
+    minima: [N, P, N + K], kept: [N + K] bool. Returns [N, P].
+    """
+    x, chosen = np.asarray(minima, np.float64), np.asarray(kept, bool)
+    averages = np.empty(x.shape[:2])
+    for image, distances in enumerate(x):
+        others = np.sort(distances[:, chosen & (np.arange(x.shape[2]) != image)], axis=1)  # [P, n]
+        first, last = interval_ranks(others.shape[1], interval)
+        averages[image] = others[:, first:last].mean(axis=1)
+    return averages
+
+
 def patch_minima(
     tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5), references: int = 0
 ) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (gram_pass, pool, int8, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
+    Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
     """
 
 def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, instruction_set: str = '') -> None:
@@ -43,6 +43,11 @@ def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), orde
 def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], columns: int, first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
     """
     running_top by the products of two quantised images, without a Gram; right has room for as many columns.
+    """
+
+def rank_sums(distances: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], images: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int, sums: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the images [n] add up to.
     """
 
 def running_top(products: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:

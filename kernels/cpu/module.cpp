@@ -22,6 +22,7 @@
 #include "gram_pass.h"
 #include "int8_product.h"
 #include "pooling.h"
+#include "rank_sums.h"
 #include "running_top.h"
 #include "unit_vectors.h"
 #include "winner_cosines.h"
@@ -95,6 +96,7 @@ class Variants {
 const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
 const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
 const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
+const auto rank_summers = ZSAD_VARIANTS(rank_sums, avx512, has_avx512);
 const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
 const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
@@ -109,6 +111,7 @@ using GramOutput = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using FeaturesOutput = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using NumbersOutput = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using NumberList = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -269,10 +272,26 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
   run(arguments);
 }
 
+void rank_sums(const Gram& distances, const NumberList& images, int first, int last, const DoublesOutput& sums,
+               const std::string& instruction_set) {
+  const std::size_t P = distances.shape(0), n = images.shape(0);
+  require(sums.shape(0) == P, "distances must be [P, N] and sums [P]");
+  require(first >= 0 && first < last && std::size_t(last) <= n, "ranks must satisfy 0 <= first < last <= images");
+  require(std::all_of(images.data(), images.data() + n,
+                      [&](std::int32_t j) { return j >= 0 && std::size_t(j) < distances.shape(1); }),
+          "images must hold numbers of 0 to N - 1");
+  const auto run = rank_summers.choose(instruction_set);
+  const zsad::RankSums arguments{distances.data(), distances.stride(0), distances.stride(1), int(P), images.data(),
+                                 int(n),           first,               last,                sums.data()};
+  nb::gil_scoped_release release;
+  run(arguments);
+}
+
 std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
   if (kernel == "int8") return int8_multipliers.names();
+  if (kernel == "rank_sums") return rank_summers.names();
   if (kernel == "running_top") return running_tops.names();
   if (kernel == "unit_vectors") return unit_makers.names();
   if (kernel == "winner_cosines") return winner_kernels.names();
@@ -286,8 +305,8 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, pool, int8, running_top, unit_vectors, winner_cosines) that build "
-        "and processor share, fastest first.");
+        "Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) "
+        "that build and processor share, fastest first.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.");
@@ -305,6 +324,9 @@ NB_MODULE(_cpu, m) {
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "",
         "running_top by the products of two quantised images, without a Gram; right has room for as many columns.");
+  m.def("rank_sums", &rank_sums, "distances"_a, "images"_a, "first"_a, "last"_a, "sums"_a, "instruction_set"_a = "",
+        "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the images "
+        "[n] add up to.");
   m.def("running_top", &running_top, "products"_a, "first"_a, "values"_a, "indices"_a, "instruction_set"_a = "",
         "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns "
         "first, first + 1, ...; of equal ones the first to come stays before.");

@@ -1,6 +1,6 @@
 """Decides how mutual scoring runs on a CPU: what it keeps in memory and what it streams."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zsad.kernels.machine import available_cores, default_disk_limit
 
@@ -36,6 +36,7 @@ class Plan:
     patches_at_once: int  # whose ranks a worker selects together
     peak_bytes: int
     minima_bytes: int
+    returned_in_memory: bool  # what the caller gets back, else in a memory-mapped temporary file
     comparer: type[Comparer]
 
     def comparisons(self) -> int:
@@ -51,9 +52,11 @@ class Plan:
         turns = "" if self.rows >= self.scored else f"{self.rows} images in turn against all others, "
         minima = "in memory" if self.minima_in_memory else "in a memory-mapped temporary file"
         known = f" with {self.references} references" if self.references else ""
+        returned = "" if self.returned_in_memory else ", those handed back in a memory-mapped temporary file"
         return (
             f"mutual scoring of {self.scored} images{known}: {turns}{resident}, {self.workers} pairs at a time, "
-            f"minima ({self.minima_bytes / 2**20:.0f} MiB) {minima}, {self.peak_bytes / 2**20:.0f} MiB at the peak"
+            f"minima ({self.minima_bytes / 2**20:.0f} MiB) {minima}{returned}, "
+            f"{self.peak_bytes / 2**20:.0f} MiB at the peak"
         )
 
 
@@ -67,8 +70,9 @@ class Sizes:
     degrees: int
     comparer: type[Comparer] = GramOnce  # says what features take
     remeasured_ranks: int = 0  # ranks whose winners are measured again (int8; 0 for fp32)
-    returned_bytes: int = 0  # of the minima that the caller gets back, which stay in memory
+    returned_bytes: int = 0  # of the minima that the caller gets back
     references: int = 0
+    returned_in_memory: bool = True
 
     @property
     def scored(self) -> int:
@@ -80,7 +84,8 @@ class Sizes:
         row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
         loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.
-        always = self.returned_bytes + self.patches * (self.scored * (8 + 8) + self.images * self.degrees)
+        always = self.returned_bytes * self.returned_in_memory
+        always += self.patches * (self.scored * (8 + 8) + self.images * self.degrees)
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
         # degree at a time. It may take what comparing takes.
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)
@@ -99,6 +104,7 @@ class Sizes:
             peak_bytes=peak,
             minima_bytes=rows * row,
             comparer=self.comparer,
+            returned_in_memory=self.returned_in_memory,
         )
 
     @property
@@ -109,13 +115,22 @@ class Sizes:
 
     def fits_disk(self, disk_limit: int | None) -> bool:
         """Tell whether all minima may go to a temporary file; by default nearly all that is free."""
-        return self.plan(self.scored, 0, 0, False).minima_bytes <= (
-            default_disk_limit() if disk_limit is None else disk_limit
-        )
+        taken = 0 if self.returned_in_memory else self.returned_bytes
+        return taken + self.plan(self.scored, 0, 0, False).minima_bytes <= _free_disk(disk_limit)
+
+    def spilled(self, disk_limit: int | None) -> "Sizes":
+        """Return the same with what is handed back in a temporary file, where the disk holds that."""
+        fits = 0 < self.returned_bytes <= _free_disk(disk_limit)
+        return replace(self, returned_in_memory=False) if fits else self
+
+
+def _free_disk(disk_limit: int | None) -> int:
+    return default_disk_limit() if disk_limit is None else disk_limit
 
 
 def least_bytes(sizes: Sizes, disk_limit: int | None = None) -> int:
     """Return the smallest memory limit for which there is a plan."""
+    sizes = sizes.spilled(disk_limit)
     return sizes.plan(1, 1, 1, not sizes.fits_disk(disk_limit)).peak_bytes
 
 
@@ -123,10 +138,13 @@ def plan_mutual_scoring(sizes: Sizes, memory_limit: int, disk_limit: int | None 
     """Fit the working set into `memory_limit` bytes, giving up speed in the order that costs least.
 
     disk_limit: bytes that temporary files may take; nearly all of the free disk by default.
-    First the minima move to disk, then chunks shrink, then workers go. Where the disk does not hold the minima of all
-    images either, a few images at a time are compared with all others, which computes most products twice. Raises
-    MemoryError below the minimum.
+    What is handed back goes to disk where it would take more than half of the limit. Then the minima move to disk, then
+    chunks shrink, then workers go. Where the disk does not hold the minima of all images either, a few images at a time
+    are compared with all others, which computes most products twice. Raises MemoryError below the minimum.
     """
+    least = sizes.plan(1, 1, 1, not sizes.fits_disk(disk_limit)).peak_bytes
+    if sizes.returned_bytes > memory_limit // 2 or least > memory_limit:
+        sizes = sizes.spilled(disk_limit)
     images, scored, image = sizes.images, sizes.scored, sizes.image_bytes
     row = sizes.plan(1, 0, 0, True).minima_bytes
     cores = min(available_cores(), max(1, scored * (scored - 1) // 2 + scored * sizes.references))

@@ -6,7 +6,8 @@ With int8 products the best cosines are approximate and come as keys that also n
 selected by them, and only then are the winners of the selected ranks measured again from fp32 unit features: 30 % of
 all winners with the default interval, read degree by degree so that one copy of the features is resident. Where the
 int8 product chose the right winners and ranks the scores are exact; elsewhere the chosen winner is nearly as close.
-Where the distances to all images are handed back, all winners are measured.
+Where the distances to all images are handed back, all winners are measured, unless the caller takes those beyond the
+chosen ranks as the products have them.
 """
 
 import math
@@ -24,6 +25,7 @@ from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task, not_finite
 
 from .arrays import Array, aligned_empty, empty_gram
+from .averages import rank_sums
 from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
 from .plan import Plan
 
@@ -168,16 +170,17 @@ class Scorer:
 
     def _hand_back(self, degree: int, image: int, patches: slice, distances: Array) -> None:
         """Add an image's distances to the others, [N-1, p], to what the caller gets back; degree: its position."""
-        returned = self.returned
-        kept = returned.of(self.layer, degree, image)  # [P, N]
-        if kept is not None:
-            kept[patches, :image] += np.float32(returned.share) * distances[:image].T
-            kept[patches, image + 1 :] += np.float32(returned.share) * distances[image:].T
+        for weights, kept in self.returned.of(image):  # [L, R], [P, N]
+            weight = weights[self.layer, degree]
+            if weight:
+                kept[patches, :image] += weight * distances[:image].T
+                kept[patches, image + 1 :] += weight * distances[image:].T
 
     def _selected(self, rows: range) -> NDArray[np.float64]:
         """Turn best cosines into mean distances over the chosen ranks and the degrees, [rows, P]."""
         first, last = self.ranks
         zeros = _any_zero(self.usable)  # [N, R]
+        everyone = np.arange(self.plan.images - 1)
 
         def average(image: int) -> NDArray[np.float64]:
             cosines = self.best[image - rows.start]  # [N, R, P]
@@ -189,8 +192,8 @@ class Scorer:
                 )
                 for r in range(cosines.shape[1]):
                     self._hand_back(r, image, patches, distances[:, r])
-                distances.partition(_boundaries(self.ranks), axis=0)
-                scores[patches] = distances[first:last].mean(axis=(0, 1), dtype=np.float64)
+                sums = [rank_sums(distances[:, r].T, everyone, self.ranks) for r in range(cosines.shape[1])]
+                scores[patches] = np.sum(sums, axis=0) / ((last - first) * len(sums))
             return scores
 
         with stopwatch(self.timings, "select"):
@@ -219,6 +222,8 @@ class Scorer:
                     with stopwatch(self.timings, "re-measure"):
                         list(self.pool.map(lambda i: measure(left, i, right, winners[i]), range(len(own))))  # noqa: B023
                 with stopwatch(self.timings, "select"):
+                    if not self.returned.measured:
+                        list(self.pool.map(lambda i, k, w: self._hand_back_all(i, r, k, w), own, keys, winners))  # noqa: B023
                     list(self.pool.map(lambda i, w: self._add_average(i, r, w, total[i - rows.start]), own, winners))  # noqa: B023
                 winners.clear()  # the next ones would otherwise stand beside them
         return total
@@ -227,7 +232,7 @@ class Scorer:
         """Choose the winners of one image by its keys [N, P] of one degree; r: the degree's position."""
         others = np.flatnonzero(np.arange(len(keys)) != image)
         usable = self.usable[:, r]
-        zeros, everyone = _any_zero(usable)[others, None], self.returned.array is not None
+        zeros, everyone = _any_zero(usable)[others, None], self.returned.measured
         first, last = (0, len(others)) if everyone else self.ranks
         shape = last - first, keys.shape[1]
         winners = Winners(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.float32))
@@ -254,11 +259,28 @@ class Scorer:
             distances = _distances(  # [K, p]
                 winners.cosines[:, patches], self.usable[image, r, patches], zeros[winners.image[:, patches]]
             )
-            if self.returned.array is not None:
+            if self.returned.measured:
                 self._hand_back(r, image, patches, distances)
-                distances.partition(_boundaries(self.ranks), axis=0)
-                distances = distances[first:last]
-            total[patches] += distances.mean(axis=0, dtype=np.float64) / len(self.task.degrees)
+                sums = rank_sums(distances.T, np.arange(len(distances)), self.ranks)
+            else:
+                sums = distances.sum(axis=0, dtype=np.float64)
+            total[patches] += sums / (last - first) / len(self.task.degrees)
+
+    def _hand_back_all(self, image: int, r: int, keys: Array, winners: Winners) -> None:
+        """Hand back an image's distances of one degree: of the chosen ranks as measured, others by their keys [N, P].
+
+        r: the degree's position.
+        """
+        if self.returned.array is None:
+            return
+        others = np.flatnonzero(np.arange(len(keys)) != image)
+        usable = self.usable[:, r]
+        zeros = _any_zero(usable)[others, None]
+        for patches in _slices(keys.shape[1], self.plan.patches_at_once):
+            cosines = 1.0 - keys[:, patches][others]  # [N-1, p]
+            chosen = winners.image[:, patches]
+            np.put_along_axis(cosines, chosen - (chosen > image), winners.cosines[:, patches], axis=0)
+            self._hand_back(r, image, patches, _distances(cosines, usable[image, patches], zeros))
 
 
 def runs_of(images: range, size: int) -> list[range]:

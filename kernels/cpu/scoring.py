@@ -42,19 +42,19 @@ class Scoring:
     def memory_limit(self) -> int:
         return default_memory_limit()
 
-    def needed(self, images: int, references: int) -> int:
-        return least_bytes(self._sizes(images, references))
+    def needed(self, images: int, references: int, returned: ReturnedMinima) -> int:
+        return least_bytes(self._sizes(images, references, returned))
 
-    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
-        return plan_mutual_scoring(self._sizes(images, references, returned_bytes), memory_limit)
+    def plan(self, images: int, references: int, memory_limit: int, returned: ReturnedMinima) -> Plan:
+        return plan_mutual_scoring(self._sizes(images, references, returned), memory_limit)
 
-    def _sizes(self, images: int, references: int, returned_bytes: int = 0) -> Sizes:
+    def _sizes(self, images: int, references: int, returned: ReturnedMinima) -> Sizes:
         task, remeasured, compared = self._task, 0, images + references
         if self._comparer is Int8GramOnce:
             first, last = task.ranks(compared)
-            remeasured = compared - 1 if returned_bytes else last - first
+            remeasured = compared - 1 if returned.measured else last - first
         sizes = compared, task.patches, task.channels, len(task.degrees)
-        return Sizes(*sizes, self._comparer, remeasured, returned_bytes, references)
+        return Sizes(*sizes, self._comparer, remeasured, returned.bytes, references)
 
     def run(
         self,

@@ -1,9 +1,10 @@
 // What becomes of the best cosines: the average distance over the chosen ranks of the other images, found by selection
-// instead of sorting, and the distances themselves.
+// instead of sorting, the distances themselves, and what these add up to over the chosen ranks of other references.
 //
 //   d[j, r, p]     = sqrt(max(0, 2 - 2 cos))           for the images j other than i
 //   score[i, p]   += sum over r of weight[r] * sum over ranks first … last - 1 of d[:, r, p], ascending
 //   minima[i, p, j] = sum over r of weight[r] * d[j, r, p],   infinity for j = i
+//   sums[i, p]      = sum over ranks first[i] … last[i] - 1 of minima[i, p, :], ascending, over j that are kept, not i
 //
 // A zero feature has no direction: it lies at distance 1 from unit vectors (as if cos = 1/2) and at distance 0 from
 // another zero feature (cos = 1).
@@ -17,8 +18,13 @@
 // minimum_distances: grid (ceil(P / 32) * ceil(N / 32), images of the chunk), whole warps, 4 * 32 * 33 bytes shared
 //   best, inverse, has_zero as above; weight [R] float
 //   minima        [B, P, N] float out
+// kept_sums: grid (ceil(P / threads), images of the chunk), any block
+//   minima        [B, P, N] float: distances of images image_first … image_first + B - 1, none negative
+//   kept          [N] bytes: 1 where an image counts
+//   ranks         [B, 2] int: first and last, 0 <= first < last <= images that count
+//   sums          [B, P] double out
 //
-// Keys order like cosines, so the largest `count` of them are the smallest distances. One thread per patch finds the
+// Keys order like cosines, or against distances, so the largest `count` of them are the smallest distances. One thread per patch finds the
 // count-th largest key by bisection between the extremes it has seen and then adds up what lies above it; neighbouring
 // threads read neighbouring patches. Ranks equal to the threshold key are added as often as they are counted, so
 // equal distances need no order. The sum runs over j in one order. Distances are handed out image by image along a row:
@@ -41,6 +47,8 @@ struct Column {
   int images, self, degrees;
   bool zero_here;
 
+  ZSAD_DEVICE bool counts(int j) const { return j != self; }
+
   ZSAD_DEVICE int key(int j) const {
     const bool zero_there = has_zero[j * degrees];
     if (zero_here) return float_to_key(zero_there ? 1.0f : 0.5f);
@@ -48,33 +56,61 @@ struct Column {
     return zero_there ? max(found, float_to_key(0.5f)) : found;
   }
 
-  ZSAD_DEVICE int count_above(int threshold) const {
-    int above = 0;
-    for (int j = 0; j < images; ++j) above += j != self && key(j) > threshold;
-    return above;
-  }
-
-  // Sum of the `count` smallest distances.
-  ZSAD_DEVICE double sum_of_nearest(int count, int lowest, int highest) const {
-    if (count == 0) return 0;
-    // The count-th largest key is the smallest t with fewer than `count` keys above it.
-    while (lowest < highest) {
-      const int middle = lowest + int((unsigned(highest) - unsigned(lowest)) / 2);
-      if (count_above(middle) < count) highest = middle;
-      else lowest = middle + 1;
-    }
-    double sum = 0;
-    int above = 0;
-    for (int j = 0; j < images; ++j) {
-      if (j == self) continue;
-      const int k = key(j);
-      if (k <= lowest) continue;
-      sum += distance(k);
-      ++above;
-    }
-    return sum + double(count - above) * distance(lowest);
-  }
+  ZSAD_DEVICE float value(int key) const { return distance(key); }
 };
+
+// The distances of one patch to the images that are kept.
+struct Kept {
+  const float* minima;
+  const unsigned char* kept;
+  int images, self;
+
+  ZSAD_DEVICE bool counts(int j) const { return kept[j] && j != self; }
+  ZSAD_DEVICE int key(int j) const { return -(__float_as_int(minima[j]) & 0x7fffffff); }  // zero may have a sign
+  ZSAD_DEVICE float value(int key) const { return __int_as_float(-key); }
+};
+
+template <typename Distances>
+ZSAD_DEVICE int count_above(const Distances& of, int threshold) {
+  int above = 0;
+  for (int j = 0; j < of.images; ++j) above += of.counts(j) && of.key(j) > threshold;
+  return above;
+}
+
+// Sum of the `count` smallest distances, whose keys lie between lowest and highest.
+template <typename Distances>
+ZSAD_DEVICE double sum_of_nearest(const Distances& of, int count, int lowest, int highest) {
+  if (count == 0) return 0;
+  // The count-th largest key is the smallest t with fewer than `count` keys above it.
+  while (lowest < highest) {
+    const int middle = lowest + int((unsigned(highest) - unsigned(lowest)) / 2);
+    if (count_above(of, middle) < count) highest = middle;
+    else lowest = middle + 1;
+  }
+  double sum = 0;
+  int above = 0;
+  for (int j = 0; j < of.images; ++j) {
+    if (!of.counts(j)) continue;
+    const int k = of.key(j);
+    if (k <= lowest) continue;
+    sum += of.value(k);
+    ++above;
+  }
+  return sum + double(count - above) * of.value(lowest);
+}
+
+// Sum of the distances of ranks first … last - 1.
+template <typename Distances>
+ZSAD_DEVICE double sum_of_ranks(const Distances& of, int first, int last) {
+  int lowest = 0x7fffffff, highest = -0x7fffffff - 1;
+  for (int j = 0; j < of.images; ++j) {
+    if (!of.counts(j)) continue;
+    const int k = of.key(j);
+    lowest = min(lowest, k);
+    highest = max(highest, k);
+  }
+  return sum_of_nearest(of, last, lowest, highest) - sum_of_nearest(of, first, lowest, highest);
+}
 
 ZSAD_KERNEL(256, 4)
 interval_average(const int* best, const float* inverse, const unsigned char* has_zero, const float* weight, int images,
@@ -86,15 +122,7 @@ interval_average(const int* best, const float* inverse, const unsigned char* has
     const long long slab = static_cast<long long>(degrees) * patches, at = static_cast<long long>(r) * patches + p;
     const Column column = {best + blockIdx.y * images * slab + at, has_zero + r, slab,
                            images, i, degrees, inverse[blockIdx.y * slab + at] == 0};
-    int lowest = 0x7fffffff, highest = -0x7fffffff - 1;
-    for (int j = 0; j < images; ++j) {
-      if (j == i) continue;
-      const int k = column.key(j);
-      lowest = min(lowest, k);
-      highest = max(highest, k);
-    }
-    const double sum = column.sum_of_nearest(last, lowest, highest) - column.sum_of_nearest(first, lowest, highest);
-    score += weight[r] * sum;
+    score += weight[r] * sum_of_ranks(column, first, last);
   }
   scores[static_cast<long long>(i) * patches + p] += float(score);
 }
@@ -132,4 +160,14 @@ minimum_distances(const int* best, const float* inverse, const unsigned char* ha
     if (q >= patches || j >= images) continue;
     minima[(static_cast<long long>(blockIdx.y) * patches + q) * images + j] = square[lane * (kSquare + 1) + row];
   }
+}
+
+ZSAD_KERNEL(256, 4)
+kept_sums(const float* minima, const unsigned char* kept, const int* ranks, int images, int patches, int image_first,
+          double* sums) {
+  const int p = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
+  if (p >= patches) return;
+  const long long at = static_cast<long long>(b) * patches + p;
+  const Kept distances = {minima + at * images, kept, images, image_first + b};
+  sums[at] = sum_of_ranks(distances, ranks[2 * b], ranks[2 * b + 1]);
 }

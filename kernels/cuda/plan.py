@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Literal
 
-from zsad.kernels.machine import default_memory_limit
+from zsad.kernels.machine import default_disk_limit, default_memory_limit
 
 from .comparers import STAGED_IMAGES, Comparer, GramOnce, image_bytes
 
@@ -43,6 +43,7 @@ class Plan:
     host_bytes: int
     comparer: type[Comparer]
     references: int = 0  # the last images, which are only compared with
+    returned_in_memory: bool = True  # what the caller gets back, else in a memory-mapped temporary file
 
     @property
     def scored(self) -> int:
@@ -115,6 +116,7 @@ class Plan:
             )
         known = f" with {self.references} references" if self.references else ""
         host = f", {self.host_bytes / 2**20:.0f} MiB on the host" if self.host_bytes else ""
+        host += "" if self.returned_in_memory else ", minima handed back in a memory-mapped file"
         return (
             f"mutual scoring of {self.scored} images{known} on {where}: {resident}, {self.comparer.description}, "
             f"{self.pairs} pairs per launch, "
@@ -132,8 +134,9 @@ class Sizes:
     degrees: int  # distinct ones
     devices: int = 1
     comparer: type[Comparer] = GramOnce  # says what comparing takes
-    returned_bytes: int = 0  # of the minima that the caller gets back, in host memory
+    returned_bytes: int = 0  # of the minima that the caller gets back
     references: int = 0
+    returned_in_memory: bool = True  # of the host
 
     @property
     def scored(self) -> int:
@@ -161,7 +164,9 @@ class Sizes:
         resident = images if features == "on the device" else rows
         peak += resident * self.image_bytes + rows * images * self.entry_bytes + 2 * columns * self.image_bytes
         peak += 2 * columns * rows * self.entry_bytes if exchanges else 0
-        host = self.returned_bytes + (images * self.image_bytes if features == "in host memory" else 0)
+        host = self.returned_bytes * self.returned_in_memory + (
+            images * self.image_bytes if features == "in host memory" else 0
+        )
         plan = Plan(
             images=images,
             rows=rows,
@@ -174,6 +179,7 @@ class Sizes:
             host_bytes=host,
             comparer=self.comparer,
             references=self.references,
+            returned_in_memory=self.returned_in_memory,
         )
         return replace(plan, host_bytes=host + plan.outside_pairs() * self.entry_bytes) if exchanges else plan
 
@@ -200,7 +206,10 @@ def plan_mutual_scoring(
     """
     host_limit = default_memory_limit() if host_limit is None else host_limit
     if sizes.returned_bytes > host_limit:
-        raise MemoryError(_too_little("in host memory", sizes, sizes.returned_bytes, host_limit))
+        disk = default_disk_limit()
+        if sizes.returned_bytes > disk:
+            raise MemoryError(_too_little("in host memory or on the disk", sizes, sizes.returned_bytes, disk))
+        sizes = replace(sizes, returned_in_memory=False)
     choices = _pairs_per_launch(sizes, cache_bytes, pairs)
     devices = max(min(sizes.devices, sizes.scored), 1)
     if devices == 1:
@@ -208,7 +217,8 @@ def plan_mutual_scoring(
             plan = sizes.plan(sizes.scored, 0, pairs, False, "on the device")
             if plan.peak_bytes <= memory_limit:
                 return plan
-    in_memory = sizes.returned_bytes + sizes.images * sizes.image_bytes <= host_limit
+    held = sizes.returned_bytes * sizes.returned_in_memory + sizes.images * sizes.image_bytes
+    in_memory = held <= host_limit
     where: Where = "in host memory" if in_memory else "in a memory-mapped file"
     own = -(-sizes.scored // devices)
     # A launch compares at most as many images as are fetched together, so few pairs cost less than few columns.

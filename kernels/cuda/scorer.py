@@ -39,7 +39,7 @@ class Work:
     degrees: Sequence[int]  # distinct and ascending
     ranks: tuple[int, int]
     score_weights: NDArray[np.float32]  # [R] of a distance in the scores
-    minima_weights: Sequence[NDArray[np.float32]]  # [R] each: what one returned layer of minima adds up
+    minima_weights: NDArray[np.float32]  # [arrays, L, R]: what each array of returned minima adds up
     returned: ReturnedMinima
 
     @property
@@ -139,9 +139,9 @@ class Scorer:
         self.sent = [device.empty((room,), np.int32) for _ in range(2 if room else 0)]
         self.has_zero = device.empty((images, degrees), np.uint8)
         self.scores = device.empty((plan.scored, patches), np.float32)
-        self.distances = device.empty((1, patches, images), np.float32) if work.minima_weights else None
+        self.distances = device.empty((1, patches, images), np.float32) if len(work.minima_weights) else None
         self.score_weights = device.to_device(work.score_weights)
-        self.minima_weights = [device.to_device(weights) for weights in work.minima_weights]
+        self.minima_weights = [device.to_device(weights) for weights in work.minima_weights]  # [L, R] each
         self.staging: DEVICE_ARRAY = None
         self.sums = device.empty((STAGED_IMAGES, SLICES, 2), np.float64)
         self.shift = device.empty((STAGED_IMAGES,), np.float32)
@@ -216,8 +216,10 @@ class Scorer:
             ),
         )
         squares = -(-work.patches // SQUARE) * -(-self.plan.images // SQUARE)
-        for position, weights in enumerate(self.minima_weights):
-            for at, image in enumerate(rows):
+        for at, image in enumerate(rows):
+            for (here, kept), weights in zip(work.returned.of(image), self.minima_weights, strict=True):
+                if not here[layer].any():
+                    continue
                 device.launch(
                     "minimum_distances",
                     (squares, 1),
@@ -226,15 +228,13 @@ class Scorer:
                         self.best[at],
                         self.rows.all.inverse[at],
                         self.has_zero,
-                        weights,
+                        weights[layer],
                         *sizes,
                         np.int32(image),
                         self.distances,
                     ),
                     4 * SQUARE * (SQUARE + 1),
                 )
-                kept = work.returned.of(layer, position, image)
-                assert kept is not None
                 kept += device.to_host(self.distances)[0]
         device.synchronise()
 

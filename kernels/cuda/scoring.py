@@ -78,18 +78,18 @@ class Scoring:
     def memory_limit(self) -> int:
         return min(int(MEMORY_SHARE * device.free_bytes()) for device in self._devices)
 
-    def needed(self, images: int, references: int) -> int:
-        return least_bytes(self._sizes(images, references))
+    def needed(self, images: int, references: int, returned: ReturnedMinima) -> int:
+        return least_bytes(self._sizes(images, references, returned))
 
-    def plan(self, images: int, references: int, memory_limit: int, returned_bytes: int = 0) -> Plan:
+    def plan(self, images: int, references: int, memory_limit: int, returned: ReturnedMinima) -> Plan:
         cache_bytes, options = min(device.cache_bytes for device in self._devices), self._options
-        sizes = self._sizes(images, references, returned_bytes)
+        sizes = self._sizes(images, references, returned)
         return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.pairs)
 
-    def _sizes(self, images: int, references: int, returned_bytes: int = 0) -> Sizes:
+    def _sizes(self, images: int, references: int, returned: ReturnedMinima) -> Sizes:
         task = self._task
         sizes = images + references, task.patches, task.channels, len(self._degrees)
-        return Sizes(*sizes, len(self._devices), self._comparer, returned_bytes, references)
+        return Sizes(*sizes, len(self._devices), self._comparer, returned.bytes, references)
 
     def run(
         self,
@@ -107,8 +107,8 @@ class Scoring:
         ranks = first, last = task.ranks(images)
         shares = np.array([task.degrees.count(degree) for degree in distinct], np.float32)
         shares /= len(task.degrees) * task.layers
-        one_by_one = [np.array([other == degree for other in distinct], np.float32) for degree in task.degrees]
-        minima_weights = one_by_one if returned.each else [shares] if returned.bytes else []
+        place = np.array([[other == degree for other in distinct] for degree in task.degrees], np.float32)
+        minima_weights = returned.weights @ place  # [arrays, L, R]
         return Work(
             task.grid, task.channels, distinct, ranks, shares / np.float32(last - first), minima_weights, returned
         )

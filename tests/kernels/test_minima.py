@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zsad.kernels import mutual_scores, reference
-from zsad.kernels.cpu import comparers, scorer
+from zsad.kernels.cpu import averages, comparers, scorer
 from zsad.kernels.cpu.arrays import aligned_empty
 from zsad.kernels.cpu.plan import Sizes, plan_mutual_scoring
 from zsad.kernels.machine import default_disk_limit
@@ -34,6 +34,7 @@ def make_tokens(images: int = 8, layers: int = 2, zeros: bool = False) -> np.nda
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numpy":
         monkeypatch.setattr(comparers, "_cpu", None)
+        monkeypatch.setattr(averages, "_cpu", None)
     elif comparers._cpu is None:
         pytest.skip("installed without a compiler: the native kernels are not there")
     return "int8" if request.param == "int8" else "fp32"
@@ -107,16 +108,42 @@ def test_every_plan_hands_back_the_same(precision: str, references: int) -> None
     assert len({plan.chunk for plan in plans}) > 1
 
 
-@pytest.mark.parametrize("kind", [True, "each"])
-def test_minima_count_in_the_plan(kind) -> None:
+@pytest.mark.parametrize("kind", [True, "each", "smallest degree"])
+def test_minima_count_in_the_plan(kind, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, plans = make_tokens(11), []
     mutual_scores(tokens, GRID, on_plan=plans.append)
     mutual_scores(tokens, GRID, on_plan=plans.append, return_minima=kind)
     returned = ReturnedMinima(kind, 11, Task(GRID, 2, 48, DEGREES, INTERVAL)).bytes
-    assert returned == 4 * 11 * 20 * 11 * (6 if kind == "each" else 1)
+    assert returned == 4 * 11 * 20 * 11 * {True: 1, "each": 6, "smallest degree": 2}[kind]
     assert plans[1].peak_bytes - plans[0].peak_bytes == returned
+    monkeypatch.setattr("zsad.kernels.cpu.plan.default_disk_limit", lambda: returned - 1)
     with pytest.raises(MemoryError, match="needs at least"):
         mutual_scores(tokens, GRID, memory_limit=returned, return_minima=kind)
+
+
+def test_minima_that_memory_does_not_hold_lie_in_a_file(precision: str) -> None:
+    tokens, plans = make_tokens(11), []
+    options = {"precision": precision, "return_minima": "each"}
+    expected = mutual_scores(tokens, GRID, **options)
+    got = mutual_scores(tokens, GRID, **options, memory_limit=100_000, on_plan=plans.append)
+    assert not plans[0].returned_in_memory
+    assert plans[0].peak_bytes <= 100_000
+    assert "handed back in a memory-mapped temporary file" in plans[0].describe()
+    for array, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("degrees", [(3, 1), (1, 3), (3, 3)])
+def test_the_smallest_degree_comes_beside_the_average(precision: str, degrees: tuple[int, ...]) -> None:
+    tokens = make_tokens(9, zeros=True)
+    scores, both = mutual_scores(tokens, GRID, degrees, precision=precision, return_minima="smallest degree")
+    assert both.shape == (2, 9, 20, 9)
+    minima = reference.patch_minima(tokens, GRID, degrees)
+    error = 1e-2 if precision == "int8" else 1e-4
+    np.testing.assert_allclose(both[0], minima.mean(axis=(0, 1)), atol=error)
+    np.testing.assert_allclose(both[1], minima[:, degrees.index(min(degrees))].mean(axis=0), atol=error)
+    plain = mutual_scores(tokens, GRID, degrees, precision=precision)
+    np.testing.assert_array_equal(scores, plain)  # with int8, too: the interval's winners alone are measured
 
 
 @pytest.mark.slow

@@ -201,6 +201,26 @@ def check_interval_average(
     np.testing.assert_allclose(np.asarray(minima), together, rtol=1e-5, atol=1e-6)
 
 
+def check_kept_sums(run: Run, make: Make, images: int, others: int, patches: int, ties: bool = False) -> None:
+    """Images 2, 3, … of others, of which every third is not kept, each with ranks of its own."""
+    first = 2
+    minima = rng(images, others, patches).uniform(0, 2, (images, patches, others)).astype(np.float32)
+    if ties:
+        minima = np.round(minima * 2) / np.float32(2)
+    minima[range(images), :, range(first, first + images)] = 0  # whatever it is, it does not count
+    kept = np.arange(others) % 3 != 1
+    ranks = [(image % 2, 2 + image % 3) for image in range(images)]
+    sums = make(np.full((images, patches), 9e9))
+    arguments = (make(minima), make(kept.astype(np.uint8)), make(np.array(ranks, np.int32)))
+    sizes = [np.int32(n) for n in (others, patches, first)]
+    run("kept_sums", (-(-patches // 32), images), 32, (*arguments, *sizes, sums))
+    for image, (low, high) in enumerate(ranks):
+        chosen = minima[image][:, kept & (np.arange(others) != first + image)].astype(np.float64)
+        np.testing.assert_allclose(
+            np.asarray(sums)[image], np.sort(chosen, axis=1)[:, low:high].sum(axis=1), rtol=1e-12
+        )
+
+
 def check_resize(device: Any, source: tuple[int, int], size: int, resampling: Any) -> None:
     """Bit for bit what Pillow makes of noise with saturated areas."""
     image = rng(*source).integers(-80, 336, (*source, 3)).clip(0, 255).astype(np.uint8)

@@ -19,5 +19,9 @@ MUTATIONS = [
     Mutation(
         "every image takes the first one's keys", SOURCE, "best + blockIdx.y * images * slab + at", "best + at", 1
     ),
+    Mutation("images count that are not kept", SOURCE, "return kept[j] && j != self", "return j != self"),
+    Mutation("a kept image counts for itself", SOURCE, "return kept[j] && j != self", "return kept[j]"),
+    Mutation("every image takes the first one's distances", SOURCE, "minima + at * images", "minima + p * images"),
+    Mutation("every image takes the first one's ranks", SOURCE, "ranks[2 * b], ranks[2 * b + 1]", "ranks[0], ranks[1]"),
     Mutation("zero features of the first image", SOURCE, "inverse[blockIdx.y * slab + at] == 0", "inverse[at] == 0", 1),
 ]

@@ -40,6 +40,7 @@ def _filter_max(run: checks.Run, make: checks.Make) -> None:
 def _interval_average(run: checks.Run, make: checks.Make) -> None:
     checks.check_interval_average(run, make, 7, 49, (2, 5), zeros=True, image_first=2)
     checks.check_interval_average(run, make, 7, 49, (2, 5), ties=True)
+    checks.check_kept_sums(run, make, 4, 12, 49)
 
 
 def _pool_features(run: checks.Run, make: checks.Make) -> None:
@@ -144,11 +145,9 @@ MUTATIONS = [
         "last warp's patches not cut", "pooled_norms", "  if (p >= patches) return;", "  if (p > patches) return;"
     ),
     Mutation("zero features not reported", "pooled_norms", "has_zero[at] = 1", "has_zero[at] = 0"),
-    Mutation(
-        "first rank off by one", "interval_average", "column.sum_of_nearest(first,", "column.sum_of_nearest(first + 1,"
-    ),
+    Mutation("first rank off by one", "interval_average", "sum_of_nearest(of, first,", "sum_of_nearest(of, first + 1,"),
     Mutation("ties counted once", "interval_average", "double(count - above)", "double(1)"),
-    Mutation("image compared with itself", "interval_average", "j != self && key(j) > threshold", "key(j) > threshold"),
+    Mutation("image compared with itself", "interval_average", "of.counts(j) && of.key(j) >", "of.key(j) >"),
     Mutation(
         "zero features elsewhere ignored",
         "interval_average",

@@ -383,3 +383,36 @@ def test_unit_vectors(instruction_set: str, channels: int) -> None:
         comparers._cpu.unit_vectors(x, units, lengths[1:])
     with pytest.raises(ValueError, match="contiguous"):
         comparers._cpu.unit_vectors(np.asfortranarray(make_pair(20, 9, 5)[0]), np.empty((9, 5), np.float32), lengths)
+
+
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("rank_sums"))
+@pytest.mark.parametrize(("patches", "images"), [(1, 1), (3, 40), (16, 7), (50, 33)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_sums(instruction_set: str, patches: int, images: int, ties: bool) -> None:
+    rng = np.random.default_rng(patches)
+    x = rng.uniform(0, 2, (patches, images)).astype(np.float32)
+    x = np.round(x * 2) / 2 * np.where(rng.random(x.shape) < 0.5, -0.0, 1).astype(np.float32) if ties else x
+    x[0, 0], sums = np.inf, np.empty(patches)
+    chosen = np.flatnonzero(rng.random(images) < 0.7).astype(np.int32)
+    chosen = chosen[chosen > 0] if images > 1 else np.zeros(1, np.int32)
+    if images == 1:
+        x[0, 0] = -0.0
+    count = len(chosen)
+    for first, last in {(0, 1), (0, count), (count - 1, count), (count // 3, count // 3 + 1), (0, count // 2 + 1)}:
+        for array in (x, np.asfortranarray(x), np.repeat(x, 2, axis=1)[:, ::2]):
+            comparers._cpu.rank_sums(array, chosen, first, min(last, count), sums, instruction_set)
+            expected = np.sort(x[:, chosen].astype(np.float64), axis=1)[:, first:last].sum(axis=1)
+            np.testing.assert_allclose(sums, expected, rtol=1e-12)
+
+
+def test_rank_sums_refuse_what_is_not_there() -> None:
+    x, sums = np.zeros((3, 4), np.float32), np.empty(3)
+    for images, first, last, message in (
+        ([0, 4], 0, 1, "0 to N - 1"),
+        ([0, 1], 0, 3, "ranks"),
+        ([0, 1], 1, 1, "ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comparers._cpu.rank_sums(x, np.array(images, np.int32), first, last, sums)
+    with pytest.raises(ValueError, match=r"sums \[P\]"):
+        comparers._cpu.rank_sums(x, np.zeros(1, np.int32), 0, 1, sums[1:])

@@ -162,6 +162,12 @@ def test_interval_average(images: int, ranks: tuple[int, int], case: str) -> Non
     )
 
 
+@pytest.mark.parametrize(("images", "others", "patches"), [(1, 9, 1), (4, 12, 49), (5, 40, 33)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_kept_sums(images: int, others: int, patches: int, ties: bool) -> None:
+    checks.check_kept_sums(run, host_build.copied, images, others, patches, ties)
+
+
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("source", "size"),

@@ -55,6 +55,11 @@ def test_interval_average(gpu: Device, case: str) -> None:
     )
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_kept_sums(gpu: Device, ties: bool) -> None:
+    checks.check_kept_sums(OnDevice(gpu), np.array, 5, 60, 1369, ties)
+
+
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("source", [(700, 900), (900, 700), (300, 1000), (1024, 1024)])
 def test_resize_equals_pillow(gpu: Device, source: tuple[int, int], resampling: str) -> None:

@@ -184,10 +184,12 @@ def test_fused_products_trade_grams_for_features() -> None:
         assert plan(variant, 100_000, 1).pairs == 65535  # what a launch takes
 
 
-def test_a_limit_below_the_minimum_names_what_is_needed() -> None:
+def test_a_limit_below_the_minimum_names_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError, match=r"at least .* MiB on the device.*--memory-limit"):
         plan_of(100, 1369, 1024, 3, 10 << 20, 1)
-    with pytest.raises(MemoryError, match=r"at least .* MiB in host memory.*--memory-limit"):
+    assert not plan_of(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20).returned_in_memory
+    monkeypatch.setattr("zsad.kernels.cuda.plan.default_disk_limit", lambda: 99 << 20)
+    with pytest.raises(MemoryError, match=r"at least .* MiB in host memory or on the disk.*--memory-limit"):
         plan_of(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
 
 
@@ -369,6 +371,9 @@ def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
     np.testing.assert_allclose(averaged, each.mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(scores, plain)
     assert averaged.dtype == each.dtype == np.float32
+    _, both = device_scores(x, GRID, degrees, device=several, return_minima="smallest degree", **options)
+    smallest = each[:, degrees.index(min(degrees))].mean(axis=0)
+    np.testing.assert_allclose(both, [averaged, smallest], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -379,8 +384,12 @@ def test_minima_count_in_the_plan() -> None:
         device_scores(x, GRID, DEGREES, device=HostDevice(), on_plan=plans.append, **options)
     assert plans[1].peak_bytes - plans[0].peak_bytes == 4 * 9 * 7
     assert [plan.host_bytes for plan in plans] == [0, 4 * 7 * 9 * 7, 4 * 4 * 7 * 9 * 7]
-    with pytest.raises(MemoryError, match="in host memory"):
-        device_scores(x, GRID, DEGREES, device=HostDevice(), return_minima=True, host_memory_limit=1000)
+    device_scores(
+        x, GRID, DEGREES, device=HostDevice(), on_plan=plans.append, return_minima=True, host_memory_limit=1000
+    )
+    assert not plans[3].returned_in_memory
+    assert plans[3].host_bytes == 0
+    assert "handed back in a memory-mapped file" in plans[3].describe()
 
 
 @pytest.mark.slow
