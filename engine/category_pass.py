@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,6 +160,7 @@ class CategoryPass:
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
+        self.readable_references = 0
 
     def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
         """Score the images and write the category's folder; images without a score join what was unreadable before."""
@@ -239,7 +241,9 @@ class CategoryPass:
             readable: list[int] = []
             references = self._reference_batches(bit_depth)
             count, category = len(self.references.images), self.category
-            method.start(Group(len(members), category.product, references, count, category.name))
+            method.start(
+                Group(len(members), category.product, references, count, category.name, number, len(self.groups))
+            )
             images, seen = self.category.images, self._seen
             for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
                 self._take_failures(batch.failures)
@@ -254,20 +258,20 @@ class CategoryPass:
                     readable += batch.indices
                 done += len(batch.indices) + len(batch.failures)
                 self.progress("networks", done, len(images))
-            if method.compares and len(readable) < 2:
+            if method.compares and len(readable) < (1 if self.readable_references else 2):
                 self.failures.update((index, "no other readable image to compare it with") for index in readable)
             else:
                 yield from method.finish(report)
 
     def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
         """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""
-        images, readable = self.references.images, 0
-        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, lambda *_: None):
+        images = self.references.images
+        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, self._seen_reference):
             self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
-            readable += len(batch.indices)
+            self.readable_references += len(batch.indices)
             if batch.indices:
                 yield batch
-        if images and not readable:
+        if images and not self.readable_references:
             raise NoReferencesError(
                 f"none of the {len(images)} references can be read: {self.failed_references[0].reason}"
             )
@@ -275,10 +279,16 @@ class CategoryPass:
     def _seen(self, index: int, image: Image.Image | None) -> None:
         if image is not None and DAMAGE in image.info:
             self.damaged[index] = image.info[DAMAGE]
-        if not self.method.compares:  # copies hide nothing
-            return
+        if self.method.compares:  # otherwise copies hide nothing
+            self._add_to_copies(index, self.category.images[index].path, image)
+
+    def _seen_reference(self, index: int, image: Image.Image | None) -> None:
+        if self.method.compares:
+            self._add_to_copies(len(self.category.images) + index, self.references.images[index].path, image)
+
+    def _add_to_copies(self, number: int, path: Path, image: Image.Image | None) -> None:
         with suppress(OSError):  # a file that has just gone is no copy of anything
-            self.duplicates.add(index, self.category.images[index].path, image)
+            self.duplicates.add(number, path, image)
 
     def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         for index, reason in failures:
@@ -294,11 +304,13 @@ class CategoryPass:
         """Return the results of methods whose scores and maps are relative to the category."""
         found = sorted(scored, key=lambda image: image.index)  # groups are random
         if not found:
-            raise TooFewImagesError(
-                f"{printable(self.category.name)}: fewer than two readable images; method {self.config.method} "
-                "compares images with each other and needs at least two, and ten or more for useful scores",
-                self._failures(),
-            )
+            message = "no readable image"
+            if not self.readable_references:
+                message = (
+                    f"fewer than two readable images; method {self.config.method} compares images with each other and "
+                    "needs at least two, ten or more for useful scores, or known-good ones (--reference)"
+                )
+            raise TooFewImagesError(f"{printable(self.category.name)}: {message}", self._failures())
         sound = [place for place, image in enumerate(found) if image.index not in self.damaged]
         if len(sound) < 2:
             sound = list(range(len(found)))
@@ -306,6 +318,13 @@ class CategoryPass:
             scores = self.method.image_scores(found)  # [N]
             if len(sound) < len(found):  # one broken picture must not make all others look alike
                 scores[sound] = self.method.image_scores([found[place] for place in sound])
+        if self.method.map_range is not None:
+            known = "1 has nothing in common with the known-good image"
+            if self.readable_references > 1:
+                known = "0.5 is what the most unusual known-good image comes to when compared with the others"
+            self._note(
+                f"scores and maps are not relative to {counted(len(found), 'image')}, which are too few: {known}"
+            )
         scale = self.method.map_range or (
             min(float(found[place].map.min()) for place in sound),
             max(float(found[place].map.max()) for place in sound),
@@ -365,10 +384,22 @@ class CategoryPass:
 
     def _note_duplicates(self) -> None:
         for copies in self.duplicates.groups():
-            names = [printable(str(self.category.images[index].relative)) for index in copies.indices]
+            images = len(self.category.images)
+            names = [
+                printable(str(self.category.images[number].relative))
+                if number < images
+                else f"the reference {printable(str(self.references.images[number - images].path))}"
+                for number in copies.indices
+            ]
+            if copies.indices[0] >= images:  # references among themselves hide nothing
+                continue
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             kind = "the same picture" if copies.exact else "nearly the same picture"
-            self._note(f"{', '.join(names[:3])}{more} are {kind}; copies of a defect hide it")
+            hidden = "copies of a defect hide it"
+            if copies.indices[-1] >= images:
+                names = [*names[:2], names[-1]] if len(names) > 3 else names
+                hidden = "an image that is a reference too looks normal"
+            self._note(f"{', '.join(names[:3])}{more} are {kind}; {hidden}")
 
 
 def _background(config: Config) -> Background:

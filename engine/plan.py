@@ -89,9 +89,12 @@ def check_memory(jobs: Sequence[CategoryJob], workplace: Workplace) -> None:
         largest = max(map(len, deal_groups(len(category.images), config.group_size, config.seed)))
         needed = workplace.method.needed(largest, references)
         if needed > limit:
+            known = f"comparing with {counted(references, 'known-good image')}"
             work, option = f"scoring {largest} images together", "--group-size"
             if not workplace.method.compares:
-                work, option = f"comparing with {counted(references, 'known-good image')}", "--shots"
+                work, option = known, "--shots"
+            elif references:
+                work, option = f"{work} and {known}", "--group-size or --shots"
             raise ConfigError(
                 f"{printable(category.name)}: {work} needs at least {needed / 2**20:.0f} MiB and the memory limit is "
                 f"{limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller with --image-size or {option}"

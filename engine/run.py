@@ -28,6 +28,7 @@ from zsad.engine.results.category import THUMBNAILS
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
+from zsad.engine.scores.image_scores import FEW_IMAGES
 from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
@@ -39,8 +40,6 @@ log = logging.getLogger("zsad")
 
 # What libraries and kernels multiply; of methods that judge every image by itself the first is all that `take` does.
 LIBRARY_STAGES = ("networks", "product")
-
-FEW_IMAGES = 10  # below, a group says little about what is usual
 
 
 def run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
@@ -180,7 +179,7 @@ def _evaluated(
 def _notes(records: Sequence[CategoryRecord]) -> list[str]:
     notes = []
     for record in records:
-        if record.relative and 0 < len(record.images) < FEW_IMAGES:
+        if record.relative and 0 < len(record.images) + len(record.references) < FEW_IMAGES:
             notes.append(
                 f"{record.name}: only {len(record.images)} images. With so few it is hard to tell what is usual "
                 "from what is not; read the ranking with care."

@@ -41,7 +41,7 @@ class Arrays(Protocol):
         """Make room for an array, until the context ends; raises MemoryError or OSError where there is none."""
 
     def put(self, values: Array, room: Array) -> None:
-        """Copy a network's output into a part of what `room` gave."""
+        """Copy a network's output, or another part, into a part of what `room` gave."""
 
     def complete(self) -> None:
         """Wait for the copies that are still under way."""
@@ -107,8 +107,8 @@ class DeviceArrays(Arrays):
             yield array
 
     def put(self, values: Array, room: Array) -> None:
-        if isinstance(room, np.ndarray) and not isinstance(values, np.ndarray):
-            room[...] = self._device.to_host(values)
+        if isinstance(room, np.ndarray):
+            room[...] = values if isinstance(values, np.ndarray) else self._device.to_host(values)
         else:
             self._device.copy(values, room)
 

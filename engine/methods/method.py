@@ -54,11 +54,13 @@ class Scored:
 class Group:
     """Images that are scored together, and what is known of them."""
 
-    images: int  # at most
+    images: int  # at most; the first group of a category is the largest
     object: str  # what they show, as its folder is called
-    references: Iterable[Batch] = ()  # known-good images; read once
+    references: Iterable[Batch] = ()  # known-good images, of all groups of a category; read once, with the first one
     reference_count: int = 0  # how many they are at most
     name: str = ""  # of the category
+    number: int = 0  # among the groups of the category
+    groups: int = 1  # of the category
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Method(Protocol):
     def map_range(self) -> tuple[float, float] | None:
         """The fixed range of its maps; None: they are relative to the category, and so are its scores.
 
+        Of methods that compare it is known once all groups of a category have ended.
         The scores of a method that neither compares nor rescores are in [0, 1].
         """
 
@@ -107,7 +110,7 @@ class Method(Protocol):
         """
 
     def start(self, group: Group) -> None:
-        """Begin a group of images; whatever an earlier one has left is dropped."""
+        """Begin a group of images; whatever an earlier one has left is dropped, but for references of the category."""
 
     def take(self, batch: Batch) -> Iterable[Scored]:
         """Run the networks over a batch; methods that judge every image by itself answer here."""

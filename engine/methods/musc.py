@@ -2,11 +2,14 @@
 
 batch → networks: tokens [B, L, P, C], embedding [B, D] → kept for the whole group [n, …] → mutual scoring: patch scores
 [n, P] → maps [g, g] of one network, raw image scores of the same or another one; for a whole category RsCIN
+
+Known-good images are compared with beside the others and have no scores. Their tokens lie behind those of the group,
+for all groups of a category. Of few images scores are not relative to these but to known-good ones (`_Yardstick`).
 """
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +23,15 @@ from zsad.engine.config import Config, ConfigError, Precision, Table, rising
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
-from zsad.engine.scores.image_scores import ScoreRule, image_scores, min_max, rscin
+from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
 from zsad.kernels.mutual_scoring import MutualScoring
 
 from .method import Group, Place, Progress, Scored
 
 log = logging.getLogger("zsad")
+
+HALF_UNLIKE = math.sqrt(0.5)  # half of the distance between unit vectors at right angles
+ALIKE = 0.05  # patches of copies lie closer
 
 
 def _odd(degree: int) -> int:
@@ -54,19 +60,27 @@ class Settings(Table):
 
 @dataclass
 class _Kept:
-    """What one network has given for a group, wherever that lies."""
+    """What one network has given for the largest group of a category and behind it for references, wherever it lies."""
 
-    tokens: Any  # [n, L, P, C]
-    embeddings: Any  # [n, D], or None
+    tokens: Any  # [n + k, L, P, C]
+    embeddings: Any  # [n + k, D], or None
+
+
+@dataclass(frozen=True)
+class _Yardstick:
+    """What known-good images come to when they are scored by each other: half of the way from 0 to 1."""
+
+    raw_score: float  # the highest of an image
+    lowest: float  # of patches of the maps
+    highest: float
 
 
 class MuSc:
     """See `Method`."""
 
     Settings = Settings
-    takes_references = False
-    compares = rescores = True
-    map_range = None
+    takes_references = True
+    compares = True
 
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
@@ -80,9 +94,14 @@ class MuSc:
             self._scorings = {name: self._scoring(graph) for name, graph in self._graphs.items()}
         except ValueError as error:  # a precision or a grid that this installation or device cannot do
             raise ConfigError(str(error)) from None
-        self._group = ExitStack()
+        self._category = ExitStack()
         self._kept: dict[str, _Kept] = {}
+        self._group = Group(0, "")
         self._members: list[int] = []
+        self._first = self._end = 0  # rows of what is kept that are the group's
+        self._references = 0  # behind them
+        self._scored = 0  # images of the category
+        self._yardstick: _Yardstick | None = None
         self._memory_left = 0
 
     @staticmethod
@@ -118,21 +137,42 @@ class MuSc:
             self._place.arrays.devices,
         )
 
+    @property
+    def map_range(self) -> tuple[float, float] | None:
+        """See `Method`; a few images are not relative to each other where there are known-good ones."""
+        yard = self._yardstick
+        return None if yard is None or self._scored >= FEW_IMAGES else (yard.lowest, 2 * yard.highest - yard.lowest)
+
+    @property
+    def rescores(self) -> bool:
+        return self.map_range is None
+
     def needed(self, images: int, references: int) -> int:
-        return max(scoring.needed(images) for scoring in self._scorings.values())
+        counts = [(images, references), *([_yardstick_counts(references)] if references > 1 else [])]
+        return max(scoring.needed(*count) for scoring in self._scorings.values() for count in counts)
 
     def start(self, group: Group) -> None:
-        self._group.close()
-        self._members = []
-        images = group.images
-        arrays = self._place.arrays
+        self._members, self._group = [], group
+        if group.number == 0:
+            self._category.close()
+            self._open(group)
+            self._end, self._scored, self._yardstick = group.images, 0, None
+            self._references = 0
+            for batch in group.references:
+                self._keep(batch, self._end + self._references)
+                self._references += len(batch.indices)
+        self._first = self._end - group.images
+
+    def _open(self, group: Group) -> None:
+        """Make room for the groups of a category and for its references."""
+        images, arrays = group.images + group.reference_count, self._place.arrays
         size = sum(_bytes(graph.outputs["tokens"], images) for graph in self._graphs.values())
-        kept, self._memory_left = arrays.share(size, arrays.limit(), self.needed(images, 0))
+        kept, self._memory_left = arrays.share(size, arrays.limit(), self.needed(group.images, group.reference_count))
         if not kept:
             log.debug("the tokens of %d images are too many to stay resident and are read in chunks", images)
         for name, graph in self._graphs.items():
             rooms = {
-                output: self._group.enter_context(
+                output: self._category.enter_context(
                     arrays.room((images, *spec.shape), spec.dtype, kept or output == "embedding")
                 )
                 for output, spec in graph.outputs.items()
@@ -140,7 +180,12 @@ class MuSc:
             self._kept[name] = _Kept(rooms["tokens"], rooms.get("embedding"))
 
     def take(self, batch: Batch) -> Iterable[Scored]:
-        first = len(self._members)
+        self._keep(batch, self._first + len(self._members))
+        self._members += batch.indices
+        return ()
+
+    def _keep(self, batch: Batch, first: int) -> None:
+        """Run the networks over a batch and keep what they give, from this row on."""
         for name, graph in self._graphs.items():
             kept = self._kept[name]
             for part, outputs in run_in_parts(graph, {"images": batch.inputs[self._recipes[name]]}):
@@ -148,48 +193,97 @@ class MuSc:
                 self._place.arrays.put(outputs["tokens"], kept.tokens[rows])
                 if kept.embeddings is not None:
                     self._place.arrays.put(outputs["embedding"], kept.embeddings[rows])
-        self._members += batch.indices
-        return ()
 
     def finish(self, progress: Progress) -> Iterator[Scored]:
         settings, images = self._settings, len(self._members)
+        self._scored += images
         try:
             embeddings = self._kept[settings.image_network].embeddings
             self._place.arrays.complete()
-            vectors = None if embeddings is None else self._place.arrays.fetch(embeddings[:images])  # [n, D]
-            scores = {
-                name: scoring.scores(
-                    self._kept[name].tokens[:images],
-                    self._memory_left,
-                    progress=partial(progress, f"scoring {name}"),
-                    timings=self._place.timings,
-                )
-                for name, scoring in self._scorings.items()
-            }  # [n, P] each
+            vectors = None
+            if embeddings is not None:
+                vectors = self._place.arrays.fetch(embeddings[self._first : self._first + images])  # [n, D]
+            self._close_ranks()
+            last, stage = self._first + images + self._references, "scoring {}".format
+            scores = self._scores(self._first, last, self._references, stage, progress)
+            if self._references and images < FEW_IMAGES and self._yardstick is None:
+                self._yardstick = self._measured(progress)
         finally:
-            self._kept.clear()
-            self._group.close()
-        image_network = settings.image_network
-        raw = image_scores(
-            scores[image_network],
-            _grid(scores[image_network].shape[1]),
-            settings.image_rule,
-            self._place.networks[image_network].spec.side,
-        )  # [n]
-        maps = scores[settings.map_network]
+            if self._group.number == self._group.groups - 1:
+                self._kept.clear()
+                self._category.close()
+        raw, maps = self._raw_scores(scores), scores[settings.map_network]
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
             yield Scored(index, float(raw[row]), maps[row].reshape(_grid(maps.shape[1])), vector)
 
+    def _close_ranks(self) -> None:
+        """Move the tokens of the group next to the references, where images that have none left a gap."""
+        first, images = self._first, len(self._members)
+        gap = self._end - first - images
+        if not gap or not self._references:
+            return
+        for kept in self._kept.values():
+            for row in reversed(range(first, first + images)):
+                self._place.arrays.put(kept.tokens[row], kept.tokens[row + gap])
+        self._place.arrays.complete()
+        self._first += gap
+
+    def _scores(
+        self, first: int, last: int, references: int, stage: Callable[[str], str], progress: Progress
+    ) -> dict[str, NDArray[np.float32]]:
+        """Score kept rows, of which the last ones are references; returns [n, P] for each network."""
+        return {
+            name: scoring.scores(
+                self._kept[name].tokens[first:last],
+                self._memory_left,
+                progress=partial(progress, stage(name)),
+                timings=self._place.timings,
+                references=references,
+            )
+            for name, scoring in self._scorings.items()
+        }
+
+    def _raw_scores(self, scores: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+        """Return the raw scores [n] of images with these patch scores [n, P] of each network."""
+        name = self._settings.image_network
+        size = self._place.networks[name].spec.side
+        return image_scores(scores[name], _grid(scores[name].shape[1]), self._settings.image_rule, size)
+
+    def _measured(self, progress: Progress) -> _Yardstick:
+        """Return what references come to that are scored by each other; one, or copies of one, do not say."""
+        if self._references > 1:
+            _, others = _yardstick_counts(self._references)
+            stage = "scoring known-good images by {}".format
+            scores = self._scores(self._end, self._end + self._references, others, stage, progress)
+            maps = scores[self._settings.map_network]
+            if maps.max() > ALIKE:
+                return _Yardstick(float(self._raw_scores(scores).max()), float(maps.min()), float(maps.max()))
+        unlike = {
+            name: np.full((1, graph.outputs["tokens"].shape[1]), HALF_UNLIKE, np.float32)
+            for name, graph in self._graphs.items()
+        }
+        return _Yardstick(float(self._raw_scores(unlike)[0]), 0.0, HALF_UNLIKE)
+
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
+        ends = None
+        if self.map_range is not None:
+            assert self._yardstick is not None
+            ends = 0.0, 2 * self._yardstick.raw_score
         if not self._settings.rscin:
-            return min_max(raw)
-        return rscin(raw, np.array([image.facts for image in scored]), self._settings.rscin)
+            return min_max(raw, ends)
+        return rscin(raw, np.array([image.facts for image in scored]), self._settings.rscin, ends)
 
     def bounds(self) -> None:
         return None
+
+
+def _yardstick_counts(references: int) -> tuple[int, int]:
+    """Return how many references are scored by each other and by how many more, so that this costs little."""
+    measured = min(references, FEW_IMAGES)
+    return measured, references - measured
 
 
 def _grid(patches: int) -> tuple[int, int]:

@@ -136,9 +136,7 @@ def test_rotary_positions_are_turned_in_fp32(dinov3: VisionTransformer) -> None:
 
 
 def test_windows_have_no_rotary_positions(dinov3: VisionTransformer) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"windows are of towers that add positions to the tokens.*leave them"
-    ):
+    with pytest.raises(CheckpointError, match=r"windows are of towers that add positions to the tokens.*leave them"):
         build_vit_graph(dinov3, ExportOptions((), 20, outputs=("windows_2",)))
 
 

@@ -1,9 +1,201 @@
-"""Mutual scoring as a method: what copies of a picture do to its score, as the limits say."""
+"""Mutual scoring as a method: known-good images beside those of a category, and what copies do, as the limits say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from runs import draw
 
+from zsad.engine.config import load_config
+from zsad.engine.images.loader import Batch
+from zsad.engine.methods.arrays import HostArrays
+from zsad.engine.methods.method import Group, Place, Scored, method_class
+from zsad.engine.methods.musc import FEW_IMAGES, HALF_UNLIKE, MuSc
+from zsad.engine.networks.network import Network, TensorSpec
+from zsad.kernels import reference
 from zsad.kernels.mutual_scoring import mutual_scores
+
+GRID, CHANNELS = (3, 3), 24
+
+
+class Tower:
+    """A graph whose inputs are their own outputs."""
+
+    largest_batch = 3
+
+    def __init__(self) -> None:
+        self.inputs = {"images": TensorSpec((2, 9, CHANNELS), np.dtype(np.float32))}
+        self.outputs = {"tokens": self.inputs["images"], "embedding": TensorSpec((CHANNELS,), np.dtype(np.float32))}
+        self.rows = 0
+
+    def run(self, inputs: Any) -> dict[str, NDArray[np.float32]]:
+        self.rows += len(inputs["images"])
+        return {"tokens": inputs["images"], "embedding": inputs["images"][:, 0, 0] * np.float32(1)}
+
+
+class Run:
+    """A method that is given tokens as images."""
+
+    def __init__(self, **overrides: Any) -> None:
+        config = load_config("small", overrides={"image_size": 42, **overrides}, method_of=method_class)
+        self.tower = Tower()
+        network = Network(config.networks["dinov2"], "tiny", "", "dinov2", {"image": self.tower})
+        self.method = MuSc(config, Place({"dinov2": network}, HostArrays((), None), {}, None))  # type: ignore[arg-type]
+
+    def batches(self, tokens: NDArray[np.float32], members: Sequence[int], size: int = 4) -> Any:
+        for start in range(0, len(members), size):
+            indices = list(members[start : start + size])
+            yield Batch(indices, {self.method.inputs[0]: tokens[indices]}, [])
+
+    def scored(
+        self, images: NDArray[np.float32], known: NDArray[np.float32], groups: Sequence[Sequence[int]], lost: int = 0
+    ) -> list[Scored]:
+        """Score groups of images; lost: how many more the first group and the references were to have."""
+        found: list[Scored] = []
+        for number, members in enumerate(groups):
+            references = self.batches(known, range(len(known)))
+            count, kept = len(known) + lost, len(members) + lost
+            self.method.start(Group(kept, "part", references, count, "parts", number, len(groups)))
+            for batch in self.batches(images, members):
+                assert not list(self.method.take(batch))
+            found += self.method.finish(lambda *_: None)
+        return sorted(found, key=lambda image: image.index)
+
+
+def make_tokens(count: int, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    shared = np.random.default_rng(9).normal(size=(1, 2, 9, CHANNELS))
+    return (shared + 0.5 * rng.normal(size=(count, 2, 9, CHANNELS))).astype(np.float32)
+
+
+def expected(images: NDArray[np.float32], known: NDArray[np.float32]) -> NDArray[np.float64]:
+    return reference.mutual_scores(np.concatenate([images, known]), GRID, (1, 3), (0.0, 0.3), len(known))
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize(("images", "known"), [(12, 0), (12, 1), (12, 5), (1, 1), (1, 12), (4, 3)])
+def test_images_are_scored_with_known_good_ones_beside_them(images: int, known: int, lost: int) -> None:
+    x, y, run = make_tokens(images), make_tokens(known, 1), Run()
+    found = run.scored(x, y, [range(images)], lost)
+    assert [image.index for image in found] == list(range(images))
+    maps = np.array([image.map.ravel() for image in found])
+    np.testing.assert_allclose(maps, expected(x, y), atol=1e-4)
+    np.testing.assert_allclose([image.raw_score for image in found], maps.max(axis=1), atol=1e-6)
+    assert run.tower.rows == images + known
+
+
+def test_every_group_meets_all_references_which_run_once() -> None:
+    x, y, run = make_tokens(11), make_tokens(3, 1), Run()
+    groups = [(0, 3, 6, 9), (1, 4, 7, 10), (2, 5, 8)]
+    maps = np.array([image.map.ravel() for image in run.scored(x, y, groups)])
+    for members in groups:
+        np.testing.assert_allclose(maps[list(members)], expected(x[list(members)], y), atol=1e-4)
+    assert run.tower.rows == 11 + 3
+    assert run.method.map_range is None  # of the category there are enough
+    again = run.scored(x, make_tokens(0), groups)  # another category, without references
+    np.testing.assert_allclose(again[2].map.ravel(), expected(x[[2, 5, 8]], y[:0])[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("known", [2, 5, FEW_IMAGES + 3])
+def test_few_images_are_measured_by_what_known_good_ones_come_to_by_each_other(known: int) -> None:
+    x, y, run = make_tokens(3), make_tokens(known, 1), Run()
+    x[1, :, 4] *= -2
+    found = run.scored(x, y, [range(3)])
+    measured = min(known, FEW_IMAGES)
+    yard = expected(y[:measured], y[measured:])
+    low, high = yard.min(), yard.max()
+    assert run.method.map_range == pytest.approx((low, 2 * high - low), abs=1e-4)
+    assert not run.method.rescores
+    scores = run.method.image_scores(found)
+    np.testing.assert_allclose(scores, expected(x, y).max(axis=1) / (2 * yard.max()), atol=1e-4)
+    assert scores[1] > 0.55 > scores[[0, 2]].max()
+    alone = Run()
+    (single,) = alone.scored(x[1:2], y, [range(1)])
+    assert alone.method.image_scores([single])[0] > 0.55
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_one_known_good_image_gives_no_yardstick(copies: int) -> None:
+    x, run = make_tokens(1), Run()
+    y = np.repeat(make_tokens(1, 1), copies, axis=0)
+    found = run.scored(x, y, [range(1)])
+    assert run.method.map_range == (0.0, 2 * HALF_UNLIKE)
+    np.testing.assert_allclose(run.method.image_scores(found), expected(x, y).max(axis=1) / np.sqrt(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 4, 12])
+def test_images_are_rescored_by_each_other_and_not_by_references(images: int) -> None:
+    x, y, run = make_tokens(images), make_tokens(4, 1), Run(rscin=(1, 3), image_rule="map_maximum")
+    found = run.scored(x, y, [range(images)])
+    scores = run.method.image_scores(found)
+    assert scores.shape == (images,)
+    np.testing.assert_array_equal([image.facts for image in found], x[:, 0, 0])
+    if images == 1:
+        yard = expected(y, y[:0])
+        np.testing.assert_allclose(scores, expected(x, y).max(axis=1) / (2 * yard.max()), atol=2e-3)
+
+
+def test_memory_counts_references() -> None:
+    run = Run()
+    assert run.method.needed(5, 40) > run.method.needed(5, 0)
+    assert run.method.needed(1, 40) >= run.method.needed(FEW_IMAGES, 30)  # so many are measured
+
+
+@pytest.mark.slow
+def test_a_single_image_beside_a_reference(infer: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("good"), 4)
+    for number in (1, 2, 3):
+        Path(f"good/{number:02d}.png").rename(f"{number}.png")  # the last one has a defect
+    Path("data").mkdir()
+    Path("3.png").rename("data/bad.png")
+    assert infer("small", "data", "--reference", "good") == 0
+    assert "1 has nothing in common with the known-good image" in capsys.readouterr().err
+    record = json.loads(Path("out/data/category.json").read_text())
+    assert record["scale"] == pytest.approx([0, np.sqrt(2)])
+    assert not record["relative"]
+    assert 0 < record["images"][0]["score"] < 1
+    assert len(record["references"]) == 1
+
+    Path("good/broken.png").write_bytes(b"no image")
+    Path("1.png").rename("good/1.png")
+    Path("2.png").rename("good/2.png")
+    assert infer("small", "data", "--reference", "good", "--resume") == 1  # other references: scored again
+    said = capsys.readouterr().err
+    assert "broken.png: skipped" in said
+    assert "0.5 is what the most unusual known-good image comes to" in said
+    assert 0.5 < json.loads(Path("out/data/category.json").read_text())["images"][0]["score"] <= 1
+
+    for path in Path("good").iterdir():
+        path.write_bytes(path.name.encode())
+    assert infer("small", "data", "--reference", "good") == 1
+    assert "none of the 4 references can be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_encoded_again_is_named(
+    infer: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(Path("data"), 8)
+    draw(Path("other"), 3)
+    Path("good").mkdir()
+    Path("good/0.png").write_bytes(Path("data/00.png").read_bytes())
+    Image.open("data/01.png").save("good/1.bmp")
+    Image.open("data/02.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("good/2.png")
+    assert infer("small", "data", "--reference", "good") == 0
+    said = capsys.readouterr().err
+    assert "the reference good/0.png is left out: it is one of the images to score, 00.png" in said
+    assert (
+        "01.png, the reference good/1.bmp are the same picture; an image that is a reference too looks normal" in said
+    )
+    assert "2 known-good images to compare with" in said
+    assert "good/2.png are" not in said
 
 
 @pytest.mark.parametrize("copies", [2, 3, 5])
