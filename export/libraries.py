@@ -4,8 +4,11 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import sys
+from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 # The library of each TensorRT target: its import name and the platforms that it is made for. The targets' names are
@@ -17,6 +20,14 @@ TARGETS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
 
+# What is built for one version of CUDA and says so in its name.
+CUDA_BUILDS = {
+    f"{name}{major}{x}": major
+    for name, x in (("cupy-cuda", "x"), ("tensorrt-cu", ""), ("tensorrt-rtx-cu", ""), ("nvidia-nvimgcodec-cu", ""))
+    for major in (12, 13)
+}
+DRIVERS = "drivers from 525 on run what is built for CUDA 12, from 580 on also CUDA 13"
+
 
 class EngineError(Exception):
     """An inference library or an engine of it that cannot be had or used; the message says how to mend it."""
@@ -27,6 +38,35 @@ def install_command(what: str) -> str:
     if importlib.util.find_spec("pip") is None:
         return f"uv pip install --python {sys.executable} {what}"
     return f"{sys.executable} -m pip install {what}"
+
+
+def cuda_builds() -> dict[str, int]:
+    """Return the installed packages that are built for a version of CUDA, and which."""
+    builds = {}
+    for name, major in CUDA_BUILDS.items():
+        with suppress(metadata.PackageNotFoundError):
+            metadata.distribution(name)
+            builds[name] = major
+    with suppress(metadata.PackageNotFoundError):  # which names it only in what it requires
+        required = " ".join(metadata.requires("onnxruntime-gpu") or ())
+        if found := re.search(r"nvidia-cuda-runtime(?:-cu|~=)(\d+)", required):
+            builds["onnxruntime-gpu"] = int(found[1])
+    return builds
+
+
+def gpu_extras(*names: str) -> str:
+    """Return what to install for extras such as gpu or tensorrt, of the CUDA that is here already."""
+    suffix = "-cuda13" if 13 in cuda_builds().values() and 12 not in cuda_builds().values() else ""
+    return f"'zsad[{','.join(name + suffix for name in names)}]'"
+
+
+def mixed_cuda() -> str:
+    """Say which installed packages are built for different versions of CUDA, and what to do; empty: none are."""
+    builds = cuda_builds()
+    if len(set(builds.values())) < 2:
+        return ""
+    named = ", ".join(f"{name} for CUDA {major}" for name, major in sorted(builds.items()))
+    return f"{named}: in a new environment install 'zsad[gpu]' (CUDA 12) or 'zsad[gpu-cuda13]'; {DRIVERS}"
 
 
 @cache
@@ -55,7 +95,7 @@ def import_onnxruntime() -> Any:
 def import_tensorrt(target: str) -> Any:
     """Import the library of a target; raises EngineError with the line that installs it."""
     module, platforms = TARGETS[target]
-    install = install_command(f"'zsad[gpu,{target}]'")
+    install = install_command(gpu_extras("gpu", target))
     try:
         trt = importlib.import_module(module)
     except ImportError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zsad.engine.config import ConfigError
+from zsad.export.libraries import gpu_extras, install_command
 from zsad.kernels.cuda.device import Device
 
 from .stored import opened
@@ -21,8 +22,8 @@ class DeviceJpegs:
             from nvidia import nvimgcodec
         except ImportError as error:
             raise ConfigError(
-                f"--decoder nvimgcodec: nvImageCodec is not installed ({error}); run: pip install "
-                "'nvidia-nvimgcodec-cu12[all]'"
+                f"--decoder nvimgcodec: nvImageCodec is not installed ({error}); run: "
+                f"{install_command(gpu_extras('gpu', 'nvimgcodec'))}"
             ) from None
         self._library, self._device = nvimgcodec, device
         self._how = nvimgcodec.DecodeParams(apply_exif_orientation=True, color_spec=nvimgcodec.ColorSpec.SRGB)

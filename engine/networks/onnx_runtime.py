@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zsad.engine.config import ConfigError
-from zsad.export.libraries import import_onnxruntime, install_command
+from zsad.export.libraries import DRIVERS, gpu_extras, import_onnxruntime, install_command, mixed_cuda
 from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.machine import available_cores
 
@@ -30,34 +30,47 @@ TYPES = {
 OUT_OF_MEMORY = re.compile(r"allocat|alloc_failed|bad_alloc|out.of.memory|memory_allocation", re.IGNORECASE)
 
 
+def session(graph: str | bytes, device: Device | None) -> Any:
+    """Open a file, or a model in bytes; raises ConfigError where the CUDA provider does not start on the device."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    # Between batches spinning threads would take their core from decoding and from mutual scoring.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device is not None and device.kind == "cuda":
+        with redirect_stdout(sys.stderr):  # it prints, where results go
+            ort.preload_dlls()  # CUDA's libraries may come from wheels
+        # TF32 would cut the factors of fp32 products to 10 bits.
+        cuda = {"device_id": str(device.number), "user_compute_stream": str(device.stream), "use_tf32": "0"}
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    opened = ort.InferenceSession(graph, options, providers=providers)
+    if len(opened.get_providers()) < len(providers):  # it only warns and goes on with what is left
+        why = mixed_cuda() or f"mostly CUDA or cuDNN of another version than it was built for ({DRIVERS})"
+        raise ConfigError(
+            f"ONNX Runtime could not start its CUDA provider; its messages above say why, {why}; run: "
+            f"{install_command('--upgrade ' + gpu_extras('gpu'))}, or use --device cpu"
+        )
+    return opened
+
+
+def try_provider(device: Device) -> None:
+    """Make sure that networks can run on a device; raises ConfigError."""
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "try", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session(model.SerializeToString(), device)
+
+
 class OnnxRuntimeGraph:
     """A session over one ONNX file (see `Graph`)."""
 
     def __init__(self, path: Path, device: Device | None, batch_size: int) -> None:
         """device: None is the CPU. Raises ConfigError where the CUDA provider does not start."""
-        self._ort = ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        # Between batches spinning threads would take their core from decoding and from mutual scoring.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
-        if device is not None and device.kind == "cuda":
-            with redirect_stdout(sys.stderr):  # it prints, where results go
-                ort.preload_dlls()  # CUDA's libraries may come from wheels
-            # TF32 would cut the factors of fp32 products to 10 bits.
-            cuda = {
-                "device_id": str(device.number),
-                "user_compute_stream": str(device.stream),
-                "use_tf32": "0",
-            }
-            providers.insert(0, ("CUDAExecutionProvider", cuda))
-        self._session = ort.InferenceSession(str(path), options, providers=providers)
-        if len(self._session.get_providers()) < len(providers):  # it only warns and goes on with what is left
-            again = install_command("--upgrade 'zsad[gpu]'")
-            raise ConfigError(
-                "ONNX Runtime could not start its CUDA provider; its messages above say why, mostly CUDA or cuDNN of "
-                f"another version than it was built for; run: {again}, or use --device cpu"
-            )
+        self._ort = import_onnxruntime()
+        self._session = session(str(path), device)
         self.inputs = {tensor.name: _spec(tensor) for tensor in self._session.get_inputs()}
         self.outputs = {tensor.name: _spec(tensor) for tensor in self._session.get_outputs()}
         self.largest_batch = batch_size

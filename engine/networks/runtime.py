@@ -11,14 +11,19 @@ from typing import Literal, get_args
 
 from zsad.engine.config import ConfigError
 from zsad.export.libraries import (
+    DRIVERS,
     RTX_CAPABILITIES,
     TARGETS,
     EngineError,
+    gpu_extras,
     import_onnxruntime,
     import_tensorrt,
     install_command,
+    mixed_cuda,
 )
 from zsad.kernels.cuda.device import Device, DeviceError, open_devices
+
+from .onnx_runtime import try_provider
 
 log = logging.getLogger("zsad")
 
@@ -86,10 +91,12 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
             extras = f"gpu,{library}" if library in TARGETS else "gpu"
             why = (
                 f"{asked} needs CuPy, which is not installed; in a new environment run: pip install 'zsad[{extras}]' "
-                f"(in a clone of zsad '.[{extras}]')"
+                f"(in a clone of zsad '.[{extras}]'); {DRIVERS}"
             )
         raise ConfigError(f"{why}; without a GPU {otherwise}") from None
 
+    if mixed := mixed_cuda():
+        log.warning("%s", mixed)
     unusable: dict[str, str] = {}
     for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
         missing = _missing(candidate, devices[0])
@@ -112,9 +119,13 @@ def _missing(library: str, device: Device) -> str | None:
             providers = import_onnxruntime().get_available_providers()
         except EngineError as error:
             return str(error)
-        if "CUDAExecutionProvider" in providers:
+        if "CUDAExecutionProvider" in providers:  # which says nothing of the driver and the libraries
+            try:
+                try_provider(device)
+            except ConfigError as error:
+                return str(error)
             return None
-        gpu = install_command("'zsad[gpu]'")
+        gpu = install_command(gpu_extras("gpu"))
         return f"the installed ONNX Runtime has no CUDA provider; in a new environment run: {gpu}"
     try:
         import_tensorrt(library)

@@ -252,7 +252,10 @@ class CupyDevice:
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise DeviceError(f"CuPy finds no CUDA device ({error}); check nvidia-smi") from error
+            needed = {12: 525, 13: 580}.get(cupy.cuda.runtime.runtimeGetVersion() // 1000, 525)
+            raise DeviceError(
+                f"CuPy finds no CUDA device ({error}); check nvidia-smi: the driver must be {needed} or newer"
+            ) from error
         if not 0 <= number < count:
             raise DeviceError(f"device 'cuda:{number}' does not exist; there are {count}, numbered from 0")
         self._cupy, self._cublas, self._cublas_handle = cupy, cublas, get_cublas_handle

@@ -14,6 +14,7 @@ from pictures import touch_images
 
 from zsad.engine.commands.export import main as export
 from zsad.engine.commands.infer import main as infer
+from zsad.export import libraries
 from zsad.export.libraries import EngineError, import_onnxruntime
 
 PIP = f"run: {sys.executable} -m pip install 'zsad[cpu]' (with an NVIDIA GPU 'zsad[gpu]';"
@@ -73,3 +74,44 @@ def test_telemetry_is_off_unless_the_user_has_said_something(asked: str | None) 
     )
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == (asked or "1")
+
+
+ORT_12, ORT_13 = ("nvidia-cuda-runtime-cu12~=12.0; extra == 'cuda'",), ("nvidia-cuda-runtime~=13.0; extra == 'cuda'",)
+
+
+@pytest.mark.parametrize(
+    ("installed", "onnx_runtime", "extras", "mixed"),
+    [
+        ((), None, "'zsad[gpu,tensorrt]'", ""),
+        (("cupy-cuda12x", "tensorrt-cu12"), ORT_12, "'zsad[gpu,tensorrt]'", ""),
+        (("cupy-cuda13x", "tensorrt-rtx-cu13"), ORT_13, "'zsad[gpu-cuda13,tensorrt-cuda13]'", ""),
+        (
+            ("cupy-cuda12x",),
+            ORT_13,
+            "'zsad[gpu,tensorrt]'",
+            "cupy-cuda12x for CUDA 12, onnxruntime-gpu for CUDA 13: in a new environment install",
+        ),
+    ],
+)
+def test_packages_of_one_cuda_are_told_from_a_mixture(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...],
+    onnx_runtime: tuple[str, ...] | None,
+    extras: str,
+    mixed: str,
+) -> None:
+    def distribution(name: str) -> None:
+        if name not in installed:
+            raise libraries.metadata.PackageNotFoundError(name)
+
+    def requires(name: str) -> list[str] | None:
+        assert name == "onnxruntime-gpu"
+        if onnx_runtime is None:
+            raise libraries.metadata.PackageNotFoundError(name)
+        return list(onnx_runtime)
+
+    monkeypatch.setattr(libraries.metadata, "distribution", distribution)
+    monkeypatch.setattr(libraries.metadata, "requires", requires)
+    assert libraries.gpu_extras("gpu", "tensorrt") == extras
+    assert libraries.mixed_cuda().startswith(mixed)
+    assert bool(libraries.mixed_cuda()) == bool(mixed)

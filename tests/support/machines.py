@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from host_build import HostDevice
 
+from zsad.engine.config import ConfigError
 from zsad.engine.networks import runtime as runtimes
 from zsad.export.libraries import EngineError
 from zsad.kernels.cuda.device import DeviceError
@@ -32,3 +33,9 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
     monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
     onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")
     monkeypatch.setattr(runtimes, "import_onnxruntime", lambda: onnx_runtime)
+
+    def try_provider(device: HostDevice) -> None:
+        if "old-driver" in installed:
+            raise ConfigError("ONNX Runtime could not start its CUDA provider; use --device cpu")
+
+    monkeypatch.setattr(runtimes, "try_provider", try_provider)

@@ -17,6 +17,7 @@ from zsad.kernels.mutual_scoring import MutualScoring
         ("cupy gpu tensorrt-rtx cuda", "tensorrt-rtx", "cuda:0", "fp16", "tensorrt cannot be used here"),
         ("cupy gpu cuda", "onnxruntime", "cuda:0", "fp16", "tensorrt and tensorrt-rtx cannot be used here"),
         ("cupy gpu", "onnxruntime", "cpu", "fp16", "has no CUDA provider"),
+        ("cupy gpu cuda old-driver", "onnxruntime", "cpu", "fp16", "could not start its CUDA provider"),
     ],
 )
 def test_auto_takes_the_fastest_that_is_installed_and_says_why(
