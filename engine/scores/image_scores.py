@@ -29,8 +29,13 @@ def image_scores(
     if rule == "top_two":
         top = np.sort(scores, axis=1)[:, -2:]  # [N, 2], or [N, 1] for a single patch
         return (3 * top[:, -1] + top[:, 0]) / 4
-    count = max(1, round(TOP_FRACTION * scores.shape[1]))
-    return np.partition(scores, -count, axis=1)[:, -count:].mean(axis=1)  # type: ignore[no-any-return]
+    return top_mean(scores)
+
+
+def top_mean(patch_scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average the highest 1 % of the patch scores [N, P], at least one, of each image; returns [N]."""
+    count = max(1, round(TOP_FRACTION * patch_scores.shape[1]))
+    return np.partition(patch_scores, -count, axis=1)[:, -count:].mean(axis=1)  # type: ignore[no-any-return]
 
 
 def min_max(values: ArrayLike, ends: tuple[float, float] | None = None) -> NDArray[np.float64]:
