@@ -64,7 +64,7 @@ def headline_table() -> str:
             f"{median['zsad']:.0f} ms: {median['reference'] / median['zsad']:.0f} times faster than the reference's",
         ],
         [
-            "a whole run of preset `small`, files to report",
+            "a whole run of preset `small` at 518 px, files to report",
             f"{rates['fp32', 'fp32']:.1f} images/s, {rates['int8', 'int8']:.1f} with int8",
         ],
         [

@@ -51,6 +51,7 @@ class Job:
     output: Path | None
     batch: tuple[int, int, int] | None = None  # of an engine, where the command line has none; None: the usual one
     files: tuple[str, ...] = ()  # what a preset's method reads beside the checkpoint: names of the manifest or files
+    note: str = ""  # what there is to say of it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +110,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
             check_target(job.output, Path(os.path.expanduser(job.checkpoint)))  # noqa: PTH111
     if arguments.target != "onnx":
         check_options(_engine_options(arguments), jobs[0].options.precision)
+    for job in jobs:
+        if job.note:
+            log.info("%s: %s", job.checkpoint, job.note)
     for name in dict.fromkeys(name for job in jobs for name in (job.checkpoint, *job.files)):
         if name in read_manifest():
             fetch_checkpoint(name)
@@ -261,7 +265,7 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
 
     They have the precision and are for the target asked for.
     """
-    from zsad.engine.config import LARGEST_AUTO, ConfigError, load_config
+    from zsad.engine.config import ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
     from zsad.engine.networks.build import engine_batch, graph_options
 
@@ -275,9 +279,6 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
             requests |= {request: "-few-shot" for request in few_shot if request not in requests}
     except ConfigError as error:
         parser.error(str(error))
-    if config.unsized:
-        names = ", ".join(config.unsized)
-        log.info("%s: takes images as large as they are; made for %d px, see --image-size", names, LARGEST_AUTO)
     suffix = ".onnx" if arguments.target == "onnx" else ".engine"
     jobs = []
     for request, kind in requests.items():
@@ -285,7 +286,10 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
         own = graph_options(spec, request, options.precision, options.attention)
         file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None
-        jobs.append(Job(spec.checkpoint, own, output, engine_batch(request), config.settings.files))
+        note = ""
+        if spec.image_size == "auto":
+            note = f"zsad-infer takes images as large as they are; this is for {spec.side} px, --image-size for another"
+        jobs.append(Job(spec.checkpoint, own, output, engine_batch(request), config.settings.files, note))
     return jobs
 
 

@@ -49,6 +49,28 @@ def test_the_text_guided_presets_are_as_published() -> None:
         assert (network.activation, network.antialias, network.preprocessing) == ("gelu", True, "clip")
 
 
+def test_a_size_follows_from_the_images_only_where_they_are_compared(tmp_path: Path) -> None:
+    assert load("musc", overrides={"image_size": "auto"}).unsized == ["clip"]
+    with pytest.raises(ConfigError, match=r"method winclip judges every image by itself.*give --image-size a number"):
+        load("winclip", overrides={"image_size": "auto"})
+    file = tmp_path / "mine.toml"
+    file.write_text("[stages.sam]\nimage_size = 'auto'\n")
+    with pytest.raises(ConfigError, match=r"\[stages.sam\] image_size must be a number of pixels.*not 'auto'"):
+        load("small", file)
+    file.write_text("[networks.dinov2]\nimage_size = 280\n")
+    small = load("small", file)
+    assert (small.unsized, small.networks["dinov2"].side, small.sized({}).image_size) == ([], 280, "auto")
+    file.write_text("image_size = 'auto'\n[networks.clip]\nimage_size = 336\n")
+    challenge = load("challenge", file)
+    assert challenge.unsized == ["dinov2"]
+    sized = challenge.sized({"dinov2": 280})
+    assert (sized.image_size, {name: spec.side for name, spec in sized.networks.items()}) == (
+        280,
+        {"dinov2": 280, "clip": 336},
+    )
+    assert load("small", overrides={"image_size": 448}).networks["dinov2"].image_size == 448
+
+
 def test_components_need_scores_that_depend_on_no_other_image(tmp_path: Path) -> None:
     few = {"components": True, "reference": "good"}
     assert load("april-gan", overrides={"components": True}).components

@@ -12,6 +12,7 @@ from pictures import touch_images
 from zsad.engine.commands import export
 from zsad.engine.commands.export import main
 from zsad.engine.commands.infer import main as infer
+from zsad.export.options import ExportOptions
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,14 @@ def test_a_preset_brings_the_graphs_for_known_good_images_too(
         job.options.outputs for job in jobs if set(getattr(job.options, "outputs", ())) == set(outputs.split())
     }
     assert largest == tuple(outputs.split())
+
+
+@pytest.mark.parametrize(("given", "sizes"), [([], (518, True)), (["--image-size", "280"], (280, False))])
+def test_a_preset_that_follows_the_images_is_made_for_one_size(given: list[str], sizes: tuple[int, bool]) -> None:
+    parser = export._parser()
+    (job,) = export._jobs(parser, parser.parse_args(["--preset", "small", *given]))
+    assert isinstance(job.options, ExportOptions)
+    assert (job.options.image_size, "this is for 518 px, --image-size for another" in job.note) == sizes
 
 
 @pytest.mark.slow

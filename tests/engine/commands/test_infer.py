@@ -956,6 +956,7 @@ def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: p
         (["data", "--memory-limit", "4"], "needs a unit: 4GB or 4MB?"),
         (["data", "--taps", "one"], "numbers separated by commas"),
         (["data", "--threshold", "high"], "must be auto or a number"),
+        (["data", "--image-size", "large"], "must be auto or a number of pixels, not 'large'"),
         (["data", "--format", "csv"], "must be some of"),
         (["data", "--format", ""], "must be some of"),
         (["data", "--batch-size", "0"], "must be at least 1"),
