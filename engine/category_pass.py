@@ -8,6 +8,7 @@ import errno
 import logging
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,8 +34,8 @@ from zsad.engine.results.category import Background, CategoryWriter, Result, Wri
 from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
-from zsad.engine.scores.image_scores import min_max
-from zsad.engine.scores.verdicts import NORMAL_PERCENTILE, auto_threshold, region_threshold
+from zsad.engine.scores.image_scores import FEW_IMAGES, min_max
+from zsad.engine.scores.verdicts import ACCEPTED_PERCENTILE, Bounds, batch_bounds, expected_bounds
 from zsad.engine.workplace import Options, Workplace
 from zsad.export.libraries import EngineError
 from zsad.export.state_dict import CheckpointError
@@ -49,6 +50,8 @@ CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 NO_MAP = np.zeros((0, 0), np.float32)
+
+DISTRIBUTION = "distribution of the scores"  # the rule where nobody knows better
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class CategoryPass:
                     light = (Scored(w.number, w.record.raw_score, NO_MAP, w.facts) for w in writer.written())
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
-                threshold, above = self._thresholds(writer, scores, results if isinstance(results, list) else None)
+                bounds = self._bounds(writer, scores, results if isinstance(results, list) else None)
                 self._note_duplicates()
                 self._note_damaged()
                 record = CategoryRecord(
@@ -204,8 +207,7 @@ class CategoryPass:
                     image_sizes=self.workplace.sides,
                     scale=writer.scale or self.method.map_range,
                     relative=self.method.map_range is None or self.method.rescores,
-                    threshold=threshold,
-                    region_threshold=above,
+                    bounds=bounds,
                     ignored=dict(self.category.ignored),
                     references=self.references.record(),
                     notes=self.notes,
@@ -311,9 +313,7 @@ class CategoryPass:
                     "needs at least two, ten or more for useful scores, or known-good ones (--reference)"
                 )
             raise TooFewImagesError(f"{printable(self.category.name)}: {message}", self._failures())
-        sound = [place for place, image in enumerate(found) if image.index not in self.damaged]
-        if len(sound) < 2:
-            sound = list(range(len(found)))
+        sound = self._sound([image.index for image in found])
         with stopwatch(self.workplace.timings, "rescoring"):
             scores = self.method.image_scores(found)  # [N]
             if len(sound) < len(found):  # one broken picture must not make all others look alike
@@ -358,25 +358,55 @@ class CategoryPass:
             image.p_value,
         )
 
-    def _thresholds(
+    def _bounds(
         self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
-    ) -> tuple[float | None, float | None]:
-        """Return the score above which images are anomalous, and the map value above which their pixels are.
+    ) -> Bounds | None:
+        """Return which scores are accepted and rejected, and which map values are a defect; None where nothing says so.
 
         results: of methods that compare, with their maps in the methods' units.
         """
-        asked, own = self.config.threshold, self.method.bounds()
-        if (asked is None and own is None) or not scores.size:
-            return None, None
-        threshold = auto_threshold(scores) if isinstance(asked, str) else asked
-        if own is not None:
-            threshold = own.reject
-        anomalous = scores > threshold
-        if results is not None:
-            maps = min_max(np.stack([result.map for result in results]), results[0].scale)  # [N, h, w]
-            return threshold, region_threshold(maps, anomalous)
-        normal = np.flatnonzero(~anomalous) if not anomalous.all() else np.arange(len(scores))
-        return threshold, writer.map_percentile(normal, NORMAL_PERCENTILE)
+        bounds = self._image_bounds(scores, results) if scores.size else None
+        if bounds is None:
+            return None
+        if bounds.region is None:
+            accepted = np.flatnonzero(scores <= bounds.accept)
+            chosen = accepted if accepted.size else np.arange(scores.size)
+            if results is None:
+                above = writer.map_percentile(chosen, ACCEPTED_PERCENTILE)
+            else:
+                maps = np.stack([results[place].map for place in chosen.tolist()])  # [n, h, w]
+                above = float(np.percentile(min_max(maps, results[0].scale), ACCEPTED_PERCENTILE))
+            bounds = replace(bounds, region=above)
+        verdicts = Counter(map(bounds.verdict, scores.tolist()))
+        counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("reject", "review", "accept"))
+        log.info("%s: %s; %s", printable(self.category.name), counts, bounds)
+        return bounds
+
+    def _image_bounds(self, scores: NDArray[np.float64], results: Sequence[Result] | None) -> Bounds | None:
+        """Return the bounds for images that the user, the method or the scores' distribution gives, in this order."""
+        asked, expected = self.config.threshold, self.config.expected_defects
+        if not isinstance(asked, str):
+            return Bounds(asked, asked, "--threshold")
+        own = self.method.bounds()
+        if own is not None and expected is None:
+            return own
+        if len(scores) < FEW_IMAGES:
+            note = f"no verdicts, since fewer than {FEW_IMAGES} images tell too little; --threshold gives a bound"
+            log.info("%s: %s", printable(self.category.name), note)
+            self.notes.append(note)
+            return None
+        if expected is not None:
+            return Bounds(*expected_bounds(scores, expected), f"--expected-defects {expected:g}")
+        if results is None:
+            return Bounds(*batch_bounds(scores, None), DISTRIBUTION)
+        sound = self._sound([result.index for result in results])
+        raw = [results[place].raw_score for place in sound]
+        return Bounds(*batch_bounds(scores[sound], (min(raw), max(raw))), DISTRIBUTION)
+
+    def _sound(self, indices: Sequence[int]) -> list[int]:
+        """Return the places of images that are not damaged, by their numbers; where those are too few, of all."""
+        sound = [place for place, index in enumerate(indices) if index not in self.damaged]
+        return sound if len(sound) > 1 else list(range(len(indices)))
 
     def _note_damaged(self) -> None:
         for index in sorted(self.damaged):

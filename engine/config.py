@@ -145,8 +145,11 @@ class Config(Table):
     components: bool = Field(False, description="true or false")  # of the foreground, each looked at by itself
     stages: StageSettings = StageSettings()
     group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
-    threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
-        None, description="'auto' or a number in [0, 1]"
+    threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        "auto", description="'auto' or a number in [0, 1]"
+    )  # of verdicts; auto: what the method knows, or the distribution of the scores says
+    expected_defects: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="a share of the images, above 0 and below 1"
     )
     network_precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"  # nvimgcodec: JPEG files on the GPU, to slightly other pixels
@@ -261,6 +264,8 @@ def _checked(
     config = check(Config, {**values, "settings": settings})
     if config.few_shot and not method.takes_references:
         raise ConfigError(f"method {name} makes no use of known-good images; leave out --reference and --shots")
+    if config.expected_defects is not None and config.threshold != "auto":
+        raise ConfigError("--threshold and --expected-defects both say what is rejected; leave out one of them")
     if config.group_size is not None and not method.compares:
         raise ConfigError(f"method {name} judges every image by itself; leave out --group-size")
     if config.components and method.compares:

@@ -188,11 +188,6 @@ def _notes(records: Sequence[CategoryRecord]) -> list[str]:
             notes.append(f"{record.name}: scored in {record.groups} random groups, each against itself only.")
         if record.ignored:
             notes.append(f"{record.name}: {ignored_files(record.ignored)}.")
-        if record.images and record.threshold is not None and record.threshold >= 1:
-            notes.append(
-                f"{record.name}: no image is called anomalous, since the scores are spread up to 1 without a tail; "
-                "give --threshold a number."
-            )
         notes += [f"{record.name}: {note}" for note in record.notes]
     if any(record.relative for record in records):
         notes.append("Scores are relative to this batch: 1 is its most unusual image or patch, not proof of a defect.")

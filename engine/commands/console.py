@@ -16,7 +16,7 @@ from .start import INTERRUPTED, Interrupts
 
 log = logging.getLogger("zsad")
 
-DONE, SOME_FAILED, USAGE = 0, 1, 2  # exit codes, beside INTERRUPTED
+DONE, SOME_FAILED, USAGE, REJECTED = 0, 1, 2, 3  # exit codes, beside INTERRUPTED
 
 
 class _Formatter(logging.Formatter):

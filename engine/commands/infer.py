@@ -3,6 +3,7 @@
 import argparse
 import heapq
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ OF_THE_RUN = frozenset(
         "format",
         "resume",
         "strict",
+        "fail_on",
         "keep_stages",
         "json",
         "verbose",
@@ -48,7 +50,7 @@ OF_THE_RUN = frozenset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 130 interrupted."""
+    """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 3 see --fail-on, 130 interrupted."""
     arguments = _parse(argv)
     from .console import guarded
 
@@ -132,7 +134,24 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         emit(record.to_json())
     elif not arguments.quiet:
         emit(_summary(record, arguments.output, arguments.format))
-    return SOME_FAILED if record.failed or record.not_compared else DONE
+    if record.failed or record.not_compared:
+        return SOME_FAILED
+    return DONE if arguments.fail_on is None else _judged(record, arguments.fail_on)
+
+
+def _judged(record: "RunRecord", verdict: str) -> int:
+    """Return the exit code of a run that fails on a verdict; what has none cannot pass either."""
+    from zsad.kernels.files import printable
+
+    from .console import DONE, REJECTED, SOME_FAILED
+
+    for category in record.categories:
+        if category.bounds is None:
+            log.error("--fail-on %s: %s has no verdicts; give --threshold a number", verdict, printable(category.name))
+    if any(category.bounds is None for category in record.categories):
+        return SOME_FAILED
+    failing = ("reject",) if verdict == "reject" else ("reject", "review")
+    return REJECTED if any(image.verdict in failing for c in record.categories for image in c.images) else DONE
 
 
 def _stage_table(record: "RunRecord") -> str:
@@ -151,11 +170,10 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     lines = []
     for category in record.categories:
         name = printable(category.name)
-        anomalous = sum(image.verdict == "anomalous" for image in category.images)
-        judged = "" if category.threshold is None else f"{anomalous} anomalous (above {category.threshold:.3f}), "
-        lines.append(
-            f"{name}: {counted(len(category.images), 'image')} scored, {judged}{len(category.failures)} failed"
-        )
+        verdicts = Counter(image.verdict for image in category.images)
+        judged = [f"{verdicts[verdict]} {verdict}" for verdict in ("reject", "review", "accept") if verdicts[verdict]]
+        counts = [f"{counted(len(category.images), 'image')} scored", *judged, f"{len(category.failures)} failed"]
+        lines.append(f"{name}: {', '.join(counts)}")
         for image in heapq.nsmallest(5, category.images, key=lambda image: image.rank):
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:
@@ -168,7 +186,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="zsad-infer",
         description="Score a folder of unlabeled images: an anomaly score per image and a map per pixel, in [0, 1].",
         epilog="Exit codes: 0 done, 1 some inputs failed (each named on stderr), 2 usage or configuration, "
-        "130 interrupted.",
+        "3 an image has the verdict that --fail-on names, 130 interrupted.",
     )
     _add_inputs(parser)
     _add_settings(parser)
@@ -252,7 +270,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add("--variant", help="of winclip: anomalib (the default), acc or paper")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
-    add("--threshold", type=_threshold, metavar="0.5|auto", help="add verdicts and defect regions")
+    add(
+        "--threshold",
+        type=_threshold,
+        metavar="0.5|auto",
+        help="accept up to this score, reject above; auto (the default): accept, review or reject by the scores",
+    )
+    add("--expected-defects", type=float, metavar="0.05", help="about which share of the images has a defect")
     add("--seed", type=int, help="for dealing the groups, choosing --shots and drawing the demo (default: 0)")
 
 
@@ -267,6 +291,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
     add("--strict", action="store_true", help="stop at the first unreadable image")
+    add(
+        "--fail-on",
+        choices=("reject", "review"),
+        help="exit code 3 if an image is rejected, or even if one is to be reviewed",
+    )
     add("--keep-stages", action="store_true", help="write foregrounds, masks and tiles as pictures")
     add("--json", action="store_true", help="print the run record as JSON on standard output")
     add_loudness(parser, "plans and the time per stage")

@@ -201,7 +201,7 @@ class CategoryWriter:
     def finish(self, record: CategoryRecord) -> CategoryRecord:
         """Complete a record that lacks only what belongs to single images, and move the folder into place.
 
-        Images that score above the record's threshold are anomalous, their regions what is above its region threshold.
+        The record's bounds say which images are accepted; the regions of others are what is above its region bound.
         """
         best_first = np.argsort(-self.scores(), kind="stable")
         self._close()
@@ -209,7 +209,7 @@ class CategoryWriter:
         failures = [*record.failures, *(self._failures[index] for index in sorted(self._failures))]
         complete = replace(record, failures=failures)
         columns = [
-            *VERDICTS * (record.threshold is not None),
+            *VERDICTS * (record.bounds is not None),
             *[P_VALUE] * self._with_p_values,
             *[NOTE] * self._with_notes,
         ]
@@ -244,23 +244,22 @@ class CategoryWriter:
             yield written._replace(record=replace(written.record, score=score))
 
     def _judged(self, record: CategoryRecord, best_first: NDArray[np.intp]) -> Iterator[ImageRecord]:
-        """Yield the images' records with ranks, and where there is a threshold with verdicts and regions."""
+        """Yield the images' records with ranks, and where there are bounds with verdicts and regions."""
         ranks = np.empty(len(best_first), int)
         ranks[best_first] = np.arange(1, len(ranks) + 1)
         for written, rank in zip(self.written(), ranks, strict=True):
             # The challenge's files may have other scores now.
             image = replace(written.record, rank=int(rank), sizes=written.record.sizes_in(self._staging))
-            if record.threshold is not None:
-                anomalous = image.score > record.threshold
-                regions = self._regions(written, record.region_threshold) if anomalous else []
-                verdict = "anomalous" if anomalous else "normal"
+            if record.bounds is not None:
+                verdict = record.bounds.verdict(image.score)
+                regions = self._regions(written, record.bounds.region) if verdict != "accept" else []
                 image = replace(image, verdict=verdict, regions=regions if image.map else None)
             yield _rounded(image)
 
-    def _regions(self, written: Written, threshold: float | None) -> list[Region]:
-        if threshold is None or not written.record.map:
+    def _regions(self, written: Written, bound: float | None) -> list[Region]:
+        if bound is None or not written.record.map:
             return []
-        return find_regions(np.asarray(read_map(self._staging / written.record.map)), threshold, written.least_area)
+        return find_regions(np.asarray(read_map(self._staging / written.record.map)), bound, written.least_area)
 
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""

@@ -11,9 +11,8 @@ from typing import Any, TypeVar, overload
 from pydantic import TypeAdapter
 
 from zsad.engine.evaluation.evaluate import Evaluation
-from zsad.engine.scores.verdicts import Region
+from zsad.engine.scores.verdicts import Bounds, Region, Verdict
 from zsad.kernels.files import parse_json
-
 
 RARE = ("p_value", "note")  # fields of an image that its record has only where there is something to say
 
@@ -26,14 +25,14 @@ class ImageRecord:
     score: float  # in [0, 1]
     raw_score: float  # in the method's own units
     rank: int = 0  # 1 is the most anomalous
-    verdict: str | None = None  # anomalous or normal; None without a threshold
+    verdict: Verdict | None = None  # None where the category has no bounds
     width: int | None = None  # pixels; None where the file could not be read again
     height: int | None = None
     map: str = ""
     overlay_file: str = ""
     json_file: str = ""
     sizes: list[int] = field(default_factory=list)  # bytes of these files, of those there are
-    regions: list[Region] | None = None  # None without a threshold or a map
+    regions: list[Region] | None = None  # none of accepted images; None without a verdict or a map
     p_value: float | None = None  # share of normal images that score as high; None where the method knows of none
     note: str | None = None  # what the user should know of the file
 
@@ -70,8 +69,7 @@ class CategoryRecord:
     image_sizes: dict[str, int] = field(default_factory=dict)  # pixels, the side of each network's input
     scale: tuple[float, float] | None = None  # map values that became 0 and 1
     relative: bool = True  # whether scores depend on the other images of the category
-    threshold: float | None = None
-    region_threshold: float | None = None
+    bounds: Bounds | None = None  # None: too few images to judge them
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no images, by suffix
     references: dict[str, str] = field(default_factory=dict)  # known-good images, with the sha256 of their files
     notes: list[str] = field(default_factory=list)  # what was found or decided while reading the images

@@ -1,4 +1,8 @@
-"""From scores and maps to verdicts and defect regions."""
+"""From scores and maps to verdicts and defect regions.
+
+A batch does not tell how many of its images are defective: distributions of clean and of contaminated ones overlap. So
+there are two bounds, and what lies between is for people to look at.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,13 +11,20 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# A normal image scores above the median plus this many deviations about once in a thousand.
-TAIL_DEVIATIONS = 3.0
+# What lies farther from the median is moved there, in robust deviations: one gross defect must not hide all others.
+OUTLYING = 3.5
 
+# What is rejected lies far above those below the split, which tells many defects, or far above all, which tells few. A
+# clean batch of evenly spread scores is cut in half: the mean of its lower half lies 0.8 deviations below the middle,
+# and 4 of that half's own deviations of 0.6 lead to 1.6 above it, beyond which are 5 % of a normal distribution.
+LOWER_DEVIATIONS, LOWER_UNCERTAINTY = 4.0, 20.0  # the second divided by the number of scores: few are less certain
+LEAST_DEVIATIONS, MOST_DEVIATIONS = 1.0, 2.5  # robust ones of all: not nearer to the median, and no need to be farther
 
-# What the patches of images judged normal stay below, up to this percentile, is no defect.
-NORMAL_PERCENTILE = 99.9
+# Where the share of defects is expected, its odds may be wrong by this factor in either direction.
+ODDS_MARGIN = 2.0
 
+# What the patches of accepted images stay below, up to this percentile, is no defect.
+ACCEPTED_PERCENTILE = 99.9
 
 Verdict = Literal["accept", "review", "reject"]
 
@@ -26,6 +37,10 @@ class Bounds:
     reject: float  # above it; not below `accept`
     rule: str  # what they follow from, in words
     region: float | None = None  # map value above which pixels are a defect; None: follows from the accepted images
+
+    def __str__(self) -> str:
+        between = f", review between, accept up to {self.accept:.3f}" if self.accept < self.reject else ""
+        return f"reject above {self.reject:.3f}{between} ({self.rule})"
 
     def verdict(self, score: float) -> Verdict:
         if score > self.reject:
@@ -45,26 +60,75 @@ class Region:
     peak: float  # largest map value inside
 
 
-def auto_threshold(scores: ArrayLike) -> float:
-    """Choose a threshold for image scores [N] by a robust tail rule, for a batch whose majority is normal.
+def distribution_bounds(values: ArrayLike) -> tuple[float, float]:
+    """Choose the bounds up to which to accept and above which to reject, from the values [N] of a batch alone.
 
-    Normal scores are taken as symmetric about the median; their deviation comes from the lower half alone, which
-    anomalies do not reach: median + 3 · 1.4826 · median(median − s | s ≤ median).
+    values: on a scale on which those of normal images spread evenly, such as the logarithm of distances or the log-odds
+    of probabilities; moved or stretched, they give bounds that are so too. Accepted is up to the split into two classes
+    that leaves the least variance within them (Otsu), rejected what lies far above the class below, or above all.
+    """
+    v = np.asarray(values, np.float64)
+    median, deviation = _robust(v)
+    if deviation > 0:
+        v = v.clip(median - OUTLYING * deviation, median + OUTLYING * deviation)
+    accept = _split(v)
+    lower = v[v <= accept]
+    reject = lower.mean() + (LOWER_DEVIATIONS + LOWER_UNCERTAINTY / v.size) * lower.std()
+    if deviation > 0:
+        reject = reject.clip(median + LEAST_DEVIATIONS * deviation, median + MOST_DEVIATIONS * deviation)
+    return accept, max(accept, float(reject))
+
+
+def expected_bounds(scores: ArrayLike, share: float) -> tuple[float, float]:
+    """Choose the bounds of accepted and of rejected scores by about which share of the images is defective.
+
+    scores: [N]; share: in (0, 1). Above the bounds lie as many scores as shares of twice and of half its odds are.
+    """
+    s = np.sort(np.asarray(scores, np.float64))
+    odds = share / (1 - share)
+    found = []
+    for factor in (ODDS_MARGIN, 1 / ODDS_MARGIN):
+        above = round(s.size * factor * odds / (1 + factor * odds))
+        last = max(s.size - 1 - above, 0)  # of those up to the bound, which lies in the middle of a gap
+        found.append(float(s[last] + s[min(last + 1, s.size - 1)]) / 2)
+    accept, reject = found
+    return accept, reject
+
+
+def batch_bounds(scores: ArrayLike, distances: tuple[float, float] | None) -> tuple[float, float]:
+    """Apply `distribution_bounds` to the scores [N] in [0, 1] of a batch; returns bounds of scores.
+
+    distances: those that became the scores 0 and 1; None: scores are probabilities.
     """
     s = np.asarray(scores, np.float64)
-    median = np.median(s)
-    deviation = 1.4826 * np.median(median - s[s <= median])
-    return float(min(max(median + TAIL_DEVIATIONS * deviation, 0.0), 1.0))
+    if s.min() == s.max():
+        return float(s.max()), float(s.max())
+    if distances is None:
+        s = s.clip(1e-6, 1 - 1e-6)  # about where records round them
+        bounds = 1 / (1 + np.exp(-np.array(distribution_bounds(np.log(s / (1 - s))))))
+    else:
+        low, high = distances
+        # Copies may have a distance of 0.
+        values = np.log(np.maximum(low + s * (high - low), 1e-6 * high))
+        bounds = (np.exp(np.minimum(distribution_bounds(values), np.log(high) + 1)) - low) / (high - low)
+    accept, reject = bounds.clip(0, 1).tolist()
+    return accept, reject
 
 
-def region_threshold(patch_scores: NDArray[np.float64], anomalous: NDArray[np.bool_]) -> float:
-    """Choose the map value above which an anomalous image's pixels count as defect.
+def _robust(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the median, and the deviation that half of the values lie within, as that of a normal distribution."""
+    median = np.median(values)
+    return float(median), float(1.4826 * np.median(np.abs(values - median)))
 
-    patch_scores: [N, P] in [0, 1]; anomalous: [N] verdicts. It is the 99.9th percentile of the patches of the images
-    judged normal; where none is, of all patches.
-    """
-    normal = patch_scores[~anomalous] if not anomalous.all() else patch_scores
-    return float(np.percentile(normal, NORMAL_PERCENTILE))
+
+def _split(values: NDArray[np.float64]) -> float:
+    """Return the middle of the gap at which values [N] fall into the two classes of least variance (Otsu)."""
+    s = np.sort(values)
+    below = np.arange(1, s.size)  # [N - 1] members of the lower class
+    sums = np.cumsum(s)[:-1]
+    between = below * (s.size - below) * ((s.sum() - sums) / (s.size - below) - sums / below) ** 2
+    last = int(between.argmax())
+    return float((s[last] + s[last + 1]) / 2)
 
 
 def find_regions(scores: NDArray[np.float32], threshold: float, least_area: int) -> list[Region]:

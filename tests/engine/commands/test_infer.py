@@ -532,7 +532,7 @@ def test_a_damaged_file_is_marked_and_does_not_flatten_the_others(
     assert infer("sound", "--output", "sound-out") == 0
     assert not any("note" in row for row in table(Path("sound-out/sound/scores.csv")))
     capsys.readouterr()
-    assert infer("data", "--threshold", "auto") == 0
+    assert infer("data", "--threshold", "0.5") == 0
     note = "the file looks damaged: its bits end before its picture does"
     assert f"data: 3.jpg: {note}" in capsys.readouterr().err
     rows = {row["path"]: row for row in table(Path("out/data/scores.csv"))}
@@ -648,7 +648,7 @@ def test_an_output_folder_that_goes_ends_the_run_and_does_not_come_back(
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("zsad-infer: stopped: ")
-    assert "b: " not in error
+    assert "b: " not in error.replace("b: no verdicts", "")
     assert "stopped: the output folder out is gone" in error
     assert not Path("out").exists()
 
@@ -843,17 +843,25 @@ def test_the_challenge_format(infer, tmp_path: Path) -> None:
     assert not Path("scores/bolt/maps").exists()
 
 
-@pytest.mark.parametrize("threshold", ["0.5", "auto"])
-def test_thresholds_add_verdicts_and_regions(infer, tmp_path: Path, threshold: str) -> None:
+@pytest.mark.parametrize("options", [[], ["--threshold", "0.5"], ["--expected-defects", "0.1"]])
+def test_verdicts_and_regions_follow_the_bounds(
+    infer, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     draw(tmp_path / "data", *numbered(12))
-    assert infer("data", "--threshold", threshold) == 0
+    assert infer("data", *options) == 0
     with Path("out/data/scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    verdicts = {row["path"]: row["verdict"] for row in rows}
-    assert verdicts["11.png"] == "anomalous"
-    assert set(verdicts.values()) == {"anomalous", "normal"}
-    applied = json.loads(Path("out/run.json").read_text())["categories"]["data"]["threshold"]
-    assert all((float(row["score"]) > applied) == (row["verdict"] == "anomalous") for row in rows)
+    assert next(row for row in rows if row["path"] == "11.png")["verdict"] in ("review", "reject")
+    bounds = json.loads(Path("out/run.json").read_text())["categories"]["data"]["bounds"]
+    assert bounds["rule"].startswith(options[0] if options else "distribution")
+    for row in rows:
+        score, verdict = float(row["score"]), row["verdict"]
+        assert verdict == ("reject" if score > bounds["reject"] else "review" if score > bounds["accept"] else "accept")
+        assert verdict != "accept" or row["regions"] == "0"
+    printed = capsys.readouterr()
+    counts = [sum(row["verdict"] == verdict for row in rows) for verdict in ("reject", "review", "accept")]
+    assert "data: {} reject, {} review, {} accept; reject above".format(*counts) in printed.err
+    assert bounds["rule"] in printed.err
     with Path("out/data/regions.csv").open(newline="") as file:
         regions = [row for row in csv.DictReader(file) if row["path"] == "11.png"]
     first = {name: float(value) for name, value in regions[0].items() if name != "path"}
@@ -862,6 +870,24 @@ def test_thresholds_add_verdicts_and_regions(infer, tmp_path: Path, threshold: s
     assert first["y"] < 24
     assert first["x"] + first["width"] > 10
     assert first["y"] + first["height"] > 10
+
+
+def test_too_few_images_have_no_verdict(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "data", *numbered(4))
+    assert infer("data") == 0
+    assert "data: no verdicts, since fewer than 10 images" in capsys.readouterr().err
+    assert "verdict" not in table(Path("out/data/scores.csv"))[0]
+    assert not Path("out/data/regions.csv").exists()
+    assert infer("data", "--fail-on", "reject") == 1
+    assert "--fail-on reject: data has no verdicts; give --threshold a number" in capsys.readouterr().err
+
+
+def test_scripts_hear_of_verdicts(infer, tmp_path: Path) -> None:
+    draw(tmp_path / "data", *numbered(12))
+    assert infer("data", "--expected-defects", "0.1", "--fail-on", "reject") == 3
+    assert infer("data", "--threshold", "1", "--fail-on", "review", "--resume") == 0
+    (tmp_path / "data/broken.png").write_bytes(b"none")
+    assert infer("data", "--threshold", "0", "--fail-on", "review") == 1  # not all was looked at
 
 
 def test_json_is_all_there_is_on_standard_output(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

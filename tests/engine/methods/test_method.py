@@ -60,8 +60,8 @@ def test_a_second_method_needs_nothing_but_its_module(text_image: Path, tmp_path
     for image in record.images:
         assert image.raw_score == pytest.approx(expected(config, data / image.path), abs=1e-5)
         assert image.score == image.raw_score  # probabilities stay what they are
-        assert image.verdict == ("anomalous" if image.score > 0.5 else "normal")
-        assert bool(image.regions) == (image.verdict == "anomalous")
+        assert image.verdict == ("reject" if image.score > 0.5 else "accept")
+        assert bool(image.regions) == (image.verdict == "reject")
     assert (record.scale, record.relative, len(record.failures)) == ((0.0, 1.0), False, 1)
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["method"] == "text_image"

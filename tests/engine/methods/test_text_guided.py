@@ -19,6 +19,7 @@ from zsad.engine.methods.method import Group
 from zsad.engine.methods.text_guided import TextGuided
 from zsad.engine.networks.network import TensorSpec
 from zsad.engine.results.records import CategoryRecord
+from zsad.engine.scores.verdicts import Bounds
 
 
 @pytest.fixture
@@ -133,14 +134,16 @@ def test_a_folder_of_a_split_is_no_name_of_an_object(tiny: list[str], capsys: py
 @pytest.mark.slow
 def test_verdicts_and_regions(tiny: list[str]) -> None:
     touch_images(Path.cwd(), *(f"data/bolt/{index}.png" for index in range(6)))
-    assert main([*tiny, "--threshold", "auto"]) == 0
+    assert main(tiny) == 0
+    assert CategoryRecord.from_json(Path("out/bolt/category.json").read_text()).bounds is None  # too few images
     assert main([*tiny, "--threshold", "0.7", "--output", "some"]) == 0
     record = CategoryRecord.from_json(Path("some/bolt/category.json").read_text())
-    normal = [np.asarray(Image.open(Path("some/bolt") / i.map)).ravel() for i in record.images if i.score <= 0.7]
-    assert record.region_threshold == pytest.approx(np.percentile(np.concatenate(normal), 99.9))
+    accepted = [np.asarray(Image.open(Path("some/bolt") / i.map)).ravel() for i in record.images if i.score <= 0.7]
+    region = pytest.approx(np.percentile(np.concatenate(accepted), 99.9))
+    assert record.bounds == Bounds(0.7, 0.7, "--threshold", region)
     for image in record.images:
         largest = np.asarray(Image.open(Path("some/bolt") / image.map)).max()
-        assert bool(image.regions) <= (image.verdict == "anomalous" and largest > record.region_threshold)
+        assert bool(image.regions) <= (image.verdict == "reject" and largest > record.bounds.region)
     assert any(image.regions for image in record.images)
 
 

@@ -24,6 +24,7 @@ from zsad.engine.results.output import JOURNAL, claimed, own_folder
 from zsad.engine.results.records import CategoryRecord
 from zsad.engine.results.report import shown_categories
 from zsad.engine.results.resume import finished_record, why_again
+from zsad.engine.scores.verdicts import Bounds
 
 IMAGES = 4
 KEPT = 2  # that the interrupted run has written
@@ -78,7 +79,7 @@ def write(
             raise KeyboardInterrupt
         # All are alike before, so that ranks depend on the order.
         writer.rescore(np.where(np.arange(len(scores)) == 1, 0.75, scores / 2))
-        writer.finish(CategoryRecord(category.name, "fingerprint", threshold=0.6, region_threshold=0.1))
+        writer.finish(CategoryRecord(category.name, "fingerprint", bounds=Bounds(0.5, 0.6, "rule", 0.1)))
     return now
 
 
@@ -235,7 +236,7 @@ def test_next_to_nothing_is_held_of_an_image(
                     writer.write(Result(number, 0.5, 0.5, np.zeros((1, 1), np.float32), (0.0, 1.0), np.zeros(2)))
                 writer.rescore(writer.scores())
                 assert sum(written.facts == [0.0, 0.0] for written in writer.written()) == images
-                record = writer.finish(CategoryRecord(category.name, threshold=0.6))
+                record = writer.finish(CategoryRecord(category.name, bounds=Bounds(0.6, 0.6, "rule")))
             (shown,) = shown_categories(output, [many], [record], None)
             assert sum(image.record.rank for image in shown.images) == images * (images + 1) / 2
             again = finished_record(output, many, "")

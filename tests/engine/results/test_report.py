@@ -19,7 +19,7 @@ import pytest
 from zsad.engine.results import report as module
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, ImageRecord, RunRecord
 from zsad.engine.results.report import TEMPLATE, ShownCategory, ShownImage, write_report
-from zsad.engine.scores.verdicts import Region
+from zsad.engine.scores.verdicts import Bounds, Region
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>.png",
@@ -179,15 +179,16 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
         fields = {
             "label": "bent" if bad else "good",
             "anomalous": bad,
-            "verdict": "anomalous" if bad else "normal",
+            "verdict": "reject" if bad else "review" if index % 15 == 1 else "accept",
             "regions": [Region(1, 2, 3, 4, 11, peak=0.9)] if bad else [],
         }
         bolts.append(make_image(f"test/bolt_{index:03d}.png", (0.81 if bad else 0.01) + index / 1000, 0, **fields))
     ranked = sorted(bolts, key=lambda each: -each.record.score)
     bolts = [replace(each, record=replace(each.record, rank=ranked.index(each) + 1)) for each in bolts]
     hostile = [make_image(name, 0.3 + rank / 100, rank) for rank, name in enumerate(HOSTILE, 1)]
+    bounds = Bounds(0.01, 0.5, "rule")
     categories = [
-        make_category("bolt", bolts, metrics={"image_auroc": 0.9876, "pixel_f1": None}, threshold=0.5),
+        make_category("bolt", bolts, metrics={"image_auroc": 0.9876, "pixel_f1": None}, bounds=bounds),
         make_category(HOSTILE[0], hostile, failures=[Failure(HOSTILE[1], HOSTILE[0])]),
     ]
     run = make_run(155, notes=HOSTILE, config=dict.fromkeys(HOSTILE, 1))
@@ -242,7 +243,7 @@ def test_filters_narrow_the_gallery(page: Any) -> None:
     assert all(float(score) >= 0.5 for score in card_values(page, "score"))
     set_value(page, "#filter-high", "0.89")
     assert find(page, "#count").text == "6 of 155 images"
-    set_value(page, "#filter-verdict", "normal")
+    set_value(page, "#filter-verdict", "accept")
     assert find(page, "#count").text == "0 of 155 images"
     assert find(page, "#empty").is_displayed()
     find(page, "#reset").click()
@@ -251,14 +252,19 @@ def test_filters_narrow_the_gallery(page: Any) -> None:
     assert find(page, "#count").text == "10 of 155 images"
     set_value(page, "#filter-label", "anomalous")
     assert card_values(page, "path") == ["test/bolt_015.png"]
+    find(page, "#reset").click()
+    for verdict, count in (("reject", 10), ("review", 10), ("accept", 130), ("not accept", 20)):
+        set_value(page, "#filter-verdict", verdict)
+        assert find(page, "#count").text == f"{count} of 155 images"  # those without a verdict are none of these
 
 
 def test_histogram_counts_and_chooses(page: Any) -> None:
     counts = "return [...document.querySelectorAll('[data-testid=bin]')].map((bin) => Number(bin.dataset.count))"
     assert sum(page.execute_script(counts)) == 155
-    assert page.find_elements("css selector", "[data-testid=threshold]") == []  # the categories do not share one
+    assert page.find_elements("css selector", "[data-testid=bound]") == []  # the categories do not share one
     set_value(page, "#filter-category", "0")
-    assert len(page.find_elements("css selector", "[data-testid=threshold]")) == 1
+    assert len(page.find_elements("css selector", "[data-testid=bound]")) == 2
+    assert find(page, "#histogram-key").text.splitlines()[-2:] == ["accept up to 0.010", "reject above 0.500"]
     assert sum(page.execute_script(counts)) == 150
     first = page.execute_script(counts)[0]
     find(page, "[data-testid=bin]").click()
