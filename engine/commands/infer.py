@@ -246,6 +246,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="0,0.3",
         help="part of the sorted distances that is averaged: fractions up to 1 (all), or whole counts above",
     )
+    add(
+        "--references",
+        metavar="blended",
+        help="which images patches are compared with: all, those that look normal (clean), or both (blended)",
+    )
     add("--precision", help="of the scoring: fp32 or int8 on a CPU, fp16 or int8 on a GPU; int8 only chooses winners")
     add(
         "--network-precision",

@@ -3,27 +3,34 @@
 batch → networks: tokens [B, L, P, C], embedding [B, D] → kept for the whole group [n, …] → mutual scoring: patch scores
 [n, P] → maps [g, g] of one network, raw image scores of the same or another one; for a whole category RsCIN
 
+Scored by clean references, mutual scoring hands back every patch's distances to every image, and the group says by
+itself which images these are averaged over (scores/clean_references.py), for each network by itself: maps are of the
+one, image scores and what they are rescored by of the other.
+
 Known-good images are compared with beside the others and have no scores. Their tokens lie behind those of the group,
 for all groups of a category. Of few images scores are not relative to these but to known-good ones (`_Yardstick`).
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from zsad.engine.config import Config, ConfigError, Precision, Table, rising
+from zsad.engine.config import Config, ConfigError, Precision, Share, Table, rising
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
+from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, salient_features
 from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
+from zsad.kernels.machine import stopwatch
+from zsad.kernels.minima import ReturnMinima
 from zsad.kernels.mutual_scoring import MutualScoring
 
 from .method import Group, Place, Progress, Scored
@@ -42,6 +49,7 @@ def _odd(degree: int) -> int:
 
 Degree = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 Bound = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(Table):
@@ -54,8 +62,24 @@ class Settings(Table):
     map_network: str = Field(description="the name of one of the networks")
     image_network: str = Field(description="the name of one of the networks")
     image_rule: ScoreRule = "map_maximum"
-    rscin: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="neighbour counts")  # none: no rescoring
+    rscin: tuple[Count, ...] = Field((), description="neighbour counts")  # none: no rescoring
     precision: Precision = "auto"  # of the products; auto: fp32 on a CPU, fp16 on a GPU
+    # Which images patches are compared with: all others, those that look normal ("clean"), or both ("blended"). The
+    # latter two have an image rule of their own and rescore by the most salient patch instead of the embedding.
+    references: Literal["all", "blended", "clean"] = "all"
+    image_blend: Share = 0.25  # of clean references in the image scores, where these are blended
+    map_blend: Share = 0.5  # the same of maps
+    clean_share: Share = 0.5  # of the images
+    clean_rounds: Count = Field(3, description="a whole number from 1")
+    salient_rscin: tuple[Count, ...] = Field((1, 7), min_length=1, description="neighbour counts, at least one")
+
+    @property
+    def clean_rule(self) -> Rule | None:
+        """How clean references are chosen; None where all images are references."""
+        if self.references == "all":
+            return None
+        blends = (1.0, 1.0) if self.references == "clean" else (self.image_blend, self.map_blend)
+        return Rule(self.interval, self.clean_share, self.clean_rounds, *blends)
 
 
 @dataclass
@@ -64,6 +88,15 @@ class _Kept:
 
     tokens: Any  # [n + k, L, P, C]
     embeddings: Any  # [n + k, D], or None
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What comes of a group's images."""
+
+    maps: NDArray[np.float32]  # [n, P]
+    raw_scores: NDArray[np.float64]  # [n]
+    features: NDArray[np.float64] | None  # [n, D] of the most salient patches, where they are rescored by these
 
 
 @dataclass(frozen=True)
@@ -85,6 +118,8 @@ class MuSc:
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
         self._settings, self._place = config.settings, place
+        self._rule = config.settings.clean_rule
+        self._minima: ReturnMinima = False if self._rule is None else "smallest degree"
         self._recipes = {
             name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()
         }
@@ -115,7 +150,7 @@ class MuSc:
         for name, spec in config.networks.items():
             if not spec.taps:
                 raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
-        with_embedding = settings.image_network if settings.rscin else None
+        with_embedding = settings.image_network if settings.rscin and settings.clean_rule is None else None
         return [
             GraphRequest(name, "image", ("tokens", "embedding") if name == with_embedding else ("tokens",))
             for name in config.networks
@@ -149,7 +184,7 @@ class MuSc:
 
     def needed(self, images: int, references: int) -> int:
         counts = [(images, references), *([_yardstick_counts(references)] if references > 1 else [])]
-        return max(scoring.needed(*count) for scoring in self._scorings.values() for count in counts)
+        return max(scoring.needed(*count, self._minima) for scoring in self._scorings.values() for count in counts)
 
     def start(self, group: Group) -> None:
         self._members, self._group = [], group
@@ -205,17 +240,18 @@ class MuSc:
                 vectors = self._place.arrays.fetch(embeddings[self._first : self._first + images])  # [n, D]
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
-            scores = self._scores(self._first, last, self._references, stage, progress)
+            judged = self._judged(self._first, last, self._references, stage, progress)
             if self._references and images < FEW_IMAGES and self._yardstick is None:
                 self._yardstick = self._measured(progress)
         finally:
             if self._group.number == self._group.groups - 1:
                 self._kept.clear()
                 self._category.close()
-        raw, maps = self._raw_scores(scores), scores[settings.map_network]
+        vectors = vectors if judged.features is None else judged.features
+        grid = _grid(judged.maps.shape[1])
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
-            yield Scored(index, float(raw[row]), maps[row].reshape(_grid(maps.shape[1])), vector)
+            yield Scored(index, float(judged.raw_scores[row]), judged.maps[row].reshape(grid), vector)
 
     def _close_ranks(self) -> None:
         """Move the tokens of the group next to the references, where images that have none left a gap."""
@@ -229,12 +265,13 @@ class MuSc:
         self._place.arrays.complete()
         self._first += gap
 
-    def _scores(
+    def _judged(
         self, first: int, last: int, references: int, stage: Callable[[str], str], progress: Progress
-    ) -> dict[str, NDArray[np.float32]]:
-        """Score kept rows, of which the last ones are references; returns [n, P] for each network."""
-        return {
-            name: scoring.scores(
+    ) -> _Judged:
+        """Score kept rows, of which the last ones are references."""
+        score = {
+            name: partial(
+                scoring.scores,
                 self._kept[name].tokens[first:last],
                 self._memory_left,
                 progress=partial(progress, stage(name)),
@@ -243,27 +280,41 @@ class MuSc:
             )
             for name, scoring in self._scorings.items()
         }
+        by_map, by_image = self._settings.map_network, self._settings.image_network
+        if self._rule is None:
+            scores = {name: call() for name, call in score.items()}  # [n, P] each
+            return _Judged(scores[by_map], self._raw_scores(scores[by_image]), None)
+        clean = {name: self._clean_scores(self._rule, call) for name, call in score.items()}
+        with stopwatch(self._place.timings, "references"):
+            patches = enumerate(clean[by_image].salient, first)
+            tokens = [self._place.arrays.fetch(self._kept[by_image].tokens[row, :, p]) for row, p in patches]  # [L, C]
+            maps = clean[by_map].patch_maps.astype(np.float32)
+            return _Judged(maps, clean[by_image].image_scores, salient_features(np.stack(tokens)))
 
-    def _raw_scores(self, scores: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float64]:
-        """Return the raw scores [n] of images with these patch scores [n, P] of each network."""
-        name = self._settings.image_network
-        size = self._place.networks[name].spec.side
-        return image_scores(scores[name], _grid(scores[name].shape[1]), self._settings.image_rule, size)
+    def _clean_scores(self, rule: Rule, score: Callable[..., Any]) -> CleanScores:
+        """Score by clean references; the minima of one network go before the next one's come."""
+        _, minima = score(return_minima=self._minima)
+        with stopwatch(self._place.timings, "references"):
+            return clean_scores(minima, rule, self._place.arrays.devices)
+
+    def _raw_scores(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the raw scores [n] of images with these patch scores [n, P]."""
+        size = self._place.networks[self._settings.image_network].spec.side
+        return image_scores(scores, _grid(scores.shape[1]), self._settings.image_rule, size)
 
     def _measured(self, progress: Progress) -> _Yardstick:
         """Return what references come to that are scored by each other; one, or copies of one, do not say."""
         if self._references > 1:
             _, others = _yardstick_counts(self._references)
             stage = "scoring known-good images by {}".format
-            scores = self._scores(self._end, self._end + self._references, others, stage, progress)
-            maps = scores[self._settings.map_network]
+            judged = self._judged(self._end, self._end + self._references, others, stage, progress)
+            maps = judged.maps
             if maps.max() > ALIKE:
-                return _Yardstick(float(self._raw_scores(scores).max()), float(maps.min()), float(maps.max()))
-        unlike = {
-            name: np.full((1, graph.outputs["tokens"].shape[1]), HALF_UNLIKE, np.float32)
-            for name, graph in self._graphs.items()
-        }
-        return _Yardstick(float(self._raw_scores(unlike)[0]), 0.0, HALF_UNLIKE)
+                return _Yardstick(float(judged.raw_scores.max()), float(maps.min()), float(maps.max()))
+        patches, _ = self._graphs[self._settings.image_network].outputs["tokens"].shape[1:]
+        unlike = np.full((1, patches), HALF_UNLIKE, np.float32)
+        raw = self._raw_scores(unlike)[0] if self._rule is None else 2 * HALF_UNLIKE  # see CleanScores.image_scores
+        return _Yardstick(float(raw), 0.0, HALF_UNLIKE)
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
@@ -272,9 +323,10 @@ class MuSc:
         if self.map_range is not None:
             assert self._yardstick is not None
             ends = 0.0, 2 * self._yardstick.raw_score
-        if not self._settings.rscin:
+        neighbours = self._settings.rscin if self._rule is None else self._settings.salient_rscin
+        if not neighbours:
             return min_max(raw, ends)
-        return rscin(raw, np.array([image.facts for image in scored]), self._settings.rscin, ends)
+        return rscin(raw, np.array([image.facts for image in scored]), neighbours, ends)
 
     def bounds(self) -> None:
         return None

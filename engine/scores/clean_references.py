@@ -77,7 +77,8 @@ class CleanScores:
     @property
     def salient(self) -> NDArray[np.intp]:
         """The patch of each image that is the farthest from what is kept, [N]."""
-        return self.clean.argmax(axis=1)
+        patches: NDArray[np.intp] = self.clean.argmax(axis=1)
+        return patches
 
 
 def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Device] = ()) -> CleanScores:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from runs import draw
 
-from zsad.engine.config import load_config
+from zsad.engine.config import ConfigError, load_config
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.arrays import HostArrays
 from zsad.engine.methods.method import Group, Place, Scored, method_class
 from zsad.engine.methods.musc import FEW_IMAGES, HALF_UNLIKE, MuSc
 from zsad.engine.networks.network import Network, TensorSpec
+from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, salient_features
+from zsad.engine.scores.image_scores import rscin
 from zsad.kernels import reference
 from zsad.kernels.mutual_scoring import mutual_scores
 
@@ -26,28 +28,39 @@ GRID, CHANNELS = (3, 3), 24
 
 
 class Tower:
-    """A graph whose inputs are their own outputs."""
+    """A graph whose inputs are their own outputs; with a number some channels of them are others."""
 
     largest_batch = 3
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.inputs = {"images": TensorSpec((2, 9, CHANNELS), np.dtype(np.float32))}
         self.outputs = {"tokens": self.inputs["images"], "embedding": TensorSpec((CHANNELS,), np.dtype(np.float32))}
         self.rows = 0
 
     def run(self, inputs: Any) -> dict[str, NDArray[np.float32]]:
         self.rows += len(inputs["images"])
-        return {"tokens": inputs["images"], "embedding": inputs["images"][:, 0, 0] * np.float32(1)}
+        return {"tokens": mixed(inputs["images"], self.number), "embedding": inputs["images"][:, 0, 0] * np.float32(1)}
+
+
+def mixed(tokens: NDArray[np.float32], number: int) -> NDArray[np.float32]:
+    return tokens + number * np.roll(tokens, number, axis=-1) ** 2
 
 
 class Run:
     """A method that is given tokens as images."""
 
-    def __init__(self, **overrides: Any) -> None:
-        config = load_config("small", overrides={"image_size": 42, **overrides}, method_of=method_class)
-        self.tower = Tower()
-        network = Network(config.networks["dinov2"], "tiny", "", "dinov2", {"image": self.tower})
-        self.method = MuSc(config, Place({"dinov2": network}, HostArrays((), None), {}, None))  # type: ignore[arg-type]
+    def __init__(self, preset: str = "small", **overrides: Any) -> None:
+        overrides = {"image_size": 42, "references": "all", **overrides}
+        config = load_config(preset, overrides=overrides, method_of=method_class)
+        self.tower, self.timings = Tower(), {}
+        # The first network's tokens are the images themselves, the other's another mixture of their channels.
+        networks = {
+            name: Network(spec, "tiny", "", "dinov2", {"image": Tower(number) if number else self.tower})
+            for number, (name, spec) in enumerate(config.networks.items())
+        }
+        place = Place(networks, HostArrays((), None), self.timings, None)  # type: ignore[arg-type]
+        self.method = MuSc(config, place)
 
     def batches(self, tokens: NDArray[np.float32], members: Sequence[int], size: int = 4) -> Any:
         for start in range(0, len(members), size):
@@ -140,6 +153,61 @@ def test_images_are_rescored_by_each_other_and_not_by_references(images: int) ->
     if images == 1:
         yard = expected(y, y[:0])
         np.testing.assert_allclose(scores, expected(x, y).max(axis=1) / (2 * yard.max()), atol=2e-3)
+
+
+def clean(images: NDArray[np.float32], known: NDArray[np.float32], rule: Rule) -> CleanScores:
+    tokens = np.concatenate([images, known])
+    _, minima = mutual_scores(
+        tokens, GRID, (1, 3), rule.interval, references=len(known), return_minima="smallest degree"
+    )
+    return clean_scores(minima, rule)
+
+
+@pytest.mark.parametrize(("references", "blends"), [("blended", (0.25, 0.5)), ("clean", (1.0, 1.0))])
+@pytest.mark.parametrize(("images", "known"), [(14, 0), (13, 5), (4, 0)])
+def test_clean_references(references: str, blends: tuple[float, float], images: int, known: int) -> None:
+    x, y, run = make_tokens(images), make_tokens(known, 1), Run(references=references)
+    x[-1, :, 4] *= -2
+    found = run.scored(x, y, [range(images)])
+    expected = clean(x, y, Rule((0.0, 0.3), 0.5, 3, *blends))
+    np.testing.assert_allclose([image.map.ravel() for image in found], expected.patch_maps, atol=1e-6)
+    np.testing.assert_allclose([image.raw_score for image in found], expected.image_scores, atol=1e-6)
+    facts = salient_features(x[np.arange(images), :, expected.salient])
+    np.testing.assert_allclose([image.facts for image in found], facts, atol=1e-6)
+    scores = run.method.image_scores(found)
+    np.testing.assert_allclose(scores, rscin(expected.image_scores, facts, (1, 7)), atol=1e-6)
+    assert run.timings["references"] > 0
+
+
+def test_every_group_has_clean_references_of_its_own() -> None:
+    x, run = make_tokens(24), Run(references="blended")
+    found = run.scored(x, make_tokens(0), [range(0, 24, 2), range(1, 24, 2)])
+    expected = clean(x[1::2], x[:0], Rule((0.0, 0.3), 0.5, 3, 0.25, 0.5))
+    np.testing.assert_allclose([image.map.ravel() for image in found[1::2]], expected.patch_maps, atol=1e-6)
+
+
+def test_maps_and_image_scores_are_of_the_networks_that_are_named() -> None:
+    x, run = make_tokens(12), Run("challenge", references="clean", interval=(0.0, 0.5))
+    found = run.scored(x, make_tokens(0), [range(12)])
+    rule = Rule((0.0, 0.5), 0.5, 3, 1.0, 1.0)
+    of_maps, of_images = clean(x, x[:0], rule), clean(mixed(x, 1), x[:0], rule)
+    np.testing.assert_allclose([image.map.ravel() for image in found], of_maps.patch_maps, atol=1e-6)
+    np.testing.assert_allclose([image.raw_score for image in found], of_images.image_scores, atol=1e-6)
+    facts = salient_features(mixed(x, 1)[np.arange(12), :, of_images.salient])
+    np.testing.assert_allclose([image.facts for image in found], facts, atol=1e-6)
+
+
+def test_memory_counts_the_minima_of_clean_references() -> None:
+    counts = Run("small").method, Run("small", references="blended").method
+    for method in counts:
+        assert method.needed(3, 0) > 0
+    assert counts[1].needed(300, 0) >= counts[0].needed(300, 0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("references", "some"), ("clean_rounds", 0), ("map_blend", 1.5)])
+def test_settings_of_clean_references_that_make_no_sense(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"--{key.replace('_', '-')} must be"):
+        Run(**{key: value})
 
 
 def test_memory_counts_references() -> None:
