@@ -198,6 +198,21 @@ class ProductPerDegree(Comparer):
         return seconds
 
 
+def unit_features(tokens: Array, grid: tuple[int, int], degrees: Sequence[int]) -> Array:
+    """Return what is compared of one layer of an image: features of unit length, [R, P, C], from tokens [P, C].
+
+    Features without a direction are zero.
+    """
+    features = Features(
+        np.empty((len(degrees), len(tokens)), np.float32), np.empty((len(degrees), *tokens.shape), np.float32)
+    )
+    if native_pass_covers(degrees):
+        _cpu.pool(layer_normalise(tokens), grid, list(degrees), ZERO_NORM, features.inverse, features.array)
+    else:
+        ProductPerDegree(grid, degrees).prepare(tokens, features)
+    return features.array
+
+
 def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
     """Read the patch numbers out of keys of any shape."""
     numbers: NDArray[np.int32] = (keys.view(np.uint32) & np.uint32(_cpu.index_mask(patches))).astype(np.int32)

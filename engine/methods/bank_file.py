@@ -1,0 +1,279 @@
+"""A bank on disk: what a product's normal images look like, in one file that only holds numbers.
+
+safetensors: per network, tap and degree unit features [M, C] with the image that each is of; the scores and the
+highest map values of the bank's own images, each scored without itself; in its metadata a header as JSON, and a digest.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from zsad.engine.config import ConfigError, Foreground, NetworkSpec, Table
+from zsad.engine.scores.image_scores import ScoreRule
+from zsad.kernels.files import parse_json, written_whole
+from zsad.kernels.machine import default_memory_limit
+
+VERSION = 1
+SUFFIX = ".zsad"
+LARGEST_HEADER = 2**24  # bytes
+
+Count = Annotated[int, Field(ge=1)]
+BankPrecision = Literal["fp32", "fp16", "int8"]
+STEPS = 127  # of int8, to each side
+
+
+class BankError(ConfigError):
+    """A bank that cannot be used; the message says why, and the command that makes another."""
+
+
+class Scale(Table):
+    """Which distances become which values in [0, 1], the same for every run: 0, 0.5, and above it never quite 1."""
+
+    low: float = Field(ge=0)  # becomes 0: the lowest that the bank's images have
+    middle: float = Field(gt=0)  # becomes 0.5: the highest that the bank's images reach
+
+    def values(self, distances: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scale distances [...]; their order stays."""
+        above = np.maximum(np.asarray(distances, np.float64) - self.low, 0) / (self.middle - self.low)
+        scaled: NDArray[np.float64] = above / (1 + above)
+        return scaled
+
+
+class BankNetwork(Table):
+    """A network whose features a bank holds."""
+
+    spec: NetworkSpec
+    sha256: str  # of its checkpoint
+    precision: str  # in which it ran
+
+
+class Header(Table):
+    """All that decides what a bank's features are and how an image is scored by them."""
+
+    version: int
+    zsad: str  # that wrote it
+    preset: str  # whose settings these are
+    networks: dict[str, BankNetwork]
+    degrees: tuple[Count, ...] = Field(min_length=1)
+    map_network: str
+    image_network: str
+    image_rule: ScoreRule
+    neighbours: Annotated[int, Field(ge=1, le=16)]
+    foreground: Foreground
+    bit_depth: Annotated[int, Field(ge=8, le=16)]  # of 16-bit files
+    precision: BankPrecision  # of the features
+    images: Annotated[int, Field(ge=2)]  # that it was made from
+    patches: Count  # that they have in all, of which it keeps a part
+    chosen: bool  # by the run itself, from images of which some may be defective
+    image_scale: Scale
+    map_scale: Scale
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """Return what banks that one run uses must have in common."""
+        kind = self.model_dump(include=KIND)
+        return {**kind, "networks": {name: (n.spec.model_dump(), n.sha256) for name, n in self.networks.items()}}
+
+
+KIND = {"degrees", "map_network", "image_network", "image_rule", "neighbours", "foreground", "bit_depth", "preset"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a bank holds of one network, tap and degree."""
+
+    vectors: NDArray[Any]  # [M, C] float32, float16 or int8
+    scales: NDArray[np.float32] | None  # [M], of int8: what its vectors are multiplied with
+    images: NDArray[np.int32]  # [M], the number of the image that each is of
+
+    @classmethod
+    def packed(cls, units: NDArray[np.float32], images: NDArray[np.int32], precision: BankPrecision) -> "Features":
+        """Store unit vectors [M, C] in a precision."""
+        if precision != "int8":
+            return cls(units.astype(np.float32 if precision == "fp32" else np.float16), None, images)
+        scales = np.maximum(np.abs(units).max(axis=1), np.finfo(np.float32).tiny) / np.float32(STEPS)
+        return cls(np.rint(units / scales[:, None]).astype(np.int8), scales, images)
+
+    def units(self) -> NDArray[np.float32]:
+        """Return the vectors [M, C] as they are compared, near unit length."""
+        vectors = self.vectors.astype(np.float32)
+        return vectors if self.scales is None else vectors * self.scales[:, None]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What a file holds."""
+
+    header: Header
+    features: Mapping[tuple[str, int, int], Features]  # by network, tap and degree
+    scores: NDArray[np.float64]  # [n] of the bank's images, each scored without itself
+    peaks: NDArray[np.float64]  # [n] the highest values of their maps
+
+    @cached_property
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Return its arrays by the names that they have in the file."""
+        found: dict[str, NDArray[Any]] = {"scores": self.scores, "peaks": self.peaks}
+        for key, features in self.features.items():
+            name = _name(*key)
+            found |= {f"{name}.vectors": features.vectors, f"{name}.images": features.images}
+            if features.scales is not None:
+                found[f"{name}.scales"] = features.scales
+        return found
+
+
+def write_bank(path: Path, bank: Bank) -> None:
+    """Write a bank, whole or not at all; raises OSError."""
+    text = bank.header.model_dump_json()
+    content = save(bank.tensors, {"zsad_bank": text, "sha256": _digest(text, bank.tensors)})
+    with written_whole(path) as draft:
+        draft.write_bytes(content)
+
+
+def read_header(path: Path) -> tuple[Header, str]:
+    """Read what a bank says of itself, and the digest of its content; raises BankError."""
+    size = _size(path)
+    with _readable(path), path.open("rb") as file:
+        return _header(path, file.read(8 + LARGEST_HEADER), size)
+
+
+def read_bank(path: Path) -> Bank:
+    """Read a bank and check all of it; raises BankError."""
+    size = _size(path)
+    if 3 * size > default_memory_limit():
+        raise BankError(
+            f"{path}: too little memory: a bank of {size >> 20} MB takes three times as much, and "
+            f"{default_memory_limit() >> 20} MB are to be had; free some, or save a smaller one with --bank-size"
+        )
+    with _readable(path):
+        content = path.read_bytes()
+    header, digest = _header(path, content, len(content))
+    try:
+        tensors = load(content)
+        text = _metadata(content)["zsad_bank"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BankError(f"{path}: the bank is damaged ({error}); {AGAIN}") from None
+    if _digest(text, tensors) != digest:
+        raise BankError(f"{path}: the bank is damaged or was changed: its digest is of another content; {AGAIN}")
+    try:
+        return _checked(header, tensors)
+    except (KeyError, ValueError) as error:
+        raise BankError(f"{path}: what the bank holds does not fit its header ({error}); {AGAIN}") from None
+
+
+AGAIN = f"save it again: zsad-infer --reference GOOD/ --save-bank part{SUFFIX}"
+
+
+def _checked(header: Header, tensors: Mapping[str, NDArray[Any]]) -> Bank:
+    """Make a bank of a file's content; raises KeyError and ValueError for what does not fit the header."""
+    stored = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[header.precision]
+    features = {}
+    for key in keys_of(header):
+        name = _name(*key)
+        vectors, images = tensors[f"{name}.vectors"], tensors[f"{name}.images"]
+        scales = tensors[f"{name}.scales"] if header.precision == "int8" else None
+        if vectors.dtype != stored or vectors.ndim != 2 or images.shape != vectors.shape[:1]:
+            raise ValueError(f"{name} is {vectors.dtype} {list(vectors.shape)}")
+        if images.dtype != np.int32 or ((images < 0) | (images >= header.images)).any():
+            raise ValueError(f"{name} is of images that it does not have")
+        if len(vectors) < header.neighbours:
+            raise ValueError(f"{name} has fewer vectors than neighbours are wanted")
+        for array in (vectors, scales):
+            if array is not None and not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+        if scales is not None and (scales.dtype != np.float32 or scales.shape != images.shape):
+            raise ValueError(f"{name} has other scales")
+        features[key] = Features(vectors, scales, images)
+    for name in ("scores", "peaks"):
+        normal = tensors[name]
+        if normal.dtype != np.float64 or normal.shape != (header.images,) or not np.isfinite(normal).all():
+            raise ValueError(f"{name} are not of its images")
+    return Bank(header, features, tensors["scores"], tensors["peaks"])
+
+
+def keys_of(header: Header) -> Iterator[tuple[str, int, int]]:
+    """Yield the networks, taps and degrees that a bank has features of, in the order of taps and degrees."""
+    for name, network in header.networks.items():
+        for tap in network.spec.taps:
+            for degree in header.degrees:
+                yield name, tap, degree
+
+
+def _name(network: str, tap: int, degree: int) -> str:
+    return f"{network}.{tap}.{degree}"
+
+
+def _digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the file system says into what a bank's user can do; raises BankError."""
+    try:
+        yield
+    except OSError as error:
+        raise BankError(f"--bank {path}: cannot be read ({error.strerror})") from None
+
+
+def _size(path: Path) -> int:
+    """Return the size of a bank's file; raises BankError for what is no file: a pipe would be waited for."""
+    with _readable(path):
+        status = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise BankError(f"--bank {path}: is {kind}; name a file that --save-bank has written")
+    return status.st_size
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file from its beginning; raises ValueError, KeyError or TypeError."""
+    length = int.from_bytes(content[:8], "little")
+    if not 0 < length <= min(LARGEST_HEADER, len(content) - 8):
+        raise ValueError("its beginning is not that of a safetensors file")
+    metadata = parse_json(content[8 : 8 + length])["__metadata__"]
+    if not isinstance(metadata, dict):
+        raise TypeError("no metadata")
+    return metadata
+
+
+def _header(path: Path, content: bytes, size: int) -> tuple[Header, str]:
+    """Read the header from a file's beginning; size: of all of the file."""
+    try:
+        metadata = _metadata(content)
+        text, digest = metadata["zsad_bank"], metadata["sha256"]
+        version = parse_json(text)["version"]
+    except (ValueError, KeyError, TypeError):
+        short = "is empty" if not size else "is no bank, or only its beginning"
+        raise BankError(f"{path}: {short}; name a file that --save-bank has written, or {AGAIN}") from None
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        mend = "install a newer zsad: pip install --upgrade zsad" if newer else AGAIN
+        raise BankError(f"{path}: the bank has format {version!r}, and this zsad reads format {VERSION}; {mend}")
+    try:
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BankError(f"{path}: the bank's header is damaged ({where}: {first['msg']}); {AGAIN}") from None
+    for key in ("map_network", "image_network"):
+        if getattr(header, key) not in header.networks:
+            raise BankError(f"{path}: the bank's header is damaged ({key} is none of its networks); {AGAIN}")
+    return header, digest
