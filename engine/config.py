@@ -206,15 +206,18 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     method_of: MethodOf,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """Merge preset, file and overrides (later ones win) and check the result; raises ConfigError.
+
+    base: what takes the place of the preset's file; the preset then only lends its name.
 
     overrides: values by the keys of Config, or by those of the method's settings; `taps` and `image_size` go to every
     network. method_of: gives the class of a method, and raises ConfigError for an unknown one.
     """
-    if preset not in preset_names():
+    if base is None and preset not in preset_names():
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(preset_names())}")
-    merged = read_toml(PRESETS / f"{preset}.toml")
+    merged = read_toml(PRESETS / f"{preset}.toml") if base is None else dict(base)
     if file is not None:
         merged = _merged(merged, read_toml(file))
         if "preset" in merged:
@@ -227,7 +230,8 @@ def load_config(
     method = overridden["method"]
     unknown = overridden[method].keys() - merged.get(method, {}).keys() - method_of(method).Settings.model_fields.keys()
     for key in sorted(unknown):
-        raise ConfigError(f"--{key.replace('_', '-')} is nothing for preset {preset}, whose method is {method}")
+        subject = f"preset {preset}" if base is None else "what is scored with a bank"
+        raise ConfigError(f"--{key.replace('_', '-')} is nothing for {subject}, whose method is {method}")
     return _checked(preset, overridden, method_of, (overrides or {}).keys())
 
 

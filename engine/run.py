@@ -12,6 +12,7 @@ import time
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
+from zsad.engine.methods.bank_file import Bank
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import THUMBNAILS
 from zsad.engine.results.output import check_there, claimed
@@ -33,6 +35,7 @@ from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
+from .bank_pass import Normal, check_saving, known_good, save_bank, save_category_bank, used_bits
 from .category_pass import CategoryProgress, ignored_files, run_category
 from .plan import by_size, check_memory, plan, said_sides
 
@@ -50,6 +53,28 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
     """
     with limited(replace(options.limits, bytes=image_memory(runtime, options))):
         return _run(data, config, runtime, options, progress)
+
+
+def make_bank(config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> Bank:
+    """Save a bank of the known-good images that a configuration names, without scoring any others.
+
+    Raises what `run` raises before any work, ImageError where fewer than two images are readable, OSError where the
+    bank cannot be written.
+    """
+    assert options.saving is not None
+    assert config.reference is not None
+    with limited(replace(options.limits, bytes=image_memory(runtime, options))):
+        category = known_good(config.reference, config.shots, config.seed)
+        for note in category.notes:
+            log.warning("%s", note)
+        check_saving(options.saving, config, [category])
+        workplaces = Workplaces(config, runtime, options)
+        (job,) = plan([category], config, options, progress, workplaces.timings)
+        normal = Normal(category, category.images, used_bits(category.images, config), chosen=False)
+        name = printable(category.name)
+        return save_bank(
+            options.saving, normal, config.sized(job.sides), workplaces.of(job.sides), partial(progress, name)
+        )
 
 
 def _run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
@@ -103,6 +128,8 @@ def _scored(
     categories, workplaces = dataset.categories, Workplaces(config, runtime, options)
     jobs = plan(categories, config, options, progress, workplaces.timings)
     groups = by_size(jobs)
+    if options.saving is not None:
+        check_saving(options.saving, config, categories)
     for group in reversed(groups):  # what was made for the first one is there when the work begins
         check_memory(group, workplaces.of(group[0].sides))
     log.info(
@@ -122,9 +149,12 @@ def _scored(
             log.info(
                 "%s: images are taken at %s, since the median of their shorter sides is %g", name, size, job.median
             )
-    records = {
-        job.category.name: run_category(job, workplaces.of(job.sides), progress) for group in groups for job in group
-    }
+    records = {}
+    for job in (job for group in groups for job in group):
+        record = run_category(job, workplaces.of(job.sides), progress)
+        if options.saving is not None:
+            record = save_category_bank(options.saving, job, record, workplaces.of(job.sides), progress)
+        records[job.category.name] = record
     return workplaces.of(groups[-1][0].sides), [records[category.name] for category in categories]
 
 

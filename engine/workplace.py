@@ -13,6 +13,7 @@ from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.limits import Limits
 from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
+from zsad.engine.methods.bank_build import Making
 from zsad.engine.methods.component_wise import ComponentWise
 from zsad.engine.methods.foreground import Foregrounds
 from zsad.engine.methods.method import Method, Place, graph_requests, method_class
@@ -27,6 +28,14 @@ TEXTS = 64  # prompts per forward pass
 
 
 @dataclass(frozen=True)
+class Saving:
+    """Where banks go, one file or a folder of one for each category, and how they are made."""
+
+    path: Path
+    making: Making = field(default_factory=Making)
+
+
+@dataclass(frozen=True)
 class Options:
     """What decides how a run goes, and nothing about its scores."""
 
@@ -38,6 +47,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)  # of single files; their memory is half of what a run may take
     strict: bool = False  # stop at the first unreadable image
     resume: bool = False  # keep categories that an earlier run with these settings finished
+    saving: Saving | None = None  # of banks of what is normal; None: there are none
     keep_stages: bool = False  # write what led to the scores as pictures: foregrounds, masks, tiles
 
     @property
@@ -51,6 +61,7 @@ class Workplace:
     """What all categories of a run share."""
 
     method: Method
+    place: Place  # of the method
     foregrounds: Foregrounds | None  # where the method leaves them to the run, and networks find them
     loader: Loader
     networks: Mapping[str, Network]
@@ -107,7 +118,8 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
             )
             arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
             own = {name: network for name, network in networks.items() if name in config.networks}
-            method: Method = method_type(config, Place(own, arrays, timings, _text(config, runtime, own, arrays)))
+            place = Place(own, arrays, timings, _text(config, runtime, own, arrays))
+            method: Method = method_type(config, place)
             inputs = _inputs(config, runtime, method, batch_size)
             foregrounds = None
             if config.components or config.foreground not in ("none", "colour"):
@@ -122,6 +134,7 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
         ) from None
     return Workplace(
         method=method,
+        place=place,
         foregrounds=foregrounds,
         loader=Loader(
             inputs,

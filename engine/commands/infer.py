@@ -15,12 +15,14 @@ from .arguments import Parser, Version, add_file_limits, add_loudness, file_limi
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.results.records import RunRecord
+    from zsad.engine.workplace import Saving
 
     from .start import Interrupts
 
 log = logging.getLogger("zsad")
 
 FORMATS = ("zsad", "rayan")
+DEFAULT_PRESET = "small"
 
 # Options that are no part of the configuration.
 OF_THE_RUN = frozenset(
@@ -38,6 +40,10 @@ OF_THE_RUN = frozenset(
         "megapixels",
         "seconds",
         "format",
+        "save_bank",
+        "bank_size",
+        "bank_precision",
+        "neighbours",
         "resume",
         "strict",
         "fail_on",
@@ -99,10 +105,11 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.demo import draw_demo
     from zsad.engine.images.limits import Limits
     from zsad.engine.images.tree import DEMO
+    from zsad.engine.methods.bank import bank_settings
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
     from zsad.engine.results.output import claimed
-    from zsad.engine.run import run
+    from zsad.engine.run import make_bank, run
     from zsad.engine.workplace import Options
 
     from .console import DONE, SOME_FAILED, ProgressBars, emit
@@ -110,7 +117,10 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     interrupts.check()  # it may have been put off until here
     runtime = choose_runtime(arguments.device, arguments.runtime)
     overrides = {k: v for k, v in vars(arguments).items() if k not in OF_THE_RUN and v is not None}
-    config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
+    preset, base = arguments.preset, None
+    if arguments.bank is not None:
+        preset, base = bank_settings(Path(arguments.bank))
+    config = load_config(preset, arguments.config, overrides, method_of=method_class, base=base)
     data = arguments.data
     if arguments.demo:
         with claimed(arguments.output, (), arguments.resume):
@@ -125,7 +135,12 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         strict=arguments.strict,
         resume=arguments.resume,
         keep_stages=arguments.keep_stages,
+        saving=_saving(arguments),
     )
+    if data is None:
+        with ProgressBars(arguments.quiet, interrupts) as progress:
+            make_bank(config, runtime, options, progress)
+        return DONE
     with ProgressBars(arguments.quiet, interrupts) as progress:
         record = run(data, config, runtime, options, progress)
     share = f" ({100 * record.library_share:.0f} % in networks and products)" if not runtime.devices else ""
@@ -152,6 +167,18 @@ def _judged(record: "RunRecord", verdict: str) -> int:
         return SOME_FAILED
     failing = ("reject",) if verdict == "reject" else ("reject", "review")
     return REJECTED if any(image.verdict in failing for c in record.categories for image in c.images) else DONE
+
+
+def _saving(arguments: argparse.Namespace) -> "Saving | None":
+    """Return where banks go and how they are made, None where none is asked for."""
+    from zsad.engine.methods.bank_build import Making
+    from zsad.engine.workplace import Saving
+
+    if arguments.save_bank is None:
+        return None
+    names = {"size": "bank_size", "precision": "bank_precision", "neighbours": "neighbours"}
+    given = {name: value for name, option in names.items() if (value := getattr(arguments, option)) is not None}
+    return Saving(arguments.save_bank, Making(**given))
 
 
 def _stage_table(record: "RunRecord") -> str:
@@ -190,10 +217,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_inputs(parser)
     _add_settings(parser)
+    _add_banks(parser)
     _add_results(parser)
     arguments = parser.parse_args(argv)
-    if arguments.data is None and not arguments.demo:
+    only_saved = arguments.save_bank is not None and arguments.reference is not None
+    if arguments.data is None and not arguments.demo and not only_saved:
         parser.error("give a folder of images, or --demo")
+    _check_banks(parser, arguments)
     if arguments.data is not None and arguments.demo:
         parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
     for name in ("batch_size", "workers"):
@@ -203,12 +233,45 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _check_banks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.bank is not None:
+        if arguments.save_bank is not None:
+            parser.error("--save-bank makes a bank and --bank scores by one; give one of them")
+        if arguments.preset != DEFAULT_PRESET:
+            parser.error(f"--bank says itself which preset it is of; leave out --preset {arguments.preset}")
+    if arguments.save_bank is None:
+        for name in ("bank_size", "bank_precision", "neighbours"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} decides how a bank is made; give --save-bank FILE too")
+    for name, most in (("bank_size", None), ("neighbours", 16)):
+        value = getattr(arguments, name)
+        if value is not None and (value < 1 or (most is not None and value > most)):
+            up_to = "at least 1" if most is None else f"from 1 to {most}"
+            parser.error(f"--{name.replace('_', '-')} must be {up_to}, not {value}")
+
+
+def _add_banks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("banks: score each image alone, by what is known to look normal").add_argument
+    add(
+        "--save-bank",
+        type=Path,
+        metavar="part.zsad",
+        help="keep what is normal: --reference's images, else the half that scores lowest; of several categories a "
+        "folder. Without DATA nothing is scored",
+    )
+    add("--bank", metavar="part.zsad", help="score by a bank, or by those of a folder, called as the categories are")
+    add("--false-alarms", type=float, metavar="0.01", help="with --bank: share of good images that may be rejected")
+    add("--bank-size", type=int, metavar="N", help="patches kept per tap and degree at most (default: 20000)")
+    add("--bank-precision", choices=("fp16", "int8", "fp32"), help="in which they are kept (default: fp16)")
+    add("--neighbours", type=int, metavar="K", help="of the bank, whose mean distance counts (default: 1)")
+
+
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or MVTec layout")
     add("--demo", action="store_true", help="draw a small set of images with planted defects and score that")
     add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
-    add("--preset", default="small", choices=preset_names(), help="(default: %(default)s)")
+    add("--preset", default=DEFAULT_PRESET, choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--device", default="auto", help="auto, cpu, cuda:N, cuda:N,M or cuda:all (default: %(default)s)")
     add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")

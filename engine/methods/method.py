@@ -32,6 +32,7 @@ METHODS = {  # name → module in this folder and class
     "winclip": ".winclip:WinCLIP",
     "april_gan": ".april_gan:AprilGAN",
     "vvv": ".vvv:VVV",
+    "bank": ".bank:BankMethod",
 }
 
 Progress = Callable[[str, int, int], None]  # stage, done, all

@@ -390,6 +390,12 @@ def checked_precision(precision: str) -> str:
     return "int8"
 
 
+def fast_precision() -> str:
+    """Return the precision in which this processor searches fastest: int8 where it has instructions for it."""
+    fastest = _cpu.instruction_sets("int8")[0] if has_native_kernels() else ""
+    return "int8" if "vnni" in fastest or "amx" in fastest else "fp32"
+
+
 def chunk_rows(vectors: int) -> int:
     """Return the rows of each chunk of a bank."""
     return min(BANK_ROWS, -(-vectors // ALIGNED_ROWS) * ALIGNED_ROWS)

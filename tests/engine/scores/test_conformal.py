@@ -4,7 +4,9 @@ import pytest
 from zsad.engine.scores.conformal import images_needed, p_values, upper_bound
 
 
-@pytest.mark.parametrize(("count", "share", "rank"), [(99, 0.01, 99), (100, 0.01, 100), (199, 0.01, 198), (40, 0.1, 37)])
+@pytest.mark.parametrize(
+    ("count", "share", "rank"), [(99, 0.01, 99), (100, 0.01, 100), (199, 0.01, 198), (40, 0.1, 37)]
+)
 def test_the_bound_is_the_conformal_quantile(count: int, share: float, rank: int) -> None:
     normal = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
     assert upper_bound(normal, share) == (rank, share)
@@ -34,7 +36,9 @@ def test_p_values_of_exchangeable_scores_are_uniform(draw: str) -> None:
     p = np.array([p_values(row[-1], row[:-1]) for row in scores])
     counts = np.bincount(np.round(p * (count + 1)).astype(int) - 1, minlength=count + 1)
     expected = rounds / (count + 1)
-    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi-square with 19 degrees of freedom, once in a thousand
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 43.8  # chi-square with 19 degrees of freedom, once in a thousand
 
 
 def test_an_image_is_above_the_bound_when_its_p_value_is_at_most_the_share() -> None:

@@ -1,0 +1,313 @@
+"""A bank: each image is compared, by itself, with what is known to look normal.
+
+batch → networks: tokens [B, L, P, C] → features pooled at each degree → distances to the bank's nearest, averaged over
+taps and degrees [P] → map [g, g] of one network, score by the preset's rule of the same or another one → [0, 1] by
+the bank's scales; p-value and bounds from the scores that the bank's own images have without themselves
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from zsad.engine.config import Config, ConfigError, Table
+from zsad.engine.images.decode import Recipe, recipe
+from zsad.engine.images.loader import Batch
+from zsad.engine.images.stored import ImageError
+from zsad.engine.networks.network import GraphRequest, Network, run_in_parts
+from zsad.engine.scores.conformal import images_needed, p_values, upper_bound
+from zsad.engine.scores.image_scores import image_scores
+from zsad.engine.scores.verdicts import Bounds
+from zsad.kernels.cpu.comparers import unit_features
+from zsad.kernels.cpu.nearest import fast_precision
+from zsad.kernels.cuda.device import Device
+from zsad.kernels.files import printable
+from zsad.kernels.nearest import Nearest
+
+from .bank_file import AGAIN, SUFFIX, Bank, BankError, Features, Header, keys_of, read_bank, read_header
+from .method import Group, Place, Progress, Scored
+
+log = logging.getLogger("zsad")
+
+REVIEWED = 5  # times as many normal images are to be reviewed as are rejected
+
+
+class Settings(Table):
+    """Which bank, and how many good images may be rejected."""
+
+    bank: str = Field(description=f"a bank, or a folder of such, called CATEGORY{SUFFIX}")
+    false_alarms: float = Field(0.01, gt=0, lt=1, description="a number between 0 and 1")
+
+
+class BankMethod:
+    """See `Method`."""
+
+    Settings = Settings
+    takes_references = False
+    compares = rescores = False
+    map_range = (0.0, 1.0)
+
+    def __init__(self, config: Config, place: Place) -> None:
+        assert isinstance(config.settings, Settings)
+        self._settings, self._place = config.settings, place
+        self._headers = find_banks(Path(config.settings.bank))
+        self._recipes = recipes(place)
+        self.inputs = list(dict.fromkeys(self._recipes.values()))
+        self._bank: Bank | None = None
+        self._memories: dict[str, Memory] = {}
+        self._open: Path | None = None  # the file that is in memory
+        if Path(config.settings.bank).is_file():
+            self._take(Path(config.settings.bank))  # what is wrong with it is said before any work
+
+    @staticmethod
+    def graph_requests(config: Config) -> list[GraphRequest]:
+        assert isinstance(config.settings, Settings)
+        header, _ = next(iter(find_banks(Path(config.settings.bank)).values()))
+        for name, network in header.networks.items():
+            used = config.networks.get(name)
+            for key, value in network.spec:
+                if key != "checkpoint" and getattr(used, key, None) != value:
+                    raise ConfigError(
+                        f"the bank {config.settings.bank} is of [networks.{name}] {key} {value!r}, not "
+                        f"{getattr(used, key, None)!r}; leave that to the bank, or save another one"
+                    )
+        if config.components:
+            raise ConfigError("--components: a bank is of whole images; leave it out")
+        return [GraphRequest(name) for name in header.networks]
+
+    def record(self) -> dict[str, Any]:
+        """Return the banks by their content: where they lie decides nothing."""
+        digests = {path.name: digest for path, (_, digest) in self._headers.items()}
+        return {"false_alarms": self._settings.false_alarms, "banks": digests}
+
+    def needed(self, images: int, references: int) -> int:
+        return 0  # what banks take is known, and checked, when they are read
+
+    def start(self, group: Group) -> None:
+        if (path := self._path(group)) != self._open:
+            self._take(path)
+
+    def _path(self, group: Group) -> Path:
+        """Return the bank of a category; raises ImageError where there is none."""
+        given = Path(self._settings.bank)
+        if given in self._headers:
+            return given
+        for name in (group.name, group.object):
+            if (path := given / f"{name}{SUFFIX}") in self._headers:
+                return path
+        names = ", ".join(printable(path.stem) for path in list(self._headers)[:5])
+        raise ImageError(
+            f"there is no bank of {printable(group.name)} in {given}/, which has {names}; save one: zsad-infer "
+            f"--reference GOOD/ --save-bank {given / group.name}{SUFFIX}"
+        )
+
+    def _take(self, path: Path) -> None:
+        """Bring a bank into memory; raises BankError where it is not for these networks."""
+        self._memories, self._bank, self._open = {}, None, None
+        bank = read_bank(path)
+        first, _ = next(iter(self._headers.values()))
+        if bank.header.kind != first.kind:
+            raise BankError(
+                f"{path} is of other settings than {next(iter(self._headers))}; score its category by itself: "
+                f"zsad-infer DATA/{path.stem} --bank {path}"
+            )
+        for name, network in bank.header.networks.items():
+            check_network(path, name, network.sha256, self._place.networks[name])
+        self._memories = memories(bank.header, bank.features, self._place)
+        self._bank, self._open = bank, path
+        log.info("%s: %d images, %s", path, bank.header.images, self._rule(bank)[0])
+
+    def take(self, batch: Batch) -> Iterator[Scored]:
+        assert self._bank is not None
+        header = self._bank.header
+        patches = {name: self._patch_scores(name, batch) for name in header.networks}  # [B, P] each
+        raw = raw_scores(header, patches, self._place.networks)
+        p = p_values(raw, self._bank.scores)
+        scores = header.image_scale.values(raw)
+        maps = header.map_scale.values(patches[header.map_network]).astype(np.float32)
+        for row, index in enumerate(batch.indices):
+            grid_map = maps[row].reshape(square(maps.shape[1]))
+            yield Scored(index, float(raw[row]), grid_map, score=float(scores[row]), p_value=float(p[row]))
+
+    def _patch_scores(self, name: str, batch: Batch) -> NDArray[np.float64]:
+        """Return the distances [B, P] of a batch's patches to the bank's of one network."""
+        graph, found = self._place.networks[name].graphs["image"], list[NDArray[np.float64]]()
+        for _, outputs in run_in_parts(graph, {"images": batch.inputs[self._recipes[name]]}):
+            tokens = np.asarray(self._place.arrays.fetch(outputs["tokens"]), np.float32)
+            found += [self._memories[name].distances(image) for image in tokens]
+        return np.stack(found)
+
+    def finish(self, progress: Progress) -> Iterable[Scored]:
+        return ()
+
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
+        raise AssertionError("not asked of methods that judge every image by itself")
+
+    def bounds(self) -> Bounds | None:
+        if self._bank is None:
+            return None
+        header, asked = self._bank.header, self._settings.false_alarms
+        rule, reject = self._rule(self._bank)
+        accept, _ = upper_bound(self._bank.scores, min(REVIEWED * asked, 0.5))
+        region, _ = upper_bound(self._bank.peaks, asked)
+        scaled = header.image_scale.values(np.array([accept, reject]))
+        return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
+
+    def _rule(self, bank: Bank) -> tuple[str, float]:
+        """Say what the bound of a bank promises, and return it as a raw score."""
+        asked = self._settings.false_alarms
+        reject, share = upper_bound(bank.scores, asked)
+        rule = f"at most {_percent(share)} of good images are rejected"
+        if share > asked:
+            rule += f" (not {_percent(asked)}, which takes {images_needed(asked)} images in the bank)"
+        if bank.header.chosen:
+            rule += " if they are like those that the run itself chose for the bank; else more"
+        return rule, reject
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+class Memory:
+    """What a bank holds of one network, ready to be compared with."""
+
+    def __init__(
+        self,
+        header: Header,
+        features: Sequence[NDArray[np.float32]],
+        device: Device | str,
+        memory_limit: int,
+    ) -> None:
+        """features: unit vectors [M, C] by taps, then degrees. memory_limit: bytes beside them."""
+        self._degrees, self._searches = header.degrees, list[Search]()
+        for vectors in features:
+            self._searches.append(Search(vectors, header.neighbours, device, memory_limit // len(features)))
+
+    def distances(self, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the mean distances [P] of an image's patches, tokens [L, P, C], to the nearest of the bank."""
+        total, searches = np.zeros(tokens.shape[1]), iter(self._searches)
+        for layer in tokens:
+            for units in unit_features(layer, square(len(layer)), self._degrees):
+                total += next(searches).distances(units)
+        return total / len(self._searches)
+
+
+class Search:
+    """Finds how far features are from the nearest of a bank, as mutual scoring measures it."""
+
+    def __init__(
+        self, vectors: NDArray[np.float32], neighbours: int, device: Device | str, memory_limit: int | None = None
+    ) -> None:
+        """vectors: [M, C] of about unit length, or zero."""
+        self._with_zero = not vectors.any(axis=1).all()
+        precision = fast_precision() if device == "cpu" else "auto"
+        if memory_limit is not None:
+            where = "cpu" if device == "cpu" else "cuda"
+            memory_limit = max(memory_limit, Nearest.needed(*vectors.shape, neighbours, precision, where))
+        self._nearest = Nearest(vectors, neighbours, precision, device, memory_limit)
+
+    def distances(self, units: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the mean distances [P] of unit features [P, C] to the nearest.
+
+        A feature without direction is at distance 1 from every other, and at 0 from such.
+        """
+        mean: NDArray[np.float64] = self._measured(units)[0].mean(axis=1)
+        return mean
+
+    def nearest(self, units: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the distances [P] of features [P, C] to the nearest, and the numbers [P] of these."""
+        distances, numbers = self._measured(units)
+        return distances[:, 0], numbers[:, 0]
+
+    def _measured(self, units: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        cosines, numbers = self._nearest.search(units)  # [P, k]
+        squared = np.maximum(2 - 2 * cosines.astype(np.float64), 0)
+        if self._with_zero:
+            squared = np.minimum(squared, 1)
+        squared[~units.any(axis=1)] = 0 if self._with_zero else 1
+        return np.sqrt(squared), numbers
+
+
+def recipes(place: Place) -> dict[str, Recipe]:
+    """Return what the loader makes of each image for each network."""
+    return {name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()}
+
+
+def memories(header: Header, features: Mapping[tuple[str, int, int], Features], place: Place) -> dict[str, Memory]:
+    """Make what each network's tokens are compared with; raises BankError where there is too little memory."""
+    vectors = {key: features[key].units() for key in keys_of(header)}
+    limit = place.arrays.limit()
+    if place.arrays.device == "cpu":
+        limit -= sum(array.nbytes for array in vectors.values())
+    if limit < 0:
+        raise BankError(
+            f"the bank takes {sum(array.nbytes for array in vectors.values()) >> 20} MB, more than the memory limit of "
+            f"{place.arrays.limit() >> 20} MB; raise --memory-limit, or save a smaller one with --bank-size"
+        )
+    return {
+        name: Memory(
+            header,
+            [array for key, array in vectors.items() if key[0] == name],
+            place.arrays.device,
+            limit // len(header.networks),
+        )
+        for name in header.networks
+    }
+
+
+def raw_scores(
+    header: Header, patches: Mapping[str, NDArray[np.float64]], networks: Mapping[str, Network]
+) -> NDArray[np.float64]:
+    """Return the raw scores [B] of images with these distances [B, P] of each network's patches."""
+    scores = patches[header.image_network]
+    side = networks[header.image_network].spec.side
+    return image_scores(scores, square(scores.shape[1]), header.image_rule, side)
+
+
+def square(patches: int) -> tuple[int, int]:
+    """Return rows and columns of the patch grid of a square input."""
+    side = math.isqrt(patches)
+    assert side * side == patches
+    return side, side
+
+
+def check_network(path: Path, name: str, sha256: str, network: Network) -> None:
+    """Raise BankError unless a network has the weights that a bank is of."""
+    if network.sha256 != sha256:
+        raise BankError(
+            f"{path}: the bank is of other weights of {name} (sha256 {sha256[:12]}…) than {network.checkpoint} here "
+            f"({network.sha256[:12]}…), so that nothing can be compared; {AGAIN}"
+        )
+
+
+def find_banks(given: Path) -> dict[Path, tuple[Header, str]]:
+    """Read what a bank, or each bank of a folder, says of itself, with its digest; raises BankError."""
+    if not given.is_dir():
+        return {given: read_header(given)}
+    try:
+        paths = sorted(path for path in given.iterdir() if path.suffix == SUFFIX)
+    except OSError as error:
+        raise BankError(f"--bank {given}: cannot be read ({error.strerror})") from None
+    if not paths:
+        raise BankError(f"--bank {given}: there is no bank, CATEGORY{SUFFIX}, in this folder; {AGAIN}")
+    return {path: read_header(path) for path in paths}
+
+
+def bank_settings(given: Path) -> tuple[str, dict[str, Any]]:
+    """Return the preset that a bank is of, and what it decides of a configuration; raises BankError."""
+    header, _ = next(iter(find_banks(given).values()))
+    networks = {name: network.spec.model_dump(exclude_none=True) for name, network in header.networks.items()}
+    return header.preset, {
+        "method": "bank",
+        "image_size": header.networks[header.map_network].spec.side,
+        "networks": networks,
+        "foreground": header.foreground,
+        "bit_depth": header.bit_depth,
+        "bank": {"bank": str(given)},
+    }

@@ -1,0 +1,159 @@
+"""From what networks give for known-good images to a bank of them.
+
+tokens [n, L, P, C] → unit features of each degree → a few that cover all [M, C], stored → each image scored without
+itself: scores and highest map values [n], scales
+
+An image's own patches are taken out of the bank when it is scored, and with them went what made their neighbours in
+other images superfluous. So in place of each stands the nearest patch of another image: about what the bank would hold
+if the image had not been there. Without that, thinning makes the bank's own images score higher than new ones.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zsad.engine.config import Config, ConfigError
+from zsad.kernels.coverage import farthest_first, project
+from zsad.kernels.cpu.comparers import unit_features
+
+from .bank import Search, raw_scores, square
+from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Scale, keys_of
+from .method import Place, Progress
+from .musc import Settings as MuScSettings
+
+PATCHES = 20_000  # of a bank, per tap and degree, unless asked for otherwise
+LEAST_SPAN = 1e-3  # of a scale: images may be copies of one
+
+Units = Callable[[int], NDArray[np.float32]]  # the features [P, C] of an image by its number
+
+
+@dataclass(frozen=True)
+class Making:
+    """What decides how a bank is made, beside the images."""
+
+    size: int = PATCHES  # patches per tap and degree at most
+    precision: BankPrecision = "fp16"
+    neighbours: int = 1
+
+
+def build_bank(
+    tokens: Mapping[str, NDArray[Any]],
+    config: Config,
+    place: Place,
+    making: Making,
+    facts: Mapping[str, Any],
+    progress: Progress,
+) -> Bank:
+    """Make a bank of tokens [n, L, P, C] by networks; n at least 2.
+
+    facts: of the header, what neither networks nor settings say: bit_depth, chosen, and the networks' precision.
+    """
+    settings = config.settings
+    assert isinstance(settings, MuScSettings)
+    header = Header(
+        version=VERSION,
+        zsad=importlib.metadata.version("zsad"),
+        preset=config.preset,
+        networks={
+            name: BankNetwork(spec=network.spec, sha256=network.sha256, precision=facts["precision"])
+            for name, network in place.networks.items()
+        },
+        degrees=settings.degrees,
+        map_network=settings.map_network,
+        image_network=settings.image_network,
+        image_rule=settings.image_rule,
+        neighbours=making.neighbours,
+        foreground=config.foreground,
+        bit_depth=facts["bit_depth"],
+        precision=making.precision,
+        images=len(next(iter(tokens.values()))),
+        patches=sum(array.shape[0] * array.shape[2] for array in tokens.values()),
+        chosen=facts["chosen"],
+        image_scale=Scale(low=0.0, middle=1.0),
+        map_scale=Scale(low=0.0, middle=1.0),
+    )
+    features: dict[tuple[str, int, int], Features] = {}
+    patches = {name: np.zeros((array.shape[0], array.shape[2])) for name, array in tokens.items()}
+    keys = list(keys_of(header))
+    for done, (name, tap, degree) in enumerate(keys):
+        progress("bank", done, len(keys))
+        layer = header.networks[name].spec.taps.index(tap)
+        units = _units(tokens[name], layer, degree)
+        found = _covering(tokens[name].shape, units, making)
+        features[name, tap, degree] = found
+        share = 1 / sum(key[0] == name for key in keys)
+        patches[name] += share * _without_themselves(found, header.images, units, making, place)
+    progress("bank", len(keys), len(keys))
+    raw, maps = raw_scores(header, patches, place.networks), patches[header.map_network]
+    scales = {"image_scale": _scale(raw), "map_scale": _scale(maps)}
+    return Bank(header.model_copy(update=scales), features, raw, maps.max(axis=1))
+
+
+def check_making(config: Config, making: Making) -> None:
+    """Raise ConfigError where there can be no bank of what a configuration runs."""
+    if not isinstance(config.settings, MuScSettings):
+        raise ConfigError(
+            f"--save-bank: a bank is of presets that compare images, small, musc or challenge, not {config.preset}"
+        )
+    if config.foreground not in ("none", "colour"):
+        raise ConfigError("--save-bank: a bank is of whole images; leave out --foreground")
+    if making.size < making.neighbours:
+        raise ConfigError(f"--bank-size must be at least {making.neighbours}, not {making.size}")
+
+
+def _units(tokens: NDArray[Any], layer: int, degree: int) -> Units:
+    def read(image: int) -> NDArray[np.float32]:
+        own = np.ascontiguousarray(tokens[image, layer], np.float32)
+        return unit_features(own, square(len(own)), (degree,))[0]
+
+    return read
+
+
+def _covering(shape: tuple[int, ...], units: Units, making: Making) -> Features:
+    """Choose features of all images that cover them."""
+    count, _, patches, channels = shape
+    if making.size >= count * patches:
+        rows = np.arange(count * patches)
+    else:
+        rows = farthest_first(project(count, patches, channels, units), making.size)
+    images = (rows // patches).astype(np.int32)
+    chosen = [units(image)[rows[images == image] % patches] for image in np.unique(images).tolist()]
+    return Features.packed(np.concatenate(chosen), images, making.precision)
+
+
+def _without_themselves(found: Features, count: int, units: Units, making: Making, place: Place) -> NDArray[np.float64]:
+    """Return the distances [n, P] of each image's patches to the nearest of what the bank were without it."""
+    vectors, device = found.units(), place.arrays.device
+    whole = len(vectors) == count * len(units(0))
+    instead = None if whole else _instead(found, vectors, count, units, making, place)
+    distances = []
+    for image in range(count):
+        own = found.images == image
+        others = vectors[~own] if instead is None else np.where(own[:, None], instead, vectors)
+        distances.append(Search(others, making.neighbours, device).distances(units(image)))
+    return np.stack(distances)
+
+
+def _instead(
+    found: Features, vectors: NDArray[np.float32], count: int, units: Units, making: Making, place: Place
+) -> NDArray[np.float32]:
+    """Return for each feature of the bank the nearest of another image, as it would be stored: [M, C]."""
+    best = np.full(len(vectors), np.inf)
+    instead = np.zeros_like(vectors)
+    for image in range(count):
+        others = np.flatnonzero(found.images != image)
+        own = units(image)
+        distances, numbers = Search(own, 1, place.arrays.device).nearest(vectors[others])
+        nearer = distances < best[others]
+        rows = others[nearer]
+        best[rows], instead[rows] = distances[nearer], own[numbers[nearer]]
+    return Features.packed(instead, found.images, making.precision).units()
+
+
+def _scale(values: NDArray[np.float64]) -> Scale:
+    low, high = float(values.min()), float(values.max())
+    return Scale(low=low, middle=max(high, low + LEAST_SPAN))
