@@ -1,5 +1,6 @@
 """What the pages say is what runs, what there is, and what was measured."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from zsad.bench import tables
+from zsad.bench.towers import SHAPES
 from zsad.engine.commands import evaluate, export, infer
+from zsad.engine.config import load_config
+from zsad.engine.methods.method import method_class
 from zsad.engine.presets.names import preset_names
+from zsad.export.checkpoints import read_manifest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,6 +98,19 @@ def test_every_option_is_described(helps: dict[str, str], command: str, name: st
 def test_every_preset_is_described() -> None:
     for preset in preset_names():
         assert f"| `{preset}`" in PAGES["engine/README.md"]
+
+
+def test_the_configurations_it_shows_are_accepted(tmp_path: Path) -> None:
+    shown = re.findall(r"```toml\n(.*?)```", PAGES["engine/README.md"], flags=re.DOTALL)
+    shown = [text for text in shown if "[networks.dinov2]" in text]
+    assert len(shown) == 2
+    for text in shown:
+        (tmp_path / "own.toml").write_text(text)
+        load_config("small", tmp_path / "own.toml", method_of=method_class)
+        # The alternatives in comments too.
+        for name, taps in re.findall(r'^(?:# )?checkpoint = "(.*?)".*\n(?:# )?taps = (.*)$', text, flags=re.MULTILINE):
+            assert name in read_manifest()
+            assert json.loads(taps)[-1] < SHAPES[name].depth
 
 
 def test_every_extra_it_installs_exists() -> None:
