@@ -1,6 +1,5 @@
 """Runs whose image size follows from the images: one size for each category, whatever the others are."""
 
-import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -79,7 +78,6 @@ def test_categories_of_two_sizes_equal_runs_of_each_alone(
     set_up = workplaces.set_up
 
     def noted(*arguments: Any) -> Any:
-        gc.collect()
         assert all(earlier() is None for earlier in alive)  # networks of one size at a time
         made = set_up(*arguments)
         alive.append(weakref.ref(made))
