@@ -1,15 +1,26 @@
-"""Signs of damage that a JPEG's decoder passes over: what it makes of the rest looks like the most unusual image.
+"""Signs of damage that decoders pass over: what they make of the rest looks like the most unusual image.
 
-The bits of a whole picture end where the file's end marker is. Damaged bits are still decoded, to something wrong, but
-then mostly too few or too many of them: the last row is there too early, or still missing when they are used up.
+The bits of a whole JPEG picture end where the file's end marker is. Damaged bits are still decoded, to something wrong,
+but then mostly too few or too many of them: the last row is there too early, or still missing when they are used up. In
+a progressive file that holds for each of its scans, whose codes are followed once more; so are those of the strips of a
+compressed TIFF.
 """
 
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
+
+from .deep import SEPARATE
+
+try:
+    from zsad.kernels.cpu import _cpu
+except ImportError:
+    _cpu = None  # type: ignore[assignment]
 
 END = b"\xff\xd9"
 END_OF_HEADER = struct.Struct(">HHB")  # marker and length of a scan's header, and how many channels are in the scan
@@ -18,9 +29,22 @@ AHEAD = 16  # bytes that the decoder may want beyond the last one: it looks ahea
 BACK = 16  # bytes at the end, among which there always are bits of the picture
 LEAST_WIDTH = 16  # below, a last row of noise could be taken for the picture's
 
+TOO_FEW, TOO_MANY = "its bits end before its picture does", "its picture ends before its bits do"
+MISSING = "a part of its picture is missing"
+IN_SCANS = (None, TOO_FEW, TOO_MANY, MISSING, "there are bits in it that stand for nothing")  # as `_cpu` numbers them
+
+LOOKS_DAMAGED = "the file looks damaged: "
+
+LZW, PACK_BITS, DEFLATE = 5, 32773, (8, 32946)  # compressions of TIFF
+YCBCR = 6  # of TIFF's PhotometricInterpretation: pixels share samples
+PART = 1 << 14  # bytes that are decompressed at once, to a thousand times as many at most
+
 
 class WatchedJpeg:
-    """Stands between a JPEG that Pillow decodes and its file; of progressive files it says nothing."""
+    """Stands between a JPEG that Pillow decodes and its file.
+
+    Of progressive files it says nothing where the native kernels were not built.
+    """
 
     def __init__(self, image: Any, file: BinaryIO) -> None:
         """image: open, its pixels not decoded yet."""
@@ -43,9 +67,12 @@ class WatchedJpeg:
 
     def damage(self) -> str | None:
         """Return, once the image is decoded, what speaks for damage."""
-        if len(self._stops) == 2 and not self._ends_within():
-            self._broken = self._broken or "its picture ends before its bits do"
-        return self._broken and f"the file looks damaged: {self._broken}"
+        if self._image.info.get("progressive") and _cpu is not None:
+            self._file.seek(0)
+            self._broken = IN_SCANS[_cpu.jpeg_scan_damage(self._file.read(), self._image.height, self._image.width)]
+        elif len(self._stops) == 2 and not self._ends_within():
+            self._broken = self._broken or TOO_MANY
+        return self._broken and LOOKS_DAMAGED + self._broken
 
     def _read(self, size: int) -> bytes:
         if self._noise is None:
@@ -58,7 +85,7 @@ class WatchedJpeg:
             if not self._stops:
                 return bytes(AHEAD)
         elif not self._stops and self._last_row() == self._noise.tobytes():
-            self._broken = self._broken or "its bits end before its picture does"
+            self._broken = self._broken or TOO_FEW
         return self._file.read(min(size, self._stops[0] - position) if self._stops else size)
 
     @property
@@ -90,7 +117,7 @@ def _broken_parts(file: BinaryIO) -> str | None:
     for marker in _markers(file.read()):
         if 0xD0 <= marker <= 0xD7:
             if marker & 7 != restart:
-                return "a part of its picture is missing"
+                return MISSING
             restart = (restart + 1) % 8
         elif marker == 0xD9:
             break
@@ -114,3 +141,47 @@ def _markers(content: bytes) -> Iterator[int]:
         yield marker
         if marker >= 0xC0 and not 0xD0 <= marker <= 0xD9:  # a segment
             position += int.from_bytes(content[position : position + 2], "big")
+
+
+def strip_damage(image: Any, file: BinaryIO) -> str | None:
+    """Return what speaks for damage in the strips or tiles of a TIFF that Pillow has opened, compressed without loss.
+
+    LZW and PackBits are looked at where the native kernels were built.
+    """
+    tags = image.tag_v2
+    compression = tags.get(259, 1)
+    known = compression in DEFLATE or (_cpu is not None and compression in (LZW, PACK_BITS))
+    if not known or tags.get(262) == YCBCR or tags.get(266, 1) != 1:  # the bits of bytes in the other order
+        return None
+    with suppress(LookupError, TypeError, ValueError):  # tags that the decoder has found another way around
+        if not all(_is_whole(strip, compression, sizes) for strip, sizes in _strips(tags, image.height, file)):
+            return LOOKS_DAMAGED + "a part of its picture is longer or shorter than its pixels"
+    return None
+
+
+def _strips(tags: Any, height: int, file: BinaryIO) -> Iterator[tuple[bytes, set[int]]]:
+    """Yield the strips or tiles of a TIFF, and how many bytes each may become."""
+    end, tiled = file.seek(0, 2), 324 in tags
+    places, sizes = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
+    columns, rows = (tags[322], tags[323]) if tiled else (tags[256], min(tags.get(278, height), height))
+    samples = 1 if tags.get(284, 1) == SEPARATE else tags.get(277, 1)
+    row_bytes = (columns * samples * tags.get(258, (1,))[0] + 7) // 8
+    in_plane = len(places) if tiled else -(-height // rows)
+    for number, (place, size) in enumerate(zip(places, sizes, strict=True)):
+        # The last strip may hold the rows that are left, or as many as the others.
+        last = height - (in_plane - 1) * rows if not tiled and (number + 1) % in_plane == 0 else rows
+        file.seek(place)
+        yield file.read(max(0, min(size, end - place))), {row_bytes * rows, row_bytes * last}
+
+
+def _is_whole(strip: bytes, compression: int, sizes: set[int]) -> bool:
+    """Tell whether a strip of a TIFF becomes one of these numbers of bytes, and no more."""
+    if compression not in DEFLATE:
+        return any(_cpu.tiff_strip_is_whole(strip, compression, size) for size in sizes)
+    decoder, found = zlib.decompressobj(), 0
+    try:
+        for start in range(0, len(strip), PART):
+            found += len(decoder.decompress(strip[start : start + PART]))
+    except zlib.error:
+        return False
+    return decoder.eof and found in sizes

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .stored import ImageError, ImageMemoryError, Stored, read_stored
+from .stored import DAMAGE, ImageError, ImageMemoryError, Stored, read_stored
 
 Preprocessing = Literal["imagenet", "clip", "isnet"]
 
@@ -52,7 +52,7 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
 
     `bit_depth` is how many bits the values of 16-bit PNG and TIFF files use; None means all 16, which are divided by
     257. Fully transparent pixels are black, whatever colour they hide; where nothing at all is visible, alpha means
-    something else and the colours count. Alpha is dropped otherwise.
+    something else and the colours count. Alpha is dropped otherwise. What speaks for damage is in the information.
     Raises ImageError for what is unreadable, truncated, too large (Pillow's decompression bomb limit) or no image.
     """
     stored = read_stored(path)
@@ -62,6 +62,8 @@ def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         if (hidden := stored.hidden) is not None:
             rgb.paste((0, 0, 0), mask=Image.fromarray(hidden))
+        if stored.damage is not None:
+            rgb.info[DAMAGE] = stored.damage
         return rgb
     except MemoryError:
         raise ImageMemoryError("not enough memory to decode it") from None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
-from .damage import WatchedJpeg
+from .damage import WatchedJpeg, strip_damage
 from .deep import Tiff, is_deep_png, png_bits, png_values, tiff_of_file, tiff_of_pillow, tiff_values
 from .limits import ImageError as ImageError
 from .limits import ImageMemoryError as ImageMemoryError
@@ -59,6 +59,7 @@ class Stored:
     white_is_zero: bool = False  # levels still to be inverted: which of them is white depends on the bits in use
     unscaled: bool = False  # 16-bit levels that may come from a camera of fewer bits
     said_bits: int | None = None  # how many bits of them the file says are in use
+    damage: str | None = None  # a sentence on what speaks for it, of a picture that is decoded all the same
 
     @property
     def hidden(self) -> NDArray[np.bool_] | None:
@@ -91,7 +92,7 @@ def read_stored(path: Path) -> Stored:
             return _of_tiff(file, tiff)
         check_bytes(_bytes(image))
         if image.format == "TIFF":
-            return _of_opened_tiff(file, image)
+            return replace(_of_opened_tiff(file, image), damage=strip_damage(image, file))
         file.timer.try_elsewhere(file, image)
         image = _loaded(file, image)
         if is_deep_png(image, file):
@@ -101,7 +102,7 @@ def read_stored(path: Path) -> Stored:
             values, transparent = png_values(file)
             found = Stored(values, transparent, "PNG", unscaled=True, said_bits=significant_bits(file))
             return _turned(found, orientation)
-        return _of_pillow(file, image)
+        return replace(_of_pillow(file, image), damage=image.info.get(DAMAGE))
 
 
 def read_header(path: Path) -> Header:

@@ -45,6 +45,11 @@ def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), o
     running_top by the products of two quantised images, without a Gram; right has room for as many columns.
     """
 
+def jpeg_scan_damage(content: bytes, rows: int, columns: int) -> int:
+    """
+    What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left over, 3 a part is missing, 4 no such code.
+    """
+
 def rank_sums(distances: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], images: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int, sums: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
     """
     Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the images [n] add up to.
@@ -53,6 +58,11 @@ def rank_sums(distances: Annotated[NDArray[numpy.float32], dict(shape=(None, Non
 def running_top(products: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
     """
     Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns first, first + 1, ...; of equal ones the first to come stays before.
+    """
+
+def tiff_strip_is_whole(strip: bytes, compression: int, wanted: int) -> bool:
+    """
+    Whether a strip of a TIFF, by LZW (5) or PackBits (32773), becomes as many bytes as wanted, and no more.
     """
 
 def unit_vectors(vectors: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], units: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], lengths: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:

@@ -21,9 +21,11 @@
 
 #include "gram_pass.h"
 #include "int8_product.h"
+#include "jpeg_scans.h"
 #include "pooling.h"
 #include "rank_sums.h"
 #include "running_top.h"
+#include "tiff_strips.h"
 #include "unit_vectors.h"
 #include "winner_cosines.h"
 
@@ -287,6 +289,16 @@ void rank_sums(const Gram& distances, const NumberList& images, int first, int l
   run(arguments);
 }
 
+int jpeg_scan_damage(const nb::bytes& content, int rows, int columns) {
+  nb::gil_scoped_release release;
+  return int(zsad::scan_damage(static_cast<const std::uint8_t*>(content.data()), content.size(), rows, columns));
+}
+
+bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wanted) {
+  nb::gil_scoped_release release;
+  return zsad::strip_is_whole(static_cast<const std::uint8_t*>(strip.data()), strip.size(), compression, wanted);
+}
+
 std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
@@ -324,12 +336,17 @@ NB_MODULE(_cpu, m) {
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "",
         "running_top by the products of two quantised images, without a Gram; right has room for as many columns.");
+  m.def("jpeg_scan_damage", &jpeg_scan_damage, "content"_a, "rows"_a, "columns"_a,
+        "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
+        "over, 3 a part is missing, 4 no such code.");
   m.def("rank_sums", &rank_sums, "distances"_a, "images"_a, "first"_a, "last"_a, "sums"_a, "instruction_set"_a = "",
         "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the images "
         "[n] add up to.");
   m.def("running_top", &running_top, "products"_a, "first"_a, "values"_a, "indices"_a, "instruction_set"_a = "",
         "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns "
         "first, first + 1, ...; of equal ones the first to come stays before.");
+  m.def("tiff_strip_is_whole", &tiff_strip_is_whole, "strip"_a, "compression"_a, "wanted"_a,
+        "Whether a strip of a TIFF, by LZW (5) or PackBits (32773), becomes as many bytes as wanted, and no more.");
   m.def("unit_vectors", &unit_vectors, "vectors"_a, "units"_a, "lengths"_a, "instruction_set"_a = "",
         "Fill units [N, C] with vectors [N, C] divided by their lengths [N], also filled; zero ones stay zero.");
   m.def(
