@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_golden import (
+    CLEAN_DEGREES,
     DEGREES,
     FINE_PATCH,
     GOLDEN,
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.decode import network_input, recipe
+from zsad.engine.scores.clean_references import Rule, clean_scores, salient_features
 from zsad.engine.scores.image_scores import image_scores, rscin
 from zsad.export.agreement import run_graph
 from zsad.export.onnx_export import export_onnx
@@ -56,6 +58,25 @@ def test_mutual_scoring() -> None:
     found = image_scores(scores, GRID, "top_two", 84)
     np.testing.assert_allclose(found, arrays["image_scores"], atol=1e-5)
     np.testing.assert_allclose(rscin(found, arrays["embeddings"], NEIGHBOURS), arrays["rescored"], atol=1e-4)
+
+
+def test_clean_references() -> None:
+    arrays = load("clean_references")
+    tokens = arrays["tokens"]
+    _, minima = mutual_scores(tokens, GRID, CLEAN_DEGREES, return_minima="smallest degree")
+    scores = clean_scores(minima, Rule((0.0, 0.3), 0.5, 3, 0.25, 0.5))
+    features = salient_features(tokens[np.arange(len(tokens)), :, scores.salient])
+    found = {
+        "first_pass": scores.first_pass,
+        "kept": scores.rounds[-1].kept,
+        "clean": scores.clean,
+        "patch_maps": scores.patch_maps,
+        "image_scores": scores.image_scores,
+        "salient": scores.salient,
+        "rescored": rscin(scores.image_scores, features, (1, 7)),
+    }
+    for name, array in found.items():
+        np.testing.assert_allclose(array, arrays[name], atol=1e-4 if name == "rescored" else 1e-5, err_msg=name)
 
 
 def test_network_input() -> None:

@@ -17,6 +17,7 @@ Arrays = dict[str, NDArray]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 GRID, DEGREES, INTERVAL = (6, 6), (1, 3, 5), (0.0, 0.3)
 NEIGHBOURS = (1, 2, 3)
+CLEAN_DEGREES = (1, 3)
 INPUT_SIDE = 56
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 WIDTH, HEADS, BLOCKS, PATCH, SIDE = 32, 2, 2, 14, 5  # of the network
@@ -45,16 +46,64 @@ def mutual_scoring() -> Arrays:
     }
 
 
-def _rescored(scores: NDArray, embeddings: NDArray) -> NDArray:
+def _rescored(scores: NDArray, embeddings: NDArray, neighbours: tuple[int, ...] = NEIGHBOURS) -> NDArray:
     """RsCIN (MuSc, section 3.3): weighted means of the most similar images' scores, averaged over their counts."""
     stretched = (scores - scores.min()) / (scores.max() - scores.min())
     similarity = embeddings @ embeddings.T
     results = []
-    for k in NEIGHBOURS:
+    for k in neighbours:
         kept = similarity >= np.sort(similarity, axis=1)[:, [-k]]
         weights = np.where(kept, similarity, 0)
         results.append(weights @ stretched / weights.sum(axis=1))
     return np.mean(results, axis=0)
+
+
+def clean_references() -> Arrays:
+    """Tokens that share structure, in four images with a patch of their own, and their clean references, by sorting."""
+    rng = np.random.default_rng(5)
+    images, patches = 13, GRID[0] * GRID[1]
+    tokens = rng.normal(size=(1, 2, patches, 16)) + 0.5 * rng.normal(size=(images, 2, patches, 16))
+    tokens[9:, :, 7] = 2 * rng.normal(size=(2, 16)) + rng.normal(size=(4, 2, 16))
+    tokens = tokens.astype(np.float32)
+    minima = reference.patch_minima(tokens, GRID, CLEAN_DEGREES)  # [L, R, N, P, N]
+    both = [minima.mean(axis=(0, 1)), minima[:, 0].mean(axis=0)]
+    everyone = np.ones(images, bool)
+    first_pass = patch_scores = _lowest(both[0], everyone, 1.0)
+    for _ in range(3):
+        order = np.argsort(_highest(patch_scores), kind="stable")
+        kept = np.isin(np.arange(images), order[: round(0.5 * images)])
+        patch_scores = _lowest(both[0], kept, 0.3)
+    average, average_1 = (_lowest(array, everyone, 0.3) for array in both)
+    clean_1 = _lowest(both[1], kept, 0.3)
+    salient = patch_scores.argmax(axis=1)
+    features = tokens.astype(float)[np.arange(images), :, salient]  # [N, L, C]
+    features /= np.linalg.norm(features, axis=2, keepdims=True)
+    scores = _highest(average + 0.25 * (patch_scores - average))
+    scores += (average_1 + 0.25 * (clean_1 - average_1)).max(axis=1)
+    return {
+        "tokens": tokens,
+        "first_pass": first_pass,
+        "kept": kept,
+        "clean": patch_scores,
+        "patch_maps": average_1 + 0.5 * (clean_1 - average_1),
+        "image_scores": scores,
+        "salient": salient,
+        "rescored": _rescored(scores, features.reshape(images, -1) / np.sqrt(2), (1, 7)),
+    }
+
+
+def _lowest(minima: NDArray, kept: NDArray, share: float) -> NDArray:
+    """Mean of the lowest share of every patch's distances to the images that are kept, without its own; [N, P]."""
+    averages = []
+    for image, distances in enumerate(minima):
+        others = np.sort(distances[:, kept & (np.arange(len(kept)) != image)], axis=1)
+        averages.append(others[:, : max(1, int(share * others.shape[1]))].mean(axis=1))
+    return np.array(averages)
+
+
+def _highest(patch_scores: NDArray) -> NDArray:
+    """Mean of the highest 1 % of the patch scores [N, P], of at least one."""
+    return np.sort(patch_scores, axis=1)[:, -max(1, round(0.01 * patch_scores.shape[1])) :].mean(axis=1)
 
 
 def network_input() -> Arrays:
@@ -246,7 +295,8 @@ def _gelu(x: NDArray) -> NDArray:
 
 
 MAKERS: dict[str, Callable[[], Arrays]] = {
-    maker.__name__: maker for maker in (mutual_scoring, network_input, metrics, network, rotary_network)
+    maker.__name__: maker
+    for maker in (mutual_scoring, clean_references, network_input, metrics, network, rotary_network)
 }
 
 
