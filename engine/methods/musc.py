@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -240,7 +240,7 @@ class MuSc:
                 vectors = self._place.arrays.fetch(embeddings[self._first : self._first + images])  # [n, D]
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
-            judged = self._judged(self._first, last, self._references, stage, progress)
+            judged = self._judged(self._first, last, self._references, self._rule, stage, progress)
             if self._references and images < FEW_IMAGES and self._yardstick is None:
                 self._yardstick = self._measured(progress)
         finally:
@@ -266,7 +266,13 @@ class MuSc:
         self._first += gap
 
     def _judged(
-        self, first: int, last: int, references: int, stage: Callable[[str], str], progress: Progress
+        self,
+        first: int,
+        last: int,
+        references: int,
+        rule: Rule | None,
+        stage: Callable[[str], str],
+        progress: Progress,
     ) -> _Judged:
         """Score kept rows, of which the last ones are references."""
         score = {
@@ -281,10 +287,10 @@ class MuSc:
             for name, scoring in self._scorings.items()
         }
         by_map, by_image = self._settings.map_network, self._settings.image_network
-        if self._rule is None:
+        if rule is None:
             scores = {name: call() for name, call in score.items()}  # [n, P] each
             return _Judged(scores[by_map], self._raw_scores(scores[by_image]), None)
-        clean = {name: self._clean_scores(self._rule, call) for name, call in score.items()}
+        clean = {name: self._clean_scores(rule, call) for name, call in score.items()}
         with stopwatch(self._place.timings, "references"):
             patches = enumerate(clean[by_image].salient, first)
             tokens = [self._place.arrays.fetch(self._kept[by_image].tokens[row, :, p]) for row, p in patches]  # [L, C]
@@ -307,7 +313,8 @@ class MuSc:
         if self._references > 1:
             _, others = _yardstick_counts(self._references)
             stage = "scoring known-good images by {}".format
-            judged = self._judged(self._end, self._end + self._references, others, stage, progress)
+            rule = None if self._rule is None else replace(self._rule, rounds=0)  # all of them are clean
+            judged = self._judged(self._end, self._end + self._references, others, rule, stage, progress)
             maps = judged.maps
             if maps.max() > ALIKE:
                 return _Yardstick(float(judged.raw_scores.max()), float(maps.min()), float(maps.max()))
@@ -319,14 +326,13 @@ class MuSc:
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
-        ends = None
-        if self.map_range is not None:
+        if self.map_range is not None:  # few images say as little when they are rescored by each other
             assert self._yardstick is not None
-            ends = 0.0, 2 * self._yardstick.raw_score
+            return min_max(raw, (0.0, 2 * self._yardstick.raw_score))
         neighbours = self._settings.rscin if self._rule is None else self._settings.salient_rscin
         if not neighbours:
-            return min_max(raw, ends)
-        return rscin(raw, np.array([image.facts for image in scored]), neighbours, ends)
+            return min_max(raw)
+        return rscin(raw, np.array([image.facts for image in scored]), neighbours)
 
     def bounds(self) -> None:
         return None

@@ -32,7 +32,7 @@ class Rule:
 
     interval: tuple[float, float]  # of the distances to the images that are kept, and to all
     keep_share: float  # of the images, those of the lowest scores
-    rounds: int
+    rounds: int  # 0: all are kept
     image_blend: float  # 0: the image score of all images, 1: of those that are kept alone
     map_blend: float  # the same of pixel maps
 
@@ -88,16 +88,16 @@ def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Devi
         images and K known-good ones; these are always kept and have no scores.
     devices: opened CUDA devices; none is the CPU.
 
-    Fewer than ten images say too little about each other: all of them are then the references, as MuSc has it. Raises
-    DeviceMemoryError.
+    Fewer than ten images, known-good ones among them, say too little: all of them are then the references, as MuSc has
+    it. Raises DeviceMemoryError.
     """
     of_all, of_smallest = minima
-    images, _, compared = of_all.shape
+    compared = of_all.shape[2]
     everyone = np.ones(compared, bool)
     mean = partial(kept_averages, interval=rule.interval, devices=devices)
     average, average_smallest = mean(of_all, everyone), mean(of_smallest, everyone)
     patch_scores = first_pass = kept_averages(of_all, everyone, EVERYONE, devices)
-    if images < FEW_IMAGES:
+    if compared < FEW_IMAGES or rule.rounds == 0:
         return CleanScores(rule, first_pass, (), average, average_smallest, average, average_smallest)
     rounds: list[Round] = []
     for _ in range(rule.rounds):

@@ -46,17 +46,14 @@ def min_max(values: ArrayLike, ends: tuple[float, float] | None = None) -> NDArr
     return stretched if ends is None else np.clip(stretched, 0, 1)
 
 
-def rscin(
-    scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int], ends: tuple[float, float] | None = None
-) -> NDArray[np.float64]:
+def rscin(scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]) -> NDArray[np.float64]:
     """Re-score images by their most similar ones (RsCIN; MuSc, section 3.3).
 
-    scores: [N]; embeddings: [N, D] image embeddings. Scores are stretched to [0, 1] as by `min_max`; for each k every
-    score becomes the mean of the k most similar images' scores (the image itself among them), weighted by similarity;
-    the results of all ks are averaged. k above N means all. Returns [N] in [0, 1]. Raises ValueError for shapes or ks
-    that make no sense.
+    scores: [N]; embeddings: [N, D] image embeddings. Scores are stretched to [0, 1]; for each k every score becomes the
+    mean of the k most similar images' scores (the image itself among them), weighted by similarity; the results of all
+    ks are averaged. k above N means all. Returns [N] in [0, 1]. Raises ValueError for shapes or ks that make no sense.
     """
-    stretched = min_max(scores, ends)
+    stretched = min_max(scores)
     e = np.asarray(embeddings, np.float64)
     if stretched.ndim != 1 or e.ndim != 2 or len(e) != len(stretched):
         raise ValueError(f"scores must be [N] and embeddings [N, D], got {stretched.shape} and {e.shape}")

@@ -143,16 +143,30 @@ def test_one_known_good_image_gives_no_yardstick(copies: int) -> None:
     np.testing.assert_allclose(run.method.image_scores(found), expected(x, y).max(axis=1) / np.sqrt(2), atol=1e-4)
 
 
+@pytest.mark.parametrize("images", [1, 3])
+def test_few_images_with_clean_references_are_measured_by_known_good_ones_all_of_which_are_kept(images: int) -> None:
+    x, y, run = make_tokens(images), make_tokens(12, 1), Run(references="blended")
+    found = run.scored(x, y, [range(images)])
+    minima = reference.patch_minima(y, GRID, (1, 3), 12 - FEW_IMAGES)  # [L, R, n, P, 12]
+    average, smallest = (
+        reference.interval_average(of, (0.0, 0.3)) for of in (minima.mean(axis=(0, 1)), minima[:, 0].mean(axis=0))
+    )
+    half = (average.max(axis=1) + smallest.max(axis=1)).max()  # the highest hundredth of nine patches is one
+    scores = run.method.image_scores(found)
+    np.testing.assert_allclose(scores, [image.raw_score / (2 * half) for image in found], atol=1e-4)
+    assert run.method.map_range == pytest.approx((smallest.min(), 2 * smallest.max() - smallest.min()), abs=1e-4)
+
+
 @pytest.mark.parametrize("images", [1, 4, 12])
 def test_images_are_rescored_by_each_other_and_not_by_references(images: int) -> None:
-    x, y, run = make_tokens(images), make_tokens(4, 1), Run(rscin=(1, 3), image_rule="map_maximum")
+    x, y, run = make_tokens(images), make_tokens(4, 1), Run(rscin=(1, 3), image_rule="top_fraction")
     found = run.scored(x, y, [range(images)])
-    scores = run.method.image_scores(found)
-    assert scores.shape == (images,)
     np.testing.assert_array_equal([image.facts for image in found], x[:, 0, 0])
-    if images == 1:
-        yard = expected(y, y[:0])
-        np.testing.assert_allclose(scores, expected(x, y).max(axis=1) / (2 * yard.max()), atol=2e-3)
+    raw = expected(x, y).max(axis=1)
+    scores = raw / (2 * expected(y, y[:0]).max())  # few are not rescored
+    if images >= FEW_IMAGES:
+        scores = rscin(raw, x[:, 0, 0], (1, 3))
+    np.testing.assert_allclose(run.method.image_scores(found), scores, atol=1e-3)
 
 
 def clean(images: NDArray[np.float32], known: NDArray[np.float32], rule: Rule) -> CleanScores:
