@@ -34,7 +34,7 @@ from .method import Group, Place, Progress, Scored
 
 log = logging.getLogger("zsad")
 
-REVIEWED = 5  # times as many normal images are to be reviewed as are rejected
+REVIEWED, MOST_REVIEWED = 5, 0.1  # times as many good images are to be reviewed as are rejected, up to this share
 
 
 class Settings(Table):
@@ -153,7 +153,7 @@ class BankMethod:
             return None
         header, asked = self._bank.header, self._settings.false_alarms
         rule, reject = self._rule(self._bank)
-        accept, _ = upper_bound(self._bank.scores, min(REVIEWED * asked, 0.5))
+        accept, _ = upper_bound(self._bank.scores, max(asked, min(REVIEWED * asked, MOST_REVIEWED)))
         region, _ = upper_bound(self._bank.peaks, asked)
         scaled = header.image_scale.values(np.array([accept, reject]))
         return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
