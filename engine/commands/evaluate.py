@@ -29,16 +29,19 @@ def _explain(error: Exception) -> tuple[str, int] | None:
     """Say why nothing could be evaluated, with the exit code."""
     from zsad.engine.evaluation.evaluate import EvaluationError
     from zsad.engine.images.folders import NothingToScoreError
+    from zsad.engine.results.output import OutputError
 
     from .console import USAGE
 
-    return (str(error), USAGE) if isinstance(error, (EvaluationError, NothingToScoreError, OSError)) else None
+    known = (EvaluationError, NothingToScoreError, OutputError, OSError)
+    return (str(error), USAGE) if isinstance(error, known) else None
 
 
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.evaluation.evaluate import evaluate, format_csv, format_table
     from zsad.engine.images.folders import scan
     from zsad.engine.images.limits import Limits, limited
+    from zsad.engine.results.output import check_unclaimed
     from zsad.kernels.files import printable, written_whole
     from zsad.kernels.machine import default_memory_limit
 
@@ -53,6 +56,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         warnings += 1
         log.warning("%s", message)
 
+    check_unclaimed(arguments.out)
     dataset = scan(arguments.data, exclude=arguments.out)
     for note in dataset.all_notes():
         log.info("%s", note)

@@ -1,7 +1,9 @@
 """More than 8 bits per channel: the kinds of PNG and TIFF whose values Pillow cuts to 8 bits, mixes up or refuses."""
 
+import ctypes
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -16,6 +18,10 @@ from .upright import ORIENTATION, upright_array
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, and OpenCV 5; 0: silent
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
+with suppress(AttributeError, OSError):  # a Pillow whose libtiff is built in
+    _libtiff = ctypes.CDLL(Image.core.__file__)  # what it is linked with is found through it
+    _libtiff.TIFFSetErrorHandler.restype = ctypes.c_void_p
+    _libtiff.TIFFSetErrorHandler(None)
 
 SEPARATE = 2  # of TIFF's PlanarConfiguration: one plane after the other
 ALPHA = (1, 2)  # of TIFF's ExtraSamples: premultiplied or not

@@ -10,10 +10,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -26,6 +27,8 @@ from .records import read_record
 LOCK = ".zsad.lock"  # there while a run writes; says who
 JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
 UNFINISHED = "images.jsonl"  # stands for the journal where no later run may go on
+
+TAKEN = (errno.EAGAIN, errno.EACCES)  # what a lock answers that another process has
 
 # Hidden folders of a category have a digest of its name, which may be as long as allowed, and who writes them; what was
 # left for a later run to go on from is nobody's.
@@ -89,11 +92,8 @@ def _locked(output: Path) -> Iterator[bool]:
                 lock.flush()
                 alone = True
             except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise OutputError(
-                        f"{output}: another run is writing there ({lock.read(200) or 'it has just begun'}); "
-                        "wait until it has ended or choose another --output"
-                    ) from None
+                if error.errno in TAKEN:
+                    raise OutputError(f"{_writer(output, lock)} or choose another --output") from None
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                     raise
                 alone = False
@@ -103,6 +103,26 @@ def _locked(output: Path) -> Iterator[bool]:
                 if _lies_at(lock.fileno(), path):  # the folder may be another by now
                     path.unlink()
             return
+
+
+def check_unclaimed(output: Path) -> None:
+    """Raise OutputError where a run is writing: what is read there would be of two runs."""
+    with suppress(OSError), open(output / LOCK, opener=_without_links) as lock:  # noqa: PTH123
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in TAKEN:
+                raise OutputError(_writer(output, lock)) from None
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _writer(output: Path, lock: TextIO) -> str:
+    """Say who writes into an output folder, by its lock."""
+    said = lock.read(200) or "it has just begun"
+    return f"{output}: another run is writing there ({said}); wait until it has ended"
 
 
 def _lies_at(file: int, path: Path) -> bool:

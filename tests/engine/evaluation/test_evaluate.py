@@ -24,6 +24,7 @@ from zsad.engine.commands.evaluate import main
 from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, format_csv, labelled
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.folders import scan
+from zsad.engine.results.output import claimed
 from zsad.engine.scores.maps import upsample
 
 HEIGHT, WIDTH = 24, 32
@@ -471,6 +472,17 @@ def test_unreadable_scores_end_with_2(
     assert reason in capsys.readouterr().err
     with pytest.raises(EvaluationError, match=reason):
         evaluate(case.out, scan(case.data))
+
+
+def test_results_that_a_run_is_writing_are_refused(flat: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(flat.out, (), resume=True):
+        assert flat.run() == 2
+        said = capsys.readouterr()
+        assert re.fullmatch(
+            rf"zsad-eval: {flat.out}: another run is writing there \(process .*\); wait until it has ended\n", said.err
+        )
+        assert said.out == ""
+    assert flat.run() == 0
 
 
 @pytest.mark.parametrize("limit", ["0", "1.5", "nan", "some"])

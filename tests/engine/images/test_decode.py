@@ -407,7 +407,7 @@ def test_bit_depth_scales_to_its_own_white(tmp_path: Path, bits: int) -> None:
         assert np.asarray(decode(tmp_path / "a.tif", bits))[:, :, 0].tolist() == expected[:, :5].tolist()
 
 
-def test_truncated_deep_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_truncated_and_damaged_files_are_refused_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_bytes(png((52, 40, 16, 2), LEVELS[:, :, :3].astype(">u2"))[:-3000])
     stored_tiff(tmp_path / "rgb.tif", LEVELS[:, :, :3], photometric="rgb")
     stored_tiff(tmp_path / "planes.tif", LEVELS[:, :, :3], True, photometric="rgb")
@@ -418,6 +418,12 @@ def test_truncated_deep_files_are_refused(tmp_path: Path, capfd: pytest.CaptureF
             path.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(ImageError):
             decode(path)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.tif", compression="tiff_lzw")
+    damaged = bytearray((tmp_path / "a.tif").read_bytes())
+    damaged[10:20] = bytes(10)
+    (tmp_path / "a.tif").write_bytes(damaged)
+    with pytest.raises(ImageError):
+        decode(tmp_path / "a.tif")
     assert capfd.readouterr().err == ""  # libraries keep quiet
 
 
