@@ -52,6 +52,20 @@ def lnamd(tokens: ArrayLike, grid: tuple[int, int], degree: int) -> NDArray[np.f
     return pooled
 
 
+def snamd(tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5)) -> NDArray[np.float64]:
+    """Average neighbourhoods by similarity (SNAMD of MuSc-V2), then over degrees; unit length per patch.
+
+    tokens: [P, C]. A neighbour weighs exp(−its distance to the patch in the middle). Returns unit vectors [P, C].
+    """
+    x = np.asarray(tokens, np.float64)
+    place = np.stack(np.unravel_index(np.arange(len(x)), grid), axis=1)  # [P, 2]
+    apart = np.abs(place[:, None] - place).max(axis=2)  # [P, P] in cells
+    weights = np.exp(-np.linalg.norm(x[:, None] - x, axis=2))  # [P, P]
+    near = [np.where(apart <= degree // 2, weights, 0) for degree in degrees]
+    pooled: NDArray[np.float64] = np.mean([w @ x / w.sum(axis=1, keepdims=True) for w in near], axis=0)
+    return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), ZERO_NORM)
+
+
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     """Return an interval as it is; raises ValueError where its bounds are none (see `interval_ranks`)."""
     low, high = interval

@@ -32,6 +32,7 @@ from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores,
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
 from zsad.kernels.mutual_scoring import MutualScoring
+from zsad.kernels.snamd import similarity_pooled
 
 from .method import Group, Place, Progress, Scored
 
@@ -63,6 +64,7 @@ class Settings(Table):
     image_network: str = Field(description="the name of one of the networks")
     image_rule: ScoreRule = "map_maximum"
     rscin: tuple[Count, ...] = Field((), description="neighbour counts")  # none: no rescoring
+    pooling: Literal["lnamd", "snamd"] = "lnamd"  # snamd: by similarity (MuSc-V2), all degrees in one comparison
     precision: Precision = "auto"  # of the products; auto: fp32 on a CPU, fp16 on a GPU
     # Which images patches are compared with: all others, those that look normal ("clean"), or both ("blended"). The
     # latter two have an image rule of their own and rescore by the most salient patch instead of the embedding.
@@ -166,7 +168,7 @@ class MuSc:
             _grid(patches),
             layers,
             channels,
-            self._settings.degrees,
+            (1,) if self._settings.pooling == "snamd" else self._settings.degrees,
             self._settings.interval,
             self._settings.precision,
             self._place.arrays.devices,
@@ -225,9 +227,18 @@ class MuSc:
             kept = self._kept[name]
             for part, outputs in run_in_parts(graph, {"images": batch.inputs[self._recipes[name]]}):
                 rows = slice(first + part.start, first + part.stop)
-                self._place.arrays.put(outputs["tokens"], kept.tokens[rows])
+                self._place.arrays.put(self._pooled(outputs["tokens"]), kept.tokens[rows])
                 if kept.embeddings is not None:
                     self._place.arrays.put(outputs["embedding"], kept.embeddings[rows])
+
+    def _pooled(self, tokens: Any) -> Any:
+        """Return tokens [B, L, P, C] as they are compared; SNAMD gives them unit length."""
+        if self._settings.pooling == "lnamd":
+            return tokens
+        arrays = self._place.arrays
+        values = arrays.fetch(tokens)
+        pooled = similarity_pooled(values, _grid(values.shape[2]), self._settings.degrees)
+        return arrays.send(pooled.astype(values.dtype, copy=False))
 
     def finish(self, progress: Progress) -> Iterator[Scored]:
         settings, images = self._settings, len(self._members)

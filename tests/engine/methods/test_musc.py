@@ -293,3 +293,12 @@ def test_every_further_copy_takes_its_part_of_the_interval_off_the_score(copies:
 
     images = len(usual) + copies
     assert score(copies) / score(1) == pytest.approx(1 - (copies - 1) / (0.3 * (images - 1)), abs=0.02)
+
+
+def test_snamd_pools_tokens_once_and_compares_them_at_one_degree() -> None:
+    tokens, run = make_tokens(6) / np.float32(8), Run(pooling="snamd")
+    pooled = np.array([[reference.snamd(layer, GRID, (1, 3)) for layer in image] for image in tokens])
+    maps = [image.map.ravel() for image in run.scored(tokens, tokens[:0], [range(6)])]
+    np.testing.assert_allclose(maps, reference.mutual_scores(pooled, GRID, (1,), (0.0, 0.3)), atol=1e-4)
+    unlike = Run().scored(tokens, tokens[:0], [range(6)])
+    assert np.abs(maps[0] - unlike[0].map.ravel()).max() > 0.01

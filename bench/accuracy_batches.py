@@ -1,0 +1,165 @@
+"""Sets of images for `accuracy`: through the network once, compared with each other once, and then kept."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from zsad.engine.config import load_config
+from zsad.engine.evaluation.evaluate import labelled
+from zsad.engine.evaluation.masks import read_mask
+from zsad.engine.images.categories import Category, InputImage
+from zsad.engine.images.decode import decode, network_input, recipe
+from zsad.engine.images.depth import batch_bit_depth
+from zsad.engine.methods.arrays import DeviceArrays, HostArrays
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import run_in_parts
+from zsad.engine.networks.runtime import Runtime
+from zsad.kernels.mutual_scoring import MutualScoring
+
+Array = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+TAPS, DEGREES = (2, 5, 8, 11), (1, 3, 5)  # of all rows together
+SIDE = 256  # of masks and maps when they are compared
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are compared with each other."""
+
+    tokens: Array  # [N, L, P, C]
+    embeddings: Array  # [N, D]
+    each: Array  # [L, R, N, P, N] distances to the nearest patch of each image
+    taps: tuple[int, ...]  # L block numbers
+    degrees: tuple[int, ...]  # R
+
+    def of(self, members: Sequence[int] | NDArray[Any]) -> "Batch":
+        """Return a batch of fewer images: distances between two images depend on no third."""
+        chosen = np.asarray(members)
+        each = self.each[:, :, chosen][..., chosen]
+        return replace(self, tokens=self.tokens[chosen], embeddings=self.embeddings[chosen], each=each)
+
+    def minima(self, taps: Sequence[int], degrees: Sequence[int]) -> Array:
+        """Return what some taps and degrees have measured, [l, r, N, P, N]."""
+        return self.each[np.ix_([self.taps.index(tap) for tap in taps], [self.degrees.index(r) for r in degrees])]
+
+    def tokens_of(self, taps: Sequence[int]) -> Array:
+        """Return the tokens of some taps, [N, l, P, C]."""
+        return self.tokens[:, [self.taps.index(tap) for tap in taps]]
+
+
+class Reader:
+    """Takes images through the network and compares them."""
+
+    def __init__(self, checkpoint: str, image_size: int, runtime: Runtime) -> None:
+        """Raises CheckpointError and ConfigError."""
+        overrides = {"taps": TAPS, "image_size": image_size, "degrees": DEGREES, "references": "all"}
+        overrides |= {"rscin": (1, 2, 3)}  # so that there are embeddings
+        preset = load_config("small", None, overrides, method_of=method_class)
+        (name, spec), *_ = preset.networks.items()
+        spec = spec.model_copy(update={"checkpoint": checkpoint})
+        config = preset.model_copy(update={"networks": {name: spec}})
+        network = load_networks(config, graph_requests(config), runtime, 8 if runtime.device else 1)[name]
+        self._graph, self._devices, self.image_size = network.graphs["image"], runtime.devices, image_size
+        self._arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, None)
+        self._recipe = recipe(network.preprocessing, image_size)
+
+    def tokens(self, images: Iterator[Image.Image]) -> tuple[Array, Array]:
+        """Return tokens [N, L, P, C] and embeddings [N, D]."""
+        found: dict[str, list[Array]] = {"tokens": [], "embedding": []}
+        for image in images:
+            inputs = self._arrays.send(network_input(image, self._recipe)[None])
+            for _, outputs in run_in_parts(self._graph, {"images": inputs}):
+                for name, values in found.items():
+                    values.append(np.array(self._arrays.fetch(outputs[name])))
+        return np.concatenate(found["tokens"]), np.concatenate(found["embedding"])
+
+    def batch(
+        self, tokens: Array, embeddings: Array, taps: tuple[int, ...] = TAPS, degrees: tuple[int, ...] = DEGREES
+    ) -> Batch:
+        """Compare images with each other; tokens: of these taps alone."""
+        _, layers, patches, channels = tokens.shape
+        side = round(patches**0.5)
+        scoring = MutualScoring((side, side), layers, channels, degrees, (0.0, 0.3), devices=self._devices)
+        return Batch(tokens, embeddings, scoring.scores(tokens, return_minima="each")[1], taps, degrees)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One set: its labelled images and what is kept of them."""
+
+    name: str
+    images: Sequence[InputImage]
+    root: Any
+    bit_depth: int | None
+    batch: Batch
+
+    @cached_property
+    def anomalous(self) -> Bools:
+        return np.array([image.anomalous for image in self.images])
+
+    @cached_property
+    def masks(self) -> list[Bools] | None:
+        """Masks [SIDE, SIDE] of all images; None where anomalous ones have none."""
+        if not any(image.masks.files for image in self.images):
+            return None
+        return [resized(self.mask(image)) for image in self.images]
+
+    def mask(self, image: InputImage) -> Bools:
+        """Return the mask of an image in its own size; of one without files nothing, [1, 1]."""
+        parts = [read_mask(self.root / file) for file in image.masks.files]
+        return np.logical_or.reduce(parts) if parts else np.zeros((1, 1), np.bool_)
+
+    def picture(self, image: InputImage) -> Image.Image:
+        return decode(image.path, self.bit_depth)
+
+
+def read_set(category: Category, reader: Reader) -> ImageSet:
+    """Take a set through the network; images without a label are left out."""
+    images = [image for image in labelled(category).images if image.anomalous is not None]
+    bits = batch_bit_depth(image.path for image in images).bits
+    tokens = reader.tokens(decode(image.path, bits) for image in images)
+    return ImageSet(category.name, images, category.root, bits, reader.batch(*tokens))
+
+
+def resized(mask: Bools, side: int = SIDE) -> Bools:
+    return cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST) > 0  # type: ignore[no-any-return]
+
+
+def defects(images: ImageSet, count: int) -> list[tuple[Image.Image, Image.Image]]:
+    """Return defects to plant: a picture, and as a grey picture of its size where its defect is.
+
+    Those of `count` images whose masks are neither the smallest nor the largest; where there are no masks, drawn ones.
+    """
+    if images.masks is None:
+        return [drawn_defect(seed) for seed in range(count)]
+    areas = np.array([mask.mean() for mask in images.masks])
+    order = np.argsort(areas, kind="stable")[np.count_nonzero(areas == 0) :]
+    chosen = order[[round((len(order) - 1) * (k + 1) / (count + 1)) for k in range(count)]]
+    return [
+        (images.picture(images.images[i]), Image.fromarray(255 * images.mask(images.images[i]).astype(np.uint8)))
+        for i in chosen
+    ]
+
+
+def drawn_defect(seed: int, side: int = SIDE) -> tuple[Image.Image, Image.Image]:
+    """Draw a dark scratch of a few bends."""
+    rng = np.random.default_rng(seed)
+    start, steps = rng.uniform(0.25, 0.75, 2), rng.uniform(-0.12, 0.12, (4, 2))
+    points = side * np.clip(start + np.cumsum(np.vstack([np.zeros(2), steps]), axis=0), 0.05, 0.95)
+    where = Image.new("L", (side, side))
+    ImageDraw.Draw(where).line([tuple(point) for point in points.tolist()], 255, width=side // 64)
+    return Image.new("RGB", (side, side), (25, 25, 25)), where
+
+
+def planted(image: Image.Image, defect: tuple[Image.Image, Image.Image]) -> Image.Image:
+    """Return an image with a defect at the place that it has in its own picture."""
+    source, where = (part.resize(image.size, Image.Resampling.BILINEAR) for part in defect)
+    return Image.composite(source, image, where)
