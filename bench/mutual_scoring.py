@@ -2,6 +2,7 @@
 
     python -m zsad.bench.mutual_scoring [--channels 1024] [--degrees 1,3,5] [--images 12] [--refcheck] [--output FILE]
     python -m zsad.bench.mutual_scoring --scaling [--group-size 100]
+    python -m zsad.bench.mutual_scoring --references [--images 200] [--side 20] [--channels 384] [--degrees 1,3]
 
 All variants run in turn in one process on the same features, so that they see the same machine; medians and the medians
 of the round-by-round ratios are kept:
@@ -11,6 +12,9 @@ of the round-by-round ratios are kept:
     zsad        zsad.kernels.mutual_scores in fp32, complete: normalisation, all pairs, interval average
     zsad int8   the same with precision="int8", where the installation has it
     floor       one bare product per pair and layer, on as many threads as zsad uses
+
+What clean references cost beyond that is a stage of its own, with `--references`: scoring two layers as preset `small`
+does, without them, with the minima that are handed back for them, and what follows from these.
 
 Validates first: the scores of every variant against the float64 reference.
 """
@@ -28,6 +32,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from zsad.engine.category_pass import deal_groups
+from zsad.engine.config import load_config
+from zsad.engine.methods.method import method_class
+from zsad.engine.methods.musc import Settings
+from zsad.engine.scores.clean_references import clean_scores
 from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu.arrays import box_sum, inverse_lengths, layer_normalise
 from zsad.kernels.machine import available_cores
@@ -231,25 +239,69 @@ def scale(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     )
 
 
+def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Time what clean references add to scoring a batch of two layers, and append one record."""
+    side, images = arguments.side, arguments.images
+    validate(side, arguments.channels, arguments.degrees)
+    settings = load_config("small", method_of=method_class).settings
+    assert isinstance(settings, Settings)
+    assert settings.clean_rule is not None
+    tokens = np.concatenate([make_tokens(images, side, arguments.channels, seed) for seed in (0, 1)], axis=1)
+    seconds: dict[str, list[float]] = {"scoring": [], "scoring, minima handed back": [], "references": []}
+    for repeat in range(arguments.repeats + 1):
+        laps = [time.perf_counter()]
+        mutual_scores(tokens, (side, side), arguments.degrees, INTERVAL)
+        laps.append(time.perf_counter())
+        _, minima = mutual_scores(tokens, (side, side), arguments.degrees, INTERVAL, return_minima="smallest degree")
+        laps.append(time.perf_counter())
+        clean_scores(minima, settings.clean_rule)
+        laps.append(time.perf_counter())
+        if repeat:  # the first round warms up
+            for times, before, after in zip(seconds.values(), laps, laps[1:], strict=False):
+                times.append(after - before)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    alone, minima_back, passes = median.values()
+    print(f"\nN {images}, P {side**2}, C {arguments.channels}, 2 layers, degrees {arguments.degrees}; seconds:")
+    for name, value in median.items():
+        print(f"  {name:<28}{value:9.2f} s {100 * value / alone:7.1f} % of scoring")
+    print(f"clean references add {100 * ((minima_back + passes) / alone - 1):.1f} % to scoring")
+    append(
+        arguments.output,
+        {
+            **record,
+            "images": images,
+            "patches": side**2,
+            "channels": arguments.channels,
+            "degrees": list(arguments.degrees),
+            "seconds": seconds,
+        },
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zsad.bench.mutual_scoring", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 with --scaling)")
-    parser.add_argument("--channels", type=int, default=1024, help="(default %(default)s)")
-    parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")], default=[1, 3, 5])
-    parser.add_argument("--images", type=int, default=12, help="(default %(default)s)")
+    parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 for whole batches)")
+    parser.add_argument("--channels", type=int, help="(default 1024; 384 with --references)")
+    parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--images", type=int, help="(default 12; 200 with --references)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
     parser.add_argument("--scaling", action="store_true", help="time whole batches of growing size instead")
+    parser.add_argument("--references", action="store_true", help="time what clean references add instead")
     parser.add_argument("--group-size", type=int, default=100, help="with --scaling (default %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
     arguments = parser.parse_args(argv)
-    arguments.side = arguments.side or (20 if arguments.scaling else 37)
-    name = "mutual_scoring_scaling" if arguments.scaling else "mutual_scoring"
+    small = arguments.references
+    arguments.side = arguments.side or (20 if arguments.scaling or small else 37)
+    arguments.channels = arguments.channels or (384 if small else 1024)
+    arguments.degrees = arguments.degrees or ([1, 3] if small else [1, 3, 5])
+    arguments.images = arguments.images or (200 if small else 12)
+    name = "clean_references" if small else "mutual_scoring_scaling" if arguments.scaling else "mutual_scoring"
     arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
     record = environment("zsad.bench.mutual_scoring", argv, ["numpy", "torch", "zsad"])
-    (scale if arguments.scaling else compare)(arguments, record)
+    (references if small else scale if arguments.scaling else compare)(arguments, record)
     return 0
 
 

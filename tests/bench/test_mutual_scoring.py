@@ -1,0 +1,23 @@
+"""The benchmark of mutual scoring on a CPU, with few small images."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zsad.bench import mutual_scoring as benchmark
+
+
+@pytest.mark.slow
+def test_what_clean_references_add_is_a_stage_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "found.jsonl"
+    shape = ["--images", "11", "--side", "4", "--channels", "16", "--repeats", "2"]
+    assert benchmark.main(["--references", *shape, "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert {name: len(times) for name, times in record["seconds"].items()} == {
+        "scoring": 2,
+        "scoring, minima handed back": 2,
+        "references": 2,
+    }
+    assert (record["images"], record["degrees"]) == (11, [1, 3])
+    assert "clean references add" in capsys.readouterr().out
