@@ -86,8 +86,9 @@ def test_components_need_scores_that_depend_on_no_other_image(tmp_path: Path) ->
 
 
 def test_methods_without_use_for_references_refuse_them() -> None:
-    with pytest.raises(ConfigError, match="method musc makes no use of known-good images; leave out --reference"):
-        load("small", overrides={"reference": "good"})
+    with pytest.raises(ConfigError, match="method vvv makes no use of known-good images; leave out --reference"):
+        load("vvv", overrides={"reference": "good"})
+    assert load("small", overrides={"reference": "good"}).few_shot
 
 
 def test_the_file_replaces_the_preset_and_the_command_line_the_file(tmp_path: Path) -> None:
