@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, cast
 
 import onnx
 
@@ -40,8 +40,6 @@ from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
 from .vision_transformer import CLIP, VisionTransformer, read_vision_transformer
 from .vit_graph import build_vit_graph, check_options
 
-Options = TypeVar("Options", ExportOptions, TextOptions, ClipSegImageOptions, ClipSegDecoderOptions, SamImageOptions)
-
 
 class GraphBuilder(Protocol):
     """The weights of a network and what its graph is to be."""
@@ -70,8 +68,26 @@ class GraphBuilder(Protocol):
         """Return the same network in PyTorch; where: device and type, the CPU and float32 unless they are given."""
 
 
+class _Builder:
+    """What most builders share: images go in, all layers have one precision, attention is computed in two ways."""
+
+    options: Any
+
+    @property
+    def inputs(self) -> Mapping[str, Shape]:
+        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
+
+    def choices(self) -> Iterable[tuple[str, ...]]:
+        return [()]
+
+    def other(self) -> Any:
+        attention = "standard" if self.options.attention == "fused" else "fused"
+        options = replace(self.options, precision="fp32", attention=attention)
+        return replace(cast(Any, self), options=options)
+
+
 @dataclass(frozen=True)
-class ImageTowerBuilder:
+class ImageTowerBuilder(_Builder):
     """Of an image tower (see `GraphBuilder`)."""
 
     weights: VisionTransformer
@@ -81,18 +97,11 @@ class ImageTowerBuilder:
     def preprocessing(self) -> Preprocessing:
         return self.options.preprocessing or self.weights.architecture.preprocessing
 
-    @property
-    def inputs(self) -> Mapping[str, Shape]:
-        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
-
     def check(self) -> None:
         check_options(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_vit_graph(self.weights, self.options, exact, metadata)
-
-    def other(self) -> "ImageTowerBuilder":
-        return replace(self, options=_other(self.options))
 
     def choices(self) -> Iterable[tuple[str, ...]]:
         int8 = self.options.precision == "int8"
@@ -105,7 +114,7 @@ class ImageTowerBuilder:
 
 
 @dataclass(frozen=True)
-class TextTowerBuilder:
+class TextTowerBuilder(_Builder):
     """Of a text tower (see `GraphBuilder`)."""
 
     weights: TextTransformer
@@ -129,12 +138,6 @@ class TextTowerBuilder:
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_text_graph(self.weights, self.options, metadata)
 
-    def other(self) -> "TextTowerBuilder":
-        return replace(self, options=_other(self.options))
-
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
-
     def forward(self, *where: Any) -> Any:
         from .torch_forward import TorchTextForward
 
@@ -142,28 +145,18 @@ class TextTowerBuilder:
 
 
 @dataclass(frozen=True)
-class ClipSegImageBuilder:
+class ClipSegImageBuilder(_Builder):
     """Of CLIPSeg's image tower (see `GraphBuilder`)."""
 
     weights: VisionTransformer
     options: ClipSegImageOptions
     preprocessing: Preprocessing = "imagenet"  # unlike CLIP's
 
-    @property
-    def inputs(self) -> Mapping[str, Shape]:
-        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
-
     def check(self) -> None:
         check_clipseg_image_options(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_clipseg_image_graph(self.weights, self.options, metadata)
-
-    def other(self) -> "ClipSegImageBuilder":
-        return replace(self, options=_other(self.options))
-
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
 
     def forward(self, *where: Any) -> Any:
         from .torch_clipseg import TorchClipSegImage
@@ -172,7 +165,7 @@ class ClipSegImageBuilder:
 
 
 @dataclass(frozen=True)
-class ClipSegDecoderBuilder:
+class ClipSegDecoderBuilder(_Builder):
     """Of CLIPSeg's decoder (see `GraphBuilder`)."""
 
     weights: ClipSegDecoder
@@ -189,12 +182,6 @@ class ClipSegDecoderBuilder:
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_clipseg_decoder_graph(self.weights, self.options, metadata)
 
-    def other(self) -> "ClipSegDecoderBuilder":
-        return replace(self, options=_other(self.options))
-
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
-
     def forward(self, *where: Any) -> Any:
         from .torch_clipseg import TorchClipSegDecoder
 
@@ -202,17 +189,13 @@ class ClipSegDecoderBuilder:
 
 
 @dataclass(frozen=True)
-class IsnetBuilder:
+class IsnetBuilder(_Builder):
     """Of IS-Net (see `GraphBuilder`)."""
 
     weights: ISNet
     options: IsnetOptions
     folded: bool = True
     preprocessing: Preprocessing = "isnet"
-
-    @property
-    def inputs(self) -> Mapping[str, Shape]:
-        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
 
     def check(self) -> None:
         check_isnet_options(self.options)
@@ -223,9 +206,6 @@ class IsnetBuilder:
     def other(self) -> "IsnetBuilder":
         return replace(self, options=replace(self.options, precision="fp32"), folded=not self.folded)
 
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
-
     def forward(self, *where: Any) -> Any:
         from .torch_isnet import TorchIsnet
 
@@ -233,28 +213,18 @@ class IsnetBuilder:
 
 
 @dataclass(frozen=True)
-class SamImageBuilder:
+class SamImageBuilder(_Builder):
     """Of an image encoder of SAM or MobileSAM (see `GraphBuilder`)."""
 
     weights: SamEncoder | TinyEncoder
     options: SamImageOptions
     preprocessing: Preprocessing = "imagenet"
 
-    @property
-    def inputs(self) -> Mapping[str, Shape]:
-        return {"images": (None, 3, self.options.image_size, self.options.image_size)}
-
     def check(self) -> None:
         check_sam_image_options(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
         return build_sam_image_graph(self.weights, self.options, metadata)
-
-    def other(self) -> "SamImageBuilder":
-        return replace(self, options=_other(self.options))
-
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
 
     def forward(self, *where: Any) -> Any:
         from .torch_sam import TorchSamEncoder, TorchTinyEncoder
@@ -265,7 +235,7 @@ class SamImageBuilder:
 
 
 @dataclass(frozen=True)
-class SamMasksBuilder:
+class SamMasksBuilder(_Builder):
     """Of SAM's prompt encoder and mask decoder (see `GraphBuilder`)."""
 
     weights: MaskDecoder
@@ -285,9 +255,6 @@ class SamMasksBuilder:
 
     def other(self) -> "SamMasksBuilder":
         return replace(self, options=replace(self.options, precision="fp32"), folded=not self.folded)
-
-    def choices(self) -> Iterable[tuple[str, ...]]:
-        return [()]
 
     def forward(self, *where: Any) -> Any:
         from .torch_sam import TorchMaskDecoder
@@ -316,8 +283,3 @@ BUILDERS: Mapping[type, Callable[[Path, Any], GraphBuilder | ReadyGraph]] = {
 def read_builder(path: Path, options: GraphOptions) -> GraphBuilder | ReadyGraph:
     """Read from a checkpoint the weights for which the options are, or a ready graph; raises CheckpointError."""
     return BUILDERS[type(options)](path, options)
-
-
-def _other(options: Options) -> Options:
-    """Return options of a graph that computes the same in fp32 and in the other form of attention."""
-    return replace(options, precision="fp32", attention="standard" if options.attention == "fused" else "fused")

@@ -62,22 +62,30 @@ class TextOptions:
         return "text"
 
 
+class _Labelled:
+    """Options of a graph of one of several kinds, for one size of images."""
+
+    prefix: ClassVar[str]
+    image_size: int
+
+    @property
+    def label(self) -> str:
+        """What tells the graph's file from those of other graphs of the same weights."""
+        return f"{self.prefix}-{self.image_size}"
+
+
 @dataclass(frozen=True)
-class ClipSegImageOptions:
+class ClipSegImageOptions(_Labelled):
     """Options of the graph of CLIPSeg's image tower."""
 
     kind: ClassVar = "clipseg_image"
+    prefix: ClassVar = "image"
     image_size: int = 352
     taps: tuple[int, ...] = (3, 6, 9)  # 0-based blocks, those that the decoder has learnt from
     activation: str = "quick_gelu"
     heads: int | None = None  # None: those of the published tower of this width
     precision: str = "fp32"  # or fp16
     attention: str = "fused"
-
-    @property
-    def label(self) -> str:
-        """What tells the graph's file from those of other graphs of the same weights."""
-        return f"image-{self.image_size}"
 
     @property
     def tower(self) -> ExportOptions:
@@ -95,63 +103,47 @@ class ClipSegImageOptions:
 
 
 @dataclass(frozen=True)
-class ClipSegDecoderOptions:
+class ClipSegDecoderOptions(_Labelled):
     """Options of the graph of CLIPSeg's decoder."""
 
     kind: ClassVar = "clipseg_decoder"
+    prefix: ClassVar = "decoder"
     image_size: int = 352  # of logits, as of images
     heads: int = 4
     precision: str = "fp32"  # or fp16
     attention: str = "fused"
 
-    @property
-    def label(self) -> str:
-        """What tells the graph's file from those of other graphs of the same weights."""
-        return f"decoder-{self.image_size}"
-
 
 @dataclass(frozen=True)
-class IsnetOptions:
+class IsnetOptions(_Labelled):
     """Options of IS-Net's graph."""
 
     kind: ClassVar = "isnet"
+    prefix: ClassVar = "isnet"
     image_size: int = 1024  # a multiple of 64
     precision: str = "fp32"  # or fp16
 
-    @property
-    def label(self) -> str:
-        """What tells the graph's file from those of other graphs of the same weights."""
-        return f"isnet-{self.image_size}"
-
 
 @dataclass(frozen=True)
-class SamImageOptions:
+class SamImageOptions(_Labelled):
     """Options of the graph of an image encoder of SAM or MobileSAM."""
 
     kind: ClassVar = "sam_image"
+    prefix: ClassVar = "image"
     image_size: int = 1024
     precision: str = "fp32"  # or fp16
     attention: str = "fused"
 
-    @property
-    def label(self) -> str:
-        """What tells the graph's file from those of other graphs of the same weights."""
-        return f"image-{self.image_size}"
-
 
 @dataclass(frozen=True)
-class SamMasksOptions:
+class SamMasksOptions(_Labelled):
     """Options of the graph of SAM's prompt encoder and mask decoder."""
 
     kind: ClassVar = "sam_masks"
+    prefix: ClassVar = "masks"
     image_size: int = 1024  # in whose pixels points are; 16 make a cell of the embedding
     heads: int = 8
     precision: str = "fp32"  # or fp16
-
-    @property
-    def label(self) -> str:
-        """What tells the graph's file from those of other graphs of the same weights."""
-        return f"masks-{self.image_size}"
 
 
 GraphOptions = (
