@@ -131,8 +131,8 @@ class VisionTransformer:
 def read_vision_transformer(path: Path) -> VisionTransformer:
     """Read the image tower of a checkpoint as float32.
 
-    DINOv2 in its official, timm or Hugging Face names, DINOv3 in its official or Hugging Face's; CLIP in OpenAI's (also
-    open_clip's), timm's or Hugging Face's.
+    DINOv2 and DINOv3 in their official, timm's or Hugging Face's names; CLIP in OpenAI's (also open_clip's), timm's or
+    Hugging Face's.
     Pooling leaves no trace in names: the class token is assumed. Raises CheckpointError, see `read_tower`.
     """
     return read_tower(path, LAYOUTS, _check, "image tower", "DINOv2, DINOv3 or CLIP")
@@ -182,6 +182,8 @@ def _read_blocks(state: Tensors) -> VisionTransformer:
     """DINOv2's official names, which timm shares and also gives to CLIP's image tower; DINOv3's are similar."""
     if "rope_embed.periods" in state:
         return _read_dinov3(state)
+    if "reg_token" in state and "pos_embed" not in state:
+        return _read_timm_dinov3(state)
     clip = "norm_pre.weight" in state
     class_token, positions = state["cls_token"].reshape(-1), _rows(state["pos_embed"])
     registers = state.get("register_tokens", np.empty((0, len(class_token)), np.float32))
@@ -292,6 +294,29 @@ def _read_dinov3(state: Tensors) -> VisionTransformer:
         own_class_norm=read_affine(state, "cls_norm") if "cls_norm.weight" in state else None,
         periods=state.get("rope_embed.periods"),
     )
+
+
+def _read_timm_dinov3(state: Tensors) -> VisionTransformer:
+    """Names of timm's port: rename to the official ones and read those."""
+    layers = {"patch_embed.proj": "patch_embed.proj", "norm": "norm"}  # theirs → ours
+    if "blocks.0.mlp.fc1_g.weight" in state:
+        mlp = {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc2": "mlp.w3"}
+    else:
+        mlp = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    own = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attn.proj", **mlp}
+    renamed = {"cls_token": state["cls_token"], "storage_tokens": state["reg_token"]}
+    biased = "blocks.0.attn.q_bias" in state
+    for block in (f"blocks.{index}." for index in range(count_blocks(state, "blocks."))):
+        renamed[block + "attn.qkv.weight"] = state[block + "attn.qkv.weight"]
+        if biased:
+            queries, values = (state[f"{block}attn.{part}_bias"] for part in "qv")
+            renamed[block + "attn.qkv.bias"] = np.concatenate([queries, np.zeros_like(queries), values])
+        for number in "12":
+            renamed[f"{block}ls{number}.gamma"] = state[f"{block}gamma_{number}"]
+        layers |= {block + theirs: block + ours for theirs, ours in own.items()}
+    for theirs, ours in layers.items():
+        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
+    return _read_dinov3(renamed)
 
 
 def _read_hugging_face_dinov3(state: Tensors) -> VisionTransformer:

@@ -105,6 +105,49 @@ def test_dinov3_of_transformers(torchvision: None, tmp_path: Path, size: int, ga
         np.testing.assert_allclose(found["embedding"], expected.pooler_output.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("variant", [{"qkv_bias": False}, {"qkv_bias": True, "swiglu_mlp": True, "swiglu_align_to": 8}])
+def test_timm_dinov3(torchvision: None, tmp_path: Path, variant: dict[str, object]) -> None:
+    import torch
+
+    timm = pytest.importorskip("timm", reason="needs timm")
+    model = timm.models.eva.Eva(
+        img_size=80,
+        patch_size=16,
+        embed_dim=96,
+        depth=3,
+        num_heads=3,
+        num_classes=0,
+        global_pool="token",
+        init_values=1.0,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        use_rot_pos_emb=True,
+        use_abs_pos_emb=False,
+        num_reg_tokens=4,
+        use_fc_norm=False,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+        **variant,
+    )
+    checkpoint = save_random(model, tmp_path / "timm.safetensors")
+    with torch.no_grad():  # queries and keys large enough for positions to count
+        for block in model.blocks:
+            block.attn.qkv.weight *= 4
+    save_file({name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}, checkpoint)
+    images = sample_images(80)
+    options = ExportOptions((0, 2), 80, heads=3)
+    path = export_onnx(str(checkpoint), options, tmp_path / "graph.onnx", oracle="torch").path
+    found = run_graph(path, {"images": images})
+    with torch.inference_mode():
+        expected = model.forward_intermediates(
+            torch.from_numpy(images), indices=[0, 2], norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        np.testing.assert_allclose(found["tokens"][0], torch.cat(expected).numpy(), atol=1e-4)
+        np.testing.assert_allclose(found["embedding"], model(torch.from_numpy(images)).numpy(), atol=1e-4)
+
+
 def official_dinov3(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a DINOv3 of Hugging Face's in the official names: with a bias of the keys, which a mask takes away."""
     whole = {
