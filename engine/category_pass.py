@@ -35,7 +35,7 @@ from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
 from zsad.engine.scores.image_scores import FEW_IMAGES, min_max
-from zsad.engine.scores.verdicts import ACCEPTED_PERCENTILE, Bounds, batch_bounds, expected_bounds
+from zsad.engine.scores.verdicts import ACCEPTED_PERCENTILE, VERDICTS, Bounds, batch_bounds, expected_bounds
 from zsad.engine.workplace import Options, Workplace
 from zsad.export.libraries import EngineError
 from zsad.export.state_dict import CheckpointError
@@ -378,7 +378,7 @@ class CategoryPass:
                 above = float(np.percentile(min_max(maps, results[0].scale), ACCEPTED_PERCENTILE))
             bounds = replace(bounds, region=above)
         verdicts = Counter(map(bounds.verdict, scores.tolist()))
-        counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("reject", "review", "accept"))
+        counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
         log.info("%s: %s; %s", printable(self.category.name), counts, bounds)
         return bounds
 

@@ -192,13 +192,14 @@ def _stage_table(record: "RunRecord") -> str:
 def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     from zsad.engine.evaluation.evaluate import format_table
     from zsad.engine.images.categories import counted
+    from zsad.engine.scores.verdicts import VERDICTS
     from zsad.kernels.files import printable
 
     lines = []
     for category in record.categories:
         name = printable(category.name)
         verdicts = Counter(image.verdict for image in category.images)
-        judged = [f"{verdicts[verdict]} {verdict}" for verdict in ("reject", "review", "accept") if verdicts[verdict]]
+        judged = [f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdicts[verdict]]
         counts = [f"{counted(len(category.images), 'image')} scored", *judged, f"{len(category.failures)} failed"]
         lines.append(f"{name}: {', '.join(counts)}")
         for image in heapq.nsmallest(5, category.images, key=lambda image: image.rank):

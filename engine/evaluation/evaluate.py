@@ -21,6 +21,7 @@ from zsad.engine.images.layouts import MASK_FOLDERS, is_test
 from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RUN, SCORES
 from zsad.engine.scores.maps import upsample
+from zsad.engine.scores.verdicts import VERDICTS
 from zsad.kernels.files import as_cell, from_cell, parse_json
 
 from .masks import MaskError, read_mask
@@ -183,6 +184,7 @@ def evaluate_category(
         [of_image.regions for of_image in pixels],
     )
     _say_what_is_missing(category.name, labels, pixels, note)
+    _say_verdicts(category.name, labels, [rows[relative].get("verdict", "") for relative in usable], note)
     found = {f"image_{key}": value for key, value in at_image.items()}
     found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
     values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
@@ -195,6 +197,19 @@ def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Seque
         note(f"{name}: no image metrics, since all images that are compared ({len(labels)}) count as {kind}")
     if pixels and not any(of_image.mask.any() for of_image in pixels):
         note(f"{name}: no pixel metrics, since no pixel of the {len(pixels)} masks is anomalous")
+
+
+def _say_verdicts(name: str, labels: Sequence[bool | None], verdicts: Sequence[str], note: Warn) -> None:
+    """Say which verdicts defective and good images have, where there are verdicts."""
+    if not any(verdicts):
+        return
+    judged = list(zip(verdicts, labels, strict=True))
+    said = [
+        f"{verdict} {judged.count((verdict, True))} of {labels.count(True)} defective, "
+        f"{judged.count((verdict, False))} of {labels.count(False)} good images"
+        for verdict in VERDICTS
+    ]
+    note(f"{name}: verdicts: {'; '.join(said)}")
 
 
 def _usable_score(source: Path, image: InputImage | None, text: str, warn: Warn) -> float | None:

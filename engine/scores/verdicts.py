@@ -5,7 +5,7 @@ there are two bounds, and what lies between is for people to look at.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -26,7 +26,8 @@ ODDS_MARGIN = 2.0
 # What the patches of accepted images stay below, up to this percentile, is no defect.
 ACCEPTED_PERCENTILE = 99.9
 
-Verdict = Literal["accept", "review", "reject"]
+Verdict = Literal["reject", "review", "accept"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)  # in the order in which they are told
 
 
 @dataclass(frozen=True)

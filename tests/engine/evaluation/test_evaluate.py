@@ -702,3 +702,14 @@ def test_names_that_are_formulas_are_neutral_in_tables_and_read_back(tmp_path: P
     evaluation = evaluate(case.out, scan(case.data), warn=said.append)
     assert format_csv(evaluation).splitlines()[1].startswith("'=cmd,")
     assert f"{case.data}/=cmd/=gone.png: no longer in the data; result left out" in said
+
+
+def test_verdicts_are_counted_where_there_are_some(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    for row, verdict in zip(case.rows["cable"], ("accept", "review", "review", "reject"), strict=True):
+        row["verdict"] = verdict
+    case.write_scores("cable")
+    assert case.run("--json") == 0
+    said = "reject 1 of 2 defective, 0 of 2 good images; review 1 of 2 defective, 1 of 2 good images; accept 0 of 2"
+    error = capsys.readouterr().err
+    assert f"cable: verdicts: {said}" in error
+    assert "tile: verdicts" not in error
