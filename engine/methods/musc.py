@@ -27,7 +27,7 @@ from zsad.engine.config import Config, ConfigError, Precision, Share, Table, ris
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
-from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, salient_features
+from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, fitting_blend, salient_features
 from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
@@ -69,18 +69,19 @@ class Settings(Table):
     # Which images patches are compared with: all others, those that look normal ("clean"), or both ("blended"). The
     # latter two have an image rule of their own and rescore by the most salient patch instead of the embedding.
     references: Literal["all", "blended", "clean"] = "all"
-    image_blend: Share = 0.25  # of clean references in the image scores, where these are blended
+    # Of clean references in the image scores, where these are blended; None: by which share of defects is expected.
+    image_blend: Share | None = Field(None, description="a number in [0, 1]")
     map_blend: Share = 0.5  # the same of maps
     clean_share: Share = 0.5  # of the images
     clean_rounds: Count = Field(3, description="a whole number from 1")
     salient_rscin: tuple[Count, ...] = Field((1, 7), min_length=1, description="neighbour counts, at least one")
 
-    @property
-    def clean_rule(self) -> Rule | None:
-        """How clean references are chosen; None where all images are references."""
+    def clean_rule(self, expected_defects: float | None) -> Rule | None:
+        """Return how clean references are chosen; None where all images are references."""
         if self.references == "all":
             return None
-        blends = (1.0, 1.0) if self.references == "clean" else (self.image_blend, self.map_blend)
+        image_blend = fitting_blend(expected_defects) if self.image_blend is None else self.image_blend
+        blends = (1.0, 1.0) if self.references == "clean" else (image_blend, self.map_blend)
         return Rule(self.interval, self.clean_share, self.clean_rounds, *blends)
 
 
@@ -120,7 +121,7 @@ class MuSc:
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
         self._settings, self._place = config.settings, place
-        self._rule = config.settings.clean_rule
+        self._rule = config.settings.clean_rule(config.expected_defects)
         self._minima: ReturnMinima = False if self._rule is None else "smallest degree"
         self._recipes = {
             name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()
@@ -152,7 +153,7 @@ class MuSc:
         for name, spec in config.networks.items():
             if not spec.taps:
                 raise ConfigError(f"[networks.{name}] taps must be block numbers, counted from 0, not {spec.taps!r}")
-        with_embedding = settings.image_network if settings.rscin and settings.clean_rule is None else None
+        with_embedding = settings.image_network if settings.rscin and settings.references == "all" else None
         return [
             GraphRequest(name, "image", ("tokens", "embedding") if name == with_embedding else ("tokens",))
             for name in config.networks
@@ -160,7 +161,8 @@ class MuSc:
 
     def record(self) -> dict[str, Any]:
         precisions = {scoring.precision for scoring in self._scorings.values()}
-        return {**self._settings.model_dump(), "precision": precisions.pop()}
+        blend = {} if self._rule is None else {"image_blend": self._rule.image_blend}
+        return {**self._settings.model_dump(), **blend, "precision": precisions.pop()}
 
     def _scoring(self, graph: Graph) -> MutualScoring:
         layers, patches, channels = graph.outputs["tokens"].shape

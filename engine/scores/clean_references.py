@@ -26,6 +26,17 @@ EVERYONE = (0.0, 1.0)  # the interval of all distances: what is left of them hid
 LEAST_KEPT = 2
 
 
+def fitting_blend(defects: float | None) -> float:
+    """Return how much clean references should count in image scores where about this share of the images is defective.
+
+    None: nobody knows. Of a nearly clean batch they throw away what is usual variety; where defects are many, they are
+    what tells them from what is usual.
+    """
+    if defects is None:
+        return 0.25
+    return 0.0 if defects < 0.1 else 0.25 if defects <= 0.3 else 0.75
+
+
 @dataclass(frozen=True)
 class Rule:
     """How references are chosen, and what their distances count beside those to all images."""

@@ -193,6 +193,26 @@ def test_clean_references(references: str, blends: tuple[float, float], images: 
     assert run.timings["references"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "blend"),
+    [
+        ({}, 0.25),
+        ({"expected_defects": 0.09}, 0.0),
+        ({"expected_defects": 0.3}, 0.25),
+        ({"expected_defects": 0.31}, 0.75),
+        ({"expected_defects": 0.09, "image_blend": 0.5}, 0.5),
+        ({"expected_defects": 0.09, "references": "clean"}, 1.0),
+    ],
+)
+def test_the_image_blend_follows_from_how_many_defects_are_expected(options: dict[str, Any], blend: float) -> None:
+    x, none, run = make_tokens(12), make_tokens(0), Run(**{"references": "blended", **options})
+    map_blend = 1.0 if blend == 1.0 else 0.5
+    expected = clean(x, none, Rule((0.0, 0.3), 0.5, 3, blend, map_blend))
+    found = run.scored(x, none, [range(12)])
+    np.testing.assert_allclose([image.raw_score for image in found], expected.image_scores, atol=1e-6)
+    assert run.method.record()["image_blend"] == blend
+
+
 def test_every_group_has_clean_references_of_its_own() -> None:
     x, run = make_tokens(24), Run(references="blended")
     found = run.scored(x, make_tokens(0), [range(0, 24, 2), range(1, 24, 2)])
