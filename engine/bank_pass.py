@@ -117,7 +117,8 @@ def save_category_bank(
         return record
     try:
         if config.few_shot:
-            images = find_references(category, job.products, config.reference, config.shots, config.seed).images
+            unscored = replace(category, images=())  # for a bank it does not matter that some are scored, too
+            images = find_references(unscored, job.products, config.reference, config.shots, config.seed).images
         else:
             images = _lower_half(category, record)
         normal = Normal(category, images, used_bits(category.images, config), chosen=not config.few_shot)

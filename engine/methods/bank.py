@@ -209,7 +209,8 @@ class Search:
         precision = fast_precision() if device == "cpu" else "auto"
         if memory_limit is not None:
             where = "cpu" if device == "cpu" else "cuda"
-            memory_limit = max(memory_limit, Nearest.needed(*vectors.shape, neighbours, precision, where))
+            least = Nearest.needed(len(vectors), vectors.shape[1], neighbours, precision, where)
+            memory_limit = max(memory_limit, least)
         self._nearest = Nearest(vectors, neighbours, precision, device, memory_limit)
 
     def distances(self, units: NDArray[np.float32]) -> NDArray[np.float64]:

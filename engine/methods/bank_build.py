@@ -108,7 +108,8 @@ def check_making(config: Config, making: Making) -> None:
 def _units(tokens: NDArray[Any], layer: int, degree: int) -> Units:
     def read(image: int) -> NDArray[np.float32]:
         own = np.ascontiguousarray(tokens[image, layer], np.float32)
-        return unit_features(own, square(len(own)), (degree,))[0]
+        units: NDArray[np.float32] = unit_features(own, square(len(own)), (degree,))[0]
+        return units
 
     return read
 

@@ -1,0 +1,411 @@
+"""Banks: scoring by everything equals scoring against everything, images are alone, and rates are what was promised."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from runs import draw, record
+
+from zsad.engine.commands.infer import main
+from zsad.engine.config import load_config
+from zsad.engine.images.loader import Batch
+from zsad.engine.methods.arrays import HostArrays
+from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
+from zsad.engine.methods.bank_build import Making, build_bank
+from zsad.engine.methods.bank_file import Bank, BankError, Features, read_bank, write_bank
+from zsad.engine.methods.method import Group, Place, Scored, method_class
+from zsad.engine.networks.network import Network, TensorSpec
+from zsad.engine.scores.conformal import upper_bound
+from zsad.kernels import reference
+
+GRID, CHANNELS = (3, 3), 24
+FACTS = {"bit_depth": 16, "chosen": False, "precision": "fp32"}
+
+
+class Tower:
+    """A graph whose inputs are its outputs."""
+
+    largest_batch = 3
+    inputs = {"images": TensorSpec((2, 9, CHANNELS), np.dtype(np.float32))}  # noqa: RUF012
+    outputs = {"tokens": inputs["images"]}  # noqa: RUF012
+
+    def run(self, inputs: Any) -> dict[str, NDArray[np.float32]]:
+        return {"tokens": inputs["images"]}
+
+
+def place_of(config: Any, sha256: str = "ab" * 32) -> Place:
+    networks = {
+        name: Network(spec, "tiny", sha256, "dinov2", {"image": Tower()}) for name, spec in config.networks.items()
+    }
+    return Place(networks, HostArrays((), None), {}, None)  # type: ignore[arg-type]
+
+
+def make_tokens(count: int, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    shared = np.random.default_rng(9).normal(size=(1, 2, 9, CHANNELS))
+    # Images differ as a whole, too, as real ones do.
+    own = rng.normal(size=(count, 2, 1, CHANNELS)) * rng.uniform(0.2, 0.6, (count, 1, 1, 1))
+    return (shared + own + 0.4 * rng.normal(size=(count, 2, 9, CHANNELS))).astype(np.float32)
+
+
+def built(tokens: NDArray[np.float32], **making: Any) -> Bank:
+    config = load_config("small", overrides={"image_size": 42}, method_of=method_class)
+    return build_bank({"dinov2": tokens}, config, place_of(config), Making(**making), FACTS, lambda *_: None)
+
+
+def method_of(path: Path, **overrides: Any) -> BankMethod:
+    preset, base = bank_settings(path)
+    config = load_config(preset, None, {"bank": str(path), **overrides}, method_of=method_class, base=base)
+    return BankMethod(config, place_of(config))
+
+
+def scored(method: BankMethod, tokens: NDArray[np.float32], batch: int = 2) -> list[Scored]:
+    method.start(Group(len(tokens), "part", name="part"))
+    found: list[Scored] = []
+    for first in range(0, len(tokens), batch):
+        part = tokens[first : first + batch]
+        indices = list(range(first, first + len(part)))
+        found += method.take(Batch(indices, {method.inputs[0]: part}, []))
+    return found
+
+
+def raw_maps(bank: Bank, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
+    memory = Memory(bank.header, [features.units() for features in bank.features.values()], "cpu", 1 << 30)
+    return np.stack([memory.distances(image) for image in tokens])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 2e-2)])
+def test_a_bank_of_everything_equals_scoring_against_everything(precision: str, tolerance: float) -> None:
+    known, new = make_tokens(6), make_tokens(3, 1)
+    new[1, 0] = 0.5  # features without a direction
+    bank = built(known, precision=precision)
+    expected = np.stack(  # each new image among the known ones alone
+        [
+            reference.mutual_scores(np.concatenate([new[i : i + 1], known]), GRID, (1, 3), (0, 1))[0]
+            for i in range(len(new))
+        ]
+    )
+    np.testing.assert_allclose(raw_maps(bank, new), expected, atol=tolerance)
+    others = reference.mutual_scores(known, GRID, (1, 3), (0, 1))
+    np.testing.assert_allclose(bank.peaks, others.max(axis=1), atol=tolerance)
+    np.testing.assert_allclose(bank.scores, others.max(axis=1), atol=tolerance)  # one patch is 1 % of nine
+
+
+def test_more_neighbours_are_averaged() -> None:
+    known, new = make_tokens(6), make_tokens(2, 1)
+    features = {r: np.concatenate([reference.lnamd(known[:, layer], GRID, r) for layer in (0,)]) for r in (1,)}
+    bank = built(known, neighbours=3, precision="fp32")
+    units = features[1].reshape(-1, CHANNELS)
+    wanted, _ = reference.nearest(reference.lnamd(new[:, 0], GRID, 1)[0], units, 3)
+    memory = Memory(
+        bank.header.model_copy(update={"degrees": (1,)}), [bank.features["dinov2", 5, 1].units()], "cpu", 1 << 30
+    )
+    found = memory.distances(new[0, :1])
+    np.testing.assert_allclose(found, np.sqrt(2 - 2 * wanted).mean(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [10_000, 20])
+def test_an_image_scores_the_same_whatever_else_is_there(tmp_path: Path, size: int) -> None:
+    write_bank(tmp_path / "part.zsad", built(make_tokens(6), size=size))
+    new = make_tokens(5, 1)
+    together = scored(method_of(tmp_path / "part.zsad"), new)
+    for number in range(len(new)):
+        (alone,) = scored(method_of(tmp_path / "part.zsad"), new[number : number + 1])
+        assert (alone.raw_score, alone.score, alone.p_value) == (
+            together[number].raw_score,
+            together[number].score,
+            together[number].p_value,
+        )
+        assert alone.map.tobytes() == together[number].map.tobytes()
+
+
+def test_scores_and_maps_keep_the_order_of_distances_in_a_fixed_range(tmp_path: Path) -> None:
+    bank = built(make_tokens(12), size=40)
+    assert len(next(iter(bank.features.values())).vectors) == 40
+    write_bank(tmp_path / "part.zsad", bank)
+    new = make_tokens(8, 1)
+    new[3] += 3 * np.random.default_rng(3).normal(size=new[3].shape).astype(np.float32)
+    found = scored(method_of(tmp_path / "part.zsad"), new)
+    raw = np.array([image.raw_score for image in found])
+    scores = np.array([image.score for image in found])
+    assert ((scores >= 0) & (scores < 1)).all()
+    assert (np.argsort(raw) == np.argsort(scores)).all()
+    assert scores[3] > 0.5
+    assert bank.header.image_scale.values(bank.scores).max() == pytest.approx(0.5)
+    assert all(0 <= image.map.min() <= image.map.max() < 1 for image in found)
+
+
+def test_bounds_are_conformal_and_say_what_they_promise(tmp_path: Path) -> None:
+    bank = built(make_tokens(30), size=100)
+    write_bank(tmp_path / "part.zsad", bank)
+    method = method_of(tmp_path / "part.zsad", false_alarms=0.1)
+    bounds = method.bounds()
+    assert bounds is not None
+    expected = bank.header.image_scale.values(np.array([upper_bound(bank.scores, 0.1)[0]]))
+    assert bounds.reject == pytest.approx(expected[0])
+    assert bounds.accept <= bounds.reject
+    assert bounds.rule == "at most 10 % of good images are rejected"
+    few = method_of(tmp_path / "part.zsad").bounds()
+    assert few is not None
+    assert few.rule == "at most 3.23 % of good images are rejected (not 1 %, which takes 99 images in the bank)"
+    assert few.reject == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [10_000, 54, 18])  # all patches, a fifth, a fifteenth
+def test_false_alarms_are_what_was_asked_for(size: int) -> None:
+    splits, count, held, share = 200, 30, 10, 0.1
+    pool, rng = make_tokens(400, 5), np.random.default_rng(6)
+    alarms = peaks = 0
+    for _ in range(splits):
+        chosen = rng.choice(len(pool), count + held, replace=False)
+        bank = built(pool[chosen[:count]], size=size)
+        maps = raw_maps(bank, pool[chosen[count:]])
+        alarms += int((maps.max(axis=1) > upper_bound(bank.scores, share)[0]).sum())
+        peaks += int((maps.max(axis=1) > upper_bound(bank.peaks, share)[0]).sum())
+    promised = 3 / (count + 1)  # ranks 29 to 31 of 31
+    # Images of one split share their bound, so that they count for less than independent ones.
+    deviation = np.sqrt(promised * (1 - promised) / (splits * held) * (1 + held / count))
+    for found in (alarms, peaks):
+        assert abs(found / (splits * held) - promised) < 3 * deviation
+
+
+@pytest.fixture
+def bank_file(tmp_path: Path) -> Path:
+    write_bank(tmp_path / "part.zsad", built(make_tokens(5), size=20))
+    return tmp_path / "part.zsad"
+
+
+def test_a_bank_is_read_as_it_was_written(bank_file: Path) -> None:
+    bank, again = built(make_tokens(5), size=20), read_bank(bank_file)
+    assert again.header == bank.header
+    assert again.tensors.keys() == bank.tensors.keys()
+    assert all((again.tensors[name] == array).all() for name, array in bank.tensors.items())
+
+
+@pytest.mark.parametrize("left", [0, 4, 7, 100, 1000, -1])
+def test_a_bank_that_was_cut_short_is_refused(bank_file: Path, left: int) -> None:
+    whole = bank_file.read_bytes()
+    bank_file.write_bytes(whole[:left])
+    with pytest.raises(BankError, match=r"--save-bank"):
+        read_bank(bank_file)
+
+
+def test_every_changed_byte_is_noticed(bank_file: Path) -> None:
+    whole = bytearray(bank_file.read_bytes())
+    for place in np.random.default_rng(0).integers(0, len(whole), 200).tolist():
+        whole[place] ^= 1
+        bank_file.write_bytes(whole)
+        with pytest.raises(BankError, match=r"part\.zsad"):
+            read_bank(bank_file)
+        whole[place] ^= 1
+    bank_file.write_bytes(whole)
+    read_bank(bank_file)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a header as somebody would who knows how its digest is made."""
+    from safetensors.numpy import load, save
+
+    from zsad.engine.methods.bank_file import _digest, _metadata
+
+    content = path.read_bytes()
+    header = json.loads(_metadata(content)["zsad_bank"])
+    change(header)
+    text, tensors = json.dumps(header), load(content)
+    path.write_bytes(save(tensors, {"zsad_bank": text, "sha256": _digest(text, tensors)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("version", 2, r"format 2, and this zsad reads format 1; install a newer zsad: pip install"),
+        ("version", "1", "format '1'"),
+        ("images", 3, "does not fit its header"),
+        ("degrees", [1, 5], "does not fit its header"),
+        ("precision", "int8", "does not fit its header"),
+        ("neighbours", 0, r"header is damaged \(neighbours"),
+        ("map_network", "other", "map_network is none of its networks"),
+        ("more", 1, r"header is damaged \(more"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(bank_file: Path, key: str, value: Any, said: str) -> None:
+    rewritten(bank_file, lambda header: header.update({key: value}))
+    with pytest.raises(BankError, match=said):
+        read_bank(bank_file)
+
+
+def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    bank = built(make_tokens(5), size=20)
+    key = next(iter(bank.features))
+    features = bank.features[key]
+    features.vectors[3, 2] = np.nan
+    write_bank(tmp_path / "part.zsad", Bank(bank.header, bank.features, bank.scores, bank.peaks))
+    with pytest.raises(BankError, match="is not finite"):
+        read_bank(tmp_path / "part.zsad")
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.zsad")
+    for path, said in (
+        (tmp_path / "pipe.zsad", "is not a regular file"),
+        (Path("/dev/null"), "is not a regular file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.zsad", "No such file"),
+    ):
+        with pytest.raises(BankError, match=said):
+            read_bank(path)
+
+
+def test_too_little_memory_is_said(bank_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsad.engine.methods.bank_file.default_memory_limit", lambda: 1000)
+    with pytest.raises(BankError, match=r"too little memory.*--bank-size"):
+        read_bank(bank_file)
+
+
+def test_a_bank_of_other_weights_is_refused(bank_file: Path) -> None:
+    preset, base = bank_settings(bank_file)
+    config = load_config(preset, method_of=method_class, base=base)
+    with pytest.raises(BankError, match="the bank is of other weights of dinov2"):
+        BankMethod(config, place_of(config, "cd" * 32))
+
+
+@pytest.mark.parametrize("option", [{"image_size": 56}, {"taps": (3,)}])
+def test_what_the_bank_decides_cannot_be_replaced(bank_file: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match="leave that to the bank"):
+        method_of(bank_file, **option)
+
+
+def test_int8_features_are_near_those_that_were_stored() -> None:
+    units = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    units[7] = 0
+    packed = Features.packed(units, np.zeros(50, np.int32), "int8")
+    assert packed.vectors.dtype == np.int8
+    np.testing.assert_allclose(packed.units(), units, atol=0.003)
+
+
+def infer(tiny: Path, *options: str) -> int:
+    config = [] if "--bank" in options else ["--config", str(tiny / "config.toml")]
+    return main([*options, *config, "--device", "cpu", "-q"])
+
+
+def images_of(output: str, category: str = "data") -> dict[str, dict[str, Any]]:
+    found: Sequence[dict[str, Any]] = json.loads((Path(output) / category / "category.json").read_text())["images"]
+    return {image["path"]: image for image in found}
+
+
+@pytest.mark.usefixtures("workplace")
+def test_known_good_images_become_a_bank_that_scores_single_images(tiny: Path) -> None:
+    draw(Path("good"), 9)
+    Path("good/08.png").unlink()  # the one with a defect
+    draw(Path("data"), 4)
+    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad") == 0
+    assert not Path("out").exists()
+    assert infer(tiny, "data", "--bank", "part.zsad", "--output", "all") == 0
+    Path("one").mkdir()
+    Path("data/03.png").rename("one/03.png")
+    assert infer(tiny, "one", "--bank", "part.zsad", "--output", "alone") == 0
+    together, alone = images_of("all")["03.png"], images_of("alone", "one")["03.png"]
+    assert together["score"] == alone["score"] > 0.5
+    assert alone["verdict"] == "reject"
+    assert alone["p_value"] == pytest.approx(1 / 9)
+    assert Path("all/data/maps/03.tiff").read_bytes() == Path("alone/one/maps/03.tiff").read_bytes()
+    assert "p_value" in Path("all/data/scores.csv").read_text().splitlines()[0]
+    assert record("alone")["method"] == "bank"
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_run_keeps_the_half_that_looks_normal(tiny: Path) -> None:
+    draw(Path("data"), 11)
+    assert infer(tiny, "data", "--save-bank", "part.zsad") == 0
+    header = read_bank(Path("part.zsad")).header
+    assert (header.images, header.chosen) == (6, True)
+    assert len(images_of("out")) == 11
+    draw(Path("good"), 5)
+    assert infer(tiny, "data", "--reference", "good", "--save-bank", "part.zsad", "--bank-precision", "int8") == 0
+    header = read_bank(Path("part.zsad")).header
+    assert (header.images, header.chosen, header.precision) == (5, False, "int8")
+
+
+@pytest.mark.usefixtures("workplace")
+def test_categories_have_banks_of_their_own(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nut", "bolt"):
+        draw(Path("data") / name, 5)
+    assert infer(tiny, "data", "--save-bank", "part.zsad") == 2
+    assert "--save-bank part/" in capsys.readouterr().err
+    assert infer(tiny, "data", "--save-bank", "banks") == 0
+    assert sorted(path.name for path in Path("banks").iterdir()) == ["bolt.zsad", "nut.zsad"]
+    draw(Path("data") / "gear", 2)
+    assert infer(tiny, "data", "--bank", "banks", "--output", "new") == 1
+    said = capsys.readouterr().err
+    assert "gear: there is no bank of gear in banks/, which has bolt, nut" in said
+    assert "--save-bank banks/gear.zsad" in said
+    assert len(images_of("new", "nut")) == 5
+
+
+@pytest.mark.usefixtures("workplace")
+def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("data"), 5)
+    draw(Path("good"), 5)
+    assert infer(tiny, "--reference", "good", "--save-bank", "a.zsad") == 0
+    assert infer(tiny, "data", "--bank", "a.zsad") == 0
+    before = Path("out/data/category.json").stat().st_mtime_ns
+    Path("a.zsad").rename("b.zsad")  # where it lies decides nothing
+    assert infer(tiny, "data", "--bank", "b.zsad", "--resume") == 0
+    Path("good/04.png").unlink()
+    assert infer(tiny, "--reference", "good", "--save-bank", "b.zsad") == 0
+    assert main(["data", "--bank", "b.zsad", "--resume", "--device", "cpu"]) == 0
+    assert "scored again" in capsys.readouterr().err
+    assert Path("out/data/category.json").stat().st_mtime_ns != before
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["data", "--bank", "none.zsad"], "--bank none.zsad: cannot be read (No such file or directory)"),
+        (["data", "--bank", "data"], "there is no bank"),
+        (["data", "--bank", "data/00.png"], "is no bank, or only its beginning"),
+        (["data", "--bank", "x.zsad", "--preset", "musc"], "leave out --preset musc"),
+        (["data", "--bank", "x.zsad", "--save-bank", "y.zsad"], "give one of them"),
+        (["data", "--bank-size", "5"], "give --save-bank FILE too"),
+        (["data", "--save-bank", "y.zsad", "--bank-size", "0"], "must be at least 1"),
+        (["data", "--save-bank", "y.zsad", "--neighbours", "17"], "must be from 1 to 16"),
+        (["--save-bank", "y.zsad"], "give a folder of images"),
+        (["--reference", "none", "--save-bank", "y.zsad"], "none"),
+        (["data", "--save-bank", "y.zsad", "--preset", "winclip"], "presets that compare images"),
+        (["data", "--false-alarms", "0.1"], "--false-alarms is nothing for preset small"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(
+    tiny: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(Path("data"), 2)
+    config = [] if {"--bank", "--preset"} & set(options) else ["--config", str(tiny / "config.toml")]
+    try:
+        code = main([*options, *config, "--device", "cpu"])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert not Path("out/data").exists()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_too_few_images_for_a_bank_lose_no_results(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("data"), 3)
+    Path("good").mkdir()
+    Image.new("RGB", (50, 50), (9, 99, 9)).save("good/a.png")
+    assert infer(tiny, "data", "--reference", "good", "--save-bank", "part.zsad") == 1
+    assert "at least two readable known-good images" in capsys.readouterr().err
+    assert len(images_of("out")) == 3
+    assert not Path("part.zsad").exists()
