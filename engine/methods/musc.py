@@ -29,6 +29,7 @@ from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, fitting_blend, salient_features
 from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
+from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
 from zsad.kernels.mutual_scoring import MutualScoring
@@ -109,6 +110,7 @@ class _Yardstick:
     raw_score: float  # the highest of an image
     lowest: float  # of patches of the maps
     highest: float
+    images: int  # that were scored; none where they do not say
 
 
 class MuSc:
@@ -324,17 +326,17 @@ class MuSc:
     def _measured(self, progress: Progress) -> _Yardstick:
         """Return what references come to that are scored by each other; one, or copies of one, do not say."""
         if self._references > 1:
-            _, others = _yardstick_counts(self._references)
+            measured, others = _yardstick_counts(self._references)
             stage = "scoring known-good images by {}".format
             rule = None if self._rule is None else replace(self._rule, rounds=0)  # all of them are clean
             judged = self._judged(self._end, self._end + self._references, others, rule, stage, progress)
             maps = judged.maps
             if maps.max() > ALIKE:
-                return _Yardstick(float(judged.raw_scores.max()), float(maps.min()), float(maps.max()))
+                return _Yardstick(float(judged.raw_scores.max()), float(maps.min()), float(maps.max()), measured)
         patches, _ = self._graphs[self._settings.image_network].outputs["tokens"].shape[1:]
         unlike = np.full((1, patches), HALF_UNLIKE, np.float32)
         raw = self._raw_scores(unlike)[0] if self._rule is None else 2 * HALF_UNLIKE  # see CleanScores.image_scores
-        return _Yardstick(float(raw), 0.0, HALF_UNLIKE)
+        return _Yardstick(float(raw), 0.0, HALF_UNLIKE, 0)
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
@@ -347,8 +349,12 @@ class MuSc:
             return min_max(raw)
         return rscin(raw, np.array([image.facts for image in scored]), neighbours)
 
-    def bounds(self) -> None:
-        return None
+    def bounds(self) -> Bounds | None:
+        yard = self._yardstick
+        if self.map_range is None or yard is None or not yard.images:
+            return None
+        # So few good images do not say what hardly any good one comes to.
+        return Bounds(0.5, 1.0, f"the most unusual of {yard.images} known-good images", region=0.5)
 
 
 def _yardstick_counts(references: int) -> tuple[int, int]:

@@ -264,6 +264,7 @@ def test_a_single_image_beside_a_reference(infer: Callable[..., int], capsys: py
     assert not record["relative"]
     assert 0 < record["images"][0]["score"] < 1
     assert len(record["references"]) == 1
+    assert record["bounds"] is None  # one does not say what is usual
 
     Path("good/broken.png").write_bytes(b"no image")
     Path("1.png").rename("good/1.png")
@@ -272,7 +273,11 @@ def test_a_single_image_beside_a_reference(infer: Callable[..., int], capsys: py
     said = capsys.readouterr().err
     assert "broken.png: skipped" in said
     assert "0.5 is what the most unusual known-good image comes to" in said
-    assert 0.5 < json.loads(Path("out/data/category.json").read_text())["images"][0]["score"] <= 1
+    record = json.loads(Path("out/data/category.json").read_text())
+    assert 0.5 < record["images"][0]["score"] <= 1
+    assert record["images"][0]["verdict"] == "review"
+    assert record["images"][0]["regions"]  # what is above all of the known-good images
+    assert record["bounds"]["rule"] == "the most unusual of 3 known-good images"
 
     for path in Path("good").iterdir():
         path.write_bytes(path.name.encode())
