@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +158,8 @@ class CategoryPass:
         self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
         self.duplicates = Duplicates()
         self.failures: dict[int, str] = {}  # why images have no score, by their number
-        self.damaged: dict[int, str] = {}  # what speaks for damage of images that have one
+        # What speaks for damage of images, by their number; those of references follow.
+        self.damaged: dict[int, str] = {}
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
@@ -267,8 +267,12 @@ class CategoryPass:
 
     def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
         """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""
-        images = self.references.images
-        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, self._seen_reference):
+        images, first = self.references.images, len(self.category.images)
+
+        def seen(index: int, image: Image.Image | None) -> None:
+            self._seen(first + index, image)
+
+        for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, seen):
             self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
             self.readable_references += len(batch.indices)
             if batch.indices:
@@ -281,16 +285,19 @@ class CategoryPass:
     def _seen(self, index: int, image: Image.Image | None) -> None:
         if image is not None and DAMAGE in image.info:
             self.damaged[index] = image.info[DAMAGE]
-        if self.method.compares:  # otherwise copies hide nothing
-            self._add_to_copies(index, self.category.images[index].path, image)
-
-    def _seen_reference(self, index: int, image: Image.Image | None) -> None:
-        if self.method.compares:
-            self._add_to_copies(len(self.category.images) + index, self.references.images[index].path, image)
-
-    def _add_to_copies(self, number: int, path: Path, image: Image.Image | None) -> None:
+        if not self.method.compares:  # copies hide nothing
+            return
         with suppress(OSError):  # a file that has just gone is no copy of anything
-            self.duplicates.add(number, path, image)
+            reference = index - len(self.category.images)
+            images = self.category.images if reference < 0 else self.references.images
+            self.duplicates.add(index, images[index if reference < 0 else reference].path, image)
+
+    def _named(self, index: int) -> str:
+        """Return what an image or a reference is called."""
+        reference = index - len(self.category.images)
+        if reference < 0:
+            return printable(str(self.category.images[index].relative))
+        return f"the reference {printable(str(self.references.images[reference].path))}"
 
     def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         for index, reason in failures:
@@ -410,26 +417,20 @@ class CategoryPass:
 
     def _note_damaged(self) -> None:
         for index in sorted(self.damaged):
-            self._note(f"{printable(str(self.category.images[index].relative))}: {self.damaged[index]}")
+            self._note(f"{self._named(index)}: {self.damaged[index]}")
 
     def _note_duplicates(self) -> None:
         for copies in self.duplicates.groups():
+            first, *_, last = copies.indices
             images = len(self.category.images)
-            names = [
-                printable(str(self.category.images[number].relative))
-                if number < images
-                else f"the reference {printable(str(self.references.images[number - images].path))}"
-                for number in copies.indices
-            ]
-            if copies.indices[0] >= images:  # references among themselves hide nothing
+            if first >= images:  # references among themselves hide nothing
                 continue
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            shown = copies.indices[:3] if last < images else (*copies.indices[:2], *copies.indices[2:][-1:])
+            names = [self._named(index) for index in shown]
+            more = f" and {len(copies.indices) - 3} more" if len(copies.indices) > 3 else ""
             kind = "the same picture" if copies.exact else "nearly the same picture"
-            hidden = "copies of a defect hide it"
-            if copies.indices[-1] >= images:
-                names = [*names[:2], names[-1]] if len(names) > 3 else names
-                hidden = "an image that is a reference too looks normal"
-            self._note(f"{', '.join(names[:3])}{more} are {kind}; {hidden}")
+            hidden = "copies of a defect hide it" if last < images else "an image that is a reference too looks normal"
+            self._note(f"{', '.join(names)}{more} are {kind}; {hidden}")
 
 
 def _background(config: Config) -> Background:

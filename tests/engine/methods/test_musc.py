@@ -15,6 +15,7 @@ from runs import draw
 
 from zsad.engine.config import ConfigError, load_config
 from zsad.engine.images.loader import Batch
+from zsad.engine.images.references import References, find_references
 from zsad.engine.methods.arrays import HostArrays
 from zsad.engine.methods.method import Group, Place, Scored, method_class
 from zsad.engine.methods.musc import FEW_IMAGES, HALF_UNLIKE, MuSc
@@ -283,6 +284,38 @@ def test_a_single_image_beside_a_reference(infer: Callable[..., int], capsys: py
         path.write_bytes(path.name.encode())
     assert infer("small", "data", "--reference", "good") == 1
     assert "none of the 4 references can be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 2])
+def test_references_that_vanish_while_images_are_scored(
+    infer: Callable[..., int], left: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(Path("data"), 4)
+    for number in range(4):
+        picture = draw(Path(f"other{number}"), number + 2) / "00.png"
+        Path("good").mkdir(exist_ok=True)
+        Image.open(picture).rotate(3 * number + 3).save(f"good/{number}.png")
+
+    def vanishing(*arguments: Any) -> References:
+        found = find_references(*arguments)
+        for image in found.images[left:]:
+            image.path.unlink()
+        if not left:
+            Path("good").rmdir()
+        return found
+
+    monkeypatch.setattr("zsad.engine.category_pass.find_references", vanishing)
+    assert infer("small", "data", "--reference", "good") == 1
+    said = capsys.readouterr().err
+    record = json.loads(Path("out/run.json").read_text())["categories"]["data"]
+    if left:
+        assert said.count("skipped: no longer there") == 2
+        assert "good/3.png: skipped" in said
+        assert len(record["images"]) == 4
+    else:
+        assert "data: none of the 4 references can be read" in said
+        assert not record["images"]
 
 
 @pytest.mark.slow
