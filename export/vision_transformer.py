@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from zsad.kernels.files import remembered_digest
 
+from .dinov3 import read_dinov3_blocks, rename_hugging_face_dinov3, rename_timm_dinov3
 from .options import Preprocessing
 from .state_dict import CheckpointError
 from .transformer import (
@@ -183,7 +184,7 @@ def _read_blocks(state: Tensors) -> VisionTransformer:
     if "rope_embed.periods" in state:
         return _read_dinov3(state)
     if "reg_token" in state and "pos_embed" not in state:
-        return _read_timm_dinov3(state)
+        return _read_dinov3(rename_timm_dinov3(state))
     clip = "norm_pre.weight" in state
     class_token, positions = state["cls_token"].reshape(-1), _rows(state["pos_embed"])
     registers = state.get("register_tokens", np.empty((0, len(class_token)), np.float32))
@@ -256,30 +257,7 @@ def _read_hugging_face_dinov2(state: Tensors) -> VisionTransformer:
 def _read_dinov3(state: Tensors) -> VisionTransformer:
     """DINOv3's official names."""
     class_token = state["cls_token"].reshape(-1)
-    width, zeros = len(class_token), np.zeros(3 * len(class_token), np.float32)
-    biased = "blocks.0.attn.qkv.bias" in state  # of all but the largest, where a mask takes those of the keys away
-    blocks = []
-    for index in range(count_blocks(state, "blocks.")):
-        block = f"blocks.{index}."
-        bias = state[block + "attn.qkv.bias"] * state.get(block + "attn.qkv.bias_mask", 1) if biased else zeros
-        if block + "mlp.w1.weight" in state:  # gate and value of a SwiGLU
-            halves = [read_affine(state, f"{block}mlp.{part}") for part in ("w1", "w2")]
-            fc1, fc2 = (
-                (np.concatenate([half[0] for half in halves]), np.concatenate([half[1] for half in halves])),
-                "w3",
-            )
-        else:
-            fc1, fc2 = read_affine(state, block + "mlp.fc1"), "fc2"
-        blocks.append(
-            Block(
-                norm1=read_affine(state, block + "norm1"),
-                qkv=(state[block + "attn.qkv.weight"], bias),
-                proj=scaled(read_affine(state, block + "attn.proj"), state.get(block + "ls1.gamma")),
-                norm2=read_affine(state, block + "norm2"),
-                fc1=fc1,
-                fc2=scaled(read_affine(state, f"{block}mlp.{fc2}"), state.get(block + "ls2.gamma")),
-            )
-        )
+    width = len(class_token)
     return VisionTransformer(
         architecture=DINOV3,
         patch_weight=state["patch_embed.proj.weight"],
@@ -288,65 +266,12 @@ def _read_dinov3(state: Tensors) -> VisionTransformer:
         registers=_rows(state.get("storage_tokens", np.empty((0, width), np.float32))),
         positions=np.empty((0, width), np.float32),
         pre_norm=None,
-        blocks=blocks,
+        blocks=read_dinov3_blocks(state, width),
         norm=read_affine(state, "norm"),
         projection=None,
         own_class_norm=read_affine(state, "cls_norm") if "cls_norm.weight" in state else None,
         periods=state.get("rope_embed.periods"),
     )
-
-
-def _read_timm_dinov3(state: Tensors) -> VisionTransformer:
-    """Names of timm's port: rename to the official ones and read those."""
-    layers = {"patch_embed.proj": "patch_embed.proj", "norm": "norm"}  # theirs → ours
-    if "blocks.0.mlp.fc1_g.weight" in state:
-        mlp = {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc2": "mlp.w3"}
-    else:
-        mlp = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    own = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attn.proj", **mlp}
-    renamed = {"cls_token": state["cls_token"], "storage_tokens": state["reg_token"]}
-    biased = "blocks.0.attn.q_bias" in state
-    for block in (f"blocks.{index}." for index in range(count_blocks(state, "blocks."))):
-        renamed[block + "attn.qkv.weight"] = state[block + "attn.qkv.weight"]
-        if biased:
-            queries, values = (state[f"{block}attn.{part}_bias"] for part in "qv")
-            renamed[block + "attn.qkv.bias"] = np.concatenate([queries, np.zeros_like(queries), values])
-        for number in "12":
-            renamed[f"{block}ls{number}.gamma"] = state[f"{block}gamma_{number}"]
-        layers |= {block + theirs: block + ours for theirs, ours in own.items()}
-    for theirs, ours in layers.items():
-        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
-    return _read_dinov3(renamed)
-
-
-def _read_hugging_face_dinov3(state: Tensors) -> VisionTransformer:
-    """Names of the Hugging Face port, the files' or those within transformers 5: rename to the official ones."""
-    renamed = {
-        "cls_token": state["embeddings.cls_token"],
-        "storage_tokens": state["embeddings.register_tokens"],
-    }
-    for theirs, ours in (("embeddings.patch_embeddings", "patch_embed.proj"), ("norm", "norm")):
-        renamed[ours + ".weight"], renamed[ours + ".bias"] = read_affine(state, theirs)
-    within = "model.layer." if any(name.startswith("model.layer.") for name in state) else "layer."
-    first = f"{within}0.attention."
-    biased = [part for part in "qkv" if f"{first}{part}_proj.bias" in state]
-    layers = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj"}
-    gated = {"mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3"}
-    plain = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
-    for index in range(count_blocks(state, within)):
-        source, target = f"{within}{index}.", f"blocks.{index}."
-        weights = [state[f"{source}attention.{part}_proj.weight"] for part in "qkv"]
-        biases = [
-            state[f"{source}attention.{part}_proj.bias"] if part in biased else np.zeros(len(weight), np.float32)
-            for part, weight in zip("qkv", weights, strict=True)
-        ]
-        renamed[target + "attn.qkv.weight"] = np.concatenate(weights)
-        renamed[target + "attn.qkv.bias"] = np.concatenate(biases)
-        for theirs, ours in {**layers, **(gated if source + "mlp.gate_proj.weight" in state else plain)}.items():
-            renamed[f"{target}{ours}.weight"], renamed[f"{target}{ours}.bias"] = read_affine(state, source + theirs)
-        for number in "12":
-            renamed[f"{target}ls{number}.gamma"] = state[f"{source}layer_scale{number}.lambda1"]
-    return _read_dinov3(renamed)
 
 
 def _refuse_convnext(state: Tensors) -> NoReturn:
@@ -390,7 +315,10 @@ LAYOUTS: Layouts[VisionTransformer] = {
     # What DINOv3 calls local_cls_norm norms the class tokens of its training's small crops.
     "patch_embed.proj.weight": (_read_blocks, r"mask_token|head\.(weight|bias)|local_cls_norm\.(weight|bias)"),
     "embeddings.patch_embeddings.projection.weight": (_read_hugging_face_dinov2, r"embeddings\.mask_token"),
-    "embeddings.patch_embeddings.weight": (_read_hugging_face_dinov3, r"embeddings\.mask_token"),
+    "embeddings.patch_embeddings.weight": (
+        lambda state: _read_dinov3(rename_hugging_face_dinov3(state)),
+        r"embeddings\.mask_token",
+    ),
     "downsample_layers.0.0.weight": (_refuse_convnext, ""),
     "stages.0.layers.0.depthwise_conv.weight": (_refuse_convnext, ""),
     "ln_pre.weight": (_read_clip, ""),

@@ -148,7 +148,7 @@ def test_the_original_decoder_stands_beside_openai_s_tower(
     all_close(found, arrays["logits"][1], "fp32")
     with pytest.raises(CheckpointError, match="is named as in a CLIPSeg decoder"):
         read_builder(tmp_path / "tower.safetensors", DECODER)
-    with pytest.raises(CheckpointError, match="is named as in a DINOv2 or CLIP image tower"):
+    with pytest.raises(CheckpointError, match="is named as in a DINOv2, DINOv3 or CLIP image tower"):
         read_builder(tmp_path / "decoder.safetensors", IMAGE)
 
 

@@ -141,7 +141,7 @@ def test_without_an_object_all_is_foreground(
         ("winclip", "isnet", "sam_tiny", "is named as in a DIS foreground network"),
         ("winclip", "sam", "isnet_tiny", "is named as in a SAM or MobileSAM image encoder"),
         ("winclip", "sam", "bright", "is named as in a SAM or MobileSAM image encoder"),
-        ("vvv", "clipseg", "isnet_tiny", "is named as in a DINOv2 or CLIP image tower"),
+        ("vvv", "clipseg", "isnet_tiny", "is named as in a DINOv2, DINOv3 or CLIP image tower"),
         ("vvv", "clipseg", "clip_tiny", "an image tower of 6 blocks; CLIPSeg's is CLIP's ViT-B/16, with 12"),
     ],
 )
