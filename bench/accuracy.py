@@ -338,7 +338,8 @@ def judged(labels: Bools, scores: Floats, rejected: Bools) -> Metrics:
     """Return F1, false alarms and recall of a verdict, with the best F1 that any bound has; NaN where there is none."""
     hits, alarms = np.sum(rejected & labels), np.sum(rejected & ~labels)
     with np.errstate(invalid="ignore"):
-        f1, recall = 2 * hits / (hits + alarms + labels.sum()), hits / labels.sum()
+        recall = hits / labels.sum()
+        f1 = 2 * hits / (hits + alarms + labels.sum()) if labels.any() else np.nan
         false = alarms / np.sum(~labels)
     best = image_metrics(labels, scores)["f1"]
     return {"f1": float(f1), "false_alarms": float(false), "recall": float(recall), "best_f1": best}

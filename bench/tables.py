@@ -28,6 +28,29 @@ NEAREST_NAMES = {
     "floor": "the bare fp32 product alone, all cosines written to memory",
 }
 
+ROWS = {
+    "musc": "MuSc's settings: blocks 2, 5, 8, 11, degrees 1, 3, 5, maximum",
+    "musc rscin": "the same with RsCIN 1/2/3 on the class token",
+    "snamd": "MuSc's settings with SNAMD (MuSc-V2)",
+    "snamd blended": "`--references blended` with SNAMD of degrees 1, 3",
+    "all": "preset `small` with `--references all`",
+    "anomaly dino": "AnomalyDINO's batched scoring, from the minima of `small`",
+    "blended": "`--references blended`: image blend 0.25, map blend 0.5",
+    "blend 0": "image blend 0: degree-1 maximum and rescoring alone",
+    "blend 0.5": "image blend 0.5",
+    "blend 0.75": "image blend 0.75",
+    "clean": "`--references clean`: blends 1",
+}
+RULES = {
+    "lower half": "median + 3 deviations of the lower half (version 0.2)",
+    "otsu": "Otsu",
+    "two gaussians": "two Gaussians",
+    "2.5 deviations": "median + 2.5 MAD of all",
+    "3.5 deviations": "median + 3.5 MAD of all",
+    "zsad reject": "zsad, rejected",
+    "zsad review": "zsad, rejected or to be reviewed",
+}
+
 OLD = "backbone"  # what records of version 0.1 call a network
 
 
@@ -273,6 +296,119 @@ def roofline_table() -> str:
     return f"{caption}:\n\n" + table(head, rows)
 
 
+def accuracy(section: str) -> Record:
+    """Return the latest record of a section."""
+    return next(record for record in reversed(read("accuracy.jsonl")) if record["section"] == section)
+
+
+def about(record: Record) -> str:
+    images = ", ".join(f"`{name}` {good} normal and {bad} defective" for name, (good, bad) in record["images"].items())
+    return (
+        f"{record['checkpoint']}, {record['image_size']} px; {images}; commit {record['commit'][:8]}, "
+        f"`{record['command']} --only {record['section']}`"
+    )
+
+
+def percent(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{100 * statistics.fmean(known):.1f}" if known else "–"
+
+
+def methods_table() -> str:
+    record = accuracy("methods")
+    sets, rows = record["sets"], []
+    for row in next(iter(sets.values())):
+        cells = [percent([of_set[row].get(key) for of_set in sets.values()]) for key in METRICS]
+        gain = record["gain_over_all"][row]
+        ends = ["–" if row == "all" else " to ".join(f"{100 * end:+.1f}" for end in gain[kind]) for kind in gain]
+        rows.append([ROWS[row], *cells, *ends])
+    head = ["", *METRICS.values(), "I-AUROC's gain over `all`, 95 %: over images", "over sets"]
+    of_sets = [
+        [
+            ROWS[row],
+            *(" / ".join(percent([s[row].get(key)]) for key in ("image_auroc", "pixel_ap")) for s in sets.values()),
+        ]
+        for row in next(iter(sets.values()))
+    ]
+    return (
+        f"Means over the sets in percent, those of pixels over the sets with masks, at 256×256; {about(record)}:\n\n"
+        f"{table(head, rows)}\n\nEach set, I-AUROC / P-AP:\n\n{table(['', *(f'`{name}`' for name in sets)], of_sets)}"
+    )
+
+
+def pooling_table() -> str:
+    record = accuracy("pooling")
+    sets = record["sets"]
+    rows = [
+        [
+            ROWS[row],
+            *(" / ".join(percent([s[row].get(key)]) for key in ("image_auroc", "pixel_ap")) for s in sets.values()),
+        ]
+        for row in next(iter(sets.values()))
+    ]
+    return f"I-AUROC / P-AP in percent; {about(record)}:\n\n{table(['', *(f'`{name}`' for name in sets)], rows)}"
+
+
+def contamination_table() -> str:
+    record = accuracy("contamination")
+    sets, rows = record["sets"], []
+    shares = list(next(iter(sets.values())))
+    for row in next(iter(sets.values()))[shares[0]]:
+        cells = []
+        for share in shares:
+            means = {key: [statistics.fmean(s[share][key]) for s in sets.values()] for key in (row, "all")}
+            worst = min(own - base for own, base in zip(means[row], means["all"], strict=True))
+            cells.append(percent(means[row]) + (f" ({100 * worst:+.1f})" if row != "all" else ""))
+        rows.append([ROWS[row], *cells])
+    names = ["as they are" if share == "all" else f"{share} defective" for share in shares]
+    return (
+        "Image AUROC in percent, mean of the sets, with fewer of the defective images; in brackets the set that loses "
+        f"most against `all`; {about(record)}:\n\n{table(['', *names], rows)}"
+    )
+
+
+def planted_table() -> str:
+    record, rows = accuracy("planted"), []
+    for name, curves in record["sets"].items():
+        for row in next(iter(curves.values())):
+            rows.append([f"`{name}`", ROWS[row], *(percent(of_share[row]) for of_share in curves.values())])
+    shares = [f"{100 * float(share):g} %" for share in next(iter(record["sets"].values()))]
+    return (
+        "Image AUROC in percent where that share of the normal images has one and the same defect at the same place, "
+        f"mean of {len(next(iter(curves.values()))['all'])} defects; {about(record)}:\n\n"
+        f"{table(['', '', *shares], rows)}"
+    )
+
+
+def verdicts_table() -> str:
+    record = accuracy("verdicts")
+    sets, rows = list(record["sets"].values()), []
+    parts = list(sets[0])
+
+    def mean(part: str, rule: str, key: str) -> str:
+        return percent(
+            [statistics.fmean(v[key] for v in s[part][rule]) for s in sets if s[part][rule][0][key] is not None]
+        )
+
+    for rule in sets[0][parts[0]]:
+        cells = [
+            mean(part, rule, "false_alarms")
+            if part == "0 %"
+            else " / ".join(mean(part, rule, key) for key in ("f1", "false_alarms", "recall"))
+            for part in parts
+        ]
+        rows.append([RULES[rule], *cells])
+    heads = []
+    for part in parts:
+        named = "as they are" if part == "all" else f"{part} defective"
+        best = f"{named} (best F1 {mean(part, next(iter(RULES)), 'best_f1')})"
+        heads.append("none defective: false alarms" if part == "0 %" else best)
+    return (
+        "F1 / false alarms / recall in percent, means of the sets; fewer defective images are drawn from the scores of "
+        f"the whole sets; {about(record)}:\n\n{table(['rule', *heads], rows)}"
+    )
+
+
 def published_table() -> str:
     rows = [
         [row.data, row.source, str(row.shots), *(text or "–" for text in row.values.values())]
@@ -284,6 +420,8 @@ def published_table() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "accuracy": methods_table,
+    "contamination": contamination_table,
     "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
@@ -293,6 +431,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "roofline": roofline_table,
     "runs": runs_table,
     "scaling": scaling_table,
+    "verdicts": verdicts_table,
 }
 
 
