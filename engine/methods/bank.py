@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,15 +179,16 @@ class Memory:
 
     def __init__(
         self,
-        header: Header,
         features: Sequence[NDArray[np.float32]],
-        device: Device | str,
-        memory_limit: int,
+        degrees: Sequence[int],
+        neighbours: int,
+        device: Device | Literal["cpu"],
+        memory_limit: int | None = None,
     ) -> None:
         """features: unit vectors [M, C] by taps, then degrees. memory_limit: bytes beside them."""
-        self._degrees, self._searches = header.degrees, list[Search]()
-        for vectors in features:
-            self._searches.append(Search(vectors, header.neighbours, device, memory_limit // len(features)))
+        share = None if memory_limit is None else memory_limit // len(features)
+        self._degrees = degrees
+        self._searches = [Search(vectors, neighbours, device, share) for vectors in features]
 
     def distances(self, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the mean distances [P] of an image's patches, tokens [L, P, C], to the nearest of the bank."""
@@ -202,7 +203,11 @@ class Search:
     """Finds how far features are from the nearest of a bank, as mutual scoring measures it."""
 
     def __init__(
-        self, vectors: NDArray[np.float32], neighbours: int, device: Device | str, memory_limit: int | None = None
+        self,
+        vectors: NDArray[np.float32],
+        neighbours: int,
+        device: Device | Literal["cpu"],
+        memory_limit: int | None = None,
     ) -> None:
         """vectors: [M, C] of about unit length, or zero."""
         self._with_zero = not vectors.any(axis=1).all()
@@ -253,8 +258,9 @@ def memories(header: Header, features: Mapping[tuple[str, int, int], Features], 
         )
     return {
         name: Memory(
-            header,
             [array for key, array in vectors.items() if key[0] == name],
+            header.degrees,
+            header.neighbours,
             place.arrays.device,
             limit // len(header.networks),
         )

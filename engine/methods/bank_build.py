@@ -9,9 +9,10 @@ if the image had not been there. Without that, thinning makes the bank's own ima
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from zsad.engine.config import Config, ConfigError
 from zsad.kernels.coverage import farthest_first, project
 from zsad.kernels.cpu.comparers import unit_features
+from zsad.kernels.cuda.device import Device
 
 from .bank import Search, raw_scores, square
-from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Scale, keys_of
+from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Scale
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
 
@@ -77,20 +79,39 @@ def build_bank(
         map_scale=Scale(low=0.0, middle=1.0),
     )
     features: dict[tuple[str, int, int], Features] = {}
-    patches = {name: np.zeros((array.shape[0], array.shape[2])) for name, array in tokens.items()}
-    keys = list(keys_of(header))
-    for done, (name, tap, degree) in enumerate(keys):
-        progress("bank", done, len(keys))
-        layer = header.networks[name].spec.taps.index(tap)
-        units = _units(tokens[name], layer, degree)
-        found = _covering(tokens[name].shape, units, making)
-        features[name, tap, degree] = found
-        share = 1 / sum(key[0] == name for key in keys)
-        patches[name] += share * _without_themselves(found, header.images, units, making, place)
-    progress("bank", len(keys), len(keys))
+    patches = {}
+    for name, array in tokens.items():
+        taps = header.networks[name].spec.taps
+        found, patches[name] = remembered(
+            array, settings.degrees, making, place.arrays.device, partial(progress, f"bank of {name}")
+        )
+        features |= {(name, taps[layer], degree): kept for (layer, degree), kept in found.items()}
     raw, maps = raw_scores(header, patches, place.networks), patches[header.map_network]
     scales = {"image_scale": _scale(raw), "map_scale": _scale(maps)}
     return Bank(header.model_copy(update=scales), features, raw, maps.max(axis=1))
+
+
+def remembered(
+    tokens: NDArray[Any],
+    degrees: Sequence[int],
+    making: Making,
+    device: Device | Literal["cpu"],
+    report: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[dict[tuple[int, int], Features], NDArray[np.float64]]:
+    """Return what a bank keeps of tokens [n, L, P, C], by layer and degree, and each image's distances without itself.
+
+    The distances [n, P] are means over layers and degrees.
+    """
+    found: dict[tuple[int, int], Features] = {}
+    patches = np.zeros((tokens.shape[0], tokens.shape[2]))
+    keys = [(layer, degree) for layer in range(tokens.shape[1]) for degree in degrees]
+    for done, (layer, degree) in enumerate(keys):
+        report(done, len(keys))
+        units = _units(tokens, layer, degree)
+        kept = found[layer, degree] = _covering(tokens.shape, units, making)
+        patches += _without_themselves(kept, len(tokens), units, making, device) / len(keys)
+    report(len(keys), len(keys))
+    return found, patches
 
 
 def check_making(config: Config, making: Making) -> None:
@@ -126,11 +147,13 @@ def _covering(shape: tuple[int, ...], units: Units, making: Making) -> Features:
     return Features.packed(np.concatenate(chosen), images, making.precision)
 
 
-def _without_themselves(found: Features, count: int, units: Units, making: Making, place: Place) -> NDArray[np.float64]:
+def _without_themselves(
+    found: Features, count: int, units: Units, making: Making, device: Device | Literal["cpu"]
+) -> NDArray[np.float64]:
     """Return the distances [n, P] of each image's patches to the nearest of what the bank were without it."""
-    vectors, device = found.units(), place.arrays.device
+    vectors = found.units()
     whole = len(vectors) == count * len(units(0))
-    instead = None if whole else _instead(found, vectors, count, units, making, place)
+    instead = None if whole else _instead(found, vectors, count, units, making, device)
     distances = []
     for image in range(count):
         own = found.images == image
@@ -140,7 +163,12 @@ def _without_themselves(found: Features, count: int, units: Units, making: Makin
 
 
 def _instead(
-    found: Features, vectors: NDArray[np.float32], count: int, units: Units, making: Making, place: Place
+    found: Features,
+    vectors: NDArray[np.float32],
+    count: int,
+    units: Units,
+    making: Making,
+    device: Device | Literal["cpu"],
 ) -> NDArray[np.float32]:
     """Return for each feature of the bank the nearest of another image, as it would be stored: [M, C]."""
     best = np.full(len(vectors), np.inf)
@@ -148,7 +176,7 @@ def _instead(
     for image in range(count):
         others = np.flatnonzero(found.images != image)
         own = units(image)
-        distances, numbers = Search(own, 1, place.arrays.device).nearest(vectors[others])
+        distances, numbers = Search(own, 1, device).nearest(vectors[others])
         nearer = distances < best[others]
         rows = others[nearer]
         best[rows], instead[rows] = distances[nearer], own[numbers[nearer]]

@@ -107,7 +107,7 @@ def _locked(output: Path) -> Iterator[bool]:
 
 def check_unclaimed(output: Path) -> None:
     """Raise OutputError where a run is writing: what is read there would be of two runs."""
-    with suppress(OSError), open(output / LOCK, opener=_without_links) as lock:  # noqa: PTH123
+    with suppress(OSError), open(output / LOCK, opener=_without_links) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:

@@ -78,7 +78,7 @@ def scored(method: BankMethod, tokens: NDArray[np.float32], batch: int = 2) -> l
 
 
 def raw_maps(bank: Bank, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
-    memory = Memory(bank.header, [features.units() for features in bank.features.values()], "cpu", 1 << 30)
+    memory = Memory([features.units() for features in bank.features.values()], (1, 3), 1, "cpu")
     return np.stack([memory.distances(image) for image in tokens])
 
 
@@ -105,9 +105,7 @@ def test_more_neighbours_are_averaged() -> None:
     bank = built(known, neighbours=3, precision="fp32")
     units = features[1].reshape(-1, CHANNELS)
     wanted, _ = reference.nearest(reference.lnamd(new[:, 0], GRID, 1)[0], units, 3)
-    memory = Memory(
-        bank.header.model_copy(update={"degrees": (1,)}), [bank.features["dinov2", 5, 1].units()], "cpu", 1 << 30
-    )
+    memory = Memory([bank.features["dinov2", 5, 1].units()], (1,), 3, "cpu")
     found = memory.distances(new[0, :1])
     np.testing.assert_allclose(found, np.sqrt(2 - 2 * wanted).mean(axis=1), atol=1e-4)
 
