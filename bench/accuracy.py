@@ -9,6 +9,7 @@ kept. Masks and maps are compared at 256×256. Sections, a record each:
     methods        image and pixel metrics of every row, with intervals over images and over sets
     pooling        the same with SNAMD (MuSc-V2) for LNAMD
     contamination  the same images with fewer of the defective ones, drawn at random
+    known          the same normal images left out, and compared with or not
     planted        one defect at the same place in 5 to 40 % of a set's normal images
     verdicts       F1, false alarms and recall of rules for the bound, from the scores of whole sets and of parts
 """
@@ -51,6 +52,7 @@ BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all
 NEAREST_SHARE = 0.001  # of all patches, that AnomalyDINO averages
 
 SHARES = {"20 %": (0.2, 2), "8 %": (0.08, 3)}  # of defective images, and draws
+KNOWN_COUNTS, KNOWN_DRAWS = (0, 1, 4, 16), 3
 PLANTED_SHARES, PLANTED_DEFECTS, PLANTED_IMAGES = (0.05, 0.1, 0.2, 0.3, 0.4), 3, 60
 
 
@@ -118,8 +120,9 @@ def clean_rows(batch: Batch, blends: Sequence[float]) -> Iterator[Scored]:
     degrees = tuple(degree for degree in SMALL_DEGREES if degree in batch.degrees)
     minima = np.stack([batch.minima(SMALL_TAPS, some).mean(axis=(0, 1)) for some in (degrees, degrees[:1])])
     settings = small_settings()
-    assert settings.clean_rule is not None
-    clean = clean_scores(minima, settings.clean_rule)
+    rule = settings.clean_rule(None)
+    assert rule is not None
+    clean = clean_scores(minima, rule)
     features = salient_features(batch.tokens_of(SMALL_TAPS)[np.arange(len(clean.salient)), :, clean.salient])
     for blend in blends:
         map_blend = 1.0 if blend == 1 else settings.map_blend
@@ -257,6 +260,24 @@ def contamination(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.
     return {"sets": found}
 
 
+def known_good(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Image AUROC beside so many known-good images, drawn from the normal ones; those that are drawn are not scored."""
+    found: dict[str, Any] = {}
+    for images in sets:
+        of_set: dict[str, dict[str, list[float]]] = {}
+        normal = np.flatnonzero(~images.anomalous)
+        for seed in range(KNOWN_DRAWS):
+            drawn = np.random.default_rng(seed).permutation(normal)[: min(max(KNOWN_COUNTS), len(normal) // 2)]
+            scored = np.setdiff1d(np.arange(len(images.anomalous)), drawn)
+            for count in KNOWN_COUNTS:
+                batch = images.batch.of(scored, drawn[:count])
+                for row, values in compared_rows(batch, reader.image_size).items():
+                    auroc = image_metrics(images.anomalous[scored], values.images)["auroc"]
+                    of_set.setdefault(str(count), {}).setdefault(row, []).append(round(auroc, 5))
+        found[images.name] = of_set
+    return {"sets": found}
+
+
 def planted_defects(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
     """Image AUROC where some of the normal images have the same defect at the same place, by share and row."""
     found: dict[str, Any] = {}
@@ -274,14 +295,14 @@ def planted_defects(sets: Sequence[ImageSet], reader: Reader, arguments: argpars
             for share in PLANTED_SHARES:
                 count = round(share * len(normal))
                 members = np.r_[len(normal) : len(normal) + count, count : len(normal)]
-                for row, scored in planted_rows(both.of(members), reader.image_size).items():
+                for row, scored in compared_rows(both.of(members), reader.image_size).items():
                     auroc = image_metrics(np.arange(len(normal)) < count, scored.images)["auroc"]
                     curves.setdefault(f"{share:g}", {}).setdefault(row, []).append(round(auroc, 5))
         found[images.name] = curves
     return {"sets": found}
 
 
-def planted_rows(batch: Batch, image_size: int) -> dict[str, Scored]:
+def compared_rows(batch: Batch, image_size: int) -> dict[str, Scored]:
     return {"all": small(batch, image_size)} | dict(
         zip(map(blend_name, COMPARED), clean_rows(batch, COMPARED), strict=True)
     )
@@ -368,6 +389,7 @@ SECTIONS: Mapping[str, Callable[[Sequence[ImageSet], Reader, argparse.Namespace]
     "methods": methods,
     "pooling": pooling,
     "contamination": contamination,
+    "known": known_good,
     "planted": planted_defects,
     "verdicts": verdicts,
 }

@@ -36,18 +36,21 @@ class Batch:
 
     tokens: Array  # [N, L, P, C]
     embeddings: Array  # [N, D]
-    each: Array  # [L, R, N, P, N] distances to the nearest patch of each image
+    each: Array  # [L, R, N, P, N + K] distances to the nearest patch of each image, and of K references
     taps: tuple[int, ...]  # L block numbers
     degrees: tuple[int, ...]  # R
 
-    def of(self, members: Sequence[int] | NDArray[Any]) -> "Batch":
-        """Return a batch of fewer images: distances between two images depend on no third."""
+    def of(self, members: Sequence[int] | NDArray[Any], references: Sequence[int] | NDArray[Any] = ()) -> "Batch":
+        """Return a batch of fewer images: distances between two images depend on no third.
+
+        references: images that these are compared with beside each other; they have no scores, and the last columns.
+        """
         chosen = np.asarray(members)
-        each = self.each[:, :, chosen][..., chosen]
+        each = self.each[:, :, chosen][..., np.concatenate([chosen, np.asarray(references, np.intp)])]
         return replace(self, tokens=self.tokens[chosen], embeddings=self.embeddings[chosen], each=each)
 
     def minima(self, taps: Sequence[int], degrees: Sequence[int]) -> Array:
-        """Return what some taps and degrees have measured, [l, r, N, P, N]."""
+        """Return what some taps and degrees have measured, [l, r, N, P, N + K]."""
         return self.each[np.ix_([self.taps.index(tap) for tap in taps], [self.degrees.index(r) for r in degrees])]
 
     def tokens_of(self, taps: Sequence[int]) -> Array:

@@ -367,16 +367,32 @@ def contamination_table() -> str:
     )
 
 
+def curves_of(record: Record) -> list[list[str]]:
+    """Return a line for each set and row, with the mean of the draws for each number of images or share."""
+    return [
+        [f"`{name}`", ROWS[row], *(percent(values[row]) for values in curves.values())]
+        for name, curves in record["sets"].items()
+        for row in next(iter(curves.values()))
+    ]
+
+
+def known_table() -> str:
+    record = accuracy("known")
+    counts = next(iter(record["sets"].values()))
+    draws = len(counts["0"]["all"])
+    return (
+        f"Image AUROC in percent beside so many known-good images, mean of {draws} draws; the {max(map(int, counts))} "
+        f"normal images drawn are never scored; {about(record)}:\n\n{table(['', '', *counts], curves_of(record))}"
+    )
+
+
 def planted_table() -> str:
-    record, rows = accuracy("planted"), []
-    for name, curves in record["sets"].items():
-        for row in next(iter(curves.values())):
-            rows.append([f"`{name}`", ROWS[row], *(percent(of_share[row]) for of_share in curves.values())])
+    record = accuracy("planted")
     shares = [f"{100 * float(share):g} %" for share in next(iter(record["sets"].values()))]
     return (
         "Image AUROC in percent where that share of the normal images has one and the same defect at the same place, "
-        f"mean of {len(next(iter(curves.values()))['all'])} defects; {about(record)}:\n\n"
-        f"{table(['', '', *shares], rows)}"
+        f"mean of {len(next(iter(next(iter(record['sets'].values())).values()))['all'])} defects; {about(record)}:\n\n"
+        f"{table(['', '', *shares], curves_of(record))}"
     )
 
 

@@ -32,6 +32,15 @@ def test_a_part_of_a_batch_is_as_if_it_had_been_compared_alone() -> None:
     np.testing.assert_allclose(accuracy.small(part, 56).maps, alone[0], atol=1e-6)
 
 
+def test_known_good_images_are_compared_with_and_not_scored() -> None:
+    members, known = [1, 2, 6], [7, 0]
+    batch = make_batch(9)
+    alone = mutual_scores(batch.tokens[members + known], (4, 4), DEGREES, references=2)
+    part = batch.of(members, known)
+    np.testing.assert_allclose(accuracy.small(part, 56).maps, alone, atol=1e-6)
+    assert len(next(accuracy.clean_rows(part, (0.25,))).images) == len(members)
+
+
 def test_chosen_taps_and_degrees() -> None:
     batch = make_batch(5)
     np.testing.assert_array_equal(batch.minima((8,), (3,)), batch.each[1:, 1:])
@@ -143,5 +152,8 @@ def test_every_section_is_recorded(
     assert all(("pixel_ap" in row) == (name == "masked") for name, of_set in methods.items() for row in of_set.values())
     assert methods["bare"]["all"]["image_auroc"] == records["contamination"]["sets"]["bare"]["all"]["all"][0]
     assert records["pooling"]["sets"]["masked"]["musc"] == methods["masked"]["musc"]
+    known = records["known"]["sets"]["bare"]
+    assert list(known) == ["0", "1", "4", "16"]
+    assert {len(values) for values in known["4"].values()} == {3}
     assert {len(values) for values in records["planted"]["sets"]["masked"]["0.4"].values()} == {3}
     assert records["verdicts"]["sets"]["bare"]["0 %"]["otsu"][0]["recall"] is None
