@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from zsad.kernels.files import parse_json, remembered_sha256, written_whole
+from zsad.kernels.files import find_sealed, parse_json, remembered_sha256, write_sealed, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
 from .agreement import Array, check_agreement, run_graph
@@ -331,15 +331,19 @@ def _build(trt: Any, onnx: Path, fingerprint: Fingerprint, options: EngineOption
     timings = ""
     if options.target == "tensorrt":  # TensorRT-RTX does not time, and asks for a GPU when given a cache
         timings = f"timings-{fingerprint.version}-{fingerprint.compute_capabilities[0]}.cache"
-        found = [file for folder in cache_places("engines") if (file := folder / timings).is_file()]
-        known = found[-1].read_bytes() if found else b""
+        found = [file for folder in cache_places("engines") if (file := find_sealed(folder / timings)) is not None]
+        known = b""
+        with suppress(OSError, IndexError):  # another process may have measured more just now
+            known = found[-1].read_bytes()
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{options.target} built no engine from {onnx}: {log.said()}; try a smaller --batch")
     if timings:
-        with written_whole(cache_to_write("engines") / timings) as temporary:
-            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        measured = write_sealed(cache_to_write("engines") / timings, bytes(config.get_timing_cache().serialize()))
+        for old in set(found) - {measured}:
+            with suppress(OSError):
+                old.unlink()
     return bytes(plan)
 
 

@@ -305,8 +305,11 @@ class CategoryWriter:
             if result.stages is not None:
                 thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
         if self._writing.keep_stages and result.stages is not None:
+            files = []
             for name, encoded in stage_pictures(small, result.stages):
-                self._path(f"stages/{key}-{name}").write_bytes(encoded)
+                files.append(f"stages/{key}-{name}")
+                self._path(files[-1]).write_bytes(encoded)
+            record = replace(record, stage_files=files)
         if "rayan" in self._writing.formats:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
             record = replace(record, json_file=f"{key}_scores.json")

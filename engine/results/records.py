@@ -14,7 +14,7 @@ from zsad.engine.evaluation.evaluate import Evaluation
 from zsad.engine.scores.verdicts import Bounds, Region, Verdict
 from zsad.kernels.files import parse_json
 
-RARE = ("p_value", "note")  # fields of an image that its record has only where there is something to say
+RARE = ("p_value", "stage_files", "note")  # fields of an image that its record has only where there is something to say
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,18 @@ class ImageRecord:
     map: str = ""
     overlay_file: str = ""
     json_file: str = ""
+    stage_files: list[str] | None = None  # pictures of what led to the score, where they were asked for
     sizes: list[int] = field(default_factory=list)  # bytes of these files, of those there are
     regions: list[Region] | None = None  # none of accepted images; None without a verdict or a map
     p_value: float | None = None  # share of normal images that score as high; None where the method knows of none
     note: str | None = None  # what the user should know of the file
 
     def facts(self) -> dict[str, Any]:
-        """Return the fields for JSON, without a p-value and a note where there is none."""
+        """Return the fields for JSON, without a p-value, pictures of stages and a note where there are none."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value is not None}
 
     def files(self) -> list[str]:
-        return [file for file in (self.map, self.overlay_file, self.json_file) if file]
+        return [file for file in (self.map, self.overlay_file, *(self.stage_files or ()), self.json_file) if file]
 
     def sizes_in(self, folder: Path) -> list[int]:
         """Return the sizes that its files have in a category's folder; raises OSError where one is gone."""

@@ -168,7 +168,8 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: ExportedModel, 
         "timings b''",
     ]
     assert engine.path.read_bytes() == b"plan of an engine"
-    assert (cache / "engines" / "timings-10.13.0.35-8.9.cache").read_bytes() == b"measured"
+    (timings,) = (cache / "engines").glob("timings-10.13.0.35-8.9-*.cache")
+    assert timings.read_bytes() == b"measured"
     stored = json.loads(fingerprint_path(engine.path).read_text())
     assert stored == {
         "onnx": "tiny.onnx",
@@ -189,6 +190,10 @@ def test_what_is_asked_of_tensorrt(tensorrt: FakeBuilder, graph: ExportedModel, 
     }
     build_engine(graph, EngineOptions("tensorrt"), "again")
     assert tensorrt.asked[-1] == "timings b'measured'"
+    timings.write_bytes(b"damaged")
+    build_engine(graph, EngineOptions("tensorrt", (1, 2, 3)), "again")
+    assert tensorrt.asked[-1] == "timings b''"
+    assert timings.read_bytes() == b"measured"
 
 
 def test_engines_are_cached_by_fingerprint(
