@@ -7,7 +7,8 @@ selected by them, and only then are the winners of the selected ranks measured a
 all winners with the default interval, read degree by degree so that one copy of the features is resident. Where the
 int8 product chose the right winners and ranks the scores are exact; elsewhere the chosen winner is nearly as close.
 Where the distances to all images are handed back, all winners are measured, unless the caller takes those beyond the
-chosen ranks as the products have them.
+chosen ranks as the products have them: 2e-4 to 4e-4 off on the mean and without bias, which moved image AUROC by up to
+0.03 points and pixel AP by up to 0.15 on three sets of 120 to 150 images (280 px, DINOv2 ViT-S, clean references).
 """
 
 import math
