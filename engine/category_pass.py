@@ -9,7 +9,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +29,8 @@ from zsad.engine.images.references import NoReferencesError, References, find_re
 from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
-from zsad.engine.results.category import Background, CategoryWriter, Result, Writing
+from zsad.engine.results.category import CategoryWriter
+from zsad.engine.results.image_files import Background, Result, Writing
 from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
@@ -168,17 +169,9 @@ class CategoryPass:
     def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
         """Score the images and write the category's folder; images without a score join what was unreadable before."""
         bit_depth = self._bit_depth()
-        scored = self._scored(bit_depth)
-        results = self._compared(scored) if self.method.compares else map(self._absolute, scored)
+        results = self.results(bit_depth)
         timings, options = self.workplace.timings, self.job.options
-        writing = Writing(
-            options.formats,
-            _background(self.config),
-            options.keep_stages,
-            self.workplace.loader.workers,
-            self.workplace.loader.memory_limit,
-            middle_square=any(recipe.resize == "shortest_crop" for recipe in self.method.inputs),
-        )
+        writing = how_to_write(self.config, options, self.workplace)
         # Results that depend on other images are written at the end: there is nothing to go on with before.
         journal = None if self.method.compares else digest
         with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
@@ -213,6 +206,11 @@ class CategoryPass:
                     notes=self.notes,
                 )
                 return writer.finish(record)
+
+    def results(self, bit_depth: int | None) -> Iterable[Result]:
+        """Score the images; returns what there is to write of each, as it comes or as a list of all."""
+        scored = self._scored(bit_depth)
+        return self._compared(scored) if self.method.compares else map(self._absolute, scored)
 
     def _bit_depth(self) -> int | None:
         """Return how many bits of the 16-bit files' grey values are in use."""
@@ -431,6 +429,18 @@ class CategoryPass:
             kind = "the same picture" if copies.exact else "nearly the same picture"
             hidden = "copies of a defect hide it" if last < images else "an image that is a reference too looks normal"
             self._note(f"{', '.join(names)}{more} are {kind}; {hidden}")
+
+
+def how_to_write(config: Config, options: Options, workplace: Workplace) -> Writing:
+    """Return how results are written."""
+    return Writing(
+        options.formats,
+        _background(config),
+        options.keep_stages,
+        workplace.loader.workers,
+        workplace.loader.memory_limit,
+        middle_square=any(recipe.resize == "shortest_crop" for recipe in workplace.method.inputs),
+    )
 
 
 def _background(config: Config) -> Background:

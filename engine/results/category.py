@@ -1,87 +1,43 @@
 """One category's folder: files of its images as they come, then tables and the record, and into place as a whole."""
 
 import csv
-import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from numpy.typing import NDArray
 
 from zsad.engine.images.ahead import Ahead
-from zsad.engine.images.categories import Category, InputImage
-from zsad.engine.images.decode import decode, pixels
+from zsad.engine.images.categories import Category
 from zsad.engine.images.loader import held_bytes
-from zsad.engine.images.stored import ImageError, read_map
+from zsad.engine.images.stored import read_map
 from zsad.engine.images.tree import RECORD, SCORES
-from zsad.engine.methods.bitmasks import union
-from zsad.engine.methods.foreground import Stages
-from zsad.engine.scores.maps import object_mask, pixel_map
-from zsad.engine.scores.verdicts import Region, find_regions
 from zsad.kernels.files import as_cell, parse_json, written_whole
 
-from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
+from .image_files import ImageFiles, Result, Writing, Written, judged, rounded
 from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place, own_folder
-from .rayan import SIDE, challenge_json, read_challenge, with_score
+from .rayan import read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
-
-Format = Literal["zsad", "rayan"]
-Background = Literal["none", "colour", "stages"]
 
 REGIONS = "regions.csv"
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 
 
-VERDICTS, P_VALUE, NOTE = ("verdict", "regions", "defect_area"), "p_value", "note"  # columns of tables that need them
+# Columns of tables of scores: those of all, and those of tables that need them.
+COLUMNS = ("path", "score", "rank", "raw_score", "map")
+VERDICTS, P_VALUE, NOTE = ("verdict", "regions", "defect_area"), "p_value", "note"
+REGION_COLUMNS = ("path", "x", "y", "width", "height", "area", "peak")
 
 SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a category, and of each of them
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How results are written."""
-
-    formats: Sequence[Format]
-    background: Background  # what tells it; it gets the lowest score
-    keep_stages: bool  # as pictures
-    workers: int
-    memory_limit: int  # bytes that images on their way may take
-    middle_square: bool = False  # maps are of the middle square of each image
-
-
-@dataclass(frozen=True)
-class Result:
-    """What there is to write of one image."""
-
-    index: int  # of the image within its category
-    score: float  # in [0, 1]
-    raw_score: float
-    map: NDArray[np.float32]  # [h, w] in the method's units
-    scale: tuple[float, float]  # map values that become 0 and 1
-    facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
-    stages: Stages | None = None
-    note: str | None = None  # what the user should know of the file
-    p_value: float | None = None  # share of normal images that score as high
-
-
-class Written(NamedTuple):
-    """What is kept of an image whose files are written: a line of the journal."""
-
-    number: int  # of the image within its category
-    record: ImageRecord
-    facts: list[float] | None = None  # of `Result`
-    least_area: int = 0  # pixels of a defect region at least: a quarter of a map's cell
-    failure: Failure | None = None
 
 
 class CategoryWriter:
@@ -102,7 +58,7 @@ class CategoryWriter:
         resume: bool,
     ) -> None:
         """bit_depth: of grey values in 16-bit files. journal: the fingerprint under which a later run may go on."""
-        self._final, self._writing, self._bit_depth = output / category.name, writing, bit_depth
+        self._final, self._writing = output / category.name, writing
         self._images, self._fingerprint, self._resume = category.images, journal, resume
         self._staging, self._left = own_folder(self._final, "partial"), left_folder(self._final)
         # All else that is kept of an image is on disk: there may be a million.
@@ -110,6 +66,7 @@ class CategoryWriter:
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
         self._with_notes = self._with_p_values = False  # whether an image has one
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
+        self._files = ImageFiles(self._staging, writing, bit_depth)
 
     def __enter__(self) -> "CategoryWriter":
         recovered: Iterator[tuple[Written, str]] = iter(())
@@ -249,97 +206,13 @@ class CategoryWriter:
         ranks[best_first] = np.arange(1, len(ranks) + 1)
         for written, rank in zip(self.written(), ranks, strict=True):
             # The challenge's files may have other scores now.
-            image = replace(written.record, rank=int(rank), sizes=written.record.sizes_in(self._staging))
-            if record.bounds is not None:
-                verdict = record.bounds.verdict(image.score)
-                regions = self._regions(written, record.bounds.region) if verdict != "accept" else []
-                image = replace(image, verdict=verdict, regions=regions if image.map else None)
-            yield _rounded(image)
-
-    def _regions(self, written: Written, bound: float | None) -> list[Region]:
-        if bound is None or not written.record.map:
-            return []
-        return find_regions(np.asarray(read_map(self._staging / written.record.map)), bound, written.least_area)
+            image = written.record if record.bounds is None else judged(self._staging, written, record.bounds)
+            yield rounded(replace(image, rank=int(rank), sizes=image.sizes_in(self._staging)))
 
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
-        image = self._images[result.index]
-        record = ImageRecord(
-            str(image.relative), result.score, result.raw_score, p_value=result.p_value, note=result.note
-        )
-        facts = None if result.facts is None else np.asarray(result.facts).tolist()
-        try:
-            record, least_area, thumbnails = self._draw(result, image, record)
-            record = replace(record, sizes=record.sizes_in(self._staging))
-            line = json.dumps([record.path, thumbnails]) + "\n" if thumbnails else ""
-            return Written(result.index, record, facts, least_area), line
-        except MemoryError as error:
-            if not last_try:
-                raise
-            reason = f"no map, too little memory for it: {error}"
-        except ImageError as error:  # readable when it was scored, but not now
-            reason = f"no map, the file has changed: {error}"
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            reason = "no map, its path in the output is too long"
-        return Written(result.index, record, facts, failure=Failure(record.path, reason)), ""
-
-    def _draw(
-        self, result: Result, image: InputImage, record: ImageRecord
-    ) -> tuple[ImageRecord, int, Mapping[str, str]]:
-        """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
-        (height, width), small, mask = self._picture(image, result.stages)
-        key = image.key
-        thumbnails: dict[str, str] = {}
-        record = replace(record, width=width, height=height)
-        shortest = min(height, width)
-        seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
-        if "zsad" in self._writing.formats:
-            scores = pixel_map(result.map, (height, width), result.scale, mask, seen)  # [H, W]
-            record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
-            Image.fromarray(scores).save(self._path(record.map), format="TIFF")
-            overlay = draw_overlay(small, scores)
-            self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
-            thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
-            if result.stages is not None:
-                thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
-        if self._writing.keep_stages and result.stages is not None:
-            files = []
-            for name, encoded in stage_pictures(small, result.stages):
-                files.append(f"stages/{key}-{name}")
-                self._path(files[-1]).write_bytes(encoded)
-            record = replace(record, stage_files=files)
-        if "rayan" in self._writing.formats:
-            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
-            record = replace(record, json_file=f"{key}_scores.json")
-            self._path(record.json_file).write_text(challenge_json(result.score, scores))
-        return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
-
-    def _picture(
-        self, image: InputImage, stages: Stages | None
-    ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
-        """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
-        rgb = pixels(decode(image.path, self._bit_depth))  # [H, W, 3]
-        height, width, _ = rgb.shape
-        small = np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
-        return (height, width), small, self._mask(rgb[:, :, ::-1], stages)
-
-    def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
-        """Return which pixels [H, W] of an image are no background; None: all of them."""
-        if self._writing.background == "colour":
-            return object_mask(bgr)
-        if self._writing.background == "stages" and stages is not None:
-            return union([stages.foreground], stages.size)
-        return None
-
-    def _path(self, relative: str) -> Path:
-        path = self._staging / relative
-        if not path.parent.is_dir():
-            # Only below its own folder: if that is gone, it must not come back half empty.
-            for folder in reversed(Path(relative).parents[:-1]):
-                (self._staging / folder).mkdir(exist_ok=True)
-        return path
+        written, thumbnails = self._files.write(self._images[result.index], result, last_try)
+        return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
 
 
 class _Lines:
@@ -430,10 +303,6 @@ def read_thumbnails(output: Path, category: str) -> Iterator[tuple[str, dict[str
         yield path, parse_json(line)[1]
 
 
-def _rounded(image: ImageRecord) -> ImageRecord:
-    return replace(image, score=round(image.score, 6), raw_score=round(image.raw_score, 6))
-
-
 def _write_tables(
     folder: Path, best_first: NDArray[np.intp], columns: Sequence[str], images: ImageRecords
 ) -> dict[str, int]:
@@ -445,22 +314,29 @@ def _write_tables(
     # Names that are no valid Unicode keep their bytes.
     with (folder / SCORES).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
-        table.writerow(["path", "score", "rank", "raw_score", "map", *columns])
-        for image in images.ordered(best_first.tolist()):
-            row = [as_cell(image.path), f"{image.score:.6f}", image.rank, f"{image.raw_score:.6f}", image.map]
-            if with_verdicts:
-                regions = image.regions or []
-                row += [image.verdict, len(regions), sum(region.area for region in regions)]
-            if P_VALUE in columns:
-                row.append("" if image.p_value is None else f"{image.p_value:.6f}")
-            if NOTE in columns:
-                row.append(image.note)
-            table.writerow(row)
+        table.writerow([*COLUMNS, *columns])
+        table.writerows(score_row(image, columns) for image in images.ordered(best_first.tolist()))
     if with_verdicts:
         with (folder / REGIONS).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
-            table.writerow(["path", "x", "y", "width", "height", "area", "peak"])
+            table.writerow(REGION_COLUMNS)
             for image in images:
-                table.writerows([as_cell(image.path), *asdict(region).values()] for region in image.regions or [])
+                table.writerows(region_rows(image))
     names = [THUMBNAILS, SCORES, *[REGIONS] * with_verdicts]
     return {name: (folder / name).stat().st_size for name in names}
+
+
+def score_row(image: ImageRecord, columns: Sequence[str]) -> list[Any]:
+    """Return an image's row of the table of scores; columns: beside those that every such table has."""
+    row = [as_cell(image.path), f"{image.score:.6f}", image.rank or "", f"{image.raw_score:.6f}", image.map]
+    if VERDICTS[0] in columns:
+        regions = image.regions or []
+        row += [image.verdict, len(regions), sum(region.area for region in regions)]
+    if P_VALUE in columns:
+        row.append("" if image.p_value is None else f"{image.p_value:.6f}")
+    return [*row, image.note] if NOTE in columns else row
+
+
+def region_rows(image: ImageRecord) -> list[list[Any]]:
+    """Return an image's rows of the table of regions."""
+    return [[as_cell(image.path), *asdict(region).values()] for region in image.regions or []]

@@ -19,7 +19,9 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.decode import decode
 from zsad.engine.images.folders import scan
 from zsad.engine.results import category as module
-from zsad.engine.results.category import CategoryWriter, Result, Writing
+from zsad.engine.results import image_files
+from zsad.engine.results.category import CategoryWriter
+from zsad.engine.results.image_files import ImageFiles, Result, Writing
 from zsad.engine.results.output import JOURNAL, claimed, own_folder
 from zsad.engine.results.records import CategoryRecord
 from zsad.engine.results.report import shown_categories
@@ -35,7 +37,7 @@ WRITING = Writing(("zsad", "rayan"), background="none", keep_stages=False, worke
 def _small_maps() -> Iterator[None]:
     """Most of a run's time here would go into the challenge's maps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SIDE", 40)
+        patch.setattr(image_files, "SIDE", 40)
         yield
 
 
@@ -141,7 +143,7 @@ def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
         assert files(killed) == whole, following
 
 
-@pytest.mark.parametrize("step", ["_write_tables", "_rounded", "with_score"])
+@pytest.mark.parametrize("step", ["_write_tables", "rounded", "with_score"])
 def test_a_full_disk_at_the_end_costs_no_image(
     category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -208,7 +210,7 @@ def test_an_image_without_memory_is_tried_again(
         return decode(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "decode", short)
+        patch.setattr(image_files, "decode", short)
         interrupted(category, tmp_path, 3)
     assert write(category, tmp_path) == ["01.png", "03.png"]
     assert files(tmp_path) == whole
@@ -224,7 +226,7 @@ def test_next_to_nothing_is_held_of_an_image(
     def draw(*arguments: Any) -> Any:
         return replace(arguments[-1], map=here + "thumbnails.jsonl"), 1, {"image": "x" * 4000}
 
-    monkeypatch.setattr(CategoryWriter, "_draw", draw)
+    monkeypatch.setattr(ImageFiles, "_draw", draw)
 
     def peak(images: int) -> int:
         many = replace(category, images=category.images[:1] * images)

@@ -1,0 +1,166 @@
+"""The files of single images: map, overlay, pictures of stages, the challenge's JSON; and its defect regions."""
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from zsad.engine.images.categories import InputImage
+from zsad.engine.images.decode import decode, pixels
+from zsad.engine.images.stored import ImageError, read_map
+from zsad.engine.methods.bitmasks import union
+from zsad.engine.methods.foreground import Stages
+from zsad.engine.scores.maps import object_mask, pixel_map
+from zsad.engine.scores.verdicts import Bounds, Region, find_regions
+
+from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
+from .rayan import SIDE, challenge_json
+from .records import Failure, ImageRecord
+
+Format = Literal["zsad", "rayan"]
+Background = Literal["none", "colour", "stages"]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How results are written."""
+
+    formats: Sequence[Format]
+    background: Background  # what tells it; it gets the lowest score
+    keep_stages: bool  # as pictures
+    workers: int
+    memory_limit: int  # bytes that images on their way may take
+    middle_square: bool = False  # maps are of the middle square of each image
+
+
+@dataclass(frozen=True)
+class Result:
+    """What there is to write of one image."""
+
+    index: int  # of the image within its category
+    score: float  # in [0, 1]
+    raw_score: float
+    map: NDArray[np.float32]  # [h, w] in the method's units
+    scale: tuple[float, float]  # map values that become 0 and 1
+    facts: ArrayLike | None = None  # [D], what scores of the whole category need of the image
+    stages: Stages | None = None
+    note: str | None = None  # what the user should know of the file
+    p_value: float | None = None  # share of normal images that score as high
+
+
+class Written(NamedTuple):
+    """What is kept of an image whose files are written: a line of the journal."""
+
+    number: int  # of the image within its category
+    record: ImageRecord
+    facts: list[float] | None = None  # of `Result`
+    least_area: int = 0  # pixels of a defect region at least: a quarter of a map's cell
+    failure: Failure | None = None
+
+
+class ImageFiles:
+    """Writes the files of images into a category's folder, which is there."""
+
+    def __init__(self, folder: Path, writing: Writing, bit_depth: int | None) -> None:
+        """bit_depth: of grey values in 16-bit files."""
+        self._folder, self._writing, self._bit_depth = folder, writing, bit_depth
+
+    def write(self, image: InputImage, result: Result, last_try: bool) -> tuple[Written, Mapping[str, str]]:
+        """Write an image's files; returns what is kept of it, and thumbnails as data URIs by name.
+
+        Raises OSError, and MemoryError unless it is the last try.
+        """
+        record = ImageRecord(
+            str(image.relative), result.score, result.raw_score, p_value=result.p_value, note=result.note
+        )
+        facts = None if result.facts is None else np.asarray(result.facts).tolist()
+        try:
+            record, least_area, thumbnails = self._draw(result, image, record)
+            record = replace(record, sizes=record.sizes_in(self._folder))
+            return Written(result.index, record, facts, least_area), thumbnails
+        except MemoryError as error:
+            if not last_try:
+                raise
+            reason = f"no map, too little memory for it: {error}"
+        except ImageError as error:  # readable when it was scored, but not now
+            reason = f"no map, the file has changed: {error}"
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            reason = "no map, its path in the output is too long"
+        return Written(result.index, record, facts, failure=Failure(record.path, reason)), {}
+
+    def _draw(
+        self, result: Result, image: InputImage, record: ImageRecord
+    ) -> tuple[ImageRecord, int, Mapping[str, str]]:
+        """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
+        (height, width), small, mask = self._picture(image, result.stages)
+        key = image.key
+        thumbnails: dict[str, str] = {}
+        record = replace(record, width=width, height=height)
+        shortest = min(height, width)
+        seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
+        if "zsad" in self._writing.formats:
+            scores = pixel_map(result.map, (height, width), result.scale, mask, seen)  # [H, W]
+            record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
+            Image.fromarray(scores).save(self._path(record.map), format="TIFF")
+            overlay = draw_overlay(small, scores)
+            self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
+            thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
+            if result.stages is not None:
+                thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
+        if self._writing.keep_stages and result.stages is not None:
+            files = []
+            for name, encoded in stage_pictures(small, result.stages):
+                files.append(f"stages/{key}-{name}")
+                self._path(files[-1]).write_bytes(encoded)
+            record = replace(record, stage_files=files)
+        if "rayan" in self._writing.formats:
+            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
+            record = replace(record, json_file=f"{key}_scores.json")
+            self._path(record.json_file).write_text(challenge_json(result.score, scores))
+        return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
+
+    def _picture(
+        self, image: InputImage, stages: Stages | None
+    ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
+        rgb = pixels(decode(image.path, self._bit_depth))  # [H, W, 3]
+        height, width, _ = rgb.shape
+        small = np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
+        return (height, width), small, self._mask(rgb[:, :, ::-1], stages)
+
+    def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
+        """Return which pixels [H, W] of an image are no background; None: all of them."""
+        if self._writing.background == "colour":
+            return object_mask(bgr)
+        if self._writing.background == "stages" and stages is not None:
+            return union([stages.foreground], stages.size)
+        return None
+
+    def _path(self, relative: str) -> Path:
+        path = self._folder / relative
+        if not path.parent.is_dir():
+            # Only below its own folder: if that is gone, it must not come back half empty.
+            for folder in reversed(Path(relative).parents[:-1]):
+                (self._folder / folder).mkdir(exist_ok=True)
+        return path
+
+
+def judged(folder: Path, written: Written, bounds: Bounds) -> ImageRecord:
+    """Return an image's record with its verdict and, unless it is accepted, its defect regions, read from its map."""
+    record, regions = written.record, list[Region]()
+    verdict = bounds.verdict(record.score)
+    if verdict != "accept" and bounds.region is not None and record.map:
+        regions = find_regions(np.asarray(read_map(folder / record.map)), bounds.region, written.least_area)
+    return replace(record, verdict=verdict, regions=regions if record.map else None)
+
+
+def rounded(image: ImageRecord) -> ImageRecord:
+    """Return a record with its scores as they are written."""
+    return replace(image, score=round(image.score, 6), raw_score=round(image.raw_score, 6))
