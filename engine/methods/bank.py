@@ -223,21 +223,13 @@ class Search:
 
         A feature without direction is at distance 1 from every other, and at 0 from such.
         """
-        mean: NDArray[np.float64] = self._measured(units)[0].mean(axis=1)
-        return mean
-
-    def nearest(self, units: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the distances [P] of features [P, C] to the nearest, and the numbers [P] of these."""
-        distances, numbers = self._measured(units)
-        return distances[:, 0], numbers[:, 0]
-
-    def _measured(self, units: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        cosines, numbers = self._nearest.search(units)  # [P, k]
+        cosines, _ = self._nearest.search(units)  # [P, k]
         squared = np.maximum(2 - 2 * cosines.astype(np.float64), 0)
         if self._with_zero:
             squared = np.minimum(squared, 1)
         squared[~units.any(axis=1)] = 0 if self._with_zero else 1
-        return np.sqrt(squared), numbers
+        mean: NDArray[np.float64] = np.sqrt(squared).mean(axis=1)
+        return mean
 
 
 def recipes(place: Place) -> dict[str, Recipe]:

@@ -3,9 +3,9 @@
 tokens [n, L, P, C] → unit features of each degree → a few that cover all [M, C], stored → each image scored without
 itself: scores and highest map values [n], scales
 
-An image's own patches are taken out of the bank when it is scored, and with them went what made their neighbours in
-other images superfluous. So in place of each stands the nearest patch of another image: about what the bank would hold
-if the image had not been there. Without that, thinning makes the bank's own images score higher than new ones.
+Of a thinned bank it is not enough to leave an image's own patches out: the others were chosen so that they cover this
+image, too, which they do not do for a new one. So a bank is thinned anew for each of a few parts of the images, from
+all but that part. Only these scores are to those of new images as any of these are to each other.
 """
 
 import importlib.metadata
@@ -27,6 +27,7 @@ from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Head
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
 
+FOLDS = 5  # parts of the images, each of which is scored by a bank of the others
 PATCHES = 20_000  # of a bank, per tap and degree, unless asked for otherwise
 LEAST_SPAN = 1e-3  # of a scale: images may be copies of one
 
@@ -108,8 +109,9 @@ def remembered(
     for done, (layer, degree) in enumerate(keys):
         report(done, len(keys))
         units = _units(tokens, layer, degree)
-        kept = found[layer, degree] = _covering(tokens.shape, units, making)
-        patches += _without_themselves(kept, len(tokens), units, making, device) / len(keys)
+        everyone = np.arange(len(tokens))
+        found[layer, degree] = _covering(everyone, tokens.shape, units, making)
+        patches += _without_themselves(tokens.shape, units, making, device) / len(keys)
     report(len(keys), len(keys))
     return found, patches
 
@@ -135,52 +137,32 @@ def _units(tokens: NDArray[Any], layer: int, degree: int) -> Units:
     return read
 
 
-def _covering(shape: tuple[int, ...], units: Units, making: Making) -> Features:
-    """Choose features of all images that cover them."""
-    count, _, patches, channels = shape
-    if making.size >= count * patches:
-        rows = np.arange(count * patches)
-    else:
-        rows = farthest_first(project(count, patches, channels, units), making.size)
-    images = (rows // patches).astype(np.int32)
-    chosen = [units(image)[rows[images == image] % patches] for image in np.unique(images).tolist()]
-    return Features.packed(np.concatenate(chosen), images, making.precision)
+def _covering(members: NDArray[np.intp], shape: tuple[int, ...], units: Units, making: Making) -> Features:
+    """Choose features of some images that cover those of all of them; shape: [n, L, P, C] of all tokens."""
+    _, _, patches, channels = shape
+    rows = np.arange(len(members) * patches)
+    if making.size < len(rows):
+        projected = project(len(members), patches, channels, lambda part: units(int(members[part])))
+        rows = farthest_first(projected, making.size)
+    parts = rows // patches
+    chosen = [units(int(members[part]))[rows[parts == part] % patches] for part in np.unique(parts).tolist()]
+    return Features.packed(np.concatenate(chosen), members[parts].astype(np.int32), making.precision)
 
 
 def _without_themselves(
-    found: Features, count: int, units: Units, making: Making, device: Device | Literal["cpu"]
+    shape: tuple[int, ...], units: Units, making: Making, device: Device | Literal["cpu"]
 ) -> NDArray[np.float64]:
-    """Return the distances [n, P] of each image's patches to the nearest of what the bank were without it."""
-    vectors = found.units()
-    whole = len(vectors) == count * len(units(0))
-    instead = None if whole else _instead(found, vectors, count, units, making, device)
-    distances = []
-    for image in range(count):
-        own = found.images == image
-        others = vectors[~own] if instead is None else np.where(own[:, None], instead, vectors)
-        distances.append(Search(others, making.neighbours, device).distances(units(image)))
-    return np.stack(distances)
-
-
-def _instead(
-    found: Features,
-    vectors: NDArray[np.float32],
-    count: int,
-    units: Units,
-    making: Making,
-    device: Device | Literal["cpu"],
-) -> NDArray[np.float32]:
-    """Return for each feature of the bank the nearest of another image, as it would be stored: [M, C]."""
-    best = np.full(len(vectors), np.inf)
-    instead = np.zeros_like(vectors)
-    for image in range(count):
-        others = np.flatnonzero(found.images != image)
-        own = units(image)
-        distances, numbers = Search(own, 1, device).nearest(vectors[others])
-        nearer = distances < best[others]
-        rows = others[nearer]
-        best[rows], instead[rows] = distances[nearer], own[numbers[nearer]]
-    return Features.packed(instead, found.images, making.precision).units()
+    """Return the distances [n, P] of each image's patches to the nearest of a bank that was made without it."""
+    count, _, patches, _ = shape
+    whole = making.size >= count * patches  # then it costs nothing to leave out one image alone
+    dealt = np.random.default_rng(0).permutation(count)
+    distances = np.empty((count, patches))
+    for fold in np.array_split(dealt, count if whole else min(count, FOLDS)):
+        others = np.setdiff1d(np.arange(count), fold)
+        search = Search(_covering(others, shape, units, making).units(), making.neighbours, device)
+        for image in fold.tolist():
+            distances[image] = search.distances(units(image))
+    return distances
 
 
 def _scale(values: NDArray[np.float64]) -> Scale:
