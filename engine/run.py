@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
 
 
 def _run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
-    start, started = time.perf_counter(), datetime.now(timezone.utc)
+    started = Started()
     if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
     dataset = scan(data, exclude=options.output)
@@ -88,29 +88,10 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
         records = [_if_there(record, dataset, options) for record in records]
         timings = workplace.timings
         dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
-        seconds = time.perf_counter() - start
-        record = RunRecord(
-            version=importlib.metadata.version("zsad"),
-            preset=config.preset,
-            method=config.method,
-            device=runtime.device_name,
-            runtime=runtime.describe(),
-            started=started.isoformat(timespec="seconds"),
-            seconds=round(seconds, 3),
-            images=sum(len(category.images) for category in records),
-            failed=sum(len(category.failures) for category in records),
+        record = replace(
+            run_record(config, runtime, workplace, started, records, [*dataset.notes, *_notes(records), *missing]),
             not_compared=left_out,
-            images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
-            peak_memory_bytes=peak_memory(),
-            device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
-            stages={name: round(value, 3) for name, value in timings.items()},
-            library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
-            config=workplace.asked(config),
-            checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
-            versions={"python": platform.python_version(), "numpy": np.__version__},
-            categories=records,
             metrics=evaluation,
-            notes=[*dataset.notes, *_notes(records), *missing],
         )
         check_there(options.output)  # writing would make it anew
         if "zsad" in options.formats:
@@ -119,6 +100,49 @@ def _run(data: Path, config: Config, runtime: Runtime, options: Options, progres
         with written_whole(options.output / RUN) as temporary:
             temporary.write_text(record.to_json())
     return record
+
+
+@dataclass(frozen=True)
+class Started:
+    """When a run began."""
+
+    at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    clock: float = field(default_factory=time.perf_counter)  # seconds
+
+
+def run_record(
+    config: Config,
+    runtime: Runtime,
+    workplace: Workplace,
+    started: Started,
+    records: Sequence[CategoryRecord],
+    notes: list[str],
+) -> RunRecord:
+    """Return what there is on record of a run by now, without a comparison with ground truth."""
+    seconds, timings = time.perf_counter() - started.clock, workplace.timings
+    return RunRecord(
+        version=importlib.metadata.version("zsad"),
+        preset=config.preset,
+        method=config.method,
+        device=runtime.device_name,
+        runtime=runtime.describe(),
+        started=started.at.isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        images=sum(len(category.images) for category in records),
+        failed=sum(len(category.failures) for category in records),
+        not_compared=0,
+        images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
+        peak_memory_bytes=peak_memory(),
+        device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
+        stages={name: round(value, 3) for name, value in timings.items()},
+        library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
+        config=workplace.asked(config),
+        checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
+        versions={"python": platform.python_version(), "numpy": np.__version__},
+        categories=list(records),
+        metrics=None,
+        notes=notes,
+    )
 
 
 def _scored(

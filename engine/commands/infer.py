@@ -14,8 +14,10 @@ from zsad.engine.presets.names import preset_names
 from .arguments import Parser, Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
+    from zsad.engine.config import Config
+    from zsad.engine.networks.runtime import Runtime
     from zsad.engine.results.records import RunRecord
-    from zsad.engine.workplace import Saving
+    from zsad.engine.workplace import Options, Saving
 
     from .start import Interrupts
 
@@ -40,6 +42,7 @@ OF_THE_RUN = frozenset(
         "megapixels",
         "seconds",
         "format",
+        "watch",
         "save_bank",
         "bank_size",
         "bank_precision",
@@ -137,6 +140,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         keep_stages=arguments.keep_stages,
         saving=_saving(arguments),
     )
+    if arguments.watch is not None:
+        return _watch(arguments, config, runtime, options, interrupts)
     if data is None:
         with ProgressBars(arguments.quiet, interrupts) as progress:
             make_bank(config, runtime, options, progress)
@@ -152,6 +157,26 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     if record.failed or record.not_compared:
         return SOME_FAILED
     return DONE if arguments.fail_on is None else _judged(record, arguments.fail_on)
+
+
+def _watch(
+    arguments: argparse.Namespace, config: "Config", runtime: "Runtime", options: "Options", interrupts: "Interrupts"
+) -> int:
+    """Score what arrives until Ctrl-C or SIGTERM, which is the usual end; what is in flight is finished first."""
+    from zsad.engine.watch import Told, watch
+    from zsad.kernels.files import printable
+
+    from .console import DONE, emit
+
+    def tell(told: Told) -> None:
+        if arguments.json:
+            emit(told.to_json())
+        elif not arguments.quiet:
+            emit(printable(str(told)))
+
+    interrupts.waits = True
+    watch(arguments.watch, config, runtime, options, lambda: not interrupts.seen, tell)
+    return DONE
 
 
 def _judged(record: "RunRecord", verdict: str) -> int:
@@ -222,9 +247,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_results(parser)
     arguments = parser.parse_args(argv)
     only_saved = arguments.save_bank is not None and arguments.reference is not None
-    if arguments.data is None and not arguments.demo and not only_saved:
+    if arguments.data is None and not arguments.demo and not only_saved and arguments.watch is None:
         parser.error("give a folder of images, or --demo")
     _check_banks(parser, arguments)
+    _check_watch(parser, arguments)
     if arguments.data is not None and arguments.demo:
         parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
     for name in ("batch_size", "workers"):
@@ -251,6 +277,20 @@ def _check_banks(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error(f"--{name.replace('_', '-')} must be {up_to}, not {value}")
 
 
+def _check_watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.watch is None:
+        return
+    if arguments.bank is None:
+        parser.error(
+            "--watch scores each image by itself, by a bank: make one with --reference GOOD/ --save-bank part.zsad, "
+            "and give --bank part.zsad"
+        )
+    for name in ("data", "demo", "strict", "fail_on", "reference", "shots"):
+        if getattr(arguments, name):
+            option = f"the folder {arguments.data}" if name == "data" else f"--{name.replace('_', '-')}"
+            parser.error(f"--watch scores what arrives in {arguments.watch} until it is ended; leave out {option}")
+
+
 def _add_banks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("banks: score each image alone, by what is known to look normal").add_argument
     add(
@@ -261,6 +301,13 @@ def _add_banks(parser: argparse.ArgumentParser) -> None:
         "folder. Without DATA nothing is scored",
     )
     add("--bank", metavar="part.zsad", help="score by a bank, or by those of a folder, called as the categories are")
+    add(
+        "--watch",
+        type=Path,
+        metavar="FOLDER",
+        help="with --bank: score images as they arrive there, until Ctrl-C (exit code 0); a line for each, with --json "
+        "as JSON. Started again, it goes on",
+    )
     add("--false-alarms", type=float, metavar="0.01", help="with --bank: share of good images that may be rejected")
     add("--bank-size", type=int, metavar="N", help="patches kept per tap and degree at most (default: 20000)")
     add("--bank-precision", choices=("fp16", "int8", "fp32"), help="in which they are kept (default: fp16)")
@@ -366,7 +413,11 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         help="exit code 3 if an image is rejected, or even if one is to be reviewed",
     )
     add("--keep-stages", action="store_true", help="write foregrounds, masks and tiles as pictures")
-    add("--json", action="store_true", help="print the run record as JSON on standard output")
+    add(
+        "--json",
+        action="store_true",
+        help="print the run record as JSON on standard output, with --watch a line for each image",
+    )
     add_loudness(parser, "plans and the time per stage")
     add("--version", action=Version, nargs=0, help="print the version and exit")
 

@@ -26,6 +26,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.seen = False
         self.over = False  # all is cleaned up, there is nothing left to interrupt
+        self.waits = False  # the first one is only remembered, for whoever looks at `seen` and ends by itself
         self.later = threading.Timer(0, os.kill)
 
     def __enter__(self) -> "Interrupts":
@@ -52,7 +53,9 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.over:
             return
-        self.seen = True
+        first, self.seen = not self.seen, True
+        if first and self.waits:
+            return
         if not _loading(frame):
             self.check()
         self.later.cancel()

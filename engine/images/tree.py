@@ -11,6 +11,7 @@ from .stored import SUFFIXES
 
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 SCORES = "scores.csv"
+WATCHED = "watched.jsonl"  # the journal of a category whose images are scored as they arrive
 RUN = "run.json"
 REPORT = "report.html"
 RUN_FILES = (RUN, REPORT, "metrics.json", "metrics.csv")  # at the top of the output folder
@@ -21,6 +22,7 @@ DEEPEST = 64  # folders within folders
 _SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
 _RECORD_START = b'{\n "name": "'
+WATCHED_START = b'{"zsad": "watched", "version": 1}\n'
 _RUN_START = (b'"version": ', b'"preset": ')
 
 
@@ -100,7 +102,7 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
             if link:
                 folder.links.add(entry.name)
     for folder in known.values():
-        if RECORD in folder.files and is_results(folder.path):
+        if (RECORD in folder.files and is_results(folder.path)) or (WATCHED in folder.files and is_stream(folder.path)):
             folder.files.clear()
             folder.folders.clear()
         elif RUN in folder.files and all(part in _start(folder.path / RUN) for part in _RUN_START):
@@ -118,6 +120,11 @@ def is_results(folder: Path) -> bool:
     return finished and (
         _start(folder / SCORES).startswith(_SCORES_START) or _start(folder / RECORD).startswith(_RECORD_START)
     )
+
+
+def is_stream(folder: Path) -> bool:
+    """Tell whether a folder holds results of images that were scored as they arrived."""
+    return _start(folder / WATCHED).startswith(WATCHED_START)
 
 
 def _listed(folder: Path) -> tuple[list[str], list["os.DirEntry[str]"]]:

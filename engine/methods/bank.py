@@ -158,6 +158,12 @@ class BankMethod:
         scaled = header.image_scale.values(np.array([accept, reject]))
         return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
 
+    def share_above(self, score: float) -> float:
+        """Return which share of normal images, one more counted in, the open bank expects above a score in [0, 1]."""
+        assert self._bank is not None
+        above = self._bank.header.image_scale.values(self._bank.scores) > score
+        return float(1 + above.sum()) / (len(above) + 1)
+
     def _rule(self, bank: Bank) -> tuple[str, float]:
         """Say what the bound of a bank promises, and return it as a raw score."""
         asked = self._settings.false_alarms

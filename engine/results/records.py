@@ -41,6 +41,11 @@ class ImageRecord:
         """Return the fields for JSON, without a p-value, pictures of stages and a note where there are none."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value is not None}
 
+    @classmethod
+    def from_facts(cls, facts: Any) -> "ImageRecord":
+        """Make a record of what `facts` has returned; raises ValueError for anything else."""
+        return _checked(_IMAGE_RECORDS, ImageRecord, facts)
+
     def files(self) -> list[str]:
         return [file for file in (self.map, self.overlay_file, *(self.stage_files or ()), self.json_file) if file]
 
@@ -95,7 +100,10 @@ _Record = TypeVar("_Record", CategoryRecord, ImageRecord)
 
 def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes) -> _Record:
     """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
-    content = parse_json(text)
+    return _checked(adapter, kind, parse_json(text))
+
+
+def _checked(adapter: TypeAdapter[_Record], kind: type[_Record], content: Any) -> _Record:
     names = {field.name for field in fields(kind)}
     may_lack = {"images", *RARE}  # the former are read apart
     if not isinstance(content, dict) or content.keys() | may_lack != names | may_lack:

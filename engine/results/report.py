@@ -48,9 +48,10 @@ class ShownCategory:
     protocol: str | None
 
 
-def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory]) -> None:
+def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory], refresh: float | None = None) -> None:
     """Write a run's results as a self-contained page to `path`, replacing what was there only when it is complete.
 
+    refresh: seconds after which the page loads itself again, of images in the order of their arrival; None: it is done.
     Raises ValueError for a number that is not finite, and OSError if the file cannot be written.
     """
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -60,7 +61,7 @@ def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory]
     before, after = page.split("{{DATA}}")
     with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(before)
-        file.writelines(_data(run, categories))
+        file.writelines(_data(run, categories, refresh))
         file.write(after)
 
 
@@ -91,7 +92,7 @@ def _shown_images(output: Path, category: Category, record: CategoryRecord) -> I
             pictured, pictures = next(thumbnails, ("", {}))
 
 
-def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
+def _data(run: RunRecord, categories: Sequence[ShownCategory], refresh: float | None) -> Iterator[str]:
     """Yield the page's data, in pieces: pictures of a million images are never held at once.
 
     Images that find no room in the block of the run follow in blocks of their own.
@@ -102,7 +103,7 @@ def _data(run: RunRecord, categories: Sequence[ShownCategory]) -> Iterator[str]:
     shown_run = asdict(replace(run, categories=[]))
     del shown_run["categories"]
     pictured = None if share == max(counts, default=0) else share
-    yield f'{{"run":{_encode(shown_run)},"pictured":{_encode(pictured)},"categories":['
+    yield f'{{"run":{_encode(shown_run)},"pictured":{_encode(pictured)},"refresh":{_encode(refresh)},"categories":['
     for number, category in enumerate(categories):
         fields = asdict(replace(category.record, images=[]))
         del fields["sizes"]

@@ -1,0 +1,331 @@
+"""Image files as they arrive in a folder: each is handed out once, when it is completely written.
+
+What the system tells of changes only says where to look, if it tells at all: the folder itself is looked through
+again and again, so that nothing is missed on network shares, in bursts, or while nobody was watching.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+import threading
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from .categories import HERE, ImageFolder, InputImage
+from .layouts import is_hidden
+from .names import result_folder, shortened
+from .tree import DEEPEST, is_image, is_results, is_stream
+
+log = logging.getLogger("zsad")
+
+SETTLED = 0.2  # seconds without a change after which a file counts as written
+PATIENCE = 5.0  # seconds without a change until what cannot be read then is no longer waited for
+# Seconds between looks through the whole folder, with and without being told of changes; a look that takes long is
+# made less often: only in one of so many parts of the time.
+RESCAN_TOLD, RESCAN = 5.0, 0.5
+PART = 20
+MOST_WAITING = 10_000  # files that are kept in mind; others are met by the next look through the folder
+COARSE = 10**7  # nanoseconds; times that are multiples of it come from file systems that keep no finer ones
+MERGED = 4096  # new keys that are kept apart
+
+
+class Version(NamedTuple):
+    """What a file is while it is not changed."""
+
+    size: int  # bytes
+    modified: int  # ns
+    inode: int
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file that is completely written."""
+
+    relative: str  # to the folder that is watched
+    version: Version
+    image: InputImage
+    young: bool  # it may still be that it is not: what cannot be read is to be tried again
+
+
+class Known:
+    """Which files were handled, in 16 bytes for each: by path, and by inode, which a renamed file keeps."""
+
+    def __init__(self) -> None:
+        self._sorted, self._new = array("Q"), set[int]()
+
+    def add(self, relative: str, version: Version) -> None:
+        self._new.update(_keys(relative, version))
+        if len(self._new) >= MERGED:
+            new = np.fromiter(self._new, np.uint64, len(self._new))
+            self._sorted = array("Q", np.union1d(np.frombuffer(self._sorted, np.uint64), new).tobytes())
+            self._new.clear()
+
+    def has(self, relative: str, version: Version) -> bool:
+        return any(key in self._new or self._in_sorted(key) for key in _keys(relative, version))
+
+    def _in_sorted(self, key: int) -> bool:
+        place = bisect_left(self._sorted, key)
+        return place < len(self._sorted) and self._sorted[place] == key
+
+
+def _keys(relative: str, version: Version) -> Iterator[int]:
+    size, modified, inode = version
+    yield _key(f"{relative}\0{size}\0{modified}")
+    if modified % COARSE:  # else a file that takes the place of a removed one could be mistaken for it
+        yield _key(f"\0{inode}\0{size}\0{modified}")
+
+
+def _key(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@dataclass
+class _Waiting:
+    """A file that is not handled yet."""
+
+    version: Version
+    changed: float  # when that was first seen of it
+    due: float  # when it counts as written, unless it changes before
+
+
+class Arrivals:
+    """The files of a folder and all below it that are not `known`, once they are completely written."""
+
+    def __init__(self, root: Path, exclude: Path, known: Known) -> None:
+        """exclude: a folder to leave out."""
+        self.root, self._known = root.absolute(), known
+        self._excluded = os.path.realpath(exclude)
+        self._waiting: dict[str, _Waiting] = {}
+        self._folders: dict[str, ImageFolder] = {}  # of the images that were handed out last
+        self._signals = Signals(self.root)
+        self._next_scan = 0.0
+        self._gone: str | None = None  # why the folder cannot be looked through
+
+    def __enter__(self) -> "Arrivals":
+        self._signals.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signals.stop()
+
+    def take(self, most: int) -> list[Arrival]:
+        """Look around; return files that are complete by now, oldest first."""
+        for path in self._signals.changed():
+            self._look_at(path)
+        if self._signals.missed() or time.monotonic() >= self._next_scan:
+            self._scan()
+        now = time.monotonic()
+        due = [relative for relative, waiting in self._waiting.items() if waiting.due <= now]
+        due.sort(key=lambda relative: (self._waiting[relative].version.modified, relative))
+        found = []
+        for relative in due[:most]:
+            self._look_at(self.root / relative)  # once more, directly before
+            waiting = self._waiting.get(relative)
+            if waiting is not None and waiting.due <= now:
+                del self._waiting[relative]
+                young = now - waiting.changed < PATIENCE
+                found.append(Arrival(relative, waiting.version, self._image(relative), young))
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there may be something to take, at most so long."""
+        now = time.monotonic()
+        following = min((waiting.due for waiting in self._waiting.values()), default=now + seconds)
+        self._signals.wait(max(0.0, min(seconds, following - now, self._next_scan - now)))
+
+    def put_back(self, arrival: Arrival) -> None:
+        """Take back a file that cannot be read, or has changed; it is handed out again when it has rested."""
+        now = time.monotonic()
+        self._waiting[arrival.relative] = _Waiting(arrival.version, now - SETTLED, now + PATIENCE)
+        self._look_at(self.root / arrival.relative)
+
+    def handled(self, arrival: Arrival) -> None:
+        self._known.add(arrival.relative, arrival.version)
+
+    def version(self, arrival: Arrival) -> Version | None:
+        """Return what the file is by now, None where it is no longer there."""
+        try:
+            return _version(os.stat(self.root / arrival.relative))  # noqa: PTH116
+        except OSError:
+            return None
+
+    def _look_at(self, path: Path) -> None:
+        """Take note of what a file is by now."""
+        try:
+            relative = str(path.relative_to(self.root))
+            status = os.stat(path)  # noqa: PTH116
+        except (OSError, ValueError):
+            with suppress(ValueError):
+                self._waiting.pop(str(path.relative_to(self.root)), None)
+            return
+        if stat.S_ISREG(status.st_mode):
+            self._meet(relative, _version(status))
+        elif stat.S_ISDIR(status.st_mode):
+            self._next_scan = 0.0  # a folder that was moved here may be full of files, of which nobody tells
+
+    def _meet(self, relative: str, version: Version) -> None:
+        """Take note of a file, unless it was handled as it is, or is none to be scored."""
+        now, waiting = time.monotonic(), self._waiting.get(relative)
+        if waiting is not None and waiting.version == version:
+            return
+        if waiting is None and (len(self._waiting) >= MOST_WAITING or not self._wanted(relative)):
+            return
+        if self._known.has(relative, version):
+            self._waiting.pop(relative, None)
+            return
+        rested = 0.0 if waiting is not None else time.time() - version.modified / 1e9
+        due = now if rested > SETTLED else now + SETTLED
+        self._waiting[relative] = _Waiting(version, now, due)
+
+    def _wanted(self, relative: str) -> bool:
+        path = PurePosixPath(relative)
+        if not is_image(path.name) or any(map(is_hidden, path.parts)):
+            return False
+        real = os.path.realpath(self.root / path.parent)
+        return real != self._excluded and not real.startswith(f"{self._excluded}/")
+
+    def _scan(self) -> None:
+        """Look through the whole folder."""
+        start = time.monotonic()
+        try:
+            with os.scandir(self.root):
+                pass
+            if self._gone is not None:
+                log.warning("%s is there again", self.root)
+                self._signals.start()
+            self._gone = None
+        except OSError as error:
+            if self._gone is None:
+                log.error("%s cannot be listed (%s); waiting for it to come back", self.root, error.strerror)
+                self._signals.stop()
+            self._gone = error.strerror or str(error)
+        here = [relative for relative in self._waiting if not (self.root / relative).exists()]
+        for relative in here if self._gone is None else ():
+            del self._waiting[relative]  # moved away or deleted
+        for relative, version in self._walk():
+            self._meet(relative, version)
+        taken = time.monotonic() - start
+        pause = RESCAN_TOLD if self._signals.telling() else RESCAN
+        if len(self._waiting) >= MOST_WAITING:
+            pause = RESCAN  # there may be more
+        self._next_scan = time.monotonic() + max(pause, PART * taken)
+
+    def _walk(self) -> Iterator[tuple[str, Version]]:
+        """Yield the image files that are there; what cannot be listed is left out."""
+        met, waiting = set[str](), [("", 0)]
+        while waiting:
+            above, depth = waiting.pop()
+            folder = self.root / above
+            real = os.path.realpath(folder)
+            if real in met or real == self._excluded or is_results(folder) or is_stream(folder):
+                continue
+            met.add(real)
+            with suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    relative = f"{above}{entry.name}"
+                    if is_hidden(entry.name):
+                        continue
+                    with suppress(OSError):
+                        if entry.is_dir():
+                            if depth < DEEPEST:
+                                waiting.append((f"{relative}/", depth + 1))
+                        elif is_image(entry.name) and entry.is_file():
+                            yield relative, _version(entry.stat())
+
+    def _image(self, relative: str) -> InputImage:
+        """Name an image; results keep its suffix: another file of the same stem may come at any time."""
+        above, _, name = relative.rpartition("/")
+        if above not in self._folders:
+            if len(self._folders) >= MERGED:
+                self._folders.clear()
+            path = HERE / above
+            self._folders[above] = ImageFolder(self.root / above, path, result_folder(path))
+        return InputImage(self._folders[above], name, shortened(name))
+
+
+def _version(status: os.stat_result) -> Version:
+    return Version(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class Signals:
+    """What the system tells of changes in a folder, by the library watchfiles; without it, nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._paths: dict[str, None] = {}
+        self._lock, self._told = threading.Lock(), threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._missed = False
+
+    def start(self) -> None:
+        try:
+            from watchfiles import watch
+        except ImportError:
+            log.info(
+                "looking for new files every half second; to see them at once: pip install 'zsad[watch]'",
+            )
+            return
+        self.stop()
+        self._stop = threading.Event()
+        self._missed = True  # what came before it tells
+
+        def follow(stop: threading.Event) -> None:
+            try:
+                for changes in watch(
+                    self._root,
+                    watch_filter=None,
+                    debounce=50,
+                    step=10,
+                    rust_timeout=250,
+                    stop_event=stop,
+                    raise_interrupt=False,
+                ):
+                    self._take(path for _, path in changes)
+            except Exception as error:  # too few inotify watches, or the folder is gone
+                log.warning("the system does not tell of new files (%s); looking for them every half second", error)
+
+        self._thread = threading.Thread(target=follow, args=(self._stop,), daemon=True, name="watch")
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2)
+            self._thread = None
+
+    def telling(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self._told.wait(seconds)
+
+    def changed(self) -> list[Path]:
+        """Return the paths that were told of since the last call."""
+        with self._lock:
+            paths, self._paths = list(self._paths), {}
+            self._told.clear()
+        return [Path(path) for path in paths]
+
+    def missed(self) -> bool:
+        """Tell whether there was more than could be kept in mind since the last call."""
+        missed, self._missed = self._missed, False
+        return missed
+
+    def _take(self, paths: Iterable[str]) -> None:
+        with self._lock:
+            self._paths.update(dict.fromkeys(paths))
+            if len(self._paths) > MOST_WAITING:
+                self._paths.clear()
+                self._missed = True
+        self._told.set()
