@@ -344,7 +344,9 @@ class MuSc:
         if self.map_range is not None:  # few images say as little when they are rescored by each other
             assert self._yardstick is not None
             return min_max(raw, (0.0, 2 * self._yardstick.raw_score))
-        neighbours = self._settings.rscin if self._rule is None else self._settings.salient_rscin
+        neighbours = self._settings.rscin
+        if self._rule is not None:  # the nearest seven of a few images are nearly all of them
+            neighbours = self._settings.salient_rscin if len(scored) >= FEW_IMAGES else ()
         if not neighbours:
             return min_max(raw)
         return rscin(raw, np.array([image.facts for image in scored]), neighbours)

@@ -190,7 +190,8 @@ def test_clean_references(references: str, blends: tuple[float, float], images: 
     facts = salient_features(x[np.arange(images), :, expected.salient])
     np.testing.assert_allclose([image.facts for image in found], facts, atol=1e-6)
     scores = run.method.image_scores(found)
-    np.testing.assert_allclose(scores, rscin(expected.image_scores, facts, (1, 7)), atol=1e-6)
+    by_others = rscin(expected.image_scores, facts, (1, 7))
+    np.testing.assert_allclose(scores, by_others if images >= FEW_IMAGES else min_max(expected.image_scores), atol=1e-6)
     assert run.timings["references"] > 0
 
 
