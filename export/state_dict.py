@@ -288,7 +288,10 @@ def _read_onnx_initializers(path: Path) -> StateDict:
     from onnx import numpy_helper
 
     graph = load_model(path).graph
-    raw = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    try:
+        raw = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    except (TypeError, AttributeError) as error:  # element types that there are not
+        raise ValueError(str(error)) from error
     named = {name: array for name, array in raw.items() if "::" not in name}
     positions = {}
     for node in graph.node:

@@ -1,5 +1,6 @@
-"""Whole runs that are killed, starved, doubled or varied: what is there in the end is right, or a line says why not."""
+"""Whole runs that are killed, starved, doubled, varied or given damaged files: results are right, or a line says why."""
 
+import csv
 import hashlib
 import os
 import random
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from corruption import corrupted, images
 from runs import draw
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 RUNS = int(os.environ.get("ZSAD_RUNS", "4"))  # of each test with a random choice
 SEED = int(os.environ.get("ZSAD_SEED", "0"))
 IMAGES = 24
+DAMAGED = 50  # files in a round
 SECONDS = 120  # after which a run hangs
 TABLES = ("scores.csv", "regions.csv")
 
@@ -116,12 +119,73 @@ def test_how_the_work_is_dealt_changes_no_byte(command: list[str], tmp_path: Pat
     assert results(tmp_path / "one") == results(tmp_path / "other")
 
 
-def test_the_order_in_which_files_were_made_changes_no_byte(command: list[str], tmp_path: Path) -> None:
-    assert run(command, "--output", "one").returncode == 0
+def test_random_variations_change_no_byte(command: list[str], tmp_path: Path) -> None:
+    """Among them the order in which the files were made."""
+    rng, plain = random.Random(SEED), dict[str, dict[str, str]]()
     files = {path: path.read_bytes() for path in sorted((tmp_path / "data").rglob("*.png"))}
-    shutil.rmtree(tmp_path / "data")
-    for path in random.Random(SEED).sample(list(files), len(files)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(files[path])
-    assert run(command, "--output", "other").returncode == 0
-    assert results(tmp_path / "one") == results(tmp_path / "other")
+    for _ in range(RUNS):
+        batch = str(rng.choice((1, 2, 3, 8)))
+        for output, options in {
+            **({} if batch in plain else {"plain": []}),
+            "other": [
+                *("--workers", str(rng.randrange(1, 9))),
+                *rng.choice(([], ["--memory-limit", "40MB"], ["--memory-limit", "1GB"])),
+            ],
+        }.items():
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            ended = run(command, "--output", "out", "--batch-size", batch, *options)
+            assert (ended.returncode, ended.stderr) == (0, "")
+            found = results(tmp_path / "out")
+            assert found == plain.setdefault(batch, found), (output, batch, options)
+            shutil.rmtree(tmp_path / "data")
+            for path in rng.sample(list(files), len(files)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(files[path])
+
+
+def scores(output: Path) -> dict[tuple[str, str], float]:
+    """Return the methods' own scores by category and image."""
+    found = {}
+    for table in output.glob("*/scores.csv"):
+        with table.open(newline="") as file:
+            found |= {(table.parent.name, row["path"]): float(row["raw_score"]) for row in csv.DictReader(file)}
+    return found
+
+
+def test_other_names_change_scores_by_a_millionth_at_most(command: list[str], tmp_path: Path) -> None:
+    """Sums in another order round otherwise."""
+    assert run(command, "--output", "whole").returncode == 0
+    whole, rng = scores(tmp_path / "whole"), random.Random(SEED)
+    for _ in range(RUNS):
+        names = {}
+        for folder in (tmp_path / "data").iterdir():
+            files = sorted(folder.iterdir())
+            for place, file in zip(rng.sample(range(len(files)), len(files)), files, strict=True):
+                names[folder.name, f"{place:03d}.png"] = (folder.name, file.name)
+        shutil.rmtree(tmp_path / "renamed", ignore_errors=True)
+        for (category, new), (_, old) in names.items():
+            (tmp_path / "renamed" / category).mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "data" / category / old, tmp_path / "renamed" / category / new)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert run(["renamed" if word == "data" else word for word in command], "--output", "out").returncode == 0
+        for name, score in scores(tmp_path / "out").items():
+            assert score == pytest.approx(whole[names[name]], abs=1.1e-6)  # the table has six digits
+
+
+def test_among_damaged_files_every_good_image_is_scored(command: list[str], tmp_path: Path) -> None:
+    good = {(path.parent.name, path.name) for path in (tmp_path / "data").rglob("*.png")}
+    whole = list(images().items())
+    for number in range(RUNS):
+        rng = random.Random(f"{SEED} {number}")
+        for old in (tmp_path / "data").rglob("damaged-*"):
+            old.unlink()
+        for index in range(DAMAGED):
+            name, content = rng.choice(whole)
+            (tmp_path / "data" / "bolt" / f"damaged-{index:03d}{Path(name).suffix}").write_bytes(
+                corrupted(content, rng)
+            )
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        ended = run(command, "--output", "out")
+        assert ended.returncode in (0, 1), f"round {number}: {ended.stderr}"
+        assert all(line.startswith("zsad-infer: bolt/damaged-") for line in ended.stderr.splitlines()), ended.stderr
+        assert good <= scores(tmp_path / "out").keys(), f"round {number}"
