@@ -21,7 +21,7 @@ from zsad.engine.methods.method import Group, Place, Scored, method_class
 from zsad.engine.methods.musc import FEW_IMAGES, HALF_UNLIKE, MuSc
 from zsad.engine.networks.network import Network, TensorSpec
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, salient_features
-from zsad.engine.scores.image_scores import rscin
+from zsad.engine.scores.image_scores import min_max, rscin
 from zsad.kernels import reference
 from zsad.kernels.mutual_scoring import mutual_scores
 
