@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, _imaging
 
 from .upright import ORIENTATION, upright_array
 
@@ -19,7 +19,7 @@ from .upright import ORIENTATION, upright_array
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
 with suppress(AttributeError, OSError):  # a Pillow whose libtiff is built in
-    _libtiff = ctypes.CDLL(Image.core.__file__)  # what it is linked with is found through it
+    _libtiff = ctypes.CDLL(_imaging.__file__)  # what it is linked with is found through it
     _libtiff.TIFFSetErrorHandler.restype = ctypes.c_void_p
     _libtiff.TIFFSetErrorHandler(None)
 

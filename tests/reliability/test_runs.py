@@ -1,4 +1,4 @@
-"""Whole runs that are killed, starved, doubled, varied or among damaged files: results are right, or a line says why."""
+"""Whole runs: killed, starved, doubled, varied or among damaged files, their results are right, or a line says why."""
 
 import csv
 import hashlib
