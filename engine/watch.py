@@ -238,6 +238,7 @@ class Watching:
 
     def _with_room(self, write: Callable[[], Done]) -> Done:
         """Write, as soon as there is room on the disk; raises EndedError where there still is none at the end."""
+        waited = False
         while True:
             try:
                 done = write()
@@ -251,8 +252,9 @@ class Watching:
                 if not self._going_on():
                     raise EndedError from None
                 time.sleep(ROOM)
+                waited = True
                 continue
-            if self._full:
+            if waited and self._full:
                 self._full = False
                 log.warning("%s: there is room again", self._options.output)
             return done

@@ -328,7 +328,7 @@ def _write_tables(
 
 def score_row(image: ImageRecord, columns: Sequence[str]) -> list[Any]:
     """Return an image's row of the table of scores; columns: beside those that every such table has."""
-    row = [as_cell(image.path), f"{image.score:.6f}", image.rank or "", f"{image.raw_score:.6f}", image.map]
+    row: list[Any] = [as_cell(image.path), f"{image.score:.6f}", image.rank or "", f"{image.raw_score:.6f}", image.map]
     if VERDICTS[0] in columns:
         regions = image.regions or []
         row += [image.verdict, len(regions), sum(region.area for region in regions)]

@@ -1,0 +1,222 @@
+"""Files as they arrive: each is handed out once, when it is written, whatever happens to it before and after."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from zsad.engine.images import arrivals as module
+from zsad.engine.images.arrivals import PATIENCE, SETTLED, Arrival, Arrivals, Known, Signals, Version
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now + 1e9
+
+    def date(self, path: Path, ago: float = 0.0) -> None:
+        """Set a file's time of change to a moment before now."""
+        modified = int((self.time() - ago) * 1e9) + 12345
+        os.utime(path, ns=(modified, modified))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(Signals, "start", lambda self: None)  # whoever looks again and again needs no telling
+    return clock
+
+
+@pytest.fixture
+def known() -> Known:
+    return Known()
+
+
+@pytest.fixture
+def arrivals(tmp_path: Path, clock: Clock, known: Known) -> Iterator[Arrivals]:
+    (tmp_path / "in").mkdir()
+    with Arrivals(tmp_path / "in", tmp_path / "in" / "out", known) as arrivals:
+        yield arrivals
+
+
+@pytest.fixture
+def taken(arrivals: Arrivals, clock: Clock) -> Callable[[float], list[str]]:
+    """Let seconds pass, and return what is complete then, which is handled."""
+
+    def take(seconds: float) -> list[str]:
+        clock.now += seconds
+        found = arrivals.take(100)
+        for arrival in found:
+            arrivals.handled(arrival)
+        return [arrival.relative for arrival in found]
+
+    return take
+
+
+def write(clock: Clock, path: Path, content: bytes = b"x", ago: float = 0.0) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(content)
+    clock.date(path, ago)
+    return path
+
+
+Taken = Callable[[float], list[str]]
+
+
+def test_a_file_that_grows_waits(tmp_path: Path, clock: Clock, taken: Taken) -> None:
+    for length in range(1, 20):
+        write(clock, tmp_path / "in" / "a.png", b"x" * length)
+        assert taken(0.1) == []
+    assert taken(0.1) + taken(0.1) + taken(0.1) == ["a.png"]
+    assert taken(9) == []
+
+
+def test_what_was_written_elsewhere_and_moved_here_is_complete_at_once(
+    tmp_path: Path, clock: Clock, taken: Taken
+) -> None:
+    write(clock, tmp_path / "draft.png", ago=SETTLED + 0.1).rename(tmp_path / "in" / "a.png")
+    assert taken(0) == ["a.png"]
+
+
+def test_what_is_deleted_before_it_is_complete_is_forgotten(tmp_path: Path, clock: Clock, taken: Taken) -> None:
+    path = write(clock, tmp_path / "in" / "a.png")
+    assert taken(0) == []
+    path.unlink()
+    assert taken(5) == []
+
+
+def test_a_handled_file_that_is_renamed_is_not_handed_out_again_but_a_changed_one_is(
+    tmp_path: Path, clock: Clock, taken: Taken
+) -> None:
+    path = write(clock, tmp_path / "in" / "a.png", ago=9)
+    assert taken(0) == ["a.png"]
+    (tmp_path / "in" / "done").mkdir()
+    moved = path.rename(tmp_path / "in" / "done" / "a.png")
+    assert taken(1) == []
+    write(clock, moved, b"other")
+    assert taken(1) == ["done/a.png"]
+
+
+def test_coarse_times_do_not_tell_a_new_file_from_a_renamed_one(known: Known) -> None:
+    known.add("a.png", Version(10, 7 * 10**9, 5))
+    assert not known.has("b.png", Version(10, 7 * 10**9, 5))
+    known.add("a.png", Version(10, 7 * 10**9 + 123, 5))
+    assert known.has("b.png", Version(10, 7 * 10**9 + 123, 5))
+
+
+def test_only_images_are_handed_out_and_none_of_the_results(tmp_path: Path, clock: Clock, taken: Taken) -> None:
+    for name in (".a.png", "notes.txt", ".git/a.png", "out/incoming/overlays/a.jpg", "@eaDir/a.png"):
+        write(clock, tmp_path / "in" / name, ago=9)
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    write(clock, tmp_path / "in" / "b" / "c" / "a.png", ago=9)
+    (tmp_path / "in" / "b" / "round").symlink_to(tmp_path / "in")
+    assert taken(0) == ["b/c/a.png"]
+
+
+def test_what_cannot_be_read_is_tried_once_more_after_a_while(tmp_path: Path, clock: Clock, arrivals: Arrivals) -> None:
+    path = write(clock, tmp_path / "in" / "a.png", ago=9)
+    (first,) = arrivals.take(9)
+    assert first.young
+    arrivals.put_back(first)
+    clock.now += PATIENCE / 2
+    assert arrivals.take(9) == []
+    clock.now += PATIENCE
+    (second,) = arrivals.take(9)
+    assert not second.young
+    arrivals.put_back(second)
+    write(clock, path, b"more")  # it goes on being written after all
+    clock.now += 1
+    assert arrivals.take(9) == []
+    clock.now += SETTLED
+    (third,) = arrivals.take(9)
+    assert third.young
+
+
+def test_of_many_files_only_some_are_kept_in_mind_and_all_are_handed_out(
+    tmp_path: Path, clock: Clock, taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_WAITING", 7)
+    for number in range(20):
+        write(clock, tmp_path / "in" / f"{number:02d}.png", ago=99 - number)
+    rounds = [taken(1) for _ in range(4)]
+    assert max(map(len, rounds)) == 7
+    assert sorted(name for names in rounds for name in names) == [f"{number:02d}.png" for number in range(20)]
+
+
+def test_the_oldest_come_first(tmp_path: Path, clock: Clock, arrivals: Arrivals) -> None:
+    for number in (3, 1, 2):
+        write(clock, tmp_path / "in" / f"{number}.png", ago=10 + number)
+    assert [file.relative for file in arrivals.take(2)] == ["3.png", "2.png"]
+    assert [file.relative for file in arrivals.take(2)] == ["1.png"]
+
+
+def test_a_folder_that_is_gone_is_waited_for(
+    tmp_path: Path, clock: Clock, taken: Taken, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").rename(tmp_path / "away")
+    assert taken(1) == taken(1) == []
+    assert caplog.text.count("waiting for it to come back") == 1
+    write(clock, tmp_path / "away" / "a.png", ago=9)
+    (tmp_path / "away").rename(tmp_path / "in")
+    assert taken(1) == ["a.png"]
+    assert "is there again" in caplog.text
+
+
+def test_of_a_known_file_sixteen_bytes_are_kept() -> None:
+    known = Known()
+    for number in range(20_000):
+        known.add(f"{number}.png", Version(1, 10**18 + 1 + number, number))
+    assert len(known._sorted) + len(known._new) == 40_000
+    assert len(known._new) < module.MERGED
+    assert known._sorted.itemsize == 8
+    assert all(known.has(f"{number}.png", Version(1, 10**18 + 1 + number, 0)) for number in range(0, 20_000, 97))
+    assert not known.has("20000.png", Version(1, 10**18, 20_000))
+
+
+def test_results_keep_the_suffix_in_their_names(tmp_path: Path, clock: Clock, arrivals: Arrivals) -> None:
+    for name in ("a.png", "a.jpg", f"{'n' * 230}.png"):
+        write(clock, tmp_path / "in" / "b" / name, ago=9)
+    keys = [str(arrival.image.key) for arrival in arrivals.take(9)]
+    assert len({key.casefold() for key in keys}) == 3
+    assert {"b/a.png", "b/a.jpg"} <= set(keys)
+    assert max(map(len, keys)) < 210
+
+
+@pytest.mark.slow
+def test_the_system_tells_of_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("watchfiles")
+    monkeypatch.setattr(module, "RESCAN_TOLD", 1000.0)
+    with Arrivals(tmp_path, tmp_path / "out", Known()) as arrivals:
+        found: list[Arrival] = []
+        for number, name in enumerate(("a.png", "sub/b.png", "sub/deep/c.png")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+            for _ in range(300):
+                new = arrivals.take(9)
+                found += new
+                for arrival in new:
+                    arrivals.handled(arrival)
+                if len(found) > number:
+                    break
+                arrivals.wait(0.1)
+        assert [arrival.relative for arrival in found] == ["a.png", "sub/b.png", "sub/deep/c.png"]
+
+
+def test_without_the_library_it_is_said_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    caplog.set_level("INFO")
+    signals = Signals(tmp_path)
+    signals.start()
+    assert not signals.telling()
+    assert "pip install 'zsad[watch]'" in caplog.text
