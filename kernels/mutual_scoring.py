@@ -63,6 +63,7 @@ class MutualScoring:
         precision: str = "auto",
         devices: Sequence[Device] = (),
         options: Options | None = None,
+        window: int | None = None,
     ) -> None:
         """Decide how images are compared; the arguments mean what they do in `mutual_scores`.
 
@@ -70,7 +71,7 @@ class MutualScoring:
         options: of the devices, for benchmarks and tests. Raises ValueError for arguments that make no sense and for a
         precision that is not to be had there.
         """
-        self._task = make_task(grid, layers, channels, degrees, interval)
+        self._task = make_task(grid, layers, channels, degrees, interval, window)
         self._scoring: _Scoring
         if devices:
             self._scoring = CudaScoring(self._task, precision, devices, options or Options())
@@ -199,6 +200,7 @@ def mutual_scores(
     timings: Timings | None = ...,
     on_plan: Callable[[Any], None] | None = ...,
     references: int = ...,
+    window: int | None = ...,
     return_minima: Literal[False] = ...,
 ) -> Array: ...
 
@@ -217,6 +219,7 @@ def mutual_scores(
     timings: Timings | None = ...,
     on_plan: Callable[[Any], None] | None = ...,
     references: int = ...,
+    window: int | None = ...,
     return_minima: Literal[True, "each", "smallest degree"],
 ) -> tuple[Array, Array]: ...
 
@@ -234,6 +237,7 @@ def mutual_scores(
     timings: Timings | None = None,
     on_plan: Callable[[Any], None] | None = None,
     references: int = 0,
+    window: int | None = None,
     return_minima: ReturnMinima = False,
 ) -> Array | tuple[Array, Array]:
     """Score every patch by how far it is from the nearest patches of the other images (MuSc, sections 3.1 and 3.2).
@@ -255,6 +259,8 @@ def mutual_scores(
     on_plan: called with the plan before work starts; `describe()` says it in words.
     references: K, how many of the images, the last ones, have no scores: the others are compared with them and with
         each other, references are not. With one, a single image can be scored.
+    window: with fixed cameras, a patch is compared only with those patches of the other images that lie at most so many
+        rows and columns from its own place; 0: the same place, None: all of them. Not with int8 on a CUDA device.
     return_minima: also hand back the distances of every patch to the nearest patch of each image, from which other
         references can be selected without new products (`kept_averages`): True averages them over layers and degrees,
         "each" does not, "smallest degree" gives the averages and those over layers of the smallest degree alone; with
@@ -275,7 +281,7 @@ def mutual_scores(
     if math.prod(grid) != patches:
         raise ValueError(f"grid {tuple(grid)} does not hold {patches} patches")
     devices = open_devices(device) if device != "cpu" else ()
-    scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices)
+    scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices, window=window)
     return scoring.scores(
         tokens,
         memory_limit,

@@ -58,8 +58,7 @@ def snamd(tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1,
     tokens: [P, C]. A neighbour weighs exp(−its distance to the patch in the middle). Returns unit vectors [P, C].
     """
     x = np.asarray(tokens, np.float64)
-    place = np.stack(np.unravel_index(np.arange(len(x)), grid), axis=1)  # [P, 2]
-    apart = np.abs(place[:, None] - place).max(axis=2)  # [P, P] in cells
+    apart = cells_apart(grid)
     weights = np.exp(-np.linalg.norm(x[:, None] - x, axis=2))  # [P, P]
     near = [np.where(apart <= degree // 2, weights, 0) for degree in degrees]
     pooled: NDArray[np.float64] = np.mean([w @ x / w.sum(axis=1, keepdims=True) for w in near], axis=0)
@@ -92,15 +91,24 @@ def interval_ranks(others: int, interval: tuple[float, float]) -> tuple[int, int
     return min(first, last - 1), last
 
 
+def cells_apart(grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Count how many rows or columns, whichever are more, lie between the patches of a grid; returns [P, P]."""
+    place = np.stack(np.unravel_index(np.arange(math.prod(grid)), grid), axis=1)  # [P, 2]
+    apart: NDArray[np.int64] = np.abs(place[:, None] - place).max(axis=2)
+    return apart
+
+
 def patch_minima_per_degree(
-    tokens: ArrayLike, grid: tuple[int, int], degree: int, references: int = 0
+    tokens: ArrayLike, grid: tuple[int, int], degree: int, references: int = 0, window: int | None = None
 ) -> NDArray[np.float64]:
     """Measure how far every patch of one layer is from the nearest patch of each image (MuSc, section 3.2).
 
-    tokens: [N + K, P, C], of which the last K, `references`, are only compared with. Returns [N, P, N + K]; infinity
-    where an image would be compared with itself.
+    tokens: [N + K, P, C], of which the last K, `references`, are only compared with. window: a patch is compared only
+    with patches at most so many cells apart from its own place; None with all. Returns [N, P, N + K]; infinity where an
+    image would be compared with itself.
     """
     z = lnamd(tokens, grid, degree)  # [N + K, P, C]
+    outside = np.zeros((z.shape[1],) * 2, bool) if window is None else cells_apart(grid) > window
     images = len(z)
     lengths = np.square(z).sum(axis=-1)  # [N + K, P], 1 except for zero features
     minima = np.full((images - references, z.shape[1], images), np.inf)
@@ -108,6 +116,7 @@ def patch_minima_per_degree(
         for j in range(images):
             if j != i:
                 squared = lengths[i][:, None] + lengths[j] - 2 * z[i] @ z[j].T  # [P, P]
+                squared[outside] = np.inf
                 minima[i, :, j] = np.sqrt(np.maximum(squared.min(axis=1), 0.0))
     return minima
 
@@ -135,16 +144,20 @@ def kept_average(minima: ArrayLike, kept: ArrayLike, interval: tuple[float, floa
 
 
 def patch_minima(
-    tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1, 3, 5), references: int = 0
+    tokens: ArrayLike,
+    grid: tuple[int, int],
+    degrees: Sequence[int] = (1, 3, 5),
+    references: int = 0,
+    window: int | None = None,
 ) -> NDArray[np.float64]:
     """Measure every layer's and degree's minima; tokens: [N + K, L, P, C] with K `references`.
 
-    Returns [L, R, N, P, N + K].
+    window: see `patch_minima_per_degree`. Returns [L, R, N, P, N + K].
     """
     x = np.asarray(tokens, np.float64)
     return np.array(
         [
-            [patch_minima_per_degree(x[:, layer], grid, degree, references) for degree in degrees]
+            [patch_minima_per_degree(x[:, layer], grid, degree, references, window) for degree in degrees]
             for layer in range(x.shape[1])
         ]
     )
@@ -166,12 +179,14 @@ def mutual_scores(
     degrees: Sequence[int] = (1, 3, 5),
     interval: tuple[float, float] = (0.0, 0.3),
     references: int = 0,
+    window: int | None = None,
 ) -> NDArray[np.float64]:
     """Average the mutual scores over layers, then over degrees (MuSc, eq. 6).
 
-    tokens: [N + K, L, P, C], of which the last K, `references`, have no scores. Returns [N, P].
+    tokens: [N + K, L, P, C], of which the last K, `references`, have no scores. window: see `patch_minima_per_degree`.
+    Returns [N, P].
     """
-    minima = patch_minima(tokens, grid, degrees, references)
+    minima = patch_minima(tokens, grid, degrees, references, window)
     scores: NDArray[np.float64] = interval_average(minima, interval).mean(axis=(0, 1))
     return scores
 

@@ -16,6 +16,8 @@ class Task:
     channels: int
     degrees: tuple[int, ...]  # odd sizes of the neighbourhoods; one may be there twice
     interval: tuple[float, float]
+    # How many rows and columns a patch may lie away from the place of one that it is compared with; None: any number.
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if min(*self.grid, self.layers, self.channels) < 1:
@@ -26,6 +28,8 @@ class Task:
         if not self.degrees or any(degree < 1 or degree % 2 == 0 for degree in self.degrees):
             raise ValueError(f"degrees must be odd and positive, and at least one, not {self.degrees}")
         checked_interval(self.interval)
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"a position window is 0 cells (the same place only) or more, not {self.window}")
 
     @property
     def patches(self) -> int:
@@ -40,12 +44,19 @@ class Task:
 
 
 def make_task(
-    grid: tuple[int, int], layers: int, channels: int, degrees: Sequence[int], interval: tuple[float, float]
+    grid: tuple[int, int],
+    layers: int,
+    channels: int,
+    degrees: Sequence[int],
+    interval: tuple[float, float],
+    window: int | None = None,
 ) -> Task:
-    """Make a task of numbers of any kind, NumPy's among them."""
-    rows, columns = grid
+    """Make a task of numbers of any kind, NumPy's among them; a window that leaves nothing out is none."""
+    rows, columns = int(grid[0]), int(grid[1])
     low, high = interval
-    return Task((int(rows), int(columns)), layers, channels, tuple(int(degree) for degree in degrees), (low, high))
+    if window is not None:
+        window = int(window) if window < max(rows, columns) - 1 else None
+    return Task((rows, columns), layers, channels, tuple(int(degree) for degree in degrees), (low, high), window)
 
 
 def not_finite(image: int) -> ValueError:

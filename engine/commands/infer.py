@@ -362,6 +362,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="blended",
         help="which images patches are compared with: all, those that look normal (clean), or both (blended)",
     )
+    add(
+        "--position-window",
+        type=int,
+        metavar="N",
+        help="fixed cameras: compare patches only with those at most N rows and columns from their own place",
+    )
     add("--precision", help="of the scoring: fp32 or int8 on a CPU, fp16 or int8 on a GPU; int8 only chooses winners")
     add(
         "--network-precision",

@@ -122,6 +122,8 @@ def check_making(config: Config, making: Making) -> None:
         raise ConfigError(
             f"--save-bank: a bank is of presets that compare images, small, musc or challenge, not {config.preset}"
         )
+    if config.settings.position_window is not None:
+        raise ConfigError("--save-bank: the patches of a bank have no place of their own; leave out --position-window")
     if config.foreground not in ("none", "colour"):
         raise ConfigError("--save-bank: a bank is of whole images; leave out --foreground")
     if making.size < making.neighbours:

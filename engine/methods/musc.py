@@ -66,6 +66,8 @@ class Settings(Table):
     image_rule: ScoreRule = "map_maximum"
     rscin: tuple[Count, ...] = Field((), description="neighbour counts")  # none: no rescoring
     pooling: Literal["lnamd", "snamd"] = "lnamd"  # snamd: by similarity (MuSc-V2), all degrees in one comparison
+    # With fixed cameras: rows and columns of patches around a patch's own place that it is compared with; None: all.
+    position_window: Annotated[int, Field(ge=0)] | None = Field(None, description="a whole number from 0")
     precision: Precision = "auto"  # of the products; auto: fp32 on a CPU, fp16 on a GPU
     # Which images patches are compared with: all others, those that look normal ("clean"), or both ("blended"). The
     # latter two have an image rule of their own and rescore by the most salient patch instead of the embedding.
@@ -176,6 +178,7 @@ class MuSc:
             self._settings.interval,
             self._settings.precision,
             self._place.arrays.devices,
+            window=self._settings.position_window,
         )
 
     @property

@@ -16,9 +16,9 @@ def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
     """
 
-def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, instruction_set: str = '') -> None:
+def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, window: int | None = None, instruction_set: str = '') -> None:
     """
-    Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.
+    Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of patches at most window rows and columns apart.
     """
 
 def pool(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], zero_length: float, inverse: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], unit: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')] | None = None, instruction_set: str = '') -> None:
@@ -37,8 +37,10 @@ def int8_quantise(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, No
     Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.
     """
 
-def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')], instruction_set: str = '') -> None:
-    """Fill the Gram [P, Q] of two quantised images."""
+def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')], apart: int | None = None, instruction_set: str = '') -> None:
+    """
+    Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.
+    """
 
 def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], columns: int, first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
     """

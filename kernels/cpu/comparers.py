@@ -4,6 +4,9 @@
     Int8GramOnce      the same from an int8 product, which only chooses the winners; they are measured again in fp32
     ProductPerDegree  NumPy alone: a product for each degree, and features per degree
 
+With a window patches are compared with those near their own place only. Products further apart are left out where that
+is simple: those of grid rows that no patch of a strip of grid rows meets, not even through its neighbourhood.
+
 The plan counts what a comparer takes (plan.py); a scorer prepares images and compares pairs through it (scorer.py).
 """
 
@@ -56,8 +59,9 @@ class Comparer(ABC):
 
     description: ClassVar[str]
 
-    def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
-        self.grid, self.degrees = grid, tuple(degrees)
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
+        """window: rows and columns that compared patches are apart at most; None: any number."""
+        self.grid, self.degrees, self.window = grid, tuple(degrees), window
 
     @staticmethod
     @abstractmethod
@@ -79,7 +83,7 @@ class Comparer(ABC):
 
     @abstractmethod
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
-        """Fill best, the largest cosine [R, P] of each patch of left and right with any patch of the other image.
+        """Fill best, the largest cosine [R, P] of each patch of left and right with a patch of the other image.
 
         With int8 they are keys. gram: [P, P], for what the product leaves. Returns the seconds inside the product.
         """
@@ -91,6 +95,12 @@ class GramOnce(Comparer):
     description = "one product for all degrees"
     keys: ClassVar[bool] = False  # whether the maxima also name the winning patch
 
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
+        super().__init__(grid, degrees, window)
+        # Sums of products are taken over neighbourhoods of both patches.
+        self.rows_apart = None if window is None else window + 2 * (max(degrees) // 2)
+        self.blocks = gram_blocks(grid, self.rows_apart)
+
     @staticmethod
     def layout(patches: int, channels: int, degrees: int) -> Layout:
         return (patches, channels), np.float32
@@ -100,14 +110,15 @@ class GramOnce(Comparer):
         _cpu.pool(features.array, self.grid, self.degrees, ZERO_NORM, features.inverse)
 
     def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
-        """Fill gram [P, P] with the products of two images' features."""
-        np.matmul(left, right.T, out=gram)
+        """Fill gram [P, P], as far as it is read, with the products of two images' features."""
+        for rows, columns in self.blocks:
+            np.matmul(left[rows], right[columns].T, out=gram[rows, columns])
 
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         start = time.perf_counter()
         self.multiply(left.array, right.array, gram)
         seconds = time.perf_counter() - start
-        _cpu.gram_pass(gram, self.grid, self.degrees, left.inverse, right.inverse, *best, keys=self.keys)
+        _cpu.gram_pass(gram, self.grid, self.degrees, left.inverse, right.inverse, *best, self.keys, self.window)
         return seconds
 
 
@@ -124,8 +135,8 @@ class Int8GramOnce(GramOnce):
     description = "one int8 product for all degrees, its winners measured in fp32"
     keys = True
 
-    def __init__(self, grid: tuple[int, int], degrees: Sequence[int]) -> None:
-        super().__init__(grid, degrees)
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
+        super().__init__(grid, degrees, window)
         self.mean: Array = np.zeros(0, np.float32)  # [C] of the present layer
 
     @staticmethod
@@ -157,7 +168,8 @@ class Int8GramOnce(GramOnce):
         return prepare
 
     def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
-        _cpu.int8_multiply(left, right, gram)
+        apart = None if self.rows_apart is None else (self.rows_apart + 1) * self.grid[1] - 1
+        _cpu.int8_multiply(left, right, gram, apart)
 
     def measure_winners(self, left: Array, right: Array, first: int, winners: Winners) -> None:
         """Fill in the exact cosines of those winners whose image is among the resident ones.
@@ -188,14 +200,38 @@ class ProductPerDegree(Comparer):
             np.multiply(pooled, features.inverse[r, :, None], out=features.array[r])
 
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
-        seconds = 0.0
+        seconds, width = 0.0, self.grid[1]
+        best[1][:] = -np.inf
         for r in range(len(self.degrees)):
-            start = time.perf_counter()
-            np.matmul(left.array[r], right.array[r].T, out=gram)
-            seconds += time.perf_counter() - start
-            gram.max(axis=1, out=best[0][r])
-            gram.max(axis=0, out=best[1][r])
+            for rows, columns in strips(self.grid, self.window, 1 if self.window is not None else self.grid[0]):
+                start, block = time.perf_counter(), gram[rows, columns]
+                np.matmul(left.array[r][rows], right.array[r][columns].T, out=block)
+                seconds += time.perf_counter() - start
+                if self.window is not None:
+                    apart = np.abs(np.subtract.outer(np.arange(width), np.arange(width)))  # [left, right], in columns
+                    np.copyto(block.reshape(width, -1, width), -np.inf, where=(apart > self.window)[:, None])
+                block.max(axis=1, out=best[0][r, rows])
+                np.maximum(best[1][r, columns], block.max(axis=0), out=best[1][r, columns])
         return seconds
+
+
+def strips(grid: tuple[int, int], reach: int | None, height: int) -> list[tuple[slice, slice]]:
+    """Cut an image into strips of grid rows: the patches of each, and those at most `reach` rows away; None: all."""
+    rows, columns = grid
+    reach = rows if reach is None else reach
+    return [
+        (
+            slice(first * columns, min(first + height, rows) * columns),
+            slice(max(first - reach, 0) * columns, min(first + height + reach, rows) * columns),
+        )
+        for first in range(0, rows, height)
+    ]
+
+
+def gram_blocks(grid: tuple[int, int], reach: int | None) -> list[tuple[slice, slice]]:
+    """Return the blocks of a Gram that hold the products of patches at most `reach` grid rows apart; None: all."""
+    # Higher strips hold more that is not read, flatter ones make small products.
+    return strips(grid, reach, grid[0] if reach is None else max(reach // 2, 2))
 
 
 def unit_features(tokens: Array, grid: tuple[int, int], degrees: Sequence[int]) -> Array:

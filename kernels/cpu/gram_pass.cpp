@@ -4,6 +4,8 @@
 //   cos_r[p, q] = S_r[p, q] * inverse_left[r, p] * inverse_right[r, q]
 //   best_left[r, p] = max over q of cos_r[p, q];   best_right[r, q] = max over p of cos_r[p, q]
 //
+// with a window over q near p and over p near q only; the sums are the same.
+//
 // Shapes and types of the arguments: gram_pass.h.
 //
 // A box filter is linear, so the one product serves every degree. The sum over p runs over whole rows of the Gram:
@@ -58,16 +60,22 @@ class Buffer {
   std::unique_ptr<float[], AlignedDelete> data_;
 };
 
-// Runs of q that cover [0, P) in whole vectors: the last one overlaps its neighbour instead of leaving a remainder, so
+// Patches [first, last).
+struct Span {
+  int first, last;
+};
+
+// Runs of q that cover a span in whole vectors: the last one overlaps its neighbour instead of leaving a remainder, so
 // the loop bodies must bear being run twice.
 struct Runs {
-  struct Run {
-    int first, last;
-  } run[2];
-  explicit Runs(int P)
-      : run{{0, P < kLanes ? P : P / kLanes * kLanes}, {P < kLanes || P % kLanes == 0 ? P : P - kLanes, P}} {}
-  const Run* begin() const { return run; }
-  const Run* end() const { return run + 2; }
+  Span run[2];
+  explicit Runs(Span q)
+      : Runs(q, q.last - q.first, (q.last - q.first) / kLanes * kLanes) {}
+  Runs(Span q, int count, int whole)
+      : run{{q.first, count < kLanes ? q.last : q.first + whole},
+            {count < kLanes || count == whole ? q.last : q.last - kLanes, q.last}} {}
+  const Span* begin() const { return run; }
+  const Span* end() const { return run + 2; }
 };
 
 inline float with_index(float value, std::uint32_t index_mask, std::uint32_t index) {
@@ -85,8 +93,23 @@ inline float to_key(float value, std::uint32_t index_mask) {
   return with_index(std::max(-value, 0.0f), index_mask, bits & index_mask);
 }
 
+// The right patches that a left one meets: those of some grid rows and columns.
+struct Window {
+  Span rows, columns;
+
+  Window(int y, int x, int reach, int H, int W)
+      : rows{std::max(y - reach, 0), std::min(y + reach + 1, H)},
+        columns{std::max(x - reach, 0), std::min(x + reach + 1, W)} {}
+};
+
+// The patches of all grid rows that are at most `reach` away from some rows.
+Span patches_near(Span rows, int reach, int H, int W) {
+  return {std::max(rows.first - reach, 0) * W, std::min(rows.last + reach, H) * W};
+}
+
 // One row of sums over p, on its way to the maxima.
 struct Row {
+  Window window;
   std::uint32_t index;  // the left patch p
   float inverse_left;
   const float* inverse_right;
@@ -95,36 +118,46 @@ struct Row {
 };
 
 template <int K, bool Keys>
-void reduce_row(const float* t, int P, int W, std::uint32_t index_mask, const Row& row) {
+float reduce_span(const float* t, int W, std::uint32_t index_mask, const Row& row, Span span, float best) {
   const float* inverse_right = row.inverse_right;
   const float inverse_left = row.inverse_left;
   const std::uint32_t index = row.index;
   float* __restrict column_best = row.column_best;
-  float best = -std::numeric_limits<float>::max();
-  for (const auto& run : Runs(P)) {
 #pragma omp simd reduction(max : best)
-    for (int q = run.first; q < run.last; ++q) {
-      float s = t[q];
-      for (int d = 1; d <= K; ++d) s += t[q - d * W] + t[q + d * W];
-      float left = s * inverse_left, right = s * inverse_right[q];
-      if (Keys) {
-        // In the low bits of a cosine near 1 the patch number would cost what tells winners apart; here it does not.
-        const float below_one = left * inverse_right[q] - 1.0f;
-        right = with_index(below_one, index_mask, std::uint32_t(q));
-        left = with_index(below_one, index_mask, index);
-      }
-      best = right > best ? right : best;
-      column_best[q] = left > column_best[q] ? left : column_best[q];
+  for (int q = span.first; q < span.last; ++q) {
+    float s = t[q];
+    for (int d = 1; d <= K; ++d) s += t[q - d * W] + t[q + d * W];
+    float left = s * inverse_left, right = s * inverse_right[q];
+    if (Keys) {
+      // In the low bits of a cosine near 1 the patch number would cost what tells winners apart; here it does not.
+      const float below_one = left * inverse_right[q] - 1.0f;
+      right = with_index(below_one, index_mask, std::uint32_t(q));
+      left = with_index(below_one, index_mask, index);
     }
+    best = right > best ? right : best;
+    column_best[q] = left > column_best[q] ? left : column_best[q];
   }
-  *row.best_left = Keys ? to_key(best, index_mask) : best * inverse_left;
+  return best;
+}
+
+template <int K, bool Keys>
+void reduce_row(const float* t, int W, std::uint32_t index_mask, const Row& row) {
+  const auto [rows, columns] = row.window;
+  float best = -std::numeric_limits<float>::max();
+  const auto reduce = [&](Span span) { best = reduce_span<K, Keys>(t, W, index_mask, row, span, best); };
+  if (columns.last - columns.first == W) {
+    for (const Span& run : Runs({rows.first * W, rows.last * W})) reduce(run);
+  } else {
+    for (int y = rows.first; y < rows.last; ++y) reduce({y * W + columns.first, y * W + columns.last});
+  }
+  *row.best_left = Keys ? to_key(best, index_mask) : best * row.inverse_left;
 }
 
 template <int K>
-void add_rows(const float* const* rows, int P, float* __restrict out) {
+void add_rows(const float* const* rows, Span patches, float* __restrict out) {
   const float* r[2 * K + 1];
   std::copy_n(rows, 2 * K + 1, r);
-  for (const auto& run : Runs(P)) {
+  for (const Span& run : Runs(patches)) {
 #pragma omp simd
     for (int q = run.first; q < run.last; ++q) {
       float s = r[0][q];
@@ -136,8 +169,8 @@ void add_rows(const float* const* rows, int P, float* __restrict out) {
 
 // masks: [2K, P]; mask 2d is 0 where the patch d + 1 to the left lies in another grid row, mask 2d + 1 to the right.
 template <int K>
-void add_horizontal(const float* s, const float* masks, int mask_stride, int P, float* __restrict out) {
-  for (const auto& run : Runs(P)) {
+void add_horizontal(const float* s, const float* masks, int mask_stride, Span patches, float* __restrict out) {
+  for (const Span& run : Runs(patches)) {
 #pragma omp simd
     for (int q = run.first; q < run.last; ++q) {
       float sum = s[q];
@@ -161,7 +194,7 @@ Buffer edge_masks(int reach, int P, int W, int stride) {
 }
 
 struct RowWork {
-  int P, W, mask_stride;
+  int H, W, mask_stride;
   std::uint32_t index_mask;
   const float* masks;
   float* summed;    // [P] with kMaxReach floats of margin on both sides
@@ -170,9 +203,10 @@ struct RowWork {
 
 template <int K, bool Keys>
 void filter_row(const float* const* rows, const RowWork& w, const Row& row) {
-  add_rows<K>(rows, w.P, w.summed);
-  add_horizontal<K>(w.summed, w.masks, w.mask_stride, w.P, w.filtered);
-  reduce_row<K, Keys>(w.filtered, w.P, w.W, w.index_mask, row);
+  const Span patches = patches_near(row.window.rows, K, w.H, w.W);
+  add_rows<K>(rows, patches, w.summed);
+  add_horizontal<K>(w.summed, w.masks, w.mask_stride, patches, w.filtered);
+  reduce_row<K, Keys>(w.filtered, w.W, w.index_mask, row);
 }
 
 template <bool Keys>
@@ -191,7 +225,7 @@ void filter_and_reduce(const GramPass& a) {
 
   const Buffer masks = edge_masks(reach, P, W, stride);
   Buffer summed(stride + 2 * kLanes), filtered(std::size_t(stride) + 2 * kMaxReach * W + 2 * kLanes);
-  const RowWork work{P,
+  const RowWork work{H,
                      W,
                      stride,
                      index_mask(P),
@@ -201,6 +235,7 @@ void filter_and_reduce(const GramPass& a) {
 
   std::fill_n(a.best_right, std::size_t(a.degree_count) * P, -std::numeric_limits<float>::max());
   for (int y = 0; y < H; ++y) {
+    const Span summed_over = patches_near(Window(y, 0, a.window, H, W).rows, reach, H, W);
     const auto gram_row = [&](int yy, int x) {
       return yy < 0 || yy >= H ? zeros.get() : a.gram + (std::ptrdiff_t(yy) * W + x) * a.gram_stride;
     };
@@ -209,7 +244,7 @@ void filter_and_reduce(const GramPass& a) {
         const float* sum = gram_row(y, x);
         for (int k = 1; k <= reach; ++k) {
           const float* rows[3] = {sum, gram_row(y - k, x), gram_row(y + k, x)};
-          add_rows<1>(rows, P, ring_row(k, x));
+          add_rows<1>(rows, summed_over, ring_row(k, x));
           sum = ring_row(k, x);
         }
       }
@@ -218,10 +253,10 @@ void filter_and_reduce(const GramPass& a) {
         if (centre < 0 || centre >= W) continue;
         const int p = y * W + centre;
         const std::size_t first = std::size_t(r) * P;  // of this degree
-        const Row row{std::uint32_t(p), a.inverse_left[first + p], a.inverse_right + first, a.best_left + first + p,
+        const Row row{Window(y, centre, a.window, H, W), std::uint32_t(p), a.inverse_left[first + p], a.inverse_right + first, a.best_left + first + p,
                       a.best_right + first};
         if (k == 0) {
-          reduce_row<0, Keys>(gram_row(y, centre), P, W, work.index_mask, row);
+          reduce_row<0, Keys>(gram_row(y, centre), W, work.index_mask, row);
           continue;
         }
         const float* rows[2 * kMaxReach + 1];

@@ -29,6 +29,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -316,12 +317,14 @@ struct KeptRows {
 // Left patches that stay in the second-level cache while the right panels stream past them.
 constexpr std::size_t kBlockBytes = 512 << 10;
 
+// apart: how far from a left patch's number those of the right patches go; the blocks are then as high as half of that.
 template <typename Rows>
-void multiply(const Int8Image& left, const Int8Image& right, Rows out) {
+void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows out) {
   const Image a(left), b(right);
   const Int8Layout& layout = left.layout;
   const std::size_t panel_bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
-  const int block = int(std::max<std::size_t>(1, kBlockBytes / (2 * prepared))) * 2;  // panels
+  const int fitting = int(std::max<std::size_t>(1, kBlockBytes / (2 * prepared))) * 2;  // panels
+  const int block = std::min(fitting, apart / (4 * kPanel) * 2 + 2);
   // Fresh memory would take as long as the products.
   static thread_local std::vector<std::int8_t> room;
   room.resize(std::max(room.size(), (block + kMaxPanels) * prepared + kLine));
@@ -331,15 +334,16 @@ void multiply(const Int8Image& left, const Int8Image& right, Rows out) {
   for (int first = 0; first < layout.panels; first += block) {
     const int last = std::min(first + block, layout.panels);
     const std::int8_t* rows = prepare_rows(a.codes + first * panel_bytes, last - first, layout, row_room);
-    int panel = 0;
+    int panel = std::max(0, first * kPanel - apart) / kPanel;
+    const int end = std::min(last * kPanel - 1 + std::min(apart, right.layout.patches), right.layout.patches - 1) / kPanel + 1;
     const auto pass = [&](auto panels) {
       const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
       for (int p = first * kPanel; p < std::min(last * kPanel, layout.patches); p += kRows)
         out.template fill<panels>(a, b, layout, p, panel, rows + (p / kPanel - first) * prepared, columns);
       panel += panels;
     };
-    while (panel + kMaxPanels <= right.layout.panels) pass(std::integral_constant<int, kMaxPanels>());
-    while (panel < right.layout.panels) pass(std::integral_constant<int, 1>());
+    while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
+    while (panel < end) pass(std::integral_constant<int, 1>());
   }
 }
 
@@ -411,12 +415,12 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
 }
 
 void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* gram,
-                                            std::ptrdiff_t stride) {
-  multiply(left, right, GramRows{gram, stride});
+                                            std::ptrdiff_t stride, int apart) {
+  multiply(left, right, apart, GramRows{gram, stride});
 }
 
 void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, const Kept& kept) {
-  multiply(left, right, KeptRows{kept, {}});
+  multiply(left, right, std::numeric_limits<int>::max(), KeptRows{kept, {}});
 }
 
 }  // namespace zsad

@@ -42,11 +42,13 @@ struct Int8Image {
 };
 
 // left, right: P and Q patches of as many channels; gram: [P, Q] out, row p at gram + p * stride, stride at least Q in
-// whole panels (the rest of a row's last panel is overwritten).
-void int8_multiply_portable(const Int8Image& left, const Int8Image& right, float* gram, std::ptrdiff_t stride);
-void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
-void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
-void int8_multiply_avx512amx(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t);
+// whole panels (the rest of a row's last panel is overwritten). Products of patches whose numbers are more than `apart`
+// apart need not be there.
+void int8_multiply_portable(const Int8Image& left, const Int8Image& right, float* gram, std::ptrdiff_t stride,
+                            int apart);
+void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t, int);
+void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t, int);
+void int8_multiply_avx512amx(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t, int);
 
 // The same products go into the largest of every left patch instead of a Gram; kept.columns is at most Q.
 void int8_running_top_portable(const Int8Image& left, const Int8Image& right, const Kept& kept);

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -130,7 +131,7 @@ bool has_shape(const A& array, std::size_t rows, std::size_t columns) {
 
 void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int>& degrees, const Matrix& inverse_left,
                const Matrix& inverse_right, const Output& best_left, const Output& best_right, bool keys,
-               const std::string& instruction_set) {
+               std::optional<int> window, const std::string& instruction_set) {
   require(grid.first >= 1 && grid.second >= 1, "the grid needs at least one row and one column");
   const std::size_t P = std::size_t(grid.first) * grid.second, R = degrees.size();
   require(has_shape(gram, P, P) && gram.stride(1) == 1,
@@ -142,6 +143,7 @@ void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int
   require(has_shape(inverse_left, R, P) && has_shape(inverse_right, R, P) && has_shape(best_left, R, P) &&
               has_shape(best_right, R, P),
           "inverse lengths and maxima must be [R, P]");
+  require(!window || *window >= 0, "the window must not be negative");
   require(!keys || P <= zsad::kMaxKeyPatches,
           "keys hold patch numbers of at most " + std::to_string(zsad::kMaxKeyPatches) + " patches");
 
@@ -149,7 +151,8 @@ void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int
   const zsad::GramPass arguments{
       gram.data(), gram.stride(0),      grid.first,           grid.second,      degrees.data(),
       int(R),      inverse_left.data(), inverse_right.data(), best_left.data(), best_right.data(),
-      keys};
+      keys,
+      std::min(window.value_or(std::numeric_limits<int>::max()), std::max(grid.first, grid.second))};
   nb::gil_scoped_release release;
   run(arguments);
 }
@@ -206,18 +209,21 @@ Int8Pair int8_pair(const Bytes& left, std::size_t P, const Bytes& right, std::si
   return pair;
 }
 
-void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, const std::string& instruction_set) {
+void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, std::optional<int> apart,
+                   const std::string& instruction_set) {
   const std::size_t P = gram.shape(0), Q = gram.shape(1);
   const Int8Pair pair = int8_pair(left, P, right, Q);
   const std::ptrdiff_t room = std::ptrdiff_t(pair.right.layout.panels) * zsad::kPanel;
   require(gram.stride(1) == 1 && (P == 1 || gram.stride(0) >= room),
           "gram must be [P, Q] with contiguous rows, each with room for Q rounded up to " +
               std::to_string(zsad::kPanel) + " floats");
+  require(!apart || *apart >= 0, "apart must not be negative");
+  const int most = apart.value_or(std::numeric_limits<int>::max());
   const auto run = int8_multipliers.choose(instruction_set);
   nb::gil_scoped_release release;
-  if (P > 1) return run(pair.left, pair.right, gram.data(), gram.stride(0));
+  if (P > 1) return run(pair.left, pair.right, gram.data(), gram.stride(0), most);
   std::vector<float> row(room);  // NumPy before 2 gives a single row the stride 1, whatever room it has
-  run(pair.left, pair.right, row.data(), room);
+  run(pair.left, pair.right, row.data(), room, most);
   std::copy_n(row.begin(), Q, gram.data());
 }
 
@@ -320,8 +326,9 @@ NB_MODULE(_cpu, m) {
         "Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) "
         "that build and processor share, fastest first.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
-        "best_right"_a, "keys"_a = false, "instruction_set"_a = "",
-        "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys.");
+        "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "instruction_set"_a = "",
+        "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of patches "
+        "at most window rows and columns apart.");
   m.def("pool", &pool, "tokens"_a, "grid"_a, "degrees"_a, "zero_length"_a, "inverse"_a, "unit"_a = nb::none(),
         "instruction_set"_a = "",
         "Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].");
@@ -331,8 +338,9 @@ NB_MODULE(_cpu, m) {
       "patches"_a, "channels"_a, "Size of a quantised image.");
   m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "",
         "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
-  m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "instruction_set"_a = "",
-        "Fill the Gram [P, Q] of two quantised images.");
+  m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "apart"_a = nb::none(),
+        "instruction_set"_a = "",
+        "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "",
         "running_top by the products of two quantised images, without a Gram; right has room for as many columns.");

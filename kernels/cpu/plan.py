@@ -73,6 +73,7 @@ class Sizes:
     returned_bytes: int = 0  # of the minima that the caller gets back
     references: int = 0
     returned_in_memory: bool = True
+    windowed: bool = False  # patches meet only those near their own place
 
     @property
     def scored(self) -> int:
@@ -85,7 +86,8 @@ class Sizes:
         loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.
         always = self.returned_bytes * self.returned_in_memory
-        always += self.patches * (self.scored * (8 + 8) + self.images * self.degrees)
+        flags = 2 if self.windowed else 1
+        always += self.patches * (self.scored * (8 + 8) + flags * self.images * self.degrees)
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
         # degree at a time. It may take what comparing takes.
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)

@@ -25,7 +25,7 @@ from zsad.kernels.machine import Timings, stopwatch
 from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task, not_finite
 
-from .arrays import Array, aligned_empty, empty_gram
+from .arrays import Array, aligned_empty, box_sum, empty_gram
 from .averages import rank_sums
 from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
 from .plan import Plan
@@ -88,7 +88,7 @@ class Scorer:
         """best: [rows, images, R, P] of any content, for the best cosines of some images, the rows, with all images."""
         self.pool, self.plan, self.task, self.returned, self.timings = pool, plan, task, returned, timings
         images, patches, degrees = plan.images, task.patches, len(task.degrees)
-        self.comparer = plan.comparer(task.grid, task.degrees)
+        self.comparer = plan.comparer(task.grid, task.degrees, task.window)
         self.ranks = task.ranks(images)
         self.best = best
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
@@ -122,6 +122,7 @@ class Scorer:
 
     def select(self, rows: range) -> None:
         """Add the mean distances of the rows over the chosen ranks and the degrees to the scores, hand back minima."""
+        self.zeros = _zero_near(self.usable, self.task)
         averages = self._remeasured(rows) if isinstance(self.comparer, Int8GramOnce) else self._selected(rows)
         self.scores[rows.start : rows.stop] += averages / self.task.layers
 
@@ -180,7 +181,6 @@ class Scorer:
     def _selected(self, rows: range) -> NDArray[np.float64]:
         """Turn best cosines into mean distances over the chosen ranks and the degrees, [rows, P]."""
         first, last = self.ranks
-        zeros = _any_zero(self.usable)  # [N, R]
         everyone = np.arange(self.plan.images - 1)
 
         def average(image: int) -> NDArray[np.float64]:
@@ -188,8 +188,9 @@ class Scorer:
             others = np.arange(len(cosines)) != image
             scores = np.empty(cosines.shape[-1])
             for patches in _slices(len(scores), self.plan.patches_at_once):
+                zeros = _of(self.zeros, patches)[others]
                 distances = _distances(  # [N-1, R, p]
-                    cosines[..., patches][others], self.usable[image, :, patches], zeros[others][..., None]
+                    cosines[..., patches][others], self.usable[image, :, patches], zeros
                 )
                 for r in range(cosines.shape[1]):
                     self._hand_back(r, image, patches, distances[:, r])
@@ -232,8 +233,7 @@ class Scorer:
     def _choose_winners(self, image: int, r: int, keys: Array) -> Winners:
         """Choose the winners of one image by its keys [N, P] of one degree; r: the degree's position."""
         others = np.flatnonzero(np.arange(len(keys)) != image)
-        usable = self.usable[:, r]
-        zeros, everyone = _any_zero(usable)[others, None], self.returned.measured
+        usable, everyone = self.usable[image, r], self.returned.measured
         first, last = (0, len(others)) if everyone else self.ranks
         shape = last - first, keys.shape[1]
         winners = Winners(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.float32))
@@ -242,7 +242,8 @@ class Scorer:
             if everyone:
                 winners.image[:, patches] = others[:, None]
             else:
-                squared = _squared_distances(1.0 - candidates, usable[image, patches], zeros)
+                zeros = _of(self.zeros[:, r], patches)[others]
+                squared = _squared_distances(1.0 - candidates, usable[patches], zeros)
                 chosen = np.argpartition(squared, _boundaries(self.ranks), axis=0)[first:last]  # [K, p]
                 winners.image[:, patches] = others[chosen]
                 candidates = np.take_along_axis(candidates, chosen, axis=0)
@@ -255,11 +256,9 @@ class Scorer:
         r: the degree's position.
         """
         first, last = self.ranks
-        zeros = _any_zero(self.usable[:, r])  # [N]
         for patches in _slices(self.task.patches, self.plan.patches_at_once):
-            distances = _distances(  # [K, p]
-                winners.cosines[:, patches], self.usable[image, r, patches], zeros[winners.image[:, patches]]
-            )
+            zeros = np.take_along_axis(_of(self.zeros[:, r], patches), winners.image[:, patches], axis=0)
+            distances = _distances(winners.cosines[:, patches], self.usable[image, r, patches], zeros)  # [K, p]
             if self.returned.measured:
                 self._hand_back(r, image, patches, distances)
                 sums = rank_sums(distances.T, np.arange(len(distances)), self.ranks)
@@ -275,13 +274,12 @@ class Scorer:
         if self.returned.array is None:
             return
         others = np.flatnonzero(np.arange(len(keys)) != image)
-        usable = self.usable[:, r]
-        zeros = _any_zero(usable)[others, None]
         for patches in _slices(keys.shape[1], self.plan.patches_at_once):
             cosines = 1.0 - keys[:, patches][others]  # [N-1, p]
             chosen = winners.image[:, patches]
             np.put_along_axis(cosines, chosen - (chosen > image), winners.cosines[:, patches], axis=0)
-            self._hand_back(r, image, patches, _distances(cosines, usable[image, patches], zeros))
+            zeros = _of(self.zeros[:, r], patches)[others]
+            self._hand_back(r, image, patches, _distances(cosines, self.usable[image, r, patches], zeros))
 
 
 def runs_of(images: range, size: int) -> list[range]:
@@ -296,7 +294,7 @@ def _slices(patches: int, size: int) -> list[slice]:
 def _squared_distances(cosines: Array, usable: NDArray[np.bool_], zero_there: NDArray[np.bool_]) -> Array:
     """Turn cosines into squared distances between unit vectors.
 
-    usable: False where the patch's own feature is zero; zero_there: whether the other image has a zero feature. A zero
+    usable: False where the patch's own feature is zero; zero_there: whether it meets a zero feature there. A zero
     feature lies at distance 1 from every unit vector and at distance 0 from another zero feature.
     """
     squared: Array = -2.0 * cosines
@@ -314,10 +312,21 @@ def _distances(cosines: Array, usable: NDArray[np.bool_], zero_there: NDArray[np
     return np.sqrt(squared, out=squared)
 
 
-def _any_zero(usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Tell which images have a zero feature; [..., P] -> [...]."""
-    zero: NDArray[np.bool_] = np.any(~usable, axis=-1)
-    return zero
+def _zero_near(usable: NDArray[np.bool_], task: Task) -> NDArray[np.bool_]:
+    """Tell where patches meet a zero feature in an image: [N, R, P] -> [N, R, P], or [N, R, 1] for all patches."""
+    zero: NDArray[np.bool_] = np.any(~usable, axis=-1, keepdims=True)
+    if task.window is None or not zero.any():
+        return zero
+    near = np.empty_like(usable)
+    for image, features in enumerate(usable):
+        zeros = ~features.T  # [P, R]
+        near[image] = (box_sum(zeros.astype(np.float32), task.grid, 2 * task.window + 1) > 0).T
+    return near
+
+
+def _of(zeros: NDArray[np.bool_], patches: slice) -> NDArray[np.bool_]:
+    """Return what `_zero_near` says of some patches."""
+    return zeros if zeros.shape[-1] == 1 else zeros[..., patches]
 
 
 def _boundaries(ranks: tuple[int, int]) -> list[int]:

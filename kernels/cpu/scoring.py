@@ -54,7 +54,8 @@ class Scoring:
             first, last = task.ranks(compared)
             remeasured = compared - 1 if returned.measured else last - first
         sizes = compared, task.patches, task.channels, len(task.degrees)
-        return Sizes(*sizes, self._comparer, remeasured, returned.bytes, references)
+        windowed = task.window is not None
+        return Sizes(*sizes, self._comparer, remeasured, returned.bytes, references, windowed=windowed)
 
     def run(
         self,

@@ -56,6 +56,8 @@ class Scoring:
         self._degrees = sorted(set(task.degrees))
         if self._degrees[-1] > MAX_DEGREE:
             raise ValueError(f"degrees on a CUDA device go up to {MAX_DEGREE}, not {self._degrees[-1]}; use the CPU")
+        if task.window is not None:
+            raise ValueError("a position window is not available on a CUDA device; use the CPU")
         self._comparer = choose_comparer(devices, self.precision, options.products, task.patches)
 
     def check(self, tokens: Any) -> None:

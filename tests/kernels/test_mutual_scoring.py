@@ -1,5 +1,6 @@
 """The public call against the float64 reference, the golden arrays, and the properties it promises."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ def test_tokens_are_not_changed() -> None:
         ({"precision": "fp4"}, "precision"),
         ({"device": "tpu"}, "device"),
         ({"return_minima": "all"}, "return_minima"),
+        ({"window": -1}, "0 cells"),
     ],
 )
 def test_bad_arguments(change, message: str) -> None:
@@ -210,6 +212,83 @@ def test_needed_is_the_least_that_works(
     assert plans[0].peak_bytes == needed
     with pytest.raises(MemoryError, match="needs at least"):
         scoring.scores(tokens, needed - 1, references=references)
+
+
+# Windows
+
+
+@pytest.fixture(params=["native", "numpy", "int8"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "numpy":
+        monkeypatch.setattr(comparers, "_cpu", None)
+    elif comparers._cpu is None:
+        pytest.skip("installed without a compiler: the native kernels are not there")
+    return "int8" if request.param == "int8" else "fp32"
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 6), (8, 10), (17, 4)])
+def test_windows_equal_the_reference(precision: str, grid: tuple[int, int], window: int) -> None:
+    tokens, degrees = make_tokens(8, 4, 1, grid, 40), (3, 1)
+    expected = reference.patch_minima(tokens, grid, degrees, references=1, window=window)
+    scores, each = mutual_scores(
+        tokens, grid, degrees, precision=precision, references=1, window=window, return_minima="each"
+    )
+    # Of a single patch nothing but noise is left, whose square root amplifies rounding.
+    atol = 5e-3 if precision == "int8" or grid == (1, 1) else 1e-4
+    np.testing.assert_allclose(each, expected, atol=atol)
+    np.testing.assert_allclose(reference.interval_average(each, (0.0, 0.3)).mean(axis=(0, 1)), scores, rtol=1e-5)
+    np.testing.assert_allclose(
+        mutual_scores(tokens, grid, degrees, precision=precision, references=1, window=window), scores, atol=2e-3
+    )
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+def test_a_window_as_large_as_the_grid_is_none(precision: str) -> None:
+    tokens, grid = make_tokens(9, 4, 2, (4, 9), 24), (4, 9)
+    whole = mutual_scores(tokens, grid, precision=precision)
+    for window in (8, 9, 10**12):
+        np.testing.assert_array_equal(mutual_scores(tokens, grid, precision=precision, window=window), whole)
+    assert (mutual_scores(tokens, grid, precision=precision, window=7) != whole).any()
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    grid=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    degrees=st.lists(st.sampled_from([1, 3, 5, 11]), min_size=1, max_size=2, unique=True),
+    windows=st.lists(st.integers(0, 8), min_size=2, max_size=3, unique=True).map(sorted),
+)
+def test_a_larger_window_never_raises_a_score(seed, grid, degrees, windows) -> None:
+    tokens = make_tokens(seed, 4, 1, grid, 16)
+    found = [mutual_scores(tokens, grid, degrees, window=window) for window in (*windows, None)]
+    for smaller, larger in pairwise(found):
+        # What is left of a zero feature has a direction that rounding decides.
+        assert (larger <= smaller + (5e-3 if grid == (1, 1) else 1e-4)).all()
+
+
+@pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
+def test_a_zero_feature_counts_in_the_windows_that_it_lies_in(precision: str) -> None:
+    tokens = make_tokens(10, 4, 1, (4, 6), 24)
+    tokens -= tokens.mean(axis=(2, 3), keepdims=True)
+    tokens[1, :, 12:] = -tokens[1, :, :12]  # no mean: what is zero stays so
+    tokens[1, :, [7, 19]] = 0
+    tokens[2] = 0.5
+    expected = reference.mutual_scores(tokens, (4, 6), (1, 3), (0.0, 1.0), window=1)
+    scores = mutual_scores(tokens, (4, 6), (1, 3), (0.0, 1.0), precision=precision, window=1)
+    np.testing.assert_allclose(scores, expected, atol=2e-3 if precision == "int8" else 1e-4)
+
+
+def test_windows_in_chunks_give_the_same_scores() -> None:
+    tokens, scoring = make_tokens(11, 9, 2, (6, 5), 32), MutualScoring((6, 5), 2, 32, (1, 3), (0.0, 0.5), window=2)
+    tokens[1, :, :15], tokens[1, :, 15:] = 1, -1
+    plans: list[Any] = []
+    needed = scoring.needed(9)
+    scores = scoring.scores(tokens, needed, on_plan=plans.append)
+    np.testing.assert_array_equal(scores, scoring.scores(tokens))
+    assert plans[0].peak_bytes == needed
 
 
 def test_the_plan_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -361,3 +361,48 @@ def test_snamd_pools_tokens_once_and_compares_them_at_one_degree() -> None:
     np.testing.assert_allclose(maps, reference.mutual_scores(pooled, GRID, (1,), (0.0, 0.3)), atol=1e-4)
     unlike = Run().scored(tokens, tokens[:0], [range(6)])
     assert np.abs(maps[0] - unlike[0].map.ravel()).max() > 0.01
+
+
+def shifted_tokens(count: int) -> NDArray[np.float32]:
+    """Tokens of images every other one of which shows the same one patch further."""
+    tokens = make_tokens(count)
+    tokens[::2] = np.roll(tokens[::2], 1, axis=2)
+    return tokens
+
+
+def test_patches_meet_those_near_their_own_place_alone() -> None:
+    tokens, known = np.split(shifted_tokens(8), [6])
+    for window in (0, 1):
+        maps = [image.map.ravel() for image in Run(position_window=window).scored(tokens, known, [range(6)])]
+        everyone = np.concatenate([tokens, known])
+        expected = reference.mutual_scores(everyone, GRID, (1, 3), (0.0, 0.3), references=2, window=window)
+        np.testing.assert_allclose(maps, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("references", ["all", "blended", "clean"])
+def test_a_position_window_beyond_the_grid_changes_nothing(references: str) -> None:
+    tokens = shifted_tokens(12)
+    whole, windowed = (
+        Run(references=references, position_window=window).scored(tokens, tokens[:0], [range(12)])
+        for window in (None, 2)
+    )
+    for one, other in zip(whole, windowed, strict=True):
+        assert one.raw_score == other.raw_score
+        np.testing.assert_array_equal(one.map, other.map)
+    nearer = Run(references=references, position_window=0).scored(tokens, tokens[:0], [range(12)])
+    assert all((one.map != other.map).any() for one, other in zip(whole, nearer, strict=True))
+
+
+@pytest.mark.slow
+def test_the_command_has_position_windows(infer: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("data"), 3)
+    assert infer("small", "data") == 0
+    assert infer("small", "data", "--position-window", "1", "--resume") == 0
+    assert "other settings (musc.position_window)" in capsys.readouterr().err
+    assert json.loads(Path("out/run.json").read_text())["config"]["settings"]["position_window"] == 1
+    assert infer("small", "data", "--position-window", "1", "--resume") == 0
+    assert "scored again" not in capsys.readouterr().err
+    assert infer("small", "data", "--position-window", "-1") == 2
+    assert "--position-window must be a whole number from 0, not -1" in capsys.readouterr().err
+    assert infer("small", "data", "--position-window", "1", "--save-bank", "part.zsad") == 2
+    assert "leave out --position-window" in capsys.readouterr().err

@@ -72,6 +72,28 @@ def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> N
             np.testing.assert_allclose(chosen, rows.max(axis=1), atol=precision + 2e-6)
 
 
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+@pytest.mark.parametrize(("grid", "degrees", "window"), [((5, 7), [1], 0), ((20, 17), [1, 3], 2), ((9, 30), [5, 9], 1)])
+def test_windows_read_and_find_what_is_near_alone(
+    instruction_set: str, grid: tuple[int, int], degrees: list[int], window: int, keys: bool
+) -> None:
+    pair = make_pair(15, grid[0] * grid[1], 19)
+    gram, row = pair[0] @ pair[1].T, np.arange(len(pair[0])) // grid[1]
+    needed = np.abs(row[:, None] - row) <= window + 2 * (max(degrees) // 2)
+    gram[~needed] = 1e30
+    left, right = run_pass(pair, grid, degrees, gram, keys=keys, window=window, instruction_set=instruction_set)
+    near = reference.cells_apart(grid) <= window
+    precision = 2.0 ** (comparers._cpu.index_mask(len(gram)).bit_length() - 22) if keys else 0
+    for r, degree in enumerate(degrees):
+        cosines = np.where(near, cosines_by_definition(pair, grid, degree), -np.inf)
+        for best, rows in ((left[r], cosines), (right[r], cosines.T)):
+            np.testing.assert_allclose(1 - best if keys else best, rows.max(axis=1), atol=precision + 3e-6)
+            if keys:
+                chosen = np.take_along_axis(rows, winning_patches(best, len(gram))[:, None], axis=1)[:, 0]
+                np.testing.assert_allclose(chosen, rows.max(axis=1), atol=precision + 3e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
 def test_keys_tell_close_neighbours_apart(instruction_set: str) -> None:
@@ -134,6 +156,7 @@ def test_pass_refuses_what_does_not_fit() -> None:
         ((3, 4), [2], {}, "odd"),
         ((3, 4), [11], {}, "at most 9"),
         ((3, 4), [1], {"instruction_set": "abacus"}, "abacus"),
+        ((3, 4), [1], {"window": -1}, "negative"),
     ):
         inverse, out = np.ones((len(degrees), 12), np.float32), np.empty((len(degrees), 12), np.float32)
         with pytest.raises(ValueError, match=message):
@@ -192,7 +215,7 @@ def test_int8_gram(instruction_set: str, patches: int, channels: int) -> None:
         pair[0][2] = 0
     gram = empty_gram(patches)
     gram[:] = np.nan
-    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), gram, instruction_set)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in pair), gram, instruction_set=instruction_set)
     exact = pair[0].astype(np.float64) @ pair[1].T
     # Rounding moves every code by at most half a step; with C independent errors the sum grows with its root.
     steps = [np.abs(x).max(axis=1) / 127 for x in pair]
@@ -202,14 +225,31 @@ def test_int8_gram(instruction_set: str, patches: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize("patches", [1, 40, 333])
+@pytest.mark.parametrize("apart", [0, 5, 70, 400])
+def test_int8_gram_near_the_diagonal(instruction_set: str, patches: int, apart: int) -> None:
+    codes = [quantise(x, instruction_set) for x in make_pair(16, patches, 30)]
+    whole, part = empty_gram(patches), empty_gram(patches)
+    part[:] = np.nan
+    comparers._cpu.int8_multiply(*codes, whole, instruction_set=instruction_set)
+    comparers._cpu.int8_multiply(*codes, part, apart, instruction_set)
+    number = np.arange(patches)
+    near = np.abs(number[:, None] - number) <= apart
+    np.testing.assert_array_equal(part[near], whole[near])
+    assert np.isnan(part).any() or patches <= 2 * apart + 64  # the rest costs time
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
 def test_a_common_mean_takes_no_part_in_the_rounding(instruction_set: str) -> None:
     rng = np.random.default_rng(12)
     left, right = make_pair(13, 40, 90)
     mean = (100 * rng.normal(size=90)).astype(np.float32)
     gram, centred = empty_gram(40), empty_gram(40)
-    comparers._cpu.int8_multiply(*(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set)
+    comparers._cpu.int8_multiply(
+        *(quantise(x, instruction_set) for x in (left, right)), centred, instruction_set=instruction_set
+    )
     codes = [quantise(x + mean, instruction_set, mean) for x in (left, right)]
-    comparers._cpu.int8_multiply(*codes, gram, instruction_set)
+    comparers._cpu.int8_multiply(*codes, gram, instruction_set=instruction_set)
     exact = (left + mean).astype(np.float64) @ (right + mean).T.astype(np.float64)
     error = np.abs(centred - left.astype(np.float64) @ right.T).max()
     np.testing.assert_allclose(gram, exact, atol=error + 1e-6 * exact.max())
@@ -222,7 +262,7 @@ def test_int8_instruction_sets_agree(channels: int) -> None:
     for instruction_set in INT8_SETS:
         grams.append(empty_gram(61))
         codes = [quantise(x, instruction_set, mean) for x in pair]
-        comparers._cpu.int8_multiply(*codes, grams[-1], instruction_set)
+        comparers._cpu.int8_multiply(*codes, grams[-1], instruction_set=instruction_set)
         np.testing.assert_allclose(grams[-1], grams[0], atol=1e-4)  # the integers are the same
 
 
@@ -237,7 +277,7 @@ def test_int8_products_of_the_largest_codes_do_not_overflow(instruction_set: str
     signs[3], signs[4] = 1, -1
     x = (signs @ walsh / np.sqrt(2048)).astype(np.float32)
     gram = empty_gram(20)
-    comparers._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, gram, instruction_set)
+    comparers._cpu.int8_multiply(*(quantise(x, instruction_set),) * 2, gram, instruction_set=instruction_set)
     np.testing.assert_allclose(gram, signs @ signs.T, rtol=1e-5, atol=1e-2)
 
 
@@ -301,7 +341,7 @@ def test_winner_cosines_of_images_with_other_numbers_of_patches(instruction_set:
 def test_int8_product_of_different_numbers_of_patches(instruction_set: str, left: int, right: int) -> None:
     x, y = make_pair(12, left, 64)[0], make_pair(13, right, 64)[0]
     gram = np.full((left, 112), np.nan, np.float32)[:, :right]
-    comparers._cpu.int8_multiply(*(quantise(z, instruction_set) for z in (x, y)), gram, instruction_set)
+    comparers._cpu.int8_multiply(*(quantise(z, instruction_set) for z in (x, y)), gram, instruction_set=instruction_set)
     np.testing.assert_allclose(gram, x @ y.T, atol=1.0)
 
 
@@ -340,7 +380,7 @@ def test_int8_running_top(instruction_set: str, patches: int, columns: int, chan
     left, right = make_pair(18, patches, channels)[0], make_pair(19, columns + 20, channels)[0]
     codes = [quantise(x, instruction_set) for x in (left, right)]
     gram = arrays.aligned_empty((patches, -(-(columns + 20) // 16) * 16), np.float32)[:, : columns + 20]
-    comparers._cpu.int8_multiply(*codes, gram, instruction_set)
+    comparers._cpu.int8_multiply(*codes, gram, instruction_set=instruction_set)
     values = np.full((patches, kept), np.finfo(np.float32).min, np.float32)
     indices = np.full((patches, kept), -1, np.int32)
     expected = values.copy(), indices.copy()
