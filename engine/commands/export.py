@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str, int] | None:
     """Say what stopped a command, with the exit code."""
+    from zsad.engine.address_space import address_limit, said_scarcity
     from zsad.export.libraries import EngineError
     from zsad.export.state_dict import CheckpointError
     from zsad.kernels.machine import CacheError
@@ -75,6 +76,8 @@ def _explain(error: Exception) -> tuple[str, int] | None:
         return str(error), USAGE
     # PyTorch has no class of its own for it.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocat" in str(error)):
+        if (limit := address_limit()) is not None:
+            return said_scarcity(limit), USAGE
         return f"not enough memory ({' '.join(str(error).split())}); take a smaller --image-size", USAGE
     return None
 
