@@ -234,6 +234,24 @@ def test_cards_are_sorted_and_made_when_needed(page: Any) -> None:
     assert paths == sorted(paths)
 
 
+def test_a_page_of_images_as_they_arrive_has_the_latest_first_and_loads_itself_again(
+    browser: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    images = [make_image(f"{number}.png", score, 0) for number, score in enumerate((0.9, 0.1, 0.5))]
+    write_report(path, make_run(3), [make_category("bolt", images)], refresh=0.3)
+    browser.get(path.as_uri())
+    assert card_values(browser, "path") == ["2.png", "1.png", "0.png"]
+    more = [*images, make_image("3.png", 0.2, 0)]
+    write_report(path, make_run(4), [make_category("bolt", more)], refresh=0.3)
+    deadline = time.monotonic() + 20
+    while len(card_values(browser, "path")) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert card_values(browser, "path") == ["3.png", "2.png", "1.png", "0.png"]
+    assert browser.get_log("browser") == []
+    browser.get("about:blank")
+
+
 def test_filters_narrow_the_gallery(page: Any) -> None:
     set_value(page, "#filter-category", "0")
     assert find(page, "#count").text == "150 of 155 images"
