@@ -324,7 +324,8 @@ def otsu(logs: Floats) -> float:
 def two_gaussians(logs: Floats) -> float:
     """Return the lowest score that more probably belongs to the higher of two normal distributions."""
     mixture = GaussianMixture(2, random_state=0, n_init=3).fit(logs[:, None])
-    line = np.linspace(*np.sort(mixture.means_[:, 0]), 1001)
+    low, high = np.sort(mixture.means_[:, 0]).tolist()
+    line = np.linspace(low, high, 1001)
     higher = mixture.predict(line[:, None]) == mixture.means_[:, 0].argmax()
     return float(line[np.argmax(higher)])
 
@@ -374,7 +375,7 @@ def verdicts(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Names
         low, high = scored.raw.min(), scored.raw.max()
         logs, labels = np.log(low + scored.images * (high - low)), images.anomalous  # as the product has them
         parts = [("all", np.arange(len(labels))), *draws(labels), ("0 %", np.flatnonzero(~labels))]
-        of_set: dict[str, dict[str, list[Metrics]]] = {}
+        of_set: dict[str, dict[str, list[dict[str, float | None]]]] = {}
         for name, members in parts:
             for rule, bound in RULES.items():
                 own = logs[members]

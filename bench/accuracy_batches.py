@@ -133,7 +133,7 @@ def read_set(category: Category, reader: Reader) -> ImageSet:
 
 
 def resized(mask: Bools, side: int = SIDE) -> Bools:
-    return cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST) > 0  # type: ignore[no-any-return]
+    return np.asarray(cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST)) > 0
 
 
 def defects(images: ImageSet, count: int) -> list[tuple[Image.Image, Image.Image]]:

@@ -245,7 +245,8 @@ def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     validate(side, arguments.channels, arguments.degrees)
     settings = load_config("small", method_of=method_class).settings
     assert isinstance(settings, Settings)
-    assert settings.clean_rule is not None
+    rule = settings.clean_rule(None)
+    assert rule is not None
     tokens = np.concatenate([make_tokens(images, side, arguments.channels, seed) for seed in (0, 1)], axis=1)
     seconds: dict[str, list[float]] = {"scoring": [], "scoring, minima handed back": [], "references": []}
     for repeat in range(arguments.repeats + 1):
@@ -254,7 +255,7 @@ def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         laps.append(time.perf_counter())
         _, minima = mutual_scores(tokens, (side, side), arguments.degrees, INTERVAL, return_minima="smallest degree")
         laps.append(time.perf_counter())
-        clean_scores(minima, settings.clean_rule)
+        clean_scores(minima, rule)
         laps.append(time.perf_counter())
         if repeat:  # the first round warms up
             for times, before, after in zip(seconds.values(), laps, laps[1:], strict=False):

@@ -62,7 +62,8 @@ def snamd(tokens: ArrayLike, grid: tuple[int, int], degrees: Sequence[int] = (1,
     weights = np.exp(-np.linalg.norm(x[:, None] - x, axis=2))  # [P, P]
     near = [np.where(apart <= degree // 2, weights, 0) for degree in degrees]
     pooled: NDArray[np.float64] = np.mean([w @ x / w.sum(axis=1, keepdims=True) for w in near], axis=0)
-    return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), ZERO_NORM)
+    units: NDArray[np.float64] = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), ZERO_NORM)
+    return units
 
 
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
