@@ -8,6 +8,7 @@ kept. Masks and maps are compared at 256×256. Sections, a record each:
 
     methods        image and pixel metrics of every row, with intervals over images and over sets
     pooling        the same with SNAMD (MuSc-V2) for LNAMD
+    windows        position windows of a few sizes, of `all` and `blended`
     contamination  the same images with fewer of the defective ones, drawn at random
     known          the same normal images left out, and compared with or not
     planted        one defect at the same place in 5 to 40 % of a set's normal images
@@ -51,6 +52,7 @@ SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all of it with 1
 NEAREST_SHARE = 0.001  # of all patches, that AnomalyDINO averages
 
+WINDOWS = (8, 4, 2)  # rows and columns of patches around a patch's own place
 SHARES = {"20 %": (0.2, 2), "8 %": (0.08, 3)}  # of defective images, and draws
 KNOWN_COUNTS, KNOWN_DRAWS = (0, 1, 4, 16), 3
 PLANTED_SHARES, PLANTED_DEFECTS, PLANTED_IMAGES = (0.05, 0.1, 0.2, 0.3, 0.4), 3, 60
@@ -229,6 +231,19 @@ def pooling(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namesp
     return {"sets": found}
 
 
+def windows(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for images in sets:
+        own, of_set = images.batch, {}
+        chosen = own.tokens_of(SMALL_TAPS), own.embeddings, SMALL_TAPS, SMALL_DEGREES
+        for window in (None, *WINDOWS):
+            batch = own if window is None else reader.batch(*chosen, window=window)
+            scored = {"all": small(batch, reader.image_size), "blended": next(clean_rows(batch, (0.25,)))}
+            of_set[str(window)] = {name: metrics_of(images, row) for name, row in scored.items()}
+        found[images.name] = of_set
+    return {"sets": found}
+
+
 def draw(anomalous: Bools, share: float, rng: np.random.Generator) -> NDArray[np.intp]:
     """Return all normal images and so many of the others that they have this share, as far as there are so many."""
     bad = np.flatnonzero(anomalous)
@@ -389,6 +404,7 @@ def verdicts(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Names
 SECTIONS: Mapping[str, Callable[[Sequence[ImageSet], Reader, argparse.Namespace], dict[str, Any]]] = {
     "methods": methods,
     "pooling": pooling,
+    "windows": windows,
     "contamination": contamination,
     "known": known_good,
     "planted": planted_defects,

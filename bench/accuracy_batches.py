@@ -85,12 +85,18 @@ class Reader:
         return np.concatenate(found["tokens"]), np.concatenate(found["embedding"])
 
     def batch(
-        self, tokens: Array, embeddings: Array, taps: tuple[int, ...] = TAPS, degrees: tuple[int, ...] = DEGREES
+        self,
+        tokens: Array,
+        embeddings: Array,
+        taps: tuple[int, ...] = TAPS,
+        degrees: tuple[int, ...] = DEGREES,
+        window: int | None = None,
     ) -> Batch:
-        """Compare images with each other; tokens: of these taps alone."""
+        """Compare images with each other; tokens: of these taps alone; window: as of `mutual_scores`."""
         _, layers, patches, channels = tokens.shape
         side = round(patches**0.5)
-        scoring = MutualScoring((side, side), layers, channels, degrees, (0.0, 0.3), devices=self._devices)
+        compared = (side, side), layers, channels, degrees, (0.0, 0.3)
+        scoring = MutualScoring(*compared, devices=self._devices, window=window)
         return Batch(tokens, embeddings, scoring.scores(tokens, return_minima="each")[1], taps, degrees)
 
 

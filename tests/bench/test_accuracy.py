@@ -152,6 +152,10 @@ def test_every_section_is_recorded(
     assert all(("pixel_ap" in row) == (name == "masked") for name, of_set in methods.items() for row in of_set.values())
     assert methods["bare"]["all"]["image_auroc"] == records["contamination"]["sets"]["bare"]["all"]["all"][0]
     assert records["pooling"]["sets"]["masked"]["musc"] == methods["masked"]["musc"]
+    windows = records["windows"]["sets"]["masked"]
+    assert list(windows) == ["None", "8", "4", "2"]
+    assert windows["None"]["all"] == windows["8"]["all"] == methods["masked"]["all"]  # there are 5 × 5 patches
+    assert windows["None"] != windows["2"]
     known = records["known"]["sets"]["bare"]
     assert list(known) == ["0", "1", "4", "16"]
     assert {len(values) for values in known["4"].values()} == {3}
