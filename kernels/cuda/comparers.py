@@ -53,10 +53,20 @@ class Comparer(ABC):
     description: ClassVar[str]
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
+        self,
+        device: Device,
+        grid: tuple[int, int],
+        channels: int,
+        degrees: Sequence[int],
+        pairs: int,
+        window: int | None = None,
     ) -> None:
-        """degrees: distinct and ascending. pairs: image pairs that a call of `compare` gets at most."""
-        self.device, self.grid, self.degrees = device, grid, degrees
+        """degrees: distinct and ascending. pairs: image pairs that a call of `compare` gets at most.
+
+        window: rows and columns that compared patches are apart at most, None for any number. With one, zero features
+        are told by the keys: they have cosine 1/2 with other features and 1 with each other.
+        """
+        self.device, self.grid, self.degrees, self.window = device, grid, degrees, window
 
     @staticmethod
     @abstractmethod
@@ -97,9 +107,15 @@ class GramOnce(Comparer):
     description = "one product for all degrees"
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
+        self,
+        device: Device,
+        grid: tuple[int, int],
+        channels: int,
+        degrees: Sequence[int],
+        pairs: int,
+        window: int | None = None,
     ) -> None:
-        super().__init__(device, grid, channels, degrees, pairs)
+        super().__init__(device, grid, channels, degrees, pairs, window)
         patches = math.prod(grid)
         self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
         self.mask = sum(1 << degree // 2 for degree in degrees)
@@ -147,10 +163,10 @@ class GramOnce(Comparer):
         grams = self.workspaces[slot]
         with device.producing(slot):
             device.product(column.arrays[0], features, grams)
-        shape = filter_max_shape(self.grid, self.mask, len(features), device.multiprocessors)
+        shape = filter_max_shape(self.grid, self.mask, len(features), device.multiprocessors, self.window)
         with device.consuming(slot):
             device.launch(
-                filter_max_kernel(self.mask),
+                filter_max_kernel(self.mask, self.window is not None),
                 (shape.blocks, len(features)),
                 shape.threads,
                 (
@@ -164,7 +180,7 @@ class GramOnce(Comparer):
                     variants.step(best_rows),
                     best_columns,
                     variants.step(best_columns),
-                    *int32(shape.segment, shape.band),
+                    *int32(shape.segment, shape.band, *([] if self.window is None else [self.window])),
                 ),
                 shape.shared_bytes,
             )
@@ -176,9 +192,15 @@ class ProductPerDegree(Comparer):
     description = "a fused product per degree"
 
     def __init__(
-        self, device: Device, grid: tuple[int, int], channels: int, degrees: Sequence[int], pairs: int
+        self,
+        device: Device,
+        grid: tuple[int, int],
+        channels: int,
+        degrees: Sequence[int],
+        pairs: int,
+        window: int | None = None,
     ) -> None:
-        super().__init__(device, grid, channels, degrees, pairs)
+        super().__init__(device, grid, channels, degrees, pairs, window)
         self.staged = device.empty((STAGED_IMAGES, math.prod(grid), channels), np.float16)
 
     @staticmethod
@@ -251,15 +273,20 @@ class Int8ProductPerDegree(ProductPerDegree):
 
 
 def choose_comparer(
-    devices: Sequence[Device], precision: str, products: Products | None, patches: int
+    devices: Sequence[Device], precision: str, products: Products | None, patches: int, windowed: bool = False
 ) -> type[Comparer]:
     """Choose how devices compare: all alike, because they share features and keys.
 
     precision: "fp16" or "int8". products: "gram" or "fused", instead of what is faster on these devices; int8 products
-    are always fused. Raises ValueError for another choice, and for more patches than int8 can number.
+    are always fused. windowed: whether patches meet those near their own place alone, which fused products do not have.
+    Raises ValueError for another choice, and for more patches than int8 can number.
     """
     if products not in (None, "gram", "fused"):
         raise ValueError(f"products must be 'gram' or 'fused', not {products!r}")
+    if windowed and precision == "int8":
+        raise ValueError("precision int8 has no position windows on a CUDA device; use precision fp16, or the CPU")
+    if windowed and products == "fused":
+        raise ValueError("fused products have no position windows; use products='gram'")
     if precision == "int8":
         if products == "gram":
             raise ValueError("int8 products are always fused; use products='fused', or precision fp16")
@@ -271,6 +298,8 @@ def choose_comparer(
         return Int8ProductPerDegree
     if precision != "fp16":
         raise ValueError(f"precision {precision!r} is not available on a CUDA device; use precision fp16 or int8")
+    if windowed:
+        products = "gram"
     if products is None:
         everywhere = {FASTER.get(device.compute_capability, "gram") for device in devices}
         products = everywhere.pop() if len(everywhere) == 1 else "gram"
@@ -303,18 +332,21 @@ class FilterMaxShape:
 
 
 @lru_cache
-def filter_max_shape(grid: tuple[int, int], mask: int, pairs: int, multiprocessors: int) -> FilterMaxShape:
+def filter_max_shape(
+    grid: tuple[int, int], mask: int, pairs: int, multiprocessors: int, window: int | None = None
+) -> FilterMaxShape:
     """Choose segments that fill the device in few waves without walking the margins too often."""
     rows, columns = grid
     reach = mask.bit_length() - 1
     strip = 4 if reach < 2 else 2 if reach < 3 else 1
     capacity = OWN_PATCHES * MAX_THREADS
-    band = rows if rows * columns <= capacity else capacity // columns - 2 * reach
+    met = rows if window is None else min(strip + 2 * window, rows)  # by a strip
+    band = met if min(met + 2 * reach, rows) * columns <= capacity else capacity // columns - 2 * reach
     if band < 1:
         raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use the CPU")
     covered = min(band + 2 * reach, rows)
     threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
-    strips, bands = -(-rows // strip), -(-rows // band)
+    strips, bands = -(-rows // strip), -(-met // band)
     at_once = multiprocessors * max(1, 768 // threads)
 
     def cost(segment: int) -> int:

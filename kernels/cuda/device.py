@@ -145,9 +145,9 @@ def int32(*values: int) -> tuple[np.int32, ...]:
     return tuple(np.int32(value) for value in values)
 
 
-def filter_max_kernel(mask: int) -> str:
-    """Name the filter-and-max kernel of a choice of degrees: bit k stands for degree 2k + 1."""
-    return f"filter_max_{mask}"
+def filter_max_kernel(mask: int, near: bool = False) -> str:
+    """Name the filter-and-max kernel of a choice of degrees: bit k stands for degree 2k + 1; near: with a window."""
+    return f"filter_max_near_{mask}" if near else f"filter_max_{mask}"
 
 
 def kernels_of(source: str) -> list[str]:
@@ -167,6 +167,8 @@ def build_of(kernel: str) -> tuple[str, tuple[str, ...]]:
     name, _, mask = kernel.rpartition("_")
     if name == "filter_max" and kernel not in _source_files():  # degrees that are compiled when first asked for
         return name, (f"ZSAD_MASK={mask}",)
+    if name == "filter_max_near":
+        return "filter_max", (f"ZSAD_NEAR_MASK={mask}",)
     return _source_files()[kernel], ()
 
 

@@ -11,7 +11,8 @@
 //
 // interval_average: grid (ceil(P / threads), images of the chunk), any block
 //   best          [B, N, R, P] int: keys of the best cosines of images image_first … image_first + B - 1
-//   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature
+//   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature; none (a null pointer) where
+//                 the keys follow the convention already, with has_zero 0 everywhere
 //   has_zero      [N, R] bytes: 1 where an image has a zero feature
 //   weight        [R] float: 1 / (last - first), shared among layers and degrees
 //   scores        [N, P] float, added to
@@ -121,7 +122,7 @@ interval_average(const int* best, const float* inverse, const unsigned char* has
   for (int r = 0; r < degrees; ++r) {
     const long long slab = static_cast<long long>(degrees) * patches, at = static_cast<long long>(r) * patches + p;
     const Column column = {best + blockIdx.y * images * slab + at, has_zero + r, slab,
-                           images, i, degrees, inverse[blockIdx.y * slab + at] == 0};
+                           images, i, degrees, inverse && inverse[blockIdx.y * slab + at] == 0};
     score += weight[r] * sum_of_ranks(column, first, last);
   }
   scores[static_cast<long long>(i) * patches + p] += float(score);
@@ -148,7 +149,7 @@ minimum_distances(const int* best, const float* inverse, const unsigned char* ha
       for (int r = 0; r < degrees; ++r) {
         const long long at = static_cast<long long>(r) * patches + p;
         const Column column = {best + blockIdx.y * images * slab + at, has_zero + r, slab,
-                               images, i, degrees, inverse[blockIdx.y * slab + at] == 0};
+                               images, i, degrees, inverse && inverse[blockIdx.y * slab + at] == 0};
         sum += weight[r] * distance(column.key(j));
       }
     }

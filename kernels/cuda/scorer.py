@@ -41,6 +41,7 @@ class Work:
     score_weights: NDArray[np.float32]  # [R] of a distance in the scores
     minima_weights: NDArray[np.float32]  # [arrays, L, R]: what each array of returned minima adds up
     returned: ReturnedMinima
+    window: int | None = None  # rows and columns that compared patches are apart at most
 
     @property
     def patches(self) -> int:
@@ -132,7 +133,7 @@ class Scorer:
         rows = min(plan.rows, plan.scored)
         self.rows = _Chunk(device, rows if plan.columns else images, layout, work)
         self.columns = [_Chunk(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
-        self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.pairs)
+        self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.pairs, work.window)
         # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
         self.best = device.empty((rows, images, degrees, patches), np.int32)
         room = plan.columns * rows * degrees * patches if plan.exchanges else 0
@@ -198,7 +199,11 @@ class Scorer:
             if to == rows:
                 for image, best in zip(share.others, keys, strict=True):
                     device.upload(best, self.best[image - rows.start, share.own.start : share.own.stop])
-        if store is not None:
+        inverse: DEVICE_ARRAY = self.rows.all.inverse
+        if work.window is not None:  # then the keys say all of zero features
+            inverse = None
+            device.fill(self.has_zero, 0)
+        elif store is not None:
             device.upload(store.has_zero, self.has_zero)
         sizes = int32(self.plan.images, len(work.degrees), work.patches)
         device.launch(
@@ -207,7 +212,7 @@ class Scorer:
             128,
             (
                 self.best,
-                self.rows.all.inverse,
+                inverse,
                 self.has_zero,
                 self.score_weights,
                 *sizes,
@@ -226,7 +231,7 @@ class Scorer:
                     256,
                     (
                         self.best[at],
-                        self.rows.all.inverse[at],
+                        None if inverse is None else inverse[at],
                         self.has_zero,
                         weights[layer],
                         *sizes,

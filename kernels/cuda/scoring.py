@@ -56,9 +56,8 @@ class Scoring:
         self._degrees = sorted(set(task.degrees))
         if self._degrees[-1] > MAX_DEGREE:
             raise ValueError(f"degrees on a CUDA device go up to {MAX_DEGREE}, not {self._degrees[-1]}; use the CPU")
-        if task.window is not None:
-            raise ValueError("a position window is not available on a CUDA device; use the CPU")
-        self._comparer = choose_comparer(devices, self.precision, options.products, task.patches)
+        windowed = task.window is not None
+        self._comparer = choose_comparer(devices, self.precision, options.products, task.patches, windowed)
 
     def check(self, tokens: Any) -> None:
         if tokens.dtype not in (np.float32, np.float16):
@@ -111,9 +110,8 @@ class Scoring:
         shares /= len(task.degrees) * task.layers
         place = np.array([[other == degree for other in distinct] for degree in task.degrees], np.float32)
         minima_weights = returned.weights @ place  # [arrays, L, R]
-        return Work(
-            task.grid, task.channels, distinct, ranks, shares / np.float32(last - first), minima_weights, returned
-        )
+        weights = shares / np.float32(last - first)
+        return Work(task.grid, task.channels, distinct, ranks, weights, minima_weights, returned, task.window)
 
 
 def _score(

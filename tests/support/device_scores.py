@@ -22,6 +22,7 @@ def device_scores(
     products: Any = None,
     pairs: int | None = None,
     host_memory_limit: int | None = None,
+    window: int | None = None,
     **call: Any,
 ) -> Any:
     """Score as `mutual_scores` does, with the options of a device; call: the other arguments of `scores`."""
@@ -29,4 +30,5 @@ def device_scores(
     grid = grid or (math.isqrt(patches),) * 2
     devices = device if isinstance(device, Sequence) else [device]
     options = Options(products, pairs, host_memory_limit)
-    return MutualScoring(grid, layers, channels, degrees, interval, precision, devices, options).scores(tokens, **call)
+    scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices, options, window)
+    return scoring.scores(tokens, **call)

@@ -72,7 +72,10 @@ def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL
     folder: holds device.h and host/cuda_host.h.
     """
     kernels = cuda_device.kernels_of(source)
-    kernels += [f"filter_max_{define.split('=')[1]}" for define in defines if define.startswith("ZSAD_MASK=")]
+    kernels += [
+        cuda_device.filter_max_kernel(int(mask), name == "ZSAD_NEAR_MASK")
+        for name, mask in (define.split("=") for define in defines)
+    ]
     entries = "".join(
         f"ZSAD_ENTRY launch_{kernel}(zsad_host::Launch* how, void** arguments) {{ "
         f"return zsad_host::launch({kernel}, how, arguments); }}\n"

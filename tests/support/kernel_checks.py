@@ -95,8 +95,12 @@ def check_filter_max(
     band: int | None = None,
     segment: int | None = None,
     directions: tuple[bool, bool] = (True, True),
+    window: int | None = None,
 ) -> None:
-    """Both directions of every Gram, with padded rows, poisoned padding and room between the outputs."""
+    """Both directions of every Gram, with padded rows, poisoned padding and room between the outputs.
+
+    With a window some features are zero.
+    """
     patches, stride, pair = math.prod(grid), math.prod(grid) + 3, len(degrees) * math.prod(grid)
     random = rng(patches, pairs)
     products = random.normal(size=(pairs, patches, patches)).astype(np.float32)
@@ -106,14 +110,17 @@ def check_filter_max(
     padded[..., :patches] = products
     inverse_rows = random.uniform(0.2, 2, (pairs, len(degrees), patches)).astype(np.float32)
     inverse_columns = random.uniform(0.2, 2, (len(degrees), patches)).astype(np.float32)
+    if window is not None:
+        inverse_rows[:, :, 1::5] = inverse_columns[:, 1::3] = 0
     best_rows = make(np.full((pairs, 2, pair), LOWEST_KEY, np.int32))
     best_columns = make(np.full((pairs, 3, pair), LOWEST_KEY, np.int32))
 
     mask = sum(1 << degree // 2 for degree in degrees)
-    shape = filter_max_shape(grid, mask, pairs, 5)
+    shape = filter_max_shape(grid, mask, pairs, 5, window)
     segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
     strip = 4 if mask < 4 else 2 if mask < 8 else 1
-    blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-grid[0] // band)
+    met = grid[0] if window is None else min(strip + 2 * window, grid[0])
+    blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-met // band)
     shared += 4 * strip * len(degrees) * segment
     arguments = (
         make(padded),
@@ -129,8 +136,9 @@ def check_filter_max(
         np.int64(3 * pair),
         np.int32(segment),
         np.int32(band),
+        *([] if window is None else [np.int32(window)]),
     )
-    run(filter_max_kernel(mask), (blocks, pairs), threads, arguments, shared)
+    run(filter_max_kernel(mask, window is not None), (blocks, pairs), threads, arguments, shared)
 
     rows, columns = np.asarray(best_rows), np.asarray(best_columns)
     assert (rows[:, 1:] == LOWEST_KEY).all()
@@ -138,6 +146,10 @@ def check_filter_max(
     for t in range(pairs):
         for r, degree in enumerate(degrees):
             cosines = box(products[t], grid, degree) * inverse_rows[t, r][:, None] * inverse_columns[r]
+            if window is not None:
+                zeros = (inverse_rows[t, r] == 0)[:, None] + (inverse_columns[r] == 0).astype(int)
+                cosines = np.where(zeros == 0, cosines, zeros / 2)
+                cosines[reference.cells_apart(grid) > window] = -np.inf
             for keys, axis, kept in ((rows, 1, directions[0]), (columns, 0, directions[1])):
                 found = keys[t, 0].reshape(len(degrees), patches)[r]
                 if kept:

@@ -35,6 +35,7 @@ def _filter_max(run: checks.Run, make: checks.Make) -> None:
     checks.check_filter_max(run, make, (11, 13), (1, 3, 5))
     checks.check_filter_max(run, make, (7, 9), (1, 3, 5), band=3, segment=4)
     checks.check_filter_max(run, make, (9, 13), (1, 3), negative=True)
+    checks.check_filter_max(run, make, (9, 13), (1, 3), window=2)
 
 
 def _interval_average(run: checks.Run, make: checks.Make) -> None:
@@ -67,6 +68,7 @@ def _running_top(run: checks.Run, make: checks.Make) -> None:
     checks.check_running_top(run, make, 1, 3, 1)
 
 
+DEFINES = {"filter_max": ("ZSAD_NEAR_MASK=3",)}  # what the checks need beyond the kernels that are always there
 CHECKS: dict[str, Check] = {
     "layer_norm": _layer_norm,
     "pooled_norms": _pooled_norms,
@@ -127,6 +129,10 @@ MUTATIONS = [
     Mutation(
         "keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;", 0, "device.h"
     ),
+    Mutation("near rows one short", "filter_max", "abs(below[i] - y) > a.window", "abs(below[i] - y) >= a.window"),
+    Mutation("any column is near", "filter_max", "abs(q[i] % W - px) > a.window", "false"),
+    Mutation("strip meets one row too few", "filter_max", "y0 + kStrip + a.window", "y0 + kStrip + a.window - 1"),
+    Mutation("zero features are alike to all", "filter_max", "? 1.0f : 0.5f", "? 1.0f : 1.0f"),
     Mutation("Gram step ignored", "filter_max", "a.grams + blockIdx.y * a.gram_step", "a.grams"),
     Mutation(
         "scratch reused without a barrier",
@@ -254,7 +260,7 @@ def planted(mutation: Mutation, folder: Path) -> str:
 def found(mutation: Mutation) -> str | None:
     """Return what the checks say of a planted bug, None where it passes unnoticed."""
     with tempfile.TemporaryDirectory() as scratch:
-        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch))
+        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch), DEFINES.get(mutation.source, ()))
 
     def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
         host_build.run(built, kernel, grid, threads, arguments, shared_bytes)

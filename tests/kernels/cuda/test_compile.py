@@ -32,6 +32,7 @@ def test_every_source_has_kernels_that_are_found_by_name() -> None:
         assert kernels
         assert {cuda_device.build_of(kernel) for kernel in kernels} == {(source, ())}
     assert cuda_device.build_of("filter_max_10") == ("filter_max", ("ZSAD_MASK=10",))
+    assert cuda_device.build_of("filter_max_near_3") == ("filter_max", ("ZSAD_NEAR_MASK=3",))
     with pytest.raises(KeyError):
         cuda_device.build_of("abacus")
 
@@ -43,7 +44,8 @@ def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) 
     targets = [target for target in TARGETS if target < 100 or nvcc_version() >= (12, 8)]
     codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
     codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    command = [str(NVCC), "-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2", *codes]
+    near = ["-DZSAD_NEAR_MASK=3"] if source == "filter_max" else []  # of preset small, compiled when first asked for
+    command = [str(NVCC), *near, "-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2", *codes]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "kernels.fatbin"), str(cuda_device.FOLDER / f"{source}.cu")],
         capture_output=True,
@@ -101,7 +103,8 @@ def test_nvrtc_compiles_into_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path))
     paths = {cuda_device.compile_cubin(source, "sm_89") for source in SOURCES}
     paths.add(cuda_device.compile_cubin("filter_max", "sm_89", ("ZSAD_MASK=10",)))
-    assert len(paths) == len(SOURCES) + 1
+    paths.add(cuda_device.compile_cubin("filter_max", "sm_89", ("ZSAD_NEAR_MASK=3",)))
+    assert len(paths) == len(SOURCES) + 2
     for path in paths:
         check_elf(path.read_bytes())
     before = {path: path.stat().st_mtime_ns for path in paths}

@@ -121,6 +121,20 @@ def test_filter_max_cut_into_bands_and_segments(band: int, segment: int) -> None
     checks.check_filter_max(run, host_build.copied, (9, 6), (1, 3, 5), band=band, segment=segment)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3])
+@pytest.mark.parametrize("grid", [(1, 6), (7, 7), (5, 9), (14, 4)])
+def test_filter_max_of_near_patches(grid: tuple[int, int], window: int) -> None:
+    checks.check_filter_max(run, host_build.copied, grid, (1, 3), window=window)
+    checks.check_filter_max(run, host_build.copied, grid, (1, 3), negative=True, window=window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [(1, 3, 5), (5,), (1, 9)])
+def test_filter_max_of_near_patches_and_other_degrees(degrees: tuple[int, ...]) -> None:
+    checks.check_filter_max(run, host_build.copied, (9, 11), degrees, pairs=1, window=2)
+    checks.check_filter_max(run, host_build.copied, (9, 6), degrees, pairs=1, window=2, band=2, segment=4)
+
+
 @pytest.mark.parametrize("directions", [(True, False), (False, True)])
 def test_filter_max_drops_a_direction(directions: tuple[bool, bool]) -> None:
     checks.check_filter_max(run, host_build.copied, (4, 5), (1, 3), directions=directions)
@@ -144,10 +158,13 @@ def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
     assert filter_max_shape((2, 700), 0b111, 1, 128).shared_bytes < 101_376
 
 
+@pytest.mark.parametrize("window", [None, 0, 3, 60])
 @pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])
 @pytest.mark.parametrize("grid", [(1408, 1), (1, 280), (37, 37), (12, 117), (100, 100)])
-def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int) -> None:
-    shape = filter_max_shape(grid, mask, 4, 128)
+def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int, window: int | None) -> None:
+    shape = filter_max_shape(grid, mask, 4, 128, window)
+    covered = min(shape.band + 2 * (mask.bit_length() - 1), grid[0])
+    assert covered * grid[1] <= OWN_PATCHES * shape.threads
     assert 32 <= shape.threads <= MAX_THREADS
     assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
 
@@ -233,6 +250,43 @@ def test_zero_features_follow_the_convention() -> None:
     np.testing.assert_allclose(
         device_scores(x, (4, 4), device=HostDevice()), reference.mutual_scores(x, (4, 4)), rtol=3e-3, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_windows_equal_the_reference(window: int) -> None:
+    x = tokens(6, 2, (4, 6), 24)
+    x -= x.mean(axis=(2, 3), keepdims=True)
+    x[1, :, 12:] = -x[1, :, :12]  # no mean: what is zero stays so
+    x[1, :, [7, 19]] = 0
+    x[4] = 3.0  # no variance: every feature of the image is zero
+    scores, minima = device_scores(
+        x, (4, 6), (1, 3), device=HostDevice(), references=1, return_minima="each", window=window
+    )
+    expected = reference.patch_minima(x, (4, 6), (1, 3), references=1, window=window)
+    np.testing.assert_allclose(minima, expected, rtol=3e-3, atol=1e-3)
+    averages = reference.interval_average(expected, (0.0, 0.3)).mean(axis=(0, 1))
+    np.testing.assert_allclose(scores, averages, rtol=3e-3, atol=1e-3)
+
+
+def test_devices_that_share_the_work_have_windows() -> None:
+    x = tokens(7, 1, (4, 5), 24)
+    x[2] = 3.0
+    alone = device_scores(x, (4, 5), (1, 3), device=HostDevice(), window=1)
+    shared = device_scores(x, (4, 5), (1, 3), device=[HostDevice(), HostDevice()], window=1)
+    np.testing.assert_array_equal(shared, alone)
+
+
+def test_a_window_as_large_as_the_grid_is_none() -> None:
+    x = tokens(4, 1, (3, 5), 24)
+    whole = device_scores(x, (3, 5), device=HostDevice())
+    np.testing.assert_array_equal(device_scores(x, (3, 5), device=HostDevice(), window=4), whole)
+    assert (device_scores(x, (3, 5), device=HostDevice(), window=1) >= whole - 1e-3).all()
+
+
+@pytest.mark.parametrize(("options", "message"), [({"precision": "int8"}, "int8"), ({"products": "fused"}, "gram")])
+def test_fused_products_have_no_windows(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"no position windows.*{message}|{message} has no position windows"):
+        device_scores(tokens(4, 1, (3, 5), 24), (3, 5), device=HostDevice(), window=1, **options)
 
 
 def test_identical_images_are_at_distance_zero() -> None:
