@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -360,3 +362,39 @@ def test_a_burst_of_a_thousand(made: Path) -> None:
     line = Line(1000)
     assert sorted(line.run()) == [f"{number:04d}.png" for number in range(1000)]
     assert len(table()) == 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--watch scores each image by itself, by a bank"),
+        (["--bank", "part.zsad", "data"], "leave out the folder data"),
+        (["--bank", "part.zsad", "--strict"], "leave out --strict"),
+        (["--bank", "part.zsad", "--fail-on", "reject"], "leave out --fail-on"),
+    ],
+)
+def test_options_that_do_not_go_with_it_are_named(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--watch", "in", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_prints_a_line_for_each_image_and_ends_cleanly(made: Path, number: signal.Signals) -> None:
+    put(made, GOOD, "a.png")
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    start += "from zsad.engine.commands.start import infer; sys.exit(infer())"
+    command = [sys.executable, "-c", start, "--watch", "in", "--bank", "part.zsad", "--device", "cpu"]
+    for options, name, begins in ((["--json"], "a.png", '{"path": "a.png", "score": 0.'), ([], "b.png", "0.")):
+        put(made, GOOD, name)
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as line:
+            assert line.stdout is not None
+            assert line.stdout.readline().startswith(begins)
+            line.send_signal(number)
+            _, said = line.communicate(timeout=ENOUGH)
+        assert line.returncode == 0
+        assert "zsad-infer: ended after" in said
+    assert [row["path"] for row in table()] == ["a.png", "b.png"]
