@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Job:
     output: Path | None
     batch: tuple[int, int, int] | None = None  # of an engine, where the command line has none; None: the usual one
     files: tuple[str, ...] = ()  # what a preset's method reads beside the checkpoint: names of the manifest or files
-    note: str = ""  # what there is to say of it
+    follows_images: bool = False  # zsad-infer makes it as large as images are; here it is as large as it can be
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,14 +113,11 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, interru
             check_target(job.output, Path(os.path.expanduser(job.checkpoint)))  # noqa: PTH111
     if arguments.target != "onnx":
         check_options(_engine_options(arguments), jobs[0].options.precision)
-    for job in jobs:
-        if job.note:
-            log.info("%s: %s", job.checkpoint, job.note)
     for name in dict.fromkeys(name for job in jobs for name in (job.checkpoint, *job.files)):
         if name in read_manifest():
             fetch_checkpoint(name)
             interrupts.check()
-    for job in jobs:
+    for job in map(_whole_patches, jobs):
         onnx = arguments.target == "onnx"
         emit(str(_export(job, job.output, keep=True).path if onnx else _build(job, arguments)))
         interrupts.check()
@@ -289,11 +286,27 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
         own = graph_options(spec, request, options.precision, options.attention)
         file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None
-        note = ""
-        if spec.image_size == "auto":
-            note = f"zsad-infer takes images as large as they are; this is for {spec.side} px, --image-size for another"
-        jobs.append(Job(spec.checkpoint, own, output, engine_batch(request), config.settings.files, note))
+        follows_images = spec.image_size == "auto"
+        jobs.append(Job(spec.checkpoint, own, output, engine_batch(request), config.settings.files, follows_images))
     return jobs
+
+
+def _whole_patches(job: Job) -> Job:
+    """Make a graph that follows the images as large as whole patches of its checkpoint allow, and say for what size."""
+    from zsad.export.checkpoints import find_checkpoint
+    from zsad.export.vision_transformer import read_patch_size
+
+    if not job.follows_images:
+        return job
+    assert isinstance(job.options, ExportOptions)
+    patch = read_patch_size(find_checkpoint(job.checkpoint)[0])
+    options = replace(job.options, image_size=job.options.image_size // patch * patch)
+    said = "zsad-infer takes images as large as they are; this is for %d px, --image-size for another"
+    log.info(f"%s: {said}", job.checkpoint, options.image_size)
+    if job.output is None:
+        return replace(job, options=options)
+    name = f"-{options.label}".join(job.output.name.rsplit(f"-{job.options.label}", 1))
+    return replace(job, options=options, output=job.output.with_name(name))
 
 
 def _export(job: Job, output: Path | None, keep: bool) -> "ExportedModel":

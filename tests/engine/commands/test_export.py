@@ -4,15 +4,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from clip_checkpoints import write_clip
 from pictures import touch_images
 
+from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.commands import export
 from zsad.engine.commands.export import main
 from zsad.engine.commands.infer import main as infer
 from zsad.export.options import ExportOptions
+from zsad.export.vision_transformer import DINOV2
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +173,36 @@ def test_a_preset_that_follows_the_images_is_made_for_one_size(given: list[str],
     parser = export._parser()
     (job,) = export._jobs(parser, parser.parse_args(["--preset", "small", *given]))
     assert isinstance(job.options, ExportOptions)
-    assert (job.options.image_size, "this is for 518 px, --image-size for another" in job.note) == sizes
+    assert (job.options.image_size, job.follows_images) == sizes
+
+
+@pytest.mark.parametrize(
+    ("patch", "given", "size", "said"),
+    [(14, [], 518, True), (16, [], 512, True), (16, ["--image-size", "280"], 280, False)],
+)
+def test_a_preset_that_follows_the_images_is_made_of_whole_patches(
+    patch: int,
+    given: list[str],
+    size: int,
+    said: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = tmp_path / "tower-518.safetensors"
+    write_random_checkpoint(Shape(DINOV2, 64, 2, patch_size=patch, stored_grid=5), checkpoint, deviation=0.05)
+    config = tmp_path / "tower.toml"
+    config.write_text(f'[networks.dinov2]\ncheckpoint = "{checkpoint}"\ntaps = [0]\n')
+    seen = []
+
+    def exported(job: export.Job, output: Path | None, keep: bool) -> SimpleNamespace:
+        seen.append((job.options.label, output))
+        return SimpleNamespace(path=output)
+
+    monkeypatch.setattr(export, "_export", exported)
+    assert main(["--preset", "small", "--config", str(config), "--output", str(tmp_path), *given]) == 0
+    assert seen == [(str(size), tmp_path / f"dinov2-{size}-fp32.onnx")]
+    assert (f"this is for {size} px, --image-size for another" in capsys.readouterr().err) == said
 
 
 @pytest.mark.slow
