@@ -38,6 +38,7 @@ from zsad.engine.scores.maps import upsample
 from zsad.engine.scores.verdicts import distribution_bounds
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.averages import kept_averages
+from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.snamd import similarity_pooled
 
 from .accuracy_batches import DEGREES, SIDE, TAPS, Batch, ImageSet, Reader, defects, planted, read_set
@@ -67,11 +68,6 @@ class Scored:
     raw: Floats  # [N] before other images' scores join in
 
 
-def square(patches: int) -> tuple[int, int]:
-    side = round(patches**0.5)
-    return side, side
-
-
 def interval_scores(batch: Batch, taps: Sequence[int], degrees: Sequence[int]) -> Floats:
     """Return patch scores [N, P] in the published order: the interval of each tap and degree, then their mean."""
     each = batch.minima(taps, degrees)
@@ -82,7 +78,7 @@ def interval_scores(batch: Batch, taps: Sequence[int], degrees: Sequence[int]) -
 
 def musc(batch: Batch, image_size: int) -> Scored:
     maps = interval_scores(batch, TAPS, DEGREES)
-    raw = image_scores(maps, square(maps.shape[1]), "map_maximum", image_size)
+    raw = image_scores(maps, square_grid(maps.shape[1]), "map_maximum", image_size)
     return Scored(raw, maps, raw)
 
 
@@ -93,7 +89,7 @@ def musc_rscin(batch: Batch, image_size: int) -> Scored:
 
 def small(batch: Batch, image_size: int) -> Scored:
     maps = interval_scores(batch, SMALL_TAPS, SMALL_DEGREES)
-    raw = image_scores(maps, square(maps.shape[1]), "top_fraction", image_size)
+    raw = image_scores(maps, square_grid(maps.shape[1]), "top_fraction", image_size)
     return Scored(raw, maps, raw)
 
 
@@ -106,7 +102,7 @@ def anomaly_dino(batch: Batch, image_size: int) -> Scored:
     cosine = np.square(batch.minima(SMALL_TAPS, SMALL_DEGREES), dtype=np.float64).mean(axis=(0, 1)) / 2
     count = min(max(1, int(NEAREST_SHARE * patches * (images - 1))), images - 1)
     maps = np.sort(cosine, axis=-1)[..., :count].mean(axis=-1)
-    raw = image_scores(maps, square(patches), "top_fraction", image_size)
+    raw = image_scores(maps, square_grid(patches), "top_fraction", image_size)
     return Scored(raw, maps, raw)
 
 
@@ -140,12 +136,12 @@ def blend_name(blend: float) -> str:
 def similar(images: ImageSet, reader: Reader) -> Iterator[tuple[str, Scored]]:
     """Yield the rows of SNAMD, whose tokens are pooled first and compared anew: MuSc's settings, and `blended`."""
     own = images.batch
-    pooled = similarity_pooled(own.tokens, square(own.tokens.shape[2]), DEGREES)
+    pooled = similarity_pooled(own.tokens, square_grid(own.tokens.shape[2]), DEGREES)
     batch = reader.batch(pooled, own.embeddings, TAPS, (1,))
     maps = interval_scores(batch, TAPS, (1,))
-    raw = image_scores(maps, square(maps.shape[1]), "map_maximum", reader.image_size)
+    raw = image_scores(maps, square_grid(maps.shape[1]), "map_maximum", reader.image_size)
     yield "snamd", Scored(raw, maps, raw)
-    smaller = similarity_pooled(own.tokens_of(SMALL_TAPS), square(own.tokens.shape[2]), SMALL_DEGREES)
+    smaller = similarity_pooled(own.tokens_of(SMALL_TAPS), square_grid(own.tokens.shape[2]), SMALL_DEGREES)
     batch = reader.batch(smaller, own.embeddings, SMALL_TAPS, (1,))
     yield "snamd blended", next(clean_rows(batch, (0.25,)))
 
@@ -205,7 +201,7 @@ def intervals(
 def metrics_of(images: ImageSet, scored: Scored) -> Metrics:
     found = {f"image_{key}": value for key, value in image_metrics(images.anomalous, scored.images).items()}
     if images.masks is not None:
-        grid = square(scored.maps.shape[1])
+        grid = square_grid(scored.maps.shape[1])
         maps = [upsample(map_.reshape(grid), (SIDE, SIDE)) for map_ in scored.maps]
         found |= {f"pixel_{key}": value for key, value in pixel_metrics(images.masks, maps).items()}
     return {key: round(value, 5) for key, value in found.items()}

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.engine.methods.bank import Memory, square
+from zsad.engine.methods.bank import Memory
 from zsad.engine.methods.bank_build import Making, remembered
 from zsad.engine.scores.conformal import upper_bound
 from zsad.engine.scores.image_scores import image_scores
+from zsad.kernels.mutual_scoring import square_grid
 
 SIZES = {"100 %": 1.0, "10 %": 0.1, "1 %": 0.01}  # of the bank's images' patches, per tap and degree
 ALARMS = (0.05, 0.1, 0.2)  # shares of normal images that may be above the bound
@@ -24,7 +25,7 @@ def bank_rows(
     tokens: [N, L, P, C]; normal: images that banks are made from; rest: those that are scored. Returns by size scores
     [rest] and maps [rest, P], and the scores [normal] of the bank's own images, each without itself.
     """
-    grid, found = square(tokens.shape[2]), {}
+    grid, found = square_grid(tokens.shape[2]), {}
     for name, share in SIZES.items():
         making = Making(size=max(1, round(share * len(normal) * tokens.shape[2])))
         kept, own = remembered(tokens[normal], degrees, making, "cpu")

@@ -277,7 +277,7 @@ def mutual_scores(
     _, layers, patches, channels = (int(n) for n in tokens.shape)
     if device != "cpu" and not device.startswith("cuda"):
         raise ValueError(f"device must be cpu, cuda, cuda:N, cuda:N,M or cuda:all, not {device!r}")
-    grid = _square(patches) if grid is None else grid
+    grid = square_grid(patches) if grid is None else grid
     if math.prod(grid) != patches:
         raise ValueError(f"grid {tuple(grid)} does not hold {patches} patches")
     devices = open_devices(device) if device != "cpu" else ()
@@ -293,7 +293,8 @@ def mutual_scores(
     )
 
 
-def _square(patches: int) -> tuple[int, int]:
+def square_grid(patches: int) -> tuple[int, int]:
+    """Return rows and columns of the patch grid of a square image; raises ValueError where there is none."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"{patches} patches are no square grid; pass grid=(rows, columns)")

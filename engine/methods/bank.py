@@ -6,7 +6,6 @@ the bank's scales; p-value and bounds from the scores that the bank's own images
 """
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cpu.nearest import fast_precision
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.files import printable
+from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.nearest import Nearest
 
 from .bank_file import AGAIN, SUFFIX, Bank, BankError, Features, Header, keys_of, read_bank, read_header
@@ -131,7 +131,7 @@ class BankMethod:
         scores = header.image_scale.values(raw)
         maps = header.map_scale.values(patches[header.map_network]).astype(np.float32)
         for row, index in enumerate(batch.indices):
-            grid_map = maps[row].reshape(square(maps.shape[1]))
+            grid_map = maps[row].reshape(square_grid(maps.shape[1]))
             yield Scored(index, float(raw[row]), grid_map, score=float(scores[row]), p_value=float(p[row]))
 
     def _patch_scores(self, name: str, batch: Batch) -> NDArray[np.float64]:
@@ -200,7 +200,7 @@ class Memory:
         """Return the mean distances [P] of an image's patches, tokens [L, P, C], to the nearest of the bank."""
         total, searches = np.zeros(tokens.shape[1]), iter(self._searches)
         for layer in tokens:
-            for units in unit_features(layer, square(len(layer)), self._degrees):
+            for units in unit_features(layer, square_grid(len(layer)), self._degrees):
                 total += next(searches).distances(units)
         return total / len(self._searches)
 
@@ -272,14 +272,7 @@ def raw_scores(
     """Return the raw scores [B] of images with these distances [B, P] of each network's patches."""
     scores = patches[header.image_network]
     side = networks[header.image_network].spec.side
-    return image_scores(scores, square(scores.shape[1]), header.image_rule, side)
-
-
-def square(patches: int) -> tuple[int, int]:
-    """Return rows and columns of the patch grid of a square input."""
-    side = math.isqrt(patches)
-    assert side * side == patches
-    return side, side
+    return image_scores(scores, square_grid(scores.shape[1]), header.image_rule, side)
 
 
 def check_network(path: Path, name: str, sha256: str, network: Network) -> None:

@@ -21,8 +21,9 @@ from zsad.engine.config import Config, ConfigError
 from zsad.kernels.coverage import farthest_first, project
 from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cuda.device import Device
+from zsad.kernels.mutual_scoring import square_grid
 
-from .bank import Search, raw_scores, square
+from .bank import Search, raw_scores
 from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Scale
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
@@ -133,7 +134,7 @@ def check_making(config: Config, making: Making) -> None:
 def _units(tokens: NDArray[Any], layer: int, degree: int) -> Units:
     def read(image: int) -> NDArray[np.float32]:
         own = np.ascontiguousarray(tokens[image, layer], np.float32)
-        units: NDArray[np.float32] = unit_features(own, square(len(own)), (degree,))[0]
+        units: NDArray[np.float32] = unit_features(own, square_grid(len(own)), (degree,))[0]
         return units
 
     return read

@@ -32,7 +32,7 @@ from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores,
 from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
-from zsad.kernels.mutual_scoring import MutualScoring
+from zsad.kernels.mutual_scoring import MutualScoring, square_grid
 from zsad.kernels.snamd import similarity_pooled
 
 from .method import Group, Place, Progress, Scored
@@ -171,7 +171,7 @@ class MuSc:
     def _scoring(self, graph: Graph) -> MutualScoring:
         layers, patches, channels = graph.outputs["tokens"].shape
         return MutualScoring(
-            _grid(patches),
+            square_grid(patches),
             layers,
             channels,
             (1,) if self._settings.pooling == "snamd" else self._settings.degrees,
@@ -244,7 +244,7 @@ class MuSc:
             return tokens
         arrays = self._place.arrays
         values = arrays.fetch(tokens)
-        pooled = similarity_pooled(values, _grid(values.shape[2]), self._settings.degrees)
+        pooled = similarity_pooled(values, square_grid(values.shape[2]), self._settings.degrees)
         return arrays.send(pooled.astype(values.dtype, copy=False))
 
     def finish(self, progress: Progress) -> Iterator[Scored]:
@@ -266,7 +266,7 @@ class MuSc:
                 self._kept.clear()
                 self._category.close()
         vectors = vectors if judged.features is None else judged.features
-        grid = _grid(judged.maps.shape[1])
+        grid = square_grid(judged.maps.shape[1])
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
             yield Scored(index, float(judged.raw_scores[row]), judged.maps[row].reshape(grid), vector)
@@ -324,7 +324,7 @@ class MuSc:
     def _raw_scores(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the raw scores [n] of images with these patch scores [n, P]."""
         size = self._place.networks[self._settings.image_network].spec.side
-        return image_scores(scores, _grid(scores.shape[1]), self._settings.image_rule, size)
+        return image_scores(scores, square_grid(scores.shape[1]), self._settings.image_rule, size)
 
     def _measured(self, progress: Progress) -> _Yardstick:
         """Return what references come to that are scored by each other; one, or copies of one, do not say."""
@@ -366,13 +366,6 @@ def _yardstick_counts(references: int) -> tuple[int, int]:
     """Return how many references are scored by each other and by how many more, so that this costs little."""
     measured = min(references, FEW_IMAGES)
     return measured, references - measured
-
-
-def _grid(patches: int) -> tuple[int, int]:
-    """Return rows and columns of the patch grid of a square input."""
-    side = math.isqrt(patches)
-    assert side * side == patches
-    return side, side
 
 
 def _bytes(spec: TensorSpec, images: int) -> int:
