@@ -230,8 +230,8 @@ def strips(grid: tuple[int, int], reach: int | None, height: int) -> list[tuple[
 
 def gram_blocks(grid: tuple[int, int], reach: int | None) -> list[tuple[slice, slice]]:
     """Return the blocks of a Gram that hold the products of patches at most `reach` grid rows apart; None: all."""
-    # Higher strips hold more that is not read, flatter ones make small products.
-    return strips(grid, reach, grid[0] if reach is None else max(reach // 2, 2))
+    # Higher strips hold more that is not read, flatter ones make small products, which take longer for their size.
+    return strips(grid, reach, grid[0] if reach is None or 2 * reach >= grid[0] else max(reach, 3))
 
 
 def unit_features(tokens: Array, grid: tuple[int, int], degrees: Sequence[int]) -> Array:

@@ -148,7 +148,8 @@ void reduce_row(const float* t, int W, std::uint32_t index_mask, const Row& row)
   if (columns.last - columns.first == W) {
     for (const Span& run : Runs({rows.first * W, rows.last * W})) reduce(run);
   } else {
-    for (int y = rows.first; y < rows.last; ++y) reduce({y * W + columns.first, y * W + columns.last});
+    for (int y = rows.first; y < rows.last; ++y)
+      for (const Span& run : Runs({y * W + columns.first, y * W + columns.last})) reduce(run);
   }
   *row.best_left = Keys ? to_key(best, index_mask) : best * row.inverse_left;
 }
