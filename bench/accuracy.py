@@ -12,13 +12,14 @@ kept. Masks and maps are compared at 256×256. Sections, a record each:
     contamination  the same images with fewer of the defective ones, drawn at random
     known          the same normal images left out, and compared with or not
     planted        one defect at the same place in 5 to 40 % of a set's normal images
+    banks          metrics of images scored by banks that keep all patches or few, and how many normal ones these reject
     verdicts       F1, false alarms and recall of rules for the bound, from the scores of whole sets and of parts
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,40 @@ from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
 from zsad.engine.config import ConfigError, load_config
-from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
+from zsad.engine.evaluation.metrics import image_metrics
 from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.methods.method import method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.scores.clean_references import clean_scores, salient_features
 from zsad.engine.scores.image_scores import image_scores, rscin
-from zsad.engine.scores.maps import upsample
 from zsad.engine.scores.verdicts import distribution_bounds
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.averages import kept_averages
 from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.snamd import similarity_pooled
 
-from .accuracy_batches import DEGREES, SIDE, TAPS, Batch, ImageSet, Reader, defects, planted, read_set
+from .accuracy_banks import banks
+from .accuracy_batches import (
+    DEGREES,
+    SMALL_DEGREES,
+    SMALL_TAPS,
+    TAPS,
+    Batch,
+    Bools,
+    Floats,
+    ImageSet,
+    Metrics,
+    Reader,
+    Scored,
+    defects,
+    metrics_of,
+    planted,
+    read_set,
+)
 from .records import RESULTS, append, environment
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Metrics = dict[str, float]
-
 INTERVAL = (0.0, 0.3)
-SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all of it with 1
 NEAREST_SHARE = 0.001  # of all patches, that AnomalyDINO averages
 
@@ -57,15 +69,6 @@ WINDOWS = (8, 4, 2)  # rows and columns of patches around a patch's own place
 SHARES = {"20 %": (0.2, 2), "8 %": (0.08, 3)}  # of defective images, and draws
 KNOWN_COUNTS, KNOWN_DRAWS = (0, 1, 4, 16), 3
 PLANTED_SHARES, PLANTED_DEFECTS, PLANTED_IMAGES = (0.05, 0.1, 0.2, 0.3, 0.4), 3, 60
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a row says of a batch."""
-
-    images: Floats  # [N]
-    maps: Floats  # [N, P]
-    raw: Floats  # [N] before other images' scores join in
 
 
 def interval_scores(batch: Batch, taps: Sequence[int], degrees: Sequence[int]) -> Floats:
@@ -196,15 +199,6 @@ def intervals(
 
 
 # Sections: each returns what its record holds
-
-
-def metrics_of(images: ImageSet, scored: Scored) -> Metrics:
-    found = {f"image_{key}": value for key, value in image_metrics(images.anomalous, scored.images).items()}
-    if images.masks is not None:
-        grid = square_grid(scored.maps.shape[1])
-        maps = [upsample(map_.reshape(grid), (SIDE, SIDE)) for map_ in scored.maps]
-        found |= {f"pixel_{key}": value for key, value in pixel_metrics(images.masks, maps).items()}
-    return {key: round(value, 5) for key, value in found.items()}
 
 
 def methods(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -404,6 +398,7 @@ SECTIONS: Mapping[str, Callable[[Sequence[ImageSet], Reader, argparse.Namespace]
     "contamination": contamination,
     "known": known_good,
     "planted": planted_defects,
+    "banks": banks,
     "verdicts": verdicts,
 }
 

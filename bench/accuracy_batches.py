@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from zsad.engine.config import load_config
 from zsad.engine.evaluation.evaluate import labelled
 from zsad.engine.evaluation.masks import read_mask
+from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.depth import batch_bit_depth
@@ -21,12 +22,16 @@ from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.networks.build import load_networks
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.networks.runtime import Runtime
-from zsad.kernels.mutual_scoring import MutualScoring
+from zsad.engine.scores.maps import upsample
+from zsad.kernels.mutual_scoring import MutualScoring, square_grid
 
 Array = NDArray[np.float32]
+Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Metrics = dict[str, float]
 
 TAPS, DEGREES = (2, 5, 8, 11), (1, 3, 5)  # of all rows together
+SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)  # of preset small
 SIDE = 256  # of masks and maps when they are compared
 
 
@@ -108,7 +113,14 @@ class ImageSet:
     images: Sequence[InputImage]
     root: Any
     bit_depth: int | None
-    batch: Batch
+    tokens: Array  # [N, L, P, C] of TAPS
+    embeddings: Array  # [N, D]
+    reader: Reader
+
+    @cached_property
+    def batch(self) -> Batch:
+        """All of its images, compared with each other once."""
+        return self.reader.batch(self.tokens, self.embeddings)
 
     @cached_property
     def anomalous(self) -> Bools:
@@ -135,7 +147,28 @@ def read_set(category: Category, reader: Reader) -> ImageSet:
     images = [image for image in labelled(category).images if image.anomalous is not None]
     bits = batch_bit_depth(image.path for image in images).bits
     tokens = reader.tokens(decode(image.path, bits) for image in images)
-    return ImageSet(category.name, images, category.root, bits, reader.batch(*tokens))
+    return ImageSet(category.name, images, category.root, bits, *tokens, reader)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a row says of a batch."""
+
+    images: Floats  # [N]
+    maps: Floats  # [N, P]
+    raw: Floats  # [N] before other images' scores join in
+
+
+def metrics_of(images: ImageSet, scored: Scored, members: Sequence[int] | None = None) -> Metrics:
+    """Return image metrics, and pixel metrics where there are masks; members: those that were scored, None: all."""
+    chosen = range(len(images.images)) if members is None else members
+    found = {f"image_{key}": value for key, value in image_metrics(images.anomalous[chosen], scored.images).items()}
+    if images.masks is not None:
+        grid = square_grid(scored.maps.shape[1])
+        maps = [upsample(map_.reshape(grid), (SIDE, SIDE)) for map_ in scored.maps]
+        masks = [images.masks[i] for i in chosen]
+        found |= {f"pixel_{key}": value for key, value in pixel_metrics(masks, maps).items()}
+    return {key: round(value, 5) for key, value in found.items()}
 
 
 def resized(mask: Bools, side: int = SIDE) -> Bools:
