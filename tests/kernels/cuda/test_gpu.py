@@ -46,6 +46,7 @@ def test_pooled_norms(gpu: Device, grid: tuple[int, int]) -> None:
 def test_filter_max(gpu: Device, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
     checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, pairs=2)
     checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, pairs=1, negative=True)
+    checks.check_filter_max(OnDevice(gpu), np.array, grid, degrees, pairs=2, window=2)
 
 
 @pytest.mark.parametrize("case", ["plain", "zeros", "ties"])
