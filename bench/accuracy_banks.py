@@ -65,8 +65,8 @@ def kept_of(
     tokens: NDArray[np.float32], degrees: Sequence[int], making: Making
 ) -> tuple[list[NDArray[np.float32]], Floats]:
     """Return the features that a bank keeps, by taps and degrees, and its images' distances [n, P] to all others."""
-    kept, own = remembered(tokens, degrees, making, "cpu")
-    return [features.units() for features in kept.values()], own
+    kept, own = remembered(tokens, range(tokens.shape[1]), degrees, making, "cpu")
+    return [features.units() for features in kept.values()], own.maps.astype(np.float64)
 
 
 def every_third(tokens: NDArray[np.float32]) -> NDArray[np.float32]:

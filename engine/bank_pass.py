@@ -4,14 +4,15 @@ images → loader: batches of network inputs → networks: tokens [n, L, P, C] �
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.categories import Category, InputImage, counted
@@ -25,7 +26,7 @@ from zsad.engine.methods.method import Progress
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.workplace import Saving, Workplace
-from zsad.kernels.files import check_target, printable
+from zsad.kernels.files import check_target, file_sha256, printable
 from zsad.kernels.machine import scratch, stopwatch
 
 from .category_pass import CategoryJob, CategoryProgress
@@ -68,25 +69,11 @@ def save_bank(saving: Saving, normal: Normal, config: Config, workplace: Workpla
 
     Raises ImageError where fewer than two images are readable, OSError where it cannot be written, MemoryError.
     """
-    place, path, images = workplace.place, file_of(saving, normal.category), normal.images
-    graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
-    wanted, count = recipes(place), 0
-    with ExitStack() as rooms:
-        size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
-        resident = size <= workplace.arrays.limit() // 2
-        tokens: dict[str, Any] = {
-            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
-            for name, graph in graphs.items()
-        }
-        for batch in workplace.loader.batches(images, range(len(images)), normal.bit_depth, lambda *_: None):
-            for index, reason in batch.failures:
-                log.warning("%s is left out of the bank: %s", printable(str(images[index].path)), reason)
-            with stopwatch(workplace.timings, "networks"):
-                for name, graph in graphs.items() if batch.indices else ():
-                    for part, outputs in run_in_parts(graph, {"images": batch.inputs[wanted[name]]}):
-                        tokens[name][count + part.start : count + part.stop] = place.arrays.fetch(outputs["tokens"])
-            count += len(batch.indices)
-            progress("networks for the bank", count, len(images))
+    path, images = file_of(saving, normal.category), normal.images
+    with network_tokens(images, normal.bit_depth, workplace, partial(progress, "networks for the bank")) as found:
+        for index, reason in found.failures:
+            log.warning("%s is left out of the bank: %s", printable(str(images[index].path)), reason)
+        count = len(found.indices)
         if count < 2:
             raise ImageError(
                 f"no bank of {printable(normal.category.name)}: it takes at least two readable known-good images, "
@@ -98,11 +85,56 @@ def save_bank(saving: Saving, normal: Normal, config: Config, workplace: Workpla
             "precision": workplace.record["network_precision"],
         }
         with stopwatch(workplace.timings, "bank"):
-            kept = {name: array[:count] for name, array in tokens.items()}
-            bank = build_bank(kept, config, place, saving.making, facts, progress)
+            bank = build_bank(found.tokens, config, workplace.place, saving.making, facts, progress)
+            digests = b"".join(_digest(images[index].path) for index in found.indices)
+            bank = replace(bank, digests=np.frombuffer(digests, np.uint8).reshape(count, 32))
             write_bank(path, bank)
     log.info("%s: the bank of %s is written; zsad-infer NEW/ --bank %s", path, counted(count, "image"), path)
     return bank
+
+
+def _digest(path: Path) -> bytes:
+    """Return the sha256 of a file; of one that has gone since it was read zeros: the bank is more than that."""
+    try:
+        return bytes.fromhex(file_sha256(path))
+    except OSError:
+        return bytes(32)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the networks give for images."""
+
+    indices: Sequence[int]  # of the readable ones, n of them
+    tokens: Mapping[str, NDArray[np.float32]]  # [n, L, P, C] by networks, valid within the context
+    failures: Sequence[tuple[int, str]]  # the other ones, and why
+
+
+@contextmanager
+def network_tokens(
+    images: Sequence[InputImage], bit_depth: int | None, workplace: Workplace, report: Callable[[int, int], None]
+) -> Iterator[Tokens]:
+    """Run the networks over images; what they give is in memory, or if that is much, in a temporary file."""
+    place, wanted = workplace.place, recipes(workplace.place)
+    graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
+    indices, failures = list[int](), list[tuple[int, str]]()
+    with ExitStack() as rooms:
+        size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
+        resident = size <= workplace.arrays.limit() // 2
+        tokens: dict[str, Any] = {
+            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
+            for name, graph in graphs.items()
+        }
+        for batch in workplace.loader.batches(images, range(len(images)), bit_depth, lambda *_: None):
+            failures += batch.failures
+            with stopwatch(workplace.timings, "networks"):
+                for name, graph in graphs.items() if batch.indices else ():
+                    for part, outputs in run_in_parts(graph, {"images": batch.inputs[wanted[name]]}):
+                        rows = slice(len(indices) + part.start, len(indices) + part.stop)
+                        tokens[name][rows] = place.arrays.fetch(outputs["tokens"])
+            indices += batch.indices
+            report(len(indices), len(images))
+        yield Tokens(indices, {name: array[: len(indices)] for name, array in tokens.items()}, failures)
 
 
 def save_category_bank(

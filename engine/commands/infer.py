@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zsad.engine.presets.names import preset_names
 
 from .arguments import Parser, Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
+from .feedback import OPTIONS, add_feedback, check_feedback, run_feedback
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.config import Config
@@ -29,6 +30,8 @@ DEFAULT_PRESET = "small"
 # Options that are no part of the configuration.
 OF_THE_RUN = frozenset(
     [
+        *OPTIONS,
+        "feedback",
         "data",
         "demo",
         "output",
@@ -140,6 +143,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         keep_stages=arguments.keep_stages,
         saving=_saving(arguments),
     )
+    if arguments.feedback:
+        return run_feedback(arguments, config, runtime, options, interrupts)
     if arguments.watch is not None:
         return _watch(arguments, config, runtime, options, interrupts)
     if data is None:
@@ -244,10 +249,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_inputs(parser)
     _add_settings(parser)
     _add_banks(parser)
+    add_feedback(parser)
     _add_results(parser)
     arguments = parser.parse_args(argv)
     only_saved = arguments.save_bank is not None and arguments.reference is not None
-    if arguments.data is None and not arguments.demo and not only_saved and arguments.watch is None:
+    arguments.feedback = check_feedback(parser, arguments)
+    needs_none = arguments.feedback or only_saved or arguments.watch is not None
+    if arguments.data is None and not arguments.demo and not needs_none:
         parser.error("give a folder of images, or --demo")
     _check_banks(parser, arguments)
     _check_watch(parser, arguments)
@@ -422,7 +430,8 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     add(
         "--json",
         action="store_true",
-        help="print the run record as JSON on standard output, with --watch a line for each image",
+        help="print the run record, or what feedback has changed, as JSON on standard output; with --watch a line for "
+        "each image",
     )
     add_loudness(parser, "plans and the time per stage")
     add("--version", action=Version, nargs=0, help="print the version and exit")

@@ -29,7 +29,7 @@ from zsad.kernels.files import printable
 from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.nearest import Nearest
 
-from .bank_file import AGAIN, SUFFIX, Bank, BankError, Features, Header, keys_of, read_bank, read_header
+from .bank_file import AGAIN, SUFFIX, Bank, BankError, Header, keys_of, read_bank, read_header
 from .method import Group, Place, Progress, Scored
 
 log = logging.getLogger("zsad")
@@ -118,15 +118,15 @@ class BankMethod:
             )
         for name, network in bank.header.networks.items():
             check_network(path, name, network.sha256, self._place.networks[name])
-        self._memories = memories(bank.header, bank.features, self._place)
+        self._memories = memories(bank, self._place)
         self._bank, self._open = bank, path
-        log.info("%s: %d images, %s", path, bank.header.images, self._rule(bank)[0])
+        log.info("%s: %d images, %s", path, bank.header.images, promised(bank, self._settings.false_alarms)[0])
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         assert self._bank is not None
         header = self._bank.header
         patches = {name: self._patch_scores(name, batch) for name in header.networks}  # [B, P] each
-        raw = raw_scores(header, patches, self._place.networks)
+        raw = raw_scores(header, patches)
         p = p_values(raw, self._bank.scores)
         scores = header.image_scale.values(raw)
         maps = header.map_scale.values(patches[header.map_network]).astype(np.float32)
@@ -152,7 +152,7 @@ class BankMethod:
         if self._bank is None:
             return None
         header, asked = self._bank.header, self._settings.false_alarms
-        rule, reject = self._rule(self._bank)
+        rule, reject = promised(self._bank, asked)
         accept, _ = upper_bound(self._bank.scores, max(asked, min(REVIEWED * asked, MOST_REVIEWED)))
         region, _ = upper_bound(self._bank.peaks, asked)
         scaled = header.image_scale.values(np.array([accept, reject]))
@@ -164,16 +164,16 @@ class BankMethod:
         above = self._bank.header.image_scale.values(self._bank.scores) > score
         return float(1 + above.sum()) / (len(above) + 1)
 
-    def _rule(self, bank: Bank) -> tuple[str, float]:
-        """Say what the bound of a bank promises, and return it as a raw score."""
-        asked = self._settings.false_alarms
-        reject, share = upper_bound(bank.scores, asked)
-        rule = f"at most {_percent(share)} of good images are rejected"
-        if share > asked:
-            rule += f" (not {_percent(asked)}, which takes {images_needed(asked)} images in the bank)"
-        if bank.header.chosen:
-            rule += " if they are like those that the run itself chose for the bank; else more"
-        return rule, reject
+
+def promised(bank: Bank, asked: float) -> tuple[str, float]:
+    """Say what the bound of a bank promises where this share of false alarms is asked for, and return the raw score."""
+    reject, share = upper_bound(bank.scores, asked)
+    rule = f"at most {_percent(share)} of good images are rejected"
+    if share > asked:
+        rule += f" (not {_percent(asked)}, which takes {images_needed(asked)} images in the bank)"
+    if bank.header.chosen:
+        rule += " if they are like those that the run itself chose for the bank; else more"
+    return rule, reject
 
 
 def _percent(share: float) -> str:
@@ -190,19 +190,60 @@ class Memory:
         neighbours: int,
         device: Device | Literal["cpu"],
         memory_limit: int | None = None,
+        defects: Sequence[NDArray[np.float32]] = (),
+        span: float = 0.0,
     ) -> None:
-        """features: unit vectors [M, C] by taps, then degrees. memory_limit: bytes beside them."""
-        share = None if memory_limit is None else memory_limit // len(features)
-        self._degrees = degrees
+        """features, defects: unit vectors [M, C] by taps, then degrees. memory_limit: bytes beside them.
+
+        span: what a patch that is the same as a defect's is raised by.
+        """
+        share = None if memory_limit is None else memory_limit // (len(features) + len(defects))
+        self._degrees, self.span = degrees, span
         self._searches = [Search(vectors, neighbours, device, share) for vectors in features]
+        self._defects = [Search(vectors, 1, device, share) for vectors in defects]
 
     def distances(self, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the mean distances [P] of an image's patches, tokens [L, P, C], to the nearest of the bank."""
-        total, searches = np.zeros(tokens.shape[1]), iter(self._searches)
-        for layer in tokens:
-            for units in unit_features(layer, square_grid(len(layer)), self._degrees):
-                total += next(searches).distances(units)
-        return total / len(self._searches)
+        """Return how unusual an image's patches, tokens [L, P, C], are: [P], see `raised`."""
+        nearest, to_defects = self.measured(self.units(tokens))
+        return raised(nearest, to_defects, self.span)
+
+    def units(self, tokens: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Return the features [P, C] of tokens [L, P, C] by taps, then degrees."""
+        return [units for layer in tokens for units in unit_features(layer, square_grid(len(layer)), self._degrees)]
+
+    def measured(
+        self, units: Sequence[NDArray[np.float32]]
+    ) -> tuple[list[NDArray[np.float64]], NDArray[np.float64] | None]:
+        """Return the distances [P, k] of features [P, C] to the nearest normal ones, by taps and degrees.
+
+        Beside them the mean distances [P] to the nearest of a defect, None where the bank has no defects.
+        """
+        nearest = [search.measured(own) for search, own in zip(self._searches, units, strict=True)]
+        if not self._defects:
+            return nearest, None
+        found = [search.measured(own)[:, 0] for search, own in zip(self._defects, units, strict=True)]
+        return nearest, np.mean(found, axis=0)
+
+
+def raised(
+    nearest: Sequence[NDArray[np.float64]], to_defects: NDArray[np.float64] | None, span: float
+) -> NDArray[np.float64]:
+    """Return how unusual patches are [P]: their mean distance, and more where they are nearer to a defect.
+
+    nearest: distances [P, k] to normal patches by taps and degrees, ascending; to_defects: mean distances [P]. With d
+    to the nearest normal patch and e to the nearest of a defect, span · (1 − e/d) is added where e < d: nothing where
+    both are as near, all of the span for the same patch. It grows with d and falls with e.
+    """
+    total = np.zeros(len(nearest[0]))
+    for distances in nearest:
+        total += distances.mean(axis=1)
+    unusual: NDArray[np.float64] = total / len(nearest)
+    if to_defects is None:
+        return unusual
+    first = np.mean([distances[:, 0] for distances in nearest], axis=0)
+    nearer = to_defects < first
+    unusual[nearer] += span * (1 - to_defects[nearer] / first[nearer])
+    return unusual
 
 
 class Search:
@@ -224,8 +265,8 @@ class Search:
             memory_limit = max(memory_limit, least)
         self._nearest = Nearest(vectors, neighbours, precision, device, memory_limit)
 
-    def distances(self, units: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the mean distances [P] of unit features [P, C] to the nearest.
+    def measured(self, units: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the distances [P, k] of unit features [P, C] to the nearest, ascending.
 
         A feature without direction is at distance 1 from every other, and at 0 from such.
         """
@@ -234,8 +275,8 @@ class Search:
         if self._with_zero:
             squared = np.minimum(squared, 1)
         squared[~units.any(axis=1)] = 0 if self._with_zero else 1
-        mean: NDArray[np.float64] = np.sqrt(squared).mean(axis=1)
-        return mean
+        distances: NDArray[np.float64] = np.sqrt(squared)
+        return distances
 
 
 def recipes(place: Place) -> dict[str, Recipe]:
@@ -243,35 +284,38 @@ def recipes(place: Place) -> dict[str, Recipe]:
     return {name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()}
 
 
-def memories(header: Header, features: Mapping[tuple[str, int, int], Features], place: Place) -> dict[str, Memory]:
+def memories(bank: Bank, place: Place) -> dict[str, Memory]:
     """Make what each network's tokens are compared with; raises BankError where there is too little memory."""
-    vectors = {key: features[key].units() for key in keys_of(header)}
+    header = bank.header
+    normal = {key: np.concatenate([bank.features[key].units(), bank.added("accept", key)]) for key in keys_of(header)}
+    defects = {key: added for key in normal if len(added := bank.added("reject", key))}
+    held = sum(array.nbytes for array in [*normal.values(), *defects.values()])
     limit = place.arrays.limit()
     if place.arrays.device == "cpu":
-        limit -= sum(array.nbytes for array in vectors.values())
+        limit -= held
     if limit < 0:
         raise BankError(
-            f"the bank takes {sum(array.nbytes for array in vectors.values()) >> 20} MB, more than the memory limit of "
-            f"{place.arrays.limit() >> 20} MB; raise --memory-limit, or save a smaller one with --bank-size"
+            f"the bank takes {held >> 20} MB, more than the memory limit of {place.arrays.limit() >> 20} MB; raise "
+            "--memory-limit, or save a smaller one with --bank-size"
         )
     return {
         name: Memory(
-            [array for key, array in vectors.items() if key[0] == name],
+            [array for key, array in normal.items() if key[0] == name],
             header.degrees,
             header.neighbours,
             place.arrays.device,
             limit // len(header.networks),
+            [array for key, array in defects.items() if key[0] == name],
+            bank.span(name),
         )
         for name in header.networks
     }
 
 
-def raw_scores(
-    header: Header, patches: Mapping[str, NDArray[np.float64]], networks: Mapping[str, Network]
-) -> NDArray[np.float64]:
+def raw_scores(header: Header, patches: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
     """Return the raw scores [B] of images with these distances [B, P] of each network's patches."""
     scores = patches[header.image_network]
-    side = networks[header.image_network].spec.side
+    side = header.networks[header.image_network].spec.side
     return image_scores(scores, square_grid(scores.shape[1]), header.image_rule, side)
 
 

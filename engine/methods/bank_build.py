@@ -6,11 +6,15 @@ itself: scores and highest map values [n], scales
 Of a thinned bank it is not enough to leave an image's own patches out: the others were chosen so that they cover this
 image, too, which they do not do for a new one. So a bank is thinned anew for each of a few parts of the images, from
 all but that part. Only these scores are to those of new images as any of these are to each other.
+
+What follows from additions is computed later, from the most unusual patches of each image and what these are near to:
+see bank_feedback.py.
 """
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,14 +27,16 @@ from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.mutual_scoring import square_grid
 
-from .bank import Search, raw_scores
-from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Scale
+from .bank import Search
+from .bank_feedback import rederived
+from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Own, Scale
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
 
 FOLDS = 5  # parts of the images, each of which is scored by a bank of the others
 PATCHES = 20_000  # of a bank, per tap and degree, unless asked for otherwise
 LEAST_SPAN = 1e-3  # of a scale: images may be copies of one
+KEPT_SHARE, LEAST_KEPT = 0.03, 4  # of each image's patches, the most unusual: thrice what an image score averages
 
 Units = Callable[[int], NDArray[np.float32]]  # the features [P, C] of an image by its number
 
@@ -77,44 +83,57 @@ def build_bank(
         images=len(next(iter(tokens.values()))),
         patches=sum(array.shape[0] * array.shape[2] for array in tokens.values()),
         chosen=facts["chosen"],
+        size=making.size,
         image_scale=Scale(low=0.0, middle=1.0),
         map_scale=Scale(low=0.0, middle=1.0),
     )
     features: dict[tuple[str, int, int], Features] = {}
-    patches = {}
+    own = {}
     for name, array in tokens.items():
         taps = header.networks[name].spec.taps
-        found, patches[name] = remembered(
-            array, settings.degrees, making, place.arrays.device, partial(progress, f"bank of {name}")
-        )
-        features |= {(name, taps[layer], degree): kept for (layer, degree), kept in found.items()}
-    raw, maps = raw_scores(header, patches, place.networks), patches[header.map_network]
-    scales = {"image_scale": _scale(raw), "map_scale": _scale(maps)}
-    return Bank(header.model_copy(update=scales), features, raw, maps.max(axis=1))
+        report = partial(progress, f"bank of {name}")
+        found, own[name] = remembered(array, taps, settings.degrees, making, place.arrays.device, report)
+        features |= {(name, tap, degree): kept for (tap, degree), kept in found.items()}
+    none = np.empty(0)
+    bank = rederived(Bank(header, features, own, none, none, np.empty((0, 32), np.uint8)))
+    maps = own[header.map_network].maps.astype(np.float64)
+    scales = {"image_scale": _scale(bank.scores), "map_scale": _scale(maps)}
+    return replace(bank, header=header.model_copy(update=scales))
 
 
 def remembered(
     tokens: NDArray[Any],
+    taps: Sequence[int],
     degrees: Sequence[int],
     making: Making,
     device: Device | Literal["cpu"],
     report: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[dict[tuple[int, int], Features], NDArray[np.float64]]:
-    """Return what a bank keeps of tokens [n, L, P, C], by layer and degree, and each image's distances without itself.
-
-    The distances [n, P] are means over layers and degrees.
-    """
-    found: dict[tuple[int, int], Features] = {}
-    patches = np.zeros((tokens.shape[0], tokens.shape[2]))
-    keys = [(layer, degree) for layer in range(tokens.shape[1]) for degree in degrees]
+) -> tuple[dict[tuple[int, int], Features], Own]:
+    """Return what a bank keeps of tokens [n, L, P, C], by tap and degree, and how each image looks without itself."""
+    count, _, patches, _ = tokens.shape
+    found, distances = dict[tuple[int, int], Features](), dict[tuple[int, int], NDArray[np.float32]]()
+    keys = [(layer, degree) for layer in range(len(taps)) for degree in degrees]
+    total = np.zeros((count, patches))
     for done, (layer, degree) in enumerate(keys):
         report(done, len(keys))
-        units = _units(tokens, layer, degree)
-        everyone = np.arange(len(tokens))
-        found[layer, degree] = _covering(everyone, tokens.shape, units, making)
-        patches += _without_themselves(tokens.shape, units, making, device) / len(keys)
+        units, key = _units(tokens, layer, degree), (taps[layer], degree)
+        found[key] = _covering(np.arange(count), tokens.shape, units, making)
+        measured = _without_themselves(tokens.shape, units, making, device)
+        distances[key] = measured.astype(np.float32)
+        total += measured.mean(axis=2)
     report(len(keys), len(keys))
-    return found, patches
+    maps = total / len(keys)
+    kept = min(patches, max(LEAST_KEPT, math.ceil(KEPT_SHARE * patches)))
+    rows = np.sort(np.argpartition(-maps, kept - 1, axis=1)[:, :kept], axis=1).astype(np.int32)  # [n, T]
+    features = {}
+    for layer, degree in keys:
+        units = _units(tokens, layer, degree)
+        vectors = np.concatenate([units(image)[rows[image]] for image in range(count)])
+        images = np.repeat(np.arange(count, dtype=np.int32), kept)
+        features[taps[layer], degree] = Features.packed(vectors, images, making.precision)
+        of_rows = np.take_along_axis(distances[taps[layer], degree], rows[:, :, None], axis=1)
+        distances[taps[layer], degree] = of_rows.reshape(count * kept, -1)
+    return found, Own(maps.astype(np.float32), rows, features, distances)
 
 
 def check_making(config: Config, making: Making) -> None:
@@ -155,16 +174,16 @@ def _covering(members: NDArray[np.intp], shape: tuple[int, ...], units: Units, m
 def _without_themselves(
     shape: tuple[int, ...], units: Units, making: Making, device: Device | Literal["cpu"]
 ) -> NDArray[np.float64]:
-    """Return the distances [n, P] of each image's patches to the nearest of a bank that was made without it."""
+    """Return the distances [n, P, k] of each image's patches to the nearest of a bank that was made without it."""
     count, _, patches, _ = shape
     whole = making.size >= count * patches  # then it costs nothing to leave out one image alone
     dealt = np.random.default_rng(0).permutation(count)
-    distances = np.empty((count, patches))
+    distances = np.empty((count, patches, making.neighbours))
     for fold in np.array_split(dealt, count if whole else min(count, FOLDS)):
         others = np.setdiff1d(np.arange(count), fold)
         search = Search(_covering(others, shape, units, making).units(), making.neighbours, device)
         for image in fold.tolist():
-            distances[image] = search.distances(units(image))
+            distances[image] = search.measured(units(image))
     return distances
 
 

@@ -1,7 +1,8 @@
 """A bank on disk: what a product's normal images look like, in one file that only holds numbers.
 
-safetensors: per network, tap and degree unit features [M, C] with the image that each is of; the scores and the
-highest map values of the bank's own images, each scored without itself; in its metadata a header as JSON, and a digest.
+safetensors: per network, tap and degree unit features [M, C] with the image that each is of; of the bank's own images
+their digests, the scores and highest map values that they have without themselves, and what these follow from; what
+users have given back, step by step; in its metadata a header as JSON, and a digest.
 """
 
 import hashlib
@@ -10,14 +11,14 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -33,6 +34,9 @@ LARGEST_HEADER = 2**24  # bytes
 Count = Annotated[int, Field(ge=1)]
 BankPrecision = Literal["fp32", "fp16", "int8"]
 STEPS = 127  # of int8, to each side
+FEEDBACK_PART = 4  # accepted images may add a quarter of a bank's size, and so may rejected ones
+
+Key = tuple[str, int, int]  # network, tap, degree
 
 
 class BankError(ConfigError):
@@ -60,6 +64,28 @@ class BankNetwork(Table):
     precision: str  # in which it ran
 
 
+Kind = Literal["accept", "reject"]
+
+
+class GivenImage(Table):
+    """An image that a user has given back."""
+
+    name: str  # of its file
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    patches: dict[str, Annotated[int, Field(ge=0)]]  # that were kept of it, by network
+    before: Annotated[float, Field(ge=0, lt=1)]  # its score
+    after: Annotated[float, Field(ge=0, lt=1)]
+
+
+class Step(Table):
+    """What one command has added to a bank."""
+
+    number: Count
+    kind: Kind
+    when: AwareDatetime
+    images: tuple[GivenImage, ...] = Field(min_length=1)
+
+
 class Header(Table):
     """All that decides what a bank's features are and how an image is scored by them."""
 
@@ -78,8 +104,25 @@ class Header(Table):
     images: Annotated[int, Field(ge=2)]  # that it was made from
     patches: Count  # that they have in all, of which it keeps a part
     chosen: bool  # by the run itself, from images of which some may be defective
+    size: Count  # patches per tap and degree that it may have of these
     image_scale: Scale
     map_scale: Scale
+    feedback: tuple[Step, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """How many patches per tap and degree there may be of accepted images, and how many of rejected ones."""
+        return max(self.size // FEEDBACK_PART, 1)
+
+    @model_validator(mode="after")
+    def _check_feedback(self) -> "Header":
+        numbers = [step.number for step in self.feedback]
+        digests = [image.sha256 for step in self.feedback for image in step.images]
+        if numbers != sorted(set(numbers)) or len(set(digests)) < len(digests):
+            raise ValueError("steps or images are there twice")
+        if any(set(image.patches) != set(self.networks) for step in self.feedback for image in step.images):
+            raise ValueError("images are of other networks")
+        return self
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -114,24 +157,62 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Own:
+    """How the images that a bank was made from look to one network without themselves: what changes with additions.
+
+    Of each image that is known of its T most unusual patches; all others are nearer to normal ones.
+    """
+
+    maps: NDArray[np.float32]  # [n, P] mean distances
+    rows: NDArray[np.int32]  # [n, T] numbers of patches
+    features: Mapping[tuple[int, int], Features]  # [n * T, C] by tap and degree
+    distances: Mapping[tuple[int, int], NDArray[np.float32]]  # [n * T, k] to the nearest, ascending
+
+
+@dataclass(frozen=True)
 class Bank:
     """What a file holds."""
 
     header: Header
-    features: Mapping[tuple[str, int, int], Features]  # by network, tap and degree
+    features: Mapping[Key, Features]  # of the images that it was made from
+    own: Mapping[str, Own]  # by networks
     scores: NDArray[np.float64]  # [n] of the bank's images, each scored without itself
     peaks: NDArray[np.float64]  # [n] the highest values of their maps
+    digests: NDArray[np.uint8]  # [n, 32] sha256 of their files; [0, 32]: not known
+    given: Mapping[int, Mapping[Key, Features]] = field(default_factory=dict)  # by the numbers of steps
+
+    def added(self, kind: Kind, key: Key) -> NDArray[np.float32]:
+        """Return the vectors [A, C] of all that was accepted, or rejected."""
+        numbers = [step.number for step in self.header.feedback if step.kind == kind]
+        none = np.empty((0, self.features[key].vectors.shape[1]), np.float32)
+        return np.concatenate([none, *(self.given[number][key].units() for number in numbers)])
+
+    def span(self, network: str) -> float:
+        """Return from the lowest to the highest distance that patches of the bank's images have."""
+        return float(np.ptp(self.own[network].maps))
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Return its arrays by the names that they have in the file."""
-        found: dict[str, NDArray[Any]] = {"scores": self.scores, "peaks": self.peaks}
+        found: dict[str, NDArray[Any]] = {"scores": self.scores, "peaks": self.peaks, "digests": self.digests}
         for key, features in self.features.items():
-            name = _name(*key)
-            found |= {f"{name}.vectors": features.vectors, f"{name}.images": features.images}
-            if features.scales is not None:
-                found[f"{name}.scales"] = features.scales
+            found |= _tensors(_name(*key), features)
+        for network, own in self.own.items():
+            found |= {f"own.{network}.maps": own.maps, f"own.{network}.rows": own.rows}
+            for (tap, degree), features in own.features.items():
+                name = f"own.{_name(network, tap, degree)}"
+                found |= {**_tensors(name, features), f"{name}.distances": own.distances[tap, degree]}
+        for number, step in self.given.items():
+            for key, features in step.items():
+                found |= _tensors(f"given.{number}.{_name(*key)}", features)
         return found
+
+
+def _tensors(name: str, features: Features) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {f"{name}.vectors": features.vectors, f"{name}.images": features.images}
+    if features.scales is not None:
+        found[f"{name}.scales"] = features.scales
+    return found
 
 
 def write_bank(path: Path, bank: Bank) -> None:
@@ -178,32 +259,81 @@ AGAIN = f"save it again: zsad-infer --reference GOOD/ --save-bank part{SUFFIX}"
 
 def _checked(header: Header, tensors: Mapping[str, NDArray[Any]]) -> Bank:
     """Make a bank of a file's content; raises KeyError and ValueError for what does not fit the header."""
-    stored = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[header.precision]
-    features = {}
-    for key in keys_of(header):
-        name = _name(*key)
-        vectors, images = tensors[f"{name}.vectors"], tensors[f"{name}.images"]
-        scales = tensors[f"{name}.scales"] if header.precision == "int8" else None
-        if vectors.dtype != stored or vectors.ndim != 2 or images.shape != vectors.shape[:1]:
-            raise ValueError(f"{name} is {vectors.dtype} {list(vectors.shape)}")
-        if images.dtype != np.int32 or ((images < 0) | (images >= header.images)).any():
-            raise ValueError(f"{name} is of images that it does not have")
-        if len(vectors) < header.neighbours:
-            raise ValueError(f"{name} has fewer vectors than neighbours are wanted")
-        for array in (vectors, scales):
-            if array is not None and not np.isfinite(array).all():
-                raise ValueError(f"{name} is not finite")
-        if scales is not None and (scales.dtype != np.float32 or scales.shape != images.shape):
-            raise ValueError(f"{name} has other scales")
-        features[key] = Features(vectors, scales, images)
+    features = {key: _features(tensors, _name(*key), header, header.images) for key in keys_of(header)}
+    for key, found in features.items():
+        if len(found.vectors) < header.neighbours:
+            raise ValueError(f"{_name(*key)} has fewer vectors than neighbours are wanted")
+    own = {network: _own(tensors, network, header) for network in header.networks}
+    given: dict[int, dict[Key, Features]] = {}
+    for step in header.feedback:
+        given[step.number] = {}
+        for key in keys_of(header):
+            name = f"given.{step.number}.{_name(*key)}"
+            found = given[step.number][key] = _features(tensors, name, header, len(step.images))
+            if np.bincount(found.images, minlength=len(step.images)).tolist() != [
+                image.patches[key[0]] for image in step.images
+            ]:
+                raise ValueError(f"{name} has other patches")
+            if found.vectors.shape[1] != features[key].vectors.shape[1]:
+                raise ValueError(f"{name} has other channels")
     for name in ("scores", "peaks"):
-        normal = tensors[name]
-        if normal.dtype != np.float64 or normal.shape != (header.images,) or not np.isfinite(normal).all():
-            raise ValueError(f"{name} are not of its images")
-    return Bank(header, features, tensors["scores"], tensors["peaks"])
+        if tensors[name].dtype != np.float64:
+            raise ValueError(f"{name} are {tensors[name].dtype}")
+        _check(tensors, name, (header.images,))
+    digests = tensors["digests"]
+    if digests.dtype != np.uint8 or digests.shape not in ((header.images, 32), (0, 32)):
+        raise ValueError("digests are not of its images")
+    return Bank(header, features, own, tensors["scores"], tensors["peaks"], digests, given)
 
 
-def keys_of(header: Header) -> Iterator[tuple[str, int, int]]:
+def _features(tensors: Mapping[str, NDArray[Any]], name: str, header: Header, images: int) -> Features:
+    """Return the features of a name, of so many images; raises KeyError and ValueError."""
+    stored = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[header.precision]
+    vectors, numbers = tensors[f"{name}.vectors"], tensors[f"{name}.images"]
+    if vectors.dtype != stored or vectors.ndim != 2 or numbers.shape != vectors.shape[:1]:
+        raise ValueError(f"{name} is {vectors.dtype} {list(vectors.shape)}")
+    if numbers.dtype != np.int32 or ((numbers < 0) | (numbers >= images)).any():
+        raise ValueError(f"{name} is of images that it does not have")
+    _check(tensors, f"{name}.vectors", vectors.shape)
+    if header.precision != "int8":
+        return Features(vectors, None, numbers)
+    scales = tensors[f"{name}.scales"]
+    if scales.dtype != np.float32:
+        raise ValueError(f"{name} has other scales")
+    _check(tensors, f"{name}.scales", numbers.shape)
+    return Features(vectors, scales, numbers)
+
+
+def _own(tensors: Mapping[str, NDArray[Any]], network: str, header: Header) -> Own:
+    """Return what is known of the bank's images; raises KeyError and ValueError."""
+    maps, rows = tensors[f"own.{network}.maps"], tensors[f"own.{network}.rows"]
+    if maps.ndim != 2 or rows.ndim != 2 or rows.dtype != np.int32 or maps.dtype != np.float32:
+        raise ValueError(f"own.{network} is {maps.dtype} {list(maps.shape)}")
+    _check(tensors, f"own.{network}.maps", (header.images, maps.shape[1]))
+    _check(tensors, f"own.{network}.rows", (header.images, rows.shape[1]))
+    if ((rows < 0) | (rows >= maps.shape[1])).any():
+        raise ValueError(f"own.{network}.rows are of patches that there are not")
+    features, distances = {}, {}
+    for name, tap, degree in keys_of(header):
+        if name == network:
+            own = f"own.{_name(name, tap, degree)}"
+            features[tap, degree] = _features(tensors, own, header, header.images)
+            distances[tap, degree] = tensors[f"{own}.distances"]
+            _check(tensors, f"{own}.distances", (rows.size, header.neighbours))
+            if features[tap, degree].vectors.shape != (
+                rows.size,
+                tensors[f"{_name(name, tap, degree)}.vectors"].shape[1],
+            ):
+                raise ValueError(f"{own} has other vectors")
+    return Own(maps, rows, features, distances)
+
+
+def _check(tensors: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> None:
+    if tensors[name].shape != shape or not np.isfinite(tensors[name]).all():
+        raise ValueError(f"{name} is not finite, or not {list(shape)}")
+
+
+def keys_of(header: Header) -> Iterator[Key]:
     """Yield the networks, taps and degrees that a bank has features of, in the order of taps and degrees."""
     for name, network in header.networks.items():
         for tap in network.spec.taps:

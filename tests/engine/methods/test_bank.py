@@ -176,10 +176,10 @@ def test_false_alarms_are_what_was_asked_for(size: int, monkeypatch: pytest.Monk
     alarms, promised = 0, 2 / (count + 1)  # ranks 20 and 21 of 21
     for _ in range(splits):
         chosen = rng.choice(len(pool), count + held, replace=False)
-        kept, own = remembered(pool[chosen[:count]], (1,), making, "cpu")
+        kept, own = remembered(pool[chosen[:count]], (0,), (1,), making, "cpu")
         memory = Memory([features.units() for features in kept.values()], (1,), 1, "cpu")
         new = np.array([memory.distances(image).max() for image in pool[chosen[count:]]])
-        alarms += int((new > upper_bound(own.max(axis=1), share)[0]).sum())
+        alarms += int((new > upper_bound(own.maps.max(axis=1).astype(np.float64), share)[0]).sum())
     # Images of one split share their bound, so that they count for less than independent ones.
     deviation = np.sqrt(promised * (1 - promised) / (splits * held) * (1 + held / count))
     assert abs(alarms / (splits * held) - promised) < 3 * deviation
@@ -255,7 +255,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     key = next(iter(bank.features))
     features = bank.features[key]
     features.vectors[3, 2] = np.nan
-    write_bank(tmp_path / "part.zsad", Bank(bank.header, bank.features, bank.scores, bank.peaks))
+    write_bank(tmp_path / "part.zsad", bank)
     with pytest.raises(BankError, match="is not finite"):
         read_bank(tmp_path / "part.zsad")
 
