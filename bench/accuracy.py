@@ -13,6 +13,7 @@ kept. Masks and maps are compared at 256×256. Sections, a record each:
     known          the same normal images left out, and compared with or not
     planted        one defect at the same place in 5 to 40 % of a set's normal images
     banks          metrics of images scored by banks that keep all patches or few, and how many normal ones these reject
+    feedback       what accepting false alarms and rejecting missed defects does to other images
     verdicts       F1, false alarms and recall of rules for the bound, from the scores of whole sets and of parts
 """
 
@@ -59,6 +60,7 @@ from .accuracy_batches import (
     planted,
     read_set,
 )
+from .accuracy_feedback import feedback
 from .records import RESULTS, append, environment
 
 INTERVAL = (0.0, 0.3)
@@ -399,6 +401,7 @@ SECTIONS: Mapping[str, Callable[[Sequence[ImageSet], Reader, argparse.Namespace]
     "known": known_good,
     "planted": planted_defects,
     "banks": banks,
+    "feedback": feedback,
     "verdicts": verdicts,
 }
 

@@ -24,20 +24,17 @@ from zsad.engine.methods.method import Place, method_class
 from zsad.engine.networks.network import Network
 from zsad.engine.scores.conformal import upper_bound
 
-from .accuracy_batches import ImageSet, Reader
+from .accuracy_batches import SMALL_DEGREES, SMALL_TAPS, TAPS, Floats, ImageSet, Reader
 
-TAPS = (5, 8)
-DRAWS, GIVEN, BANK_SHARE, FALSE_ALARMS = 5, 5, 0.4, 0.1
-SIZE = 2000  # of the banks, in patches
+DRAWS, GIVEN, BANK_SHARE, FALSE_ALARMS = 3, 5, 0.4, 0.1
 FACTS = {"bit_depth": 8, "chosen": False, "precision": "fp32"}
-
-Floats = NDArray[np.float64]
 
 
 def place_of(image_size: int) -> tuple[Config, Place]:
     """Return a configuration and what a bank of kept tokens is made with, which runs no network."""
-    config = load_config("small", None, {"image_size": image_size, "taps": TAPS}, method_of=method_class)
-    networks = {name: Network(spec, "kept", "0" * 64, "dinov2", {}) for name, spec in config.networks.items()}
+    overrides = {"image_size": image_size, "taps": SMALL_TAPS, "degrees": SMALL_DEGREES}
+    config = load_config("small", None, overrides, method_of=method_class)
+    networks = {name: Network(spec, "kept", "0" * 64, "imagenet", {}) for name, spec in config.networks.items()}
     return config, Place(networks, HostArrays((), None), {}, None)  # type: ignore[arg-type]
 
 
@@ -106,17 +103,17 @@ def feedback(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Names
     config, place = place_of(reader.image_size)
     found: dict[str, Any] = {}
     for images in sets:
-        tokens, of_set = images.batch.tokens_of(TAPS), dict[str, dict[str, list[float]]]()
+        tokens, of_set = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]], dict[str, dict[str, list[float]]]()
         for seed in range(DRAWS):
             known, seen, rest = parts(images.anomalous, seed)
             named = dict.fromkeys(place.networks, tokens[known])
-            bank = build_bank(named, config, place, Making(size=SIZE), FACTS, lambda *_: None)
+            bank = build_bank(named, config, place, Making(), FACTS, lambda *_: None)
             others, bad = Compared(bank, place, tokens[rest]), images.anomalous[rest]
             for row, after in banks_after(bank, seen, images, tokens, place):
                 for key, value in judged(after, others.scores(after), bad).items():
                     of_set.setdefault(row, {}).setdefault(key, []).append(round(value, 5))
         found[images.name] = of_set
-    return {"sets": found}
+    return {"draws": DRAWS, "given": GIVEN, "false_alarms": FALSE_ALARMS, "sets": found}
 
 
 def judged(bank: Bank, scores: Floats, bad: NDArray[np.bool_]) -> dict[str, float]:

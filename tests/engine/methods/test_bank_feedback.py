@@ -90,7 +90,7 @@ def test_own_images_are_scored_without_themselves_but_with_all_that_was_accepted
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("zsad.engine.methods.bank_build.LEAST_KEPT", 9)  # all of their patches
-    monkeypatch.setattr("zsad.engine.methods.bank_feedback.USUAL", 50)
+    monkeypatch.setattr("zsad.engine.methods.bank_feedback.USUAL", 0)
     own, odd = make_tokens(20), odd_tokens(2)
     own[0, :, 2:4] += 0.6 * (odd[0, :, 2:4] - own[0, :, 2:4])  # odd in the way of one that is accepted
     bank = built(own, precision="fp32")
