@@ -404,8 +404,8 @@ def feedback_table() -> str:
             means = [percent(values[key]) for key in ("image_auroc", "false_alarms", "recall")]
             lines.append([f"`{name}`", row, *means])
     return (
-        f"In percent, means of {record['draws']} draws; {record['given']} images of each kind are given back, others are "
-        f"measured; {record['false_alarms']:g} is the share of false alarms that was asked for; {about(record)}:\n\n"
+        f"In percent, means of {record['draws']} draws; {record['given']} images of each kind are given back, others "
+        f"are measured; {record['false_alarms']:g} of false alarms is the share asked for; {about(record)}:\n\n"
         f"{table(['', 'feedback', 'image AUROC', 'false alarms', 'recall'], lines)}"
     )
 
