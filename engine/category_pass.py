@@ -62,7 +62,9 @@ class CategoryJob:
     config: Config
     options: Options
     products: frozenset[str] = frozenset()  # names of the folders of all categories
-    sides: Mapping[str, int] = field(default_factory=dict)  # of the inputs of networks, where the images decide them
+    sides: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of the inputs of networks, where the images or a bank decide
     median: float | None = None  # of the shorter sides of images, where it was asked for
     deep: bool = True  # whether there may be files of 16 bits among the images
 

@@ -1,7 +1,7 @@
 """Presets, the user's TOML file and the command line, merged into one checked configuration."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
@@ -44,6 +44,13 @@ class Table(BaseModel):
     def files(self) -> tuple[str, ...]:
         """Names of the manifest, or files, that a method with these settings reads beside its networks' checkpoints."""
         return ()
+
+    def sides(self, names: Sequence[str]) -> Mapping[str, int]:
+        """Return the sides in pixels, by networks, at which a category's images are taken where these settings say so.
+
+        names: what the category may be called. Raises ConfigError.
+        """
+        return {}
 
 
 def rising(interval: tuple[float, float]) -> tuple[float, float]:
@@ -219,7 +226,13 @@ def load_config(
         raise ConfigError(f"there is no preset {preset!r}; choose one of {', '.join(preset_names())}")
     merged = read_toml(PRESETS / f"{preset}.toml") if base is None else dict(base)
     if file is not None:
-        merged = _merged(merged, read_toml(file))
+        own = read_toml(file)
+        known = {*Config.model_fields, *(own if base is None else base)}
+        if more := [key for key in own if isinstance(own[key], dict) and key not in known]:
+            raise ConfigError(
+                f"{file}: [{more[0]}] is nothing for a run by a bank, which says that itself; leave it out"
+            )
+        merged = _merged(merged, own)
         if "preset" in merged:
             raise ConfigError(f"{file}: unknown key 'preset' in the configuration; choose it with --preset")
         try:
@@ -279,7 +292,7 @@ def _checked(
     if config.unsized and not method.compares:
         raise ConfigError(
             f"method {name} judges every image by itself, so that no size follows from the others; "
-            "give --image-size a number"
+            "give --image-size a number, or leave it out"
         )
     for stage, spec in (("isnet", config.stages.isnet), ("sam", config.stages.sam)):
         if spec.image_size == "auto":

@@ -29,12 +29,15 @@ def plan(
     progress: CategoryProgress,
     timings: MutableMapping[str, float],
 ) -> list[CategoryJob]:
-    """Return what there is to do, with the size of each category's images; raises CheckpointError.
+    """Return what there is to do, with the size of each category's images; raises CheckpointError, ConfigError.
 
     Where that size follows from the images, the headers of all of them are read.
     """
     products = frozenset(category.product for category in categories)
-    jobs = [CategoryJob(category, config, options, products) for category in categories]
+    jobs = [
+        CategoryJob(category, config, options, products, config.settings.sides((category.name, category.product)))
+        for category in categories
+    ]
     if not config.unsized:
         return jobs
     patches = patch_sizes(config)

@@ -118,7 +118,8 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
             )
             arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, options.memory_limit)
             own = {name: network for name, network in networks.items() if name in config.networks}
-            place = Place(own, arrays, timings, _text(config, runtime, own, arrays))
+            precision = runtime.network_precision(config.network_precision)
+            place = Place(own, arrays, timings, _text(config, runtime, own, arrays), precision)
             method: Method = method_type(config, place)
             inputs = _inputs(config, runtime, method, batch_size)
             foregrounds = None
@@ -148,7 +149,7 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
         arrays=arrays,
         record={
             **config.model_dump(mode="json"),
-            "network_precision": runtime.network_precision(config.network_precision),
+            "network_precision": precision,
             "settings": method.record(),
         },
         timings=timings,

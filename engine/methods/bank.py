@@ -6,7 +6,7 @@ the bank's scales; p-value and bounds from the scores that the bank's own images
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from zsad.engine.networks.network import GraphRequest, Network, run_in_parts
 from zsad.engine.scores.conformal import images_needed, p_values, upper_bound
 from zsad.engine.scores.image_scores import image_scores
 from zsad.engine.scores.verdicts import Bounds
+from zsad.export.checkpoints import check_present, read_manifest
+from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cpu.nearest import fast_precision
 from zsad.kernels.cuda.device import Device
@@ -43,6 +45,15 @@ class Settings(Table):
     bank: str = Field(description=f"a bank, or a folder of such, called CATEGORY{SUFFIX}")
     false_alarms: float = Field(0.01, gt=0, lt=1, description="a number between 0 and 1")
 
+    def sides(self, names: Sequence[str]) -> Mapping[str, int]:
+        """See Table: of a folder those of the category's bank, of the first one where there is none."""
+        given = Path(self.bank)
+        if not given.is_dir():
+            return {}
+        banks = bank_files(given)
+        header, _ = read_header(named_bank(given, names, banks) or banks[0])
+        return header.sides
+
 
 class BankMethod:
     """See `Method`."""
@@ -55,7 +66,8 @@ class BankMethod:
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
         self._settings, self._place = config.settings, place
-        self._headers = find_banks(Path(config.settings.bank))
+        self._banks = find_banks(Path(config.settings.bank))
+        self._first, _ = first_of(self._banks, config)
         self._recipes = recipes(place)
         self.inputs = list(dict.fromkeys(self._recipes.values()))
         self._bank: Bank | None = None
@@ -67,7 +79,7 @@ class BankMethod:
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
         assert isinstance(config.settings, Settings)
-        header, _ = next(iter(find_banks(Path(config.settings.bank)).values()))
+        _, header = first_of(find_banks(Path(config.settings.bank)), config)
         for name, network in header.networks.items():
             used = config.networks.get(name)
             for key, value in network.spec:
@@ -76,13 +88,16 @@ class BankMethod:
                         f"the bank {config.settings.bank} is of [networks.{name}] {key} {value!r}, not "
                         f"{getattr(used, key, None)!r}; leave that to the bank, or save another one"
                     )
+            if used is not None:
+                check_there(config.settings.bank, name, used.checkpoint)
         if config.components:
             raise ConfigError("--components: a bank is of whole images; leave it out")
         return [GraphRequest(name) for name in header.networks]
 
     def record(self) -> dict[str, Any]:
         """Return the banks by their content: where they lie decides nothing."""
-        digests = {path.name: digest for path, (_, digest) in self._headers.items()}
+        sides = self._banks[self._first][0].sides  # others are for other categories
+        digests = {path.name: digest for path, (header, digest) in self._banks.items() if header.sides == sides}
         return {"false_alarms": self._settings.false_alarms, "banks": digests}
 
     def needed(self, images: int, references: int) -> int:
@@ -95,12 +110,11 @@ class BankMethod:
     def _path(self, group: Group) -> Path:
         """Return the bank of a category; raises ImageError where there is none."""
         given = Path(self._settings.bank)
-        if given in self._headers:
+        if given in self._banks:
             return given
-        for name in (group.name, group.object):
-            if (path := given / f"{name}{SUFFIX}") in self._headers:
-                return path
-        names = ", ".join(printable(path.stem) for path in list(self._headers)[:5])
+        if (path := named_bank(given, (group.name, group.object), self._banks)) is not None:
+            return path
+        names = ", ".join(printable(path.stem) for path in list(self._banks)[:5])
         raise ImageError(
             f"there is no bank of {printable(group.name)} in {given}/, which has {names}; save one: zsad-infer "
             f"--reference GOOD/ --save-bank {given / group.name}{SUFFIX}"
@@ -110,10 +124,10 @@ class BankMethod:
         """Bring a bank into memory; raises BankError where it is not for these networks."""
         self._memories, self._bank, self._open = {}, None, None
         bank = read_bank(path)
-        first, _ = next(iter(self._headers.values()))
+        first, _ = self._banks[self._first]
         if bank.header.kind != first.kind:
             raise BankError(
-                f"{path} is of other settings than {next(iter(self._headers))}; score its category by itself: "
+                f"{path} is of other settings than {self._first}; score its category by itself: "
                 f"zsad-infer DATA/{path.stem} --bank {path}"
             )
         for name, network in bank.header.networks.items():
@@ -121,6 +135,16 @@ class BankMethod:
         self._memories = memories(bank, self._place)
         self._bank, self._open = bank, path
         log.info("%s: %d images, %s", path, bank.header.images, promised(bank, self._settings.false_alarms)[0])
+        if otherwise := self._otherwise(bank.header):
+            log.warning("%s: %s", path, otherwise)
+
+    def _otherwise(self, header: Header) -> str:
+        """Say what is not as it was when a bank was made, nothing where all is."""
+        used = self._place.precision
+        made = next((n.precision for n in header.networks.values() if n.precision != used), None)
+        if made is None:
+            return ""
+        return f"networks run in {used} and ran in {made} for the bank, which moves scores a little"
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         assert self._bank is not None
@@ -153,6 +177,7 @@ class BankMethod:
             return None
         header, asked = self._bank.header, self._settings.false_alarms
         rule, reject = promised(self._bank, asked)
+        rule = "; ".join(filter(None, [rule, self._otherwise(header)]))
         accept, _ = upper_bound(self._bank.scores, max(asked, min(REVIEWED * asked, MOST_REVIEWED)))
         region, _ = upper_bound(self._bank.peaks, asked)
         scaled = header.image_scale.values(np.array([accept, reject]))
@@ -319,6 +344,19 @@ def raw_scores(header: Header, patches: Mapping[str, NDArray[np.float64]]) -> ND
     return image_scores(scores, square_grid(scores.shape[1]), header.image_rule, side)
 
 
+def check_there(bank: str, name: str, checkpoint: str) -> None:
+    """Raise BankError where the file of a network's weights is not where it was when the bank was made."""
+    if checkpoint in read_manifest():
+        return
+    try:
+        check_present([checkpoint])
+    except CheckpointError:
+        raise BankError(
+            f"the bank {bank} needs the weights {checkpoint}, which are not there; say where they are: --config "
+            f'FILE.toml with the lines [networks.{name}] and checkpoint = "PATH"'
+        ) from None
+
+
 def check_network(path: Path, name: str, sha256: str, network: Network) -> None:
     """Raise BankError unless a network has the weights that a bank is of."""
     if network.sha256 != sha256:
@@ -330,26 +368,46 @@ def check_network(path: Path, name: str, sha256: str, network: Network) -> None:
 
 def find_banks(given: Path) -> dict[Path, tuple[Header, str]]:
     """Read what a bank, or each bank of a folder, says of itself, with its digest; raises BankError."""
+    return {path: read_header(path) for path in bank_files(given)}
+
+
+def bank_files(given: Path) -> list[Path]:
+    """Return a bank's file, or those of a folder, at least one; raises BankError."""
     if not given.is_dir():
-        return {given: read_header(given)}
+        return [given]
     try:
         paths = sorted(path for path in given.iterdir() if path.suffix == SUFFIX)
     except OSError as error:
         raise BankError(f"--bank {given}: cannot be read ({error.strerror})") from None
     if not paths:
         raise BankError(f"--bank {given}: there is no bank, CATEGORY{SUFFIX}, in this folder; {AGAIN}")
-    return {path: read_header(path) for path in paths}
+    return paths
+
+
+def named_bank(folder: Path, names: Sequence[str], banks: Collection[Path]) -> Path | None:
+    """Return the bank of a folder that is called as a category may be."""
+    return next((path for name in names if (path := folder / f"{name}{SUFFIX}") in banks), None)
+
+
+def first_of(banks: Mapping[Path, tuple[Header, str]], config: Config) -> tuple[Path, Header]:
+    """Return the first bank of images as large as a configuration takes them, where there is none the first of all."""
+    found = [(path, header) for path, (header, _) in banks.items()]
+    sides = {name: spec.side for name, spec in config.networks.items()}
+    return next((pair for pair in found if pair[1].sides == sides), found[0])
 
 
 def bank_settings(given: Path) -> tuple[str, dict[str, Any]]:
     """Return the preset that a bank is of, and what it decides of a configuration; raises BankError."""
     header, _ = next(iter(find_banks(given).values()))
     networks = {name: network.spec.model_dump(exclude_none=True) for name, network in header.networks.items()}
+    # What int8 networks give is further from all others' than those are from each other.
+    exact = "int8" not in (network.precision for network in header.networks.values())
     return header.preset, {
         "method": "bank",
         "image_size": header.networks[header.map_network].spec.side,
         "networks": networks,
         "foreground": header.foreground,
         "bit_depth": header.bit_depth,
+        "network_precision": "auto" if exact else "int8",
         "bank": {"bank": str(given)},
     }

@@ -125,10 +125,16 @@ class Header(Table):
         return self
 
     @property
+    def sides(self) -> dict[str, int]:
+        """The sides in pixels at which its networks take images."""
+        return {name: network.spec.side for name, network in self.networks.items()}
+
+    @property
     def kind(self) -> dict[str, Any]:
-        """Return what banks that one run uses must have in common."""
-        kind = self.model_dump(include=KIND)
-        return {**kind, "networks": {name: (n.spec.model_dump(), n.sha256) for name, n in self.networks.items()}}
+        """Return what banks of images of one size, that one run uses, must have in common."""
+        named = {"checkpoint"}  # where it lies decides nothing
+        networks = {name: (n.spec.model_dump(exclude=named), n.sha256) for name, n in self.networks.items()}
+        return {**self.model_dump(include=KIND), "networks": networks}
 
 
 KIND = {"degrees", "map_network", "image_network", "image_rule", "neighbours", "foreground", "bit_depth", "preset"}

@@ -72,6 +72,7 @@ class Place:
     arrays: Arrays  # in host memory or on a device, as the networks' inputs and outputs are
     timings: MutableMapping[str, float]  # seconds by stage, added up
     text: TextVectors
+    precision: str = "fp32"  # in which the networks run
 
 
 class Method(Protocol):

@@ -151,6 +151,34 @@ def test_tokens_from_the_cpu_can_be_scored_on_a_device(
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_bank_on_a_device_equals_one_on_the_cpu(
+    tiny: Path,
+    emulated_gpu: HostDevice,
+    tensorrt: list[HostEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good, data = draw(tmp_path / "good", 6), draw(tmp_path / "data", 3)
+    (good / "05.png").unlink()  # the one with a defect
+    saved = ["--reference", str(good), "--config", str(tiny / "config.toml"), "--bank-size", "60"]
+    for device, bank in (("cpu", "cpu.zsad"), ("cuda:0", "gpu.zsad")):
+        assert main([*saved, "--device", device, "--save-bank", bank]) == 0
+    capsys.readouterr()
+    for device, bank in (("cpu", "cpu.zsad"), ("cuda:0", "cpu.zsad"), ("cuda:0", "gpu.zsad")):
+        assert main([str(data), "--bank", bank, "--device", device, "--output", f"{device} {bank}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("cpu.zsad: networks run in fp16 and ran in fp32 for the bank") == 1
+    expected, expected_maps = scores_and_maps("cpu cpu.zsad")
+    for output in ("cuda:0 cpu.zsad", "cuda:0 gpu.zsad"):
+        scores, maps = scores_and_maps(output)
+        np.testing.assert_allclose(scores, expected, atol=0.02)
+        for one, other in zip(maps, expected_maps, strict=True):
+            np.testing.assert_allclose(one, other, atol=0.02)
+    assert np.argmax(expected) == 2
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_several_devices_share_the_scoring(
     two_networks: Path, tensorrt: list[HostEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

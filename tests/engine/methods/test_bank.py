@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from runs import draw, record
 
 from zsad.engine.commands.infer import main
 from zsad.engine.config import load_config
+from zsad.engine.images import survey
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
 from zsad.engine.methods.bank_build import Making, remembered
@@ -324,6 +327,102 @@ def test_categories_have_banks_of_their_own(tiny: Path, capsys: pytest.CaptureFi
     assert "gear: there is no bank of gear in banks/, which has bolt, nut" in said
     assert "--save-bank banks/gear.zsad" in said
     assert len(images_of("new", "nut")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_categories_with_images_of_two_sizes_equal_each_with_its_bank_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(survey, "SMALLEST", 70)
+    for name, side in (("bolt", 80), ("nut", 110), ("ring", 80)):
+        draw(Path("data") / name, 4)
+        for path in Path("data", name).iterdir():
+            Image.open(path).resize((side + 9, side)).save(path)
+    assert infer(tiny, "data", "--save-bank", "banks", "--image-size", "auto") == 0
+    draw(Path("data") / "gear", 2)
+    assert infer(tiny, "data", "--bank", "banks", "--output", "all") == 1
+    assert "gear: there is no bank of gear in banks/, which has bolt, nut, ring" in capsys.readouterr().err
+    sizes = {name: c["image_sizes"].get("dinov2") for name, c in record("all")["categories"].items()}
+    assert sizes == {"bolt": 70, "nut": 98, "ring": 70, "gear": None}
+    for name in ("bolt", "nut", "ring"):
+        assert infer(tiny, f"data/{name}", "--bank", f"banks/{name}.zsad", "--output", "alone") == 0
+        assert images_of("alone", name) == images_of("all", name)
+        assert Path("alone", name, "maps/03.tiff").read_bytes() == Path("all", name, "maps/03.tiff").read_bytes()
+        shutil.rmtree("alone")
+    Path("banks/ring.zsad").unlink()
+    assert infer(tiny, "data/nut", "--bank", "banks", "--output", "all", "--resume") == 0
+    assert infer(tiny, "data/nut", "--bank", "banks", "--image-size", "auto") == 2
+    assert "give --image-size a number, or leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_a_checkpoint_that_was_moved_is_named_by_a_configuration(
+    tiny: Path, random_dinov2: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tiny / "config.toml").read_text()
+    (there,) = re.findall('checkpoint = "(.*)"', text)
+    shutil.copy(there, "before.safetensors")
+    Path("before.toml").write_text(text.replace(there, "before.safetensors"))
+    Path("after.toml").write_text(text.replace(there, "after.safetensors"))
+    draw(Path("good"), 5)
+    draw(Path("data"), 2)
+    saved = ["--reference", "good", "--save-bank", "part.zsad", "--config", "before.toml"]
+    assert main([*saved, "--device", "cpu"]) == 0
+    assert main(["data", "--bank", "part.zsad", "--device", "cpu", "--output", "before"]) == 0
+    Path("before.safetensors").rename("after.safetensors")
+    again = ["data", "--bank", "part.zsad", "--device", "cpu", "--output", "after"]
+    capsys.readouterr()
+    assert main(again) == 2
+    said = capsys.readouterr().err
+    assert "before.safetensors" in said
+    assert "--config" in said
+    assert main([*again, "--config", "after.toml"]) == 0
+    assert images_of("before") == images_of("after")
+    shutil.copy(random_dinov2(width=48, depth=5), "after.safetensors")
+    assert main([*again, "--config", "after.toml"]) == 2
+    assert "the bank is of other weights of dinov2" in capsys.readouterr().err
+    Path("after.toml").write_text(text + "[musc]\ndegrees = [1, 5]\n")
+    assert main([*again, "--config", "after.toml"]) == 2
+    assert "after.toml: [musc] is nothing for a run by a bank" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_networks_run_in_the_banks_precision_or_it_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("good"), 5)
+    draw(Path("data"), 2)
+    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad", "--network-precision", "int8") == 0
+    assert infer(tiny, "data", "--bank", "part.zsad") == 0
+    assert record("out")["config"]["network_precision"] == "int8"
+    assert "networks" not in record("out")["categories"]["data"]["bounds"]["rule"]
+    capsys.readouterr()
+    assert main(["data", "--bank", "part.zsad", "--network-precision", "fp32", "--device", "cpu"]) == 0
+    said = "networks run in fp32 and ran in int8 for the bank, which moves scores a little"
+    assert said in capsys.readouterr().err
+    assert record("out")["categories"]["data"]["bounds"]["rule"].endswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_two_networks_make_one_bank(two_networks: Path) -> None:
+    draw(Path("good"), 6)
+    Path("good/05.png").unlink()  # the one with a defect
+    draw(Path("data"), 3)
+    challenge = ["--preset", "challenge", "--config", str(two_networks), "--device", "cpu", "-q"]
+    assert main(["--reference", "good", "--save-bank", "part.zsad", *challenge]) == 0
+    bank = read_bank(Path("part.zsad"))
+    assert {name for name, _, _ in bank.features} == {"dinov2", "clip"}
+    assert (bank.header.map_network, bank.header.image_network) == ("dinov2", "clip")
+    assert main(["data", "--bank", "part.zsad", "--device", "cpu", "-q"]) == 0
+    scores = {name: image["score"] for name, image in images_of("out").items()}
+    assert max(scores, key=lambda name: scores[name]) == "02.png"
+    assert record("out")["preset"] == "challenge"
+    Path("one").mkdir()
+    Path("data/02.png").rename("one/02.png")
+    assert main(["one", "--bank", "part.zsad", "--device", "cpu", "-q", "--output", "alone"]) == 0
+    assert images_of("alone", "one")["02.png"]["score"] == scores["02.png"]
 
 
 @pytest.mark.usefixtures("workplace")
