@@ -396,20 +396,6 @@ def planted_table() -> str:
     )
 
 
-def feedback_table() -> str:
-    record = accuracy("feedback")
-    lines = []
-    for name, rows in record["sets"].items():
-        for row, values in rows.items():
-            means = [percent(values[key]) for key in ("image_auroc", "false_alarms", "recall")]
-            lines.append([f"`{name}`", row, *means])
-    return (
-        f"In percent, means of {record['draws']} draws; {record['given']} images of each kind are given back, others "
-        f"are measured; {record['false_alarms']:g} of false alarms is the share asked for; {about(record)}:\n\n"
-        f"{table(['', 'feedback', 'image AUROC', 'false alarms', 'recall'], lines)}"
-    )
-
-
 def verdicts_table() -> str:
     record = accuracy("verdicts")
     sets, rows = list(record["sets"].values()), []
@@ -452,7 +438,6 @@ def published_table() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "accuracy": methods_table,
     "contamination": contamination_table,
-    "feedback": feedback_table,
     "headline": headline_table,
     "metrics": metrics_table,
     "mutual scoring": mutual_scoring_table,
