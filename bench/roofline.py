@@ -22,6 +22,9 @@ from .products import read_products
 from .scenes import PLACES
 from .towers import SHAPES
 
+# [degrees as bits: bit k stands for degree 2k + 1] -> instructions that a thread of filter_max.cu executes on an entry
+# at most, counted in the machine code by tests/kernels/cuda/test_compile.py
+INSTRUCTIONS = {0b1: 10, 0b11: 28, 0b111: 62}
 IMAGES = 200
 TILES = len(PLACES)  # of an image, of presets that look for objects
 PRESETS = ("challenge", "musc", "small", "winclip", "april-gan", "vvv")

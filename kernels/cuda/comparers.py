@@ -22,7 +22,7 @@ from .device import DEVICE_ARRAY, Device, filter_max_kernel, int32
 STAGED_IMAGES = 8  # prepared together
 
 # As in filter_max.cu.
-OWN_PATCHES, MAX_THREADS = 2, 704
+OWN_ROWS = 4
 MAX_SHARED_BYTES = 99 << 10  # that a block may have on compute capabilities 8.6, 8.9 and 12.0; others have more
 
 Products = Literal["gram", "fused"]
@@ -120,6 +120,8 @@ class GramOnce(Comparer):
         self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
         self.mask = sum(1 << degree // 2 for degree in degrees)
         self.workspaces = [device.empty((pairs, patches, gram_stride(patches)), np.float32) for _ in range(2)]
+        for workspace in self.workspaces:
+            device.fill(workspace, 0)  # the padding stays so
         self.launches = 0
 
     @staticmethod
@@ -312,12 +314,22 @@ def image_bytes(layout: Layout, patches: int, degrees: int) -> int:
 
 
 def gram_stride(patches: int) -> int:
-    """Pad the rows of a Gram to whole memory sectors; cuBLAS then writes whole vectors."""
-    return -(-patches // 32) * 32
+    """Pad the rows of a Gram to whole memory sectors, and by one entry at least: the pass reads zeros there."""
+    return (patches // 32 + 1) * 32
 
 
 def _of_degree(best: DEVICE_ARRAY | None, r: int) -> DEVICE_ARRAY | None:
     return None if best is None else best[:, r]
+
+
+def max_threads(mask: int) -> int:
+    """Return how many threads a block of filter_max.cu may have; its registers leave room for one such block."""
+    return 384 if mask < 8 else 256
+
+
+def strip_rows(mask: int) -> int:
+    """Return how many grid rows of row patches a block of filter_max.cu walks along."""
+    return 4 if mask < 4 else 2 if mask < 8 else 1
 
 
 @dataclass(frozen=True)
@@ -329,33 +341,40 @@ class FilterMaxShape:
     blocks: int  # per Gram
     threads: int
     shared_bytes: int
+    steps: int  # that a multiprocessor takes, one after another, for all of the launch's Grams
 
 
 @lru_cache
 def filter_max_shape(
     grid: tuple[int, int], mask: int, pairs: int, multiprocessors: int, window: int | None = None
 ) -> FilterMaxShape:
-    """Choose segments that fill the device in few waves without walking the margins too often."""
+    """Choose bands that fit a block, and segments that fill the device in few waves without too many margins."""
     rows, columns = grid
     reach = mask.bit_length() - 1
-    strip = 4 if reach < 2 else 2 if reach < 3 else 1
-    capacity = OWN_PATCHES * MAX_THREADS
-    met = rows if window is None else min(strip + 2 * window, rows)  # by a strip
-    band = met if min(met + 2 * reach, rows) * columns <= capacity else capacity // columns - 2 * reach
-    if band < 1:
-        raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use the CPU")
-    covered = min(band + 2 * reach, rows)
-    threads = -(-covered * columns // (OWN_PATCHES * 32)) * 32
-    strips, bands = -(-rows // strip), -(-met // band)
-    at_once = multiprocessors * max(1, 768 // threads)
+    strips, most = -(-rows // strip_rows(mask)), max_threads(mask)
+    met = rows if window is None else min(strip_rows(mask) + 2 * window, rows)  # by a strip
+    for held in range(OWN_ROWS * (most // columns), 0, -OWN_ROWS):  # grid rows of column patches in a block
+        if held < min(rows, 2 * reach + 1):
+            break
+        bands = 1 if min(met + 2 * reach, rows) <= held else -(-met // (held - 2 * reach))
+        band = -(-met // bands)
+        runs = -(-min(band + 2 * reach, rows) // OWN_ROWS)
+        threads = -(-runs * columns // 32) * 32
+        at_once = multiprocessors * (most // threads)
+        waves = {n: -(-strips * bands * pairs * -(-columns // n) // at_once) for n in range(1, columns + 1)}
+        steps, segment = min((waves[n] * (n + 2 * reach), n) for n in waves)
+        shared_bytes = _shared_bytes(columns, mask, segment, threads)
+        if shared_bytes <= MAX_SHARED_BYTES:
+            return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes, steps)
+    raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use the CPU")
 
-    def cost(segment: int) -> int:
-        waves = -(-strips * bands * pairs * -(-columns // segment) // at_once)
-        return waves * (segment + 2 * reach)
 
-    segment = min(range(1, columns + 1), key=cost)
-    plane = reach + (covered + 2 * reach) * (columns + reach)
-    shared_bytes = 4 * strip * (2 * plane + mask.bit_count() * segment)
-    if shared_bytes > MAX_SHARED_BYTES:
-        raise ValueError(f"a patch grid of {rows} rows of {columns} is too flat for the CUDA kernels; use the CPU")
-    return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes)
+def _shared_bytes(columns: int, mask: int, segment: int, threads: int) -> int:
+    """Count what filter_max.cu takes from shared memory, in the same order; every part is rounded up to 16 bytes."""
+    reach, strip, runs = mask.bit_length() - 1, strip_rows(mask), -(-threads // columns)
+    slots = strip * mask.bit_count() * (segment + 2 * reach)
+    parts = [slots, threads // 32 * slots]
+    for k in range(1, reach + 1):
+        if mask >> k & 1:
+            parts += [strip * (reach + runs * (columns + reach)) * OWN_ROWS, 2 * (runs + 1) * columns * k * strip]
+    return sum(-(-4 * part // 16) * 16 for part in parts)

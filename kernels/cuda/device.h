@@ -37,6 +37,16 @@ ZSAD_DEVICE unsigned shared_address(const void* pointer) {
   return address;
 }
 
+// Have a pointer computed here once and kept in registers, rather than anew wherever it is used.
+ZSAD_DEVICE void keep(const float*& pointer) { asm volatile("" : "+l"(pointer)); }
+
+// Load from global memory if wanted, and leave the register alone otherwise.
+ZSAD_DEVICE void load_if(bool wanted, const float* from, float& value) {
+  asm volatile("{ .reg .pred wanted; setp.ne.s32 wanted, %2, 0; @wanted ld.global.f32 %0, [%1]; }"
+               : "+f"(value)
+               : "l"(from), "r"(int(wanted)));
+}
+
 // Places in shared memory are given as a base and an offset in bytes: the sum of 32 bits costs less than one of 64.
 
 // Start copying 16 bytes to shared memory past the registers and L1; both places are multiples of 16.

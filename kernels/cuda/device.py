@@ -21,7 +21,7 @@ from zsad.kernels.files import find_sealed, write_sealed
 from zsad.kernels.machine import cache_places, cache_to_write
 
 FOLDER = Path(__file__).parent
-OPTIONS = ("--std=c++17", "--ptxas-options=-O3")
+OPTIONS = ("--std=c++17", "--ptxas-options=-O3", "--device-as-default-execution-space")  # the last for lambdas
 DEVICE_ARRAY = Any  # a cupy.ndarray
 STAGED_UPLOADS = 2  # on their way before the host waits for the first of them; each keeps its page-locked memory
 OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status

@@ -5,7 +5,8 @@
 //   best_rows[k, p] = max over q of cos_k;   best_columns[k, q] = max over p of cos_k
 //
 // filter_max_<mask>: grid (strips * segments * bands, T), whole warps, shared memory as filter_max_shape says
-//   grams           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride >= P
+//   grams           [T, P, stride] float: dot products of the layer-normed features, P = rows * columns, stride > P,
+//                   and column P is 0
 //   gram_step       floats from one Gram to the next
 //   inverse_rows    [T, R, P] float: inverse lengths of the row images, 0 for a zero feature (pooled_norms.cu)
 //   inverse_columns [R, P] float
@@ -13,7 +14,7 @@
 //                   (float_to_key), raised to the maximum: INT_MIN before the first launch. 0 drops a direction.
 //   segment         columns of the row patches' grid that a block walks; segments = ceil(columns / segment)
 //   band            grid rows of the column patches that a block covers; bands = ceil(rows / band);
-//                   (band + 2 reach) * columns, cut at the grid, must fit 2 patches per thread
+//                   a thread holds 4 of its (band + 2 reach) rows, cut at the grid, at one column
 // Bit k of the mask asks for degree 2k + 1; R bits are set, in ascending order.
 //
 // filter_max_near_<mask>: the same for patches near each other, at most `window` rows and columns apart
@@ -23,35 +24,58 @@
 // hold all that there is to know of them. (Without a window interval_average.cu goes by which images have any.)
 //
 // Why this shape. The product leaves a Gram of 7.5 MB (P = 1369) in L2 every 10 to 23 µs, so the pass must read it few
-// times and spend well under 100 instructions on an entry. A thread owns 2 column patches and walks along `segment`
-// columns of a strip of grid rows of row patches (4 rows, 2 with degree 5, 1 beyond):
-// - loads are coalesced over q; an entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment times;
-// - the box over p stays in registers: vertical sums nest (degree 5 adds two rows to degree 3), horizontal ones are
-//   kept as partial sums of the outputs still open, 2k per degree, so no window is read again;
-// - the box over q goes through shared memory, separably, in rows padded by zeros: no edge tests, two barriers, and
-//   the strip's rows side by side, so that one vector access serves them all;
-// - a block covers all q (as long as they fit), so row maxima need one redux per warp and an atomic in shared memory,
-//   and column maxima stay in registers until the end. Maxima are exact in any order: the result is deterministic.
-// Estimate for reaches 0, 1, 2: 65 instructions and 18 words of shared memory an entry, which is 4 to 6 µs a Gram on a
-// H200 and on a 4090 where latencies are hidden. Nothing here has been measured; segment, strip_rows and kOwn are what
-// to vary.
+// times and spend well under 100 instructions on an entry. A thread owns a run of 4 column patches, one below another,
+// and walks along `segment` columns of a strip of grid rows of row patches (4 rows, 2 with degree 5, 1 beyond):
+// - loads are coalesced over q, start a column ahead of their use, and take one multiply-add each: a pointer for every
+//   row of the strip and a running offset for every own patch. What lies outside of the grid below or beside is read
+//   from the zeros behind the patches. An entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment times;
+// - the box over p stays in registers: vertical sums nest (degree 5 adds two rows to degree 3) and two rows share what
+//   they have in common, horizontal ones are kept as partial sums of the outputs still open, 2k per degree;
+// - the box over q goes through shared memory, separably, in rows padded by zeros: down the run in registers, of which
+//   only the edges pass to the runs above and below, then along the grid row, a vector per run. All degrees together
+//   take two barriers a column;
+// - a block covers all q (as long as they fit), so row maxima need one redux per warp, whose result waits in a place of
+//   its own, and column maxima stay in registers until the end. Maxima are exact in any order: the result is
+//   deterministic.
+// tests/kernels/cuda/test_compile.py counts the walk's instructions an entry: 62 for degrees 1, 3, 5 on sm_89, 27 for 1, 3
+// and 10 for 1, of which 9 in 10 threads have use at 37 x 37 patches. Shared memory passes 11 words an entry with
+// degree 5 and global memory 3, which take 14 cycles of a multiprocessor a warp, the instructions 15: 3 to 5 µs a Gram
+// on a 4090 or a H200 where latencies are hidden. One block of 12 warps fills a multiprocessor's registers. No time has
+// been measured; segment, strip_rows and kOwn are what to vary.
 //
 // Run: bound in comparers.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.
 #include "device.h"
 
-constexpr int kOwn = 2;           // column patches per thread
-constexpr int kMaxThreads = 704;  // covers 37 x 37 patches and leaves 80 registers a thread
+constexpr int kOwn = 4;           // grid rows of column patches per thread
 // Grid rows of row patches per block: as many as the registers hold.
 ZSAD_DEVICE constexpr int strip_rows(int reach) { return reach < 2 ? 4 : reach < 3 ? 2 : 1; }
 
 ZSAD_DEVICE constexpr int highest_bit(int mask) { return mask > 1 ? 1 + highest_bit(mask >> 1) : 0; }
+// 384 cover 37 x 37 patches and leave 168 registers a thread, 256 leave all of them.
+ZSAD_DEVICE constexpr int max_threads(int mask) { return mask < 8 ? 384 : 256; }
 ZSAD_DEVICE constexpr int bits_set(int mask) { return mask ? (mask & 1) + bits_set(mask >> 1) : 0; }
+// The place of degree 2k + 1 among those of the mask.
+ZSAD_DEVICE constexpr int rank(int mask, int k) { return bits_set(mask & ((1 << k) - 1)); }
 
-// One value per row of the strip, read and written as one vector.
-template <int Rows>
-struct alignas(4 * Rows) Strip {
-  float row[Rows];
+// A few values that shared memory takes and gives as one vector.
+template <class T, int N>
+struct alignas(N % 4 == 0 ? 16 : N % 2 == 0 ? 8 : 4) Pack {
+  T at[N];
 };
+
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
+// Call f(Constant<k>) for every bit k of the mask from First on.
+template <int Mask, int First, class F>
+ZSAD_DEVICE void for_degrees(const F& f) {
+  if constexpr (Mask >> First) {
+    if constexpr (Mask >> First & 1) f(Constant<First>());
+    for_degrees<Mask, First + 1>(f);
+  }
+}
 
 struct FilterMax {
   const float* grams;
@@ -67,25 +91,129 @@ struct FilterMax {
   int window;  // near only
 };
 
+// NaN where an inverse is.
 ZSAD_DEVICE float near_cosine(float sum, float inverse_row, float inverse_column) {
-  if (inverse_row != 0 && inverse_column != 0) return sum * inverse_row * inverse_column;
+  if (inverse_row * inverse_column != 0) return sum * inverse_row * inverse_column;
   return inverse_row == inverse_column ? 1.0f : 0.5f;
 }
 
-// Add the `reach` cells at multiples of `step` on both sides of `centre`.
-template <int Rows>
-ZSAD_DEVICE void add_neighbours(const Strip<Rows>* centre, int step, int reach, Strip<Rows>& sum) {
+// Take the part of shared memory that holds `count` of T, and move on to the next.
+template <class T>
+ZSAD_DEVICE T* take(float*& shared, int count) {
+  T* const taken = reinterpret_cast<T*>(shared);
+  shared += (count * int(sizeof(T) / sizeof(float)) + 3) & ~3;
+  return taken;
+}
+
+// sums[i] = values[i] + ... + values[i + 2 K] for the four i, with what they have in common added once.
+template <int K>
+ZSAD_DEVICE void sum_windows(const float (&values)[kOwn + 2 * K], float (&sums)[kOwn]) {
+  float low = values[1] + values[2], high = values[2 * K + 1] + values[2 * K + 2];
+  if (K > 1) {
+    float common = values[3];
 #pragma unroll
-  for (int d = 1; d <= reach; ++d) {
-    const Strip<Rows> before = centre[-d * step], after = centre[d * step];
-#pragma unroll
-    for (int y = 0; y < Rows; ++y) sum.row[y] += before.row[y] + after.row[y];
+    for (int d = 4; d <= 2 * K; ++d) common += values[d];
+    low += common;
+    high += common;
   }
+  sums[0] = low + values[0];
+  sums[1] = low + values[2 * K + 1];
+  sums[2] = high + values[2];
+  sums[3] = high + values[2 * K + 3];
+}
+
+// Take in a column of entries: sums become the box sums over p that it completes, one for each degree.
+// ahead[k][.][.][d] is what the output that completes d + 1 columns later has gathered so far.
+template <int Mask, int Reach, int Degrees, int Rows>
+ZSAD_DEVICE void advance(const float (&loaded)[Rows + 2 * Reach][kOwn],
+                         float (&ahead)[Reach + 1][Rows][kOwn][2 * Reach + 1], float (&sums)[Degrees][Rows][kOwn]) {
+  float vertical[Rows][kOwn];
+#pragma unroll
+  for (int y = 0; y < Rows; ++y)
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) vertical[y][i] = loaded[Reach + y][i];
+#pragma unroll
+  for (int k = 0, r = 0; k <= Reach; ++k) {
+    if (k > 0)
+#pragma unroll
+      for (int y = 0; y < Rows; y += 2)
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const int at = Reach + y;
+          const float both = vertical[y][i] + loaded[at + k][i];  // of this row and the next, if there is one
+          if (y + 1 < Rows) vertical[(y + 1) % Rows][i] = both + loaded[at + 1 + k][i];
+          vertical[y][i] = both + loaded[at - k][i];
+        }
+    if (!(Mask >> k & 1)) continue;
+#pragma unroll
+    for (int y = 0; y < Rows; ++y)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        float* open = ahead[k][y][i];
+        sums[r][y][i] = k == 0 ? vertical[y][i] : open[0] + vertical[y][i];
+#pragma unroll
+        for (int d = 0; d < 2 * k; ++d) open[d] = d + 1 < 2 * k ? open[d + 1] + vertical[y][i] : vertical[y][i];
+      }
+    ++r;
+  }
+}
+
+// Show the runs above and below what they need of this one's sums: its first K rows, and in the next line its last.
+template <int K, int Rows>
+ZSAD_DEVICE void write_edges(float* edges, int line, const float (&sums)[Rows][kOwn]) {
+  Pack<float, K * Rows> top, bottom;
+#pragma unroll
+  for (int d = 0; d < K; ++d)
+#pragma unroll
+    for (int y = 0; y < Rows; ++y) {
+      top.at[d * Rows + y] = sums[y][d];
+      bottom.at[d * Rows + y] = sums[y][kOwn - K + d];
+    }
+  auto* const edge = reinterpret_cast<Pack<float, K * Rows>*>(edges);
+  edge[0] = top;
+  edge[line] = bottom;
+}
+
+// Sum over the grid rows of the column patches, and show the result to the columns beside.
+template <int K, int Rows>
+ZSAD_DEVICE void sum_rows(const float* edges, int line, float (&sums)[Rows][kOwn], Pack<float, kOwn>* summed,
+                          int plane) {
+  const auto* const edge = reinterpret_cast<const Pack<float, K * Rows>*>(edges);
+  const Pack<float, K * Rows> above = edge[-line], below = edge[2 * line];
+#pragma unroll
+  for (int y = 0; y < Rows; ++y) {
+    float values[kOwn + 2 * K];
+#pragma unroll
+    for (int d = 0; d < K; ++d) {
+      values[d] = above.at[d * Rows + y];
+      values[K + kOwn + d] = below.at[d * Rows + y];
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) values[K + i] = sums[y][i];
+    sum_windows<K>(values, sums[y]);
+    Pack<float, kOwn> own;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own.at[i] = sums[y][i];
+    summed[y * plane] = own;
+  }
+}
+
+// Sum over the grid columns of the column patches.
+template <int K, int Rows>
+ZSAD_DEVICE void sum_columns(const Pack<float, kOwn>* summed, int plane, float (&sums)[Rows][kOwn]) {
+#pragma unroll
+  for (int y = 0; y < Rows; ++y)
+#pragma unroll
+    for (int d = 1; d <= K; ++d) {
+      const Pack<float, kOwn> before = summed[y * plane - d], after = summed[y * plane + d];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) sums[y][i] += before.at[i] + after.at[i];
+    }
 }
 
 template <int Mask, bool Near>
 ZSAD_DEVICE void filter_max(const FilterMax& a) {
-  constexpr int kReach = highest_bit(Mask), kDegrees = bits_set(Mask);
+  constexpr int kReach = highest_bit(Mask), kDegrees = bits_set(Mask), kBoxes = Mask & ~1;
   constexpr int kStrip = strip_rows(kReach), kLoaded = kStrip + 2 * kReach;
   const int H = a.rows, W = a.columns, P = H * W;
   const int strips = (H + kStrip - 1) / kStrip, segments = (W + a.segment - 1) / a.segment;
@@ -95,137 +223,146 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
   const int band0 = met0 + blockIdx.x / (strips * segments) * a.band, band1 = min(band0 + a.band, met1);
   if (Near && band0 >= band1) return;
   const int halo0 = max(band0 - kReach, 0), halo1 = min(band1 + kReach, H);
+  const int run = threadIdx.x / W, qx = threadIdx.x % W;
 
-  const int pitch = W + kReach, plane = kReach + (halo1 - halo0 + 2 * kReach) * pitch;
-  ZSAD_SHARED(Strip<kStrip>, shared);
-  Strip<kStrip>* const summed = shared;              // [plane] box over p
-  Strip<kStrip>* const horizontal = summed + plane;  // [plane] and over the column patches' grid columns
-  int* const row_best = reinterpret_cast<int*>(horizontal + plane);  // [kDegrees, kStrip, segment]
-  for (int i = threadIdx.x; i < 2 * plane; i += blockDim.x) shared[i] = {};
-  for (int i = threadIdx.x; i < kDegrees * kStrip * a.segment; i += blockDim.x) row_best[i] = float_to_key(kLowest);
+  // Runs of threads past the halo filter zeros, into places of their own.
+  const int runs = (blockDim.x + W - 1) / W, pitch = W + kReach, plane = kReach + runs * pitch;
+  const int slots = a.segment + 2 * kReach;  // of the columns px from x0 - kReach on
+  ZSAD_SHARED(float, shared);
+  Pack<float, kOwn>* summed[kReach + 1];  // [degree k][kStrip, plane] box over p and over the column patches' rows
+  float* edges[kReach + 1];               // [degree k][2 runs + 2, W] what the runs above and below need of a run
+  float* free = shared;
+  for_degrees<kBoxes, 0>([&](auto degree) {
+    constexpr int k = decltype(degree)::value;
+    summed[k] = take<Pack<float, kOwn>>(free, kStrip * plane) + kReach + run * pitch + qx;
+    edges[k] = take<float>(free, 2 * (runs + 1) * W * k * kStrip) + ((2 * run + 1) * W + qx) * k * kStrip;
+  });
+  auto* const inverse_rows = take<Pack<float, kStrip>>(free, kDegrees * slots);
+  for (float* at = shared + threadIdx.x; at < free; at += blockDim.x) *at = 0;
+  auto* const row_best = take<Pack<int, kStrip>>(free, blockDim.x / kWarp * kDegrees * slots);
   __syncthreads();
 
-  const float* const gram = a.grams + blockIdx.y * a.gram_step;
-  const float* const inverse_rows = a.inverse_rows + static_cast<long long>(blockIdx.y) * kDegrees * P;
-  int q[kOwn], cell[kOwn];
-  bool loads[kOwn], owns[kOwn];
-  float column_best[kDegrees][kOwn];
+  // NaN never is the greater: that is how patches outside of the grid and of the block's part are left out.
+  const float nan = __int_as_float(0x7fffffff);
+  const float* const inverse = a.inverse_rows + static_cast<long long>(blockIdx.y) * kDegrees * P;
+  for (int i = threadIdx.x; i < kDegrees * slots * kStrip; i += blockDim.x) {
+    const int px = x0 - kReach + i / kStrip % slots, py = y0 + i % kStrip, degree = i / (kStrip * slots);
+    const bool in_part = px >= x0 && px < x1 && py < H;
+    inverse_rows[i / kStrip].at[i % kStrip] = in_part ? inverse[degree * P + py * W + px] : nan;
+  }
+  const int first = max(x0 - kReach, 0);
+  unsigned offset[kOwn];  // from the start of a grid row of row patches on
+  float inverse_column[kDegrees][kOwn], column_best[kDegrees][kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    q[i] = halo0 * W + i * blockDim.x + threadIdx.x;
-    loads[i] = q[i] < halo1 * W;
-    owns[i] = q[i] >= band0 * W && q[i] < band1 * W;
-    cell[i] = kReach + (q[i] / W - halo0 + kReach) * pitch + q[i] % W;
+    const int qy = halo0 + run * kOwn + i, q = qy * W + qx;
+    offset[i] = first * a.stride + (qy < halo1 ? q : P);  // past the patches there are zeros
 #pragma unroll
-    for (int r = 0; r < kDegrees; ++r) column_best[r][i] = kLowest;
+    for (int r = 0; r < kDegrees; ++r) {
+      inverse_column[r][i] = qy >= band0 && qy < band1 ? a.inverse_columns[r * P + q] : nan;
+      column_best[r][i] = kLowest;
+    }
   }
 
-  // ahead[k][.][.][d]: what the output that completes d + 1 columns later has gathered so far.
-  float ahead[kReach + 1][kStrip][kOwn][2 * kReach + 1] = {};
-  for (int x = x0 - kReach; x < x1 + kReach; ++x) {
-    float loaded[kLoaded][kOwn];
+  const float* row[kLoaded];
+  bool inside[kLoaded];
 #pragma unroll
-    for (int y = 0; y < kLoaded; ++y) {
-      const int py = y0 + y - kReach;
-      const bool inside = py >= 0 && py < H && x >= 0 && x < W;
+  for (int y = 0; y < kLoaded; ++y) {
+    const int py = y0 + y - kReach;
+    inside[y] = py >= 0 && py < H;
+    row[y] = a.grams + blockIdx.y * a.gram_step + static_cast<long long>(inside[y] ? py * W : 0) * a.stride;
+    keep(row[y]);
+  }
+  float loaded[kLoaded][kOwn] = {};  // rows outside of the grid stay zero
+  const auto load = [&] {
+#pragma unroll
+    for (int y = 0; y < kLoaded; ++y)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        loaded[y][i] = inside && loads[i] ? gram[static_cast<long long>(py * W + x) * a.stride + q[i]] : 0.0f;
-    }
-    float vertical[kStrip][kOwn];
-#pragma unroll
-    for (int k = 0, r = 0; k <= kReach; ++k) {
-      Strip<kStrip> sum[kOwn];
-#pragma unroll
-      for (int y = 0; y < kStrip; ++y)
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          if (k == 0) vertical[y][i] = loaded[kReach + y][i];
-          else vertical[y][i] += loaded[kReach + y - k][i] + loaded[kReach + y + k][i];
-          if (!(Mask >> k & 1)) continue;
-          float* open = ahead[k][y][i];
-          sum[i].row[y] = k == 0 ? vertical[y][i] : open[0] + vertical[y][i];
-#pragma unroll
-          for (int d = 0; d < 2 * k; ++d) open[d] = d + 1 < 2 * k ? open[d + 1] + vertical[y][i] : vertical[y][i];
-        }
-      if (!(Mask >> k & 1)) continue;
-      const int degree = r++, px = x - k;
-      if (px < x0 || px >= x1) continue;  // the same for the whole block
+        load_if(inside[y], row[y] + offset[i], loaded[y][i]);
+  };
+  load();
+  __syncthreads();
 
-      if (k > 0) {
+  float ahead[kReach + 1][kStrip][kOwn][2 * kReach + 1] = {};
+  for (int x = first; x < x1 + kReach; ++x) {
+    float sums[kDegrees][kStrip][kOwn];
+    advance<Mask, kReach>(loaded, ahead, sums);
+    // Past the grid come zeros, from behind the patches of any row.
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-          if (loads[i]) summed[cell[i]] = sum[i];
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          if (!loads[i]) continue;
-          add_neighbours(summed + cell[i], 1, k, sum[i]);
-          horizontal[cell[i]] = sum[i];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-          if (loads[i]) add_neighbours(horizontal + cell[i], pitch, k, sum[i]);
-      }
+    for (int i = 0; i < kOwn; ++i) offset[i] = x + 1 < W ? offset[i] + a.stride : (W - 1) * a.stride + P;
+    load();
+    if (x < x0) continue;
 
-      float inverse_column[kOwn];  // from L1 again and again: registers are what runs out
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) inverse_column[i] = owns[i] ? a.inverse_columns[degree * P + q[i]] : 0.0f;
-      int below[kOwn] = {};  // grid rows from the strip's first one to the column patch; too many for any window
-      if (Near) {
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) below[i] = abs(q[i] % W - px) > a.window ? 2 * H + a.window : q[i] / W - y0;
-      }
+    const auto raise = [&](auto degree) {
+      constexpr int k = decltype(degree)::value, r = rank(Mask, k);
+      if constexpr (k > 0) sum_columns<k>(summed[k], plane, sums[r]);
+      const int at = r * slots + x - x0 + kReach - k;
+      const Pack<float, kStrip> inverse_row = inverse_rows[at];
+      // Near: grid rows from the strip's first one to the run; too many for any window where columns are far apart.
+      const int below = Near && abs(qx - (x - k)) <= a.window ? halo0 + run * kOwn - y0 : 2 * H + a.window;
+      Pack<int, kStrip> best;
 #pragma unroll
       for (int y = 0; y < kStrip; ++y) {
-        if (y0 + y >= H) break;
-        const float inverse_row = inverse_rows[degree * P + (y0 + y) * W + px];
-        float best = kLowest;
+        float greatest = kLowest;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-          if (!owns[i]) continue;
           if (Near) {
-            if (abs(below[i] - y) > a.window) continue;
-            const float cosine = near_cosine(sum[i].row[y], inverse_row, inverse_column[i]);
-            best = fmaxf(best, cosine);
-            column_best[degree][i] = fmaxf(column_best[degree][i], cosine);
+            if (abs(below + i - y) > a.window) continue;
+            const float cosine = near_cosine(sums[r][y][i], inverse_row.at[y], inverse_column[r][i]);
+            greatest = fmaxf(greatest, cosine);
+            column_best[r][i] = fmaxf(column_best[r][i], cosine);
             continue;
           }
-          best = fmaxf(best, sum[i].row[y] * inverse_column[i]);
-          column_best[degree][i] = fmaxf(column_best[degree][i], sum[i].row[y] * inverse_row);
+          greatest = fmaxf(greatest, sums[r][y][i] * inverse_column[r][i]);
+          column_best[r][i] = fmaxf(column_best[r][i], sums[r][y][i] * inverse_row.at[y]);
         }
-        const int key = __reduce_max_sync(kFullWarp, float_to_key(best));
-        if (threadIdx.x % kWarp == 0) atomicMax(row_best + (degree * kStrip + y) * a.segment + px - x0, key);
+        best.at[y] = __reduce_max_sync(kFullWarp, float_to_key(greatest));
       }
-    }
+      if (threadIdx.x % kWarp == 0) row_best[threadIdx.x / kWarp * kDegrees * slots + at] = best;
+    };
+    for_degrees<Mask & 1, 0>(raise);  // needs nobody else's sums
+    for_degrees<kBoxes, 0>([&](auto degree) {
+      constexpr int k = decltype(degree)::value;
+      write_edges<k>(edges[k], W, sums[rank(Mask, k)]);
+    });
+    if (kReach > 0) __syncthreads();
+    for_degrees<kBoxes, 0>([&](auto degree) {
+      constexpr int k = decltype(degree)::value;
+      sum_rows<k>(edges[k], W, sums[rank(Mask, k)], summed[k], plane);
+    });
+    if (kReach > 0) __syncthreads();
+    for_degrees<kBoxes, 0>(raise);
   }
 
   if (a.best_columns) {
     int* const best_columns = a.best_columns + blockIdx.y * a.columns_step;
 #pragma unroll
-    for (int r = 0; r < kDegrees; ++r)
+    for (int i = 0; i < kOwn; ++i) {
+      const int qy = halo0 + run * kOwn + i;
+      if (qy < band0 || qy >= band1) continue;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        if (owns[i]) {
-          const int at = r * P + q[i];
-          atomicMax(best_columns + at, float_to_key(column_best[r][i] * (Near ? 1 : a.inverse_columns[at])));
-        }
+      for (int r = 0; r < kDegrees; ++r)
+        atomicMax(best_columns + r * P + qy * W + qx, float_to_key(column_best[r][i] * (Near ? 1 : inverse_column[r][i])));
+    }
   }
   if (a.best_rows) {
     __syncthreads();
     int* const best_rows = a.best_rows + blockIdx.y * a.rows_step;
-    for (int i = threadIdx.x; i < kDegrees * kStrip * a.segment; i += blockDim.x) {
-      const int px = x0 + i % a.segment, py = y0 + i / a.segment % kStrip;
-      if (px >= x1 || py >= H) continue;
-      const int at = i / (a.segment * kStrip) * P + py * W + px;
-      atomicMax(best_rows + at, float_to_key(key_to_float(row_best[i]) * (Near ? 1 : inverse_rows[at])));
+    for (int i = threadIdx.x; i < kDegrees * slots * kStrip; i += blockDim.x) {
+      const int px = x0 - kReach + i / kStrip % slots, py = y0 + i % kStrip, degree = i / (kStrip * slots);
+      if (px < x0 || px >= x1 || py >= H) continue;
+      int best = row_best[i / kStrip].at[i % kStrip];
+      for (int w = 1; w < blockDim.x / kWarp; ++w)
+        best = max(best, row_best[w * kDegrees * slots + i / kStrip].at[i % kStrip]);
+      const float cosine = key_to_float(best) * (Near ? 1 : inverse_rows[i / kStrip].at[i % kStrip]);
+      atomicMax(best_rows + degree * P + py * W + px, float_to_key(cosine));
     }
   }
 }
 
 #define ZSAD_FILTER_MAX_(mask)                                                                                        \
-  ZSAD_KERNEL(kMaxThreads, 1)                                                                                         \
+  ZSAD_KERNEL(max_threads(mask), 1)                                                                                   \
   filter_max_##mask(const float* grams, int stride, long long gram_step, int rows, int columns,                       \
                     const float* inverse_rows, const float* inverse_columns, int* best_rows, long long rows_step,     \
                     int* best_columns, long long columns_step, int segment, int band) {                               \
@@ -242,7 +379,7 @@ ZSAD_FILTER_MAX(ZSAD_MASK)
 #endif
 
 #define ZSAD_FILTER_MAX_NEAR_(mask)                                                                                   \
-  ZSAD_KERNEL(kMaxThreads, 1)                                                                                         \
+  ZSAD_KERNEL(max_threads(mask), 1)                                                                                   \
   filter_max_near_##mask(const float* grams, int stride, long long gram_step, int rows, int columns,                  \
                          const float* inverse_rows, const float* inverse_columns, int* best_rows,                     \
                          long long rows_step, int* best_columns, long long columns_step, int segment, int band,       \

@@ -271,7 +271,7 @@ class HostDevice:
     def product(self, column: NDArray[Any], rows: NDArray[Any], grams: NDArray[Any]) -> None:
         self.products += len(rows)
         patches = len(column)
-        grams[...] = poison(grams.dtype)
+        grams[..., :patches] = poison(grams.dtype)
         grams[: len(rows), :, :patches] = rows.astype(np.float32) @ column.astype(np.float32).T
 
     @contextmanager

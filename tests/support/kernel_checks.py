@@ -13,7 +13,7 @@ from PIL import Image
 from zsad.engine.images.decode import network_input as host_input
 from zsad.engine.images.decode import recipe as make_recipe
 from zsad.kernels import reference
-from zsad.kernels.cuda.comparers import filter_max_shape
+from zsad.kernels.cuda.comparers import filter_max_shape, strip_rows
 from zsad.kernels.cuda.device import filter_max_kernel
 from zsad.kernels.cuda.images import network_input as device_input
 
@@ -97,7 +97,7 @@ def check_filter_max(
     directions: tuple[bool, bool] = (True, True),
     window: int | None = None,
 ) -> None:
-    """Both directions of every Gram, with padded rows, poisoned padding and room between the outputs.
+    """Both directions of every Gram, with padded rows, a zero before poisoned padding, and room between the outputs.
 
     With a window some features are zero.
     """
@@ -107,7 +107,7 @@ def check_filter_max(
     if negative:
         products = -np.abs(products)
     padded = np.full((pairs, patches, stride), 1e36, np.float32)
-    padded[..., :patches] = products
+    padded[..., : patches + 1] = np.pad(products, ((0, 0), (0, 0), (0, 1)))
     inverse_rows = random.uniform(0.2, 2, (pairs, len(degrees), patches)).astype(np.float32)
     inverse_columns = random.uniform(0.2, 2, (len(degrees), patches)).astype(np.float32)
     if window is not None:
@@ -118,10 +118,10 @@ def check_filter_max(
     mask = sum(1 << degree // 2 for degree in degrees)
     shape = filter_max_shape(grid, mask, pairs, 5, window)
     segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
-    strip = 4 if mask < 4 else 2 if mask < 8 else 1
-    met = grid[0] if window is None else min(strip + 2 * window, grid[0])
-    blocks = -(-grid[0] // strip) * -(-grid[1] // segment) * -(-met // band)
-    shared += 4 * strip * len(degrees) * segment
+    met = grid[0] if window is None else min(strip_rows(mask) + 2 * window, grid[0])
+    blocks = -(-grid[0] // strip_rows(mask)) * -(-grid[1] // segment) * -(-met // band)
+    if segment > shape.segment:
+        shared += 4 * strip_rows(mask) * len(degrees) * segment * (1 + threads // 32)
     arguments = (
         make(padded),
         np.int32(stride),

@@ -94,43 +94,47 @@ class Mutation:
     file: str = ""  # the kernel's own .cu by default
 
 
-BARRIER = "        __syncthreads();\n"
+BARRIER = "    if (kReach > 0) __syncthreads();\n"
 FINAL = "    __syncthreads();\n    int* const best_rows"
 
 MUTATIONS = [
-    Mutation("no barrier before the columns are summed", "filter_max", BARRIER, "", 0),
-    Mutation("no barrier before the rows are summed", "filter_max", BARRIER, "", 1),
+    Mutation("no barrier before the rows are summed", "filter_max", BARRIER, "", 0),
+    Mutation("no barrier before the columns are summed", "filter_max", BARRIER, "", 1),
+    Mutation("no barrier after zeroing", "filter_max", "  __syncthreads();\n\n  // NaN", "\n  // NaN"),
     Mutation(
-        "no barrier after zeroing",
-        "filter_max",
-        "  __syncthreads();\n\n  const float* const gram",
-        "\n  const float* const gram",
+        "no barrier before the inverse lengths are read", "filter_max", "  load();\n  __syncthreads();", "  load();"
     ),
     Mutation("no barrier before row maxima leave", "filter_max", FINAL, "    int* const best_rows"),
     Mutation("halo one row short", "filter_max", "min(band1 + kReach, H)", "min(band1 + kReach - 1, H)"),
     Mutation("halo of the row patches one column short", "filter_max", "x < x1 + kReach;", "x < x1 + kReach - 1;"),
-    Mutation("walk starts one column late", "filter_max", "int x = x0 - kReach;", "int x = x0 - kReach + 1;"),
+    Mutation("walk starts one column late", "filter_max", "int x = first;", "int x = first + 1;"),
     Mutation("margin one column short", "filter_max", "pitch = W + kReach,", "pitch = W + kReach - 1,"),
-    Mutation("halo counted as the band's own", "filter_max", "q[i] >= band0 * W && q[i] < band1 * W", "loads[i]"),
-    Mutation("last strip writes past the grid", "filter_max", "if (y0 + y >= H) break;", ""),
     Mutation(
-        "last column of a segment is dropped",
+        "halo counted as the band's own", "filter_max", "qy >= band0 && qy < band1 ? a", "qy >= halo0 && qy < halo1 ? a"
+    ),
+    Mutation("last strip counts past the grid", "filter_max", "px < x1 && py < H;", "px < x1;"),
+    Mutation(
+        "last column of a segment is dropped", "filter_max", "px >= x0 && px < x1 &&", "px >= x0 && px < x1 - 1 &&"
+    ),
+    Mutation(
+        "rows and columns swapped",
         "filter_max",
-        "px >= x1) continue;  // the same",
-        "px >= x1 - 1) continue;  // the same",
+        "sums[r][y][i] * inverse_row.at[y]);",
+        "sums[r][y][i] * inverse_column[r][i]);",
     ),
-    Mutation(
-        "rows and columns swapped", "filter_max", "sum[i].row[y] * inverse_row);", "sum[i].row[y] * inverse_column[i]);"
-    ),
-    Mutation("row outside the grid not masked", "filter_max", "py >= 0 && py < H && x", "py < H && x"),
+    Mutation("row outside the grid not masked", "filter_max", "py >= 0 && py < H;", "true;"),
+    Mutation("column outside the grid not masked", "filter_max", "x + 1 < W ? offset", "x < W ? offset"),
+    Mutation("edges of the wrong run", "filter_max", "edge[2 * line]", "edge[line]"),
+    Mutation("a window reaches one patch too far", "filter_max", "low + values[0]", "low + values[2 * K + 1]"),
+    Mutation("what two rows share reaches too far", "filter_max", "+ loaded[at - k][i]", "+ loaded[at + 1 + k][i]"),
     Mutation("partial sums shifted by one", "filter_max", "open[d + 1] + vertical[y][i]", "open[d] + vertical[y][i]"),
-    Mutation("maximum starts at zero", "filter_max", "float best = kLowest;", "float best = 0;"),
+    Mutation("maximum starts at zero", "filter_max", "float greatest = kLowest;", "float greatest = 0;"),
     Mutation("column maximum starts at zero", "filter_max", "column_best[r][i] = kLowest;", "column_best[r][i] = 0;"),
     Mutation(
         "keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;", 0, "device.h"
     ),
-    Mutation("near rows one short", "filter_max", "abs(below[i] - y) > a.window", "abs(below[i] - y) >= a.window"),
-    Mutation("any column is near", "filter_max", "abs(q[i] % W - px) > a.window", "false"),
+    Mutation("near rows one short", "filter_max", "abs(below + i - y) > a.window", "abs(below + i - y) >= a.window"),
+    Mutation("any column is near", "filter_max", "abs(qx - (x - k)) <= a.window", "true"),
     Mutation("strip meets one row too few", "filter_max", "y0 + kStrip + a.window", "y0 + kStrip + a.window - 1"),
     Mutation("zero features are alike to all", "filter_max", "? 1.0f : 0.5f", "? 1.0f : 1.0f"),
     Mutation("Gram step ignored", "filter_max", "a.grams + blockIdx.y * a.gram_step", "a.grams"),

@@ -1,4 +1,4 @@
-"""The CUDA sources under the real compilers: nvcc for every target without spills, NVRTC into the cache."""
+"""The CUDA sources under the real compilers: nvcc without spills and with few instructions, NVRTC into the cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from zsad.bench.roofline import INSTRUCTIONS
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda.comparers import OWN_ROWS, strip_rows
 
-NVCC = shutil.which("nvcc")
+NVCC, CUOBJDUMP = shutil.which("nvcc"), shutil.which("cuobjdump")
 TARGETS = (80, 86, 89, 90, 100, 120)
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ +)?([^;]*);")
 SOURCES = sorted(path.stem for path in cuda_device.FOLDER.glob("*.cu"))
 
 
@@ -58,6 +61,48 @@ def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) 
     assert len(spills) % len(targets) == 0
     assert len(spills) >= len(targets)
     assert set(spills) == {("0", "0")}, done.stderr
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """Return the innermost loop that loads entries and reduces them over the warp."""
+    loops = []
+    for at, text in code:
+        back = re.match(r"BRA\S*\s+(?:\S+,\s*)*0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            loops.append([said for place, said in code if int(back[1], 16) <= place <= at])
+    wanted = [
+        loop
+        for loop in loops
+        if any("LDG" in said for said in loop) and any(re.match(r"C?REDUX", said) for said in loop)
+    ]
+    return min(wanted, key=len)
+
+
+def test_the_main_loop_is_the_inner_one_that_loads_and_reduces() -> None:
+    code = ["MOV R1, R2", "LDG.E R1, [R2.64]", "REDUX.MAX.S32 UR4, R1", "BRA 0x10", "MOV R3, R1", "BRA 0x40", "BRA 0x0"]
+    assert main_loop([(16 * at, text) for at, text in enumerate(code)]) == code[1:4]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
+@pytest.mark.skipif(not CUOBJDUMP, reason="cuobjdump is not installed: pip install nvidia-cuda-cuobjdump")
+@pytest.mark.parametrize("target", TARGETS)
+def test_instructions_of_filter_max_an_entry(target: int, tmp_path: Path) -> None:
+    if target >= 100 and nvcc_version() < (12, 8):
+        pytest.skip("this nvcc does not know the target")
+    cubin = tmp_path / "filter_max.cubin"
+    source = cuda_device.FOLDER / "filter_max.cu"
+    subprocess.run(
+        [str(NVCC), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{target}", "-o", str(cubin), str(source)], check=True
+    )
+    said = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    functions = {text.split()[0]: text for text in said.split("Function : ")[1:]}
+    for mask, most in INSTRUCTIONS.items():
+        code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(functions[cuda_device.filter_max_kernel(mask)])]
+        each = len(main_loop(code)) / (OWN_ROWS * strip_rows(mask))
+        assert each <= most, f"mask {mask}: {each:.1f} instructions an entry"
+        if target == 89:  # which the model is about
+            assert each > most - 2, f"mask {mask}: only {each:.1f} instructions an entry; lower the bound"
 
 
 def test_a_fatbin_counts_only_for_the_sources_it_was_built_from(

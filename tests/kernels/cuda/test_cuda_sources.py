@@ -14,7 +14,7 @@ from minima_mutations import MUTATIONS
 from mutations import found
 
 from zsad.kernels import reference
-from zsad.kernels.cuda.comparers import MAX_THREADS, OWN_PATCHES, filter_max_shape
+from zsad.kernels.cuda.comparers import OWN_ROWS, filter_max_shape, max_threads
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -148,24 +148,22 @@ def test_filter_max_at_full_size() -> None:
 def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
     shape = filter_max_shape((64, 64), 0b111, 2, 132)
     assert shape.band < 64
-    assert shape.threads <= MAX_THREADS
-    assert (shape.band + 4) * 64 <= OWN_PATCHES * shape.threads
+    assert shape.threads <= max_threads(0b111)
+    assert (shape.band + 4) * 64 <= OWN_ROWS * shape.threads
     assert shape.shared_bytes <= 99 * 1024
-    with pytest.raises(ValueError, match="too wide"):
-        filter_max_shape((4, 1000), 0b111, 1, 132)
-    with pytest.raises(ValueError, match="1 rows of 1400 is too flat"):
-        filter_max_shape((1, 1400), 0b111, 1, 128)
-    assert filter_max_shape((2, 700), 0b111, 1, 128).shared_bytes < 101_376
+    for grid in ((4, 1000), (1, 385), (50, 193)):
+        with pytest.raises(ValueError, match=f"{grid[1]} columns is too wide"):
+            filter_max_shape(grid, 0b111, 1, 132)
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 60])
 @pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])
-@pytest.mark.parametrize("grid", [(1408, 1), (1, 280), (37, 37), (12, 117), (100, 100)])
+@pytest.mark.parametrize("grid", [(1408, 1), (1, 256), (37, 37), (12, 80), (100, 85)])
 def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int, window: int | None) -> None:
     shape = filter_max_shape(grid, mask, 4, 128, window)
     covered = min(shape.band + 2 * (mask.bit_length() - 1), grid[0])
-    assert covered * grid[1] <= OWN_PATCHES * shape.threads
-    assert 32 <= shape.threads <= MAX_THREADS
+    assert -(-covered // OWN_ROWS) * grid[1] <= shape.threads
+    assert 32 <= shape.threads <= max_threads(mask)
     assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
 
 
