@@ -4,30 +4,32 @@ images → loader: batches of network inputs → networks: tokens [n, L, P, C] �
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.categories import Category, InputImage, counted
 from zsad.engine.images.depth import batch_bit_depth
+from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.references import find_references
-from zsad.engine.images.stored import ImageError
+from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.methods.bank import recipes
 from zsad.engine.methods.bank_build import build_bank, check_making
-from zsad.engine.methods.bank_file import SUFFIX, Bank, write_bank
+from zsad.engine.methods.bank_file import SUFFIX, write_bank
 from zsad.engine.methods.method import Progress
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.workplace import Saving, Workplace
 from zsad.kernels.files import check_target, file_sha256, printable
-from zsad.kernels.machine import scratch, stopwatch
+from zsad.kernels.machine import default_memory_limit, scratch, stopwatch
 
 from .category_pass import CategoryJob, CategoryProgress
 
@@ -42,6 +44,13 @@ class Normal:
     images: Sequence[InputImage]
     bit_depth: int  # of grey values in 16-bit files
     chosen: bool  # by the run itself
+    strict: bool = False  # the first one that cannot be read ends all
+
+    @cached_property
+    def digests(self) -> NDArray[np.uint8]:
+        """The sha256 of their files [n, 32], zeros of one that has gone."""
+        digests = b"".join(_digest(image.path) for image in self.images)
+        return np.frombuffer(digests, np.uint8).reshape(len(self.images), 32)
 
 
 def file_of(saving: Saving, category: Category) -> Path:
@@ -64,18 +73,24 @@ def check_saving(saving: Saving, config: Config, categories: Sequence[Category])
             raise ConfigError(f"--save-bank {error}") from None
 
 
-def save_bank(saving: Saving, normal: Normal, config: Config, workplace: Workplace, progress: Progress) -> Bank:
-    """Make a bank of normal images and write it.
+def save_bank(
+    saving: Saving, normal: Normal, config: Config, workplace: Workplace, progress: Progress
+) -> Sequence[tuple[int, str]]:
+    """Make a bank of normal images and write it; returns the numbers of those that cannot be read, and why.
 
-    Raises ImageError where fewer than two images are readable, OSError where it cannot be written, MemoryError.
+    Raises ConfigError where fewer than two images are left, ImageError where `normal.strict` and one cannot be read,
+    OSError where the bank cannot be written, MemoryError.
     """
-    path, images = file_of(saving, normal.category), normal.images
-    with network_tokens(images, normal.bit_depth, workplace, partial(progress, "networks for the bank")) as found:
-        for index, reason in found.failures:
+    path, images, odd = file_of(saving, normal.category), normal.images, _Odd(normal.images)
+    report = partial(progress, "networks for the bank")
+    with network_tokens(images, normal.bit_depth, workplace, report, odd.seen, normal.strict) as found:
+        left_out = {**odd.left_out(), **dict(found.failures)}
+        for index, reason in left_out.items():
             log.warning("%s is left out of the bank: %s", printable(str(images[index].path)), reason)
-        count = len(found.indices)
+        kept = found.without(left_out)
+        count = len(kept.indices)
         if count < 2:
-            raise ImageError(
+            raise ConfigError(
                 f"no bank of {printable(normal.category.name)}: it takes at least two readable known-good images, "
                 f"better 100, to tell how normal ones differ, and there {'is one' if count else 'is none'}"
             )
@@ -85,12 +100,33 @@ def save_bank(saving: Saving, normal: Normal, config: Config, workplace: Workpla
             "precision": workplace.record["network_precision"],
         }
         with stopwatch(workplace.timings, "bank"):
-            bank = build_bank(found.tokens, config, workplace.place, saving.making, facts, progress)
-            digests = b"".join(_digest(images[index].path) for index in found.indices)
-            bank = replace(bank, digests=np.frombuffer(digests, np.uint8).reshape(count, 32))
-            write_bank(path, bank)
+            bank = build_bank(kept.tokens, config, workplace.place, saving.making, facts, progress)
+            write_bank(path, replace(bank, digests=normal.digests[list(kept.indices)]))
     log.info("%s: the bank of %s is written; zsad-infer NEW/ --bank %s", path, counted(count, "image"), path)
-    return bank
+    return found.failures
+
+
+class _Odd:
+    """Finds images that do not belong into a bank, as they are read."""
+
+    def __init__(self, images: Sequence[InputImage]) -> None:
+        self._images, self._duplicates, self._damaged = images, Duplicates(), dict[int, str]()
+
+    def seen(self, index: int, image: Image.Image | None) -> None:
+        if image is not None and DAMAGE in image.info:
+            self._damaged[index] = image.info[DAMAGE]
+            return
+        with suppress(OSError):  # a file that has just gone is no copy of anything
+            self._duplicates.add(index, self._images[index].path, image)
+
+    def left_out(self) -> dict[int, str]:
+        """Return images by their number, and why: an image beside its copy would seem to have nothing unusual."""
+        found = dict(self._damaged)
+        for copies in self._duplicates.groups():
+            first, *others = copies.indices
+            kind = "the same picture" if copies.exact else "nearly the same picture"
+            found |= dict.fromkeys(others, f"it is {kind} as {printable(str(self._images[first].path))}")
+        return dict(sorted(found.items()))
 
 
 def _digest(path: Path) -> bytes:
@@ -109,24 +145,45 @@ class Tokens:
     tokens: Mapping[str, NDArray[np.float32]]  # [n, L, P, C] by networks, valid within the context
     failures: Sequence[tuple[int, str]]  # the other ones, and why
 
+    def without(self, left_out: Collection[int]) -> "Tokens":
+        """Leave out images by their number; moves the others' tokens together, in the same memory."""
+        rows = [row for row, index in enumerate(self.indices) if index not in left_out]
+        for array in self.tokens.values():
+            for to, row in enumerate(rows):
+                if to != row:
+                    array[to] = array[row]
+        tokens = {name: array[: len(rows)] for name, array in self.tokens.items()}
+        return Tokens([self.indices[row] for row in rows], tokens, self.failures)
+
 
 @contextmanager
 def network_tokens(
-    images: Sequence[InputImage], bit_depth: int | None, workplace: Workplace, report: Callable[[int, int], None]
+    images: Sequence[InputImage],
+    bit_depth: int | None,
+    workplace: Workplace,
+    report: Callable[[int, int], None],
+    seen: Callable[[int, Image.Image | None], None] = lambda *_: None,
+    strict: bool = False,
 ) -> Iterator[Tokens]:
-    """Run the networks over images; what they give is in memory, or if that is much, in a temporary file."""
+    """Run the networks over images; what they give is in memory, or if that is much, in a temporary file.
+
+    seen: see `Loader.batches`. Raises ImageError for the first image that cannot be read if strict.
+    """
     place, wanted = workplace.place, recipes(workplace.place)
     graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
     indices, failures = list[int](), list[tuple[int, str]]()
     with ExitStack() as rooms:
         size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
-        resident = size <= workplace.arrays.limit() // 2
+        # The limit of a device says nothing of the host's memory.
+        limit = place.arrays.limit() if place.arrays.device == "cpu" else default_memory_limit()
         tokens: dict[str, Any] = {
-            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
+            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), size <= limit // 2))
             for name, graph in graphs.items()
         }
-        for batch in workplace.loader.batches(images, range(len(images)), bit_depth, lambda *_: None):
+        for batch in workplace.loader.batches(images, range(len(images)), bit_depth, seen):
             failures += batch.failures
+            if strict and failures:
+                raise ImageError(f"{images[failures[0][0]].path}: {failures[0][1]}")
             with stopwatch(workplace.timings, "networks"):
                 for name, graph in graphs.items() if batch.indices else ():
                     for part, outputs in run_in_parts(graph, {"images": batch.inputs[wanted[name]]}):
@@ -177,7 +234,7 @@ def known_good(reference: str, shots: int | None, seed: int) -> Category:
         found = find_references(empty, (), reference, shots, seed)
     except ImageError as error:
         raise ConfigError(f"--reference: {error}") from None
-    return replace(empty, images=found.images, notes=found.notes)
+    return replace(empty, images=found.images, notes=found.notes, unreadable=found.unreadable)
 
 
 def used_bits(images: Sequence[InputImage], config: Config) -> int:

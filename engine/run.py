@@ -24,7 +24,6 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
-from zsad.engine.methods.bank_file import Bank
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import THUMBNAILS
 from zsad.engine.results.output import check_there, claimed
@@ -55,11 +54,11 @@ def run(data: Path, config: Config, runtime: Runtime, options: Options, progress
         return _run(data, config, runtime, options, progress)
 
 
-def make_bank(config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> Bank:
+def make_bank(config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> int:
     """Save a bank of the known-good images that a configuration names, without scoring any others.
 
-    Raises what `run` raises before any work, ImageError where fewer than two images are readable, OSError where the
-    bank cannot be written.
+    Returns how many of them cannot be read. Raises what `run` raises before any work, ConfigError where fewer than two
+    images are left, ImageError with `strict`, OSError where the bank cannot be written.
     """
     assert options.saving is not None
     assert config.reference is not None
@@ -67,14 +66,16 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
         category = known_good(config.reference, config.shots, config.seed)
         for note in category.notes:
             log.warning("%s", note)
+        if category.unreadable and options.strict:
+            raise ImageError("{}: {}".format(*category.unreadable[0]))
         check_saving(options.saving, config, [category])
         workplaces = Workplaces(config, runtime, options)
         (job,) = plan([category], config, options, progress, workplaces.timings)
-        normal = Normal(category, category.images, used_bits(category.images, config), chosen=False)
-        name = printable(category.name)
-        return save_bank(
-            options.saving, normal, config.sized(job.sides), workplaces.of(job.sides), partial(progress, name)
-        )
+        bits = used_bits(category.images, config)
+        normal = Normal(category, category.images, bits, chosen=False, strict=options.strict)
+        report = partial(progress, printable(category.name))
+        failures = save_bank(options.saving, normal, config.sized(job.sides), workplaces.of(job.sides), report)
+        return len(category.unreadable) + len(failures)
 
 
 def _run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:

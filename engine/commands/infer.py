@@ -149,8 +149,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         return _watch(arguments, config, runtime, options, interrupts)
     if data is None:
         with ProgressBars(arguments.quiet, interrupts) as progress:
-            make_bank(config, runtime, options, progress)
-        return DONE
+            unreadable = make_bank(config, runtime, options, progress)
+        return SOME_FAILED if unreadable else DONE
     with ProgressBars(arguments.quiet, interrupts) as progress:
         record = run(data, config, runtime, options, progress)
     share = f" ({100 * record.library_share:.0f} % in networks and products)" if not runtime.devices else ""

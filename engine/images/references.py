@@ -26,6 +26,7 @@ class References:
     images: tuple[InputImage, ...] = ()
     digests: tuple[str, ...] = ()  # sha256 of the files, in the same order
     notes: tuple[str, ...] = ()  # what was left out, and why
+    unreadable: tuple[tuple[PurePosixPath, str], ...] = ()  # those of them that cannot be read, and why
 
     def record(self) -> dict[str, str]:
         """Return the files with their digests."""
@@ -40,7 +41,8 @@ def find_references(
     products: names of the folders of all categories, of which others have references of their own. reference: a folder
     (where it has a folder of the category's name, that one; its training split or its folder of normal images, if it
     has such), or a file with a path in each line; None: the category's training split. shots: how many are drawn at
-    random; None: all. An image that is itself to be scored is left out. Raises NoReferencesError.
+    random; None: all. An image that is itself to be scored is left out, and so are copies of others. Raises
+    NoReferencesError.
     """
     paths, looked_for = _candidates(category, products, reference)
     if not paths:
@@ -140,18 +142,20 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
         if _size(image.path) in sizes and (digest := _digest(image.path)) in found:
             twins.setdefault(digest, image)
     notes = []
-    usable: dict[Path, str] = {}
+    usable: dict[str, Path] = {}  # by digest: a copy says nothing more, and of itself that it is usual
     for path, known in digests.items():
         if isinstance(known, OSError):
             notes.append(f"the reference {path} is left out: {known.strerror}")
         elif known in twins:
             twin = twins[known].relative
             notes.append(f"the reference {path} is left out: it is one of the images to score, {twin}")
+        elif known in usable:
+            notes.append(f"the reference {path} is left out: it is a copy of {usable[known]}")
         else:
-            usable[path] = known
+            usable[known] = path
     if not usable:
         raise NoReferencesError(f"no reference for {category.name} can be used: {'; '.join(notes[:3])}")
-    chosen = list(usable)
+    chosen = list(usable.items())
     if shots is not None:
         if shots > len(chosen):
             notes.append(f"only {len(chosen)} references for {shots} shots: all are taken")
@@ -159,9 +163,15 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
             numbers = np.random.default_rng(seed).choice(len(chosen), shots, replace=False)
             chosen = [chosen[number] for number in sorted(numbers.tolist())]
     images = tuple(
-        InputImage(ImageFolder(path.parent, PurePosixPath(path.parent.as_posix()), HERE), path.name) for path in chosen
+        InputImage(ImageFolder(path.parent, PurePosixPath(path.parent.as_posix()), HERE), path.name)
+        for _, path in chosen
     )
-    return References(images, tuple(usable[path] for path in chosen), tuple(notes))
+    unreadable = [
+        (PurePosixPath(path.as_posix()), str(known.strerror))
+        for path, known in digests.items()
+        if isinstance(known, OSError)
+    ]
+    return References(images, tuple(digest for digest, _ in chosen), tuple(notes), tuple(unreadable))
 
 
 def _size(path: Path) -> int | None:

@@ -80,6 +80,15 @@ def test_images_to_be_scored_are_no_references(data: Path) -> None:
     assert "twin.png is left out: it is one of the images to score, test/bent/0.png" in found.notes[0]
 
 
+def test_of_copies_one_is_a_reference(data: Path) -> None:
+    good = data.parent / "good"
+    (good / "9.png").write_bytes((good / "1.png").read_bytes())
+    found = find(data, good)
+    assert names(found, good) == ["0.png", "1.png", "2.png"]
+    assert found.notes == (f"the reference {good / '9.png'} is left out: it is a copy of {good / '1.png'}",)
+    assert len(set(found.digests)) == 3
+
+
 def test_none_to_be_had(data: Path) -> None:
     empty = data.parent / "empty"
     empty.mkdir()

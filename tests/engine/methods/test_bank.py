@@ -482,3 +482,52 @@ def test_too_few_images_for_a_bank_lose_no_results(tiny: Path, capsys: pytest.Ca
     assert "at least two readable known-good images" in capsys.readouterr().err
     assert len(images_of("out")) == 3
     assert not Path("part.zsad").exists()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_copies_and_damaged_images_are_left_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("good"), 9)
+    good = Path("good")
+    (good / "exact.png").write_bytes((good / "03.png").read_bytes())
+    with Image.open(good / "04.png") as image:
+        image.save(good / "near.jpg", quality=95)
+        image.save(good / "cut.jpg", quality=95)
+    damaged = (good / "cut.jpg").read_bytes()
+    (good / "cut.jpg").write_bytes(damaged[: len(damaged) // 2] + damaged[len(damaged) // 2 + 400 :])
+    assert main(["--reference", "good", "--save-bank", "a.zsad", "--config", str(tiny / "config.toml")]) == 0
+    said = capsys.readouterr().err
+    assert "exact.png is left out: it is a copy of" in said
+    assert "near.jpg is left out of the bank: it is nearly the same picture as" in said
+    assert "cut.jpg is left out of the bank: the file looks damaged" in said
+    bank = read_bank(Path("a.zsad"))
+    assert bank.header.images == len(bank.scores) == 9
+    # A run that chooses the images itself, by their scores, keeps no copies either.
+    for number in range(3):
+        (good / f"copy{number}.png").write_bytes((good / "03.png").read_bytes())
+    assert infer(tiny, "good", "--save-bank", "b.zsad") == 0
+    digests = {row.tobytes() for row in read_bank(Path("b.zsad")).digests}
+    assert len(digests) == read_bank(Path("b.zsad")).header.images
+
+
+@pytest.mark.usefixtures("workplace")
+def test_unreadable_known_good_images_are_failures(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("good"), 5)
+    Path("good/02.png").write_bytes(b"no image")
+    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad", "--strict") == 1
+    assert "stopped by --strict: good/02.png" in capsys.readouterr().err
+    assert not Path("part.zsad").exists()
+    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad") == 1
+    assert read_bank(Path("part.zsad")).header.images == 4
+    Path("list.txt").write_text("good/00.png\ngood/01.png\nabsent.png\n")
+    assert infer(tiny, "--reference", "list.txt", "--save-bank", "part.zsad") == 1
+    assert infer(tiny, "--reference", "list.txt", "--save-bank", "part.zsad", "--strict") == 1
+    assert "stopped by --strict: absent.png" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("workplace")
+def test_one_known_good_image_makes_no_bank(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(Path("good"), 1)
+    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad") == 2
+    said = capsys.readouterr().err
+    assert "at least two readable known-good images" in said
+    assert "--strict" not in said
