@@ -241,8 +241,9 @@ def _pairs_per_launch(sizes: Sizes, cache_bytes: int, wanted: int | None) -> lis
     """Return how many image pairs a launch may have, most first."""
     most, gram = max(sizes.images - 1, 1), sizes.comparer.gram_bytes(sizes.patches)
     if gram:
-        # Half the cache for each workspace; at least four, so that queueing a launch takes less time than running it.
-        most = min(max(cache_bytes // 2 // gram, 4), most)
+        # A third of the cache for each workspace leaves one for features, so that Grams stay there; at least three,
+        # with which the pass fills the multiprocessors better than with two or four (filter_max_shape's steps).
+        most = min(max(cache_bytes // 3 // gram, 3), most)
     most = min(most if wanted is None else wanted, MAX_PAIRS)
     return [most, *(fewer for fewer in (2, 1) if fewer < most and gram)]
 

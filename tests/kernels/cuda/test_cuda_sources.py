@@ -15,6 +15,7 @@ from mutations import found
 
 from zsad.kernels import reference
 from zsad.kernels.cuda.comparers import OWN_ROWS, filter_max_shape, max_threads
+from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
@@ -154,6 +155,13 @@ def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
     for grid in ((4, 1000), (1, 385), (50, 193)):
         with pytest.raises(ValueError, match=f"{grid[1]} columns is too wide"):
             filter_max_shape(grid, 0b111, 1, 132)
+
+
+def test_three_or_six_grams_fill_the_multiprocessors_better_than_five() -> None:
+    steps = [filter_max_shape((37, 37), 0b111, grams, 128).steps / grams for grams in range(1, 7)]
+    np.testing.assert_allclose(steps, [11, 8.5, 7.67, 8.5, 8.2, 6.83], atol=0.01)
+    sizes = Sizes(images=200, patches=1369, channels=1024, degrees=3)
+    assert [plan_mutual_scoring(sizes, 24 << 30, l2 << 20, 1 << 40).pairs for l2 in (72, 50, 144)] == [3, 3, 6]
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 60])
