@@ -52,7 +52,7 @@ class Settings(Table):
             return {}
         banks = bank_files(given)
         header, _ = read_header(named_bank(given, names, banks) or banks[0])
-        return header.sides
+        return header.input_sides
 
 
 class BankMethod:
@@ -96,8 +96,8 @@ class BankMethod:
 
     def record(self) -> dict[str, Any]:
         """Return the banks by their content: where they lie decides nothing."""
-        sides = self._banks[self._first][0].sides  # others are for other categories
-        digests = {path.name: digest for path, (header, digest) in self._banks.items() if header.sides == sides}
+        sides = self._banks[self._first][0].input_sides  # others are for other categories
+        digests = {path.name: digest for path, (header, digest) in self._banks.items() if header.input_sides == sides}
         return {"false_alarms": self._settings.false_alarms, "banks": digests}
 
     def needed(self, images: int, references: int) -> int:
@@ -393,7 +393,7 @@ def first_of(banks: Mapping[Path, tuple[Header, str]], config: Config) -> tuple[
     """Return the first bank of images as large as a configuration takes them, where there is none the first of all."""
     found = [(path, header) for path, (header, _) in banks.items()]
     sides = {name: spec.side for name, spec in config.networks.items()}
-    return next((pair for pair in found if pair[1].sides == sides), found[0])
+    return next((pair for pair in found if pair[1].input_sides == sides), found[0])
 
 
 def bank_settings(given: Path) -> tuple[str, dict[str, Any]]:

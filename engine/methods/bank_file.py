@@ -125,7 +125,7 @@ class Header(Table):
         return self
 
     @property
-    def sides(self) -> dict[str, int]:
+    def input_sides(self) -> dict[str, int]:
         """The sides in pixels at which its networks take images."""
         return {name: network.spec.side for name, network in self.networks.items()}
 
