@@ -165,7 +165,10 @@ def _covering(members: NDArray[np.intp], shape: tuple[int, ...], units: Units, m
     rows = np.arange(len(members) * patches)
     if making.size < len(rows):
         projected = project(len(members), patches, channels, lambda part: units(int(members[part])))
-        rows = farthest_first(projected, making.size)
+        distinct = farthest_first(projected, making.size)
+        if len(distinct) < making.neighbours:  # copies are neighbours, too
+            distinct = np.union1d(distinct, rows[: making.neighbours])
+        rows = distinct
     parts = rows // patches
     chosen = [units(int(members[part]))[rows[parts == part] % patches] for part in np.unique(parts).tolist()]
     return Features.packed(np.concatenate(chosen), members[parts].astype(np.int32), making.precision)

@@ -80,6 +80,12 @@ def test_more_neighbours_are_averaged() -> None:
     np.testing.assert_allclose(found, np.sqrt(2 - 2 * wanted).mean(axis=1), atol=1e-4)
 
 
+def test_copies_that_are_left_out_leave_enough_neighbours() -> None:
+    bank = built(np.ones((4, 2, 9, CHANNELS), np.float32), size=20, neighbours=3, precision="fp32")
+    assert len(bank.features["dinov2", 5, 1].units()) == 3
+    np.testing.assert_allclose(bank.scores, 0, atol=1e-3)
+
+
 @pytest.mark.parametrize("size", [10_000, 20])
 def test_an_image_scores_the_same_whatever_else_is_there(tmp_path: Path, size: int) -> None:
     write_bank(tmp_path / "part.zsad", built(make_tokens(6), size=size))
