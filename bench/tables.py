@@ -349,6 +349,21 @@ def pooling_table() -> str:
     return f"I-AUROC / P-AP in percent; {about(record)}:\n\n{table(['', *(f'`{name}`' for name in sets)], rows)}"
 
 
+def windows_table() -> str:
+    record = accuracy("windows")
+    sets, pair = record["sets"], ("image_auroc", "pixel_ap")
+    rows = [
+        ["all" if window == "None" else window, ROWS[row]]
+        + [" / ".join(percent([of_set[window][row].get(key)]) for key in pair) for of_set in sets.values()]
+        for row in ("all", "blended")
+        for window in next(iter(sets.values()))
+    ]
+    return (
+        f"I-AUROC / P-AP in percent; {about(record)}:\n\n"
+        f"{table(['rows and columns', '', *(f'`{name}`' for name in sets)], rows)}"
+    )
+
+
 def contamination_table() -> str:
     record = accuracy("contamination")
     sets, rows = record["sets"], []
@@ -448,6 +463,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "runs": runs_table,
     "scaling": scaling_table,
     "verdicts": verdicts_table,
+    "windows": windows_table,
 }
 
 
