@@ -3,6 +3,7 @@
 images → loader: batches of network inputs → networks: tokens [n, L, P, C] → methods/bank_build.py → CATEGORY.zsad
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,8 +23,8 @@ from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.references import find_references
 from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.methods.bank import recipes
-from zsad.engine.methods.bank_build import build_bank, check_making
-from zsad.engine.methods.bank_file import SUFFIX, write_bank
+from zsad.engine.methods.bank_build import build_bank, check_making, describe
+from zsad.engine.methods.bank_file import SUFFIX, BankError, Header, read_bank, write_bank
 from zsad.engine.methods.method import Progress
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
@@ -51,6 +52,15 @@ class Normal:
         """The sha256 of their files [n, 32], zeros of one that has gone."""
         digests = b"".join(_digest(image.path) for image in self.images)
         return np.frombuffer(digests, np.uint8).reshape(len(self.images), 32)
+
+    def facts(self, workplace: Workplace) -> dict[str, Any]:
+        """Return what a bank's header says of them and of how the networks run."""
+        return {
+            "bit_depth": self.bit_depth,
+            "chosen": self.chosen,
+            "precision": workplace.record["network_precision"],
+            "sources": hashlib.sha256(self.digests.tobytes()).hexdigest(),
+        }
 
 
 def file_of(saving: Saving, category: Category) -> Path:
@@ -94,13 +104,8 @@ def save_bank(
                 f"no bank of {printable(normal.category.name)}: it takes at least two readable known-good images, "
                 f"better 100, to tell how normal ones differ, and there {'is one' if count else 'is none'}"
             )
-        facts = {
-            "bit_depth": normal.bit_depth,
-            "chosen": normal.chosen,
-            "precision": workplace.record["network_precision"],
-        }
         with stopwatch(workplace.timings, "bank"):
-            bank = build_bank(kept.tokens, config, workplace.place, saving.making, facts, progress)
+            bank = build_bank(kept.tokens, config, workplace.place, saving.making, normal.facts(workplace), progress)
             write_bank(path, replace(bank, digests=normal.digests[list(kept.indices)]))
     log.info("%s: the bank of %s is written; zsad-infer NEW/ --bank %s", path, counted(count, "image"), path)
     return found.failures
@@ -201,8 +206,8 @@ def save_category_bank(
 
     Returns its record, with what went wrong among the failures: the results are there.
     """
-    category, config, path = job.category, job.config, file_of(saving, job.category)
-    if not record.images or (record.resumed and path.exists()):
+    category, config, path = job.category, job.config.sized(job.sides), file_of(saving, job.category)
+    if not record.images:
         return record
     try:
         if config.few_shot:
@@ -211,11 +216,23 @@ def save_category_bank(
         else:
             images = _lower_half(category, record)
         normal = Normal(category, images, used_bits(category.images, config), chosen=not config.few_shot)
-        save_bank(saving, normal, job.config.sized(job.sides), workplace, partial(progress, printable(category.name)))
+        wanted = describe(config, workplace.place, saving.making, normal.facts(workplace))
+        if record.resumed and _is_made(path, wanted):
+            log.info("%s: the bank is there already", path)
+            return record
+        save_bank(saving, normal, config, workplace, partial(progress, printable(category.name)))
     except (ImageError, ConfigError, MemoryError, OSError) as error:
         log.error("no bank %s: %s", path, error)
         return replace(record, failures=[*record.failures, Failure(str(path), f"no bank: {error}")])
     return record
+
+
+def _is_made(path: Path, wanted: Header) -> bool:
+    """Whether a file is a whole bank, made as one would be now of the same files."""
+    try:
+        return read_bank(path).header.making == wanted.making
+    except BankError:
+        return False
 
 
 def _lower_half(category: Category, record: CategoryRecord) -> tuple[InputImage, ...]:

@@ -157,9 +157,8 @@ class Watching:
         own = method.bounds()
         assert own is not None
         self._bounds = own if isinstance(asked, str) else Bounds(asked, asked, "--threshold", own.region)
-        good = method.share_above(self._bounds.reject)
-        expected = self._config.expected_defects or 0.0
-        self._drift = Drift(good + (1 - good) * expected)
+        above, images = method.count_above(self._bounds.reject)
+        self._drift = Drift(above, images, self._config.expected_defects or 0.0)
         log.info("%s", self._bounds)
 
     def until_the_end(self) -> None:

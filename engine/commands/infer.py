@@ -107,7 +107,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
 
 
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
-    from zsad.engine.config import load_config
+    from zsad.engine.config import ConfigError, load_config
     from zsad.engine.demo import draw_demo
     from zsad.engine.images.limits import Limits
     from zsad.engine.images.tree import DEMO
@@ -127,6 +127,11 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     if arguments.bank is not None:
         preset, base = bank_settings(Path(arguments.bank))
     config = load_config(preset, arguments.config, overrides, method_of=method_class, base=base)
+    if arguments.bank is not None and arguments.watch is None and config.expected_defects is not None:
+        raise ConfigError(
+            "--expected-defects: the bound of a bank follows from its own images, however many of the others have a "
+            "defect; leave it out, or say with --false-alarms how many good ones may be rejected"
+        )
     data = arguments.data
     if arguments.demo:
         with claimed(arguments.output, (), arguments.resume):

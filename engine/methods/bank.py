@@ -90,6 +90,12 @@ class BankMethod:
                     )
             if used is not None:
                 check_there(config.settings.bank, name, used.checkpoint)
+        for key in ("foreground", "bit_depth"):
+            if (asked := getattr(config, key)) != (made := getattr(header, key)):
+                raise ConfigError(
+                    f"the bank {config.settings.bank} is of {key} {made!r}, not {asked!r}; leave that to the bank, or "
+                    "save another one"
+                )
         if config.components:
             raise ConfigError("--components: a bank is of whole images; leave it out")
         return [GraphRequest(name) for name in header.networks]
@@ -183,11 +189,11 @@ class BankMethod:
         scaled = header.image_scale.values(np.array([accept, reject]))
         return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
 
-    def share_above(self, score: float) -> float:
-        """Return which share of normal images, one more counted in, the open bank expects above a score in [0, 1]."""
+    def count_above(self, score: float) -> tuple[int, int]:
+        """Return how many of the open bank's images score above a score in [0, 1], and of how many."""
         assert self._bank is not None
         above = self._bank.header.image_scale.values(self._bank.scores) > score
-        return float(1 + above.sum()) / (len(above) + 1)
+        return int(above.sum()), len(above)
 
 
 def promised(bank: Bank, asked: float) -> tuple[str, float]:

@@ -50,26 +50,21 @@ class Making:
     neighbours: int = 1
 
 
-def build_bank(
-    tokens: Mapping[str, NDArray[Any]],
-    config: Config,
-    place: Place,
-    making: Making,
-    facts: Mapping[str, Any],
-    progress: Progress,
-) -> Bank:
-    """Make a bank of tokens [n, L, P, C] by networks; n at least 2.
+def describe(config: Config, place: Place, making: Making, facts: Mapping[str, Any]) -> Header:
+    """Return the header of a bank before it is made.
 
-    facts: of the header, what neither networks nor settings say: bit_depth, chosen, and the networks' precision.
+    facts: what neither networks nor settings say: bit_depth, chosen, the networks' precision and maybe sources.
     """
     settings = config.settings
     assert isinstance(settings, MuScSettings)
-    header = Header(
+    facts = dict(facts)
+    precision = facts.pop("precision")
+    return Header(
         version=VERSION,
         zsad=importlib.metadata.version("zsad"),
         preset=config.preset,
         networks={
-            name: BankNetwork(spec=network.spec, sha256=network.sha256, precision=facts["precision"])
+            name: BankNetwork(spec=network.spec, sha256=network.sha256, precision=precision)
             for name, network in place.networks.items()
         },
         degrees=settings.degrees,
@@ -78,21 +73,36 @@ def build_bank(
         image_rule=settings.image_rule,
         neighbours=making.neighbours,
         foreground=config.foreground,
-        bit_depth=facts["bit_depth"],
         precision=making.precision,
-        images=len(next(iter(tokens.values()))),
-        patches=sum(array.shape[0] * array.shape[2] for array in tokens.values()),
-        chosen=facts["chosen"],
+        images=2,
+        patches=1,
         size=making.size,
         image_scale=Scale(low=0.0, middle=1.0),
         map_scale=Scale(low=0.0, middle=1.0),
+        **facts,
     )
+
+
+def build_bank(
+    tokens: Mapping[str, NDArray[Any]],
+    config: Config,
+    place: Place,
+    making: Making,
+    facts: Mapping[str, Any],
+    progress: Progress,
+) -> Bank:
+    """Make a bank of tokens [n, L, P, C] by networks; n at least 2. facts: see `describe`."""
+    counts = {
+        "images": len(next(iter(tokens.values()))),
+        "patches": sum(array.shape[0] * array.shape[2] for array in tokens.values()),
+    }
+    header = describe(config, place, making, facts).model_copy(update=counts)
     features: dict[tuple[str, int, int], Features] = {}
     own = {}
     for name, array in tokens.items():
         taps = header.networks[name].spec.taps
         report = partial(progress, f"bank of {name}")
-        found, own[name] = remembered(array, taps, settings.degrees, making, place.arrays.device, report)
+        found, own[name] = remembered(array, taps, header.degrees, making, place.arrays.device, report)
         features |= {(name, tap, degree): kept for (tap, degree), kept in found.items()}
     none = np.empty(0)
     bank = rederived(Bank(header, features, own, none, none, np.empty((0, 32), np.uint8)))
@@ -144,6 +154,10 @@ def check_making(config: Config, making: Making) -> None:
         )
     if config.settings.position_window is not None:
         raise ConfigError("--save-bank: the patches of a bank have no place of their own; leave out --position-window")
+    if config.settings.pooling != "lnamd":
+        raise ConfigError(
+            f'--save-bank: a bank pools patches by neighbourhood; leave out pooling = "{config.settings.pooling}"'
+        )
     if config.foreground not in ("none", "colour"):
         raise ConfigError("--save-bank: a bank is of whole images; leave out --foreground")
     if making.size < making.neighbours:
@@ -184,7 +198,8 @@ def _without_themselves(
     distances = np.empty((count, patches, making.neighbours))
     for fold in np.array_split(dealt, count if whole else min(count, FOLDS)):
         others = np.setdiff1d(np.arange(count), fold)
-        search = Search(_covering(others, shape, units, making).units(), making.neighbours, device)
+        part = making.size if whole else max(making.size * len(others) // count, making.neighbours)
+        search = Search(_covering(others, shape, units, replace(making, size=part)).units(), making.neighbours, device)
         for image in fold.tolist():
             distances[image] = search.measured(units(image))
     return distances

@@ -105,6 +105,7 @@ class Header(Table):
     patches: Count  # that they have in all, of which it keeps a part
     chosen: bool  # by the run itself, from images of which some may be defective
     size: Count  # patches per tap and degree that it may have of these
+    sources: str = ""  # sha256 over those of the files that it was asked to be made from; nothing where not known
     image_scale: Scale
     map_scale: Scale
     feedback: tuple[Step, ...] = ()
@@ -135,6 +136,12 @@ class Header(Table):
         named = {"checkpoint"}  # where it lies decides nothing
         networks = {name: (n.spec.model_dump(exclude=named), n.sha256) for name, n in self.networks.items()}
         return {**self.model_dump(include=KIND), "networks": networks}
+
+    @property
+    def making(self) -> dict[str, Any]:
+        """Return all that decides what is in a bank that has not been told anything since."""
+        made = self.model_dump(include={"zsad", "precision", "size", "chosen", "sources"})
+        return {**self.kind, **made, "ran": [network.precision for network in self.networks.values()]}
 
 
 KIND = {"degrees", "map_network", "image_network", "image_rule", "neighbours", "foreground", "bit_depth", "preset"}

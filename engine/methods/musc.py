@@ -259,7 +259,7 @@ class MuSc:
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
             judged = self._judged(self._first, last, self._references, self._rule, stage, progress)
-            if self._references and images < FEW_IMAGES and self._yardstick is None:
+            if self._references and self._scored < FEW_IMAGES and self._group.number == self._group.groups - 1:
                 self._yardstick = self._measured(progress)
         finally:
             if self._group.number == self._group.groups - 1:

@@ -1,7 +1,7 @@
 """Whether more images are rejected than chance explains: the line has changed, or the bank no longer fits it."""
 
 from collections import deque
-from math import comb
+from math import comb, exp, lgamma
 
 WINDOW = 200  # images that are looked at, the last ones
 LEAST = 20  # images before anything is said
@@ -9,17 +9,35 @@ LEAST = 20  # images before anything is said
 BEGINS, ENDS = 1e-4, 0.05
 
 
-def tail(count: int, number: int, share: float) -> float:
-    """Return the probability that of `number` images, each above the bound with probability `share`, `count` are."""
-    return 1 - sum(comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(count))
+def tail(count: int, number: int, above: int, normal: int, defects: float = 0.0) -> float:
+    """Return the probability that of `number` images at least `count` are above a bound.
+
+    A share `defects` of them is; of the others the rate is only known from `normal` images of which `above` are above
+    it. Over banks that are drawn anew that makes their number beta-binomial, with parameters 1 + above and normal −
+    above: much wider than if a bank of a hundred images knew its rate.
+    """
+    a, b = 1 + above, max(normal - above, 1)
+    whole, below = _log_beta(a, b), 0.0
+    for others in range(count if defects else min(count, 1)):  # defects among the images
+        left = number - others
+        weight = comb(number, others) * defects**others * (1 - defects) ** left
+        terms = (comb(left, k) * exp(_log_beta(k + a, left - k + b) - whole) for k in range(count - others))
+        below += weight * sum(terms)
+    return 1 - below
+
+
+def _log_beta(a: int, b: int) -> float:
+    return lgamma(a) + lgamma(b) - lgamma(a + b)
 
 
 class Drift:
     """Follows the images as they come, and tells when there are too many above the bound, and when no longer."""
 
-    def __init__(self, share: float) -> None:
-        """share: of images that are expected above the bound."""
-        self._share, self._window = share, deque[bool](maxlen=WINDOW)
+    def __init__(self, above: int, normal: int, defects: float = 0.0) -> None:
+        """above: how many of so many normal images are above the bound; defects: the share that is usual."""
+        self._known = (above, normal, defects)
+        good = (1 + above) / (1 + normal)
+        self._share, self._window = good + (1 - good) * defects, deque[bool](maxlen=WINDOW)
         self._there = False
         self.note: str | None = None  # while there is one
 
@@ -29,7 +47,7 @@ class Drift:
         number, count = len(self._window), sum(self._window)
         if number < LEAST:
             return None
-        chance = tail(count, number, self._share)
+        chance = tail(count, number, *self._known)
         said = f"{count} of the last {number} images are rejected, where {self._share * number:.1f} are expected"
         if self._there:
             self.note = said

@@ -61,6 +61,7 @@ class Run:
             for number, (name, spec) in enumerate(config.networks.items())
         }
         place = Place(networks, HostArrays((), None), self.timings, None)  # type: ignore[arg-type]
+        self.stages: set[str] = set()
         self.method = MuSc(config, place)
 
     def batches(self, tokens: NDArray[np.float32], members: Sequence[int], size: int = 4) -> Any:
@@ -79,7 +80,7 @@ class Run:
             self.method.start(Group(kept, "part", references, count, "parts", number, len(groups)))
             for batch in self.batches(images, members):
                 assert not list(self.method.take(batch))
-            found += self.method.finish(lambda *_: None)
+            found += self.method.finish(lambda stage, *_: self.stages.add(stage))
         return sorted(found, key=lambda image: image.index)
 
 
@@ -113,8 +114,15 @@ def test_every_group_meets_all_references_which_run_once() -> None:
         np.testing.assert_allclose(maps[list(members)], expected(x[list(members)], y), atol=1e-4)
     assert run.tower.rows == 11 + 3
     assert run.method.map_range is None  # of the category there are enough
+    assert not any("known-good" in stage for stage in run.stages)  # so that nothing is measured by the references
     again = run.scored(x, make_tokens(0), groups)  # another category, without references
     np.testing.assert_allclose(again[2].map.ravel(), expected(x[[2, 5, 8]], y[:0])[0], atol=1e-4)
+
+
+def test_few_images_in_groups_are_measured_when_all_are_scored() -> None:
+    run = Run()
+    run.scored(make_tokens(5), make_tokens(3, 1), [(0, 2), (1, 3), (4,)])
+    assert run.method.map_range is not None
 
 
 @pytest.mark.parametrize("known", [2, 5, FEW_IMAGES + 3])
