@@ -321,7 +321,7 @@ def test_references_that_vanish_while_images_are_scored(
     if left:
         assert said.count("skipped: no longer there") == 2
         assert "good/3.png: skipped" in said
-        assert len(record["images"]) == 4
+        assert record["images"] == 4
     else:
         assert "data: none of the 4 references can be read" in said
         assert not record["images"]
