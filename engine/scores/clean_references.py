@@ -23,7 +23,7 @@ from .image_scores import FEW_IMAGES, top_mean
 Floats = NDArray[np.float64]
 
 EVERYONE = (0.0, 1.0)  # the interval of all distances: what is left of them hides a defect that repeats
-LEAST_KEPT = 2
+LEAST_KEPT = 2  # known-good images among them
 
 
 def fitting_blend(defects: float | None) -> float:
@@ -122,7 +122,7 @@ def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Devi
 
 def _kept(image_scores: Floats, compared: int, share: float) -> NDArray[np.bool_]:
     """Choose the share of the images with the lowest scores [N], and all behind them; returns [N + K]."""
-    count = max(LEAST_KEPT, round(share * len(image_scores)))
+    count = max(LEAST_KEPT - (compared - len(image_scores)), round(share * len(image_scores)))
     kept = np.zeros(compared, bool)
     kept[np.argsort(image_scores, kind="stable")[:count]] = True
     kept[len(image_scores) :] = True  # known-good images: always kept

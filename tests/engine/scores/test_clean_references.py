@@ -1,6 +1,7 @@
 """Clean references against golden arrays, and what must hold of them whatever the images."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_known_good_images_are_always_kept_and_not_scored() -> None:
     assert scores.patch_maps.shape == (12, 16)
     assert scores.rounds[-1].kept.sum() == 6 + 4
     assert scores.rounds[-1].kept[12:].all()
+
+
+@pytest.mark.parametrize(("known", "kept"), [(0, 2), (1, 2), (4, 4)])
+def test_at_least_two_are_kept_known_good_ones_among_them(known: int, kept: int) -> None:
+    _, minima = mutual_scores(
+        make_tokens(12 + known), GRID, (1, 3), RULE.interval, references=known, return_minima="smallest degree"
+    )
+    scores = clean_scores(minima, replace(RULE, keep_share=0.01))
+    assert scores.rounds[-1].kept.sum() == kept
 
 
 def test_few_images_are_references_of_each_other() -> None:
