@@ -354,5 +354,7 @@ def check_options(vit: VisionTransformer, options: ExportOptions) -> int:
         raise CheckpointError(
             "windows are of towers that add positions to the tokens, not of rotary ones; leave them out"
         )
+    if options.antialias is not None and vit.architecture.rotary:
+        raise CheckpointError("antialias is of positions that are resized, and rotary ones are not; leave it out")
     check_choices(options)
     return vit.attention_heads(options.heads)

@@ -167,6 +167,11 @@ def test_metadata_says_what_is_in_the_file(dinov2: VisionTransformer) -> None:
     }
 
 
+def test_rotary_positions_are_not_resized(dinov3: VisionTransformer) -> None:
+    with pytest.raises(CheckpointError, match=r"antialias is of positions that are resized, and rotary ones are not"):
+        build_vit_graph(dinov3, ExportOptions((), 20, outputs=("embedding",), antialias=False))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
