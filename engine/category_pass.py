@@ -325,13 +325,8 @@ class CategoryPass:
             scores = self.method.image_scores(found)  # [N]
             if len(sound) < len(found):  # one broken picture must not make all others look alike
                 scores[sound] = self.method.image_scores([found[place] for place in sound])
-        if self.method.map_range is not None:
-            known = "1 has nothing in common with the known-good image"
-            if self.readable_references > 1:
-                known = "0.5 is what the most unusual known-good image comes to when compared with the others"
-            self._note(
-                f"scores and maps are not relative to {counted(len(found), 'image')}, which are too few: {known}"
-            )
+        if (note := self.method.note()) is not None:
+            self._note(note)
         scale = self.method.map_range or (
             min(float(found[place].map.min()) for place in sound),
             max(float(found[place].map.max()) for place in sound),

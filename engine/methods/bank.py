@@ -178,6 +178,9 @@ class BankMethod:
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")
 
+    def note(self) -> None:
+        return None
+
     def bounds(self) -> Bounds | None:
         if self._bank is None:
             return None

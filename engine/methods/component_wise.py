@@ -69,6 +69,9 @@ class ComponentWise:
     def bounds(self) -> None:
         return None
 
+    def note(self) -> None:
+        return None
+
     def _scored(self, index: int, image: NDArray[np.uint8]) -> Scored:
         """Score an image [H, W, 3] by its tiles."""
         foreground, placed = self._placed(image)

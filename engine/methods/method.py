@@ -126,6 +126,9 @@ class Method(Protocol):
     def bounds(self) -> Bounds | None:
         """Return which scores of a category are accepted and rejected, where the method knows that by itself."""
 
+    def note(self) -> str | None:
+        """Return what is to be known of a category's scores, in words; asked of methods that compare."""
+
 
 class ConfiguredMethod(Method, Protocol):
     """A method that a configuration can name: what its class says before there is a run."""

@@ -8,7 +8,8 @@ itself which images these are averaged over (scores/clean_references.py), for ea
 one, image scores and what they are rescored by of the other.
 
 Known-good images are compared with beside the others and have no scores. Their tokens lie behind those of the group,
-for all groups of a category. Of few images scores are not relative to these but to known-good ones (`_Yardstick`).
+for all groups of a category. Scores of few images are not relative to these but to known-good ones
+(scores/known_good.py).
 """
 
 import logging
@@ -29,6 +30,7 @@ from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, fitting_blend, salient_features
 from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
+from zsad.engine.scores.known_good import HALF_UNLIKE, Calibration, calibration_counts
 from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
@@ -38,9 +40,6 @@ from zsad.kernels.snamd import similarity_pooled
 from .method import Group, Place, Progress, Scored
 
 log = logging.getLogger("zsad")
-
-HALF_UNLIKE = math.sqrt(0.5)  # half of the distance between unit vectors at right angles
-ALIKE = 0.05  # patches of copies lie closer
 
 
 def _odd(degree: int) -> int:
@@ -105,16 +104,6 @@ class _Judged:
     features: NDArray[np.float64] | None  # [n, D] of the most salient patches, where they are rescored by these
 
 
-@dataclass(frozen=True)
-class _Yardstick:
-    """What known-good images come to when they are scored by each other: half of the way from 0 to 1."""
-
-    raw_score: float  # the highest of an image
-    lowest: float  # of patches of the maps
-    highest: float
-    images: int  # that were scored; none where they do not say
-
-
 class MuSc:
     """See `Method`."""
 
@@ -143,7 +132,7 @@ class MuSc:
         self._first = self._end = 0  # rows of what is kept that are the group's
         self._references = 0  # behind them
         self._scored = 0  # images of the category
-        self._yardstick: _Yardstick | None = None
+        self._calibration: Calibration | None = None
         self._memory_left = 0
 
     @staticmethod
@@ -184,15 +173,14 @@ class MuSc:
     @property
     def map_range(self) -> tuple[float, float] | None:
         """See `Method`; a few images are not relative to each other where there are known-good ones."""
-        yard = self._yardstick
-        return None if yard is None or self._scored >= FEW_IMAGES else (yard.lowest, 2 * yard.highest - yard.lowest)
+        return None if self._calibration is None else self._calibration.map_range
 
     @property
     def rescores(self) -> bool:
-        return self.map_range is None
+        return self._calibration is None
 
     def needed(self, images: int, references: int) -> int:
-        counts = [(images, references), *([_yardstick_counts(references)] if references > 1 else [])]
+        counts = [(images, references), *([calibration_counts(references)] if references > 1 else [])]
         return max(scoring.needed(*count, self._minima) for scoring in self._scorings.values() for count in counts)
 
     def start(self, group: Group) -> None:
@@ -200,7 +188,7 @@ class MuSc:
         if group.number == 0:
             self._category.close()
             self._open(group)
-            self._end, self._scored, self._yardstick = group.images, 0, None
+            self._end, self._scored, self._calibration = group.images, 0, None
             self._references = 0
             for batch in group.references:
                 self._keep(batch, self._end + self._references)
@@ -259,10 +247,10 @@ class MuSc:
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
             judged = self._judged(self._first, last, self._references, self._rule, stage, progress)
-            if self._references and self._scored < FEW_IMAGES and self._group.number == self._group.groups - 1:
-                self._yardstick = self._measured(progress)
+            if self._last_group and self._references and self._scored < FEW_IMAGES:
+                self._calibration = self._calibrated(progress)
         finally:
-            if self._group.number == self._group.groups - 1:
+            if self._last_group:
                 self._kept.clear()
                 self._category.close()
         vectors = vectors if judged.features is None else judged.features
@@ -270,6 +258,10 @@ class MuSc:
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
             yield Scored(index, float(judged.raw_scores[row]), judged.maps[row].reshape(grid), vector)
+
+    @property
+    def _last_group(self) -> bool:
+        return self._group.number == self._group.groups - 1
 
     def _close_ranks(self) -> None:
         """Move the tokens of the group next to the references, where images that have none left a gap."""
@@ -326,27 +318,27 @@ class MuSc:
         size = self._place.networks[self._settings.image_network].spec.side
         return image_scores(scores, square_grid(scores.shape[1]), self._settings.image_rule, size)
 
-    def _measured(self, progress: Progress) -> _Yardstick:
-        """Return what references come to that are scored by each other; one, or copies of one, do not say."""
+    def _calibrated(self, progress: Progress) -> Calibration:
+        """Score references by each other."""
+        calibration = None
         if self._references > 1:
-            measured, others = _yardstick_counts(self._references)
+            _, others = calibration_counts(self._references)
             stage = "scoring known-good images by {}".format
             rule = None if self._rule is None else replace(self._rule, rounds=0)  # all of them are clean
             judged = self._judged(self._end, self._end + self._references, others, rule, stage, progress)
-            maps = judged.maps
-            if maps.max() > ALIKE:
-                return _Yardstick(float(judged.raw_scores.max()), float(maps.min()), float(maps.max()), measured)
+            calibration = Calibration.measured(judged.raw_scores, judged.maps)
+        if calibration is not None:
+            return calibration
         patches, _ = self._graphs[self._settings.image_network].outputs["tokens"].shape[1:]
         unlike = np.full((1, patches), HALF_UNLIKE, np.float32)
         raw = self._raw_scores(unlike)[0] if self._rule is None else 2 * HALF_UNLIKE  # see CleanScores.image_scores
-        return _Yardstick(float(raw), 0.0, HALF_UNLIKE, 0)
+        return Calibration.unlike(float(raw))
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
-        if self.map_range is not None:  # few images say as little when they are rescored by each other
-            assert self._yardstick is not None
-            return min_max(raw, (0.0, 2 * self._yardstick.raw_score))
+        if self._calibration is not None:  # few images say as little when they are rescored by each other
+            return self._calibration.scores(raw)
         neighbours = self._settings.rscin
         if self._rule is not None:  # the nearest seven of a few images are nearly all of them
             neighbours = self._settings.salient_rscin if len(scored) >= FEW_IMAGES else ()
@@ -355,17 +347,10 @@ class MuSc:
         return rscin(raw, np.array([image.facts for image in scored]), neighbours)
 
     def bounds(self) -> Bounds | None:
-        yard = self._yardstick
-        if self.map_range is None or yard is None or not yard.images:
-            return None
-        # So few good images do not say what hardly any good one comes to.
-        return Bounds(0.5, 1.0, f"the most unusual of {yard.images} known-good images", region=0.5)
+        return None if self._calibration is None else self._calibration.bounds()
 
-
-def _yardstick_counts(references: int) -> tuple[int, int]:
-    """Return how many references are scored by each other and by how many more, so that this costs little."""
-    measured = min(references, FEW_IMAGES)
-    return measured, references - measured
+    def note(self) -> str | None:
+        return None if self._calibration is None else self._calibration.note()
 
 
 def _bytes(spec: TensorSpec, images: int) -> int:

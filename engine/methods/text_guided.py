@@ -142,6 +142,9 @@ class TextGuided:
     def bounds(self) -> None:
         return None
 
+    def note(self) -> None:
+        return None
+
     def _run(self, batch: Batch) -> Iterator[tuple[slice, Outputs]]:
         """Run the image tower; yield which rows of the batch, and its outputs."""
         for part, outputs in run_in_parts(self._graph, {"images": batch.inputs[self._recipe]}):

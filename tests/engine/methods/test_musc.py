@@ -18,10 +18,11 @@ from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import References, find_references
 from zsad.engine.methods.arrays import HostArrays
 from zsad.engine.methods.method import Group, Place, Scored, method_class
-from zsad.engine.methods.musc import FEW_IMAGES, HALF_UNLIKE, MuSc
+from zsad.engine.methods.musc import FEW_IMAGES, MuSc
 from zsad.engine.networks.network import Network, TensorSpec
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, salient_features
 from zsad.engine.scores.image_scores import min_max, rscin
+from zsad.engine.scores.known_good import HALF_UNLIKE
 from zsad.kernels import reference
 from zsad.kernels.mutual_scoring import mutual_scores
 
@@ -144,11 +145,15 @@ def test_few_images_are_measured_by_what_known_good_ones_come_to_by_each_other(k
 
 
 @pytest.mark.parametrize("copies", [1, 4])
-def test_one_known_good_image_gives_no_yardstick(copies: int) -> None:
+def test_one_known_good_image_gives_no_calibration(copies: int) -> None:
     x, run = make_tokens(1), Run()
     y = np.repeat(make_tokens(1, 1), copies, axis=0)
     found = run.scored(x, y, [range(1)])
     assert run.method.map_range == (0.0, 2 * HALF_UNLIKE)
+    assert run.method.bounds() is None
+    said = run.method.note()
+    assert said is not None
+    assert "1 has nothing in common with the known-good image" in said
     np.testing.assert_allclose(run.method.image_scores(found), expected(x, y).max(axis=1) / np.sqrt(2), atol=1e-4)
 
 

@@ -1,0 +1,71 @@
+"""Calibration of a few images' scores by known-good ones: relative to each other so few say little.
+
+raw scores [k] and maps [k, P] of known-good images, scored by each other → what is half of the way from 0 to 1
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .image_scores import FEW_IMAGES, min_max
+from .verdicts import Bounds
+
+HALF_UNLIKE = math.sqrt(0.5)  # half of the distance between unit vectors at right angles
+ALIKE = 0.05  # patches of copies lie closer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What known-good images come to when they are scored by each other: half of the way from 0 to 1."""
+
+    raw_score: float  # the highest of an image
+    lowest: float  # of patches of the maps
+    highest: float
+    images: int  # that were scored; none where they do not say, since there is one alone, or copies of one
+
+    @classmethod
+    def measured(cls, raw_scores: NDArray[np.float64], maps: NDArray[np.float32]) -> "Calibration | None":
+        """Return the calibration by raw scores [k] and maps [k, P] of known-good images; None where they are copies."""
+        if maps.max() <= ALIKE:
+            return None
+        return cls(float(raw_scores.max()), float(maps.min()), float(maps.max()), len(maps))
+
+    @classmethod
+    def unlike(cls, raw_score: float) -> "Calibration":
+        """Return what is in force where known-good images do not say: half of what has nothing in common with them.
+
+        raw_score: of an image whose patches are all at the distance HALF_UNLIKE.
+        """
+        return cls(raw_score, 0.0, HALF_UNLIKE, 0)
+
+    @property
+    def map_range(self) -> tuple[float, float]:
+        """What is 0 and what is 1 in maps."""
+        return self.lowest, 2 * self.highest - self.lowest
+
+    def scores(self, raw_scores: ArrayLike) -> NDArray[np.float64]:
+        """Return scores [n] in [0, 1]."""
+        return min_max(raw_scores, (0.0, 2 * self.raw_score))
+
+    def bounds(self) -> Bounds | None:
+        if not self.images:
+            return None
+        # So few good images do not say what hardly any good one comes to.
+        return Bounds(0.5, 1.0, f"the most unusual of {self.images} known-good images", region=0.5)
+
+    def note(self) -> str:
+        """Return what scores and maps are relative to, in words."""
+        known = "1 has nothing in common with the known-good image or its copies"
+        if self.images:
+            known = "0.5 is what the most unusual known-good image comes to when compared with the others"
+        return (
+            f"scores and maps are not relative to each other, since fewer than {FEW_IMAGES} images are too few: {known}"
+        )
+
+
+def calibration_counts(references: int) -> tuple[int, int]:
+    """Return how many references are scored by each other and by how many more, so that this costs little."""
+    measured = min(references, FEW_IMAGES)
+    return measured, references - measured
