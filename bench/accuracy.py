@@ -45,6 +45,7 @@ from zsad.kernels.snamd import similarity_pooled
 from .accuracy_banks import banks
 from .accuracy_batches import (
     DEGREES,
+    INTERVAL,
     SMALL_DEGREES,
     SMALL_TAPS,
     TAPS,
@@ -63,7 +64,6 @@ from .accuracy_batches import (
 from .accuracy_feedback import feedback
 from .records import RESULTS, append, environment
 
-INTERVAL = (0.0, 0.3)
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all of it with 1
 NEAREST_SHARE = 0.001  # of all patches, that AnomalyDINO averages
 
@@ -268,7 +268,10 @@ def contamination(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.
 
 
 def known_good(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Image AUROC beside so many known-good images, drawn from the normal ones; those that are drawn are not scored."""
+    """Image AUROC beside so many known-good images, drawn from the normal ones; those that are drawn are not scored.
+
+    Counts of more than half of a set's normal images are left out.
+    """
     found: dict[str, Any] = {}
     for images in sets:
         of_set: dict[str, dict[str, list[float]]] = {}
@@ -276,7 +279,7 @@ def known_good(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Nam
         for seed in range(KNOWN_DRAWS):
             drawn = np.random.default_rng(seed).permutation(normal)[: min(max(KNOWN_COUNTS), len(normal) // 2)]
             scored = np.setdiff1d(np.arange(len(images.anomalous)), drawn)
-            for count in KNOWN_COUNTS:
+            for count in (count for count in KNOWN_COUNTS if count <= len(drawn)):
                 batch = images.batch.of(scored, drawn[:count])
                 for row, values in compared_rows(batch, reader.image_size).items():
                     auroc = image_metrics(images.anomalous[scored], values.images)["auroc"]

@@ -32,6 +32,7 @@ Metrics = dict[str, float]
 
 TAPS, DEGREES = (2, 5, 8, 11), (1, 3, 5)  # of all rows together
 SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)  # of preset small
+INTERVAL = (0.0, 0.3)
 SIDE = 256  # of masks and maps when they are compared
 
 
@@ -99,8 +100,7 @@ class Reader:
     ) -> Batch:
         """Compare images with each other; tokens: of these taps alone; window: as of `mutual_scores`."""
         _, layers, patches, channels = tokens.shape
-        side = round(patches**0.5)
-        compared = (side, side), layers, channels, degrees, (0.0, 0.3)
+        compared = square_grid(patches), layers, channels, degrees, INTERVAL
         scoring = MutualScoring(*compared, devices=self._devices, window=window)
         return Batch(tokens, embeddings, scoring.scores(tokens, return_minima="each")[1], taps, degrees)
 

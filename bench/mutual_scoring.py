@@ -207,6 +207,8 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 def scale(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time whole batches of growing size, as one batch and in groups, and append one record."""
     validate(arguments.side, arguments.channels, arguments.degrees)
+    if arguments.refcheck:
+        return
     size = arguments.group_size
     seconds: dict[str, dict[int, float]] = {"one batch": {}, f"groups of {size}": {}}
     tokens = make_tokens(800, arguments.side, arguments.channels)
@@ -243,6 +245,8 @@ def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time what clean references add to scoring a batch of two layers, and append one record."""
     side, images = arguments.side, arguments.images
     validate(side, arguments.channels, arguments.degrees)
+    if arguments.refcheck:
+        return
     settings = load_config("small", method_of=method_class).settings
     assert isinstance(settings, Settings)
     rule = settings.clean_rule(None)
@@ -288,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--images", type=int, help="(default 12; 200 with --references)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument("--scaling", action="store_true", help="time whole batches of growing size instead")
-    parser.add_argument("--references", action="store_true", help="time what clean references add instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--scaling", action="store_true", help="time whole batches of growing size instead")
+    instead.add_argument("--references", action="store_true", help="time what clean references add instead")
     parser.add_argument("--group-size", type=int, default=100, help="with --scaling (default %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, help="JSON lines to append to")

@@ -384,8 +384,9 @@ def contamination_table() -> str:
 
 def curves_of(record: Record) -> list[list[str]]:
     """Return a line for each set and row, with the mean of the draws for each number of images or share."""
+    columns = max(record["sets"].values(), key=len)  # small sets have fewer
     return [
-        [f"`{name}`", ROWS[row], *(percent(values[row]) for values in curves.values())]
+        [f"`{name}`", ROWS[row], *(percent(curves[key][row]) if key in curves else "–" for key in columns)]
         for name, curves in record["sets"].items()
         for row in next(iter(curves.values()))
     ]
@@ -393,7 +394,7 @@ def curves_of(record: Record) -> list[list[str]]:
 
 def known_table() -> str:
     record = accuracy("known")
-    counts = next(iter(record["sets"].values()))
+    counts = max(record["sets"].values(), key=len)
     draws = len(counts["0"]["all"])
     return (
         f"Image AUROC in percent beside so many known-good images, mean of {draws} draws; the {max(map(int, counts))} "

@@ -21,3 +21,16 @@ def test_what_clean_references_add_is_a_stage_of_its_own(tmp_path: Path, capsys:
     }
     assert (record["images"], record["degrees"]) == (11, [1, 3])
     assert "clean references add" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--references", "--scaling"])
+def test_validating_times_nothing(option: str, tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl"
+    shape = ["--images", "11", "--side", "4", "--channels", "16"]
+    assert benchmark.main([option, "--refcheck", *shape, "--output", str(file)]) == 0
+    assert not file.exists()
+
+
+def test_one_of_two_benchmarks_is_asked_for() -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--references", "--scaling"])
