@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cpu import averages as cpu
 from .cuda import averages as cuda
-from .cuda.device import Device
+from .cuda.device import Device, DeviceMemoryError
 from .machine import available_cores
 from .reference import interval_ranks
 
@@ -24,7 +25,7 @@ def kept_averages(
         is read image by image. The distance of image i to itself, [i, :, i], never counts.
     kept: [N], at least one beside each image.
     interval: as of `mutual_scores`, of the images that are kept.
-    devices: opened CUDA devices, of which the first does the work; none is the CPU.
+    devices: opened CUDA devices, of which the first does the work, where it has memory for one image; none is the CPU.
 
     Returns [M, P]. Raises ValueError where no image is kept for one of them.
     """
@@ -35,9 +36,11 @@ def kept_averages(
     if others.min() < 1:
         raise ValueError("an image has no other that is kept; keep at least two")
     ranks = [interval_ranks(int(n), interval) for n in others]
+    sums = None
     if devices:
-        sums = cuda.kept_sums(devices[0], minima, kept, ranks)
-    else:
+        with suppress(DeviceMemoryError):  # then the CPU does it
+            sums = cuda.kept_sums(devices[0], minima, kept, ranks)
+    if sums is None:
         references = [np.flatnonzero(kept & (np.arange(all_images) != image)) for image in range(images)]
         with ThreadPoolExecutor(available_cores()) as pool:
             sums = np.array(list(pool.map(cpu.rank_sums, minima, references, ranks)))

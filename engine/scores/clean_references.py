@@ -100,7 +100,7 @@ def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Devi
     devices: opened CUDA devices; none is the CPU.
 
     Fewer than ten images, known-good ones among them, say too little: all of them are then the references, as MuSc has
-    it. Raises DeviceMemoryError.
+    it.
     """
     of_all, of_smallest = minima
     compared = of_all.shape[2]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .device import DEVICE_ARRAY, Device, int32
+from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
 
 Array = NDArray[np.float32]
 
@@ -18,13 +18,13 @@ def kept_sums(
 ) -> NDArray[np.float64]:
     """Add up every patch's distances of an image's ranks, among the images that are kept and not itself.
 
-    minima: [M, P, N]; kept: [N]; ranks: first and last, of each image. Returns [M, P]. Raises DeviceMemoryError.
+    minima: [M, P, N]; kept: [N]; ranks: first and last, of each image. Returns [M, P]. Raises
+    DeviceMemoryError where the device does not hold one image's.
     """
     images, patches, others = minima.shape
     device.use()
-    at_once = min(max(STAGED_BYTES // (4 * patches * others), 1), images)
-    staged: DEVICE_ARRAY = device.empty((at_once, patches, others), np.float32)
-    sums: DEVICE_ARRAY = device.empty((at_once, patches), np.float64)
+    staged, sums = _room(device, min(max(STAGED_BYTES // (4 * patches * others), 1), images), patches, others)
+    at_once = len(staged)
     flags, bounds = device.to_device(kept.astype(np.uint8)), device.to_device(np.array(ranks, np.int32))
     found = np.empty((images, patches))
     for first in range(0, images, at_once):
@@ -39,3 +39,15 @@ def kept_sums(
         )
         found[part] = device.to_host(sums[:size])
     return found
+
+
+def _room(device: Device, at_once: int, patches: int, others: int) -> tuple[DEVICE_ARRAY, DEVICE_ARRAY]:
+    """Allocate the minima and sums of so many images, or of as many as the device has memory for."""
+    while True:
+        try:
+            staged = device.empty((at_once, patches, others), np.float32)
+            return staged, device.empty((at_once, patches), np.float64)
+        except DeviceMemoryError:
+            if at_once == 1:
+                raise
+        at_once //= 2

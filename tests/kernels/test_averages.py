@@ -6,6 +6,7 @@ from host_build import COMPILER, MISSING_COMPILER, HostDevice
 
 from zsad.kernels import averages, reference
 from zsad.kernels.averages import kept_averages
+from zsad.kernels.cuda.device import DeviceMemoryError
 
 INTERVALS = [(0.0, 0.3), (0.0, 1.0), (0.2, 0.6), (1, 3), (0, 1)]
 
@@ -56,6 +57,28 @@ def test_a_device_takes_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     found = kept_averages(minima, kept, (0.0, 0.5), [device])
     np.testing.assert_allclose(found, reference.kept_average(minima, kept, (0.0, 0.5)), rtol=1e-12)
     assert max(device.allocated) == 3 * 4 * 5 * 7
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_a_device_with_little_memory_takes_fewer_images_or_leaves_all_to_the_cpu(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if COMPILER is None:
+        pytest.skip(MISSING_COMPILER)
+    device = HostDevice()
+    minima, kept, empty, launched = make_minima(7, 5, 7), np.arange(7) != 3, device.empty, list[str]()
+
+    def limited(shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        if shape[0] > held:
+            raise DeviceMemoryError
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(device, "empty", limited)
+    launch = device.launch
+    monkeypatch.setattr(device, "launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+    found = kept_averages(minima, kept, (0.0, 0.5), [device])
+    np.testing.assert_allclose(found, reference.kept_average(minima, kept, (0.0, 0.5)), rtol=1e-12)
+    assert len(launched) == {0: 0, 1: 7, 3: 3}[held]
 
 
 def test_something_must_be_kept_for_every_image() -> None:
