@@ -461,6 +461,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "nearest": nearest_table,
     "networks": networks_table,
     "planted": planted_table,
+    "pooling": pooling_table,
     "published": published_table,
     "roofline": roofline_table,
     "runs": runs_table,
