@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zsad.kernels.files import file_sha256, remembered_digest
+from zsad.kernels.files import file_sha256, remembered_fact
 
 
 def git_blob(path: Path) -> str:
@@ -60,7 +60,7 @@ class Digest:
 
     def of(self, path: Path) -> str:
         """Return the digest of this kind that a file has; of a file that stays as it is it is computed once."""
-        return remembered_digest(path, self.kind, KINDS[self.kind][2])
+        return remembered_fact(path, self.kind, KINDS[self.kind][2])
 
     def problem(self, found: str) -> str | None:
         """Return what is wrong with a digest that was found, None where it fits."""

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 Preprocessing = Literal["imagenet", "clip", "isnet"]
-Shape = tuple[
-    int | None, ...
-]  # None: the batch, always the first axis; an input without one goes with every part of it
+# None: the batch, always the first axis; an input without one goes with every part of it.
+Shape = tuple[int | None, ...]
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from zsad.kernels.files import remembered_digest
+from zsad.kernels.files import remembered_fact
 
 from .dinov3 import read_dinov3_blocks, rename_hugging_face_dinov3, rename_timm_dinov3
 from .options import Preprocessing
@@ -141,7 +141,7 @@ def read_vision_transformer(path: Path) -> VisionTransformer:
 
 def read_patch_size(path: Path) -> int:
     """Return the side in pixels of the patches that a checkpoint's image tower cuts images into, see above."""
-    return int(remembered_digest(path, "patch", lambda path: str(read_vision_transformer(path).patch_size)))
+    return int(remembered_fact(path, "patch", lambda path: str(read_vision_transformer(path).patch_size)))
 
 
 def _check(vit: VisionTransformer) -> None:

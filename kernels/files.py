@@ -90,10 +90,10 @@ def file_sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def remembered_digest(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
-    """Return a digest of a file, computed once for as long as its size, its time of change and its inode stay the same.
+def remembered_fact(path: Path, kind: str, compute: Callable[[Path], str]) -> str:
+    """Return what follows from a file, such as a digest, computed once while size, time of change and inode stay.
 
-    kind: tells digests of several kinds apart. The cache keeps it, where that can be written. Raises OSError.
+    kind: tells facts of several kinds apart. The cache keeps it, where that can be written. Raises OSError.
     """
     status = path.stat()
     known, facts = f"{status.st_dev:x}-{status.st_ino:x}.{kind}", f"{status.st_size} {status.st_mtime_ns} "
@@ -101,16 +101,16 @@ def remembered_digest(path: Path, kind: str, compute: Callable[[Path], str]) -> 
         remembered = (cache_folder() / "digests" / known).read_text("ascii")
         if remembered.startswith(facts):
             return remembered.removeprefix(facts)
-    digest = compute(path)
+    fact = compute(path)
     if time.time_ns() - status.st_mtime_ns > SETTLED:
         with suppress(OSError, CacheError), written_whole(cache_to_write("digests", keep=True) / known) as draft:
-            draft.write_text(facts + digest, "ascii")
-    return digest
+            draft.write_text(facts + fact, "ascii")
+    return fact
 
 
 def remembered_sha256(path: Path) -> str:
-    """Return the sha256 of a large file in hexadecimal, see `remembered_digest`."""
-    return remembered_digest(path, "sha256", file_sha256)
+    """Return the sha256 of a large file in hexadecimal, see `remembered_fact`."""
+    return remembered_fact(path, "sha256", file_sha256)
 
 
 def find_sealed(path: Path) -> Path | None:

@@ -254,7 +254,8 @@ void filter_and_reduce(const GramPass& a) {
         if (centre < 0 || centre >= W) continue;
         const int p = y * W + centre;
         const std::size_t first = std::size_t(r) * P;  // of this degree
-        const Row row{Window(y, centre, a.window, H, W), std::uint32_t(p), a.inverse_left[first + p], a.inverse_right + first, a.best_left + first + p,
+        const Row row{Window(y, centre, a.window, H, W), std::uint32_t(p),
+                      a.inverse_left[first + p], a.inverse_right + first, a.best_left + first + p,
                       a.best_right + first};
         if (k == 0) {
           reduce_row<0, Keys>(gram_row(y, centre), W, work.index_mask, row);

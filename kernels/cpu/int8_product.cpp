@@ -335,7 +335,8 @@ void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows out
     const int last = std::min(first + block, layout.panels);
     const std::int8_t* rows = prepare_rows(a.codes + first * panel_bytes, last - first, layout, row_room);
     int panel = std::max(0, first * kPanel - apart) / kPanel;
-    const int end = std::min(last * kPanel - 1 + std::min(apart, right.layout.patches), right.layout.patches - 1) / kPanel + 1;
+    const int patches = right.layout.patches;
+    const int end = std::min(last * kPanel - 1 + std::min(apart, patches), patches - 1) / kPanel + 1;
     const auto pass = [&](auto panels) {
       const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
       for (int p = first * kPanel; p < std::min(last * kPanel, layout.patches); p += kRows)

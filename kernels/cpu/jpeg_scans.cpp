@@ -226,7 +226,8 @@ class Picture {
 
   void frame(const std::uint8_t* segment) {
     const int count = size_of(segment) >= 6 ? segment[5] : 0;
-    if (!components_.empty() || count < 1 || count > kMaxComponents || size_of(segment) < 6 + 3 * count) throw Foreign{};
+    if (!components_.empty() || count < 1 || count > kMaxComponents) throw Foreign{};
+    if (size_of(segment) < 6 + 3 * count) throw Foreign{};
     if (segment[0] != 8 || length_of(segment + 1) != rows_ || length_of(segment + 3) != columns_) throw Foreign{};
     components_.resize(count);
     for (int index = 0; index < count; ++index) {

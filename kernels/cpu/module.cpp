@@ -270,7 +270,8 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
   require(right.shape(2) == C, "left must be [P, C] and right [B, Q, C]");
   require(has_shape(image, K, P) && has_shape(patch, K, P) && has_shape(cosines, K, P),
           "image, patch and cosines must be [K, P]");
-  require(std::all_of(patch.data(), patch.data() + K * P, [&](std::int32_t q) { return q >= 0 && std::size_t(q) < right.shape(1); }),
+  const auto in_right = [&](std::int32_t q) { return q >= 0 && std::size_t(q) < right.shape(1); };
+  require(std::all_of(patch.data(), patch.data() + K * P, in_right),
           "patch must hold numbers of 0 to Q - 1");
   const auto run = winner_kernels.choose(instruction_set);
   const zsad::WinnerCosines arguments{
@@ -327,8 +328,8 @@ NB_MODULE(_cpu, m) {
         "that build and processor share, fastest first.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "instruction_set"_a = "",
-        "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of patches "
-        "at most window rows and columns apart.");
+        "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of "
+        "patches at most window rows and columns apart.");
   m.def("pool", &pool, "tokens"_a, "grid"_a, "degrees"_a, "zero_length"_a, "inverse"_a, "unit"_a = nb::none(),
         "instruction_set"_a = "",
         "Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].");
@@ -348,11 +349,11 @@ NB_MODULE(_cpu, m) {
         "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
         "over, 3 a part is missing, 4 no such code.");
   m.def("rank_sums", &rank_sums, "distances"_a, "images"_a, "first"_a, "last"_a, "sums"_a, "instruction_set"_a = "",
-        "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the images "
-        "[n] add up to.");
+        "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the "
+        "images [n] add up to.");
   m.def("running_top", &running_top, "products"_a, "first"_a, "values"_a, "indices"_a, "instruction_set"_a = "",
-        "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the columns "
-        "first, first + 1, ...; of equal ones the first to come stays before.");
+        "Raise the largest values [P, K] of every row, descending, and their columns, by products [P, Q] of the "
+        "columns first, first + 1, ...; of equal ones the first to come stays before.");
   m.def("tiff_strip_is_whole", &tiff_strip_is_whole, "strip"_a, "compression"_a, "wanted"_a,
         "Whether a strip of a TIFF, by LZW (5) or PackBits (32773), becomes as many bytes as wanted, and no more.");
   m.def("unit_vectors", &unit_vectors, "vectors"_a, "units"_a, "lengths"_a, "instruction_set"_a = "",

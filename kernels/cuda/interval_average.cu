@@ -11,8 +11,8 @@
 //
 // interval_average: grid (ceil(P / threads), images of the chunk), any block
 //   best          [B, N, R, P] int: keys of the best cosines of images image_first … image_first + B - 1
-//   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature; none (a null pointer) where
-//                 the keys follow the convention already, with has_zero 0 everywhere
+//   inverse       [B, R, P] float: inverse lengths of the same images, 0 for a zero feature; none (a null pointer)
+//                 where the keys follow the convention already, with has_zero 0 everywhere
 //   has_zero      [N, R] bytes: 1 where an image has a zero feature
 //   weight        [R] float: 1 / (last - first), shared among layers and degrees
 //   scores        [N, P] float, added to
@@ -25,11 +25,12 @@
 //   ranks         [B, 2] int: first and last, 0 <= first < last <= images that count
 //   sums          [B, P] double out
 //
-// Keys order like cosines, or against distances, so the largest `count` of them are the smallest distances. One thread per patch finds the
-// count-th largest key by bisection between the extremes it has seen and then adds up what lies above it; neighbouring
-// threads read neighbouring patches. Ranks equal to the threshold key are added as often as they are counted, so
-// equal distances need no order. The sum runs over j in one order. Distances are handed out image by image along a row:
-// a square of them is turned over in shared memory, so that both sides are read and written in whole lines.
+// Keys order like cosines, or against distances, so the largest `count` of them are the smallest distances. One thread
+// per patch finds the count-th largest key by bisection between the extremes it has seen and then adds up what lies
+// above it; neighbouring threads read neighbouring patches. Ranks equal to the threshold key are added as often as they
+// are counted, so equal distances need no order. The sum runs over j in one order. Distances are handed out image by
+// image along a row: a square of them is turned over in shared memory, so that both sides are read and written in whole
+// lines.
 // Bisection takes 25 or so passes over N values (estimate: the slab of one image stays in L2).
 //
 // Run: bound in scorer.py; tests/kernels/cuda/test_cuda_sources.py runs it on the host.

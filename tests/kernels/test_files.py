@@ -20,7 +20,7 @@ from zsad.kernels.files import (
     parse_json,
     printable,
     read_text,
-    remembered_digest,
+    remembered_fact,
     remembered_sha256,
     write_sealed,
     written_whole,
@@ -124,22 +124,22 @@ def test_a_digest_is_computed_again_when_the_file_has_changed(
     file = tmp_path / "file"
     file.write_bytes(b"content")
     for _ in range(2):  # it has changed just now, and might once more without its time telling
-        assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+        assert remembered_fact(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
     assert len(asked) == 2
     os.utime(file, (1e9, 1e9))
     for _ in range(2):
-        assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+        assert remembered_fact(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
     file = file.rename(tmp_path / "renamed")
-    assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
+    assert remembered_fact(file, "sha256", compute) == hashlib.sha256(b"content").hexdigest()
     assert len(asked) == 3
     file.write_bytes(b"Content")
-    assert remembered_digest(file, "sha256", compute) == hashlib.sha256(b"Content").hexdigest()
+    assert remembered_fact(file, "sha256", compute) == hashlib.sha256(b"Content").hexdigest()
     os.utime(file, (2e9, 1e9))
-    assert remembered_digest(file, "md5", lambda _: "of another kind") == "of another kind"
+    assert remembered_fact(file, "md5", lambda _: "of another kind") == "of another kind"
     (known,) = (empty_cache / "digests").glob("*.md5")
     for damage in (b"", b"\xff", b"7 1000000000"):
         known.write_bytes(damage)
-        assert remembered_digest(file, "md5", lambda _: "once more") == "once more"
+        assert remembered_fact(file, "md5", lambda _: "once more") == "once more"
 
 
 def test_a_digest_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
