@@ -251,7 +251,21 @@ def known_good(reference: str, shots: int | None, seed: int) -> Category:
         found = find_references(empty, (), reference, shots, seed)
     except ImageError as error:
         raise ConfigError(f"--reference: {error}") from None
-    return replace(empty, images=found.images, notes=found.notes, unreadable=found.unreadable)
+    return replace(
+        empty, images=found.images, notes=(*found.notes, *_mixture(root, found.images)), unreadable=found.unreadable
+    )
+
+
+def _mixture(root: Path, images: Sequence[InputImage]) -> list[str]:
+    """Note where images lie in several folders of one, which may be of as many products."""
+    folders = sorted({image.path.relative_to(root).parts[0] for image in images if root in image.path.parents})
+    if len(folders) < 2 or any((root / name).is_file() for name in folders):
+        return []
+    named = printable(", ".join(folders[:3])) + (" …" if len(folders) > 3 else "")
+    return [
+        f"the folders {named} of {printable(str(root))} are taken as one product; if they are not, save a bank of each: "
+        f"zsad-infer --reference {printable(str(root / folders[0]))} --save-bank BANKS/{printable(folders[0])}{SUFFIX}"
+    ]
 
 
 def used_bits(images: Sequence[InputImage], config: Config) -> int:
