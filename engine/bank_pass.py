@@ -263,7 +263,7 @@ def _mixture(root: Path, images: Sequence[InputImage]) -> list[str]:
         return []
     named = printable(", ".join(folders[:3])) + (" …" if len(folders) > 3 else "")
     return [
-        f"the folders {named} of {printable(str(root))} are taken as one product; if they are not, save a bank of each: "
+        f"the folders {named} of {printable(str(root))} are taken as one product; else save a bank of each: "
         f"zsad-infer --reference {printable(str(root / folders[0]))} --save-bank BANKS/{printable(folders[0])}{SUFFIX}"
     ]
 
