@@ -53,7 +53,7 @@ def run(tower: Graph, image: NDArray[np.float32]) -> dict[str, NDArray[np.float3
 @pytest.fixture(scope="module")
 def dinov2_small():
     """All four taps of the golden file, with the image embedding."""
-    return load(taps=(2, 5, 8, 11), rscin=(1, 8, 9))
+    return load(taps=(2, 5, 8, 11), rscin=(1, 8, 9), references="all")
 
 
 @pytest.fixture(scope="module")
