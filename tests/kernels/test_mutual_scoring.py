@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zsad.kernels import mutual_scores, mutual_scoring, reference
@@ -26,6 +26,13 @@ def make_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], chan
     own = rng.normal(size=(images, layers, patches, channels))
     scale = np.exp(rng.normal(size=channels))
     return ((shared + 0.7 * own) * scale + 0.3).astype(np.float32)
+
+
+def left_of_sums(tokens: np.ndarray, grid: tuple[int, int], degree: int) -> float:
+    """Return the least that is left of neighbours' lengths in their sum; in fp32 a cosine loses its square's digits."""
+    x = reference.spatial_layer_norm(tokens)
+    lengths = reference.box_mean(np.linalg.norm(x, axis=-1, keepdims=True), grid, degree)[..., 0]
+    return float((np.linalg.norm(reference.box_mean(x, grid, degree), axis=-1) / lengths).min())
 
 
 @pytest.fixture(params=["native", "numpy"])
@@ -77,13 +84,14 @@ def test_golden_aggregation(golden: Path, name: str, degrees, side: int) -> None
 )
 def test_equals_reference(seed, images, layers, grid, channels, degrees, interval, limit) -> None:
     tokens = make_tokens(seed, images, layers, grid, channels)
+    assume(channels >= 4 or all(left_of_sums(tokens, grid, degree) > 0.1 for degree in degrees))
     expected = reference.mutual_scores(tokens, grid, degrees, interval)
     plans = []
     memory = {None: None, "least": smallest_limit(tokens, degrees), "middling": 3 * smallest_limit(tokens, degrees)}
     scores = mutual_scores(tokens, grid, degrees, interval, memory_limit=memory[limit], on_plan=plans.append)
     assert scores.dtype == np.float32
     # A single patch and few channels can make features nearly equal, where sqrt amplifies rounding.
-    np.testing.assert_allclose(scores, expected, atol=1e-2 if channels < 4 or grid == (1, 1) else 1e-4)
+    np.testing.assert_allclose(scores, expected, atol=5e-3 if channels < 4 or grid == (1, 1) else 1e-4)
     if limit == "least" and images > 2:
         assert plans[0].chunk < images
         assert not plans[0].minima_in_memory
