@@ -323,30 +323,25 @@ def methods_table() -> str:
         ends = ["–" if row == "all" else " to ".join(f"{100 * end:+.1f}" for end in gain[kind]) for kind in gain]
         rows.append([ROWS[row], *cells, *ends])
     head = ["", *METRICS.values(), "I-AUROC's gain over `all`, 95 %: over images", "over sets"]
-    of_sets = [
-        [
-            ROWS[row],
-            *(" / ".join(percent([s[row].get(key)]) for key in ("image_auroc", "pixel_ap")) for s in sets.values()),
-        ]
-        for row in next(iter(sets.values()))
-    ]
     return (
         f"Means over the sets in percent, those of pixels over the sets with masks, at 256×256; {about(record)}:\n\n"
-        f"{table(head, rows)}\n\nEach set, I-AUROC / P-AP:\n\n{table(['', *(f'`{name}`' for name in sets)], of_sets)}"
+        f"{table(head, rows)}\n\nEach set, I-AUROC / P-AP:\n\n{sets_table(sets)}"
     )
 
 
 def pooling_table() -> str:
     record = accuracy("pooling")
-    sets = record["sets"]
+    return f"I-AUROC / P-AP in percent; {about(record)}:\n\n{sets_table(record['sets'])}"
+
+
+def sets_table(sets: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return image AUROC and pixel AP of every row, a column for each set."""
+    pair = ("image_auroc", "pixel_ap")
     rows = [
-        [
-            ROWS[row],
-            *(" / ".join(percent([s[row].get(key)]) for key in ("image_auroc", "pixel_ap")) for s in sets.values()),
-        ]
+        [ROWS[row], *(" / ".join(percent([of_set[row].get(key)]) for key in pair) for of_set in sets.values())]
         for row in next(iter(sets.values()))
     ]
-    return f"I-AUROC / P-AP in percent; {about(record)}:\n\n{table(['', *(f'`{name}`' for name in sets)], rows)}"
+    return table(["", *(f"`{name}`" for name in sets)], rows)
 
 
 def windows_table() -> str:
