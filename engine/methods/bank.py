@@ -6,7 +6,7 @@ the bank's scales; p-value and bounds from the scores that the bank's own images
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.nearest import Nearest
 
 from .bank_file import AGAIN, SUFFIX, Bank, BankError, Header, keys_of, read_bank, read_header
-from .method import Group, Place, Progress, Scored
+from .method import Group, JudgesEach, Place, Scored
 
 log = logging.getLogger("zsad")
 
@@ -55,12 +55,12 @@ class Settings(Table):
         return header.input_sides
 
 
-class BankMethod:
+class BankMethod(JudgesEach):
     """See `Method`."""
 
     Settings = Settings
     takes_references = False
-    compares = rescores = False
+    rescores = False
     map_range = (0.0, 1.0)
 
     def __init__(self, config: Config, place: Place) -> None:
@@ -171,15 +171,6 @@ class BankMethod:
             tokens = np.asarray(self._place.arrays.fetch(outputs["tokens"]), np.float32)
             found += [self._memories[name].distances(image) for image in tokens]
         return np.stack(found)
-
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return ()
-
-    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
-
-    def note(self) -> None:
-        return None
 
     def bounds(self) -> Bounds | None:
         if self._bank is None:

@@ -19,17 +19,17 @@ from zsad.engine.images.loader import Batch, Inputs
 
 from .bitmasks import Box
 from .foreground import Foreground, Foregrounds
-from .method import Group, Method, Progress, Scored
+from .method import Group, JudgesEach, Method, Scored
 from .tiles import Tile, components, cut, tiles, with_parts
 
 STRIP = 1 << 20  # pixels of a map that are enlarged at once
 
 
-class ComponentWise:
+class ComponentWise(JudgesEach):
     """See `Method`; what the method behind it takes for images are tiles."""
 
     inputs: Sequence[Recipe] = ()  # it works on decoded images
-    compares = rescores = False
+    rescores = False
 
     def __init__(
         self, method: Method, foregrounds: Foregrounds, inputs: Inputs, batch_size: int, config: Config
@@ -59,18 +59,6 @@ class ComponentWise:
     def take(self, batch: Batch) -> Iterator[Scored]:
         for index, image in zip(batch.indices, batch.images, strict=True):
             yield self._scored(index, image)
-
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return self._method.finish(progress)
-
-    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
-
-    def bounds(self) -> None:
-        return None
-
-    def note(self) -> None:
-        return None
 
     def _scored(self, index: int, image: NDArray[np.uint8]) -> Scored:
         """Score an image [H, W, 3] by its tiles."""

@@ -130,6 +130,24 @@ class Method(Protocol):
         """Return what is to be known of a category's scores, in words; asked of methods that compare."""
 
 
+class JudgesEach:
+    """The part of `Method` of those that judge every image by itself; theirs are the scores of single images."""
+
+    compares = False
+
+    def finish(self, progress: Progress) -> Iterable[Scored]:
+        return ()
+
+    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
+        raise AssertionError("not asked of methods that judge every image by itself")
+
+    def bounds(self) -> Bounds | None:
+        return None
+
+    def note(self) -> None:
+        return None
+
+
 class ConfiguredMethod(Method, Protocol):
     """A method that a configuration can name: what its class says before there is a run."""
 

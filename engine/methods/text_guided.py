@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -21,7 +21,7 @@ from zsad.engine.text.tokenizer import VOCABULARY
 from zsad.engine.text.vectors import TextMean, class_vector
 from zsad.kernels.nearest import Nearest
 
-from .method import Group, Place, Progress, Scored
+from .method import Group, JudgesEach, Place
 
 log = logging.getLogger("zsad")
 
@@ -86,11 +86,10 @@ def tower_requests(config: Config, outputs: Sequence[str], name: str | None = No
     return [GraphRequest(name, "image", tuple(outputs)), GraphRequest(name, "text", ("embedding",), on_demand=True)]
 
 
-class TextGuided:
+class TextGuided(JudgesEach):
     """The part of `Method` that such methods share."""
 
     takes_references = True
-    compares = False
     text_mean: ClassVar[TextMean]  # where the settings say nothing
 
     def __init__(
@@ -132,18 +131,6 @@ class TextGuided:
         self._memories = {}
         if self._few_shot:
             self._memories = self._remember(group)
-
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return ()
-
-    def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
-
-    def bounds(self) -> None:
-        return None
-
-    def note(self) -> None:
-        return None
 
     def _run(self, batch: Batch) -> Iterator[tuple[slice, Outputs]]:
         """Run the image tower; yield which rows of the batch, and its outputs."""
