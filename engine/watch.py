@@ -142,7 +142,7 @@ class Watching:
         self._files = ImageFiles(stream.folder, writing, config.bit_depth)
         self._started, self._before = Started(), stream.latest.scored
         self._full = False  # the disk
-        self._bank = _Bank(Path(config.settings.bank), config)  # type: ignore[attr-defined]
+        self._bank = _Bank(Path(config.settings.bank))  # type: ignore[attr-defined]
         self._next_page, self._page_due = 0.0, 0.0
         self._shown = -1  # how many images there were when the page was written
         self._open()
@@ -326,7 +326,7 @@ PICTURES = ("image", "overlay", "stages")
 class _Bank:
     """The bank's file, and when it has changed."""
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.settings = path, bank_settings(path)
         self._taken = self._seen = self._facts()
         self._next = time.monotonic() + BANK

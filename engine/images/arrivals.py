@@ -149,9 +149,6 @@ class Arrivals:
         self._waiting[arrival.relative] = _Waiting(arrival.version, now - SETTLED, now + PATIENCE)
         self._look_at(self.root / arrival.relative)
 
-    def handled(self, arrival: Arrival) -> None:
-        self._known.add(arrival.relative, arrival.version)
-
     def version(self, arrival: Arrival) -> Version | None:
         """Return what the file is by now, None where it is no longer there."""
         try:

@@ -49,14 +49,14 @@ def arrivals(tmp_path: Path, clock: Clock, known: Known) -> Iterator[Arrivals]:
 
 
 @pytest.fixture
-def taken(arrivals: Arrivals, clock: Clock) -> Callable[[float], list[str]]:
+def taken(arrivals: Arrivals, known: Known, clock: Clock) -> Callable[[float], list[str]]:
     """Let seconds pass, and return what is complete then, which is handled."""
 
     def take(seconds: float) -> list[str]:
         clock.now += seconds
         found = arrivals.take(100)
         for arrival in found:
-            arrivals.handled(arrival)
+            known.add(arrival.relative, arrival.version)
         return [arrival.relative for arrival in found]
 
     return take
@@ -195,7 +195,8 @@ def test_results_keep_the_suffix_in_their_names(tmp_path: Path, clock: Clock, ar
 def test_the_system_tells_of_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("watchfiles")
     monkeypatch.setattr(module, "RESCAN_TOLD", 1000.0)
-    with Arrivals(tmp_path, tmp_path / "out", Known()) as arrivals:
+    known = Known()
+    with Arrivals(tmp_path, tmp_path / "out", known) as arrivals:
         found: list[Arrival] = []
         for number, name in enumerate(("a.png", "sub/b.png", "sub/deep/c.png")):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -204,7 +205,7 @@ def test_the_system_tells_of_new_files(tmp_path: Path, monkeypatch: pytest.Monke
                 new = arrivals.take(9)
                 found += new
                 for arrival in new:
-                    arrivals.handled(arrival)
+                    known.add(arrival.relative, arrival.version)
                 if len(found) > number:
                     break
                 arrivals.wait(0.1)
