@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zsad.engine.presets.names import preset_names
-
-from .arguments import Parser, Version, add_file_limits, add_loudness, file_limits, log_level, numbers, size
-from .feedback import OPTIONS, add_feedback, check_feedback, run_feedback
+from .arguments import file_limits, log_level
+from .feedback import run_feedback
+from .infer_arguments import parse, settings
 
 if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.config import Config
@@ -24,46 +23,10 @@ if TYPE_CHECKING:  # `--help` waits for nothing that works on images
 
 log = logging.getLogger("zsad")
 
-FORMATS = ("zsad", "rayan")
-DEFAULT_PRESET = "small"
-
-# Options that are no part of the configuration.
-OF_THE_RUN = frozenset(
-    [
-        *OPTIONS,
-        "feedback",
-        "data",
-        "demo",
-        "output",
-        "preset",
-        "config",
-        "device",
-        "runtime",
-        "batch_size",
-        "workers",
-        "memory_limit",
-        "megapixels",
-        "seconds",
-        "format",
-        "watch",
-        "save_bank",
-        "bank_size",
-        "bank_precision",
-        "neighbours",
-        "resume",
-        "strict",
-        "fail_on",
-        "keep_stages",
-        "json",
-        "verbose",
-        "quiet",
-    ]
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `zsad-infer`; 0 done, 1 some inputs failed, 2 usage or configuration, 3 see --fail-on, 130 interrupted."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     from .console import guarded
 
     return guarded(
@@ -122,11 +85,10 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
 
     interrupts.check()  # it may have been put off until here
     runtime = choose_runtime(arguments.device, arguments.runtime)
-    overrides = {k: v for k, v in vars(arguments).items() if k not in OF_THE_RUN and v is not None}
     preset, base = arguments.preset, None
     if arguments.bank is not None:
         preset, base = bank_settings(Path(arguments.bank))
-    config = load_config(preset, arguments.config, overrides, method_of=method_class, base=base)
+    config = load_config(preset, arguments.config, settings(arguments), method_of=method_class, base=base)
     if arguments.bank is not None and arguments.watch is None and config.expected_defects is not None:
         raise ConfigError(
             "--expected-defects: the bound of a bank follows from its own images, however many of the others have a "
@@ -242,222 +204,3 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     if record.metrics is not None:
         lines.append(printable(format_table(record.metrics, 0.3), keep="\n").rstrip("\n"))
     return "\n".join([*lines, printable(str(output / ("report.html" if "zsad" in formats else "run.json")))])
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="zsad-infer",
-        description="Score a folder of unlabeled images: an anomaly score per image and a map per pixel, in [0, 1].",
-        epilog="Exit codes: 0 done, 1 some inputs failed (each named on stderr), 2 usage or configuration, "
-        "3 an image has the verdict that --fail-on names, 130 interrupted.",
-    )
-    _add_inputs(parser)
-    _add_settings(parser)
-    _add_banks(parser)
-    add_feedback(parser)
-    _add_results(parser)
-    arguments = parser.parse_args(argv)
-    only_saved = arguments.save_bank is not None and arguments.reference is not None
-    arguments.feedback = check_feedback(parser, arguments)
-    needs_none = arguments.feedback or only_saved or arguments.watch is not None
-    if arguments.data is None and not arguments.demo and not needs_none:
-        parser.error("give a folder of images, or --demo")
-    _check_banks(parser, arguments)
-    _check_watch(parser, arguments)
-    if arguments.data is not None and arguments.demo:
-        parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
-    for name in ("batch_size", "workers"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    return arguments
-
-
-def _check_banks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.bank is not None:
-        if arguments.save_bank is not None:
-            parser.error("--save-bank makes a bank and --bank scores by one; give one of them")
-        if arguments.preset != DEFAULT_PRESET:
-            parser.error(f"--bank says itself which preset it is of; leave out --preset {arguments.preset}")
-    if arguments.save_bank is None:
-        for name in ("bank_size", "bank_precision", "neighbours"):
-            if getattr(arguments, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} decides how a bank is made; give --save-bank FILE too")
-    for name, most in (("bank_size", None), ("neighbours", 16)):
-        value = getattr(arguments, name)
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            up_to = "at least 1" if most is None else f"from 1 to {most}"
-            parser.error(f"--{name.replace('_', '-')} must be {up_to}, not {value}")
-
-
-def _check_watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.watch is None:
-        return
-    if arguments.bank is None:
-        parser.error(
-            "--watch scores each image by itself, by a bank: make one with --reference GOOD/ --save-bank part.zsad, "
-            "and give --bank part.zsad"
-        )
-    for name in ("data", "demo", "strict", "fail_on", "reference", "shots"):
-        if getattr(arguments, name):
-            option = f"the folder {arguments.data}" if name == "data" else f"--{name.replace('_', '-')}"
-            parser.error(f"--watch scores what arrives in {arguments.watch} until it is ended; leave out {option}")
-
-
-def _add_banks(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("banks: score each image alone, by what is known to look normal").add_argument
-    add(
-        "--save-bank",
-        type=Path,
-        metavar="part.zsad",
-        help="keep what is normal: --reference's images, else the half that scores lowest; of several categories a "
-        "folder. Without DATA nothing is scored",
-    )
-    add("--bank", metavar="part.zsad", help="score by a bank, or by those of a folder, called as the categories are")
-    add(
-        "--watch",
-        type=Path,
-        metavar="FOLDER",
-        help="with --bank: score images as they arrive there, until Ctrl-C (exit code 0); a line for each, with --json "
-        "as JSON. Started again, it goes on",
-    )
-    add("--false-alarms", type=float, metavar="0.01", help="with --bank: share of good images that may be rejected")
-    add("--bank-size", type=int, metavar="N", help="patches kept per tap and degree at most (default: 20000)")
-    add("--bank-precision", choices=("fp16", "int8", "fp32"), help="in which they are kept (default: fp16)")
-    add("--neighbours", type=int, metavar="K", help="of the bank, whose mean distance counts (default: 1)")
-
-
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or MVTec layout")
-    add("--demo", action="store_true", help="draw a small set of images with planted defects and score that")
-    add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
-    add("--preset", default=DEFAULT_PRESET, choices=preset_names(), help="(default: %(default)s)")
-    add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
-    add("--device", default="auto", help="auto, cpu, cuda:N, cuda:N,M or cuda:all (default: %(default)s)")
-    add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")
-    add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
-    add(
-        "--bit-depth",
-        type=int,
-        metavar="BITS",
-        help="bits in use in 16-bit files: 8 to 16 (default: what a category uses)",
-    )
-    add("--workers", type=int, metavar="N", help="threads that decode and write (default: one per core)")
-    add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 1 on a CPU, 8 on a GPU)")
-    add(
-        "--memory-limit",
-        type=size,
-        metavar="4GB",
-        help="of what scores, above it tokens are spilled (default: 3/4 of the free memory, 9/10 on a GPU)",
-    )
-    add_file_limits(parser)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--image-size",
-        type=_image_size,
-        metavar="PIXELS|auto",
-        help="side of the networks' input, a multiple of the patch size; auto: as large as a category's images are",
-    )
-    add("--taps", type=numbers(int), metavar="5,8", help="blocks whose patch tokens are scored, 0-based")
-    add("--degrees", type=numbers(int), metavar="1,3", help="neighbourhood sizes that patches are averaged over")
-    add(
-        "--interval",
-        type=numbers(float),
-        metavar="0,0.3",
-        help="part of the sorted distances that is averaged: fractions up to 1 (all), or whole counts above",
-    )
-    add(
-        "--references",
-        metavar="blended",
-        help="which images patches are compared with: all, those that look normal (clean), or both (blended)",
-    )
-    add(
-        "--position-window",
-        type=int,
-        metavar="N",
-        help="fixed cameras: compare patches only with those at most N rows and columns from their own place",
-    )
-    add("--precision", help="of the scoring: fp32 or int8 on a CPU, fp16 or int8 on a GPU; int8 only chooses winners")
-    add(
-        "--network-precision",
-        "--backbone-precision",
-        dest="network_precision",
-        help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU",
-    )
-    add("--object", metavar="NAME", help="what the images show, in words (default: the name of their folder)")
-    add("--prompts", metavar="SET|FILE.toml", help="states and templates of the words that images are compared with")
-    add("--reference", metavar="FOLDER|LIST", help="known-good images, or a file with a path in each line")
-    add("--shots", type=int, metavar="K", help="draw K known-good images, without --reference from the split train")
-    add(
-        "--foreground",
-        metavar="isnet",
-        help="what finds it: colour, isnet, isnet+sam or none; the background gets the lowest score",
-    )
-    add(
-        "--components",
-        action="store_true",
-        default=None,
-        help="look at each component of the foreground by itself, in tiles of the full resolution",
-    )
-    add("--variant", help="of winclip: anomalib (the default), acc or paper")
-    add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
-    add(
-        "--threshold",
-        type=_threshold,
-        metavar="0.5|auto",
-        help="accept up to this score, reject above; auto (the default): accept, review or reject by the scores",
-    )
-    add("--expected-defects", type=float, metavar="0.05", help="about which share of the images has a defect")
-    add("--seed", type=int, help="for dealing the groups, choosing --shots and drawing the demo (default: 0)")
-
-
-def _add_results(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--format",
-        type=_formats,
-        default=["zsad"],
-        metavar="zsad,rayan",
-        help="zsad: tables, TIFF maps, overlays, report; rayan: the challenge's JSON files (default: zsad)",
-    )
-    add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
-    add("--strict", action="store_true", help="stop at the first unreadable image")
-    add(
-        "--fail-on",
-        choices=("reject", "review"),
-        help="exit code 3 if an image is rejected, or even if one is to be reviewed",
-    )
-    add("--keep-stages", action="store_true", help="write foregrounds, masks and tiles as pictures")
-    add(
-        "--json",
-        action="store_true",
-        help="print the run record, or what feedback has changed, as JSON on standard output; with --watch a line for "
-        "each image",
-    )
-    add_loudness(parser, "plans and the time per stage")
-    add("--version", action=Version, nargs=0, help="print the version and exit")
-
-
-def _formats(text: str) -> list[str]:
-    chosen = text.split(",")
-    if not set(chosen) <= set(FORMATS):
-        raise argparse.ArgumentTypeError(f"must be some of {', '.join(FORMATS)}, not {text!r}")
-    return chosen
-
-
-def _image_size(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto or a number of pixels, not {text!r}") from None
-
-
-def _threshold(text: str) -> float | Any:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto or a number in [0, 1], not {text!r}") from None
