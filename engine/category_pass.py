@@ -10,7 +10,6 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,11 +21,11 @@ from zsad.engine.address_space import address_limit, is_scarcity
 from zsad.engine.config import Config
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.depth import batch_bit_depth
-from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.limits import Limits
 from zsad.engine.images.loader import Batch
+from zsad.engine.images.noticed import Noticed
 from zsad.engine.images.references import NoReferencesError, References, find_references
-from zsad.engine.images.stored import DAMAGE, ImageError
+from zsad.engine.images.stored import ImageError
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.results.category import CategoryWriter
@@ -34,13 +33,14 @@ from zsad.engine.results.image_files import Background, Result, Writing
 from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
-from zsad.engine.scores.image_scores import FEW_IMAGES, min_max
-from zsad.engine.scores.verdicts import ACCEPTED_PERCENTILE, VERDICTS, Bounds, batch_bounds, expected_bounds
+from zsad.engine.scores.verdicts import VERDICTS, Bounds
 from zsad.engine.workplace import Options, Workplace
 from zsad.export.libraries import EngineError
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.files import printable
 from zsad.kernels.machine import CacheError, stopwatch
+
+from .category_bounds import NO_VERDICTS, Compared, image_bounds, region_bound
 
 log = logging.getLogger("zsad")
 
@@ -50,8 +50,6 @@ CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 NO_MAP = np.zeros((0, 0), np.float32)
-
-DISTRIBUTION = "distribution of the scores"  # the rule where nobody knows better
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,8 @@ class CategoryPass:
         self.progress = partial(progress, printable(job.category.name))
         self.groups = deal_groups(len(self.category.images), self.config.group_size, self.config.seed)
         self.done = np.zeros(len(self.category.images), np.bool_)  # which images an interrupted run has written
-        self.duplicates = Duplicates()
+        self.noticed = Noticed(self.category, references, copies=self.method.compares)  # elsewhere they hide nothing
         self.failures: dict[int, str] = {}  # why images have no score, by their number
-        # What speaks for damage of images, by their number; those of references follow.
-        self.damaged: dict[int, str] = {}
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
@@ -191,8 +187,8 @@ class CategoryPass:
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
                 bounds = self._bounds(writer, scores, results if isinstance(results, list) else None)
-                self._note_duplicates()
-                self._note_damaged()
+                for note in self.noticed.notes():
+                    self._note(note)
                 record = CategoryRecord(
                     name=self.category.name,
                     fingerprint=digest,
@@ -246,8 +242,8 @@ class CategoryPass:
             method.start(
                 Group(len(members), category.product, references, count, category.name, number, len(self.groups))
             )
-            images, seen = self.category.images, self._seen
-            for batch in self.workplace.loader.batches(images, members, bit_depth, seen):
+            images = self.category.images
+            for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
                 self._take_failures(batch.failures)
                 if batch.indices:
                     with stopwatch(timings, "networks"):
@@ -270,7 +266,7 @@ class CategoryPass:
         images, first = self.references.images, len(self.category.images)
 
         def seen(index: int, image: Image.Image | None) -> None:
-            self._seen(first + index, image)
+            self.noticed.see(first + index, image)
 
         for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, seen):
             self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
@@ -281,23 +277,6 @@ class CategoryPass:
             raise NoReferencesError(
                 f"none of the {len(images)} references can be read: {self.failed_references[0].reason}"
             )
-
-    def _seen(self, index: int, image: Image.Image | None) -> None:
-        if image is not None and DAMAGE in image.info:
-            self.damaged[index] = image.info[DAMAGE]
-        if not self.method.compares:  # copies hide nothing
-            return
-        with suppress(OSError):  # a file that has just gone is no copy of anything
-            reference = index - len(self.category.images)
-            images = self.category.images if reference < 0 else self.references.images
-            self.duplicates.add(index, images[index if reference < 0 else reference].path, image)
-
-    def _named(self, index: int) -> str:
-        """Return what an image or a reference is called."""
-        reference = index - len(self.category.images)
-        if reference < 0:
-            return printable(str(self.category.images[index].relative))
-        return f"the reference {printable(str(self.references.images[reference].path))}"
 
     def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
         for index, reason in failures:
@@ -320,7 +299,7 @@ class CategoryPass:
                     "needs at least two, ten or more for useful scores, or known-good ones (--reference)"
                 )
             raise TooFewImagesError(f"{printable(self.category.name)}: {message}", self._failures())
-        sound = self._sound([image.index for image in found])
+        sound = self.noticed.sound([image.index for image in found])
         with stopwatch(self.workplace.timings, "rescoring"):
             scores = self.method.image_scores(found)  # [N]
             if len(sound) < len(found):  # one broken picture must not make all others look alike
@@ -339,7 +318,7 @@ class CategoryPass:
                 image.map,
                 scale,
                 stages=self.stages.pop(image.index, None),
-                note=self.damaged.get(image.index),
+                note=self.noticed.damaged.get(image.index),
             )
             for image, score in zip(found, scores, strict=True)
         ]
@@ -356,7 +335,7 @@ class CategoryPass:
             self.method.map_range,
             image.facts,
             image.stages or self.stages.pop(image.index, None),
-            self.damaged.get(image.index),
+            self.noticed.damaged.get(image.index),
             image.p_value,
         )
 
@@ -367,65 +346,23 @@ class CategoryPass:
 
         results: of methods that compare, with their maps in the methods' units.
         """
-        bounds = self._image_bounds(scores, results) if scores.size else None
+        if not scores.size:
+            return None
+        compared = None
+        if results is not None:
+            raw_scores = np.array([result.raw_score for result in results])
+            compared = Compared(raw_scores, self.noticed.sound([result.index for result in results]))
+        bounds = image_bounds(self.config, self.method.bounds(), scores, compared)
         if bounds is None:
+            log.info("%s: %s", printable(self.category.name), NO_VERDICTS)
+            self.notes.append(NO_VERDICTS)
             return None
         if bounds.region is None:
-            accepted = np.flatnonzero(scores <= bounds.accept)
-            chosen = accepted if accepted.size else np.arange(scores.size)
-            if results is None:
-                above = writer.map_percentile(chosen, ACCEPTED_PERCENTILE)
-            else:
-                maps = np.stack([results[place].map for place in chosen.tolist()])  # [n, h, w]
-                above = float(np.percentile(min_max(maps, results[0].scale), ACCEPTED_PERCENTILE))
-            bounds = replace(bounds, region=above)
+            bounds = replace(bounds, region=region_bound(bounds, scores, results, writer.map_percentile))
         verdicts = Counter(map(bounds.verdict, scores.tolist()))
         counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
         log.info("%s: %s; %s", printable(self.category.name), counts, bounds)
         return bounds
-
-    def _image_bounds(self, scores: NDArray[np.float64], results: Sequence[Result] | None) -> Bounds | None:
-        """Return the bounds for images that the user, the method or the scores' distribution gives, in this order."""
-        asked, expected = self.config.threshold, self.config.expected_defects
-        if not isinstance(asked, str):
-            return Bounds(asked, asked, "--threshold")
-        own = self.method.bounds()
-        if own is not None and expected is None:
-            return own
-        if len(scores) < FEW_IMAGES:
-            note = f"no verdicts, since fewer than {FEW_IMAGES} images tell too little; --threshold gives a bound"
-            log.info("%s: %s", printable(self.category.name), note)
-            self.notes.append(note)
-            return None
-        if expected is not None:
-            return Bounds(*expected_bounds(scores, expected), f"--expected-defects {expected:g}")
-        if results is None:
-            return Bounds(*batch_bounds(scores, None), DISTRIBUTION)
-        sound = self._sound([result.index for result in results])
-        raw = [results[place].raw_score for place in sound]
-        return Bounds(*batch_bounds(scores[sound], (min(raw), max(raw))), DISTRIBUTION)
-
-    def _sound(self, indices: Sequence[int]) -> list[int]:
-        """Return the places of images that are not damaged, by their numbers; where those are too few, of all."""
-        sound = [place for place, index in enumerate(indices) if index not in self.damaged]
-        return sound if len(sound) > 1 else list(range(len(indices)))
-
-    def _note_damaged(self) -> None:
-        for index in sorted(self.damaged):
-            self._note(f"{self._named(index)}: {self.damaged[index]}")
-
-    def _note_duplicates(self) -> None:
-        for copies in self.duplicates.groups():
-            first, *_, last = copies.indices
-            images = len(self.category.images)
-            if first >= images:  # references among themselves hide nothing
-                continue
-            shown = copies.indices[:3] if last < images else (*copies.indices[:2], *copies.indices[2:][-1:])
-            names = [self._named(index) for index in shown]
-            more = f" and {len(copies.indices) - 3} more" if len(copies.indices) > 3 else ""
-            kind = "the same picture" if copies.exact else "nearly the same picture"
-            hidden = "copies of a defect hide it" if last < images else "an image that is a reference too looks normal"
-            self._note(f"{', '.join(names)}{more} are {kind}; {hidden}")
 
 
 def how_to_write(config: Config, options: Options, workplace: Workplace) -> Writing:
