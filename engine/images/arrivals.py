@@ -166,16 +166,17 @@ class Arrivals:
                 self._waiting.pop(str(path.relative_to(self.root)), None)
             return
         if stat.S_ISREG(status.st_mode):
-            self._meet(relative, _version(status))
+            if relative in self._waiting or self._would_find(relative):
+                self._meet(relative, _version(status))
         elif stat.S_ISDIR(status.st_mode):
             self._next_scan = 0.0  # a folder that was moved here may be full of files, of which nobody tells
 
     def _meet(self, relative: str, version: Version) -> None:
-        """Take note of a file, unless it was handled as it is, or is none to be scored."""
+        """Take note of a file that is to be scored, unless it was handled as it is."""
         now, waiting = time.monotonic(), self._waiting.get(relative)
         if waiting is not None and waiting.version == version:
             return
-        if waiting is None and (len(self._waiting) >= MOST_WAITING or not self._wanted(relative)):
+        if waiting is None and len(self._waiting) >= MOST_WAITING:
             return
         if self._known.has(relative, version):
             self._waiting.pop(relative, None)
@@ -184,12 +185,18 @@ class Arrivals:
         due = now if rested > SETTLED else now + SETTLED
         self._waiting[relative] = _Waiting(version, now, due)
 
-    def _wanted(self, relative: str) -> bool:
+    def _would_find(self, relative: str) -> bool:
+        """Tell whether a file that was told of is one that `_walk` finds."""
         path = PurePosixPath(relative)
-        if not is_image(path.name) or any(map(is_hidden, path.parts)):
+        if not is_image(path.name) or any(map(is_hidden, path.parts)) or len(path.parents) > DEEPEST + 1:
             return False
-        real = os.path.realpath(self.root / path.parent)
-        return real != self._excluded and not real.startswith(f"{self._excluded}/")
+        return not any(self._holds_results(self.root / folder) for folder in path.parents)
+
+    def _holds_results(self, folder: Path) -> bool:
+        """Tell whether a folder is the output or in it, or is a category's results of any other run."""
+        real = os.path.realpath(folder)
+        in_output = real == self._excluded or real.startswith(f"{self._excluded}/")
+        return in_output or is_results(folder) or is_stream(folder)
 
     def _scan(self) -> None:
         """Look through the whole folder."""
@@ -224,7 +231,7 @@ class Arrivals:
             above, depth = waiting.pop()
             folder = self.root / above
             real = os.path.realpath(folder)
-            if real in met or real == self._excluded or is_results(folder) or is_stream(folder):
+            if real in met or self._holds_results(folder):
                 continue
             met.add(real)
             with suppress(OSError), os.scandir(folder) as entries:

@@ -9,6 +9,7 @@ import pytest
 
 from zsad.engine.images import arrivals as module
 from zsad.engine.images.arrivals import PATIENCE, SETTLED, Arrival, Arrivals, Known, Signals, Version
+from zsad.engine.images.tree import WATCHED, WATCHED_START
 
 
 class Clock:
@@ -113,12 +114,19 @@ def test_coarse_times_do_not_tell_a_new_file_from_a_renamed_one(known: Known) ->
     assert known.has("b.png", Version(10, 7 * 10**9 + 123, 5))
 
 
-def test_only_images_are_handed_out_and_none_of_the_results(tmp_path: Path, clock: Clock, taken: Taken) -> None:
-    for name in (".a.png", "notes.txt", ".git/a.png", "out/incoming/overlays/a.jpg", "@eaDir/a.png"):
-        write(clock, tmp_path / "in" / name, ago=9)
-    os.mkfifo(tmp_path / "in" / "pipe.png")
-    write(clock, tmp_path / "in" / "b" / "c" / "a.png", ago=9)
-    (tmp_path / "in" / "b" / "round").symlink_to(tmp_path / "in")
+@pytest.mark.parametrize("told", [False, True], ids=["found", "told"])
+def test_only_images_are_handed_out_and_none_of_the_results(
+    tmp_path: Path, clock: Clock, arrivals: Arrivals, taken: Taken, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    top = tmp_path / "in"
+    write(clock, top / "old" / "bolt" / WATCHED, WATCHED_START)  # of another run that goes on
+    names = [".a.png", "notes.txt", ".git/a.png", "out/incoming/overlays/a.jpg", "@eaDir/a.png", "d/" * 65 + "a.png"]
+    paths = [write(clock, top / name, ago=9) for name in [*names, "old/bolt/overlays/a.jpg", "b/c/a.png"]]
+    os.mkfifo(top / "pipe.png")
+    (top / "b" / "round").symlink_to(top)
+    if told:
+        monkeypatch.setattr(arrivals, "_scan", lambda: None)
+        monkeypatch.setattr(arrivals._signals, "changed", lambda: [*paths, top / "pipe.png"])
     assert taken(0) == ["b/c/a.png"]
 
 
