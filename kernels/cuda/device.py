@@ -173,8 +173,14 @@ def build_of(kernel: str) -> tuple[str, tuple[str, ...]]:
 
 
 def sources(name: str) -> dict[str, str]:
-    """Return the texts that a kernel file is made of, by file name."""
-    return {file: (FOLDER / file).read_text("utf-8") for file in (f"{name}.cu", "device.h")}
+    """Return the texts that a kernel file is made of, by file name: its own, then the headers."""
+    texts: dict[str, str] = {}
+    waiting = [f"{name}.cu"]
+    while waiting:
+        file = waiting.pop()
+        texts[file] = (FOLDER / file).read_text("utf-8")
+        waiting += re.findall(r'^#include "(\w+\.h)"', texts[file], re.MULTILINE)
+    return texts
 
 
 def prebuilt(name: str) -> Path | None:
@@ -199,7 +205,9 @@ def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -
     for folder in cache_places("kernels"):
         if (known := find_sealed(folder / file)) is not None:
             return known
-    program = nvrtc.createProgram(texts[f"{name}.cu"], f"{name}.cu", [texts["device.h"].encode()], [b"device.h"])
+    source, *headers = texts
+    contents, names = [texts[header].encode() for header in headers], [header.encode() for header in headers]
+    program = nvrtc.createProgram(texts[source], source, contents, names)
     try:
         nvrtc.compileProgram(program, options)
         cubin = nvrtc.getCUBIN(program)

@@ -17,14 +17,8 @@
 //                   (float_to_key), raised to the maximum: INT_MIN before the first launch. 0 drops a direction.
 //   index_mask      fused_max_s8 only: the bits that hold a patch number, 2^b - 1 >= P - 1
 //
-// A block owns 128 x 128 entries of one image pair, its 4 warps 64 x 64 each: 128 sums a thread, and two blocks
-// on a multiprocessor with up to 255 registers a thread. (With 64 x 32 a warp loads half as much again per product,
-// which is all that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, two multiply_add deep
-// for either type. Three stages of 16 KB hold a step of both sides; while one is multiplied the next two are on
-// their way (cp.async), with one barrier a step. With 48 KB two blocks also fit the 100 KB of sm_86, 89 and 120.
-//   - 16-byte piece c of row r lies at piece c ^ (r / 2 % 4): the 8 rows that a quarter of load_matrices reads are in
-//     different banks, and so are the 8 pieces that 8 threads copy.
-//   - Patches past the end are copies of the last one: they change no maximum, so neither loop nor epilogue masks.
+// A block owns 128 x 128 entries of one image pair (tile.h), and two blocks fit on a multiprocessor.
+//   - Patches past the end are copies of the last one: they change no maximum, so the epilogue does not mask either.
 //   - Epilogue: maxima over a lane's entries, then over the lanes that share a row (or column), then through shared
 //     memory over the warps that do; one atomic per row and column of the block. Maxima are exact in any order: the
 //     result is deterministic.
@@ -34,22 +28,12 @@
 // peak. Blocks of 128 x 256 read a fifth less at 9 % more padding; their size and the stages are what to vary.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
-#include "device.h"
+#include "tile.h"
 
 constexpr int kSpan = 128;  // patches of both sides per block
-constexpr int kWarpRows = 64, kWarpColumns = 64;
-constexpr int kWarpsDown = kSpan / kWarpRows, kWarpsAcross = kSpan / kWarpColumns;
-constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarp;
-static_assert(kThreads == kSpan, "a thread for each row's and each column's maximum");
-constexpr int kRowSets = kWarpRows / 16, kColumnSets = kWarpColumns / 8;  // of multiply_add in a warp
-
-constexpr int kPiece = 16, kPieces = 4;  // bytes of a copy, copies of a patch's channels per step
-constexpr int kStep = kPieces * kPiece;
-constexpr int kDepth = 32;  // bytes of channels per multiply_add
-constexpr int kStages = 3;
-constexpr int kSide = kSpan * kStep;                 // bytes of one side of a stage
-constexpr int kCopied = kSpan * kPieces / kThreads;  // pieces per thread and side
-constexpr int kRowsApart = kThreads / kPieces;       // between the pieces of a thread
+constexpr int kWarpsDown = kSpan / kWarpRows;
+constexpr int kThreads = Tile<kWarpsDown>::threads;
+static_assert(kSpan == kColumns && kThreads == kSpan, "a thread for each row's and each column's maximum");
 
 struct Fused {
   const unsigned char* rows;
@@ -64,30 +48,6 @@ struct Fused {
   int* best_columns;
   long long columns_step;
   unsigned index_mask;
-};
-
-ZSAD_DEVICE int swizzled(int row, int piece) { return row * kStep + (piece ^ (row / 2 % kPieces)) * kPiece; }
-
-// Copies one side of a step, patches `first` and following, to the byte `side` of the stages.
-struct Loader {
-  const unsigned char* source[kCopied];
-  int target;
-
-  ZSAD_DEVICE Loader(const unsigned char* image, int first, const Fused& a) {
-    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-    target = swizzled(row, piece);
-#pragma unroll
-    for (int i = 0; i < kCopied; ++i) {
-      const int patch = min(first + row + i * kRowsApart, a.patches - 1);
-      source[i] = image + static_cast<long long>(patch) * a.patch_bytes + piece * kPiece;
-    }
-  }
-
-  ZSAD_DEVICE void start(unsigned char* stages, int side, int step) const {
-#pragma unroll
-    for (int i = 0; i < kCopied; ++i)
-      copy_async(stages, side + target + i * kRowsApart * kStep, source[i] + step * kStep);
-  }
 };
 
 // Sums of fp16 products are cosines to the end; sums of codes choose a winner, whose number goes with the value.
@@ -127,50 +87,16 @@ ZSAD_DEVICE void raise(const float* found, int first, int patches, int* best, lo
 
 template <class Sum>
 ZSAD_DEVICE void fused_max(const Fused& a) {
-  ZSAD_SHARED(unsigned char, stages);  // [kStages, 2 sides, kSpan, kStep]
+  ZSAD_SHARED(unsigned char, stages);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * kWarpColumns;
   const int spans = (a.patches + kSpan - 1) / kSpan;
   const int p0 = blockIdx.x / spans * kSpan, q0 = blockIdx.x % spans * kSpan;
 
-  const Loader row_loader(a.rows + blockIdx.y * a.image_bytes, p0, a), column_loader(a.column, q0, a);
-  const int steps = a.patch_bytes / kStep;
-  const auto start_step = [&](int step) {
-    if (step < steps) {
-      const int stage = step % kStages * 2 * kSide;
-      row_loader.start(stages, stage, step);
-      column_loader.start(stages, stage + kSide, step);
-    }
-    close_copies();  // an empty group at the end keeps the count that wait_for_copies goes by
-  };
-
   Sum sums[kRowSets][kColumnSets][4] = {};
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) start_step(step);
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    __syncthreads();  // this step is there for all, and all have done with the stage that is filled next
-    start_step(step + kStages - 1);
-    const int row_side = step % kStages * 2 * kSide, column_side = row_side + kSide;
-#pragma unroll
-    for (int depth = 0; depth < kStep / kDepth; ++depth) {
-      unsigned left[kRowSets][4], right[kColumnSets / 2][4];
-      const int piece = depth * (kDepth / kPiece);
-#pragma unroll
-      for (int i = 0; i < kRowSets; ++i)
-        load_matrices(left[i], stages, row_side + swizzled(warp_row + 16 * i + lane % 16, piece + lane / 16));
-#pragma unroll
-      for (int j = 0; j < kColumnSets / 2; ++j) {
-        const int column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
-        load_matrices(right[j], stages, column_side + swizzled(column, piece + lane / 8 % 2));
-      }
-#pragma unroll
-      for (int i = 0; i < kRowSets; ++i)
-#pragma unroll
-        for (int j = 0; j < kColumnSets; ++j)
-          multiply_add(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
-    }
-  }
+  multiply_tile<kWarpsDown>(
+      stages, a.rows + blockIdx.y * a.image_bytes, [&](int row) { return min(p0 + row, a.patches - 1); }, a.column,
+      [&](int row) { return min(q0 + row, a.patches - 1); }, a.patch_bytes, sums);
 
   // Which entries a lane holds: see multiply_add. Number e of a set is column 2t + e % 2 of row g + e / 2 * 8.
   float column_weight[kColumnSets][2], column_best[kColumnSets][2];

@@ -69,7 +69,7 @@ def standard_headers() -> Path:
 def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """Compile one source text as a host library, or load it when the same text was compiled before.
 
-    folder: holds device.h and host/cuda_host.h.
+    folder: holds the headers.
     """
     kernels = cuda_device.kernels_of(source)
     kernels += [
@@ -82,7 +82,7 @@ def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL
         for kernel in kernels
     )
     text = f"{source}\n{entries}"
-    headers = [(folder / name).read_text("utf-8") for name in ("device.h", "host/cuda_host.h")]
+    headers = [path.read_text("utf-8") for path in (*sorted(folder.glob("*.h")), folder / "host/cuda_host.h")]
     key = digest(text, *headers, *OPTIONS, *defines)
     cache = CACHE / f"kernels-{key}.so"
     if not cache.exists():

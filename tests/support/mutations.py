@@ -84,14 +84,13 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Mutation:
-    """One planted bug: in a file, the n-th occurrence of a text becomes another."""
+    """One planted bug: the n-th occurrence of a text becomes another in a kernel's source or one of its headers."""
 
     bug: str
     source: str
     old: str
     new: str
     occurrence: int = 0
-    file: str = ""  # the kernel's own .cu by default
 
 
 BARRIER = "    if (kReach > 0) __syncthreads();\n"
@@ -130,9 +129,7 @@ MUTATIONS = [
     Mutation("partial sums shifted by one", "filter_max", "open[d + 1] + vertical[y][i]", "open[d] + vertical[y][i]"),
     Mutation("maximum starts at zero", "filter_max", "float greatest = kLowest;", "float greatest = 0;"),
     Mutation("column maximum starts at zero", "filter_max", "column_best[r][i] = kLowest;", "column_best[r][i] = 0;"),
-    Mutation(
-        "keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;", 0, "device.h"
-    ),
+    Mutation("keys of negatives not reversed", "filter_max", "bits ^ ((bits >> 31) & 0x7fffffff);", "bits;"),
     Mutation("near rows one short", "filter_max", "abs(below + i - y) > a.window", "abs(below + i - y) >= a.window"),
     Mutation("any column is near", "filter_max", "abs(qx - (x - k)) <= a.window", "true"),
     Mutation("strip meets one row too few", "filter_max", "y0 + kStrip + a.window", "y0 + kStrip + a.window - 1"),
@@ -143,10 +140,8 @@ MUTATIONS = [
         "layer_norm",
         "  __syncthreads();  // scratch",
         "  // scratch",
-        0,
-        "device.h",
     ),
-    Mutation("sum read before it is complete", "layer_norm", "= value;\n  __syncthreads();", "= value;", 0, "device.h"),
+    Mutation("sum read before it is complete", "layer_norm", "= value;\n  __syncthreads();", "= value;"),
     Mutation("a slice overlaps the next", "layer_norm", "i < size; i += slices * ", "i < size; i += (slices - 1) * "),
     Mutation("last slice forgotten", "layer_norm", "s < slices; ++s", "s < slices - 1; ++s"),
     Mutation("corners of a ring counted twice", "pooled_norms", "dy == -ring || dy == ring ? 1", "dy == -ring ? 1"),
@@ -188,7 +183,9 @@ MUTATIONS = [
     Mutation("last step forgotten", "fused", "step < steps; ++step", "step < steps - 1; ++step"),
     Mutation("every step reads the first channels", "fused", "source[i] + step * kStep", "source[i]"),
     Mutation("copies not swizzled", "fused", "target = swizzled(row, piece)", "target = row * kStep + piece * kPiece"),
-    Mutation("patches past the end not replaced", "fused", "kRowsApart, a.patches - 1)", "kRowsApart, a.patches)"),
+    Mutation(
+        "patches past the end not replaced", "fused", "min(p0 + row, a.patches - 1); }", "min(p0 + row, a.patches); }"
+    ),
     Mutation("matrices of the row patches in the wrong order", "fused", "piece + lane / 16)", "piece + lane / 8 % 2)"),
     Mutation("matrices of the column patches mixed up", "fused", "right[j / 2][j % 2 * 2],", "right[j / 2][j % 2],"),
     Mutation("rows and columns of a set swapped", "fused", "sums[i][j][2 * half + e]", "sums[i][j][half + 2 * e]"),
@@ -247,17 +244,20 @@ MUTATIONS = [
 def planted(mutation: Mutation, folder: Path) -> str:
     """Write the headers to `folder` and return the kernel's source, one of them with the bug in it."""
     texts = cuda_device.sources(mutation.source)
-    name = mutation.file or f"{mutation.source}.cu"
-    parts = texts[name].split(mutation.old)
-    if len(parts) < mutation.occurrence + 2:
-        raise LookupError(f"mutation {mutation.bug!r}: {mutation.old!r} no longer occurs in {name}; adapt the mutation")
     at = mutation.occurrence + 1
+    name = next((file for file, text in texts.items() if text.count(mutation.old) >= at), None)
+    if name is None:
+        where = ", ".join(texts)
+        raise LookupError(
+            f"mutation {mutation.bug!r}: {mutation.old!r} no longer occurs in {where}; adapt the mutation"
+        )
+    parts = texts[name].split(mutation.old)
     texts[name] = mutation.old.join(parts[:at]) + mutation.new + mutation.old.join(parts[at:])
     (folder / "host").mkdir()
-    (folder / "device.h").write_text(texts["device.h"], "utf-8")
-    header = (cuda_device.FOLDER / "host/cuda_host.h").read_text("utf-8")
-    (folder / "host/cuda_host.h").write_text(header, "utf-8")
-    source: str = texts[f"{mutation.source}.cu"]
+    source: str = texts.pop(f"{mutation.source}.cu")
+    header = "host/cuda_host.h"
+    for file, text in {**texts, header: (cuda_device.FOLDER / header).read_text("utf-8")}.items():
+        (folder / file).write_text(text, "utf-8")
     return source
 
 
