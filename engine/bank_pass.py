@@ -22,12 +22,13 @@ from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.references import find_references
 from zsad.engine.images.stored import DAMAGE, ImageError
-from zsad.engine.methods.bank import recipes
+from zsad.engine.methods.bank import FALSE_ALARMS, LEAST_REVIEWED, percent, recipes
 from zsad.engine.methods.bank_build import build_bank, check_making, describe
 from zsad.engine.methods.bank_file import SUFFIX, BankError, Header, read_bank, write_bank
 from zsad.engine.methods.method import Progress
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
+from zsad.engine.scores.conformal import images_needed
 from zsad.engine.workplace import Saving, Workplace
 from zsad.kernels.files import check_target, file_sha256, printable
 from zsad.kernels.machine import default_memory_limit, scratch, stopwatch
@@ -107,7 +108,12 @@ def save_bank(
         with stopwatch(workplace.timings, "bank"):
             bank = build_bank(kept.tokens, config, workplace.place, saving.making, normal.facts(workplace), progress)
             write_bank(path, replace(bank, digests=normal.digests[list(kept.indices)]))
-    log.info("%s: the bank of %s is written; zsad-infer NEW/ --bank %s", path, counted(count, "image"), path)
+    few = ""
+    if count < (enough := images_needed(FALSE_ALARMS)):
+        least = percent(1 / (count + 1))
+        few = f". It can promise no fewer than {least} false alarms; {percent(FALSE_ALARMS)} takes {enough} images"
+    said = "%s: the bank of %s is written; zsad-infer NEW/ --bank %s%s"
+    log.log(logging.WARNING if count < LEAST_REVIEWED else logging.INFO, said, path, counted(count, "image"), path, few)
     return found.failures
 
 

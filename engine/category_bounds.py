@@ -32,7 +32,8 @@ def image_bounds(
     """
     asked, expected = config.threshold, config.expected_defects
     if not isinstance(asked, str):
-        return Bounds(asked, asked, "--threshold")
+        # Of images that are judged each by itself, what is a region follows from no others either.
+        return Bounds(asked, asked, "--threshold", None if own is None or compared else own.region)
     if own is not None and expected is None:
         return own
     if len(scores) < FEW_IMAGES:

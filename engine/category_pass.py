@@ -362,6 +362,8 @@ class CategoryPass:
         verdicts = Counter(map(bounds.verdict, scores.tolist()))
         counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
         log.info("%s: %s; %s", printable(self.category.name), counts, bounds)
+        for remark in () if self.method.compares else self.method.remarks(bounds, scores):
+            self._note(remark)
         return bounds
 
 

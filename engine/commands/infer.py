@@ -3,7 +3,6 @@
 import argparse
 import heapq
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -153,6 +152,7 @@ def _watch(
 
 def _judged(record: "RunRecord", verdict: str) -> int:
     """Return the exit code of a run that fails on a verdict; what has none cannot pass either."""
+    from zsad.engine.images.categories import counted
     from zsad.kernels.files import printable
 
     from .console import DONE, REJECTED, SOME_FAILED
@@ -162,8 +162,13 @@ def _judged(record: "RunRecord", verdict: str) -> int:
             log.error("--fail-on %s: %s has no verdicts; give --threshold a number", verdict, printable(category.name))
     if any(category.bounds is None for category in record.categories):
         return SOME_FAILED
-    failing = ("reject",) if verdict == "reject" else ("reject", "review")
-    return REJECTED if any(image.verdict in failing for c in record.categories for image in c.images) else DONE
+    verdicts = [category.verdicts() for category in record.categories]
+    rejected, review = (sum(counts[name] for counts in verdicts) for name in ("reject", "review"))
+    failing = [f"{rejected} rejected"] + [f"{review} to be reviewed"] * (verdict == "review")
+    if not rejected and (verdict == "reject" or not review):
+        return DONE
+    log.error("--fail-on %s: of %s %s", verdict, counted(record.images, "image"), ", ".join(failing))
+    return REJECTED
 
 
 def _saving(arguments: argparse.Namespace) -> "Saving | None":
@@ -189,14 +194,12 @@ def _stage_table(record: "RunRecord") -> str:
 def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
     from zsad.engine.evaluation.evaluate import format_table
     from zsad.engine.images.categories import counted
-    from zsad.engine.scores.verdicts import VERDICTS
     from zsad.kernels.files import printable
 
     lines = []
     for category in record.categories:
         name = printable(category.name)
-        verdicts = Counter(image.verdict for image in category.images)
-        judged = [f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdicts[verdict]]
+        judged = [f"{count} {verdict}" for verdict, count in category.verdicts().items() if count]
         counts = [f"{counted(len(category.images), 'image')} scored", *judged, f"{len(category.failures)} failed"]
         lines.append(f"{name}: {', '.join(counts)}")
         for image in heapq.nsmallest(5, category.images, key=lambda image: image.rank):

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from zsad.engine.config import Config, ConfigError, Table
+from zsad.engine.images.categories import counted
 from zsad.engine.images.decode import Recipe, recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.stored import ImageError
 from zsad.engine.networks.network import GraphRequest, Network, run_in_parts
 from zsad.engine.scores.conformal import images_needed, p_values, upper_bound
+from zsad.engine.scores.drift import BEGINS, tail
 from zsad.engine.scores.image_scores import image_scores
 from zsad.engine.scores.verdicts import Bounds
 from zsad.export.checkpoints import check_present, read_manifest
@@ -36,14 +38,16 @@ from .method import Group, JudgesEach, Place, Scored
 
 log = logging.getLogger("zsad")
 
+FALSE_ALARMS = 0.01  # share of good images that may be rejected, unless asked for otherwise
 REVIEWED, MOST_REVIEWED = 5, 0.1  # times as many good images are to be reviewed as are rejected, up to this share
+LEAST_REVIEWED = images_needed(MOST_REVIEWED / 2)  # images of a bank of which two ranks lie within that share
 
 
 class Settings(Table):
     """Which bank, and how many good images may be rejected."""
 
     bank: str = Field(description=f"a bank, or a folder of such, called CATEGORY{SUFFIX}")
-    false_alarms: float = Field(0.01, gt=0, lt=1, description="a number between 0 and 1")
+    false_alarms: float = Field(FALSE_ALARMS, gt=0, lt=1, description="a number between 0 and 1")
 
     def sides(self, names: Sequence[str]) -> Mapping[str, int]:
         """See Table: of a folder those of the category's bank, of the first one where there is none."""
@@ -66,6 +70,7 @@ class BankMethod(JudgesEach):
     def __init__(self, config: Config, place: Place) -> None:
         assert isinstance(config.settings, Settings)
         self._settings, self._place = config.settings, place
+        self._promises = isinstance(config.threshold, str)  # else the user's bound decides
         self._banks = find_banks(Path(config.settings.bank))
         self._first, _ = first_of(self._banks, config)
         self._recipes = recipes(place)
@@ -140,7 +145,8 @@ class BankMethod(JudgesEach):
             check_network(path, name, network.sha256, self._place.networks[name])
         self._memories = memories(bank, self._place)
         self._bank, self._open = bank, path
-        log.info("%s: %d images, %s", path, bank.header.images, promised(bank, self._settings.false_alarms)[0])
+        promise = f", {promised(bank, self._settings.false_alarms)[0]}" if self._promises else ""
+        log.info("%s: %s%s", path, counted(bank.header.images, "image"), promise)
         if otherwise := self._otherwise(bank.header):
             log.warning("%s: %s", path, otherwise)
 
@@ -178,10 +184,27 @@ class BankMethod(JudgesEach):
         header, asked = self._bank.header, self._settings.false_alarms
         rule, reject = promised(self._bank, asked)
         rule = "; ".join(filter(None, [rule, self._otherwise(header)]))
-        accept, _ = upper_bound(self._bank.scores, max(asked, min(REVIEWED * asked, MOST_REVIEWED)))
+        _, share = upper_bound(self._bank.scores, asked)
+        accept, _ = upper_bound(self._bank.scores, max(share, min(REVIEWED * share, MOST_REVIEWED)))
         region, _ = upper_bound(self._bank.peaks, asked)
         scaled = header.image_scale.values(np.array([accept, reject]))
         return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
+
+    def remarks(self, bounds: Bounds, scores: NDArray[np.float64]) -> list[str]:
+        assert self._bank is not None
+        found, images = [], len(self._bank.scores)
+        if self._promises and images < LEAST_REVIEWED and bounds.accept == bounds.reject:
+            found.append(
+                "what is not rejected is accepted, with nothing to review between: that takes a bank of "
+                f"{LEAST_REVIEWED} images, and this one is of {images}"
+            )
+        rejected = int((scores > bounds.reject).sum())
+        if 2 * rejected > len(scores) and tail(rejected, len(scores), *self.count_above(bounds.reject)) < BEGINS:
+            found.append(
+                f"{rejected} of {counted(len(scores), 'image')} are rejected; either nearly all are defective, or the "
+                "pictures differ from those that the bank was made from (lighting, camera, crop)"
+            )
+        return found
 
     def count_above(self, score: float) -> tuple[int, int]:
         """Return how many of the open bank's images score above a score in [0, 1], and of how many."""
@@ -193,15 +216,15 @@ class BankMethod(JudgesEach):
 def promised(bank: Bank, asked: float) -> tuple[str, float]:
     """Say what the bound of a bank promises where this share of false alarms is asked for, and return the raw score."""
     reject, share = upper_bound(bank.scores, asked)
-    rule = f"at most {_percent(share)} of good images are rejected"
-    if share > asked:
-        rule += f" (not {_percent(asked)}, which takes {images_needed(asked)} images in the bank)"
+    rule = f"at most {percent(share)} of good images are rejected"
     if bank.header.chosen:
-        rule += " if they are like those that the run itself chose for the bank; else more"
+        rule += " if they are like those that the run itself chose for the bank, else more"
+    if share > asked:
+        rule += f"; {percent(asked)} takes a bank of {images_needed(asked)} images"
     return rule, reject
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 

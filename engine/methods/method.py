@@ -129,6 +129,12 @@ class Method(Protocol):
     def note(self) -> str | None:
         """Return what is to be known of a category's scores, in words; asked of methods that compare."""
 
+    def remarks(self, bounds: Bounds, scores: NDArray[np.float64]) -> Sequence[str]:
+        """Return what is to be known of the verdicts that bounds give to a category's scores [N], in words.
+
+        Asked of methods that judge every image by itself.
+        """
+
 
 class JudgesEach:
     """The part of `Method` of those that judge every image by itself; theirs are the scores of single images."""
@@ -146,6 +152,9 @@ class JudgesEach:
 
     def note(self) -> None:
         return None
+
+    def remarks(self, bounds: Bounds, scores: NDArray[np.float64]) -> Sequence[str]:
+        return ()
 
 
 class ConfiguredMethod(Method, Protocol):

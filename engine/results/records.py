@@ -3,6 +3,7 @@
 import json
 import textwrap
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, overload
 from pydantic import TypeAdapter
 
 from zsad.engine.evaluation.evaluate import Evaluation
-from zsad.engine.scores.verdicts import Bounds, Region, Verdict
+from zsad.engine.scores.verdicts import VERDICTS, Bounds, Region, Verdict
 from zsad.kernels.files import parse_json
 
 RARE = ("p_value", "stage_files", "note")  # fields of an image that its record has only where there is something to say
@@ -82,6 +83,11 @@ class CategoryRecord:
     seconds: float = 0.0
     resumed: bool = False
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the files that tell of all images
+
+    def verdicts(self) -> dict[str, int]:
+        """Return how many images have each verdict, nothing where there are none."""
+        counts = Counter(image.verdict for image in self.images) if self.bounds is not None else {}
+        return {verdict: counts[verdict] for verdict in VERDICTS if counts}
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "CategoryRecord":
@@ -238,5 +244,6 @@ class RunRecord:
         for category in self.categories:
             facts = asdict(replace(category, images=[]))
             del facts["name"], facts["fingerprint"], facts["sizes"]
-            content["categories"][category.name] = {**facts, "images": len(category.images)}
+            counts = {"images": len(category.images), "verdicts": category.verdicts()}
+            content["categories"][category.name] = {**facts, **counts}
         return json.dumps(content, indent=1)

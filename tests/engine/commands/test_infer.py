@@ -883,9 +883,12 @@ def test_too_few_images_have_no_verdict(infer, tmp_path: Path, capsys: pytest.Ca
     assert "--fail-on reject: data has no verdicts; give --threshold a number" in capsys.readouterr().err
 
 
-def test_scripts_hear_of_verdicts(infer, tmp_path: Path) -> None:
+def test_scripts_hear_of_verdicts(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(12))
-    assert infer("data", "--expected-defects", "0.1", "--fail-on", "reject") == 3
+    assert infer("data", "--expected-defects", "0.1", "--fail-on", "review", "--json") == 3
+    said = capsys.readouterr()
+    assert json.loads(said.out)["categories"]["data"]["verdicts"] == {"reject": 1, "review": 1, "accept": 10}
+    assert "--fail-on review: of 12 images 1 rejected, 1 to be reviewed" in said.err
     assert infer("data", "--threshold", "1", "--fail-on", "review", "--resume") == 0
     (tmp_path / "data/broken.png").write_bytes(b"none")
     assert infer("data", "--threshold", "0", "--fail-on", "review") == 1  # not all was looked at

@@ -26,6 +26,7 @@ from zsad.engine.methods.bank_build import Making, check_making, remembered
 from zsad.engine.methods.bank_file import Bank, BankError, Features, read_bank, write_bank
 from zsad.engine.methods.method import Group, Scored, method_class
 from zsad.engine.scores.conformal import upper_bound
+from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels import reference
 
 GRID = (3, 3)
@@ -129,8 +130,28 @@ def test_bounds_are_conformal_and_say_what_they_promise(tmp_path: Path) -> None:
     assert bounds.rule == "at most 10 % of good images are rejected"
     few = method_of(tmp_path / "part.zsad").bounds()
     assert few is not None
-    assert few.rule == "at most 3.23 % of good images are rejected (not 1 %, which takes 99 images in the bank)"
+    assert few.rule == "at most 3.23 % of good images are rejected; 1 % takes a bank of 99 images"
     assert few.reject == pytest.approx(0.5)
+    assert few.accept == pytest.approx(bank.header.image_scale.values(np.array([upper_bound(bank.scores, 0.1)[0]]))[0])
+    assert few.accept < few.reject  # five times as many as are rejected, a tenth at most
+
+
+def test_verdicts_of_small_banks_and_of_other_pictures_are_remarked_on(tmp_path: Path) -> None:
+    for images in (18, 19):
+        write_bank(tmp_path / f"{images}.zsad", built(make_tokens(images), size=20))
+        method = method_of(tmp_path / f"{images}.zsad")
+        bounds = method.bounds()
+        assert bounds is not None
+        said = method.remarks(bounds, np.full(30, 0.1))
+        assert [remark for remark in said if "takes a bank of 19 images, and this one is of 18" in remark] == said
+        assert len(said) == (images == 18) == (bounds.accept == bounds.reject)
+    for rejected, told in ((15, False), (16, True)):
+        scores = np.array([0.9] * rejected + [0.1] * (30 - rejected))
+        found = method.remarks(bounds, scores)
+        assert [remark[:30] for remark in found] == ["16 of 30 images are rejected; "] * told
+    assert not method.remarks(bounds, np.array([0.9]))  # a single defect is nothing odd
+    alone = method_of(tmp_path / "18.zsad", threshold=0.6)
+    assert not alone.remarks(Bounds(0.6, 0.6, "--threshold"), np.full(30, 0.1))
 
 
 class Products:
@@ -290,11 +311,15 @@ def images_of(output: str, category: str = "data") -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("workplace")
-def test_known_good_images_become_a_bank_that_scores_single_images(tiny: Path) -> None:
+def test_known_good_images_become_a_bank_that_scores_single_images(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw(Path("good"), 9)
     Path("good/08.png").unlink()  # the one with a defect
     draw(Path("data"), 4)
-    assert infer(tiny, "--reference", "good", "--save-bank", "part.zsad") == 0
+    saved = ["--reference", "good", "--save-bank", "part.zsad", "--config", str(tiny / "config.toml")]
+    assert main([*saved, "--device", "cpu"]) == 0
+    assert "It can promise no fewer than 11.1 % false alarms; 1 % takes 99 images" in capsys.readouterr().err
     assert not Path("out").exists()
     assert infer(tiny, "data", "--bank", "part.zsad", "--output", "all") == 0
     Path("one").mkdir()
@@ -304,6 +329,13 @@ def test_known_good_images_become_a_bank_that_scores_single_images(tiny: Path) -
     assert together["score"] == alone["score"] > 0.5
     assert alone["verdict"] == "reject"
     assert alone["p_value"] == pytest.approx(1 / 9)
+    capsys.readouterr()
+    own = record("alone")["categories"]["one"]["bounds"]
+    assert main(["one", "--bank", "part.zsad", "--threshold", "0.1", "--output", "asked", "--device", "cpu"]) == 0
+    asked, said = record("asked"), capsys.readouterr().err
+    assert "good images are rejected" not in said + json.dumps(asked)
+    bounds = asked["categories"]["one"]["bounds"]
+    assert bounds == {**own, "accept": 0.1, "reject": 0.1, "rule": "--threshold"}
     assert Path("all/data/maps/03.tiff").read_bytes() == Path("alone/one/maps/03.tiff").read_bytes()
     assert "p_value" in Path("all/data/scores.csv").read_text().splitlines()[0]
     assert record("alone")["method"] == "bank"
