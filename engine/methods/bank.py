@@ -421,7 +421,7 @@ def first_of(banks: Mapping[Path, tuple[Header, str]], config: Config) -> tuple[
 
 def bank_settings(given: Path) -> tuple[str, dict[str, Any]]:
     """Return the preset that a bank is of, and what it decides of a configuration; raises BankError."""
-    header, _ = next(iter(find_banks(given).values()))
+    header, _ = read_header(bank_files(given)[0])
     networks = {name: network.spec.model_dump(exclude_none=True) for name, network in header.networks.items()}
     # What int8 networks give is further from all others' than those are from each other.
     exact = "int8" not in (network.precision for network in header.networks.values())

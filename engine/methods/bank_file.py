@@ -240,7 +240,9 @@ def read_header(path: Path) -> tuple[Header, str]:
     """Read what a bank says of itself, and the digest of its content; raises BankError."""
     size = _size(path)
     with _readable(path), path.open("rb") as file:
-        return _header(path, file.read(8 + LARGEST_HEADER), size)
+        start = file.read(8)
+        length = min(int.from_bytes(start, "little"), LARGEST_HEADER)  # of one that is longer the beginning is refused
+        return _header(path, start + file.read(length), size)
 
 
 def read_bank(path: Path) -> Bank:
