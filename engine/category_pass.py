@@ -49,6 +49,8 @@ CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done
 # After these the next category would fail like the one before.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+CATEGORY_FAILED = "its category failed"  # of each of its images, which is said once
+
 NO_MAP = np.zeros((0, 0), np.float32)
 
 
@@ -122,13 +124,14 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
             raise  # what `ulimit -v` allows is used up, for the other categories too
         check_there(options.output)
         said = str(error) or type(error).__name__
-        log.error("%s", said if isinstance(error, TooFewImagesError) else f"{name}: {said}")
+        without = f"{name}: {said}; {counted(len(category.images), 'image')} without a score"
+        log.error("%s", said if isinstance(error, TooFewImagesError) else without)
         log.debug("%s", name, exc_info=True)
-        failures = [Failure(str(image.relative), "its category failed") for image in category.images]
+        failures = [Failure(str(image.relative), CATEGORY_FAILED) for image in category.images]
         if isinstance(error, TooFewImagesError):
             failures = error.failures
         record = CategoryRecord(category.name, failures=[*failures, *unreadable], notes=list(category.notes))
-    for failure in record.failures:
+    for failure in (failure for failure in record.failures if failure.reason != CATEGORY_FAILED):
         log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
     return replace(record, seconds=round(time.perf_counter() - start, 3))
 

@@ -10,7 +10,7 @@ from itertools import count
 
 from zsad.engine.config import LARGEST_AUTO, Config, ConfigError
 from zsad.engine.images.categories import Category, counted
-from zsad.engine.images.references import count_references
+from zsad.engine.images.references import NoReferencesError, candidates, count_references
 from zsad.engine.images.survey import survey
 from zsad.engine.networks.build import patch_sizes
 from zsad.kernels.files import printable
@@ -49,6 +49,19 @@ def plan(
         {name: LARGEST_AUTO // patches[name] * patches[name] for name in patches},
     )
     return [job if job.sides else replace(job, sides=usual) for job in jobs]
+
+
+def check_references(categories: Sequence[Category], config: Config) -> None:
+    """Raise ConfigError where known-good images are asked for and no category has any; without, one fails by itself."""
+    products, reasons = frozenset(category.product for category in categories), list[str]()
+    for category in categories if config.few_shot else ():
+        try:
+            candidates(category, products, config.reference)
+            return
+        except NoReferencesError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise ConfigError(reasons[0])
 
 
 def _sized(job: CategoryJob, patches: Mapping[str, int], progress: CategoryProgress) -> CategoryJob:

@@ -36,7 +36,7 @@ from zsad.kernels.machine import peak_memory, stopwatch
 
 from .bank_pass import Normal, check_saving, known_good, save_bank, save_category_bank, used_bits
 from .category_pass import CategoryProgress, ignored_files, run_category
-from .plan import by_size, check_memory, plan, said_sides
+from .plan import by_size, check_memory, check_references, plan, said_sides
 
 log = logging.getLogger("zsad")
 
@@ -151,6 +151,7 @@ def _scored(
 ) -> tuple[Workplace, list[CategoryRecord]]:
     """Set up what categories share, and score and write each; returns what the last one has shared, too."""
     categories, workplaces = dataset.categories, Workplaces(config, runtime, options)
+    check_references(categories, config)
     jobs = plan(categories, config, options, progress, workplaces.timings)
     groups = by_size(jobs)
     if options.saving is not None:

@@ -64,9 +64,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     only_saved = arguments.save_bank is not None and arguments.reference is not None
     arguments.feedback = check_feedback(parser, arguments)
     needs_none = arguments.feedback or only_saved or arguments.watch is not None
-    if arguments.data is None and not arguments.demo and not needs_none:
-        parser.error("give a folder of images, or --demo")
     _check_banks(parser, arguments)
+    if arguments.data is None and not arguments.demo and not needs_none:
+        if arguments.save_bank is not None:
+            parser.error(
+                "--save-bank keeps what looks normal: give known-good images with --reference GOOD/, and nothing is "
+                "scored; or DATA, a folder to score, of which the half with the lowest scores is kept"
+            )
+        parser.error("give a folder of images, or --demo")
     _check_watch(parser, arguments)
     if arguments.data is not None and arguments.demo:
         parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
@@ -88,10 +93,21 @@ def _check_banks(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error("--save-bank makes a bank and --bank scores by one; give one of them")
         if arguments.preset != DEFAULT_PRESET:
             parser.error(f"--bank says itself which preset it is of; leave out --preset {arguments.preset}")
+    elif arguments.false_alarms is not None:
+        parser.error(
+            "--false-alarms is what a bank promises when images are scored by it; give --bank part.zsad, or without a "
+            "bank --expected-defects SHARE or --threshold SCORE"
+        )
     if arguments.save_bank is None:
         for name in ("bank_size", "bank_precision", "neighbours"):
-            if getattr(arguments, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} decides how a bank is made; give --save-bank FILE too")
+            if (value := getattr(arguments, name)) is not None:
+                option = f"--{name.replace('_', '-')}"
+                if arguments.bank is None:
+                    parser.error(f"{option} decides how a bank is made; give --save-bank FILE too")
+                parser.error(
+                    f"{option} was decided when {arguments.bank} was made; leave it out, or make another bank: "
+                    f"zsad-infer --reference GOOD/ --save-bank part.zsad {option} {value}"
+                )
     for name, most in (("bank_size", None), ("neighbours", 16)):
         value = getattr(arguments, name)
         if value is not None and (value < 1 or (most is not None and value > most)):

@@ -81,7 +81,9 @@ def _read(data: Path, exclude: Path | None) -> Folder:
     if not os.path.lexists(data):
         raise NothingToScoreError(f"{data}: there is no such folder")
     if not os.path.isdir(data):  # noqa: PTH112 - pathlib raises where a folder may not be entered
-        raise NothingToScoreError(f"{data}: must be a folder of images, not a file")
+        raise NothingToScoreError(
+            f"{data}: is a file, and folders of images are read; give {data.parent}/, or a new folder with a copy of it"
+        )
     if os.path.realpath(data) == hidden:
         raise NothingToScoreError(f"{data}: is where the results are to go; choose another --output")
     top = read_tree(data, hidden)

@@ -44,23 +44,20 @@ def find_references(
     random; None: all. An image that is itself to be scored is left out, and so are copies of others. Raises
     NoReferencesError.
     """
-    paths, looked_for = _candidates(category, products, reference)
-    if not paths:
-        raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
-    return _drawn(category, paths, shots, seed)
+    return _drawn(category, candidates(category, products, reference), shots, seed)
 
 
 def count_references(category: Category, products: Collection[str], reference: str | None, shots: int | None) -> int:
     """Return how many known-good images `find_references` finds at most, without reading them; 0 where it fails."""
     try:
-        paths, _ = _candidates(category, products, reference)
+        paths = candidates(category, products, reference)
     except NoReferencesError:
         return 0
     return len(paths) if shots is None else min(len(paths), shots)
 
 
-def _candidates(category: Category, products: Collection[str], reference: str | None) -> tuple[list[Path], str]:
-    """Return the files that may be references, and where they were looked for; raises NoReferencesError."""
+def candidates(category: Category, products: Collection[str], reference: str | None) -> list[Path]:
+    """Return the files that may be references, at least one, see `find_references`; raises NoReferencesError."""
     named = {fold(name) for name in products}
     if reference is None:
         place = category.root
@@ -75,12 +72,14 @@ def _candidates(category: Category, products: Collection[str], reference: str | 
         if own is None and any(fold(name) in named for name in top.folders):
             raise NoReferencesError(f"{place}/ has folders of other categories, but none called {category.product}")
         paths = _training_images(own or top) or _normal_images(own or top)
-        looked_for = f"{place}/"
+        looked_for = f"images in {place}/ and below; give --reference a folder that has some"
     else:
         place = Path(reference).parent
         paths = _listed_images(Path(reference), category, named)
         looked_for = f"{reference}, a path in each line"
-    return list(dict.fromkeys(paths)), looked_for
+    if not paths:
+        raise NoReferencesError(f"there are no reference images for {category.name}: looked for {looked_for}")
+    return list(dict.fromkeys(paths))
 
 
 def _is_of(name: str, category: Category) -> bool:

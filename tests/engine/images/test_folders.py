@@ -53,7 +53,7 @@ def test_nothing_to_score_says_why(tmp_path: Path) -> None:
     with pytest.raises(NothingToScoreError, match="no such folder"):
         scan(tmp_path / "absent")
     (tmp_path / "file.png").write_bytes(b"")
-    with pytest.raises(NothingToScoreError, match="must be a folder"):
+    with pytest.raises(NothingToScoreError, match="is a file, and folders of images are read; give "):
         scan(tmp_path / "file.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(NothingToScoreError, match=r"no images in it.*\.webp"):

@@ -495,10 +495,12 @@ def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str])
         (["data", "--bank-size", "5"], "give --save-bank FILE too"),
         (["data", "--save-bank", "y.zsad", "--bank-size", "0"], "must be at least 1"),
         (["data", "--save-bank", "y.zsad", "--neighbours", "17"], "must be from 1 to 16"),
-        (["--save-bank", "y.zsad"], "give a folder of images"),
+        (["data", "--bank", "x.zsad", "--neighbours", "3"], "--reference GOOD/ --save-bank part.zsad --neighbours 3"),
+        (["--save-bank", "y.zsad"], "give known-good images with --reference GOOD/"),
+        (["data/00.png"], "give data/, or a new folder with a copy of it"),
         (["--reference", "none", "--save-bank", "y.zsad"], "none"),
         (["data", "--save-bank", "y.zsad", "--preset", "winclip"], "presets that compare images"),
-        (["data", "--false-alarms", "0.1"], "--false-alarms is nothing for preset small"),
+        (["data", "--false-alarms", "0.1"], "give --bank part.zsad, or without a bank --expected-defects SHARE"),
     ],
 )
 def test_mistakes_are_said_before_any_work(

@@ -75,10 +75,17 @@ def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: 
     touch_images(Path.cwd(), "good/bolt/5.png", "good/nut/broken.png", seed=10)
     Path("good/nut/broken.png").write_bytes(b"no picture")
     assert main([*tiny, "--reference", "good"]) == 1
-    assert "nut: none of the 1 references can be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nut: none of the 1 references can be read: " in said
+    assert "; 2 images without a score" in said
+    assert "nut/0.png: skipped" not in said
     assert images_of("bolt") == 2
     assert main([*tiny, "--reference", "nowhere"]) == 2
     assert "--reference nowhere: there is no such folder or list" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert main([*tiny, "--reference", "empty"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "looked for images in empty/ and below; give --reference a folder that has some" in line
 
 
 def test_an_unreadable_reference_among_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
