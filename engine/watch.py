@@ -293,11 +293,9 @@ class Watching:
 
     def _write_results(self) -> None:
         latest, options = self._stream.latest, self._options
-        best = sorted(range(len(latest.images)), key=lambda place: -latest.images[place][0].score)
-        ranks = {place: rank for rank, place in enumerate(best, start=1)}
         shown = [
-            ShownImage(replace(image, rank=ranks[place]), None, None, *(pictures.get(n, "") for n in PICTURES))
-            for place, (image, pictures) in enumerate(latest.images)
+            ShownImage(image, None, None, *(pictures.get(name, "") for name in PICTURES))
+            for image, pictures in latest.images
         ]
         notes = [f"The page shows the last {len(shown)} of {counted(latest.scored, 'image')}."] * bool(shown)
         notes += [f"{self._drift.note}."] * (self._drift.note is not None)
@@ -310,6 +308,7 @@ class Watching:
             relative=False,
             bounds=self._bounds,
             notes=notes,
+            seconds=round(time.perf_counter() - self._started.clock, 3),
         )
         run = run_record(self._config, self._runtime, self._workplace, self._started, [record], notes)
         rate = round((latest.scored - self._before) / run.seconds, 3)

@@ -10,8 +10,6 @@ import os
 import stat
 import threading
 import time
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import numpy as np
 
 from .categories import HERE, ImageFolder, InputImage
 from .layouts import is_hidden
-from .names import result_folder, shortened
+from .names import marked, result_folder, shortened, stem_of
 from .tree import DEEPEST, is_image, is_results, is_stream
 
 log = logging.getLogger("zsad")
@@ -57,24 +55,46 @@ class Arrival:
 
 
 class Known:
-    """Which files were handled, in 16 bytes for each: by path, and by inode, which a renamed file keeps."""
+    """Which files were handled: by path, and by inode, which a renamed file keeps; and how their results are called.
+
+    It takes 32 bytes for each, and as much again for a moment.
+    """
 
     def __init__(self) -> None:
-        self._sorted, self._new = array("Q"), set[int]()
+        self._sorted, self._new = np.zeros(0, np.uint64), set[int]()
 
     def add(self, relative: str, version: Version) -> None:
-        self._new.update(_keys(relative, version))
-        if len(self._new) >= MERGED:
-            new = np.fromiter(self._new, np.uint64, len(self._new))
-            self._sorted = array("Q", np.union1d(np.frombuffer(self._sorted, np.uint64), new).tobytes())
-            self._new.clear()
+        self._add(_keys(relative, version))
 
     def has(self, relative: str, version: Version) -> bool:
-        return any(key in self._new or self._in_sorted(key) for key in _keys(relative, version))
+        return any(map(self._has, _keys(relative, version)))
 
-    def _in_sorted(self, key: int) -> bool:
-        place = bisect_left(self._sorted, key)
-        return place < len(self._sorted) and self._sorted[place] == key
+    def call(self, relative: str, key: str) -> bool:
+        """Call a file's results by a key; returns False where those of another file are called so."""
+        taken = f"\0\0{key.casefold()}"
+        own = _key(f"{taken}\0{relative}")
+        if self._has(own):
+            return True
+        if self._has(_key(taken)):
+            return False
+        self._add((_key(taken), own))
+        return True
+
+    def _add(self, keys: Iterable[int]) -> None:
+        self._new.update(keys)
+        if len(self._new) >= max(MERGED, len(self._sorted) // 64):
+            new = np.fromiter(self._new, np.uint64, len(self._new))
+            new.sort()
+            places = np.searchsorted(self._sorted, new)
+            known = self._sorted[np.minimum(places, len(self._sorted) - 1)] == new if len(self._sorted) else places < 0
+            self._sorted = np.insert(self._sorted, places[~known], new[~known])
+            self._new.clear()
+
+    def _has(self, key: int) -> bool:
+        if key in self._new:
+            return True
+        place = int(np.searchsorted(self._sorted, np.uint64(key)))
+        return place < len(self._sorted) and int(self._sorted[place]) == key
 
 
 def _keys(relative: str, version: Version) -> Iterator[int]:
@@ -247,14 +267,17 @@ class Arrivals:
                             yield relative, _version(entry.stat())
 
     def _image(self, relative: str) -> InputImage:
-        """Name an image; results keep its suffix: another file of the same stem may come at any time."""
+        """Name an image: as runs do, and with its suffix where an earlier one of the same stem has that name."""
         above, _, name = relative.rpartition("/")
         if above not in self._folders:
             if len(self._folders) >= MERGED:
                 self._folders.clear()
             path = HERE / above
             self._folders[above] = ImageFolder(self.root / above, path, result_folder(path))
-        return InputImage(self._folders[above], name, shortened(name))
+        folder = self._folders[above]
+        own = (shortened(stem_of(name)), shortened(name))
+        key = next((key for key in own if self._known.call(relative, str(folder.key / key))), None)
+        return InputImage(folder, name, key or marked(name, relative))
 
 
 def _version(status: os.stat_result) -> Version:

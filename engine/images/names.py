@@ -49,16 +49,17 @@ def clashing(folders: Sequence[tuple[PurePosixPath, Sequence[str]]]) -> set[tupl
 def result_folder(relative: PurePosixPath) -> PurePosixPath:
     """Return the folder that results of the images of a folder are kept in."""
     return PurePosixPath(
-        *(_marked(name) if _AMBIGUOUS_FOLDER.search(name) else shortened(name) for name in relative.parts)
+        *(marked(name) if _AMBIGUOUS_FOLDER.search(name) else shortened(name) for name in relative.parts)
     )
 
 
 def shortened(name: str) -> str:
     """Return a name, cut and marked with a digest where it is too long."""
-    return _marked(name) if len(os.fsencode(name)) > LONGEST_NAME or _MARKED.search(name) else name
+    return marked(name) if len(os.fsencode(name)) > LONGEST_NAME or _MARKED.search(name) else name
 
 
-def _marked(name: str) -> str:
+def marked(name: str, of: str | None = None) -> str:
+    """Return a name, cut where it is too long, with a digest of itself or of something else."""
     encoded = os.fsencode(name)
-    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    digest = hashlib.sha256(encoded if of is None else os.fsencode(of)).hexdigest()[:8]
     return f"{encoded[: LONGEST_NAME - 9].decode('utf-8', 'ignore')}~{digest}"

@@ -22,7 +22,7 @@ DEEPEST = 64  # folders within folders
 _SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
 _RECORD_START = b'{\n "name": "'
-WATCHED_START = b'{"zsad": "watched", "version": 1}\n'
+WATCHED_START = b'{"zsad": "watched", "version": 2}\n'
 _RUN_START = (b'"version": ', b'"preset": ')
 
 

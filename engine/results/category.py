@@ -310,11 +310,12 @@ def _write_tables(
 
     columns: beside those that every table of scores has.
     """
+    columns = [*COLUMNS, *columns]
     with_verdicts = VERDICTS[0] in columns
     # Names that are no valid Unicode keep their bytes.
     with (folder / SCORES).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         table = csv.writer(file)
-        table.writerow([*COLUMNS, *columns])
+        table.writerow(columns)
         table.writerows(score_row(image, columns) for image in images.ordered(best_first.tolist()))
     if with_verdicts:
         with (folder / REGIONS).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -327,14 +328,19 @@ def _write_tables(
 
 
 def score_row(image: ImageRecord, columns: Sequence[str]) -> list[Any]:
-    """Return an image's row of the table of scores; columns: beside those that every such table has."""
-    row: list[Any] = [as_cell(image.path), f"{image.score:.6f}", image.rank or "", f"{image.raw_score:.6f}", image.map]
-    if VERDICTS[0] in columns:
-        regions = image.regions or []
-        row += [image.verdict, len(regions), sum(region.area for region in regions)]
-    if P_VALUE in columns:
-        row.append("" if image.p_value is None else f"{image.p_value:.6f}")
-    return [*row, image.note] if NOTE in columns else row
+    """Return what a table of scores with these columns has of an image."""
+    regions = image.regions or []
+    cells = {
+        "path": as_cell(image.path),
+        "score": f"{image.score:.6f}",
+        "rank": image.rank,
+        "raw_score": f"{image.raw_score:.6f}",
+        "map": image.map,
+        P_VALUE: "" if image.p_value is None else f"{image.p_value:.6f}",
+        NOTE: image.note,
+        **dict(zip(VERDICTS, (image.verdict, len(regions), sum(region.area for region in regions)), strict=True)),
+    }
+    return [cells[column] for column in columns]
 
 
 def region_rows(image: ImageRecord) -> list[list[Any]]:

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -150,6 +150,12 @@ class ImageFiles:
             for folder in reversed(Path(relative).parents[:-1]):
                 (self._folder / folder).mkdir(exist_ok=True)
         return path
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """Return what an image's results are called, by the facts of its record; nothing where it has none."""
+    key = facts["map"].removeprefix("maps/").removesuffix(".tiff") or facts["json_file"].removesuffix("_scores.json")
+    return str(key)
 
 
 def judged(folder: Path, written: Written, bounds: Bounds) -> ImageRecord:

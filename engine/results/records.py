@@ -25,7 +25,7 @@ class ImageRecord:
     path: str  # within the category
     score: float  # in [0, 1]
     raw_score: float  # in the method's own units
-    rank: int = 0  # 1 is the most anomalous
+    rank: int = 0  # 1 is the most anomalous; 0 where others may follow
     verdict: Verdict | None = None  # None where the category has no bounds
     width: int | None = None  # pixels; None where the file could not be read again
     height: int | None = None
@@ -71,7 +71,7 @@ class CategoryRecord:
     fingerprint: str = ""  # of everything that decides the results
     images: Sequence[ImageRecord] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    groups: int = 0
+    groups: int = 0  # of images that are compared with each other; none where each arrives by itself
     group_size: int | None = None
     image_sizes: dict[str, int] = field(default_factory=dict)  # pixels, the side of each network's input
     scale: tuple[float, float] | None = None  # map values that became 0 and 1

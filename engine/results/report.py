@@ -160,6 +160,8 @@ def _encoded_images(category: ShownCategory, share: int) -> Iterator[str]:
 def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
     file, facts = image.record.overlay_file, image.record.facts()
     del facts["sizes"]
+    if not image.record.rank:
+        del facts["rank"]
     return {
         **facts,
         "label": image.label,

@@ -20,12 +20,14 @@ from zsad.engine.images.tree import SCORES, WATCHED, WATCHED_START, is_stream
 from zsad.kernels.files import parse_json
 
 from .category import COLUMNS, NOTE, P_VALUE, REGION_COLUMNS, REGIONS, VERDICTS, region_rows, score_row
+from .image_files import key_of
 from .output import OutputError
 from .records import Failure, ImageRecord
 
 SHOWN = 200  # the last images, which the page shows
 
-_ADDED = (*VERDICTS, P_VALUE, NOTE)  # columns of the table of scores beside those that every one has
+# Of the table of scores; an image has no rank, since others follow.
+_COLUMNS = (*(column for column in COLUMNS if column != "rank"), *VERDICTS, P_VALUE, NOTE)
 
 
 class _Line(NamedTuple):
@@ -59,7 +61,7 @@ class Stream:
                 f"{folder}: exists and holds no results of a --watch; move it away or choose another --output"
             )
         folder.mkdir(exist_ok=True)
-        self._scores = _Growing(folder / SCORES, _csv([[*COLUMNS, *_ADDED]]))
+        self._scores = _Growing(folder / SCORES, _csv([_COLUMNS]))
         self._regions = _Growing(folder / REGIONS, _csv([REGION_COLUMNS]))
         self._journal = _Growing(folder / WATCHED, WATCHED_START)
         self._recover()
@@ -75,7 +77,7 @@ class Stream:
         """Take in an image whose files are written."""
         ends = self._scores.end, self._regions.end
         try:
-            self._scores.append(_csv([score_row(record, _ADDED)]))
+            self._scores.append(_csv([score_row(record, _COLUMNS)]))
             self._regions.append(_csv(region_rows(record)))
             self._note(arrival, record, None)
         except OSError:
@@ -104,13 +106,15 @@ class Stream:
     def _recover(self) -> None:
         """Go on after the last image that is wholly there."""
         latest, end, last = self.latest, len(WATCHED_START), deque[Mapping[str, Any]](maxlen=SHOWN)
-        ends = len(_csv([[*COLUMNS, *_ADDED]])), len(_csv([REGION_COLUMNS]))
+        ends = len(_csv([_COLUMNS])), len(_csv([REGION_COLUMNS]))
         for line, after in self._lines():
             if line.ends[0] > self._scores.end or line.ends[1] > self._regions.end:
                 break  # a power cut has taken more of the tables than of the journal
             end, ends = after, line.ends
             self._known.add(line.relative, line.version)
             if line.record is not None:
+                if key := key_of(line.record):
+                    self._known.call(line.relative, key)
                 last.append(line.record)
                 latest.scored += 1
             else:

@@ -127,11 +127,11 @@ def test_what_arrives_is_scored_and_written_as_a_run_does(made: Path) -> None:
         wanted = {row["path"]: row for row in csv.DictReader(file)}
     _, maps = scores_and_maps("run", "in")
     for row in table():
-        same = {key: value for key, value in wanted[row["path"]].items() if key not in ("rank", "map")}
-        assert {key: row[key] for key in same} == same
+        same = {key: value for key, value in wanted[row["path"]].items() if key != "rank"}
+        assert {key: value for key, value in row.items() if key != "note"} == same
         found = np.asarray(Image.open(Path("out/in", row["map"])))
         np.testing.assert_array_equal(found, maps[sorted(wanted).index(row["path"])])
-        assert Path("out/in/overlays", f"{row['path']}.jpg").is_file()
+        assert Path("out/in/overlays", row["path"]).with_suffix(".jpg").is_file()
     told = {told.path: json.loads(told.to_json()) for told in line.told}
     assert told["12.png"]["score"] == float(wanted["12.png"]["score"])
     assert told["12.png"]["verdict"] == wanted["12.png"]["verdict"] == "reject"
@@ -151,8 +151,10 @@ def test_what_was_scored_is_not_scored_again_and_what_came_meanwhile_is(made: Pa
     assert [row["path"] for row in table()] == ["a.png", "b.png"]
     time.sleep(0.01)
     put(made, 2, "b.png")  # another picture of the same name
-    assert Line(1, also=0.2).run() == ["b.png"]
-    assert len(table()) == 3
+    Image.open(put(made, 3, "c.png")).save("in/b.bmp")
+    assert sorted(Line(3, also=0.2).run()) == ["b.bmp", "b.png", "c.png"]
+    maps = {row["path"]: row["map"] for row in table()}
+    assert maps == {f"{k}.png": f"maps/{k}.tiff" for k in "abc"} | {"b.bmp": "maps/b.bmp.tiff"}
 
 
 def test_half_a_file_waits_for_the_other_half(made: Path) -> None:

@@ -179,24 +179,45 @@ def test_a_folder_that_is_gone_is_waited_for(
     assert "is there again" in caplog.text
 
 
-def test_of_a_known_file_sixteen_bytes_are_kept() -> None:
+def test_of_a_known_file_thirty_two_bytes_are_kept() -> None:
     known = Known()
     for number in range(20_000):
         known.add(f"{number}.png", Version(1, 10**18 + 1 + number, number))
-    assert len(known._sorted) + len(known._new) == 40_000
+        assert known.call(f"{number}.png", f"{number}")
+    assert len(known._sorted) + len(known._new) == 80_000
     assert len(known._new) < module.MERGED
     assert known._sorted.itemsize == 8
+    assert (known._sorted[1:] > known._sorted[:-1]).all()
     assert all(known.has(f"{number}.png", Version(1, 10**18 + 1 + number, 0)) for number in range(0, 20_000, 97))
     assert not known.has("20000.png", Version(1, 10**18, 20_000))
+    for number in range(0, 20_000, 97):  # what is known already adds nothing
+        known.add(f"{number}.png", Version(1, 10**18 + 1 + number, number))
+        assert not known.call(f"{number}.jpg", f"{number}")
+    assert len(known._sorted) + len(set(known._new) - set(known._sorted.tolist())) == 80_000
 
 
-def test_results_keep_the_suffix_in_their_names(tmp_path: Path, clock: Clock, arrivals: Arrivals) -> None:
-    for name in ("a.png", "a.jpg", f"{'n' * 230}.png"):
-        write(clock, tmp_path / "in" / "b" / name, ago=9)
-    keys = [str(arrival.image.key) for arrival in arrivals.take(9)]
-    assert len({key.casefold() for key in keys}) == 3
-    assert {"b/a.png", "b/a.jpg"} <= set(keys)
-    assert max(map(len, keys)) < 210
+def test_results_are_called_as_those_of_runs_and_keep_the_suffix_where_they_would_clash(
+    tmp_path: Path, clock: Clock, arrivals: Arrivals, known: Known
+) -> None:
+    def keys(*names: str) -> list[str]:
+        for number, name in enumerate(names):
+            write(clock, tmp_path / "in" / "b" / name, ago=99 - number)
+        clock.now += 1
+        found = arrivals.take(9)
+        for arrival in found:
+            known.add(arrival.relative, arrival.version)
+        return [str(arrival.image.key) for arrival in found]
+
+    long = "n" * 230
+    (key,) = keys(f"{long}.png")
+    assert key.startswith("b/nnn")
+    assert len(key) < 210
+    assert keys("a.png", "a.jpg", "a.jpg.png") == ["b/a", "b/a.jpg", "b/a.jpg.png"]
+    assert keys("a.png", "a.jpg") == ["b/a", "b/a.jpg"]  # other pictures of the same names
+    several = keys("A.png", "A.PNG", "x.png")  # a file system may take these for one
+    assert several[0] == "b/A.png"
+    assert several[1].startswith("b/A.PNG~")
+    assert several[2] == "b/x"
 
 
 @pytest.mark.slow

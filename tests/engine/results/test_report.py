@@ -239,8 +239,15 @@ def test_a_page_of_images_as_they_arrive_has_the_latest_first_and_loads_itself_a
 ) -> None:
     path = tmp_path / "report.html"
     images = [make_image(f"{number}.png", score, 0) for number, score in enumerate((0.9, 0.1, 0.5))]
-    write_report(path, make_run(3), [make_category("bolt", images)], refresh=0.3)
+    category = make_category("bolt", images)
+    category = replace(category, record=replace(category.record, groups=0))
+    write_report(path, make_run(3), [category], refresh=0.3)
     browser.get(path.as_uri())
+    browser.execute_script("document.querySelector('.card').click()")
+    assert find(browser, "#view-path").text == "2.png"
+    text = browser.execute_script("return document.body.textContent.replace(/{[^]*}/, '')")
+    assert not any(word in text for word in ("Groups", "Rank", "undefined", "#0", "NaN"))
+    find(browser, "#view-close").click()  # else it stays as it is
     assert card_values(browser, "path") == ["2.png", "1.png", "0.png"]
     more = [*images, make_image("3.png", 0.2, 0)]
     write_report(path, make_run(4), [make_category("bolt", more)], refresh=0.3)

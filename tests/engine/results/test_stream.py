@@ -54,7 +54,6 @@ def test_tables_have_the_columns_of_those_of_runs(tmp_path: Path) -> None:
     assert rows[0] | {"path": ""} == {
         "path": "",
         "score": "0.250000",
-        "rank": "",
         "raw_score": "0.125000",
         "map": "maps/a.png.tiff",
         "verdict": "reject",
