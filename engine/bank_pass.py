@@ -30,10 +30,10 @@ from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.scores.conformal import images_needed
 from zsad.engine.workplace import Saving, Workplace
-from zsad.kernels.files import check_target, file_sha256, printable
+from zsad.kernels.files import check_target, check_writable, file_sha256, printable
 from zsad.kernels.machine import default_memory_limit, scratch, stopwatch
 
-from .category_pass import CategoryJob, CategoryProgress
+from .category_pass import CategoryJob, CategoryProgress, cost_of_one
 
 log = logging.getLogger("zsad")
 
@@ -79,9 +79,14 @@ def check_saving(saving: Saving, config: Config, categories: Sequence[Category])
         )
     for category in categories:
         try:
-            check_target(file_of(saving, category))
+            check_target(file := file_of(saving, category))
+            check_writable(file.parent)
         except OSError as error:
-            raise ConfigError(f"--save-bank {error}") from None
+            raise ConfigError(f"--save-bank {error if error.errno is None else _refused(file, error)}") from None
+
+
+def _refused(file: Path, error: OSError) -> str:
+    return f"{file}: cannot be written there ({error.strerror}); name a file in another folder"
 
 
 def save_bank(
@@ -227,9 +232,11 @@ def save_category_bank(
             log.info("%s: the bank is there already", path)
             return record
         save_bank(saving, normal, config, workplace, partial(progress, printable(category.name)))
-    except (ImageError, ConfigError, MemoryError, OSError) as error:
-        log.error("no bank %s: %s", path, error)
-        return replace(record, failures=[*record.failures, Failure(str(path), f"no bank: {error}")])
+    except Exception as error:  # as in `run_category`
+        said = cost_of_one(error, workplace, job.options)
+        log.error("no bank %s: %s", path, said)
+        log.debug("%s", path, exc_info=True)
+        return replace(record, failures=[*record.failures, Failure(str(path), f"no bank: {said}")])
     return record
 
 

@@ -113,17 +113,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
             if reason is not None:
                 log.info("%s: scored again, since %s", name, reason)
         record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
-    except (CheckpointError, EngineError, CacheError):  # of the text tower, which all categories need
-        raise
-    except workplace.fatal as error:
-        raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
-        if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
-            raise
-        if address_limit() is not None and is_scarcity(error) and not isinstance(error, ImageError):
-            raise  # what `ulimit -v` allows is used up, for the other categories too
-        check_there(options.output)
-        said = str(error) or type(error).__name__
+        said = cost_of_one(error, workplace, options)
         without = f"{name}: {said}; {counted(len(category.images), 'image')} without a score"
         log.error("%s", said if isinstance(error, TooFewImagesError) else without)
         log.debug("%s", name, exc_info=True)
@@ -134,6 +125,20 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
     for failure in (failure for failure in record.failures if failure.reason != CATEGORY_FAILED):
         log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
     return replace(record, seconds=round(time.perf_counter() - start, 3))
+
+
+def cost_of_one(error: Exception, workplace: Workplace, options: Options) -> str:
+    """Say what went wrong with one category; raises the error where the next one would fail as well, or all is to end."""
+    if isinstance(error, (CheckpointError, EngineError, CacheError)):  # of the text tower, which all categories need
+        raise error
+    if isinstance(error, workplace.fatal):
+        raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
+    if (isinstance(error, ImageError) and options.strict) or getattr(error, "errno", None) in NO_ROOM:
+        raise error
+    if address_limit() is not None and is_scarcity(error) and not isinstance(error, ImageError):
+        raise error  # what `ulimit -v` allows is used up, for the other categories too
+    check_there(options.output)
+    return str(error) or type(error).__name__
 
 
 def _references(job: CategoryJob, workplace: Workplace) -> References:

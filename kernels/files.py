@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,6 +80,14 @@ def check_target(path: Path, source: Path | None = None) -> None:
         raise OSError(f"{path} is {'a folder' if path.is_dir() else 'not a regular file'}; name a file")
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise OSError(f"{path} is what is to be read; name another file to write")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless a file can be written in a folder, or where that is to be made in the first that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+        probe.write(bytes(4096))  # a full disk still takes empty files
 
 
 def file_sha256(path: Path) -> str:

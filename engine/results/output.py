@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +19,7 @@ import psutil
 
 from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_results
-from zsad.kernels.files import check_target, flush
+from zsad.kernels.files import check_target, check_writable, flush
 
 from .records import read_record
 
@@ -50,8 +49,7 @@ def claimed(output: Path, categories: Sequence[Category], resume: bool) -> Itera
     with ExitStack() as held:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=output, buffering=0) as probe:
-                probe.write(bytes(4096))  # a full disk still takes empty files
+            check_writable(output)
             _refuse_links(output, folders)
             for name in (RUN, REPORT):
                 check_target(output / name)

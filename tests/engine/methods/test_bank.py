@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -552,6 +553,34 @@ def test_too_few_images_for_a_bank_lose_no_results(tiny: Path, capsys: pytest.Ca
     assert "at least two readable known-good images" in capsys.readouterr().err
     assert len(images_of("out")) == 3
     assert not Path("part.zsad").exists()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_what_goes_wrong_with_a_bank_is_said_before_any_work_or_costs_that_bank_alone(
+    tiny: Path,
+    read_only: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw(Path("data"), 3)
+    read_only(Path("banks"))
+    Path("banks").mkdir()
+    for options in (["data"], ["--reference", "data"]):
+        assert infer(tiny, *options, "--save-bank", "banks/more/part.zsad") == 2
+        said = "--save-bank banks/more/part.zsad: cannot be written there (Read-only file system); name a file in"
+        assert said in capsys.readouterr().err
+    assert not Path("out/data").exists()
+    broken: list[Exception] = [RuntimeError("the session broke"), OSError(errno.ENOSPC, "No space left on device")]
+
+    def fail(*_: Any) -> Any:
+        raise broken.pop(0)
+
+    monkeypatch.setattr("zsad.engine.bank_pass.build_bank", fail)
+    assert infer(tiny, "data", "--save-bank", "part.zsad") == 1
+    assert "no bank part.zsad: the session broke" in capsys.readouterr().err
+    assert record("out")["categories"]["data"]["failures"][0]["reason"] == "no bank: the session broke"
+    assert infer(tiny, "data", "--save-bank", "part.zsad") == 1
+    assert "stopped: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("workplace")
