@@ -128,7 +128,7 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
 
 
 def cost_of_one(error: Exception, workplace: Workplace, options: Options) -> str:
-    """Say what went wrong with one category; raises the error where the next one would fail as well, or all is to end."""
+    """Say what went wrong with one category; raises the error where the next would fail as well, or all is to end."""
     if isinstance(error, (CheckpointError, EngineError, CacheError)):  # of the text tower, which all categories need
         raise error
     if isinstance(error, workplace.fatal):

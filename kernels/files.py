@@ -83,7 +83,7 @@ def check_target(path: Path, source: Path | None = None) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError unless a file can be written in a folder, or where that is to be made in the first that is there."""
+    """Raise OSError unless a file can be written in a folder, or where there is none in the one it is to be made in."""
     while not folder.exists():
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:

@@ -1,6 +1,6 @@
 """The CUDA device as the kernels' Python side sees it: arrays, launches, products, copies and streams, all by CuPy.
 
-CuPy is imported when a device is opened. Kernels come from the fatbins of an installation that had nvcc, otherwise
+CuPy is imported when a device is opened. Kernels come from the fatbins of an installation that asked for such, else
 NVRTC compiles them on first use into the user's cache, keyed by sources, options, compiler and architecture.
 """
 
