@@ -172,6 +172,7 @@ class Watching:
                     self._score(files)
                 self._write_page(waiting=len(files) == AT_ONCE)
                 if not files:
+                    self._with_room(self._stream.settle)
                     self._arrivals.wait(TICK)
             self._next_page = 0.0
             self._write_page(waiting=False)
@@ -218,6 +219,7 @@ class Watching:
         if written.failure is not None:
             record = replace(record, note=written.failure.reason)
         self._with_room(lambda: self._stream.add(file, record, thumbnails))
+        self._with_room(self._stream.settle)
         self._tell(Told(file.relative, time.perf_counter() - start, record))
         note = self._drift.follow(record.verdict == "reject")
         if note is not None:
@@ -233,6 +235,7 @@ class Watching:
             return
         log.error("%s: not scored: %s", printable(file.relative), reason)
         self._with_room(lambda: self._stream.refuse(file, reason))
+        self._with_room(self._stream.settle)
         self._tell(Told(file.relative, time.perf_counter() - start, error=reason))
 
     def _with_room(self, write: Callable[[], Done]) -> Done:

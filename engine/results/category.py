@@ -22,6 +22,7 @@ from zsad.engine.images.stored import read_map
 from zsad.engine.images.tree import RECORD, SCORES
 from zsad.kernels.files import as_cell, parse_json, written_whole
 
+from .growing import Growing
 from .image_files import ImageFiles, Result, Writing, Written, judged, rounded
 from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place, own_folder
 from .rayan import read_challenge, with_score
@@ -84,8 +85,9 @@ class CategoryWriter:
         journal = self._staging / (UNFINISHED if self._fingerprint is None else JOURNAL)
         with written_whole(journal) as lines, written_whole(self._staging / THUMBNAILS) as thumbnails:
             count = len(self._images)
-            self._journal = _Lines(lines, journal, count, json.dumps(self._fingerprint) + "\n")
-            self._thumbnails = _Lines(thumbnails, self._staging / THUMBNAILS, count)
+            head = f"{json.dumps(self._fingerprint)}\n".encode("ascii")
+            self._journal = Growing(journal, head, count, draft=lines)
+            self._thumbnails = Growing(self._staging / THUMBNAILS, b"", count, draft=thumbnails)
             for written, pictures in chain([] if first is None else [first], recovered):
                 self._keep(written, pictures)
         workers = self._writing.workers
@@ -189,10 +191,11 @@ class CategoryWriter:
         if written.failure is not None:
             self._failures[written.number] = written.failure
         if thumbnails:
-            self._thumbnails.append(written.number, thumbnails)  # first, so that an image in the journal has its own
+            # First, so that an image in the journal has its own.
+            self._thumbnails.append(thumbnails.encode("ascii"), written.number)
         failure = None if written.failure is None else asdict(written.failure)
         line = json.dumps([written.number, asdict(written.record), written.facts, written.least_area, failure]) + "\n"
-        self._journal.append(written.number, line)
+        self._journal.append(line.encode("ascii"), written.number)
 
     def _written(self, indices: NDArray[np.intp]) -> Iterator[Written]:
         for line in self._journal.read(indices):
@@ -215,42 +218,7 @@ class CategoryWriter:
         return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
 
 
-class _Lines:
-    """A file with a line for some of a category's images, in any order; what is held of it is where they begin."""
-
-    def __init__(self, draft: Path, path: Path, images: int, head: str = "") -> None:
-        """draft: what becomes `path`."""
-        self.path = path
-        self.starts = np.full(images, -1, np.int64)  # -1: no line
-        self._file = draft.open("w", encoding="ascii")
-        self._end = self._file.write(head)
-        self._file.flush()
-
-    def append(self, index: int, line: str) -> None:
-        """Write an image's line, so that it is there if the run is killed."""
-        self.starts[index] = self._end
-        self._end += self._file.write(line)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def read(self, indices: NDArray[np.intp]) -> Iterator[str]:
-        """Yield the lines of these images, which have one."""
-        with self.path.open(encoding="ascii") as file:
-            for start in self.starts[indices].tolist():
-                file.seek(start)
-                yield file.readline()
-
-    def sort(self) -> None:
-        """Bring the lines of a file that is closed into the order of the category's images."""
-        (indices,) = np.nonzero(self.starts >= 0)
-        if (np.diff(self.starts[indices]) < 0).any():
-            with written_whole(self.path) as draft, draft.open("w", encoding="ascii") as file:
-                file.writelines(self.read(indices))
-
-
-def _read_line(line: str) -> Written:
+def _read_line(line: str | bytes) -> Written:
     """Read a line of the journal; raises ValueError where its end is missing."""
     number, record, facts, least_area, failure = parse_json(line)
     return Written(number, ImageRecord(**record), facts, least_area, None if failure is None else Failure(**failure))

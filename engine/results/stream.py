@@ -1,15 +1,17 @@
 """A category's folder that grows as images arrive: tables and a journal, each image at once and whole.
 
-The journal has a line for each file that was handled, with where the tables end after it: whatever ends a run, the next
-one cuts off what is half there and goes on, and no image is in the tables twice.
+The journal has a line for each file that was handled, with where the tables end after it, and an empty one, a mark,
+once all before it is on disk. Whatever ends a run, the next one cuts off what is half there and goes on: no image is in
+the tables twice, and files of those after the last mark, which a power cut may have taken, are looked at.
 """
 
 import csv
 import io
 import json
-import os
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +19,17 @@ from typing import Any, NamedTuple
 
 from zsad.engine.images.arrivals import Arrival, Known, Version
 from zsad.engine.images.tree import SCORES, WATCHED, WATCHED_START, is_stream
-from zsad.kernels.files import parse_json
+from zsad.kernels.files import flush, parse_json
 
 from .category import COLUMNS, NOTE, P_VALUE, REGION_COLUMNS, REGIONS, VERDICTS, region_rows, score_row
+from .growing import Growing
 from .image_files import key_of
 from .output import OutputError
 from .records import Failure, ImageRecord
 
 SHOWN = 200  # the last images, which the page shows
+PAUSE = 1.0  # seconds from mark to mark at least
+MARK = b"[]\n"
 
 # Of the table of scores; an image has no rank, since others follow.
 _COLUMNS = (*(column for column in COLUMNS if column != "rank"), *VERDICTS, P_VALUE, NOTE)
@@ -56,20 +61,25 @@ class Stream:
     def __init__(self, folder: Path, known: Known) -> None:
         """Make the folder, or go on with what is there, which `known` gets to know; raises OutputError for others'."""
         self.folder, self._known, self.latest = folder, known, Latest()
-        if folder.is_symlink() or (folder.exists() and not is_stream(folder) and any(folder.iterdir())):
+        if folder.is_symlink() or not (is_stream(folder) or _is_begun(folder)):
             raise OutputError(
                 f"{folder}: exists and holds no results of a --watch; move it away or choose another --output"
             )
         folder.mkdir(exist_ok=True)
-        self._scores = _Growing(folder / SCORES, _csv([_COLUMNS]))
-        self._regions = _Growing(folder / REGIONS, _csv([REGION_COLUMNS]))
-        self._journal = _Growing(folder / WATCHED, WATCHED_START)
+        self._journal = Growing(folder / WATCHED, WATCHED_START)  # first: it says whose folder it is
+        self._journal.flush()
+        flush(folder)
+        self._scores = Growing(folder / SCORES, _csv([_COLUMNS]))
+        self._regions = Growing(folder / REGIONS, _csv([REGION_COLUMNS]))
+        self._unsettled, self._files, self._next_mark = False, set[str](), 0.0  # of images since the last mark
         self._recover()
 
     def __enter__(self) -> "Stream":
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of a full disk, say
+            self.settle(at_once=True)
         for file in (self._scores, self._regions, self._journal):
             file.close()
 
@@ -92,12 +102,29 @@ class Stream:
         self.latest.failures.append(Failure(arrival.relative, reason))
         self.latest.failed += 1
 
+    def settle(self, at_once: bool = False) -> None:
+        """Wait until all that was added is on disk, where the last time was a while ago or it has to be `at_once`."""
+        if not self._unsettled or (not at_once and time.monotonic() < self._next_mark):
+            return
+        files = {self.folder / file for file in self._files}
+        with ThreadPoolExecutor(8) as pool:  # several at once, which takes a tenth of the time
+            for _ in pool.map(_flush_if_there, [*files, *{path.parent for path in files}, self.folder]):
+                pass
+        self._scores.flush()
+        self._regions.flush()
+        self._journal.append(MARK)
+        self._journal.flush()
+        self._unsettled, self._next_mark = False, time.monotonic() + PAUSE
+        self._files.clear()
+
     def _note(self, arrival: Arrival, record: ImageRecord | None, reason: str | None) -> None:
         ends = [self._scores.end, self._regions.end]
         kept = None if record is None else record.facts()
         line = json.dumps([arrival.relative, arrival.version, ends, kept, reason]) + "\n"
         self._journal.append(line.encode("ascii"))
         self._known.add(arrival.relative, arrival.version)
+        self._unsettled = True
+        self._files.update(() if record is None else record.files())
 
     def _cut(self, ends: Sequence[int]) -> None:
         for table, end in zip((self._scores, self._regions), ends, strict=True):
@@ -107,7 +134,10 @@ class Stream:
         """Go on after the last image that is wholly there."""
         latest, end, last = self.latest, len(WATCHED_START), deque[Mapping[str, Any]](maxlen=SHOWN)
         ends = len(_csv([_COLUMNS])), len(_csv([REGION_COLUMNS]))
-        for line, after in self._lines():
+        for line, after in self._whole_lines():
+            if line is None:
+                end = after
+                continue
             if line.ends[0] > self._scores.end or line.ends[1] > self._regions.end:
                 break  # a power cut has taken more of the tables than of the journal
             end, ends = after, line.ends
@@ -122,50 +152,61 @@ class Stream:
                 latest.failed += 1
         with suppress(ValueError):  # of another version; then they are not shown
             latest.images.extend((ImageRecord.from_facts(facts), {}) for facts in last)
+        self._unsettled |= (end, *ends) != (self._journal.end, self._scores.end, self._regions.end)
         self._journal.cut(end)
         self._cut(ends)
 
-    def _lines(self) -> Iterator[tuple[_Line, int]]:
-        """Yield the journal's lines, up to the first that is not whole, and where each ends."""
+    def _whole_lines(self) -> Iterator[tuple[_Line | None, int]]:
+        """Yield the journal's lines, None for marks, and where each ends, up to the first whose image lacks something.
+
+        Files before the last mark may have been removed since, by somebody; of those after it a power cut may have
+        taken something.
+        """
+        waiting = list[tuple[_Line, int]]()
+        for line, after in self._lines():
+            if line is not None:
+                waiting.append((line, after))
+                continue
+            yield from waiting
+            yield None, after
+            waiting.clear()
+        for line, after in waiting:
+            if line.record is not None:
+                try:
+                    record = ImageRecord.from_facts(line.record)
+                    if record.sizes_in(self.folder) != record.sizes:
+                        return
+                except (OSError, ValueError):
+                    return
+                self._files.update(record.files())
+            self._unsettled = True
+            yield line, after
+
+    def _lines(self) -> Iterator[tuple[_Line | None, int]]:
+        """Yield the journal's lines, None for marks, up to the first that is not whole, and where each ends."""
         end = len(WATCHED_START)
         with (self.folder / WATCHED).open("rb") as file, suppress(ValueError, TypeError):
             file.seek(end)
             for text in file:
+                end += len(text)
+                if text == MARK:
+                    yield None, end
+                    continue
                 relative, version, (scores, regions), record, reason = parse_json(text)
                 if not text.endswith(b"\n"):
                     return
-                end += len(text)
                 yield _Line(relative, Version(*version), (scores, regions), record, reason), end
 
 
-class _Growing:
-    """A file that is appended to, whole pieces at a time."""
+def _is_begun(folder: Path) -> bool:
+    """Tell whether a folder is new, or holds what a power cut has left of the beginning of a journal."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return not names or (names == [WATCHED] and WATCHED_START.startswith((folder / WATCHED).read_bytes()))
 
-    def __init__(self, path: Path, head: bytes) -> None:
-        self._file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115, PTH123
-        self.end = self._file.seek(0, os.SEEK_END)
-        if self.end < len(head):
-            self.cut(0)
-            self.append(head)
 
-    def append(self, content: bytes) -> None:
-        """Write at the end, so that it is there if the run is killed; raises OSError, and then leaves nothing of it."""
-        left = memoryview(content)
-        self._file.seek(self.end)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            self.cut(self.end)
-            raise
-        self.end += len(content)
-
-    def cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self.end = end
-
-    def close(self) -> None:
-        self._file.close()
+def _flush_if_there(path: Path) -> None:
+    with suppress(FileNotFoundError):  # somebody has removed it, as is allowed
+        flush(path)
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> bytes:

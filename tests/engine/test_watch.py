@@ -28,6 +28,7 @@ from zsad.engine.images.folders import NothingToScoreError
 from zsad.engine.methods.bank import bank_settings
 from zsad.engine.methods.method import method_class
 from zsad.engine.networks.runtime import choose_runtime
+from zsad.engine.results import stream
 from zsad.engine.results.image_files import ImageFiles
 from zsad.engine.results.output import OutputError, claimed
 from zsad.engine.watch import Told, watch
@@ -63,6 +64,7 @@ def _quick(workplace: None, made: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(arrivals.Signals, "start", lambda self: None)
     monkeypatch.setattr(module, "BANK", 0.02)
     monkeypatch.setattr(module, "ROOM", 0.02)
+    monkeypatch.setattr(stream, "PAUSE", 1000.0)
     (tmp_path / "in").mkdir()
     shutil.copy(made / "part.zsad", tmp_path)
 
@@ -120,8 +122,14 @@ def table() -> list[dict[str, str]]:
 def test_what_arrives_is_scored_and_written_as_a_run_does(made: Path) -> None:
     for number in (0, GOOD):
         put(made, number, f"{number:02d}.png")
-    line = Line(3, {2: lambda: put(made, 5, "sub/05.png")})
+    marked = list[bool]()
+
+    def follow() -> None:
+        marked.append(Path("out/in/watched.jsonl").read_bytes().endswith(b"[]\n"))
+
+    line = Line(3, {1: follow, 2: lambda: (follow(), put(made, 5, "sub/05.png"))})
     assert sorted(line.run()) == ["00.png", "12.png", "sub/05.png"]
+    assert marked == [True, False]  # all is on disk when it is said, but in bursts within a second
     assert main(["in", "--bank", "part.zsad", "--output", "run", "-q", "--device", "cpu"]) == 0
     with Path("run/in/scores.csv").open(newline="") as file:
         wanted = {row["path"]: row for row in csv.DictReader(file)}

@@ -3,20 +3,30 @@
 import csv
 import errno
 import os
+import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from zsad.engine.images.arrivals import Arrival, Known, Version
 from zsad.engine.images.categories import HERE, ImageFolder, InputImage
 from zsad.engine.images.tree import WATCHED, is_stream, read_tree
+from zsad.engine.results import stream as module
+from zsad.engine.results.growing import Growing
 from zsad.engine.results.output import OutputError
 from zsad.engine.results.records import ImageRecord
-from zsad.engine.results.stream import SHOWN, Stream, _Growing
+from zsad.engine.results.stream import SHOWN, Stream
 from zsad.engine.scores.verdicts import Region
 
 NAMES = ("a.png", "b,'c.png", "=1.png", "caf\udce9.png")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def arrival(name: str, number: int = 0) -> Arrival:
@@ -84,14 +94,62 @@ def test_wherever_it_is_cut_off_the_next_run_ends_with_the_same_tables(tmp_path:
             path.unlink()
 
 
+def test_a_power_cut_takes_nothing_that_was_settled_and_what_it_takes_is_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves anything between what was waited for and what was written of each file, as the worst disks do."""
+    folder, safe = tmp_path / "in", dict[Path, int]()
+    names = [f"{number}.png" for number in range(8)]
+
+    def fsync(file: int) -> None:
+        safe[Path(f"/proc/self/fd/{file}").readlink()] = os.fstat(file).st_size
+
+    def write(stream: Stream, number: int) -> None:
+        record = replace(image(names[number]), map=f"maps/{number}.tiff", sizes=[100])
+        stream.folder.joinpath("maps").mkdir(exist_ok=True)
+        (stream.folder / record.map).write_bytes(bytes(100))
+        stream.add(arrival(names[number], number), record, {})
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(module, "PAUSE", 1000.0)  # as quick as images may come
+    for seed in range(10):
+        rng = random.Random(seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(Stream, "__exit__", lambda *_: None)
+            settled, written = rng.randrange(7), rng.randrange(7, 9)
+            with Stream(folder, Known()) as stream:
+                for number in range(written):
+                    write(stream, number)
+                    if number + 1 == settled:
+                        stream.settle(at_once=True)
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            os.truncate(path, rng.choice((safe.get(path, 0), rng.randint(safe.get(path, 0), path.stat().st_size))))
+        known = Known()
+        with Stream(folder, known) as stream:
+            found = [known.has(name, arrival(name, number).version) for number, name in enumerate(names)]
+            assert found[:settled] == [True] * settled
+            for number in range(8):
+                if not found[number]:
+                    write(stream, number)
+        with (folder / "scores.csv").open(newline="") as file:
+            assert [row["path"] for row in csv.DictReader(file)] == names
+        assert all(path.stat().st_size == 100 for path in folder.glob("maps/*"))
+        shutil.rmtree(folder / "maps")  # what was settled may go
+        known = Known()
+        with Stream(folder, known):
+            assert all(known.has(name, arrival(name, number).version) for number, name in enumerate(names))
+        shutil.rmtree(folder)
+        safe.clear()
+
+
 @pytest.mark.parametrize("refuses", range(1, 5))
 def test_what_the_disk_refuses_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: int
 ) -> None:
     known, writes = Known(), 0
-    append = _Growing.append
+    append = Growing.append
 
-    def half(self: _Growing, content: bytes) -> None:
+    def half(self: Growing, content: bytes) -> None:
         nonlocal writes
         writes += 1
         if writes == refuses:
@@ -104,7 +162,7 @@ def test_what_the_disk_refuses_leaves_nothing_behind(
     with Stream(tmp_path / "in", known) as stream:
         stream.add(arrival("z.png", 9), image("z.png"), {})
         before = tables(tmp_path / "in")
-        monkeypatch.setattr(_Growing, "append", half)
+        monkeypatch.setattr(Growing, "append", half)
         if refuses < 4:
             with pytest.raises(OSError, match="No space"):
                 stream.add(arrival("a.png"), image("a.png"), {})
@@ -113,30 +171,6 @@ def test_what_the_disk_refuses_leaves_nothing_behind(
         stream.add(arrival("a.png"), image("a.png"), {})
     lines = (tmp_path / "in" / "scores.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["path", "z.png", "a.png"]
-
-
-def test_a_file_that_takes_only_a_part_leaves_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        """A file on a disk that fills up."""
-
-        def __init__(self, file: Any) -> None:
-            self.file, self.writes = file, 0
-
-        def write(self, content: memoryview) -> int:
-            self.writes += 1
-            if self.writes > 1:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return int(self.file.write(content[:3]))
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-    growing = _Growing(tmp_path / "table", b"head\n")
-    growing._file = Full(growing._file)  # type: ignore[assignment]
-    with pytest.raises(OSError, match="No space"):
-        growing.append(b"a whole line\n")
-    assert (tmp_path / "table").read_bytes() == b"head\n"
-    growing.close()
 
 
 def test_of_many_images_the_last_are_in_memory(tmp_path: Path) -> None:
@@ -158,6 +192,8 @@ def test_folders_of_others_are_refused_and_its_own_is_no_data(tmp_path: Path) ->
     for name in ("others", "link"):
         with pytest.raises(OutputError, match="holds no results of a --watch"):
             Stream(tmp_path / name, Known())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / WATCHED).write_bytes(b'{"zsad"')  # a power cut as it was begun
     add(tmp_path / "in", "a.png")
     (tmp_path / "in" / "overlays").mkdir()
     (tmp_path / "in" / "overlays" / "a.png.jpg").write_bytes(b"x")
