@@ -20,12 +20,13 @@ from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.categories import Category, InputImage, counted
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
-from zsad.engine.images.references import find_references
+from zsad.engine.images.references import count_references, find_references
 from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.methods.bank import FALSE_ALARMS, LEAST_REVIEWED, percent, recipes
-from zsad.engine.methods.bank_build import build_bank, check_making, describe
+from zsad.engine.methods.bank_build import Needed, build_bank, check_making, describe, needed
 from zsad.engine.methods.bank_file import SUFFIX, BankError, Header, read_bank, write_bank
 from zsad.engine.methods.method import Progress
+from zsad.engine.methods.musc import Settings as MuScSettings
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.scores.conformal import images_needed
@@ -85,6 +86,38 @@ def check_saving(saving: Saving, config: Config, categories: Sequence[Category])
             raise ConfigError(f"--save-bank {error if error.errno is None else _refused(file, error)}") from None
 
 
+def check_room(saving: Saving, category: Category, images: int, config: Config, workplace: Workplace) -> Needed:
+    """Return what making a bank of so many images takes; raises ConfigError where that is beyond the memory limit."""
+    place, settings = workplace.place, config.settings
+    assert isinstance(settings, MuScSettings)
+    shapes = [network.graphs["image"].outputs["tokens"].shape for network in place.networks.values()]
+    takes = needed(images, shapes, settings.degrees, saving.making, place.arrays.device)
+    least, limit = takes.of_host(place.arrays.device), _host_limit(workplace)
+    if least > limit:
+        raise ConfigError(
+            f"{printable(category.name)}: a bank of {counted(images, 'image')} takes {least / 2**20:.0f} MiB while it "
+            f"is made and the memory limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller "
+            "with --bank-size, --image-size or fewer images"
+        )
+    return takes
+
+
+def check_rooms(saving: Saving, jobs: Sequence[CategoryJob], workplace: Workplace) -> None:
+    """Raise ConfigError, before any work, where there is too little memory to make the banks of categories."""
+    for job in jobs:
+        category, config = job.category, job.config
+        images = max(2, round(len(category.images) / 2))
+        if config.few_shot:
+            images = count_references(category, job.products, config.reference, config.shots)
+        check_room(saving, category, images, config, workplace)
+
+
+def _host_limit(workplace: Workplace) -> int:
+    """Return the bytes that may be used in host memory, of which the limit of a device says nothing."""
+    arrays = workplace.place.arrays
+    return arrays.limit() if arrays.device == "cpu" else default_memory_limit()
+
+
 def _refused(file: Path, error: OSError) -> str:
     return f"{file}: cannot be written there ({error.strerror}); name a file in another folder"
 
@@ -99,7 +132,10 @@ def save_bank(
     """
     path, images, odd = file_of(saving, normal.category), normal.images, _Odd(normal.images)
     report = partial(progress, "networks for the bank")
-    with network_tokens(images, normal.bit_depth, workplace, report, odd.seen, normal.strict) as found:
+    limit = _host_limit(workplace)
+    takes = check_room(saving, normal.category, len(images), config, workplace)
+    beside = takes.of_host(workplace.place.arrays.device)
+    with network_tokens(images, normal.bit_depth, workplace, report, odd.seen, normal.strict, beside) as found:
         left_out = {**odd.left_out(), **dict(found.failures)}
         for index, reason in left_out.items():
             log.warning("%s is left out of the bank: %s", printable(str(images[index].path)), reason)
@@ -110,8 +146,12 @@ def save_bank(
                 f"no bank of {printable(normal.category.name)}: it takes at least two readable known-good images, "
                 f"better 100, to tell how normal ones differ, and there {'is one' if count else 'is none'}"
             )
+        of_search = limit - takes.held - takes.compared - found.memory
+        if workplace.place.arrays.device != "cpu":
+            of_search = workplace.place.arrays.limit()
         with stopwatch(workplace.timings, "bank"):
-            bank = build_bank(kept.tokens, config, workplace.place, saving.making, normal.facts(workplace), progress)
+            facts = normal.facts(workplace)
+            bank = build_bank(kept.tokens, config, workplace.place, saving.making, facts, progress, of_search)
             write_bank(path, replace(bank, digests=normal.digests[list(kept.indices)]))
     few = ""
     if count < (enough := images_needed(FALSE_ALARMS)):
@@ -160,6 +200,7 @@ class Tokens:
     indices: Sequence[int]  # of the readable ones, n of them
     tokens: Mapping[str, NDArray[np.float32]]  # [n, L, P, C] by networks, valid within the context
     failures: Sequence[tuple[int, str]]  # the other ones, and why
+    memory: int  # bytes of it that they take, none where they are in a file
 
     def without(self, left_out: Collection[int]) -> "Tokens":
         """Leave out images by their number; moves the others' tokens together, in the same memory."""
@@ -169,7 +210,7 @@ class Tokens:
                 if to != row:
                     array[to] = array[row]
         tokens = {name: array[: len(rows)] for name, array in self.tokens.items()}
-        return Tokens([self.indices[row] for row in rows], tokens, self.failures)
+        return replace(self, indices=[self.indices[row] for row in rows], tokens=tokens)
 
 
 @contextmanager
@@ -180,20 +221,22 @@ def network_tokens(
     report: Callable[[int, int], None],
     seen: Callable[[int, Image.Image | None], None] = lambda *_: None,
     strict: bool = False,
+    beside: int | None = None,
 ) -> Iterator[Tokens]:
     """Run the networks over images; what they give is in memory, or if that is much, in a temporary file.
 
-    seen: see `Loader.batches`. Raises ImageError for the first image that cannot be read if strict.
+    seen: see `Loader.batches`. beside: bytes that are to be left beside it, half of all if not known. Raises ImageError
+    for the first image that cannot be read if strict.
     """
     place, wanted = workplace.place, recipes(workplace.place)
     graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
     indices, failures = list[int](), list[tuple[int, str]]()
     with ExitStack() as rooms:
         size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
-        # The limit of a device says nothing of the host's memory.
-        limit = place.arrays.limit() if place.arrays.device == "cpu" else default_memory_limit()
+        limit = _host_limit(workplace)
+        resident = size <= limit - (limit // 2 if beside is None else beside)
         tokens: dict[str, Any] = {
-            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), size <= limit // 2))
+            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
             for name, graph in graphs.items()
         }
         for batch in workplace.loader.batches(images, range(len(images)), bit_depth, seen):
@@ -207,7 +250,8 @@ def network_tokens(
                         tokens[name][rows] = place.arrays.fetch(outputs["tokens"])
             indices += batch.indices
             report(len(indices), len(images))
-        yield Tokens(indices, {name: array[: len(indices)] for name, array in tokens.items()}, failures)
+        read = {name: array[: len(indices)] for name, array in tokens.items()}
+        yield Tokens(indices, read, failures, size if resident else 0)
 
 
 def save_category_bank(

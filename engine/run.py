@@ -34,7 +34,7 @@ from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
-from .bank_pass import Normal, check_saving, known_good, save_bank, save_category_bank, used_bits
+from .bank_pass import Normal, check_rooms, check_saving, known_good, save_bank, save_category_bank, used_bits
 from .category_pass import CategoryProgress, ignored_files, run_category
 from .plan import by_size, check_memory, check_references, plan, said_sides
 
@@ -158,6 +158,8 @@ def _scored(
         check_saving(options.saving, config, categories)
     for group in reversed(groups):  # what was made for the first one is there when the work begins
         check_memory(group, workplaces.of(group[0].sides))
+        if options.saving is not None:
+            check_rooms(options.saving, group, workplaces.of(group[0].sides))
     log.info(
         "%s in %d %s, preset %s, %s (%s)",
         counted(sum(len(category.images) for category in categories), "image"),

@@ -37,11 +37,18 @@ def project(parts: int, rows: int, channels: int, read: Read, seed: int = 0) -> 
     return projected
 
 
-def farthest_first(points: Array, count: int) -> NDArray[np.int64]:
+def thinning_bytes(points: int, channels: int) -> int:
+    """Return the memory that `project` and `farthest_first` take for so many vectors, beside one part of them."""
+    directions, measured = min(channels, DIRECTIONS), min(points, ROWS) * min(points, CANDIDATES)
+    return points * (4 * directions + 20) + 16 * measured
+
+
+def farthest_first(points: Array, count: int, taken_more: Callable[[int], None] = lambda _: None) -> NDArray[np.int64]:
     """Choose points [N, D] one after another, each the farthest from those before; returns their numbers, ascending.
 
     The first is the one nearest to the mean of all; of equally far ones any comes first. count: how many; fewer where
-    all others are copies of those. Memory beside the points: about 20 bytes for each, and 0.1 GB.
+    all others are copies of those. taken_more: is told how many were chosen since it was last told. Memory beside the
+    points: about 20 bytes for each, and 0.1 GB.
     """
     if count >= len(points):
         return np.arange(len(points))
@@ -54,6 +61,7 @@ def farthest_first(points: Array, count: int) -> NDArray[np.int64]:
         taken = _next(points, lengths, nearest, count - len(chosen), least)
         _measure(points, lengths, taken, nearest)
         chosen += taken
+        taken_more(len(taken))
     return np.sort(np.array(chosen, np.int64))
 
 

@@ -125,7 +125,8 @@ class ProgressBars:
             self.bar, self.shown = None, (category, stage)
             if not total:
                 return
-            unit = "image" if stage in ("headers", "networks") else "pair"
+            counted = {"headers": "image", "networks": "image", "bank": "patch"}  # by the first words of stages
+            unit = counted.get(stage.split(" ")[0], "pair")
             self.bar = tqdm(total=total, desc=f"{category}: {stage}", unit=unit, file=sys.stderr, leave=False)
         self.bar.update(done - self.bar.n)
         if done >= total:  # log lines may follow

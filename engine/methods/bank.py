@@ -306,12 +306,19 @@ class Search:
     ) -> None:
         """vectors: [M, C] of about unit length, or zero."""
         self._with_zero = not vectors.any(axis=1).all()
-        precision = fast_precision() if device == "cpu" else "auto"
         if memory_limit is not None:
-            where = "cpu" if device == "cpu" else "cuda"
-            least = Nearest.needed(len(vectors), vectors.shape[1], neighbours, precision, where)
-            memory_limit = max(memory_limit, least)
-        self._nearest = Nearest(vectors, neighbours, precision, device, memory_limit)
+            memory_limit = max(memory_limit, self.least(*vectors.shape, neighbours, device))
+        self._nearest = Nearest(vectors, neighbours, self._precision(device), device, memory_limit)
+
+    @classmethod
+    def least(cls, vectors: int, channels: int, neighbours: int, device: Device | Literal["cpu"]) -> int:
+        """Return the bytes in which so many vectors can be searched."""
+        where = "cpu" if device == "cpu" else "cuda"
+        return Nearest.needed(vectors, channels, neighbours, cls._precision(device), where)
+
+    @staticmethod
+    def _precision(device: Device | Literal["cpu"]) -> str:
+        return fast_precision() if device == "cpu" else "auto"
 
     def measured(self, units: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the distances [P, k] of unit features [P, C] to the nearest, ascending.

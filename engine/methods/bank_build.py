@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.config import Config, ConfigError
-from zsad.kernels.coverage import farthest_first, project
+from zsad.kernels.coverage import farthest_first, project, thinning_bytes
 from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.mutual_scoring import square_grid
 
 from .bank import Search
 from .bank_feedback import rederived
-from .bank_file import VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Own, Scale
+from .bank_file import STORED, VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Own, Scale
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
 
@@ -90,8 +90,9 @@ def build_bank(
     making: Making,
     facts: Mapping[str, Any],
     progress: Progress,
+    memory: int | None = None,
 ) -> Bank:
-    """Make a bank of tokens [n, L, P, C] by networks; n at least 2. facts: see `describe`."""
+    """Make a bank of tokens [n, L, P, C] by networks; n at least 2. facts: see `describe`; memory: see `remembered`."""
     counts = {
         "images": len(next(iter(tokens.values()))),
         "patches": sum(array.shape[0] * array.shape[2] for array in tokens.values()),
@@ -102,7 +103,7 @@ def build_bank(
     for name, array in tokens.items():
         taps = header.networks[name].spec.taps
         report = partial(progress, f"bank of {name}")
-        found, own[name] = remembered(array, taps, header.degrees, making, place.arrays.device, report)
+        found, own[name] = remembered(array, taps, header.degrees, making, place.arrays.device, report, memory)
         features |= {(name, tap, degree): kept for (tap, degree), kept in found.items()}
     none = np.empty(0)
     bank = rederived(Bank(header, features, own, none, none, np.empty((0, 32), np.uint8)))
@@ -118,20 +119,23 @@ def remembered(
     making: Making,
     device: Device | Literal["cpu"],
     report: Callable[[int, int], None] = lambda *_: None,
+    memory: int | None = None,
 ) -> tuple[dict[tuple[int, int], Features], Own]:
-    """Return what a bank keeps of tokens [n, L, P, C], by tap and degree, and how each image looks without itself."""
+    """Return what a bank keeps of tokens [n, L, P, C], by tap and degree, and how each image looks without itself.
+
+    report: is told how many patches have been chosen, and of how many. memory: bytes for a search, see `Nearest`.
+    """
     count, _, patches, _ = tokens.shape
     found, distances = dict[tuple[int, int], Features](), dict[tuple[int, int], NDArray[np.float32]]()
     keys = [(layer, degree) for layer in range(len(taps)) for degree in degrees]
-    total = np.zeros((count, patches))
-    for done, (layer, degree) in enumerate(keys):
-        report(done, len(keys))
+    total, chosen = np.zeros((count, patches)), _Chosen(report, len(keys) * _choices(count, patches, making))
+    for layer, degree in keys:
         units, key = _units(tokens, layer, degree), (taps[layer], degree)
-        found[key] = _covering(np.arange(count), tokens.shape, units, making)
-        measured = _without_themselves(tokens.shape, units, making, device)
+        found[key] = _covering(np.arange(count), tokens.shape, units, making, chosen)
+        measured = _without_themselves(tokens.shape, units, making, device, chosen, memory)
         distances[key] = measured.astype(np.float32)
         total += measured.mean(axis=2)
-    report(len(keys), len(keys))
+    chosen.all()
     maps = total / len(keys)
     kept = min(patches, max(LEAST_KEPT, math.ceil(KEPT_SHARE * patches)))
     rows = np.sort(np.argpartition(-maps, kept - 1, axis=1)[:, :kept], axis=1).astype(np.int32)  # [n, T]
@@ -144,6 +148,65 @@ def remembered(
         of_rows = np.take_along_axis(distances[taps[layer], degree], rows[:, :, None], axis=1)
         distances[taps[layer], degree] = of_rows.reshape(count * kept, -1)
     return found, Own(maps.astype(np.float32), rows, features, distances)
+
+
+class _Chosen:
+    """Counts the patches that were chosen for a bank and for those that score its own images."""
+
+    def __init__(self, report: Callable[[int, int], None], total: int) -> None:
+        self._report, self._total, self._count = report, total, 0
+        report(0, total)
+
+    def more(self, count: int) -> None:
+        self._count = min(self._count + count, self._total - 1)
+        self._report(self._count, self._total)
+
+    def all(self) -> None:
+        """Copies need not have been chosen."""
+        self._report(self._total, self._total)
+
+
+def _choices(images: int, patches: int, making: Making) -> int:
+    """Return how many patches are chosen for a tap and a degree: once of all images, and of all but each part."""
+    rows = images * patches
+    parts = images if making.size >= rows else min(images, FOLDS)
+    return min(making.size, rows) * parts  # of parts as large as all of them but one
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that making a bank takes beside the networks' tokens."""
+
+    held: int  # what there is of the bank
+    moment: int  # at most while patches are chosen, scores derived or the file is written
+    compared: int  # features that images are compared with
+    search: int  # at least, while they are; on a device where that compares
+
+    def of_host(self, device: Device | Literal["cpu"]) -> int:
+        return self.held + max(self.moment, self.compared + (self.search if device == "cpu" else 0))
+
+
+def needed(
+    images: int,
+    shapes: Sequence[tuple[int, ...]],
+    degrees: Sequence[int],
+    making: Making,
+    device: Device | Literal["cpu"],
+) -> Needed:
+    """Return what a bank of so many images takes; shapes: of the tokens of an image [L, P, C], by networks."""
+    held, moments, compared, search = 0, [0], 0, 0
+    for layers, patches, channels in shapes:
+        rows, keys = images * patches, layers * len(degrees)
+        kept, odd = min(making.size, rows), images * max(LEAST_KEPT, math.ceil(KEPT_SHARE * patches))
+        vector, k = (
+            channels * np.dtype(STORED[making.precision]).itemsize + 8,
+            making.neighbours,
+        )  # with its image's number
+        held += keys * ((kept + odd) * vector + rows * 4 * k) + rows * 24
+        moments += [keys * odd * 4 * channels] + [thinning_bytes(rows, channels)] * (kept < rows)
+        compared = max(compared, kept * (vector + 4 * channels) + rows * 8 * k)
+        search = max(search, Search.least(kept, channels, k, device))
+    return Needed(held, max(held, *moments), compared, search)  # the file is a copy of what is held
 
 
 def check_making(config: Config, making: Making) -> None:
@@ -173,23 +236,36 @@ def _units(tokens: NDArray[Any], layer: int, degree: int) -> Units:
     return read
 
 
-def _covering(members: NDArray[np.intp], shape: tuple[int, ...], units: Units, making: Making) -> Features:
+def _covering(
+    members: NDArray[np.intp], shape: tuple[int, ...], units: Units, making: Making, chosen: _Chosen
+) -> Features:
     """Choose features of some images that cover those of all of them; shape: [n, L, P, C] of all tokens."""
     _, _, patches, channels = shape
     rows = np.arange(len(members) * patches)
     if making.size < len(rows):
         projected = project(len(members), patches, channels, lambda part: units(int(members[part])))
-        distinct = farthest_first(projected, making.size)
+        distinct = farthest_first(projected, making.size, chosen.more)
         if len(distinct) < making.neighbours:  # copies are neighbours, too
             distinct = np.union1d(distinct, rows[: making.neighbours])
         rows = distinct
-    parts = rows // patches
-    chosen = [units(int(members[part]))[rows[parts == part] % patches] for part in np.unique(parts).tolist()]
-    return Features.packed(np.concatenate(chosen), members[parts].astype(np.int32), making.precision)
+        del projected
+    else:
+        chosen.more(len(rows))
+    found, parts = Features.room(len(rows), channels, making.precision), rows // patches
+    for part in np.unique(parts).tolist():
+        at = slice(*np.searchsorted(parts, [part, part + 1]).tolist())
+        numbers = np.full(at.stop - at.start, members[part], np.int32)
+        found.put(at, Features.packed(units(int(members[part]))[rows[at] % patches], numbers, making.precision))
+    return found
 
 
 def _without_themselves(
-    shape: tuple[int, ...], units: Units, making: Making, device: Device | Literal["cpu"]
+    shape: tuple[int, ...],
+    units: Units,
+    making: Making,
+    device: Device | Literal["cpu"],
+    chosen: _Chosen,
+    memory: int | None,
 ) -> NDArray[np.float64]:
     """Return the distances [n, P, k] of each image's patches to the nearest of a bank that was made without it."""
     count, _, patches, _ = shape
@@ -199,9 +275,12 @@ def _without_themselves(
     for fold in np.array_split(dealt, count if whole else min(count, FOLDS)):
         others = np.setdiff1d(np.arange(count), fold)
         part = making.size if whole else max(making.size * len(others) // count, making.neighbours)
-        search = Search(_covering(others, shape, units, replace(making, size=part)).units(), making.neighbours, device)
+        covering = _covering(others, shape, units, replace(making, size=part), chosen).units()
+        search = Search(covering, making.neighbours, device, memory)
+        del covering
         for image in fold.tolist():
             distances[image] = search.measured(units(image))
+        del search  # before there is another
     return distances
 
 

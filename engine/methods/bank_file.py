@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load, save_file
 
 from zsad.engine.config import ConfigError, Foreground, NetworkSpec, Table
 from zsad.engine.scores.image_scores import ScoreRule
@@ -33,6 +33,7 @@ LARGEST_HEADER = 2**24  # bytes
 
 Count = Annotated[int, Field(ge=1)]
 BankPrecision = Literal["fp32", "fp16", "int8"]
+STORED: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 STEPS = 127  # of int8, to each side
 FEEDBACK_PART = 4  # accepted images may add a quarter of a bank's size, and so may rejected ones
 
@@ -156,16 +157,28 @@ class Features:
     images: NDArray[np.int32]  # [M], the number of the image that each is of
 
     @classmethod
+    def room(cls, vectors: int, channels: int, precision: BankPrecision) -> "Features":
+        """Make room for so many vectors."""
+        scales = np.empty(vectors, np.float32) if precision == "int8" else None
+        return cls(np.empty((vectors, channels), STORED[precision]), scales, np.empty(vectors, np.int32))
+
+    def put(self, at: slice, others: "Features") -> None:
+        """Take others, of the same precision, into a part of the room."""
+        self.vectors[at], self.images[at] = others.vectors, others.images
+        if self.scales is not None and others.scales is not None:
+            self.scales[at] = others.scales
+
+    @classmethod
     def packed(cls, units: NDArray[np.float32], images: NDArray[np.int32], precision: BankPrecision) -> "Features":
         """Store unit vectors [M, C] in a precision."""
         if precision != "int8":
-            return cls(units.astype(np.float32 if precision == "fp32" else np.float16), None, images)
+            return cls(units.astype(STORED[precision]), None, images)
         scales = np.maximum(np.abs(units).max(axis=1), np.finfo(np.float32).tiny) / np.float32(STEPS)
         return cls(np.rint(units / scales[:, None]).astype(np.int8), scales, images)
 
     def units(self) -> NDArray[np.float32]:
         """Return the vectors [M, C] as they are compared, near unit length."""
-        vectors = self.vectors.astype(np.float32)
+        vectors = self.vectors.astype(np.float32, copy=False)
         return vectors if self.scales is None else vectors * self.scales[:, None]
 
 
@@ -231,9 +244,9 @@ def _tensors(name: str, features: Features) -> dict[str, NDArray[Any]]:
 def write_bank(path: Path, bank: Bank) -> None:
     """Write a bank, whole or not at all; raises OSError."""
     text = bank.header.model_dump_json()
-    content = save(bank.tensors, {"zsad_bank": text, "sha256": _digest(text, bank.tensors)})
+    metadata = {"zsad_bank": text, "sha256": _digest(text, bank.tensors)}
     with written_whole(path) as draft:
-        draft.write_bytes(content)
+        save_file(bank.tensors, draft, metadata)
 
 
 def read_header(path: Path) -> tuple[Header, str]:
@@ -303,9 +316,8 @@ def _checked(header: Header, tensors: Mapping[str, NDArray[Any]]) -> Bank:
 
 def _features(tensors: Mapping[str, NDArray[Any]], name: str, header: Header, images: int) -> Features:
     """Return the features of a name, of so many images; raises KeyError and ValueError."""
-    stored = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[header.precision]
     vectors, numbers = tensors[f"{name}.vectors"], tensors[f"{name}.images"]
-    if vectors.dtype != stored or vectors.ndim != 2 or numbers.shape != vectors.shape[:1]:
+    if vectors.dtype != STORED[header.precision] or vectors.ndim != 2 or numbers.shape != vectors.shape[:1]:
         raise ValueError(f"{name} is {vectors.dtype} {list(vectors.shape)}")
     if numbers.dtype != np.int32 or ((numbers < 0) | (numbers >= images)).any():
         raise ValueError(f"{name} is of images that it does not have")

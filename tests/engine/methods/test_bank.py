@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from zsad.engine.config import ConfigError, load_config
 from zsad.engine.images import survey
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
-from zsad.engine.methods.bank_build import Making, check_making, remembered
+from zsad.engine.methods.bank_build import Making, check_making, needed, remembered
 from zsad.engine.methods.bank_file import Bank, BankError, Features, read_bank, write_bank
 from zsad.engine.methods.method import Group, Scored, method_class
 from zsad.engine.scores.conformal import upper_bound
@@ -163,6 +164,29 @@ class Products:
 
     def search(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
         return (queries @ self._vectors.T).max(axis=1, keepdims=True), None
+
+
+@pytest.mark.parametrize(
+    ("size", "precision"),
+    [(10_000, "fp32"), *(pytest.param(900, precision, marks=pytest.mark.slow) for precision in ("fp16", "int8"))],
+)
+def test_making_a_bank_takes_no_more_memory_than_is_planned_and_tells_how_far_it_is(
+    size: int, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsad.engine.methods.bank.Nearest.__init__", Products.__init__)
+    monkeypatch.setattr("zsad.engine.methods.bank.Nearest.search", Products.search)
+    tokens = np.random.default_rng(1).normal(size=(6, 1, 256, 512)).astype(np.float32)
+    making, told = Making(size=size, precision=precision), list[tuple[int, int]]()
+    takes = needed(len(tokens), [tokens.shape[1:]], (1, 3), making, "cpu")
+    tracemalloc.start()
+    kept = remembered(tokens, (5,), (1, 3), making, "cpu", lambda *so_far: told.append(so_far))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept[0][5, 3].vectors) == min(size, 6 * 256)
+    own = 20 * 256 * 512 + 8 * 256 * 6 * 256  # an image's features, and the products that stand for a search
+    assert takes.of_host("a device") / 3 < peak < takes.of_host("a device") + own  # type: ignore[arg-type]
+    assert told == sorted(told)
+    assert (told[0][0], told[-1][0], len(told) > 10) == (0, told[-1][1], True)
 
 
 @pytest.mark.slow
@@ -498,6 +522,8 @@ def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str])
         (["data", "--save-bank", "y.zsad", "--neighbours", "17"], "must be from 1 to 16"),
         (["data", "--bank", "x.zsad", "--neighbours", "3"], "--reference GOOD/ --save-bank part.zsad --neighbours 3"),
         (["--save-bank", "y.zsad"], "give known-good images with --reference GOOD/"),
+        (["data", "--save-bank", "y.zsad", "--memory-limit", "1MB"], "make the work smaller with --bank-size"),
+        (["--reference", "data", "--save-bank", "y.zsad", "--memory-limit", "1MB"], "--image-size or fewer images"),
         (["data/00.png"], "give data/, or a new folder with a copy of it"),
         (["--reference", "none", "--save-bank", "y.zsad"], "none"),
         (["data", "--save-bank", "y.zsad", "--preset", "winclip"], "presets that compare images"),
