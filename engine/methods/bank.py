@@ -307,7 +307,7 @@ class Search:
         """vectors: [M, C] of about unit length, or zero."""
         self._with_zero = not vectors.any(axis=1).all()
         if memory_limit is not None:
-            memory_limit = max(memory_limit, self.least(*vectors.shape, neighbours, device))
+            memory_limit = max(memory_limit, self.least(len(vectors), vectors.shape[1], neighbours, device))
         self._nearest = Nearest(vectors, neighbours, self._precision(device), device, memory_limit)
 
     @classmethod

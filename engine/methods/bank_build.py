@@ -198,10 +198,8 @@ def needed(
     for layers, patches, channels in shapes:
         rows, keys = images * patches, layers * len(degrees)
         kept, odd = min(making.size, rows), images * max(LEAST_KEPT, math.ceil(KEPT_SHARE * patches))
-        vector, k = (
-            channels * np.dtype(STORED[making.precision]).itemsize + 8,
-            making.neighbours,
-        )  # with its image's number
+        # Of each vector its scale and its image's number are kept too.
+        vector, k = channels * np.dtype(STORED[making.precision]).itemsize + 8, making.neighbours
         held += keys * ((kept + odd) * vector + rows * 4 * k) + rows * 24
         moments += [keys * odd * 4 * channels] + [thinning_bytes(rows, channels)] * (kept < rows)
         compared = max(compared, kept * (vector + 4 * channels) + rows * 8 * k)
