@@ -77,22 +77,23 @@ class Told:
         return f"{self.record.score:.3f}  {verdict:<6}  p {p if p is None else f'{p:.4f}'}  {self.path}"
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Who watches."""
+
+    going_on: Callable[[], bool]  # says no once the end is asked for
+    tell: Callable[[Told], None]  # is told of each image once its results are written
+
+
 class EndedError(Exception):
     """The end was asked for while something could not be written; what was not is done by the next run."""
 
 
-def watch(
-    folder: Path,
-    config: Config,
-    runtime: Runtime,
-    options: Options,
-    going_on: Callable[[], bool],
-    tell: Callable[[Told], None],
-) -> None:
-    """Score the images of a folder as they arrive, until `going_on` says no; the results are in the output folder.
+def watch(folder: Path, config: Config, runtime: Runtime, options: Options, listener: Listener) -> None:
+    """Score the images of a folder as they arrive, until the listener has enough; the results are in the output folder.
 
-    tell: is told of each image once its results are written. Raises what `run` raises before any work, OSError where
-    the output folder is gone, the GPU fails or `tell` does.
+    Raises what `run` raises before any work, OSError where the output folder is gone, the networks fail for all images,
+    or the listener does.
     """
     assert isinstance(config.settings, Settings)
     if Path(config.settings.bank).is_dir():
@@ -113,9 +114,9 @@ def watch(
             if stream.latest.scored or stream.latest.failed:
                 log.info("going on after %s", counted(stream.latest.scored + stream.latest.failed, "image"))
             log.info("watching %s, by %s; end it with Ctrl-C", folder, config.settings.bank)
-            watching = Watching(category, config, runtime, options, workplace, stream, files, going_on, tell)
+            job = CategoryJob(category, config, options)
             try:
-                watching.until_the_end()
+                Watching(job, runtime, workplace, stream, files, listener).until_the_end()
             except workplace.fatal as error:
                 raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
 
@@ -125,20 +126,18 @@ class Watching:
 
     def __init__(
         self,
-        category: Category,
-        config: Config,
+        job: CategoryJob,
         runtime: Runtime,
-        options: Options,
         workplace: Workplace,
         stream: Stream,
         arrivals: Arrivals,
-        going_on: Callable[[], bool],
-        tell: Callable[[Told], None],
+        listener: Listener,
     ) -> None:
-        self._category, self._config, self._runtime, self._options = category, config, runtime, options
-        self._workplace, self._stream, self._arrivals = workplace, stream, arrivals
-        self._going_on, self._tell = going_on, tell
-        writing = how_to_write(config, options, workplace)
+        """job: without any images so far."""
+        self._job, self._runtime, self._workplace = job, runtime, workplace
+        self._stream, self._arrivals, self._listener = stream, arrivals, listener
+        config = job.config
+        writing = how_to_write(config, job.options, workplace)
         self._files = ImageFiles(stream.folder, writing, config.bit_depth)
         self._started, self._before = Started(), stream.latest.scored
         self._full = False  # the disk
@@ -151,21 +150,21 @@ class Watching:
 
     def _open(self) -> None:
         """Take the bounds from the bank that is open by now."""
-        method, asked = self._workplace.method, self._config.threshold
+        method, asked = self._workplace.method, self._job.config.threshold
         assert isinstance(method, BankMethod)
-        method.start(Group(1, self._category.product, name=self._category.name))
+        method.start(Group(1, self._job.category.product, name=self._job.category.name))
         own = method.bounds()
         assert own is not None
         self._bounds = own if isinstance(asked, str) else Bounds(asked, asked, "--threshold", own.region)
         above, images = method.count_above(self._bounds.reject)
-        self._drift = Drift(above, images, self._config.expected_defects or 0.0)
+        self._drift = Drift(above, images, self._job.config.expected_defects or 0.0)
         log.info("%s", self._bounds)
 
     def until_the_end(self) -> None:
         """Score what arrives until the end is asked for, and write the page a last time."""
         try:
-            while self._going_on():
-                check_there(self._options.output)
+            while self._listener.going_on():
+                check_there(self._job.options.output)
                 self._take_changed_bank()
                 files = self._arrivals.take(AT_ONCE)
                 if files:
@@ -182,20 +181,49 @@ class Watching:
         log.info("ended after %s, %d not scored", counted(latest.scored, "image"), latest.failed)
 
     def _score(self, files: Sequence[Arrival]) -> None:
-        """Score files, write what there is to write of each, and tell of it."""
-        start = time.perf_counter()
-        category = replace(self._category, images=tuple(file.image for file in files))
-        job = CategoryJob(category, self._config, self._options)
+        """Score files, write what there is to write of each, and tell of it; what one of them breaks costs no other."""
+        start, parts = time.perf_counter(), [files]
+        ending: tuple[type[Exception], ...] = (OSError, EndedError, *self._workplace.fatal)
+        while parts:
+            part = parts.pop()
+            try:
+                self._score_together(part, start)
+            except ending:
+                raise
+            except Exception as error:  # ONNX Runtime and OpenCV have errors of their own
+                log.debug("%s", error, exc_info=True)
+                left = [file for file in part if not self._stream.has(file)]
+                if len(left) == 1:
+                    self._check_networks(error)
+                    self._refuse(left[0], f"scoring it failed: {_said(error)}", start)
+                elif left:
+                    parts += [left[len(left) // 2 :], left[: len(left) // 2]]
+
+    def _check_networks(self, error: Exception) -> None:
+        """Raise OSError where any other image would fail as well."""
+        try:
+            self._workplace.try_out()
+        except self._workplace.fatal:
+            raise
+        except Exception:
+            there = " or use --device cpu" if self._runtime.devices else ""
+            raise OSError(
+                f"the networks fail for all images ({_said(error)}); start again{there}, and it goes on from here"
+            ) from error
+
+    def _score_together(self, files: Sequence[Arrival], start: float) -> None:
+        """Score files of which none is expected to fail otherwise than by its content; raises what networks raise."""
+        job = replace(self._job, category=replace(self._job.category, images=tuple(file.image for file in files)))
         scoring = CategoryPass(job, References(), self._workplace, lambda *_: None)
         loader = self._workplace.loader
 
         def write(result: Result, last_try: bool) -> tuple[Written, Any]:
-            image = category.images[result.index]
+            image = job.category.images[result.index]
             return self._with_room(lambda: self._files.write(image, result, last_try))
 
-        limits = replace(self._options.limits, bytes=image_memory(self._runtime, self._options))
+        limits = replace(job.options.limits, bytes=image_memory(self._runtime, job.options))
         with limited(limits), Ahead(write, loader.workers, 2 * loader.workers, loader.memory_limit, "write") as ahead:
-            for result in scoring.results(self._config.bit_depth):
+            for result in scoring.results(job.config.bit_depth):
                 file = files[result.index]
                 if file.young and result.note is not None:  # damage may be that its end is not there yet
                     self._arrivals.put_back(file)
@@ -203,7 +231,7 @@ class Watching:
                 size = held_bytes(file.image.path) + result.map.nbytes
                 for done, (written, thumbnails) in chain(ahead.put(result, size), ahead.ready()):
                     self._keep(files[done.index], written, thumbnails, start)
-                if not self._going_on():
+                if not self._listener.going_on():
                     break
             for done, (written, thumbnails) in ahead.rest():
                 self._keep(files[done.index], written, thumbnails, start)
@@ -220,7 +248,7 @@ class Watching:
             record = replace(record, note=written.failure.reason)
         self._with_room(lambda: self._stream.add(file, record, thumbnails))
         self._with_room(self._stream.settle)
-        self._tell(Told(file.relative, time.perf_counter() - start, record))
+        self._listener.tell(Told(file.relative, time.perf_counter() - start, record))
         note = self._drift.follow(record.verdict == "reject")
         if note is not None:
             log.warning("%s", note)
@@ -236,7 +264,7 @@ class Watching:
         log.error("%s: not scored: %s", printable(file.relative), reason)
         self._with_room(lambda: self._stream.refuse(file, reason))
         self._with_room(self._stream.settle)
-        self._tell(Told(file.relative, time.perf_counter() - start, error=reason))
+        self._listener.tell(Told(file.relative, time.perf_counter() - start, error=reason))
 
     def _with_room(self, write: Callable[[], Done]) -> Done:
         """Write, as soon as there is room on the disk; raises EndedError where there still is none at the end."""
@@ -245,20 +273,20 @@ class Watching:
             try:
                 done = write()
             except OSError as error:
-                check_there(self._options.output)
+                check_there(self._job.options.output)
                 if error.errno not in NO_ROOM:
                     raise
                 if not self._full:
                     self._full = True
-                    log.error("%s: %s; waiting for room, nothing is lost", self._options.output, error.strerror)
-                if not self._going_on():
+                    log.error("%s: %s; waiting for room, nothing is lost", self._job.options.output, error.strerror)
+                if not self._listener.going_on():
                     raise EndedError from None
                 time.sleep(ROOM)
                 waited = True
                 continue
             if waited and self._full:
                 self._full = False
-                log.warning("%s: there is room again", self._options.output)
+                log.warning("%s: there is room again", self._job.options.output)
             return done
 
     def _take_changed_bank(self) -> None:
@@ -269,7 +297,7 @@ class Watching:
         try:
             if bank_settings(path) != self._bank.settings:
                 raise ConfigError(f"{path} is of other settings now; end this run and start it again to use it")
-            method = BankMethod(self._config, self._workplace.place)
+            method = BankMethod(self._job.config, self._workplace.place)
             self._workplace = replace(self._workplace, method=method)
         except (ConfigError, MemoryError) as error:
             log.error("the bank has changed, and the one before stays in use: %s", error)
@@ -288,14 +316,14 @@ class Watching:
             self._write_results()
             self._shown = latest.scored + latest.failed
         except OSError as error:
-            check_there(self._options.output)
+            check_there(self._job.options.output)
             log.warning("%s is not written: %s", REPORT, error.strerror or error)
         # Of many pictures it takes long, which images should not have to wait for.
         pause = max(PAGE, 20 * (time.monotonic() - now))
         self._next_page, self._page_due = now + pause, now + max(pause, PAGE_BUSY)
 
     def _write_results(self) -> None:
-        latest, options = self._stream.latest, self._options
+        latest, options = self._stream.latest, self._job.options
         shown = [
             ShownImage(image, None, None, *(pictures.get(name, "") for name in PICTURES))
             for image, pictures in latest.images
@@ -303,7 +331,7 @@ class Watching:
         notes = [f"The page shows the last {len(shown)} of {counted(latest.scored, 'image')}."] * bool(shown)
         notes += [f"{self._drift.note}."] * (self._drift.note is not None)
         record = CategoryRecord(
-            name=self._category.name,
+            name=self._job.category.name,
             images=[image.record for image in shown],
             failures=list(latest.failures),
             image_sizes=self._workplace.sides,
@@ -313,7 +341,7 @@ class Watching:
             notes=notes,
             seconds=round(time.perf_counter() - self._started.clock, 3),
         )
-        run = run_record(self._config, self._runtime, self._workplace, self._started, [record], notes)
+        run = run_record(self._job.config, self._runtime, self._workplace, self._started, [record], notes)
         rate = round((latest.scored - self._before) / run.seconds, 3)
         run = replace(run, images=latest.scored, failed=latest.failed, images_per_second=rate)
         if "zsad" in options.formats:
@@ -323,6 +351,11 @@ class Watching:
 
 
 PICTURES = ("image", "overlay", "stages")
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, as one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class _Bank:

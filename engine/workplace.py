@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.limits import Limits
-from zsad.engine.images.loader import DeviceInputs, HostInputs, Inputs, Loader
+from zsad.engine.images.loader import Batch, DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
 from zsad.engine.methods.bank_build import Making
 from zsad.engine.methods.component_wise import ComponentWise
@@ -69,6 +71,15 @@ class Workplace:
     record: Mapping[str, Any]  # the configuration in force, with the size of its images
     timings: MutableMapping[str, float]  # seconds by stage
     fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
+
+    def try_out(self) -> None:
+        """Let the method, which is started, take a plain image; raises what it raises where it can take none."""
+        side = max(self.sides.values())
+        plain, inputs = np.full((side, side, 3), 128, np.uint8), self.loader.inputs
+        with inputs.batch([inputs.prepare(plain)]) as arrays:
+            list(self.method.take(Batch([0], arrays, [], [plain])))
+        if self.foregrounds is not None:
+            self.foregrounds.find(plain)
 
     def asked(self, config: Config) -> dict[str, Any]:
         """Return the configuration in force with image sizes as they were asked for, which may be auto."""

@@ -134,7 +134,7 @@ def _watch(
     arguments: argparse.Namespace, config: "Config", runtime: "Runtime", options: "Options", interrupts: "Interrupts"
 ) -> int:
     """Score what arrives until Ctrl-C or SIGTERM, which is the usual end; what is in flight is finished first."""
-    from zsad.engine.watch import Told, watch
+    from zsad.engine.watch import Listener, Told, watch
     from zsad.kernels.files import printable
 
     from .console import DONE, emit
@@ -146,7 +146,7 @@ def _watch(
             emit(printable(str(told)))
 
     interrupts.waits = True
-    watch(arguments.watch, config, runtime, options, lambda: not interrupts.seen, tell)
+    watch(arguments.watch, config, runtime, options, Listener(lambda: not interrupts.seen, tell))
     return DONE
 
 

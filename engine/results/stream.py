@@ -83,6 +83,10 @@ class Stream:
         for file in (self._scores, self._regions, self._journal):
             file.close()
 
+    def has(self, arrival: Arrival) -> bool:
+        """Tell whether a file was handled as it is."""
+        return self._known.has(arrival.relative, arrival.version)
+
     def add(self, arrival: Arrival, record: ImageRecord, thumbnails: Mapping[str, str]) -> None:
         """Take in an image whose files are written."""
         ends = self._scores.end, self._regions.end

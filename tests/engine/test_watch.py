@@ -27,11 +27,12 @@ from zsad.engine.images import arrivals
 from zsad.engine.images.folders import NothingToScoreError
 from zsad.engine.methods.bank import bank_settings
 from zsad.engine.methods.method import method_class
+from zsad.engine.networks.onnx_runtime import OnnxRuntimeGraph
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.results import stream
 from zsad.engine.results.image_files import ImageFiles
 from zsad.engine.results.output import OutputError, claimed
-from zsad.engine.watch import Told, watch
+from zsad.engine.watch import Listener, Told, watch
 from zsad.engine.workplace import Options
 
 ENOUGH = 120.0  # seconds that a waiting test gives up after
@@ -103,7 +104,7 @@ class Line:
         config = load_config(preset, None, overrides, method_of=method_class, base=base)
         options = {"output": Path("out"), **options}
         runtime = choose_runtime("cpu", "auto")
-        watch(Path("in"), config, runtime, Options(**options), self.going_on, self.tell)
+        watch(Path("in"), config, runtime, Options(**options), Listener(self.going_on, self.tell))
         return [told.path for told in self.told]
 
 
@@ -231,6 +232,55 @@ def test_what_is_moved_away_or_deleted_stops_nothing(made: Path, monkeypatch: py
     assert line.run() == ["a.png", "b.png"]
     assert line.told[0].record is not None
     assert line.told[0].record.note == "no map, the file has changed: no longer there"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_image_that_makes_the_networks_fail_is_named_and_the_others_are_scored(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch_size: int
+) -> None:
+    names = [f"{number}.png" for number in range(7)]
+    for number, name in enumerate(names):
+        put(made, GOOD if number == 2 else number, name)
+    run = OnnxRuntimeGraph.run
+
+    def fail(self: OnnxRuntimeGraph, inputs: Any) -> Any:
+        if (inputs["images"][:, 0] - inputs["images"][:, 1]).max() > 3:  # the defect is red
+            raise RuntimeError("a node of the graph\nrefuses")
+        return run(self, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxRuntimeGraph, "run", fail)
+        line = Line(7, also=0.2)
+        assert sorted(line.run(batch_size=batch_size)) == names
+    assert [told.error for told in line.told if told.error] == ["scoring it failed: a node of the graph"]
+    assert caplog.text.count("not scored") == caplog.text.count("2.png: not scored") == 1
+    assert sorted(row["path"] for row in table()) == names[:2] + names[3:]
+    put(made, 7, "7.png")
+    assert Line(1, also=0.2).run() == ["7.png"]
+
+
+def test_what_fails_for_all_images_ends_it_and_they_are_scored_by_the_next_run(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        put(made, number, f"{number}.png")
+    run, calls = OnnxRuntimeGraph.run, 0
+
+    def fail(self: OnnxRuntimeGraph, inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise MemoryError("too little")
+        return run(self, inputs)
+
+    line = Line(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxRuntimeGraph, "run", fail)
+        with pytest.raises(OSError, match=r"fail for all images \(too little\)"):
+            line.run()
+    assert [told.error for told in line.told] in ([], [None])
+    assert "not scored:" not in caplog.text
+    assert len(Line(3 - len(line.told), also=0.2).run()) + len(line.told) == len(table()) == 3
 
 
 @pytest.mark.parametrize("where", ["files", "tables"])
