@@ -33,6 +33,7 @@ from zsad.engine.results.image_files import Background, Result, Writing
 from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, why_again
+from zsad.engine.scores.maps import common_scale
 from zsad.engine.scores.verdicts import VERDICTS, Bounds
 from zsad.engine.workplace import Options, Workplace
 from zsad.export.libraries import EngineError
@@ -314,10 +315,7 @@ class CategoryPass:
                 scores[sound] = self.method.image_scores([found[place] for place in sound])
         if (note := self.method.note()) is not None:
             self._note(note)
-        scale = self.method.map_range or (
-            min(float(found[place].map.min()) for place in sound),
-            max(float(found[place].map.max()) for place in sound),
-        )
+        scale = self.method.map_range or common_scale([found[place].map for place in sound])
         return [
             Result(
                 image.index,

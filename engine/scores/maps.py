@@ -1,6 +1,7 @@
 """From patch scores to pixel maps, verdicts and regions."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -71,6 +72,17 @@ def object_mask(image_bgr: ArrayLike) -> NDArray[np.bool_]:
     circle = np.zeros((height, width), np.uint8)
     cv2.circle(circle, (width // 2, height // 2), (height // 9) * 4, 1, thickness=-1)
     return (far <= 0.9 * len(colours)) | (circle > 0)
+
+
+def common_scale(maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+    """Return which value of a category's patch maps [H, W] becomes 0 and which becomes 1.
+
+    They are the lowest and the highest one, except that the highest map counts for at most twice what the next one
+    reaches above the lowest value: one broken picture must not flatten all others.
+    """
+    low = min(float(values.min()) for values in maps)
+    *_, second, highest = sorted([low, *(float(values.max()) for values in maps)])
+    return low, min(highest, low + 2 * (second - low)) if second > low else highest
 
 
 def pixel_map(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsad.engine.scores.maps import enlarged, object_mask, pixel_map, upsample
+from zsad.engine.scores.maps import common_scale, enlarged, object_mask, pixel_map, upsample
 
 RNG = np.random.default_rng(5)
 
@@ -27,6 +27,20 @@ def test_upsampling_interpolates_between_aligned_corners(shape, size) -> None:
     ys = np.linspace(0, shape[0] - 1, size[0]) if size[0] > 1 else np.zeros(1)
     xs = np.linspace(0, shape[1] - 1, size[1]) if size[1] > 1 else np.zeros(1)
     np.testing.assert_allclose(upsample(plane, size), 2 * ys[:, None] - 3 * xs + 1, atol=1e-4)
+
+
+def test_one_map_alone_does_not_flatten_the_others() -> None:
+    maps = [RNG.uniform(1, 1 + height, (6, 6)).astype(np.float32) for height in (0.5, 0.8, 1, 40)]
+    low, second = min(values.min() for values in maps), sorted(values.max() for values in maps)[-2]
+    assert common_scale(maps) == pytest.approx((low, low + 2 * (second - low)))
+    assert common_scale(maps[:3]) == pytest.approx((low, second)), "maps alike are scaled by the highest"
+
+
+def test_there_is_a_scale_where_maps_say_nothing() -> None:
+    flat, peak = np.ones((2, 2), np.float32), np.array([[1, 5], [1, 1]], np.float32)
+    assert common_scale([flat, flat]) == (1, 1)
+    assert common_scale([flat, peak]) == (1, 5)
+    assert common_scale([peak]) == (1, 5)
 
 
 def test_pixel_map_uses_the_scale_of_the_category_and_clears_the_background() -> None:
