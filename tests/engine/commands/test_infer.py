@@ -1006,7 +1006,7 @@ def test_usage_errors(infer, arguments: list[str], message: str, capsys: pytest.
     ("arguments", "message"),
     [
         (["absent"], "absent: there is no such folder"),
-        (["data/00.png"], "must be a folder"),
+        (["data/00.png"], "folders of images are read"),
         (["data", "--device", "tpu"], "device must be"),
         (["data", "--threshold", "nan"], "threshold must be"),
         (["data", "--threshold", "2"], "threshold must be"),
