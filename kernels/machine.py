@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,19 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 def available_cores() -> int:
     """Return the processors this process may keep busy: those it may run on, less where a container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
-    quota = _processor_quota()
+    quota = _processor_quota(CONTROL_GROUP)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
-def _processor_quota() -> float | None:
+@cache  # a search of few vectors takes little longer than reading these files
+def _processor_quota(control_group: Path) -> float | None:
     """Return how many processors' time the container may use; None without a quota."""
     with suppress(OSError, ValueError):  # no container, or one without a quota ("max")
-        quota, period = (CONTROL_GROUP / "cpu.max").read_text("utf-8").split()
+        quota, period = (control_group / "cpu.max").read_text("utf-8").split()
         return int(quota) / int(period)
     with suppress(OSError, ValueError):  # version 1
         quota, period = (
-            (CONTROL_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text("utf-8") for name in ("quota", "period")
+            (control_group / "cpu" / f"cpu.cfs_{name}_us").read_text("utf-8") for name in ("quota", "period")
         )
         return int(quota) / int(period) if int(quota) > 0 else None
     return None

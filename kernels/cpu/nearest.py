@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from zsad.kernels.machine import available_cores, default_memory_limit
 
@@ -444,5 +445,8 @@ def _shares(count: int) -> list[slice]:
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Yield as many threads as there are cores, each of which multiplies by itself."""
-    with ThreadPoolExecutor(available_cores()) as pool, threadpool_limits(1, user_api="blas"):
+    with ThreadPoolExecutor(available_cores()) as pool, _libraries().limit(limits=1, user_api="blas"):
         yield pool
+
+
+_libraries = cache(ThreadpoolController)  # looks through all that is loaded
