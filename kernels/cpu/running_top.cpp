@@ -1,7 +1,7 @@
 // The largest products of every row, while chunk after chunk of columns passes by.
 //
-//   values[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), descending; a column
-//                                 c counts as number first + c, and of equal ones the first to come stays before
+//   values[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), descending; column c
+//                                 counts as number first + c, and of equal ones the first to come stays before
 //
 // Shapes and types of the arguments: running_top.h.
 //
@@ -37,7 +37,8 @@ void ZSAD_JOIN(running_top_, ZSAD_TARGET)(const RunningTop& a) {
     for (int group = 0; group < a.kept.columns; group += kGroup) {
       // A constant count for whole groups, which keeps them in registers.
       const int end = std::min(group + kGroup, a.kept.columns);
-      const float best = end - group == kGroup ? largest(products + group, kGroup) : largest(products + group, end - group);
+      const float best =
+          end - group == kGroup ? largest(products + group, kGroup) : largest(products + group, end - group);
       if (best > smallest(a.kept, p)) raise(a.kept, p, products + group, group, end);
     }
   }

@@ -28,7 +28,8 @@
 // and walks along `segment` columns of a strip of grid rows of row patches (4 rows, 2 with degree 5, 1 beyond):
 // - loads are coalesced over q, start a column ahead of their use, and take one multiply-add each: a pointer for every
 //   row of the strip and a running offset for every own patch. What lies outside of the grid below or beside is read
-//   from the zeros behind the patches. An entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment times;
+//   from the zeros behind the patches. Each entry is read (strip + 2 reach) / strip * (segment + 2 reach) / segment
+//   times;
 // - the box over p stays in registers: vertical sums nest (degree 5 adds two rows to degree 3) and two rows share what
 //   they have in common, horizontal ones are kept as partial sums of the outputs still open, 2k per degree;
 // - the box over q goes through shared memory, separably, in rows padded by zeros: down the run in registers, of which
@@ -37,8 +38,8 @@
 // - a block covers all q (as long as they fit), so row maxima need one redux per warp, whose result waits in a place of
 //   its own, and column maxima stay in registers until the end. Maxima are exact in any order: the result is
 //   deterministic.
-// tests/kernels/cuda/test_compile.py counts the walk's instructions an entry: 62 for degrees 1, 3, 5 on sm_89, 27 for 1, 3
-// and 10 for 1, of which 9 in 10 threads have use at 37 x 37 patches. Shared memory passes 11 words an entry with
+// tests/kernels/cuda/test_compile.py counts the walk's instructions an entry: 62 for degrees 1, 3, 5 on sm_89, 27 for
+// 1, 3 and 10 for 1, of which 9 in 10 threads have use at 37 x 37 patches. Shared memory passes 11 words an entry with
 // degree 5 and global memory 3, which take 14 cycles of a multiprocessor a warp, the instructions 15: 3 to 5 µs a Gram
 // on a 4090 or a H200 where latencies are hidden. One block of 12 warps fills a multiprocessor's registers. No time has
 // been measured; segment, strip_rows and kOwn are what to vary.
@@ -343,7 +344,8 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
       if (qy < band0 || qy >= band1) continue;
 #pragma unroll
       for (int r = 0; r < kDegrees; ++r)
-        atomicMax(best_columns + r * P + qy * W + qx, float_to_key(column_best[r][i] * (Near ? 1 : inverse_column[r][i])));
+        atomicMax(best_columns + r * P + qy * W + qx,
+                  float_to_key(column_best[r][i] * (Near ? 1 : inverse_column[r][i])));
     }
   }
   if (a.best_rows) {

@@ -5,8 +5,8 @@
 // overwritten, in some order. Shared memory is poisoned before every block and fenced by canaries. An asynchronous copy
 // poisons its target when it starts and lands as late as it may, when its own thread waits for it. Refused, with the
 // line: a barrier or collective reached at different lines, by a part of the block or warp only, or after some have
-// returned; copies and matrix loads that are unaligned or outside shared memory; a thread that returns before its copies
-// landed.
+// returned; copies and matrix loads that are unaligned or outside shared memory; a thread that returns before its
+// copies landed.
 //
 // Not seen: timing, bank conflicts, unaligned vector loads, and races between blocks or inside a warp that need the
 // memory model.
