@@ -1,7 +1,7 @@
 // The largest products of every row, while chunk after chunk of columns passes by.
 //
-//   values[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), descending; column c
-//                                 counts as number first + c, and of equal ones the first to come stays before
+//   values[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), descending; column
+//                                 c counts as number first + c, and of equal ones the first to come stays before
 //
 // Shapes and types of the arguments: running_top.h.
 //

@@ -1,7 +1,7 @@
 // The largest products of every row, while chunk after chunk of columns passes by.
 //
-//   keys[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), in any order; column c
-//                               counts as number first + c, and of equal ones those that came first stay
+//   keys[p, :], indices[p, :] = the K largest of what they held and of products[p, 0 .. columns), in any order; column
+//                               c counts as number first + c, and of equal ones those that came first stay
 //
 // running_top: grid (ceil(rows / warps per block), 1), whole warps
 //   products  [rows, stride] float

@@ -1,10 +1,10 @@
 // A tile of products of the patches of two images on tensor cores: what fused.cu and tiled.cu have in common.
 //
 // A block multiplies 64 Down patches of one image (rows) with 128 of another (columns), 64 x 64 entries a warp: 128
-// sums a thread, which leaves 127 of 255 registers. (With 64 x 32 a warp loads half as much again per product, which is all
-// that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, two multiply_add deep for either type.
-// Three stages hold a step of both sides; while one is multiplied the next two are on their way (cp.async), with one
-// barrier a step. With 2 warps down they take 48 KB, of which two fit the 100 KB of sm_86, 89 and 120.
+// sums a thread, which leaves 127 of 255 registers. (With 64 x 32 a warp loads half as much again per product, which is
+// all that shared memory gives on sm_80 and 90.) Channels pass in steps of 64 bytes, two multiply_add deep for either
+// type. Three stages hold a step of both sides; while one is multiplied the next two are on their way (cp.async), with
+// one barrier a step. With 2 warps down they take 48 KB, of which two fit the 100 KB of sm_86, 89 and 120.
 //   - 16-byte piece c of row r lies at piece c ^ (r / 2 % 4): the 8 rows that a quarter of load_matrices reads are in
 //     different banks, and so are the 8 pieces that 8 threads copy.
 //   - Where there are fewer patches others stand in for them: neither the loop nor what comes after it masks loads.
