@@ -172,7 +172,8 @@ def metrics_of(images: ImageSet, scored: Scored, members: Sequence[int] | None =
 
 
 def resized(mask: Bools, side: int = SIDE) -> Bools:
-    return np.asarray(cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST)) > 0
+    # Without EXACT the corners of pixels would count instead of their middles: masks would be half a pixel off.
+    return np.asarray(cv2.resize(mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST_EXACT)) > 0
 
 
 def defects(images: ImageSet, count: int) -> list[tuple[Image.Image, Image.Image]]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from zsad.bench import accuracy
-from zsad.bench.accuracy_batches import Batch, drawn_defect, planted
+from zsad.bench.accuracy_batches import SIDE, Batch, drawn_defect, planted, resized
 from zsad.engine.evaluation.metrics import image_metrics
 from zsad.kernels.mutual_scoring import mutual_scores
 
@@ -39,6 +39,14 @@ def test_known_good_images_are_compared_with_and_not_scored() -> None:
     part = batch.of(members, known)
     np.testing.assert_allclose(accuracy.small(part, 56).maps, alone, atol=1e-6)
     assert len(next(accuracy.clean_rows(part, (0.25,))).images) == len(members)
+
+
+def test_masks_stay_in_place_when_they_are_resized() -> None:
+    mask = np.zeros((3 * SIDE, 5 * SIDE), np.bool_)
+    mask[301:-301, 501:-501] = True
+    small = resized(mask)
+    np.testing.assert_array_equal(small, small[::-1, ::-1])
+    assert small.any()
 
 
 def test_chosen_taps_and_degrees() -> None:
