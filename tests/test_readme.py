@@ -63,7 +63,7 @@ def test_the_readme_is_short() -> None:
 def test_continuous_integration_runs_the_test_command() -> None:
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python3 -m venv .*\[dev\].*$", run, flags=re.MULTILINE)
-    assert command.endswith("/bin/pytest")
+    assert command.endswith("/bin/pytest -n auto")
     command = command.replace('"$venv"', ".venv")
     assert f"```sh\n{command}\n```" in README
 

@@ -13,6 +13,7 @@ def make_tokens(count: int, seed: int) -> np.ndarray:
     return (np.random.default_rng(9).normal(size=(2, 16, 12)) + rng.normal(size=(count, 2, 16, 12))).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_a_bank_of_all_patches_scores_as_comparing_with_all_does() -> None:
     known, new = make_tokens(5, 0), make_tokens(2, 1)
     size, scores, maps = scored_by_bank(known, new, 1.0, 56)

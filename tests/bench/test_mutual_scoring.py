@@ -23,6 +23,7 @@ def test_what_clean_references_add_is_a_stage_of_its_own(tmp_path: Path, capsys:
     assert "clean references add" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--references", "--scaling"])
 def test_validating_times_nothing(option: str, tmp_path: Path) -> None:
     file = tmp_path / "found.jsonl"

@@ -69,6 +69,7 @@ def score_of(name: str) -> tuple[float, str]:
     return next((image["score"], image["verdict"]) for image in images if image["path"] == name)
 
 
+@pytest.mark.slow
 def test_a_false_alarm_is_accepted_and_taken_back(tell: Callable[..., tuple[int, Any, str]]) -> None:
     first, tensors = read_header(Path("part.zsad"))[1], read_bank(Path("part.zsad")).tensors
     before = score_of("00.png")
@@ -91,6 +92,7 @@ def test_a_false_alarm_is_accepted_and_taken_back(tell: Callable[..., tuple[int,
     assert all(again[name].tobytes() == array.tobytes() for name, array in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_missed_defect_is_rejected_where_its_mask_is(tell: Callable[..., tuple[int, Any, str]]) -> None:
     mask = Image.new("L", (97, 80))
     ImageDraw.Draw(mask).rectangle((10, 10, 60, 60), 255)
@@ -108,6 +110,7 @@ def test_a_missed_defect_is_rejected_where_its_mask_is(tell: Callable[..., tuple
     assert [image.patches["dinov2"] > 1 for image in steps[0].images] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_a_line_each_and_the_others_are_done(
     tell: Callable[..., tuple[int, Any, str]],
 ) -> None:
@@ -136,6 +139,7 @@ def test_what_cannot_be_done_is_a_line_each_and_the_others_are_done(
     assert Path("part.zsad").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_masks_that_are_of_no_use_are_said(tell: Callable[..., tuple[int, Any, str]]) -> None:
     for folder in ("a", "b", "c"):
         Path(folder).mkdir()
@@ -210,6 +214,7 @@ def test_feedback_needs_a_bank(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --bank part.zsad too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_that_there_is_not(tell: Callable[..., tuple[int, Any, str]]) -> None:
     tell("--accept", "new/00.png")
     tell("--accept", "new/01.png")

@@ -120,6 +120,7 @@ def table() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_what_arrives_is_scored_and_written_as_a_run_does(made: Path) -> None:
     for number in (0, GOOD):
         put(made, number, f"{number:02d}.png")
@@ -151,6 +152,7 @@ def test_what_arrives_is_scored_and_written_as_a_run_does(made: Path) -> None:
     assert "The page shows the last 3 of 3 images." in page
 
 
+@pytest.mark.slow
 def test_what_was_scored_is_not_scored_again_and_what_came_meanwhile_is(made: Path) -> None:
     put(made, 0, "a.png")
     assert Line(1).run() == ["a.png"]
@@ -166,6 +168,7 @@ def test_what_was_scored_is_not_scored_again_and_what_came_meanwhile_is(made: Pa
     assert maps == {f"{k}.png": f"maps/{k}.tiff" for k in "abc"} | {"b.bmp": "maps/b.bmp.tiff"}
 
 
+@pytest.mark.slow
 def test_half_a_file_waits_for_the_other_half(made: Path) -> None:
     content = (made / "all" / "03.png").read_bytes()
     Path("in/b.png").write_bytes(content[: len(content) // 2])
@@ -181,6 +184,7 @@ def test_half_a_file_waits_for_the_other_half(made: Path) -> None:
     assert [row["path"] for row in table()] == ["a.png", "b.png"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_named_once_and_tried_again_when_it_changes(
     made: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +200,7 @@ def test_what_cannot_be_read_is_named_once_and_tried_again_when_it_changes(
     assert [row["path"] for row in table()] == ["a.png", "b.png"]
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_scored_is_scored_as_it_is_then(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +223,7 @@ def test_a_file_that_changes_while_it_is_scored_is_scored_as_it_is_then(
     assert line.told[0].record.verdict == "reject"
 
 
+@pytest.mark.slow
 def test_what_is_moved_away_or_deleted_stops_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(made, 0, "a.png")
     write = ImageFiles.write
@@ -351,6 +357,7 @@ def test_a_disk_that_is_really_full(made: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", "out"], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bank_that_changes_is_used_and_one_that_is_damaged_or_another_is_not(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -379,6 +386,7 @@ def test_a_bank_that_changes_is_used_and_one_that_is_damaged_or_another_is_not(
     assert caplog.text.index("stays in use") < caplog.text.index("as it is now")
 
 
+@pytest.mark.slow
 def test_a_drift_is_said_and_shown(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(25):
         put(made, GOOD, f"{number:02d}.png")
@@ -407,6 +415,7 @@ def test_what_cannot_be_watched_is_refused(made: Path) -> None:
         Line(0).run()
 
 
+@pytest.mark.slow
 def test_output_and_banks_may_lie_in_the_folder(made: Path) -> None:
     shutil.copy("part.zsad", "in")
     for number, name in enumerate(("a.png", "b.png")):

@@ -26,6 +26,7 @@ def _workplace(workplace: None) -> None:
     """Every test here runs the tiny network in a folder of its own."""
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "limit",
@@ -135,6 +136,7 @@ def test_foregrounds_and_tiles_on_a_device_equal_those_on_the_cpu(
     assert record("cuda:0")["device"] == "cuda:0"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_tokens_from_the_cpu_can_be_scored_on_a_device(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

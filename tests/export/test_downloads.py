@@ -113,6 +113,7 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "w.pth").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_of_two_downloads_at_once_one_waits_for_the_other(server: Server, tmp_path: Path) -> None:
     server.may_send.clear()
     with ThreadPoolExecutor(2) as pool:

@@ -76,6 +76,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
         build_isnet_graph(isnet, replace(IsnetOptions(), **wrong))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "oracle"),
     [

@@ -63,6 +63,7 @@ def test_commands_stop_without_onnx_runtime(
     assert not list((empty_cache / "models").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, pytest.param("0", marks=pytest.mark.slow)])
 def test_telemetry_is_off_unless_the_user_has_said_something(asked: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}

@@ -199,6 +199,7 @@ def test_metadata_says_what_is_in_the_file(random_dinov2: Callable[..., Path], t
     }
 
 
+@pytest.mark.slow
 def test_command_exports_a_checkpoint(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "tiny.onnx"
     checkpoint = str(golden / "dinov2_vit_tiny.pth")

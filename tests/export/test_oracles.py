@@ -206,6 +206,7 @@ def test_timm_clip(torchvision: None, tmp_path: Path) -> None:
         np.testing.assert_allclose(embedding, torch.nn.functional.normalize(model(images)).numpy(), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("activation", "layer_scale"),

@@ -61,6 +61,7 @@ def test_ever_more_layers_stay_in_fp32() -> None:
     assert all(set(fewer) < set(more) for fewer, more in pairwise(choices))
 
 
+@pytest.mark.slow
 @needs_vnni
 def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
     random_dinov2: Callable[..., Path], tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -434,6 +434,7 @@ def test_a_missing_library_says_how_to_install_it(target: str, extra: str, monke
         import_tensorrt(target)
 
 
+@pytest.mark.slow
 def test_importing_the_export_side_imports_neither_pytorch_nor_tensorrt() -> None:
     code = (
         "import sys, zsad.export.onnx_export, zsad.export.tensorrt_engine;"
@@ -534,6 +535,7 @@ def test_tensorrt_rtx_builds_a_text_tower(tmp_path: Path, precision: str, capsys
     assert capsys.readouterr().err.count("already built") == 2
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_tensorrt_rtx_reads_the_types_of_a_text_tower(tmp_path: Path) -> None:
     trt = import_tensorrt("tensorrt-rtx")
@@ -599,6 +601,7 @@ def test_tensorrt_rtx_builds_isnet(tmp_path: Path, precision: str, capsys: pytes
     assert capsys.readouterr().err.count("already built") == 2
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_tensorrt_rtx_reads_the_types_of_isnet(tmp_path: Path) -> None:
     trt = import_tensorrt("tensorrt-rtx")

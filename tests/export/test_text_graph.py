@@ -37,6 +37,7 @@ def run(tmp_path: Path) -> Callable[[onnx.ModelProto, np.ndarray], np.ndarray]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "precision", "attention"),
     [
@@ -74,6 +75,7 @@ def test_the_batch_is_dynamic_and_only_what_stands_in_front_of_the_end_counts(
     assert np.abs(run(model, changed) - together).max(axis=1).min() > 0.01
 
 
+@pytest.mark.slow
 def test_a_tower_of_longer_texts_is_cut_and_one_of_shorter_texts_refused(text: TextTransformer, run: Callable) -> None:
     ids = text_arrays("clip_tiny")["token_ids"]
     short = ids[ids.argmax(axis=1) < 20][:, :20]
@@ -150,6 +152,7 @@ def test_a_vocabulary_that_is_not_the_tokenizer_s_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "text.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -426,6 +426,7 @@ def test_windows_equal_those_of_winclip(
             np.testing.assert_allclose(alone[name], found[name][2:3], atol=largest)
 
 
+@pytest.mark.slow
 def test_every_output_can_stand_alone_and_is_the_same_then(tiny_clip: VisionTransformer) -> None:
     images = normalised(text_arrays("winclip_anomalib")["resized"][:2])
     whole = outputs(build_vit_graph(tiny_clip, ExportOptions((2,), 96, outputs=IMAGE_OUTPUTS)), images)
@@ -496,6 +497,7 @@ def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> No
         build_vit_graph(tiny_clip, ExportOptions((), 32, outputs=("windows_2", "windows_3")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "oracle"),
     [

@@ -50,6 +50,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     assert seen == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
+@pytest.mark.slow
 def test_drafts_of_killed_processes_go_and_those_of_others_stay(tmp_path: Path) -> None:
     target = tmp_path / "file"
     code = (

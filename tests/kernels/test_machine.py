@@ -76,6 +76,7 @@ def test_the_memory_of_a_container_counts(container: Path) -> None:
     assert default_memory_limit() == 3000
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_address_space_counts() -> None:
     code = "from zsad.kernels.machine import default_memory_limit as limit; print(limit())"
     plenty = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -148,6 +149,7 @@ def test_a_temporary_folder_stands_in_for_a_cache_that_may_only_be_read(
     assert "set ZSAD_CACHE to a folder that can be" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_what_stands_in_goes_with_the_process(tmp_path: Path) -> None:
     code = (
         "import errno, os, tempfile; from zsad.kernels import machine\n"

@@ -118,6 +118,7 @@ def test_outputs_that_would_destroy_something(
     assert not cache.exists()  # nothing was begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "names"),
     [

@@ -134,6 +134,7 @@ def test_everything_of_a_run(infer, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not list(Path("out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_and_size_together(infer, tmp_path: Path) -> None:
     data = draw(tmp_path / "data", *numbered(3))
     Image.fromarray(pixels(7)).save(data / "JPEG.JPG")
@@ -459,6 +460,7 @@ def test_an_output_that_cannot_be_used_is_refused_before_any_work(
         assert "readonly: cannot be written to (Read-only file system)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_cleanly_and_resumes(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,6 +581,7 @@ def test_what_is_not_kept_says_why(infer, tmp_path: Path, capsys: pytest.Capture
     assert "data: scored again, since some of its files are gone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_category_that_cannot_be_written_keeps_its_old_results(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -884,6 +887,7 @@ def test_too_few_images_have_no_verdict(infer, tmp_path: Path, capsys: pytest.Ca
     assert "--fail-on reject: data has no verdicts; give --threshold a number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scripts_hear_of_verdicts(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(12))
     assert infer("data", "--expected-defects", "0.1", "--fail-on", "review", "--json") == 3
@@ -963,6 +967,7 @@ def test_groups_are_seeded_blind_and_reported(infer, tmp_path: Path) -> None:
     assert read_scores(Path("other/part")) != one
 
 
+@pytest.mark.slow
 def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(8))
     assert infer("data", "--output", "free") == 0
@@ -1112,6 +1117,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture
         assert checkpoint in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_int8_products_give_nearly_the_same_scores(infer, tmp_path: Path, monkeypatch, capsys) -> None:
     if comparers._cpu is None:
         pytest.skip("installed without a compiler: int8 needs the native kernel")

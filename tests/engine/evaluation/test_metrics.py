@@ -84,6 +84,7 @@ def test_image_metrics_equal_sklearn(pairs: list[tuple[int, float]]) -> None:
         assert found == pytest.approx(sklearn_metrics(labels, scores), abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(any_scores, st.sampled_from([np.float32, np.float64]))
 def test_counts_are_exact_for_any_scale(pairs: list[tuple[int, float]], dtype: type[np.floating[Any]]) -> None:

@@ -59,6 +59,7 @@ def found(folder: Path, images: list[Image.Image], suffixes: dict[int, str] | No
     return duplicates.groups()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moved", [pytest.param(False, marks=pytest.mark.slow), True]
 )  # a still camera with noise, and a part that moves
@@ -76,6 +77,7 @@ def test_near_copies_are_found(tmp_path: Path, kind: str, moved: bool) -> None:
     assert found(tmp_path, images) == [Copies((3, 18), False), Copies((11, 19), False)]
 
 
+@pytest.mark.slow
 def test_exact_copies_are_found_by_file_and_by_pixels(tmp_path: Path) -> None:
     images = [part(seed) for seed in range(8)]
     images += [images[2], images[2], images[5], images[2]]

@@ -72,6 +72,7 @@ def maps(out: Path) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("image", marks=pytest.mark.slow), "resized"])
 def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
     golden = text_arrays("april")
@@ -82,6 +83,7 @@ def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
         np.testing.assert_allclose(LAYERS * maps(found), golden["zero_map"], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_few_shot(april: Callable[..., Path], shots: int) -> None:
     golden = text_arrays("april")
@@ -93,6 +95,7 @@ def test_few_shot(april: Callable[..., Path], shots: int) -> None:
     assert record.scale == (0.0, 8.0)
 
 
+@pytest.mark.slow
 def test_a_saved_range_scores_images_one_by_one(april: Callable[..., Path], tmp_path: Path) -> None:
     golden = text_arrays("april")
     with (tmp_path / "tiny.toml").open("a") as file:

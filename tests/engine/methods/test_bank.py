@@ -89,6 +89,7 @@ def test_copies_that_are_left_out_leave_enough_neighbours() -> None:
     np.testing.assert_allclose(bank.scores, 0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10_000, 20])
 def test_an_image_scores_the_same_whatever_else_is_there(tmp_path: Path, size: int) -> None:
     write_bank(tmp_path / "part.zsad", built(make_tokens(6), size=size))
@@ -104,6 +105,7 @@ def test_an_image_scores_the_same_whatever_else_is_there(tmp_path: Path, size: i
         assert alone.map.tobytes() == together[number].map.tobytes()
 
 
+@pytest.mark.slow
 def test_scores_and_maps_keep_the_order_of_distances_in_a_fixed_range(tmp_path: Path) -> None:
     bank = built(make_tokens(12), size=40)
     assert len(next(iter(bank.features.values())).vectors) == 40
@@ -120,6 +122,7 @@ def test_scores_and_maps_keep_the_order_of_distances_in_a_fixed_range(tmp_path: 
     assert all(0 <= image.map.min() <= image.map.max() < 1 for image in found)
 
 
+@pytest.mark.slow
 def test_bounds_are_conformal_and_say_what_they_promise(tmp_path: Path) -> None:
     bank = built(make_tokens(30), size=100)
     write_bank(tmp_path / "part.zsad", bank)
@@ -335,6 +338,7 @@ def images_of(output: str, category: str = "data") -> dict[str, dict[str, Any]]:
     return {image["path"]: image for image in found}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_known_good_images_become_a_bank_that_scores_single_images(
     tiny: Path, capsys: pytest.CaptureFixture[str]
@@ -366,6 +370,7 @@ def test_known_good_images_become_a_bank_that_scores_single_images(
     assert record("alone")["method"] == "bank"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_a_run_keeps_the_half_that_looks_normal(tiny: Path) -> None:
     draw(Path("data"), 11)
@@ -379,6 +384,7 @@ def test_a_run_keeps_the_half_that_looks_normal(tiny: Path) -> None:
     assert (header.images, header.chosen, header.precision) == (5, False, "int8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_categories_have_banks_of_their_own(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("nut", "bolt"):
@@ -491,6 +497,7 @@ def test_two_networks_make_one_bank(two_networks: Path) -> None:
     assert images_of("alone", "one")["02.png"]["score"] == scores["02.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(Path("data"), 5)
@@ -507,6 +514,7 @@ def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str])
     assert Path("out/data/category.json").stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize(
     ("options", "said"),
@@ -545,6 +553,7 @@ def test_mistakes_are_said_before_any_work(
     assert not Path("out/data").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_resuming_keeps_a_bank_only_where_it_would_be_made_the_same(tiny: Path) -> None:
     draw(Path("data"), 5)
@@ -609,6 +618,7 @@ def test_what_goes_wrong_with_a_bank_is_said_before_any_work_or_costs_that_bank_
     assert "stopped: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_copies_and_damaged_images_are_left_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(Path("good"), 9)
@@ -634,6 +644,7 @@ def test_copies_and_damaged_images_are_left_out(tiny: Path, capsys: pytest.Captu
     assert len(digests) == read_bank(Path("b.zsad")).header.images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_unreadable_known_good_images_are_failures(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(Path("good"), 5)

@@ -60,6 +60,7 @@ def told(bank: Bank, kind: Kind, tokens: NDArray[np.float32], masks: Sequence[An
     return with_scores(changed, [image_score(changed.header, known, image.tokens) for image in given])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neighbours", [1, 3])
 @pytest.mark.parametrize("size", [10_000, 40])
 def test_accepting_raises_no_patch_of_any_image(size: int, neighbours: int) -> None:
@@ -74,6 +75,7 @@ def test_accepting_raises_no_patch_of_any_image(size: int, neighbours: int) -> N
         assert changed.features[key] is features
 
 
+@pytest.mark.slow
 def test_what_was_accepted_is_no_longer_unusual() -> None:
     bank, odd = built(make_tokens(12), precision="fp32"), odd_tokens(2)
     changed = told(bank, "accept", odd)
@@ -86,6 +88,7 @@ def test_what_was_accepted_is_no_longer_unusual() -> None:
         told(changed, "accept", odd[:1])
 
 
+@pytest.mark.slow
 def test_own_images_are_scored_without_themselves_but_with_all_that_was_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -103,6 +106,7 @@ def test_own_images_are_scored_without_themselves_but_with_all_that_was_accepted
         assert changed.peaks[number] == pytest.approx(memory.distances(image).max(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rejecting_raises_what_is_nearer_to_a_defect_and_nothing_else() -> None:
     bank, odd = built(make_tokens(12), size=40), odd_tokens(3)
     changed = told(bank, "reject", odd)
@@ -129,6 +133,7 @@ def test_raising_grows_with_the_normal_distance_and_falls_with_that_to_a_defect(
     assert raised([np.array([[0.3], [0.0]])], np.zeros(2), 0.4).tolist() == pytest.approx([0.7, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_taking_back_is_exact_in_any_order(tmp_path: Path, precision: str) -> None:
     def written(bank: Bank) -> Bank:
@@ -149,6 +154,7 @@ def test_taking_back_is_exact_in_any_order(tmp_path: Path, precision: str) -> No
     assert not same(without(third, 1), first)
 
 
+@pytest.mark.slow
 def test_masks_say_which_patches_are_the_defect() -> None:
     bank, odd = built(make_tokens(12), precision="fp32"), odd_tokens(1)
     mask = np.zeros((60, 30), np.float32)
@@ -167,6 +173,7 @@ def test_masks_say_which_patches_are_the_defect() -> None:
         told(bank, "reject", odd, [np.zeros((9, 9), np.float32)])
 
 
+@pytest.mark.slow
 def test_there_is_room_for_a_quarter_of_the_size() -> None:
     bank = built(make_tokens(12), size=12)
     assert bank.header.room == 3
@@ -185,6 +192,7 @@ def test_there_is_room_for_a_quarter_of_the_size() -> None:
     told(changed, "accept", odd_tokens(1))  # what is accepted has room of its own
 
 
+@pytest.mark.slow
 def test_without_feedback_scores_follow_from_what_is_kept() -> None:
     bank = built(make_tokens(12), size=40)
     again = rederived(replace(bank, scores=np.zeros(12), peaks=np.zeros(12)))
@@ -200,6 +208,7 @@ def change_image(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda header: header["feedback"][0]["images"][0].update({key: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -187,6 +187,7 @@ def test_a_method_sees_tiles_as_it_sees_images(
     assert not found.all()  # nothing looks beside the tiles
 
 
+@pytest.mark.slow
 def test_references_are_tiles_of_components_too(
     infer: Callable[..., int], golden_pictures: list[NDArray[np.uint8]], capsys: pytest.CaptureFixture[str]
 ) -> None:

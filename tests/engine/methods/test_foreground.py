@@ -123,6 +123,7 @@ def test_the_background_has_the_lowest_score_whatever_the_method(
     assert kinds == wanted.get(rule, {"foreground.png", "masks.png", "tiles.jpg"})
 
 
+@pytest.mark.slow
 def test_without_an_object_all_is_foreground(
     infer: Callable[..., int], golden_pictures: list[NDArray[np.uint8]]
 ) -> None:

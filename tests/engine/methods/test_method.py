@@ -50,6 +50,7 @@ def expected(config: Config, image: Path) -> float:
     return float(1 / (1 + np.exp(100 * (cosines[0] - cosines[1]))))
 
 
+@pytest.mark.slow
 def test_a_second_method_needs_nothing_but_its_module(text_image: Path, tmp_path: Path) -> None:
     data = runs.draw(tmp_path / "data", 5)
     (data / "broken.png").write_bytes(b"none")

@@ -61,6 +61,7 @@ def test_objects_of_any_name(tiny: list[str], name: str) -> None:
     assert main([*tiny, "--object", name]) == 0
 
 
+@pytest.mark.slow
 def test_names_by_folder(tiny: list[str]) -> None:
     with Path("tiny.toml").open("a") as file:
         file.write('[winclip]\nobject_names = { nut = "bolt" }\n')
@@ -88,6 +89,7 @@ def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: 
     assert "looked for images in empty/ and below; give --reference a folder that has some" in line
 
 
+@pytest.mark.slow
 def test_an_unreadable_reference_among_others(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     touch_images(Path.cwd(), *(f"good/{index}.png" for index in range(6)), seed=10)
     Path("good/5.png").write_bytes(b"no picture")
@@ -257,6 +259,7 @@ def test_options_of_other_methods(tiny: list[str], capsys: pytest.CaptureFixture
     assert "--object is nothing for preset small, whose method is musc" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_head_of_another_network(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(ARRAYS / "april_head.pth", "head.pth")
     with Path("tiny.toml").open("a") as file:

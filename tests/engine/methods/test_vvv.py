@@ -170,6 +170,7 @@ def written_foreground(output: str, number: int = 0) -> NDArray[np.bool_]:
 MASKS = ["min_predicted_iou = 0.72\nmin_stability = 0.78", "min_predicted_iou = 0.71\nmin_stability = 0.81"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "isnet", "coverage", "tile_count"),
     [
@@ -225,6 +226,7 @@ def test_a_whole_run_with_all_words(
         assert "the text tower of clipseg over 18 prompts" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_masks_of_a_run_are_the_golden_ones(
     vvv: Callable[..., int], golden_segmentation: Path, golden_pictures: list[NDArray[np.uint8]], number: int
@@ -316,6 +318,7 @@ def test_stages_that_are_wanted_later_are_written(
     assert written_foreground("out").any()
 
 
+@pytest.mark.slow
 def test_maps_are_evaluated(vvv: Callable[..., int], golden_pictures: list[NDArray[np.uint8]]) -> None:
     save_pictures("data/nuts/test/bad", golden_pictures[0])
     save_pictures("data/nuts/test/good", golden_pictures[1])

@@ -54,6 +54,7 @@ def maps(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / "maps" / f"{index}.tiff")) for index in range(COUNT)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("image", marks=pytest.mark.slow), "resized"])
 def test_zero_shot(winclip: Callable[..., Path], kind: str) -> None:
     golden = text_arrays("winclip_anomalib")
@@ -72,6 +73,7 @@ def test_the_object_is_named(winclip: Callable[..., Path]) -> None:
     np.testing.assert_allclose(maps(found), golden["second_zero_map"], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("name", "variant", "share"), [("winclip_anomalib", "anomalib", 1.0), ("winclip_acc", "acc", 0.5)]
@@ -91,6 +93,7 @@ def test_results_depend_neither_on_batches_nor_on_order(winclip: Callable[..., P
     np.testing.assert_allclose(one, several, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tau_changes_no_ranking(winclip: Callable[..., Path], tmp_path: Path) -> None:
     first = scores(winclip("resized"))
     with (tmp_path / "tiny.toml").open("a") as file:
@@ -100,6 +103,7 @@ def test_tau_changes_no_ranking(winclip: Callable[..., Path], tmp_path: Path) ->
     assert np.argsort(first).tolist() == np.argsort(second).tolist()
 
 
+@pytest.mark.slow
 def test_prompts_are_averaged_as_they_are_or_at_unit_length(winclip: Callable[..., Path], tmp_path: Path) -> None:
     with (tmp_path / "tiny.toml").open("a") as file:
         file.write('[winclip]\ntext_mean = "raw"\n')

@@ -111,6 +111,7 @@ IMAGE = GraphRequest("clip", "image", ("tokens", "embedding", "windows_2"))
 TEXT = GraphRequest("clip", "text", ("embedding",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_a_network_has_an_image_graph_and_a_text_graph(clip_config: Config, precision: str) -> None:
     config = clip_config.model_copy(update={"network_precision": precision})

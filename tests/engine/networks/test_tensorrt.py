@@ -61,6 +61,7 @@ def test_an_engine_gives_what_onnx_runtime_gives(model: ExportedModel, tensorrt:
     assert sorted(set(tensorrt[0].runs)) == [1, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_input_that_all_rows_share_goes_with_every_part(
     golden_segmentation: Path, empty_cache: Path, tensorrt: list[HostEngine]
 ) -> None:
@@ -85,6 +86,7 @@ def test_an_input_that_all_rows_share_goes_with_every_part(
     assert tensorrt[0].runs.count(16) == 3
 
 
+@pytest.mark.slow
 def test_kernels_that_tensorrt_rtx_compiles_are_kept(
     model: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

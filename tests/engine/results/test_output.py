@@ -148,6 +148,7 @@ def test_old_results_come_back_where_new_ones_are_not_finished(category: Categor
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../part", "..", ".", "other", ".part"])
 def test_only_what_belongs_beside_it_is_put_in_place(category: Category, tmp_path: Path, name: str) -> None:
     (tmp_path / "part").mkdir()

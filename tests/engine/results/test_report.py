@@ -216,6 +216,7 @@ def set_value(page: Any, selector: str, value: str) -> None:
     page.execute_script(script, find(page, selector), value)
 
 
+@pytest.mark.slow
 def test_cards_are_sorted_and_made_when_needed(page: Any) -> None:
     scores = [float(score) for score in card_values(page, "score")]
     assert scores == sorted(scores, reverse=True)
@@ -234,6 +235,7 @@ def test_cards_are_sorted_and_made_when_needed(page: Any) -> None:
     assert paths == sorted(paths)
 
 
+@pytest.mark.slow
 def test_a_page_of_images_as_they_arrive_has_the_latest_first_and_loads_itself_again(
     browser: Any, tmp_path: Path
 ) -> None:
@@ -259,6 +261,7 @@ def test_a_page_of_images_as_they_arrive_has_the_latest_first_and_loads_itself_a
     browser.get("about:blank")
 
 
+@pytest.mark.slow
 def test_filters_narrow_the_gallery(page: Any) -> None:
     set_value(page, "#filter-category", "0")
     assert find(page, "#count").text == "150 of 155 images"
@@ -283,6 +286,7 @@ def test_filters_narrow_the_gallery(page: Any) -> None:
         assert find(page, "#count").text == f"{count} of 155 images"  # those without a verdict are none of these
 
 
+@pytest.mark.slow
 def test_histogram_counts_and_chooses(page: Any) -> None:
     counts = "return [...document.querySelectorAll('[data-testid=bin]')].map((bin) => Number(bin.dataset.count))"
     assert sum(page.execute_script(counts)) == 155
@@ -413,6 +417,7 @@ def test_categories_share_the_pictures_of_a_page(counts: list[int], share: int) 
     assert module._share(counts) == share
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_page")
 def test_a_large_report_lists_all_and_says_what_it_leaves_out(browser: Any, tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", make_run(30), [recorded("a", numbered_images(30))])

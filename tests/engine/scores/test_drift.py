@@ -50,6 +50,7 @@ def test_a_few_images_tell_nothing() -> None:
     assert drift.note
 
 
+@pytest.mark.slow
 def test_more_defects_than_usual_may_be_expected() -> None:
     drift = Drift(0, 9999, 0.3)
     rng = np.random.default_rng(1)

@@ -43,6 +43,7 @@ def test_names_may_have_braces(name: str) -> None:
     assert prompts.compose(name) == ([f"a good {name}."], [f"a {name} without {name}."])
 
 
+@pytest.mark.slow
 def test_the_lists_are_those_of_the_references(golden_text: Path) -> None:
     arrays = np.load(golden_text / "tokens_prompts.npz")
     texts = json.loads(bytes(arrays["prompts_json"]))

@@ -85,6 +85,7 @@ def test_ordinary_prompts_do_not_import_what_mends(monkeypatch: pytest.MonkeyPat
         small.encode(["&"])
 
 
+@pytest.mark.slow
 def test_every_prompt_has_the_tokens_of_the_reference(golden_text: Path, tokenizer: Tokenizer) -> None:
     arrays = np.load(golden_text / "tokens_prompts.npz")
     prompts = json.loads(bytes(arrays["prompts_json"]))

@@ -41,6 +41,7 @@ def run_pass(pair, grid, degrees, gram=None, **options) -> list[np.ndarray]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("degrees", [[1], [3], [1, 3, 5], [5, 3, 1], [7, 9], [3, 3], [9]])

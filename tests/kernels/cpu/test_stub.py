@@ -31,6 +31,7 @@ def contents(stub: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_stub_says_what_the_module_has(tmp_path: Path) -> None:
     pytest.importorskip("nanobind", reason="nanobind is not installed, which writes stubs")
     if comparers._cpu is None:

@@ -122,6 +122,7 @@ def test_filter_max_cut_into_bands_and_segments(band: int, segment: int) -> None
     checks.check_filter_max(run, host_build.copied, (9, 6), (1, 3, 5), band=band, segment=segment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize("grid", [(1, 6), (7, 7), (5, 9), (14, 4)])
 def test_filter_max_of_near_patches(grid: tuple[int, int], window: int) -> None:
@@ -282,6 +283,7 @@ def test_devices_that_share_the_work_have_windows() -> None:
     np.testing.assert_array_equal(shared, alone)
 
 
+@pytest.mark.slow
 def test_a_window_as_large_as_the_grid_is_none() -> None:
     x = tokens(4, 1, (3, 5), 24)
     whole = device_scores(x, (3, 5), device=HostDevice())

@@ -52,6 +52,7 @@ def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared
     HostDevice().launch(kernel, grid, threads, arguments, shared_bytes)
 
 
+@pytest.mark.slow
 @emulated
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 31), (5, 128), (2, 300)])
 @pytest.mark.parametrize("kept", [1, 3, 16])

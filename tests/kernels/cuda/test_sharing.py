@@ -232,6 +232,7 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
     assert not (host == "little" and plan.exchanges)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize(
     ("variant", "images", "devices"),
@@ -342,6 +343,7 @@ def test_references_have_no_scores(variant: str, images: int, references: int, d
     assert (plans[-1].columns == 0) == (min(devices, images) == 1)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize(
     ("variant", "devices", "degrees"),
@@ -459,6 +461,7 @@ def test_what_one_device_meets_stops_all(devices: int) -> None:
         device_scores(tokens(9), GRID, device=several, progress=interrupt)
 
 
+@pytest.mark.slow
 @compiled
 def test_pairs_per_launch_can_be_chosen() -> None:
     x, plans = tokens(6), []

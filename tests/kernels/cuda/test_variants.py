@@ -172,6 +172,7 @@ def recurring_tokens(images: int, patches: int, channels: int) -> Any:
     return ((tokens + random.normal(scale=0.3, size=tokens.shape)) * scale).astype(np.float32)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("images", "grid", "channels", "degrees"),
