@@ -142,7 +142,7 @@ class Watching:
         self._started, self._before = Started(), stream.latest.scored
         self._full = False  # the disk
         self._bank = _Bank(Path(config.settings.bank))  # type: ignore[attr-defined]
-        self._next_page, self._page_due = 0.0, 0.0
+        self._next_page, self._page_due, self._page_lacks = 0.0, 0.0, False
         self._shown = -1  # how many images there were when the page was written
         self._open()
         for image, _ in stream.latest.images:
@@ -314,10 +314,12 @@ class Watching:
             return
         try:
             self._write_results()
-            self._shown = latest.scored + latest.failed
+            self._shown, self._page_lacks = latest.scored + latest.failed, False
         except OSError as error:
             check_there(self._job.options.output)
-            log.warning("%s is not written: %s", REPORT, error.strerror or error)
+            if not self._page_lacks:
+                log.warning("%s is not written: %s; it is tried again", REPORT, error.strerror or error)
+            self._page_lacks = True
         # Of many pictures it takes long, which images should not have to wait for.
         pause = max(PAGE, 20 * (time.monotonic() - now))
         self._next_page, self._page_due = now + pause, now + max(pause, PAGE_BUSY)

@@ -129,9 +129,12 @@ class Arrivals:
         self._folders: dict[str, ImageFolder] = {}  # of the images that were handed out last
         self._signals = Signals(self.root)
         self._next_scan = 0.0
-        self._gone: str | None = None  # why the folder cannot be looked through
+        self._gone = False  # the folder cannot be looked through
+        self._place: tuple[int, int] | None = None  # which folder it is that the system tells of; None: unsure
 
     def __enter__(self) -> "Arrivals":
+        with suppress(OSError):
+            self._place = _place(self.root)
         self._signals.start()
         return self
 
@@ -141,7 +144,10 @@ class Arrivals:
     def take(self, most: int) -> list[Arrival]:
         """Look around; return files that are complete by now, oldest first."""
         for path in self._signals.changed():
-            self._look_at(path)
+            if path == self.root:  # it may have been removed and made again, and of the new one nothing is told
+                self._place, self._next_scan = None, 0.0
+            else:
+                self._look_at(path)
         if self._signals.missed() or time.monotonic() >= self._next_scan:
             self._scan()
         now = time.monotonic()
@@ -221,21 +227,10 @@ class Arrivals:
     def _scan(self) -> None:
         """Look through the whole folder."""
         start = time.monotonic()
-        try:
-            with os.scandir(self.root):
-                pass
-            if self._gone is not None:
-                log.warning("%s is there again", self.root)
-                self._signals.start()
-            self._gone = None
-        except OSError as error:
-            if self._gone is None:
-                log.error("%s cannot be listed (%s); waiting for it to come back", self.root, error.strerror)
-                self._signals.stop()
-            self._gone = error.strerror or str(error)
-        here = [relative for relative in self._waiting if not (self.root / relative).exists()]
-        for relative in here if self._gone is None else ():
-            del self._waiting[relative]  # moved away or deleted
+        self._find_root()
+        if not self._gone:
+            for relative in [r for r in self._waiting if not os.path.exists(self.root / r)]:  # noqa: PTH110 - never raises
+                del self._waiting[relative]  # moved away or deleted
         for relative, version in self._walk():
             self._meet(relative, version)
         taken = time.monotonic() - start
@@ -243,6 +238,24 @@ class Arrivals:
         if len(self._waiting) >= MOST_WAITING:
             pause = RESCAN  # there may be more
         self._next_scan = time.monotonic() + max(pause, PART * taken)
+
+    def _find_root(self) -> None:
+        """Say where the folder is gone, is there again or is another one, and let the system tell of that."""
+        try:
+            place = _place(self.root)
+        except OSError as error:
+            if not self._gone:
+                log.error("%s cannot be listed (%s); waiting for it to come back", self.root, error.strerror)
+                self._signals.stop()
+            self._gone = True
+            return
+        if self._gone:
+            log.warning("%s is there again", self.root)
+        elif self._place not in (place, None):
+            log.warning("%s is another folder by now (made again, mounted or unmounted); going on with it", self.root)
+        if self._gone or self._place != place:
+            self._signals.start()
+        self._gone, self._place = False, place
 
     def _walk(self) -> Iterator[tuple[str, Version]]:
         """Yield the image files that are there; what cannot be listed is left out."""
@@ -278,6 +291,13 @@ class Arrivals:
         own = (shortened(stem_of(name)), shortened(name))
         key = next((key for key in own if self._known.call(relative, str(folder.key / key))), None)
         return InputImage(folder, name, key or marked(name, relative))
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """Return which folder it is; raises OSError where it cannot be listed."""
+    with os.scandir(folder):
+        status = os.stat(folder)  # noqa: PTH116
+    return status.st_dev, status.st_ino
 
 
 def _version(status: os.stat_result) -> Version:

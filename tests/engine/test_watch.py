@@ -328,6 +328,24 @@ def test_a_disk_that_stays_full_costs_no_image(
     assert Line(1).run() == ["a.png"]
 
 
+def test_a_page_that_cannot_be_written_is_said_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(made, 0, "a.png")
+    tries = 0
+
+    def full(*_: Any, **__: Any) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "PAGE", 0.0)
+    monkeypatch.setattr(module, "write_report", full)
+    Line(1).run()
+    assert tries > 1
+    assert caplog.text.count("report.html is not written: No space left on device") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_disk_that_is_really_full(made: Path, tmp_path: Path) -> None:

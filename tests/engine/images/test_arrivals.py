@@ -1,14 +1,17 @@
 """Files as they arrive: each is handed out once, when it is written, whatever happens to it before and after."""
 
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zsad.engine.images import arrivals as module
-from zsad.engine.images.arrivals import PATIENCE, SETTLED, Arrival, Arrivals, Known, Signals, Version
+from zsad.engine.images.arrivals import PATIENCE, SETTLED, Arrivals, Known, Signals, Version
 from zsad.engine.images.tree import WATCHED, WATCHED_START
 
 
@@ -179,6 +182,39 @@ def test_a_folder_that_is_gone_is_waited_for(
     assert "is there again" in caplog.text
 
 
+def test_a_folder_that_is_another_one_by_now_is_gone_on_with(
+    tmp_path: Path, clock: Clock, taken: Taken, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(Signals, "start", lambda self: started.append(True))
+    write(clock, tmp_path / "in" / "a.png", ago=9)
+    assert taken(9) == ["a.png"]
+    (tmp_path / "in").rename(tmp_path / "before")
+    write(clock, tmp_path / "in" / "b.png", ago=9)
+    assert taken(9) == ["b.png"]
+    assert taken(9) == []
+    assert caplog.text.count("is another folder by now") == 1
+    assert started == [True]  # what told of the one before tells nothing of this one
+
+
+def test_what_cannot_be_looked_at_for_a_while_ends_nothing(
+    tmp_path: Path, clock: Clock, taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(clock, tmp_path / "in" / "sub" / "a.png")
+    assert taken(0) == []
+    look = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if "sub" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return look(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert taken(9) == []
+    assert taken(9) == ["sub/a.png"]
+
+
 def test_of_a_known_file_thirty_two_bytes_are_kept() -> None:
     known = Known()
     for number in range(20_000):
@@ -221,24 +257,31 @@ def test_results_are_called_as_those_of_runs_and_keep_the_suffix_where_they_woul
 
 
 @pytest.mark.slow
-def test_the_system_tells_of_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_tells_of_new_files_also_once_the_folder_was_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("watchfiles")
     monkeypatch.setattr(module, "RESCAN_TOLD", 1000.0)
-    known = Known()
-    with Arrivals(tmp_path, tmp_path / "out", known) as arrivals:
-        found: list[Arrival] = []
-        for number, name in enumerate(("a.png", "sub/b.png", "sub/deep/c.png")):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_bytes(b"x")
-            for _ in range(300):
-                new = arrivals.take(9)
-                found += new
-                for arrival in new:
+    known, root = Known(), tmp_path / "in"
+    with Arrivals(root, tmp_path / "out", known) as arrivals:
+
+        def found(name: str) -> bool:
+            (root / name).parent.mkdir(exist_ok=True, parents=True)
+            (root / name).write_bytes(b"x")
+            for _ in range(100):
+                for arrival in arrivals.take(9):
                     known.add(arrival.relative, arrival.version)
-                if len(found) > number:
-                    break
+                    if arrival.relative == name:
+                        return True
                 arrivals.wait(0.1)
-        assert [arrival.relative for arrival in found] == ["a.png", "sub/b.png", "sub/deep/c.png"]
+            return False
+
+        assert found("first.png")  # the folder was not there
+        for name in ("a.png", "sub/b.png", "sub/deep/c.png"):
+            assert found(name)
+        shutil.rmtree(root)
+        assert found("d.png")
+        assert found("e.png")
 
 
 def test_without_the_library_it_is_said_how_to_get_it(
