@@ -10,6 +10,7 @@ All variants run in turn in one process on the same device; those of one kind in
     zsad        mutual_scores, complete, on all pairs, one fp16 product for all degrees
                 (products="gram"); tokens already on the device
     zsad fused  the same with a fused fp16 product per degree (products="fused")
+    zsad tiled  the same with one fp16 product in tiles that are filtered where they are (products="tiled")
     zsad int8   the same with precision="int8"
     floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
     peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
@@ -42,6 +43,7 @@ from .records import RESULTS, append, environment
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "zsad": ({"products": "gram"}, 2e-3),
     "zsad fused": ({"products": "fused"}, 2e-3),
+    "zsad tiled": ({"products": "tiled"}, 2e-3),
     "zsad int8": ({"precision": "int8"}, 2e-3),
 }
 PEAK_SIDE = 8192

@@ -1,6 +1,7 @@
 """How a device finds the best cosines of image pairs at every degree.
 
     GramOnce              one fp16 product (cuBLAS) serves all degrees, and filter_max reduces the Gram
+    TiledProduct          the same in tiles with a halo, which are filtered and reduced on the spot: no Gram in memory
     ProductPerDegree      an fp16 product for each degree takes its maxima on the spot: no Gram, but features per degree
     Int8ProductPerDegree  the same in int8, which only chooses the winners; their cosines are measured in fp16
 
@@ -17,19 +18,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from . import variants
-from .device import DEVICE_ARRAY, Device, filter_max_kernel, int32
+from .device import DEVICE_ARRAY, MAX_SHARED_BYTES, Device, filter_max_kernel, int32
 
 STAGED_IMAGES = 8  # prepared together
 
 # As in filter_max.cu.
 OWN_ROWS = 4
-MAX_SHARED_BYTES = 99 << 10  # that a block may have on compute capabilities 8.6, 8.9 and 12.0; others have more
 
-Products = Literal["gram", "fused"]
+Products = Literal["gram", "fused", "tiled"]
 
 # [compute capability] -> the faster products in fp16. Nothing has been measured on a GPU yet, so "gram" everywhere. The
 # estimate for Hopper: at P 1369 and C 1024 a fused product reads about 62 MB of L2 per pair, which caps it at half of
-# the tensor peak, and there is one for every degree. bench/mutual_scoring_cuda.py measures both.
+# the tensor peak, and there is one for every degree; what tiled ones pay for the halo stands in tiled.cu.
+# bench/mutual_scoring_cuda.py measures all.
 FASTER: dict[str, Products] = {"8.0": "gram", "8.6": "gram", "8.9": "gram", "9.0": "gram", "12.0": "gram"}
 
 Layout = tuple[tuple[tuple[int, ...], Any], ...]
@@ -101,7 +102,41 @@ class Comparer(ABC):
         """
 
 
-class GramOnce(Comparer):
+class _ProductOnce(Comparer):
+    """Keeps layer-normed features, whose one product serves every degree, and the inverse lengths of their box sums."""
+
+    def __init__(
+        self,
+        device: Device,
+        grid: tuple[int, int],
+        channels: int,
+        degrees: Sequence[int],
+        pairs: int,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(device, grid, channels, degrees, pairs, window)
+        self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
+        self.mask = sum(1 << degree // 2 for degree in degrees)
+
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        (features,) = images.arrays
+        count, patches, channels = features.shape
+        self.device.launch(
+            "pooled_norms",
+            (-(-patches // 4), count),
+            128,
+            (
+                features,
+                *int32(*self.grid, channels),
+                self.reaches,
+                np.int32(len(self.degrees)),
+                images.inverse,
+                has_zero,
+            ),
+        )
+
+
+class GramOnce(_ProductOnce):
     """One product per pair serves every degree; a pass filters the Gram and takes both maxima."""
 
     description = "one product for all degrees"
@@ -117,8 +152,6 @@ class GramOnce(Comparer):
     ) -> None:
         super().__init__(device, grid, channels, degrees, pairs, window)
         patches = math.prod(grid)
-        self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
-        self.mask = sum(1 << degree // 2 for degree in degrees)
         self.workspaces = [device.empty((pairs, patches, gram_stride(patches)), np.float32) for _ in range(2)]
         for workspace in self.workspaces:
             device.fill(workspace, 0)  # the padding stays so
@@ -138,23 +171,6 @@ class GramOnce(Comparer):
 
     def tokens(self, images: Features) -> DEVICE_ARRAY:
         return images.arrays[0]
-
-    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
-        (features,) = images.arrays
-        count, patches, channels = features.shape
-        self.device.launch(
-            "pooled_norms",
-            (-(-patches // 4), count),
-            128,
-            (
-                features,
-                *int32(*self.grid, channels),
-                self.reaches,
-                np.int32(len(self.degrees)),
-                images.inverse,
-                has_zero,
-            ),
-        )
 
     def compare(
         self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
@@ -186,6 +202,67 @@ class GramOnce(Comparer):
                 ),
                 shape.shared_bytes,
             )
+
+
+class TiledProduct(_ProductOnce):
+    """One product per pair in tiles of patch blocks with a halo, which are filtered and reduced where they are."""
+
+    description = "one tiled product for all degrees"
+
+    def __init__(
+        self,
+        device: Device,
+        grid: tuple[int, int],
+        channels: int,
+        degrees: Sequence[int],
+        pairs: int,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(device, grid, channels, degrees, pairs, window)
+        self.channels = channels
+        self.staged = device.empty((self.scratch_bytes(math.prod(grid), channels) // 2,), np.float16)
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (((patches, variants.feature_stride(channels)), np.float16),)
+
+    @staticmethod
+    def gram_bytes(patches: int) -> int:
+        return 0
+
+    @staticmethod
+    def scratch_bytes(patches: int, channels: int) -> int:
+        filled_up = variants.feature_stride(channels) > channels
+        return 2 * STAGED_IMAGES * patches * channels if filled_up else 0
+
+    def tokens(self, images: Features) -> DEVICE_ARRAY:
+        (features,) = images.arrays
+        count, patches, stride = features.shape
+        if stride == self.channels:
+            return features
+        return self.staged[: count * patches * self.channels].reshape(count, patches, self.channels)
+
+    def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
+        tokens, (features,) = self.tokens(images), images.arrays
+        if tokens is not features:
+            self.device.fill(features, 0)
+            self.device.copy(tokens, features[..., : self.channels])
+        super().prepare(images, has_zero)
+
+    def compare(
+        self, column: Features, rows: Features, best_rows: DEVICE_ARRAY | None, best_columns: DEVICE_ARRAY | None
+    ) -> None:
+        variants.tiled_max(
+            self.device.launch,
+            rows.arrays[0],
+            column.arrays[0],
+            self.grid,
+            self.mask,
+            rows.inverse,
+            column.inverse,
+            best_rows,
+            best_columns,
+        )
 
 
 class ProductPerDegree(Comparer):
@@ -274,23 +351,26 @@ class Int8ProductPerDegree(ProductPerDegree):
             )
 
 
+COMPARERS: dict[Products, type[Comparer]] = {"gram": GramOnce, "fused": ProductPerDegree, "tiled": TiledProduct}
+
+
 def choose_comparer(
     devices: Sequence[Device], precision: str, products: Products | None, patches: int, windowed: bool = False
 ) -> type[Comparer]:
     """Choose how devices compare: all alike, because they share features and keys.
 
-    precision: "fp16" or "int8". products: "gram" or "fused", instead of what is faster on these devices; int8 products
-    are always fused. windowed: whether patches meet those near their own place alone, which fused products do not have.
+    precision: "fp16" or "int8". products: "gram", "fused" or "tiled", instead of what is faster on these devices; int8
+    products are always fused. windowed: whether patches meet those near their own place alone, which only "gram" has.
     Raises ValueError for another choice, and for more patches than int8 can number.
     """
-    if products not in (None, "gram", "fused"):
-        raise ValueError(f"products must be 'gram' or 'fused', not {products!r}")
+    if products not in (None, *COMPARERS):
+        raise ValueError(f"products must be 'gram', 'fused' or 'tiled', not {products!r}")
     if windowed and precision == "int8":
         raise ValueError("precision int8 has no position windows on a CUDA device; use precision fp16, or the CPU")
-    if windowed and products == "fused":
-        raise ValueError("fused products have no position windows; use products='gram'")
+    if windowed and products not in (None, "gram"):
+        raise ValueError(f"{products} products have no position windows; use products='gram'")
     if precision == "int8":
-        if products == "gram":
+        if products not in (None, "fused"):
             raise ValueError("int8 products are always fused; use products='fused', or precision fp16")
         if patches > variants.MAX_INT8_PATCHES:
             raise ValueError(
@@ -305,7 +385,7 @@ def choose_comparer(
     if products is None:
         everywhere = {FASTER.get(device.compute_capability, "gram") for device in devices}
         products = everywhere.pop() if len(everywhere) == 1 else "gram"
-    return {"gram": GramOnce, "fused": ProductPerDegree}[products]
+    return COMPARERS[products]
 
 
 def image_bytes(layout: Layout, patches: int, degrees: int) -> int:

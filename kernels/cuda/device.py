@@ -23,6 +23,7 @@ from zsad.kernels.machine import cache_places, cache_to_write
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3", "--device-as-default-execution-space")  # the last for lambdas
 DEVICE_ARRAY = Any  # a cupy.ndarray
+MAX_SHARED_BYTES = 99 << 10  # that a block may have on compute capabilities 8.6, 8.9 and 12.0; others have more
 STAGED_UPLOADS = 2  # on their way before the host waits for the first of them; each keeps its page-locked memory
 OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # [CuPy's error] -> its status
 

@@ -263,7 +263,7 @@ class HostDevice:
     ) -> None:
         name, defines = cuda_device.build_of(kernel)
         self.launches += 1
-        if name == "fused":
+        if name in ("fused", "tiled"):
             self.products += grid[1]
         with LAUNCHING:
             run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)

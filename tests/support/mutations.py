@@ -55,6 +55,12 @@ def _fused(run: checks.Run, make: checks.Make) -> None:
     variant_checks.check_fused_max(run, make, 2, 140, 200, negative=True)
 
 
+def _tiled(run: checks.Run, make: checks.Make) -> None:
+    variant_checks.check_tiled_max(run, make, (13, 12), (1, 3, 5), images=2, channels=40)
+    variant_checks.check_tiled_max(run, make, (12, 13), (1, 3), negative=True)
+    variant_checks.check_tiled_max(run, make, (24, 24), (1, 3, 5), channels=8)
+
+
 def _int8_quantise(run: checks.Run, make: checks.Make) -> None:
     variant_checks.check_int8_quantise(run, make, 7, 40, zeros=True)
 
@@ -76,6 +82,7 @@ CHECKS: dict[str, Check] = {
     "interval_average": _interval_average,
     "pool_features": _pool_features,
     "fused": _fused,
+    "tiled": _tiled,
     "int8_quantise": _int8_quantise,
     "int8_winners": _int8_winners,
     "running_top": _running_top,
@@ -209,6 +216,47 @@ MUTATIONS = [
         "lane / 4, p = min(p0 + row, a.patches - 1)",
         "lane / 4, p = p0 + row",
     ),
+    Mutation("no barrier before a slice is overwritten", "tiled", "      __syncthreads();  // what", "      // what"),
+    Mutation(
+        "no barrier before a slice is read", "tiled", "      __syncthreads();\n      with_reach", "      with_reach"
+    ),
+    Mutation("no barrier before rows are summed", "tiled", "    __syncthreads();  // all is", "    // all is"),
+    Mutation(
+        "no barrier before warps' maxima are read", "tiled", "    __syncthreads();\n    if (a.best", "    if (a.best"
+    ),
+    Mutation("blocks overlap too little", "tiled", "number * (most - 2 * reach)", "number * (most - 2 * reach + 1)"),
+    Mutation("own patches start late", "tiled", "number > 0 ? reach : 0", "number > 0 ? reach + 1 : 0"),
+    Mutation("own patches end early", "tiled", "reach) ? reach : 0);", "reach) ? reach + 1 : 0);"),
+    Mutation("patches counted with the own width", "tiled", "x.first + at % x.held", "x.first + at % x.own"),
+    Mutation("left border not cut", "tiled", "if (-d >= low) ", ""),
+    Mutation("right border one column too far", "tiled", "if (d < high)", "if (d <= high)"),
+    Mutation("open sums shifted by one", "tiled", "open[d + 1] + value", "open[d] + value"),
+    Mutation("box sums one row early", "tiled", "own_y = y - K - columns", "own_y = y - K + 1 - columns"),
+    Mutation("rows of the box end with the block's", "tiled", "y < rows.y.held + K; ++y", "y < rows.y.held; ++y"),
+    Mutation("slices of other warps' rows", "tiled", "line / 8 * kWarpRows + number", "line / 8 * 8 + number"),
+    Mutation("halves of a set swapped", "tiled", "i % 2 * 2], sums", "(i + 1) % 2 * 2], sums"),
+    Mutation("tiled row maximum starts at zero", "tiled", "float greatest = kLowest", "float greatest = 0"),
+    Mutation("tiled column maximum starts at zero", "tiled", "column_best[c] = kLowest", "column_best[c] = 0"),
+    Mutation(
+        "tiled rows and columns swapped", "tiled", "column_best[c], sum[c] * inverse_row)", "column_best[c], sum[c])"
+    ),
+    Mutation(
+        "a row's maximum of one lane",
+        "tiled",
+        "__reduce_max_sync(kFullWarp, float_to_key(greatest))",
+        "float_to_key(greatest)",
+    ),
+    Mutation("a column's maximum over one warp", "tiled", "w < kWarps; ++w", "w < 1; ++w"),
+    Mutation("warps leave out columns of the grid", "tiled", "x += kWarps)", "x += kWarps + 1)"),
+    Mutation("every degree has the first one's lengths", "tiled", "a.inverse_columns + r * H * W", "a.inverse_columns"),
+    Mutation(
+        "every image has the first one's lengths",
+        "tiled",
+        "(blockIdx.y * static_cast<long long>(degrees) + r)",
+        "static_cast<long long>(r)",
+    ),
+    Mutation("every pair multiplies the first image", "tiled", "a.rows + blockIdx.y * a.image_bytes", "a.rows"),
+    Mutation("degrees of the mask not counted", "tiled", "reach = k, ++degrees", "reach = k, degrees = k + 1"),
     Mutation("transform leaves out neighbours", "int8_quantise", "int bit = 1;", "int bit = 2;"),
     Mutation("scale of one lane instead of the warp", "int8_quantise", "  largest = warp_max(largest);\n", ""),
     Mutation("weight without the length", "int8_quantise", " * inverse[blockIdx.y", " + 0 * inverse[blockIdx.y"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from kernel_checks import LOWEST_KEY, Make, Run, keys_to_floats, rng
+from kernel_checks import LOWEST_KEY, Make, Run, box, keys_to_floats, rng
 from numpy.typing import NDArray
 
 from zsad.kernels import reference
@@ -17,13 +17,14 @@ from zsad.kernels.cuda import variants
 VARIANTS: dict[str, Any] = {
     "gram": {"products": "gram"},
     "fused": {"products": "fused"},
+    "tiled": {"products": "tiled"},
     "int8": {"precision": "int8"},
 }
 
 
 def products_of_a_pair(variant: str, degrees: Sequence[int]) -> int:
     """Return how many products a variant queues for a pair."""
-    return 1 if variant == "gram" else len(set(degrees))
+    return 1 if variant in ("gram", "tiled") else len(set(degrees))
 
 
 def put_array(source: Any, out: Any) -> None:
@@ -145,6 +146,45 @@ def check_fused_max(
         if keys is not None:
             best = cosines.max(axis=axis)
             np.testing.assert_allclose(keys_to_floats(keys), np.maximum(best, best / 2), rtol=1e-5, atol=2e-6)
+
+
+def check_tiled_max(
+    run: Run,
+    make: Make,
+    grid: tuple[int, int],
+    degrees: Sequence[int],
+    images: int = 1,
+    channels: int = 24,
+    negative: bool = False,
+    zeros: bool = False,
+    directions: tuple[bool, bool] = (True, True),
+    get: Any = get_array,
+) -> None:
+    """One image against `images` others with any inverse lengths; the features of others' images lie between."""
+    patches, mask = math.prod(grid), sum(1 << degree // 2 for degree in degrees)
+    features = padded_features(6, images + 1, patches, channels)
+    if negative:
+        features = np.abs(features)
+        features[:-1] *= -1
+    inverse = rng(7, patches).uniform(0.2, 2, (images + 1, len(degrees), patches)).astype(np.float32)
+    if zeros:
+        inverse[:-1, :, 1::3] = inverse[-1, :, ::4] = 0
+    shape = (images, len(degrees) * patches)
+    out = PairRun(make, *shape, directions)
+    views = [None if view is None else view.reshape(images, len(degrees), patches) for view in out.views]
+    rows = make(beside_another_degree(features[:-1]))[:, 0]
+    variants.tiled_max(run, rows, make(features[-1]), grid, mask, make(inverse[:-1]), make(inverse[-1]), *views)
+
+    found = out.found(get)
+    for t in range(images):
+        gram = features[t].astype(np.float64) @ features[-1].astype(np.float64).T
+        for r, degree in enumerate(degrees):
+            cosines = box(gram, grid, degree) * inverse[t, r][:, None] * inverse[-1, r]
+            error = 1e-6 * np.abs(box(np.abs(gram), grid, degree)).max() * 4
+            for keys, axis in zip(found, (1, 0), strict=True):
+                if keys is not None:
+                    best = keys_to_floats(keys[t].reshape(len(degrees), patches)[r])
+                    np.testing.assert_allclose(best, cosines.max(axis=axis), rtol=1e-5, atol=error)
 
 
 def check_int8_quantise(

@@ -291,7 +291,10 @@ def test_a_window_as_large_as_the_grid_is_none() -> None:
     assert (device_scores(x, (3, 5), device=HostDevice(), window=1) >= whole - 1e-3).all()
 
 
-@pytest.mark.parametrize(("options", "message"), [({"precision": "int8"}, "int8"), ({"products": "fused"}, "gram")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"precision": "int8"}, "int8"), ({"products": "fused"}, "gram"), ({"products": "tiled"}, "gram")],
+)
 def test_fused_products_have_no_windows(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"no position windows.*{message}|{message} has no position windows"):
         device_scores(tokens(4, 1, (3, 5), 24), (3, 5), device=HostDevice(), window=1, **options)

@@ -149,6 +149,54 @@ def test_a_direction_can_be_dropped(directions: tuple[bool, bool]) -> None:
     checks.check_fused_max(run, host_build.copied, 2, 49, 24, directions=directions)
     checks.check_fused_winners(run, host_build.copied, 2, 49, 24, directions=directions)
     checks.check_winner_cosines(run, host_build.copied, 2, 49, 24, directions=directions)
+    checks.check_tiled_max(run, host_build.copied, (6, 5), (1, 3), images=2, directions=directions)
+
+
+@needs_compiler
+@pytest.mark.parametrize("grid", [(1, 1), (5, 9), (1, 300), (130, 1), (16, 16), (11, 13), (19, 17)])
+@pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5)])
+def test_tiled_max(grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
+    checks.check_tiled_max(run, host_build.copied, grid, degrees)
+
+
+@needs_compiler
+@pytest.mark.parametrize("degrees", [(5,), (3, 7), (1, 9)])
+def test_tiled_max_of_other_degrees_and_several_images(degrees: tuple[int, ...]) -> None:
+    checks.check_tiled_max(run, host_build.copied, (13, 11), degrees, images=3, channels=100)
+
+
+@needs_compiler
+def test_tiled_max_of_negative_products_and_zero_features() -> None:
+    checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3, 5), negative=True)
+    checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3), zeros=True)
+    checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3), zeros=True, negative=True)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_tiled_max_at_full_size() -> None:
+    checks.check_tiled_max(run, host_build.copied, (37, 37), (1, 3, 5), negative=True)
+
+
+@pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b11111])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (1, 1400), (37, 37), (9, 300), (100, 85)])
+def test_tiles_cover_every_grid_and_fit_every_device(grid: tuple[int, int], mask: int) -> None:
+    shape, reach = variants.tiled_shape(grid, mask), mask.bit_length() - 1
+    blocks = []
+    for block, most in ((shape.row_block, variants.TILED_ROWS), (shape.column_block, variants.TILED_COLUMNS)):
+        assert block[0] * block[1] <= most
+        parts = 1
+        for held, size in zip(block, grid, strict=True):
+            assert held == size or held > 2 * reach
+            parts *= 1 if held == size else -(-(size - 2 * reach) // (held - 2 * reach))
+        blocks.append(parts)
+    assert shape.blocks == blocks[0] * blocks[1]
+    assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
+
+
+def test_the_halo_multiplies_the_products_as_the_source_says() -> None:
+    factors = [variants.tiled_shape((37, 37), mask).blocks * 256 * 128 / 1369**2 for mask in (0b1, 0b11, 0b111)]
+    np.testing.assert_allclose(factors, [1.82, 2.36, 3.93], atol=0.01)
 
 
 @needs_compiler
@@ -194,6 +242,7 @@ def test_mutual_scores_equal_the_reference(
         for name, options in checks.VARIANTS.items()
     }
     np.testing.assert_allclose(scores["fused"], scores["gram"], atol=1e-3)
+    np.testing.assert_allclose(scores["tiled"], scores["gram"], atol=1e-5)
     for found in scores.values():
         np.testing.assert_allclose(found, expected, atol=2e-3)
         assert np.abs(found - expected).mean() < 3e-4
@@ -201,7 +250,7 @@ def test_mutual_scores_equal_the_reference(
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", ["fused", "int8"])
+@pytest.mark.parametrize("variant", ["fused", "tiled", "int8"])
 def test_zero_features_follow_the_convention(variant: str) -> None:
     tokens = recurring_tokens(5, 16, 40)[:, None]
     tokens[1] = 3.0  # no variance: every feature of the image is zero
@@ -212,7 +261,7 @@ def test_zero_features_follow_the_convention(variant: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", ["fused", "int8"])
+@pytest.mark.parametrize("variant", ["fused", "tiled", "int8"])
 def test_identical_images_are_at_distance_zero(variant: str) -> None:
     tokens = np.repeat(recurring_tokens(1, 16, 64)[:, None], 3, axis=0)
     scores = device_scores(tokens, (4, 4), (1, 3), device=HostDevice(), **checks.VARIANTS[variant])
@@ -235,6 +284,8 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
     assert "fused product per degree" in plans[-1].describe()
     assert products("8.9", products="gram") == 3
     assert "one product for all degrees" in plans[-1].describe()
+    assert products("8.9", products="tiled") == 3
+    assert "one tiled product for all degrees" in plans[-1].describe()
     assert products("7.5") == 3
     assert products("7.5", products="fused") == 6
     assert products("8.9", "8.9") == 6
@@ -246,8 +297,9 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"products": "whole"}, "must be 'gram' or 'fused'"),
+        ({"products": "whole"}, "must be 'gram', 'fused' or 'tiled'"),
         ({"precision": "int8", "products": "gram"}, "int8 products are always fused"),
+        ({"precision": "int8", "products": "tiled"}, "int8 products are always fused"),
         ({"precision": "int4"}, "use precision fp16 or int8"),
     ],
 )
@@ -275,6 +327,15 @@ def test_products_on_a_device(gpu: Device, images: int, patches: int, channels: 
         checks.check_fused_winners(*how, images, patches, channels, negative=negative, get=gpu.to_host)
     checks.check_fused_max(*how, images, patches, channels, zeros=True, get=gpu.to_host)
     checks.check_winner_cosines(*how, images, patches, channels, get=gpu.to_host, put=gpu.copy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5), (3, 7), (1, 9)])
+@pytest.mark.parametrize(("grid", "channels"), [((1, 1), 24), ((5, 9), 100), ((37, 37), 1024), ((45, 40), 384)])
+def test_tiles_on_a_device(gpu: Device, grid: tuple[int, int], channels: int, degrees: tuple[int, ...]) -> None:
+    how = (gpu.launch, gpu.to_device, grid, degrees)
+    checks.check_tiled_max(*how, images=2, channels=channels, get=gpu.to_host)
+    checks.check_tiled_max(*how, channels=channels, negative=True, get=gpu.to_host)
 
 
 @pytest.mark.gpu
