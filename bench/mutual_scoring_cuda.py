@@ -1,7 +1,7 @@
 """Time of mutual scoring on a CUDA device, against the reference's arithmetic and the device's product peak.
 
     python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--pairs 2,8]
-                                             [--refcheck]
+                                             [--products gram,tiled] [--refcheck]
 
 All variants run in turn in one process on the same device; those of one kind in interleaved rounds:
 
@@ -15,7 +15,7 @@ All variants run in turn in one process on the same device; those of one kind in
     floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
     peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
 
-With --pairs, every zsad variant also runs with each of these numbers of image pairs per launch.
+With --products, of zsad only these variants run; with --pairs, each also with so many image pairs per launch.
 
 Validates first: scores of a few images by every zsad variant against the float64 reference.
 """
@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "zsad tiled": ({"products": "tiled"}, 2e-3),
     "zsad int8": ({"precision": "int8"}, 2e-3),
 }
+PRODUCTS = {next(iter(options.values())): name for name, (options, _) in VARIANTS.items()}
 PEAK_SIDE = 8192
 
 
@@ -80,12 +81,15 @@ def score(
     return scoring.scores(tokens, timings=timings)
 
 
-def validate(device: Device, side: int, channels: int, degrees: Sequence[int]) -> dict[str, float]:
+def validate(
+    device: Device, side: int, channels: int, degrees: Sequence[int], variants: Sequence[str]
+) -> dict[str, float]:
     """Compare five images' scores by every variant with the float64 reference; SystemExit where they are off."""
     tokens = make_tokens(5, side, channels, seed=1)
     expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
     deviations = {}
-    for name, (options, tolerance) in VARIANTS.items():
+    for name in variants:
+        options, tolerance = VARIANTS[name]
         scores = score(tokens, side, degrees, device, **options)
         deviations[name] = float(np.abs(scores - expected).max())
         print(f"check: {name:<10} largest deviation from float64 {deviations[name]:.1e}")
@@ -159,6 +163,13 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def named_variants(text: str) -> list[str]:
+    unknown = [product for product in text.split(",") if product not in PRODUCTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PRODUCTS)}")
+    return [PRODUCTS[product] for product in text.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.mutual_scoring_cuda")
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
@@ -168,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--degrees", type=numbers, default=[1, 3, 5])
     parser.add_argument("--pairs", type=numbers, default=[], help="image pairs per launch to try beside the planned")
+    parser.add_argument(
+        "--products", type=named_variants, default=list(VARIANTS), help=f"some of {','.join(PRODUCTS)} (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
@@ -178,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = open_device(arguments.device)
     record["gpu"] = device.name
     print(f"gpu: {device.name}")
-    record["largest_deviation"] = validate(device, side, channels, degrees)
+    record["largest_deviation"] = validate(device, side, channels, degrees, arguments.products)
     if arguments.refcheck:
         return 0
 
@@ -197,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.pairs)}
     of_run = {"floor": compared // layers}  # pairs
-    for variant, (options, _) in VARIANTS.items():
+    for variant in arguments.products:
+        options, _ = VARIANTS[variant]
         for pairs in (None, *arguments.pairs):
             name = variant if pairs is None else f"{variant}, {pairs} pairs"
             stages[name], of_run[name] = {}, compared

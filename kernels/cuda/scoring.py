@@ -35,7 +35,8 @@ Array = NDArray[np.float32]
 class Options:
     """What is otherwise chosen by the shapes and the devices; every choice gives the same scores up to rounding."""
 
-    products: Products | None = None  # in fp16, "gram": one for all degrees; "fused": one per degree, no Gram in memory
+    # In fp16, "gram": one for all degrees; without a Gram in memory "tiled", the same, and "fused", one per degree.
+    products: Products | None = None
     pairs: int | None = None  # image pairs per launch
     host_memory_limit: int | None = None  # bytes of host memory for what the devices do not hold
 

@@ -16,6 +16,31 @@
 //   row_height, row_width, column_height, column_width
 //                   patches that a block holds of either image at most, halo among them: 256 of the rows, 128 of the
 //                   columns; more than 2 reach, or the whole grid, down and across
+//
+// Why this shape, and what it costs. Of the tile only entries count that the halo encloses, and it does so in all four
+// dimensions of a pair: with degree 5 a tile of 256 x 128 patches completes 169 x 81 entries at most. Accumulators and
+// what one step of the filter leaves (the box sums over column patches, of all rows of a tile) must fit a multiprocessor
+// and 99 KB of sm_86, 89 and 120, which is how large a tile may be: 128 x 128 would multiply 5.5 times for degree 5.
+// - Product as in tile.h, a block per multiprocessor: 159 instructions per 64 x 64 entries and 32 channels.
+// - The tile goes through shared memory in slices of 32 rows, once per degree, and is summed over column patches: across
+//   in window sums, down as sums that stay open. 14, 23, 35 instructions an entry for degrees 1, 3, 5.
+// - What it leaves is summed over row patches in the same way, a vector of four entries a lane: 53, 78, 113 instructions
+//   a vector, maxima among them. Row maxima take a redux per row and an atomic, column maxima wait in registers and meet
+//   in shared memory. Maxima are exact in any order: the result is deterministic.
+// At 37 x 37 patches and 1024 channels, per entry of the Gram (instructions of a thread) and per pair, for sm_90:
+//
+//   degrees   tiles of a pair   products multiply by   instructions: product, filter   bytes from L2
+//   1         13 x 8            1.8                     72, 36                           82 MB
+//   1, 3      15 x 9            2.4                     94, 129                         106 MB
+//   1, 3, 5   25 x 9            3.9                    156, 423                         177 MB
+//
+// The Gram's pass takes 10, 27 and 62 instructions an entry (filter_max.cu) and reads some 25 MB from L2. By this model
+// tiles lose on a H200 too: for degrees 1, 3 the product alone takes 9 µs at the tensor peak and about 18 at what L2
+// gives, where the Gram's product takes 4 and its pass 3; wgmma would not lift the latter limit. Nothing has been
+// measured. What would change the balance: tiles of 256 x 256 in tensor memory (sm_100; 2.8 times the products for degree
+// 5), rows of tiles that keep their lower halo, filters as products with bands of ones.
+//
+// Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "tile.h"
 
 constexpr int kDown = 4;
@@ -24,13 +49,21 @@ constexpr int kThreads = Whole::threads, kWarps = kThreads / kWarp;
 constexpr int kSlice = 8 * kDown;    // rows of the tile that are filtered together: 8 of every warp
 constexpr int kPitch = kColumns + 8;  // between them, so that the 4 x 4 lanes of a store in pairs meet different banks
 constexpr int kSlices = kWarpRows / 8;
-constexpr int kShares = kColumns / kWarp;  // column patches of a lane
 constexpr int kMaxReach = 4;
 static_assert(kThreads >= kColumns, "a thread for each column's maximum");
 
 struct alignas(8) Pair {
   float first, second;
 };
+
+struct alignas(16) Four {
+  float at[4];
+};
+static_assert(4 * kWarp == kColumns, "four column patches a lane");
+
+ZSAD_DEVICE Four operator+(const Four& a, const Four& b) {
+  return {a.at[0] + b.at[0], a.at[1] + b.at[1], a.at[2] + b.at[2], a.at[3] + b.at[3]};
+}
 
 struct Tiled {
   const unsigned char* rows;
@@ -74,15 +107,16 @@ struct Area {
     return (y.first + y.skipped + at / x.own) * width + x.first + x.skipped + at % x.own;
   }
   ZSAD_DEVICE int own() const { return y.own * x.own; }
+  ZSAD_DEVICE int own_fours() const { return (own() + 3) / 4; }
 };
 
 // Sums of 2 K + 1 values, one completed by every value that is taken in; K values late.
-template <int K>
+template <int K, class T>
 struct Running {
-  float open[2 * K + 1] = {};
+  T open[2 * K + 1] = {};
 
-  ZSAD_DEVICE float take(float value) {
-    const float sum = open[0] + value;
+  ZSAD_DEVICE T take(const T& value) {
+    const T sum = open[0] + value;
 #pragma unroll
     for (int d = 0; d < 2 * K; ++d) open[d] = d + 1 < 2 * K ? open[d + 1] + value : value;
     return sum;
@@ -90,28 +124,29 @@ struct Running {
 };
 
 // Sum of the 2 K + 1 values around `from`, `step` apart, of which those before `low` and from `high` on do not count.
-template <int K>
-ZSAD_DEVICE float sum_across(const float* from, int step, int low, int high) {
-  float sum = from[0];
+template <int K, class T>
+ZSAD_DEVICE T sum_across(const T* from, int step, int low, int high) {
+  T sum = from[0];
 #pragma unroll
   for (int d = 1; d <= K; ++d) {
-    if (-d >= low) sum += from[-d * step];
-    if (d < high) sum += from[d * step];
+    if (-d >= low) sum = sum + from[-d * step];
+    if (d < high) sum = sum + from[d * step];
   }
   return sum;
 }
 
-// Box sums over the column patches of a slice of the tile: summed[row of the tile, own column patch].
+// Box sums over the column patches of a slice of the tile: summed[row of the tile, own column patches in fours].
 template <int K>
 ZSAD_DEVICE void filter_columns(const float* slice, int number, const Area& rows, const Area& columns, float* summed) {
-  const int own_width = columns.x.own, width = columns.x.held, own = columns.own();
+  const int own_width = columns.x.own, width = columns.x.held, pitch = columns.own_fours() * 4;
   for (int task = threadIdx.x; task < kSlice * own_width; task += kThreads) {
     const int line = task / own_width, own_x = task % own_width, x = columns.x.skipped + own_x;
     const int row = line / 8 * kWarpRows + number * 8 + line % 8;
     if (row >= rows.y.held * rows.x.held) continue;
     const float* at = slice + line * kPitch + x;
-    float* out = summed + row * own + own_x;
-    Running<K> sums;
+    float* out = summed + row * pitch + own_x;
+    Running<K, float> sums;
+#pragma unroll 1
     for (int y = 0; y < columns.y.held + K; ++y) {
       const float sum = sums.take(y < columns.y.held ? sum_across<K>(at + y * width, 1, -x, width - x) : 0);
       const int own_y = y - K - columns.y.skipped;
@@ -120,48 +155,43 @@ ZSAD_DEVICE void filter_columns(const float* slice, int number, const Area& rows
   }
 }
 
-// Box sums over the row patches, and their maxima: a warp takes a column of the grid, its lanes the column patches.
+// Box sums over the row patches, and their maxima: a warp takes a column of the grid, a lane four column patches.
 //   inverse_rows, inverse_columns, best_rows: of the degree; found [kWarps, kColumns] takes every warp's best of a column
 template <int K>
 ZSAD_DEVICE void filter_rows(const float* summed, const Area& rows, const Area& columns, const float* inverse_rows,
                              const float* inverse_columns, int* best_rows, float* found) {
-  const int own = columns.own(), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int width = rows.x.held;
-  // Lanes past the block's own patches repeat the last one, which changes no maximum.
-  float inverse_column[kShares], column_best[kShares];
-  int share[kShares];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = rows.x.held, fours = columns.own_fours();
+  const Four* const own = reinterpret_cast<const Four*>(summed) + min(lane, fours - 1);
+  // NaN never is the greater: that is how places past the block's own patches are left out.
+  float inverse_column[4], column_best[4];
 #pragma unroll
-  for (int c = 0; c < kShares; ++c) {
-    share[c] = min(lane + c * kWarp, own - 1);
-    column_best[c] = kLowest;
-    inverse_column[c] = inverse_columns[columns.own_patch(share[c])];
+  for (int i = 0; i < 4; ++i) {
+    const int q = 4 * lane + i;
+    inverse_column[i] = q < columns.own() ? inverse_columns[columns.own_patch(q)] : __int_as_float(0x7fffffff);
+    column_best[i] = kLowest;
   }
   for (int x = rows.x.skipped + warp; x < rows.x.skipped + rows.x.own; x += kWarps) {
-    Running<K> sums[kShares];
-    for (int y = 0; y < rows.y.held + K; ++y) {
-      float sum[kShares] = {};
-#pragma unroll
-      for (int c = 0; c < kShares; ++c) {
-        if (c * kWarp >= own) break;
-        const float* at = summed + (y * width + x) * own + share[c];
-        sum[c] = sums[c].take(y < rows.y.held ? sum_across<K>(at, own, -x, width - x) : 0);
-      }
+    Running<K, Four> sums;
+    const Four* at = own + x * fours;
+#pragma unroll 1
+    for (int y = 0; y < rows.y.held + K; ++y, at += width * fours) {
+      const Four sum = sums.take(y < rows.y.held ? sum_across<K>(at, fours, -x, width - x) : Four());
       const int own_y = y - K - rows.y.skipped;
       if (own_y < 0 || own_y >= rows.y.own) continue;
       const int p = (rows.y.first + y - K) * rows.width + rows.x.first + x;
       const float inverse_row = inverse_rows[p];
       float greatest = kLowest;
 #pragma unroll
-      for (int c = 0; c < kShares; ++c) {
-        greatest = fmaxf(greatest, sum[c] * inverse_column[c]);
-        column_best[c] = fmaxf(column_best[c], sum[c] * inverse_row);
+      for (int i = 0; i < 4; ++i) {
+        greatest = fmaxf(greatest, sum.at[i] * inverse_column[i]);
+        column_best[i] = fmaxf(column_best[i], sum.at[i] * inverse_row);
       }
       const int best = __reduce_max_sync(kFullWarp, float_to_key(greatest));
       if (lane == 0 && best_rows) atomicMax(best_rows + p, float_to_key(key_to_float(best) * inverse_row));
     }
   }
 #pragma unroll
-  for (int c = 0; c < kShares; ++c) found[warp * kColumns + lane + c * kWarp] = column_best[c] * inverse_column[c];
+  for (int i = 0; i < 4; ++i) found[warp * kColumns + 4 * lane + i] = column_best[i] * inverse_column[i];
 }
 
 // Call f(Constant<k>) for a degree 2k + 1.
@@ -181,7 +211,7 @@ ZSAD_DEVICE void with_reach(int k, const F& f) {
 ZSAD_DEVICE void multiply_and_filter(const Tiled& a) {
   ZSAD_SHARED(unsigned char, stages);
   float* const slice = reinterpret_cast<float*>(stages);  // [kSlice, kPitch], later [kWarps, kColumns]
-  float* const summed = slice + kSlice * kPitch;          // [rows held, columns own]
+  float* const summed = slice + kSlice * kPitch;          // [rows held, own columns in fours]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, H = a.grid_rows, W = a.grid_columns;
   int reach = 0, degrees = 0;
   for (int k = 0; k <= kMaxReach; ++k)

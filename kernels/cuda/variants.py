@@ -220,13 +220,13 @@ def tiled_shape(grid: tuple[int, int], mask: int) -> TiledShape:
     rows = {cut.blocks: cut for cut in sorted(_cuts(grid, reach, TILED_ROWS), key=_Cut.held, reverse=True)}
     columns = {cut.blocks: cut for cut in sorted(_cuts(grid, reach, TILED_COLUMNS), key=_Cut.own, reverse=True)}
     tiles = [
-        (row.blocks * column.blocks, row.held() * column.own(), row.most, column.most)
+        (row.blocks * column.blocks, _summed_bytes(row, column), row.most, column.most)
         for row in rows.values()
         for column in columns.values()
-        if SLICE_BYTES + 4 * row.held() * column.own() <= MAX_SHARED_BYTES
+        if SLICE_BYTES + _summed_bytes(row, column) <= MAX_SHARED_BYTES
     ]
     blocks, summed, row_block, column_block = min(tiles)
-    return TiledShape(row_block, column_block, blocks, max(TILED_STAGES_BYTES, SLICE_BYTES + 4 * summed))
+    return TiledShape(row_block, column_block, blocks, max(TILED_STAGES_BYTES, SLICE_BYTES + summed))
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,11 @@ class _Cut:
 
     def own(self) -> int:
         return math.prod(self.own_most)
+
+
+def _summed_bytes(rows: _Cut, columns: _Cut) -> int:
+    """Count what box sums over column patches take: four of them to a vector."""
+    return 16 * rows.held() * -(-columns.own() // 4)
 
 
 def _cuts(grid: tuple[int, int], reach: int, patches: int) -> Iterator[_Cut]:

@@ -54,4 +54,10 @@ def test_scores_that_are_off_are_not_timed(device: HostDevice, tmp_path: Path, m
 def test_refcheck_times_nothing(device: HostDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([*SMALL, "--refcheck", "--output", str(tmp_path / "out.jsonl")]) == 0
     assert capsys.readouterr().out.count("largest deviation from float64") == len(benchmark.VARIANTS)
+    assert benchmark.main([*SMALL, "--refcheck", "--products", "tiled,gram"]) == 0
+    checked = [line.split(" largest")[0] for line in capsys.readouterr().out.splitlines() if "largest" in line]
+    assert [line.split(":")[1].strip() for line in checked] == ["zsad tiled", "zsad"]
+    with pytest.raises(SystemExit):
+        benchmark.main([*SMALL, "--products", "whole"])
+    assert "'whole' is none of gram, fused, tiled, int8" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

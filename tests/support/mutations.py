@@ -225,6 +225,7 @@ MUTATIONS = [
         "no barrier before warps' maxima are read", "tiled", "    __syncthreads();\n    if (a.best", "    if (a.best"
     ),
     Mutation("blocks overlap too little", "tiled", "number * (most - 2 * reach)", "number * (most - 2 * reach + 1)"),
+    Mutation("places past the block's patches count", "tiled", "q < columns.own() ?", "true ?"),
     Mutation("own patches start late", "tiled", "number > 0 ? reach : 0", "number > 0 ? reach + 1 : 0"),
     Mutation("own patches end early", "tiled", "reach) ? reach : 0);", "reach) ? reach + 1 : 0);"),
     Mutation("patches counted with the own width", "tiled", "x.first + at % x.held", "x.first + at % x.own"),
@@ -236,9 +237,12 @@ MUTATIONS = [
     Mutation("slices of other warps' rows", "tiled", "line / 8 * kWarpRows + number", "line / 8 * 8 + number"),
     Mutation("halves of a set swapped", "tiled", "i % 2 * 2], sums", "(i + 1) % 2 * 2], sums"),
     Mutation("tiled row maximum starts at zero", "tiled", "float greatest = kLowest", "float greatest = 0"),
-    Mutation("tiled column maximum starts at zero", "tiled", "column_best[c] = kLowest", "column_best[c] = 0"),
+    Mutation("tiled column maximum starts at zero", "tiled", "column_best[i] = kLowest", "column_best[i] = 0"),
     Mutation(
-        "tiled rows and columns swapped", "tiled", "column_best[c], sum[c] * inverse_row)", "column_best[c], sum[c])"
+        "tiled rows and columns swapped",
+        "tiled",
+        "column_best[i], sum.at[i] * inverse_row)",
+        "column_best[i], sum.at[i])",
     ),
     Mutation(
         "a row's maximum of one lane",

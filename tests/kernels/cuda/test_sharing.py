@@ -18,7 +18,8 @@ from host_build import HostDevice
 from variant_checks import VARIANTS, products_of_a_pair
 
 from zsad.kernels import reference
-from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree, ProductPerDegree
+from zsad.kernels.cuda import comparers
+from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree
 from zsad.kernels.cuda.device import DeviceError, DeviceMemoryError, open_device, open_devices
 from zsad.kernels.cuda.plan import Plan, Sizes, plan_mutual_scoring
 from zsad.kernels.cuda.scoring import Options
@@ -31,7 +32,7 @@ compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MIS
 GIB = 2**30
 GRID, DEGREES, CHANNELS = (3, 3), (1, 3), 16
 PLENTY = GIB
-COMPARERS: dict[str, type[Comparer]] = {"gram": GramOnce, "fused": ProductPerDegree, "int8": Int8ProductPerDegree}
+COMPARERS: dict[str, type[Comparer]] = {**comparers.COMPARERS, "int8": Int8ProductPerDegree}
 
 
 def tokens(images: int, layers: int = 2, channels: int = CHANNELS) -> Any:
@@ -168,16 +169,16 @@ def test_fused_products_trade_grams_for_features() -> None:
         limit, comparer = 1000 * GIB, COMPARERS[variant]
         return plan_of(images, patches, 1024, 3, limit, 72 << 20, comparer=comparer, **options)
 
-    gram, fused, int8 = (
+    gram, fused, tiled, int8 = (
         plan(variant, 200).peak_bytes - plan(variant, 199).peak_bytes - 4 * 1369 * (3 * 399 + 1) - 3 - 4
         for variant in COMPARERS
     )  # one more image, without its keys, score and flags
     lengths = 4 * 3 * 1369
-    assert gram == 2 * 1369 * 1024 + lengths
+    assert gram == tiled == 2 * 1369 * 1024 + lengths
     assert fused == 3 * 2 * 1369 * 1024 + lengths
     assert int8 == 3 * 3 * 1369 * 1024 + 2 * lengths
     assert plan("gram", 200, pairs=100).peak_bytes > plan("gram", 200, pairs=1).peak_bytes
-    for variant in ("fused", "int8"):
+    for variant in ("fused", "tiled", "int8"):
         assert plan(variant, 200, pairs=100).peak_bytes == plan(variant, 200, pairs=1).peak_bytes
         assert plan(variant, 200).pairs == 199
         assert plan(variant, 200, pairs=3).pairs == 3
@@ -209,6 +210,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed(monkeypatch: pytest.Monk
         ],
         *[pytest.param("fused", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (3, 1.0))],
         *[pytest.param("int8", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
+        pytest.param("tiled", 7, 3, 1.3, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("host", ["much", pytest.param("little", marks=pytest.mark.slow)])
