@@ -21,7 +21,6 @@ from zsad.engine.address_space import address_limit, is_scarcity
 from zsad.engine.config import Config
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.depth import batch_bit_depth
-from zsad.engine.images.limits import Limits
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.noticed import Noticed
 from zsad.engine.images.references import NoReferencesError, References, find_references
@@ -32,7 +31,7 @@ from zsad.engine.results.category import CategoryWriter
 from zsad.engine.results.image_files import Background, Result, Writing
 from zsad.engine.results.output import check_there
 from zsad.engine.results.records import CategoryRecord, Failure
-from zsad.engine.results.resume import fingerprint, finished_record, why_again
+from zsad.engine.results.resume import fingerprint, finished_record, image_fingerprint, why_again
 from zsad.engine.scores.maps import common_scale
 from zsad.engine.scores.verdicts import VERDICTS, Bounds
 from zsad.engine.workplace import Options, Workplace
@@ -98,22 +97,20 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         raise ImageError(f"{category.root / unreadable[0].path}: {unreadable[0].reason}")
     for note in [ignored_files(category.ignored)] * bool(category.ignored) + list(category.notes):
         log.info("%s: %s", name, note)
-    checkpoints = {network.checkpoint: network.sha256 for network in workplace.networks.values()}
     start = time.perf_counter()
     check_there(options.output)
     try:
         references = _references(job, workplace)
-        written = [*options.written, *[str(options.limits)] * (options.limits != Limits())]  # a file may be left out
-        digest = fingerprint(category, workplace.record, checkpoints, written, references.digests)
+        checkpoints = workplace.checkpoints
+        digest = fingerprint(category, workplace.record, checkpoints, options.written, references.digests)
         record = finished_record(options.output, category, digest) if options.resume else None
         if record is not None:
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)
+        again = None
         if options.resume:
-            reason = why_again(options.output, category.name, digest, workplace.asked(job.config), checkpoints)
-            if reason is not None:
-                log.info("%s: scored again, since %s", name, reason)
-        record = CategoryPass(job, references, workplace, progress).write(digest, unreadable)
+            again = why_again(options.output, category.name, digest, workplace.asked(job.config), checkpoints)
+        record = CategoryPass(job, references, workplace, progress).write(digest, unreadable, again)
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         said = cost_of_one(error, workplace, options)
         without = f"{name}: {said}; {counted(len(category.images), 'image')} without a score"
@@ -173,19 +170,29 @@ class CategoryPass:
         self.failed_references: list[Failure] = []
         self.readable_references = 0
 
-    def write(self, digest: str, unreadable: Sequence[Failure]) -> CategoryRecord:
-        """Score the images and write the category's folder; images without a score join what was unreadable before."""
+    def write(self, digest: str, unreadable: Sequence[Failure], again: str | None = None) -> CategoryRecord:
+        """Score the images and write the category's folder; images without a score join what was unreadable before.
+
+        again: why what an earlier run has finished is not kept as it is.
+        """
         bit_depth = self._bit_depth()
         results = self.results(bit_depth)
         timings, options = self.workplace.timings, self.job.options
         writing = how_to_write(self.config, options, self.workplace)
         # Results that depend on other images are written at the end: there is nothing to go on with before.
-        journal = None if self.method.compares else digest
+        journal = None
+        if not self.method.compares:
+            settings, checkpoints = self.workplace.record, self.workplace.checkpoints
+            known = self.references.digests
+            journal = image_fingerprint(self.category.product, settings, checkpoints, options.written, known, bit_depth)
         with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
             self.done = writer.done
+            self.noticed.damaged.update(writer.notes)
+            name = printable(self.category.name)
             if self.done.any():
-                name = printable(self.category.name)
                 log.info("%s: going on after %s", name, counted(int(self.done.sum()), "image"))
+            elif again is not None:
+                log.info("%s: scored again, since %s", name, again)
             for result in results:
                 with stopwatch(timings, "write"):
                     writer.write(result)

@@ -54,8 +54,8 @@ class Options:
 
     @property
     def written(self) -> list[str]:
-        """All that is written of an image."""
-        return [*self.formats, *["stages"] * self.keep_stages]
+        """All that is written of an image, and where the user has set such, the limits beyond which it is left out."""
+        return [*self.formats, *["stages"] * self.keep_stages, *[str(self.limits)] * (self.limits != Limits())]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Workplace:
     def asked(self, config: Config) -> dict[str, Any]:
         """Return the configuration in force with image sizes as they were asked for, which may be auto."""
         return {**self.record, **config.model_dump(mode="json", include={"image_size", "networks"})}
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The sha256 of the networks' weights, by their names."""
+        return {network.checkpoint: network.sha256 for network in self.networks.values()}
 
     @property
     def sides(self) -> dict[str, int]:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.images.ahead import Ahead
-from zsad.engine.images.categories import Category
+from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.stored import read_map
-from zsad.engine.images.tree import RECORD, SCORES
+from zsad.engine.images.tree import RECORD, SCORED, SCORES
 from zsad.kernels.files import as_cell, parse_json, written_whole
 
 from .growing import Growing
@@ -44,9 +44,9 @@ SAMPLED_MAPS, SAMPLED_PIXELS = 200, 100_000  # for a percentile of the maps of a
 class CategoryWriter:
     """Writes a category's folder under a temporary name; without `finish`, nothing of it is left behind.
 
-    With a journal, what was written stays, and the next writer with the same journal goes on from there, whenever this
-    one was killed; images that had a failure are left for it to try again. Raises OSError, naming a file, when the disk
-    refuses.
+    With a journal, what was written stays, and the next writer with the same journal goes on from there, whether this
+    one was killed or has finished: with all images that are as they were, whatever others have joined. Those that had a
+    failure are left for it to try again. Raises OSError, naming a file, when the disk refuses.
     """
 
     def __init__(
@@ -65,17 +65,25 @@ class CategoryWriter:
         # All else that is kept of an image is on disk: there may be a million.
         self._scores = np.zeros(len(self._images))
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
-        self._with_notes = self._with_p_values = False  # whether an image has one
+        self.notes: dict[int, str] = {}  # of images, by their number
+        self._with_p_values = False  # whether an image has one
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
         self._files = ImageFiles(self._staging, writing, bit_depth)
+        self._stamps = np.zeros((len(self._images), 2), np.int64)
+        if journal is not None:  # before any is read: what changes meanwhile is done again
+            for number, image in enumerate(self._images):
+                self._stamps[number] = _stamp(image.path)
 
     def __enter__(self) -> "CategoryWriter":
         recovered: Iterator[tuple[Written, str]] = iter(())
+        finished: Iterator[tuple[Written, str]] = iter(())
         shutil.rmtree(self._staging, ignore_errors=True)
         with suppress(FileNotFoundError):
             self._left.rename(self._staging)
         if self._resume and self._fingerprint is not None:
-            recovered = _recovered(self._staging, self._fingerprint)
+            known = _Known(self._images, self._stamps)
+            recovered = _recovered(self._staging / JOURNAL, self._fingerprint, known)
+            finished = _recovered(self._final / SCORED, self._fingerprint, known)
         first = next(recovered, None)
         if first is None:
             shutil.rmtree(self._staging, ignore_errors=True)
@@ -90,6 +98,10 @@ class CategoryWriter:
             self._thumbnails = Growing(self._staging / THUMBNAILS, b"", count, draft=thumbnails)
             for written, pictures in chain([] if first is None else [first], recovered):
                 self._keep(written, pictures)
+            for written, pictures in finished:
+                if not self.done[written.number]:
+                    self._files.take_over(self._final, written.record)
+                    self._keep(written, pictures)
         workers = self._writing.workers
         self._ahead = Ahead(self._write_image, workers, 2 * workers, self._writing.memory_limit, "write")
         return self
@@ -170,12 +182,18 @@ class CategoryWriter:
         columns = [
             *VERDICTS * (record.bounds is not None),
             *[P_VALUE] * self._with_p_values,
-            *[NOTE] * self._with_notes,
+            *[NOTE] * bool(self.notes),
         ]
         tables = partial(_write_tables, self._staging, best_first, columns)
         images = write_record(self._staging / RECORD, complete, self._judged(record, best_first), tables)
+        if self._fingerprint is not None:
+            self._journal.sort()
         flush_all(self._staging)
-        self._journal.path.unlink()  # last: on a full disk all before it may fail
+        # Last: on a full disk all before it may fail.
+        if self._fingerprint is None:
+            self._journal.path.unlink()
+        else:
+            self._journal.path.rename(self._staging / SCORED)
         move_into_place(self._staging, self._final)
         return replace(complete, images=images.moved(self._final / RECORD))
 
@@ -186,7 +204,8 @@ class CategoryWriter:
     def _keep(self, written: Written, thumbnails: str) -> None:
         """Note an image whose files are written, with the line of its thumbnails, empty where it has none."""
         self._scores[written.number] = written.record.score
-        self._with_notes |= written.record.note is not None
+        if written.record.note is not None:
+            self.notes[written.number] = written.record.note
         self._with_p_values |= written.record.p_value is not None
         if written.failure is not None:
             self._failures[written.number] = written.failure
@@ -194,12 +213,13 @@ class CategoryWriter:
             # First, so that an image in the journal has its own.
             self._thumbnails.append(thumbnails.encode("ascii"), written.number)
         failure = None if written.failure is None else asdict(written.failure)
-        line = json.dumps([written.number, asdict(written.record), written.facts, written.least_area, failure]) + "\n"
+        facts = [written.number, asdict(written.record), written.facts, written.least_area, failure]
+        line = json.dumps([*facts, self._stamps[written.number].tolist()]) + "\n"
         self._journal.append(line.encode("ascii"), written.number)
 
     def _written(self, indices: NDArray[np.intp]) -> Iterator[Written]:
         for line in self._journal.read(indices):
-            written = _read_line(line)
+            written, _ = _read_line(line)
             score = float(self._scores[written.number])
             yield written._replace(record=replace(written.record, score=score))
 
@@ -218,28 +238,63 @@ class CategoryWriter:
         return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
 
 
-def _read_line(line: str | bytes) -> Written:
-    """Read a line of the journal; raises ValueError where its end is missing."""
-    number, record, facts, least_area, failure = parse_json(line)
-    return Written(number, ImageRecord(**record), facts, least_area, None if failure is None else Failure(**failure))
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return the size of a file and when it was changed, in nanoseconds; of one that cannot be asked -1."""
+    try:
+        status = path.stat()
+    except OSError:  # decoding will say what is wrong with it
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
-def _recovered(staging: Path, fingerprint: str) -> Iterator[tuple[Written, str]]:
-    """Yield what an interrupted run has written of a category, with the lines of thumbnails, empty for none.
+class _Known:
+    """Finds images of a category by what is on record of them, if they are as they were then."""
 
-    Images that had a failure, or whose files are not all there, are left out; of another fingerprint, all are.
+    def __init__(self, images: Sequence[InputImage], stamps: NDArray[np.int64]) -> None:
+        """stamps: [N, 2]. Of each image 16 bytes are held, since there may be a million."""
+        self._images, self._stamps = images, stamps
+        hashes = np.fromiter((hash(str(image.relative)) for image in images), np.int64, len(images))
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def number(self, record: ImageRecord, stamp: Sequence[int]) -> int | None:
+        """Return the number that an image has now; None where it is not the same, or its files would be called so."""
+        first, end = (int(np.searchsorted(self._hashes, hash(record.path), side)) for side in ("left", "right"))  # type: ignore[call-overload]
+        for number in self._order[first:end].tolist():
+            image = self._images[number]
+            if str(image.relative) == record.path and self._stamps[number].tolist() == list(stamp):
+                named = {"", f"maps/{image.key}.tiff", f"{image.key}_scores.json"}
+                return number if {record.map, record.json_file} <= named else None
+        return None
+
+
+def _read_line(line: str | bytes) -> tuple[Written, list[int]]:
+    """Read a line of the journal, with the stamp of the image's file; raises ValueError where its end is missing."""
+    number, record, facts, least_area, failure, stamp = parse_json(line)
+    failed = None if failure is None else Failure(**failure)
+    return Written(number, ImageRecord(**record), facts, least_area, failed), stamp
+
+
+def _recovered(file: Path, fingerprint: str, known: _Known) -> Iterator[tuple[Written, str]]:
+    """Yield what a run has written of a category, by its journal, with the lines of thumbnails, empty for none.
+
+    Images that are not as they were, that had a failure, or whose files are not all there, are left out; of another
+    fingerprint, all are.
     """
-    with suppress(OSError, ValueError), (staging / JOURNAL).open(encoding="ascii") as journal:
+    staging = file.parent
+    with suppress(OSError, ValueError), file.open(encoding="ascii") as journal:
         if parse_json(journal.readline()) != fingerprint:
             return
         thumbnails = _thumbnail_lines(staging)  # in the order of the journal, where some may lack
         pictured, pictures = next(thumbnails, ("", ""))
         for line in journal:
             with suppress(ValueError, TypeError):
-                written = _read_line(line)
+                written, stamp = _read_line(line)
                 has_thumbnails = pictured == written.record.path
-                if written.failure is None and _has_files(staging, written.record, has_thumbnails):
-                    yield written, pictures if has_thumbnails else ""
+                number = known.number(written.record, stamp)
+                whole = written.failure is None and _has_files(staging, written.record, has_thumbnails)
+                if number is not None and whole:
+                    yield written._replace(number=number), pictures if has_thumbnails else ""
                 if has_thumbnails:
                     pictured, pictures = next(thumbnails, ("", ""))
 

@@ -18,7 +18,7 @@ class Growing:
 
         images: how many may have a line. draft: what becomes `path`.
         """
-        self.path = path
+        self.path, self._head = path, head
         self.starts = np.full(images, -1, np.int64)  # -1: no line
         opened = path if draft is None else draft
         self._file = open(opened, "r+b" if opened.exists() else "w+b", buffering=0)  # noqa: SIM115, PTH123
@@ -64,8 +64,9 @@ class Growing:
                 yield file.readline()
 
     def sort(self) -> None:
-        """Bring the lines of a file that is closed into the order of the images."""
+        """Bring the lines of a file that is closed into the order of the images, after its head."""
         (images,) = np.nonzero(self.starts >= 0)
         if (np.diff(self.starts[images]) < 0).any():
             with written_whole(self.path) as draft, draft.open("wb") as file:
+                file.write(self._head)
                 file.writelines(self.read(images))

@@ -1,6 +1,7 @@
 """The files of single images: map, overlay, pictures of stages, the challenge's JSON; and its defect regions."""
 
 import errno
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,6 +95,16 @@ class ImageFiles:
                 raise
             reason = "no map, its path in the output is too long"
         return Written(result.index, record, facts, failure=Failure(record.path, reason)), {}
+
+    def take_over(self, folder: Path, record: ImageRecord) -> None:
+        """Take an image's files from a category's finished folder, which keeps them; raises OSError."""
+        for file in record.files():
+            target = self._path(file)
+            target.unlink(missing_ok=True)
+            try:
+                target.hardlink_to(folder / file)
+            except OSError:  # of a file system without links
+                shutil.copyfile(folder / file, target)
 
     def _draw(
         self, result: Result, image: InputImage, record: ImageRecord

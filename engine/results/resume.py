@@ -14,6 +14,9 @@ from zsad.kernels.files import parse_json
 from .category import THUMBNAILS
 from .records import CategoryRecord, read_record
 
+# Keys of a configuration and of methods' settings that decide on verdicts, and of what judges each image on no score.
+OF_VERDICTS = ("threshold", "expected_defects", "false_alarms")
+
 
 def fingerprint(
     category: Category,
@@ -40,6 +43,26 @@ def fingerprint(
     others = json.dumps([config, dict(checkpoints), sorted(written), list(references)], sort_keys=True)
     digest.update(f"], {others.removeprefix('[')}".encode())
     return digest.hexdigest()
+
+
+def image_fingerprint(
+    product: str,
+    config: Mapping[str, Any],
+    checkpoints: Mapping[str, str],
+    written: Iterable[str],
+    references: Sequence[str],
+    bit_depth: int | None,
+) -> str:
+    """Return a digest of what decides an image's results beside its file, of methods that judge every image by itself.
+
+    Verdicts are given anew from the scores. product: as its folder is called. bit_depth: of grey values in 16-bit
+    files. For others see `fingerprint`.
+    """
+    own = {key: value for key, value in config.items() if key not in OF_VERDICTS}
+    own["settings"] = {key: value for key, value in config["settings"].items() if key not in OF_VERDICTS}
+    version = importlib.metadata.version("zsad")
+    everything = [version, product, own, dict(checkpoints), sorted(written), list(references), bit_depth]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def finished_record(output: Path, category: Category, wanted: str) -> CategoryRecord | None:

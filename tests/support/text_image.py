@@ -1,16 +1,15 @@
 """The cheapest second method: one image vector against two text vectors that somebody else made."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from zsad.engine.config import Config, Table
 from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
-from zsad.engine.methods.method import Group, Place, Progress, Scored
+from zsad.engine.methods.method import Group, JudgesEach, Place, Scored
 from zsad.engine.networks.network import GraphRequest, run_in_parts
 
 SHARPNESS = 100.0  # CLIP's
@@ -20,10 +19,10 @@ class Settings(Table):
     vectors: str = Field(description="a .npy file with two text vectors, normal and anomalous: [2, D]")
 
 
-class TextImage:
+class TextImage(JudgesEach):
     Settings = Settings
     takes_references = False
-    compares = rescores = False
+    rescores = False
     map_range = (0.0, 1.0)
 
     def __init__(self, config: Config, place: Place) -> None:
@@ -54,12 +53,3 @@ class TextImage:
             anomalous = 1 / (1 + np.exp(SHARPNESS * (cosines[:, 0] - cosines[:, 1])))  # softmax over the two texts
             for index, score in zip(batch.indices[part], anomalous.tolist(), strict=True):
                 yield Scored(index, score, np.full((1, 1), score, np.float32))
-
-    def finish(self, progress: Progress) -> Iterable[Scored]:
-        return ()
-
-    def image_scores(self, scored: Sequence[Scored]) -> NDArray[np.float64]:
-        raise AssertionError("not asked of methods that judge every image by itself")
-
-    def bounds(self) -> None:
-        return None

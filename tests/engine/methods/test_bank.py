@@ -22,6 +22,7 @@ from runs import draw, record
 from zsad.engine.commands.infer import main
 from zsad.engine.config import ConfigError, load_config
 from zsad.engine.images import survey
+from zsad.engine.images.decode import decode
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
 from zsad.engine.methods.bank_build import Making, check_making, needed, remembered
@@ -515,6 +516,54 @@ def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+def test_resuming_scores_only_what_is_new_and_gives_all_verdicts_anew(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(Path("good"), 5)
+    draw(Path("data"), 4)
+    more = draw(Path("more"), 7)
+    assert infer(tiny, "--reference", "good", "--save-bank", "a.zsad") == 0
+    read: list[str] = []
+
+    def watched(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        return decode(path, *rest)
+
+    monkeypatch.setattr("zsad.engine.images.loader.decode", watched)
+
+    def scored_now(*options: str) -> list[str]:
+        read.clear()
+        command = ["data", "--bank", "a.zsad", *options, "--device", "cpu"]
+        assert main([*command, "--resume"]) == 0
+        now = sorted(read)
+        assert main([*command, "--output", "whole", "-q"]) == 0
+        for path in Path("whole/data").rglob("*.*"):
+            again = Path("out/data") / path.relative_to("whole/data")
+            if path.name == "category.json":
+                one, two = (json.loads(file.read_text()) for file in (path, again))
+                assert {**one, "seconds": 0} == {**two, "seconds": 0}
+            else:
+                assert path.read_bytes() == again.read_bytes(), path
+        return now
+
+    assert scored_now() == ["00.png", "01.png", "02.png", "03.png"]
+    assert scored_now("--false-alarms", "0.4") == []
+    assert scored_now("--threshold", "0") == []
+    shutil.copy(more / "05.png", "data/005.png")  # before all others
+    assert scored_now("--threshold", "0") == ["005.png"]
+    said = capsys.readouterr().err
+    assert "data: going on after 4 images" in said
+    assert "scored again" not in said
+    shutil.copy(more / "06.png", "data/01.png")
+    Path("data/02.png").unlink()
+    assert scored_now() == ["01.png"]
+    Image.open(more / "04.png").save("data/03.jpg", quality=95)  # whose map would be called as that of 03.png is
+    assert scored_now() == ["03.jpg", "03.png"]
+    next(Path("out/data/maps").glob("00.tiff")).unlink()
+    assert scored_now("--threshold", "0.4") == ["00.png"]
+
+
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize(
     ("options", "said"),

@@ -91,7 +91,7 @@ def test_images_are_written_as_they_come(text_image: Path, tmp_path: Path, monke
     assert written
 
 
-@pytest.mark.parametrize("damage", [None, "a torn line", "a lost map", "another setting"])
+@pytest.mark.parametrize("damage", [None, "a torn line", "a lost map", "another setting", "another bound"])
 def test_an_interrupted_run_goes_on_where_it_was(
     text_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
 ) -> None:
@@ -120,14 +120,14 @@ def test_an_interrupted_run_goes_on_where_it_was(
         next(partial.rglob("00.tiff")).unlink()
     read.clear()
     stop.clear()
-    more = ["--threshold", "0.4"] if damage == "another setting" else []
+    more = {"another bound": ["--threshold", "0.4"], "another setting": ["--max-megapixels", "9"]}.get(str(damage), [])
     assert main([*arguments, *more, "--output", str(tmp_path / "out"), "--resume"]) == 0
-    redone = {None: 8 - kept, "a torn line": 9 - kept, "a lost map": 9 - kept, "another setting": 8}[damage]
+    redone = {None: 8 - kept, "another bound": 8 - kept, "another setting": 8}.get(damage, 9 - kept)
     assert len(read) == redone
     assert not list((tmp_path / "out").glob(".*"))
     for path in (tmp_path / "whole/data").rglob("*.*"):
         same = tmp_path / "out/data" / path.relative_to(tmp_path / "whole/data")
-        if path.name not in ("category.json", "regions.csv", "scores.csv") or not more:
+        if path.name not in ("category.json", "regions.csv", "scores.csv", "scored.jsonl") or not more:
             ignored = ("seconds", "fingerprint")
             if path.name == "category.json":
                 one, two = (json.loads(file.read_text()) for file in (path, same))

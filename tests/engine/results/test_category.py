@@ -136,7 +136,7 @@ def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
         assert write(category, output, before_each=lambda: copy("an image")) == ["02.png", "03.png"]
     assert files(output) == whole
     names = [following for following, _ in moments]
-    assert {"an image", "unlink journal.jsonl", "open category.json", f"rename {partial.name}"} <= set(names)
+    assert {"an image", "rename journal.jsonl", "open category.json", f"rename {partial.name}"} <= set(names)
     all_written = next(number for number, name in enumerate(names) if name.startswith("write_text"))  # new scores
     for number, (following, killed) in enumerate(moments):
         assert len(write(category, killed)) <= (0 if number >= all_written else IMAGES - KEPT), following

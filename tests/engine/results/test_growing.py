@@ -42,7 +42,7 @@ def test_lines_are_read_by_their_images_and_sorted(tmp_path: Path) -> None:
     assert (lines.starts >= 0).tolist() == [True, False, True, True]
     lines.close()
     lines.sort()
-    assert (tmp_path / "lines").read_bytes() == b"image 0\nimage 2\nimage 3\n"
+    assert (tmp_path / "lines").read_bytes() == b"head\nimage 0\nimage 2\nimage 3\n"
     again = Growing(tmp_path / "lines")
     again.append(b"more\n")
     again.close()
