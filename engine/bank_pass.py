@@ -221,12 +221,12 @@ def network_tokens(
     report: Callable[[int, int], None],
     seen: Callable[[int, Image.Image | None], None] = lambda *_: None,
     strict: bool = False,
-    beside: int | None = None,
+    beside: int = 0,
 ) -> Iterator[Tokens]:
     """Run the networks over images; what they give is in memory, or if that is much, in a temporary file.
 
-    seen: see `Loader.batches`. beside: bytes that are to be left beside it, half of all if not known. Raises ImageError
-    for the first image that cannot be read if strict.
+    seen: see `Loader.batches`. beside: bytes that are to be left beside it afterwards. Raises ImageError for the first
+    image that cannot be read if strict.
     """
     place, wanted = workplace.place, recipes(workplace.place)
     graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
@@ -234,7 +234,7 @@ def network_tokens(
     with ExitStack() as rooms:
         size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
         limit = _host_limit(workplace)
-        resident = size <= limit - (limit // 2 if beside is None else beside)
+        resident = size <= limit - max(limit // 2, beside)  # images that are decoded take up to half of it
         tokens: dict[str, Any] = {
             name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
             for name, graph in graphs.items()

@@ -259,7 +259,7 @@ class _Known:
 
     def number(self, record: ImageRecord, stamp: Sequence[int]) -> int | None:
         """Return the number that an image has now; None where it is not the same, or its files would be called so."""
-        first, end = (int(np.searchsorted(self._hashes, hash(record.path), side)) for side in ("left", "right"))  # type: ignore[call-overload]
+        first, end = (int(np.searchsorted(self._hashes, hash(record.path), side)) for side in ("left", "right"))
         for number in self._order[first:end].tolist():
             image = self._images[number]
             if str(image.relative) == record.path and self._stamps[number].tolist() == list(stamp):

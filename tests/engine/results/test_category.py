@@ -102,20 +102,27 @@ def fail(*_: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("begun", ["interrupted", "finished"])
 def test_a_run_may_be_killed_at_any_moment_after_it_went_on(
-    category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    category: Category, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
 ) -> None:
     """What is on disk before each of its file operations, or half through, is what a kill would leave there."""
     output = tmp_path / "out"
-    interrupted(category, output)
+    if begun == "interrupted":
+        interrupted(category, output)
+    else:
+        write(category, output)
+        for image in category.images[KEPT:]:
+            (output / category.name / f"maps/{image.key}.tiff").unlink()
     partial = own_folder(output / category.name, "partial")
     moments: list[tuple[str, Path]] = []  # what came next, and a copy of all before it
 
     def copy(following: str) -> None:
         if current_thread() is main_thread() and partial.exists():
-            target = tmp_path / str(len(moments)) / partial.name
-            shutil.copytree(partial, target)
-            moments.append((following, target.parent))
+            target = tmp_path / str(len(moments))
+            for folder in filter(Path.exists, (partial, output / category.name)):
+                shutil.copytree(folder, target / folder.name)
+            moments.append((following, target))
 
     def watched(name: str) -> Callable[..., Any]:
         original = getattr(Path, name)
