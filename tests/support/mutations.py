@@ -5,6 +5,7 @@ Run this file to see which are found; test_mutations.py demands at least nine of
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import tempfile
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def _fused(run: checks.Run, make: checks.Make) -> None:
 
 
 def _tiled(run: checks.Run, make: checks.Make) -> None:
-    variant_checks.check_tiled_max(run, make, (13, 12), (1, 3, 5), images=2, channels=40)
+    variant_checks.check_tiled_max(run, make, (13, 12), (1, 5), images=2, channels=40)
     variant_checks.check_tiled_max(run, make, (12, 13), (1, 3), negative=True)
     variant_checks.check_tiled_max(run, make, (24, 24), (1, 3, 5), channels=8)
 
@@ -313,16 +314,21 @@ def planted(mutation: Mutation, folder: Path) -> str:
     return source
 
 
-def found(mutation: Mutation) -> str | None:
-    """Return what the checks say of a planted bug, None where it passes unnoticed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch), DEFINES.get(mutation.source, ()))
+def check(source: str, built: ctypes.CDLL) -> None:
+    """Run the checks of a source on a build of it."""
 
     def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
         host_build.run(built, kernel, grid, threads, arguments, shared_bytes)
 
+    CHECKS[source](run, host_build.copied)
+
+
+def found(mutation: Mutation) -> str | None:
+    """Return what the checks say of a planted bug, None where it passes unnoticed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch), DEFINES.get(mutation.source, ()))
     try:
-        CHECKS[mutation.source](run, host_build.copied)
+        check(mutation.source, built)
     except (AssertionError, host_build.KernelError) as error:
         said: list[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
         return said[0] if said else type(error).__name__

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import host_build
 import pytest
-from mutations import MUTATIONS, found, planted
+from mutations import CHECKS, DEFINES, MUTATIONS, check, found, planted
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", CHECKS)
+def test_sources_without_planted_bugs_pass(source: str) -> None:
+    check(source, host_build.library(source, DEFINES.get(source, ())))
 
 
 @pytest.mark.slow
