@@ -402,9 +402,9 @@ def _of_degree(best: DEVICE_ARRAY | None, r: int) -> DEVICE_ARRAY | None:
     return None if best is None else best[:, r]
 
 
-def max_threads(mask: int) -> int:
+def max_threads(mask: int, near: bool = False) -> int:
     """Return how many threads a block of filter_max.cu may have; its registers leave room for one such block."""
-    return 384 if mask < 8 else 256
+    return 384 if mask < (4 if near else 8) else 256
 
 
 def strip_rows(mask: int) -> int:
@@ -431,7 +431,7 @@ def filter_max_shape(
     """Choose bands that fit a block, and segments that fill the device in few waves without too many margins."""
     rows, columns = grid
     reach = mask.bit_length() - 1
-    strips, most = -(-rows // strip_rows(mask)), max_threads(mask)
+    strips, most = -(-rows // strip_rows(mask)), max_threads(mask, window is not None)
     met = rows if window is None else min(strip_rows(mask) + 2 * window, rows)  # by a strip
     for held in range(OWN_ROWS * (most // columns), 0, -OWN_ROWS):  # grid rows of column patches in a block
         if held < min(rows, 2 * reach + 1):

@@ -88,9 +88,14 @@ class Device(Protocol):
         """Queue a copy between arrays on the device, of the same shape."""
 
     def record(self, queue: Callable[[], None]) -> Callable[[], None]:
-        """Queue some work now and return what queues the same work again at once (a CUDA graph).
+        """Queue some work now and return what queues the same work again at once, as `capture` does."""
 
-        The work goes to the stream of the passes and uses the same addresses every time.
+    def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
+        """Take down what `queue` queues, without running any of it, and return what queues it at once (a CUDA graph).
+
+        Every time it has the addresses and scalars of now. `queue` may launch, fill, copy on the device, produce and
+        consume; what it sets up lazily must be there already. Raises one of `failures` or DeviceMemoryError where the
+        libraries refuse to be taken down; then nothing was queued.
         """
 
     def launch(
@@ -288,10 +293,12 @@ class CupyDevice:
         self._passes, self._products, self._copies = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
         self._queue = self._passes  # where launches and copies go
         self.stream = int(self._passes.ptr)
-        self._produced: dict[Hashable, Any] = defaultdict(partial(cupy.cuda.Event, disable_timing=True))  # by workspace
-        self._consumed: dict[Hashable, Any] = defaultdict(partial(cupy.cuda.Event, disable_timing=True))
-        self._fetched = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        self._compared = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self._event: Callable[[], Any] = partial(cupy.cuda.Event, disable_timing=True)
+        self._produced: dict[Hashable, Any] = defaultdict(self._event)  # by workspace
+        self._consumed: dict[Hashable, Any] = defaultdict(self._event)
+        self._begun = self._event()  # of a recording; outside of one it never comes and nobody waits for it
+        self._fetched = [self._event() for _ in range(2)]
+        self._compared = [self._event() for _ in range(2)]
         self._staged: deque[tuple[Any, Any]] = deque()  # events of uploads and their pinned sources, alive until then
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         self._functions: dict[str, Any] = {}
@@ -370,16 +377,36 @@ class CupyDevice:
     def record(self, queue: Callable[[], None]) -> Callable[[], None]:
         queue()  # what is set up lazily must not fall into the recording
         self._passes.synchronize()
+        return self.capture(queue)
+
+    @_names_exhaustion
+    def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
+        outside = self._begun, self._produced, self._consumed
+        # Nothing may wait for events from outside; the stream of the products joins where it waits for the first one.
+        self._begun, self._produced, self._consumed = self._event(), defaultdict(self._event), defaultdict(self._event)
+        try:
+            graph, slots = self._captured(queue), tuple(self._consumed)
+        finally:
+            self._begun, self._produced, self._consumed = outside
+
+        def replay() -> None:
+            graph.launch(self._passes)
+            for slot in slots:
+                self._consumed[slot].record(self._passes)
+
+        return replay
+
+    def _captured(self, queue: Callable[[], None]) -> Any:
         with self._passes:
             self._passes.begin_capture()
             try:
+                self._begun.record(self._passes)
                 queue()
             except BaseException:
                 with suppress(self._cupy.cuda.runtime.CUDARuntimeError):  # of the recording, which is of no use now
                     self._passes.end_capture()
                 raise
-            graph = self._passes.end_capture()
-        return lambda: graph.launch(self._passes)
+            return self._passes.end_capture()
 
     @_names_exhaustion
     def launch(
@@ -421,7 +448,7 @@ class CupyDevice:
 
     @contextmanager
     def producing(self, slot: Hashable) -> Iterator[None]:
-        self._products.wait_event(self._consumed[slot])
+        self._products.wait_event(self._consumed.get(slot, self._begun))
         self._queue = self._products
         try:
             with self._products:

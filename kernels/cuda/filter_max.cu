@@ -52,8 +52,9 @@ constexpr int kOwn = 4;           // grid rows of column patches per thread
 ZSAD_DEVICE constexpr int strip_rows(int reach) { return reach < 2 ? 4 : reach < 3 ? 2 : 1; }
 
 ZSAD_DEVICE constexpr int highest_bit(int mask) { return mask > 1 ? 1 + highest_bit(mask >> 1) : 0; }
-// 384 cover 37 x 37 patches and leave 168 registers a thread, 256 leave all of them.
-ZSAD_DEVICE constexpr int max_threads(int mask) { return mask < 8 ? 384 : 256; }
+// 384 cover 37 x 37 patches and leave 168 registers a thread, 256 leave all of them; patches near each other take more
+// registers and, in a band of the grid, fewer threads.
+ZSAD_DEVICE constexpr int max_threads(int mask, bool near) { return mask < (near ? 4 : 8) ? 384 : 256; }
 ZSAD_DEVICE constexpr int bits_set(int mask) { return mask ? (mask & 1) + bits_set(mask >> 1) : 0; }
 // The place of degree 2k + 1 among those of the mask.
 ZSAD_DEVICE constexpr int rank(int mask, int k) { return bits_set(mask & ((1 << k) - 1)); }
@@ -216,6 +217,7 @@ template <int Mask, bool Near>
 ZSAD_DEVICE void filter_max(const FilterMax& a) {
   constexpr int kReach = highest_bit(Mask), kDegrees = bits_set(Mask), kBoxes = Mask & ~1;
   constexpr int kStrip = strip_rows(kReach), kLoaded = kStrip + 2 * kReach;
+  constexpr bool kHolds = !Near || kReach < 4;  // what the walk can make anew from less, lest registers spill
   const int H = a.rows, W = a.columns, P = H * W;
   const int strips = (H + kStrip - 1) / kStrip, segments = (W + a.segment - 1) / a.segment;
   const int y0 = blockIdx.x % strips * kStrip;
@@ -253,25 +255,33 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
   }
   const int first = max(x0 - kReach, 0);
   unsigned offset[kOwn];  // from the start of a grid row of row patches on
-  float inverse_column[kDegrees][kOwn], column_best[kDegrees][kOwn];
+  float held[kDegrees][kOwn] = {}, column_best[kDegrees][kOwn];
+  const auto inverse_column = [&](int r, int i) {
+    if (kHolds) return held[r][i];
+    const int qy = halo0 + run * kOwn + i;
+    float loaded = nan;
+    load_if(qy >= band0 && qy < band1, a.inverse_columns + r * P + qy * W + qx, loaded);
+    return loaded;
+  };
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int qy = halo0 + run * kOwn + i, q = qy * W + qx;
     offset[i] = first * a.stride + (qy < halo1 ? q : P);  // past the patches there are zeros
 #pragma unroll
     for (int r = 0; r < kDegrees; ++r) {
-      inverse_column[r][i] = qy >= band0 && qy < band1 ? a.inverse_columns[r * P + q] : nan;
+      if (kHolds) held[r][i] = qy >= band0 && qy < band1 ? a.inverse_columns[r * P + q] : nan;
       column_best[r][i] = kLowest;
     }
   }
 
-  const float* row[kLoaded];
+  const float* row[kHolds ? kLoaded : 1];
   bool inside[kLoaded];
 #pragma unroll
   for (int y = 0; y < kLoaded; ++y) {
     const int py = y0 + y - kReach;
     inside[y] = py >= 0 && py < H;
-    row[y] = a.grams + blockIdx.y * a.gram_step + static_cast<long long>(inside[y] ? py * W : 0) * a.stride;
+    if (!kHolds && y > 0) continue;
+    row[y] = a.grams + blockIdx.y * a.gram_step + static_cast<long long>(inside[y] || !kHolds ? py * W : 0) * a.stride;
     keep(row[y]);
   }
   float loaded[kLoaded][kOwn] = {};  // rows outside of the grid stay zero
@@ -280,7 +290,8 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
     for (int y = 0; y < kLoaded; ++y)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        load_if(inside[y], row[y] + offset[i], loaded[y][i]);
+        load_if(inside[y], (kHolds ? row[y] : row[0] + y * static_cast<long long>(W) * a.stride) + offset[i],
+                loaded[y][i]);
   };
   load();
   __syncthreads();
@@ -310,12 +321,12 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
         for (int i = 0; i < kOwn; ++i) {
           if (Near) {
             if (abs(below + i - y) > a.window) continue;
-            const float cosine = near_cosine(sums[r][y][i], inverse_row.at[y], inverse_column[r][i]);
+            const float cosine = near_cosine(sums[r][y][i], inverse_row.at[y], inverse_column(r, i));
             greatest = fmaxf(greatest, cosine);
             column_best[r][i] = fmaxf(column_best[r][i], cosine);
             continue;
           }
-          greatest = fmaxf(greatest, sums[r][y][i] * inverse_column[r][i]);
+          greatest = fmaxf(greatest, sums[r][y][i] * inverse_column(r, i));
           column_best[r][i] = fmaxf(column_best[r][i], sums[r][y][i] * inverse_row.at[y]);
         }
         best.at[y] = __reduce_max_sync(kFullWarp, float_to_key(greatest));
@@ -345,7 +356,7 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
 #pragma unroll
       for (int r = 0; r < kDegrees; ++r)
         atomicMax(best_columns + r * P + qy * W + qx,
-                  float_to_key(column_best[r][i] * (Near ? 1 : inverse_column[r][i])));
+                  float_to_key(column_best[r][i] * (Near ? 1 : inverse_column(r, i))));
     }
   }
   if (a.best_rows) {
@@ -364,7 +375,7 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
 }
 
 #define ZSAD_FILTER_MAX_(mask)                                                                                        \
-  ZSAD_KERNEL(max_threads(mask), 1)                                                                                   \
+  ZSAD_KERNEL(max_threads(mask, false), 1)                                                                            \
   filter_max_##mask(const float* grams, int stride, long long gram_step, int rows, int columns,                       \
                     const float* inverse_rows, const float* inverse_columns, int* best_rows, long long rows_step,     \
                     int* best_columns, long long columns_step, int segment, int band) {                               \
@@ -381,7 +392,7 @@ ZSAD_FILTER_MAX(ZSAD_MASK)
 #endif
 
 #define ZSAD_FILTER_MAX_NEAR_(mask)                                                                                   \
-  ZSAD_KERNEL(max_threads(mask), 1)                                                                                   \
+  ZSAD_KERNEL(max_threads(mask, true), 1)                                                                             \
   filter_max_near_##mask(const float* grams, int stride, long long gram_step, int rows, int columns,                  \
                          const float* inverse_rows, const float* inverse_columns, int* best_rows,                     \
                          long long rows_step, int* best_columns, long long columns_step, int segment, int band,       \

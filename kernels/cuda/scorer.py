@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from zsad.kernels.task import not_finite
 from .comparers import STAGED_IMAGES, Features, Layout
 from .device import DEVICE_ARRAY, Device, DeviceMemoryError, int32
 from .plan import SLICES, Plan, Share
+from .recorder import Recorder
 
 LOWEST_KEY = -(2**31)  # below the key of every cosine
 SQUARE = 32  # of minimum_distances in interval_average.cu
+PART_LAUNCHES = 256  # recorded together: so many that the next part is recorded while this one runs
 
 Report = Callable[[int], None]  # is told how many image pairs were queued
 
@@ -42,6 +45,7 @@ class Work:
     minima_weights: NDArray[np.float32]  # [arrays, L, R]: what each array of returned minima adds up
     returned: ReturnedMinima
     window: int | None = None  # rows and columns that compared patches are apart at most
+    recorded: bool = True  # whether comparisons come again, layer after layer, and are worth recording
 
     @property
     def patches(self) -> int:
@@ -134,6 +138,7 @@ class Scorer:
         self.rows = _Chunk(device, rows if plan.columns else images, layout, work)
         self.columns = [_Chunk(device, plan.columns, layout, work) for _ in range(2 if plan.columns else 0)]
         self.comparer = plan.comparer(device, work.grid, work.channels, work.degrees, plan.pairs, work.window)
+        self.recorder = Recorder(device, work.recorded)
         # Keys of the best cosines of the rows with all images, and of fetched images with the rows.
         self.best = device.empty((rows, images, degrees, patches), np.int32)
         room = plan.columns * rows * degrees * patches if plan.exchanges else 0
@@ -173,15 +178,21 @@ class Scorer:
         device.fetch(0, [] if store is None or self.rows.images == rows else self.rows.fetched_from(store, rows))
         with device.comparing(0):
             resident = rows if store is not None else self.rows.images  # with the references behind them
-            for i in rows:
-                self._compare_within(i, rows[i - rows.start + 1 :], resident[len(rows) :])
-                report(resident.stop - i - 1)
+            for part, launches in self._parts(rows, resident[len(rows) :]):
+                within = partial(self._compare_within, part, rows, resident[len(rows) :])
+                self.recorder.run((rows, part), launches, within)
+                report(sum(resident.stop - i - 1 for i in part))
         if steps:
             self._fetch(1, steps[0])
         for number, step in enumerate(steps, 1):
             slot = number % 2
+            sent = None if step.target is None else self.sent[slot][: step.target.size].reshape(step.target.shape)
+            columns, images = (step.own, step.others) if step.own.start < step.others.start else (step.others, step.own)
+            launches = self._launches(len(columns), len(images))
+            across = partial(self._compare_across, step, slot, sent)
             with device.comparing(slot):
-                sent = self._compare_across(step, slot, report)
+                self.recorder.run((step.own, step.others, slot), launches, across)
+            report(len(step.own) * len(step.others))
             # The next images come while these are compared, and before what these send, which waits for their end.
             if number < len(steps):
                 self._fetch(1 - slot, steps[number])
@@ -295,36 +306,45 @@ class Scorer:
             ),
         )
 
-    def _compare_within(self, i: int, partners: range, references: range) -> None:
-        """Queue the comparison of a row image with later row images, both directions, and with resident references."""
-        own, first = i - self.rows.images.start, partners.start - self.rows.images.start
-        for others, best in (partners, self.best[first : first + len(partners), i]), (references, None):
-            mine = self.best[own, others.start : others.stop]
-            self._compare(self.rows.all.of(own), self.rows.run(others), best, mine)
+    def _launches(self, columns: int, rows: int) -> int:
+        return columns * -(-rows // self.plan.pairs)
 
-    def _compare_across(self, step: "_Step", slot: int, report: Report) -> DEVICE_ARRAY:
-        """Queue the comparison of fetched images with rows; return the fetched images' keys [others, own, R, P].
+    def _parts(self, rows: range, references: range) -> Iterator[tuple[range, int]]:
+        """Cut rows into runs that are recorded together; yields their launches too."""
+        start, launches = rows.start, 0
+        for i in rows:
+            launches += self._launches(1, rows.stop - i - 1) + self._launches(1, len(references))
+            if launches >= PART_LAUNCHES or i == rows[-1]:
+                yield range(start, i + 1), launches
+                start, launches = i + 1, 0
+
+    def _compare_within(self, part: range, rows: range, references: range) -> None:
+        """Queue the comparison of row images with later row images, both directions, and with resident references."""
+        for i in part:
+            partners = rows[i - rows.start + 1 :]
+            own, first = i - self.rows.images.start, partners.start - self.rows.images.start
+            for others, best in (partners, self.best[first : first + len(partners), i]), (references, None):
+                mine = self.best[own, others.start : others.stop]
+                self._compare(self.rows.all.of(own), self.rows.run(others), best, mine)
+
+    def _compare_across(self, step: "_Step", slot: int, theirs: DEVICE_ARRAY | None) -> None:
+        """Queue the comparison of fetched images with rows; theirs: the fetched images' keys [others, own, R, P].
 
         The image with the lower number is the product's column as everywhere, so that every plan rounds alike.
         """
         rows, columns, own, others = self.rows, self.columns[slot], step.own, step.others
         first = own.start - rows.images.start
         mine = self.best[first : first + len(own), others.start : others.stop]  # [own, others, R, P]
-        theirs: DEVICE_ARRAY = None
-        if step.target is not None:
-            theirs = self.sent[slot][: step.target.size].reshape(step.target.shape)
+        if theirs is not None:
             self.device.fill(theirs, LOWEST_KEY)
         if own.start < others.start:
             for n in range(len(own)):
                 self._compare(
                     rows.all.of(first + n), columns.run(others), None if theirs is None else theirs[:, n], mine[n]
                 )
-                report(len(others))
         else:
             for n in range(len(others)):
                 self._compare(columns.all.of(n), rows.run(own), mine[:, n], None if theirs is None else theirs[n])
-                report(len(own))
-        return theirs
 
     def _compare(
         self,

@@ -39,6 +39,7 @@ class Options:
     products: Products | None = None
     pairs: int | None = None  # image pairs per launch
     host_memory_limit: int | None = None  # bytes of host memory for what the devices do not hold
+    recorded: bool = True  # whether the comparisons of a layer are taken down as CUDA graphs for the next
 
 
 class Scoring:
@@ -112,7 +113,8 @@ class Scoring:
         place = np.array([[other == degree for other in distinct] for degree in task.degrees], np.float32)
         minima_weights = returned.weights @ place  # [arrays, L, R]
         weights = shares / np.float32(last - first)
-        return Work(task.grid, task.channels, distinct, ranks, weights, minima_weights, returned, task.window)
+        recorded = self._options.recorded and task.layers > 1
+        return Work(task.grid, task.channels, distinct, ranks, weights, minima_weights, returned, task.window, recorded)
 
 
 def _score(

@@ -23,12 +23,13 @@ def device_scores(
     pairs: int | None = None,
     host_memory_limit: int | None = None,
     window: int | None = None,
+    recorded: bool = True,
     **call: Any,
 ) -> Any:
     """Score as `mutual_scores` does, with the options of a device; call: the other arguments of `scores`."""
     _, layers, patches, channels = tokens.shape
     grid = grid or (math.isqrt(patches),) * 2
     devices = device if isinstance(device, Sequence) else [device]
-    options = Options(products, pairs, host_memory_limit)
+    options = Options(products, pairs, host_memory_limit, recorded)
     scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices, options, window)
     return scoring.scores(tokens, **call)

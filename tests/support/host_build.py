@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +181,30 @@ def probes(parameters: str, *bodies: str, threads: int) -> list[Callable[..., No
     return [functools.partial(launch, kernel) for kernel in kernels]
 
 
-# While a device records: the work that is kept instead of run. Libraries other than the kernels look here.
-RECORDING: list[list[Callable[[], None]]] = []
+class Recording(threading.local):
+    """The work that is kept instead of run while this thread records; other emulated libraries look here too."""
+
+    work: list[Callable[[], None]] | None = None
+
+
+RECORDING = Recording()
+
+
+def placed(array: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+    """Return what finds an array again by its address, as a recorded launch does, unless its memory was freed."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    memory, offset = weakref.ref(owner), array.ctypes.data - owner.ctypes.data
+    shape, dtype, strides = array.shape, array.dtype, array.strides
+
+    def there() -> NDArray[Any]:
+        alive = memory()
+        if alive is None:
+            raise KernelError(f"a recorded launch uses an array of shape {shape} that was freed")
+        return np.ndarray(shape, dtype, alive.data, offset, strides)
+
+    return there
 
 
 class HostDevice:
@@ -195,7 +219,8 @@ class HostDevice:
         self.cache_bytes, self.free = cache_bytes, free
         self.filled: dict[Hashable, bool] = defaultdict(bool)  # workspaces, and whether they hold unread products
         self.waited: list[Hashable] = []
-        self.products = self.launches = self.recordings = 0
+        self.products = self.launches = self.recordings = self.replays = 0
+        self.refusal: Exception | None = None  # to record anything
         self.allocated: list[int] = []  # bytes of every array
         self.fail_at: set[int] = set()  # allocations that fail, counted from 0
         self.fetching: dict[int, Sequence[tuple[NDArray[Any], NDArray[Any]]]] = {}  # [slot]
@@ -213,7 +238,20 @@ class HostDevice:
     def use(self) -> None:
         pass
 
+    def _queue(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do some work, or keep it while this thread records."""
+        if RECORDING.work is None:
+            work(*arguments)
+            return
+        places = [placed(a) if isinstance(a, np.ndarray) else partial(lambda value: value, a) for a in arguments]
+        RECORDING.work.append(lambda: work(*(place() for place in places)))
+
+    def _not_recorded(self) -> None:
+        """What waits, allocates, or copies from and to the host has no place in a recording."""
+        assert RECORDING.work is None, "this cannot be recorded"
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        self._not_recorded()
         array = fenced(shape, dtype)
         self.allocated.append(array.nbytes)
         if len(self.allocated) - 1 in self.fail_at:
@@ -224,35 +262,53 @@ class HostDevice:
         return np.full(shape, poison(dtype), dtype)
 
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
+        self._not_recorded()
         return copied(array)
 
     def fill(self, array: NDArray[Any], value: int) -> None:
-        array.fill(value)
+        self._queue(np.ndarray.fill, array, value)
 
     def upload(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        self._not_recorded()
         assert array.shape == out.shape
         np.copyto(out, array, casting="no")
 
     def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
+        self._not_recorded()
         return array.copy()
 
     def download(self, array: NDArray[Any], out: NDArray[Any]) -> None:
+        self._not_recorded()
         assert array.shape == out.shape
         assert out.flags.c_contiguous
         np.copyto(out, array, casting="no")
 
     def copy(self, source: NDArray[Any], out: NDArray[Any]) -> None:
         assert source.shape == out.shape
-        np.copyto(out, source, casting="no")
+        self._queue(partial(np.copyto, casting="no"), out, source)
 
     def record(self, queue: Callable[[], None]) -> Callable[[], None]:
+        queue()
+        return self.capture(queue)
+
+    def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
+        self._not_recorded()
+        outside, self.filled = self.filled, defaultdict(bool)
+        RECORDING.work = recorded = []
+        try:
+            queue()
+            assert not any(self.filled.values()), "a recording ends with a product that no pass has joined"
+            slots = list(self.filled)
+        finally:
+            RECORDING.work, self.filled = None, outside
+        if self.refusal is not None:
+            raise self.refusal
         self.recordings += 1
-        queue()
-        RECORDING.append([])
-        queue()
-        recorded = RECORDING.pop()
 
         def replay() -> None:
+            self._not_recorded()
+            assert not any(self.filled[slot] for slot in slots), "a workspace is overwritten before it was read"
+            self.replays += 1
             for work in recorded:
                 work()
 
@@ -261,6 +317,9 @@ class HostDevice:
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
     ) -> None:
+        self._queue(self._launch, kernel, grid, threads, shared_bytes, *arguments)
+
+    def _launch(self, kernel: str, grid: tuple[int, int], threads: int, shared_bytes: int, *arguments: Any) -> None:
         name, defines = cuda_device.build_of(kernel)
         self.launches += 1
         if name in ("fused", "tiled"):
@@ -269,6 +328,9 @@ class HostDevice:
             run(library(name, defines), kernel, grid, threads, arguments, shared_bytes, seed=self.launches)
 
     def product(self, column: NDArray[Any], rows: NDArray[Any], grams: NDArray[Any]) -> None:
+        self._queue(self._product, column, rows, grams)
+
+    def _product(self, column: NDArray[Any], rows: NDArray[Any], grams: NDArray[Any]) -> None:
         self.products += len(rows)
         patches = len(column)
         grams[..., :patches] = poison(grams.dtype)
@@ -289,12 +351,14 @@ class HostDevice:
             self.filled[slot] = False
 
     def wait(self, slot: Hashable) -> None:
+        self._not_recorded()
         self.waited.append(slot)
 
     # A copy lands as late as it may: fetched images when somebody waits for them, sent ones when all is waited for or
     # their slot is compared again.
 
     def fetch(self, slot: int, copies: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> None:
+        self._not_recorded()
         assert slot not in self.fetching, "fetched images are overwritten before they were compared"
         for array, out in copies:
             assert array.shape == out.shape
@@ -305,6 +369,7 @@ class HostDevice:
 
     @contextmanager
     def comparing(self, slot: int) -> Iterator[None]:
+        self._not_recorded()
         self._send(slot)
         for array, out in self.fetching.pop(slot):
             np.copyto(out, array, casting="no")
@@ -313,6 +378,7 @@ class HostDevice:
     def send(self, slot: int, array: NDArray[Any], out: NDArray[Any]) -> None:
         assert array.shape == out.shape
         assert out.flags.c_contiguous
+        self._not_recorded()
         self.sending.setdefault(slot, []).append((array, out))
 
     def _send(self, slot: int) -> None:
@@ -323,5 +389,6 @@ class HostDevice:
         pass
 
     def synchronise(self) -> None:
+        self._not_recorded()
         for slot in list(self.sending):
             self._send(slot)

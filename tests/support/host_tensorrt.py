@@ -165,11 +165,11 @@ class HostContext:
         if self.fails:
             return False
         if self.kernels is not None:
-            assert not RECORDING or rows in self.kernels.sizes  # compiling is nothing to record
+            assert RECORDING.work is None or rows in self.kernels.sizes  # compiling is nothing to record
             self.kernels._compile(rows)
         work = partial(self._execute, dict(self.addresses), dict(self.shapes), rows, self.changes)
-        if RECORDING:  # what is replayed later knows nothing of what the context is told until then
-            RECORDING[-1].append(work)
+        if RECORDING.work is not None:  # what is replayed later knows nothing of what the context is told until then
+            RECORDING.work.append(work)
         else:
             work()
         return True

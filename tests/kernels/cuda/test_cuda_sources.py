@@ -172,7 +172,7 @@ def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int, window: 
     shape = filter_max_shape(grid, mask, 4, 128, window)
     covered = min(shape.band + 2 * (mask.bit_length() - 1), grid[0])
     assert -(-covered // OWN_ROWS) * grid[1] <= shape.threads
-    assert 32 <= shape.threads <= max_threads(mask)
+    assert 32 <= shape.threads <= max_threads(mask, window is not None)
     assert shape.shared_bytes <= 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
 
 
