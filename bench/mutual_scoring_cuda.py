@@ -31,7 +31,9 @@ from typing import Any
 import numpy as np
 
 from zsad.kernels import reference
+from zsad.kernels.cuda.comparers import degrees_mask
 from zsad.kernels.cuda.device import Device, open_device
+from zsad.kernels.cuda.model import Filtered
 from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 from zsad.kernels.cuda.scoring import Options
 from zsad.kernels.mutual_scoring import MutualScoring
@@ -206,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
     features = device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
     compared = layers * images * (images - 1) // 2
-    plan = plan_mutual_scoring(Sizes(images, patches, channels, len(degrees)), device.free_bytes(), device.cache_bytes)
+    filtered = Filtered((side, side), degrees_mask(sorted(set(degrees))))
+    sizes = Sizes(images, patches, channels, len(set(degrees)), filtered=filtered)
+    plan = plan_mutual_scoring(sizes, device.free_bytes(), device.card)
 
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.pairs)}

@@ -1,14 +1,23 @@
-"""What a GPU's product rate allows: a lower bound of the time of a whole run, where nothing could be measured.
+"""What a GPU's product rate allows, and what a model of its launches expects, where nothing could be measured.
 
     python -m zsad.bench.roofline
 
 Counted are the products of the networks (see `products.py`) and of mutual scoring (one per image pair and layer) at the
 rate below; decoding, copies, the passes over the Grams, what is done with masks and everything on the host come on top.
 Presets that look for objects are taken to find so many tiles in an image as the drawn scenes have objects.
+
+Beside these bounds of whole runs stands, for a pair of images and a layer, the model by which launches are planned
+(kernels/cuda/model.py): waves of product blocks and of the pass's, whose instructions are counted in the machine code.
+What `mutual_scoring_cuda` has measured on a GPU of that name is printed in the last column.
 """
 
+import json
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from zsad.engine.config import Config, load_config
 from zsad.engine.methods import vvv
@@ -16,15 +25,16 @@ from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.network import GraphRequest
 from zsad.engine.text.prompts import prompt_set
+from zsad.kernels.cuda.card import Card
+from zsad.kernels.cuda.comparers import degrees_mask, gram_stride
+from zsad.kernels.cuda.model import INSTRUCTIONS, TENSOR_RATE, Filtered, pass_cycles, product_cycles
 from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 
 from .products import read_products
+from .records import RESULTS
 from .scenes import PLACES
 from .towers import SHAPES
 
-# [degrees as bits: bit k stands for degree 2k + 1] -> instructions that a thread of filter_max.cu executes on an entry
-# at most, counted in the machine code by tests/kernels/cuda/test_compile.py
-INSTRUCTIONS = {0b1: 10, 0b11: 28, 0b111: 62}
 IMAGES = 200
 TILES = len(PLACES)  # of an image, of presets that look for objects
 PRESETS = ("challenge", "musc", "small", "winclip", "april-gan", "vvv")
@@ -32,15 +42,25 @@ PRESETS = ("challenge", "musc", "small", "winclip", "april-gan", "vvv")
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense fp16 products with fp32 sums, from the vendor's data sheet; memory; second-level cache."""
+    """Dense fp16 products with fp32 sums and memory, from the vendor's data sheet, and what launches are cut for."""
 
     name: str
     flops: float  # per second
     memory: int
-    cache: int
+    card: Card
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second, at which the multiprocessors' rates add up to `flops`."""
+        return self.flops / (self.card.multiprocessors * TENSOR_RATE[self.card.compute_capability])
 
 
-GPUS = (Gpu("RTX 4090", 165.2e12, 24 * 2**30, 72 * 2**20), Gpu("H200", 989.5e12, 141 * 10**9, 50 * 2**20))
+GPUS = (
+    Gpu("RTX 4090", 165.2e12, 24 * 2**30, Card("8.9", 128, 72 * 2**20, 100 * 2**10)),
+    Gpu("H200", 989.5e12, 141 * 10**9, Card("9.0", 132, 50 * 2**20, 228 * 2**10)),
+)
+GRID = (37, 37)  # of the model, at 518 px
+MODELLED = ((1024, (1, 3, 5)), (1024, (1, 3)), (384, (1, 3)))  # channels and degrees: of musc, challenge, small
 
 
 @dataclass(frozen=True)
@@ -91,9 +111,65 @@ def _mutual_scoring(config: Config, gpu: Gpu, images: int) -> tuple[float, int]:
         patches = (spec.side // shape.patch_size) ** 2
         flops += math.comb(images, 2) * len(spec.taps) * 2 * shape.width * patches**2
         tokens += 2 * images * len(spec.taps) * patches * shape.width
-        sizes = Sizes(images, patches, shape.width, len(set(config.settings.degrees)))
-        working_set = max(working_set, plan_mutual_scoring(sizes, gpu.memory, gpu.cache).peak_bytes)
+        degrees = sorted(set(config.settings.degrees))
+        filtered = Filtered((math.isqrt(patches),) * 2, degrees_mask(degrees))
+        sizes = Sizes(images, patches, shape.width, len(degrees), filtered=filtered)
+        working_set = max(working_set, plan_mutual_scoring(sizes, gpu.memory, gpu.card).peak_bytes)
     return flops, tokens + working_set
+
+
+@dataclass(frozen=True)
+class PairModel:
+    """Of a pair of images and a layer on one GPU, in seconds; all but the bound and what was measured is a model."""
+
+    gpu: str
+    channels: int
+    degrees: tuple[int, ...]
+    pairs: int  # per launch
+    instructions: int  # of the pass on an entry
+    cache_share: float  # of L2 that two launches' Grams take
+    bound: float  # the product at the peak rate
+    product: float  # in whole waves of blocks
+    pass_: float
+    measured: float | None
+
+    @property
+    def peak_share(self) -> float:
+        return self.bound / (self.product + self.pass_)
+
+
+def model_pair(gpu: Gpu, channels: int, degrees: tuple[int, ...], measured: Sequence[Mapping[str, Any]]) -> PairModel:
+    """Model a pair at GRID; measured: records of `mutual_scoring_cuda`."""
+    filtered = Filtered(GRID, degrees_mask(degrees))
+    patches, card = filtered.patches, gpu.card
+    sizes = Sizes(IMAGES, patches, channels, len(degrees), filtered=filtered)
+    pairs = plan_mutual_scoring(sizes, gpu.memory, card).pairs
+    own = [
+        statistics.median(record["ms_per_pair_and_layer"]["zsad"]) / 1e3
+        for record in measured
+        if gpu.name in record["gpu"]
+        and (record["patches"], record["channels"], tuple(record["degrees"])) == (patches, channels, degrees)
+    ]
+    return PairModel(
+        gpu.name,
+        channels,
+        degrees,
+        pairs,
+        INSTRUCTIONS[filtered.mask],
+        2 * pairs * 4 * patches * gram_stride(patches) / card.cache_bytes,
+        2 * patches**2 * channels / gpu.flops,
+        product_cycles(patches, channels, pairs, card) / pairs / gpu.clock,
+        pass_cycles(filtered, pairs, card) / pairs / gpu.clock,
+        own[-1] if own else None,
+    )
+
+
+def model_pairs(results: Path = RESULTS) -> list[PairModel]:
+    """Model all GPUs and settings, with what the results say of them."""
+    file = results / "mutual_scoring_cuda.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    measured = [json.loads(line) for line in lines]
+    return [model_pair(gpu, *setting, measured) for gpu in GPUS for setting in MODELLED]
 
 
 def main() -> int:
@@ -105,6 +181,15 @@ def main() -> int:
                 f"  {bound.gpu:<9} {bound.preset:<10} networks {bound.network_seconds:6.2f} s, scoring "
                 f"{bound.scoring_seconds:6.2f} s, {bound.bytes / 2**30:5.1f} GiB"
             )
+    print(f"Model of a pair of images and a layer, {GRID[0]} x {GRID[1]} patches")
+    for pair in model_pairs():
+        said = "not measured" if pair.measured is None else f"measured {1e6 * pair.measured:.1f} us"
+        print(
+            f"  {pair.gpu:<9} C {pair.channels:<4} degrees {','.join(map(str, pair.degrees)):<5} bound "
+            f"{1e6 * pair.bound:5.1f} us, product {1e6 * pair.product:5.1f} us, pass {1e6 * pair.pass_:5.1f} us "
+            f"({pair.instructions} instructions an entry, {pair.pairs} pairs a launch, {100 * pair.cache_share:.0f} % "
+            f"of L2): {100 * pair.peak_share:.0f} % of the peak; {said}"
+        )
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .published import METRICS, read_published
 from .records import RESULTS
-from .roofline import GPUS, IMAGES, PRESETS, TILES, estimate
+from .roofline import GPUS, GRID, IMAGES, PRESETS, TILES, estimate, model_pairs
 
 Record = Mapping[str, Any]
 
@@ -296,6 +296,32 @@ def roofline_table() -> str:
     return f"{caption}:\n\n" + table(head, rows)
 
 
+def model_table() -> str:
+    rows = [
+        [
+            pair.gpu,
+            str(pair.channels),
+            ", ".join(map(str, pair.degrees)),
+            f"{1e6 * pair.bound:.1f} µs",
+            str(pair.pairs),
+            f"{100 * pair.cache_share:.0f} %",
+            f"{1e6 * pair.product:.1f} µs",
+            str(pair.instructions),
+            f"{1e6 * pair.pass_:.1f} µs",
+            f"{100 * pair.peak_share:.0f} %",
+            "–" if pair.measured is None else f"{1e6 * pair.measured:.1f} µs",
+        ]
+        for pair in model_pairs()
+    ]
+    caption = (
+        f"A pair of images and a layer with {GRID[0]}×{GRID[1]} patches, `--products gram`: the bound by the peak, a "
+        "**model, not a measurement**, and what was measured; `python -m zsad.bench.roofline`"
+    )
+    head = ["GPU", "C", "degrees", "product at the peak", "pairs a launch", "of L2", "product in waves"]
+    head += ["instructions an entry", "pass", "of the peak", "measured"]
+    return f"{caption}:\n\n" + table(head, rows)
+
+
 def accuracy(section: str) -> Record:
     """Return the latest record of a section."""
     return next(record for record in reversed(read("accuracy.jsonl")) if record["section"] == section)
@@ -452,6 +478,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline_table,
     "known": known_table,
     "metrics": metrics_table,
+    "model": model_table,
     "mutual scoring": mutual_scoring_table,
     "nearest": nearest_table,
     "networks": networks_table,

@@ -131,9 +131,9 @@ def _missing(library: str, device: Device) -> str | None:
         import_tensorrt(library)
     except EngineError as error:
         return str(error)
-    if library == "tensorrt-rtx" and device.compute_capability not in RTX_CAPABILITIES:
+    if library == "tensorrt-rtx" and device.card.compute_capability not in RTX_CAPABILITIES:
         return (
-            f"tensorrt-rtx does not run on compute capability {device.compute_capability} "
+            f"tensorrt-rtx does not run on compute capability {device.card.compute_capability} "
             f"(only {', '.join(RTX_CAPABILITIES)})"
         )
     return None

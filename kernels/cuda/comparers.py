@@ -18,12 +18,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from . import variants
+from .card import Card
 from .device import DEVICE_ARRAY, MAX_SHARED_BYTES, Device, filter_max_kernel, int32
 
 STAGED_IMAGES = 8  # prepared together
 
 # As in filter_max.cu.
 OWN_ROWS = 4
+RESERVED_BYTES = 1 << 10  # of a multiprocessor's shared memory, for each of its blocks
 
 Products = Literal["gram", "fused", "tiled"]
 
@@ -116,7 +118,7 @@ class _ProductOnce(Comparer):
     ) -> None:
         super().__init__(device, grid, channels, degrees, pairs, window)
         self.reaches = device.to_device(np.array([degree // 2 for degree in degrees], np.int32))
-        self.mask = sum(1 << degree // 2 for degree in degrees)
+        self.mask = degrees_mask(degrees)
 
     def prepare(self, images: Features, has_zero: DEVICE_ARRAY) -> None:
         (features,) = images.arrays
@@ -181,7 +183,7 @@ class GramOnce(_ProductOnce):
         grams = self.workspaces[slot]
         with device.producing(slot):
             device.product(column.arrays[0], features, grams)
-        shape = filter_max_shape(self.grid, self.mask, len(features), device.multiprocessors, self.window)
+        shape = filter_max_shape(self.grid, self.mask, len(features), device.card, self.window)
         with device.consuming(slot):
             device.launch(
                 filter_max_kernel(self.mask, self.window is not None),
@@ -383,7 +385,7 @@ def choose_comparer(
     if windowed:
         products = "gram"
     if products is None:
-        everywhere = {FASTER.get(device.compute_capability, "gram") for device in devices}
+        everywhere = {FASTER.get(device.card.compute_capability, "gram") for device in devices}
         products = everywhere.pop() if len(everywhere) == 1 else "gram"
     return COMPARERS[products]
 
@@ -400,6 +402,11 @@ def gram_stride(patches: int) -> int:
 
 def _of_degree(best: DEVICE_ARRAY | None, r: int) -> DEVICE_ARRAY | None:
     return None if best is None else best[:, r]
+
+
+def degrees_mask(degrees: Sequence[int]) -> int:
+    """Return distinct degrees as bits: bit k stands for degree 2k + 1."""
+    return sum(1 << degree // 2 for degree in degrees)
 
 
 def max_threads(mask: int, near: bool = False) -> int:
@@ -422,11 +429,12 @@ class FilterMaxShape:
     threads: int
     shared_bytes: int
     steps: int  # that a multiprocessor takes, one after another, for all of the launch's Grams
+    resident: int  # blocks that a multiprocessor has at once
 
 
 @lru_cache
 def filter_max_shape(
-    grid: tuple[int, int], mask: int, pairs: int, multiprocessors: int, window: int | None = None
+    grid: tuple[int, int], mask: int, pairs: int, card: Card, window: int | None = None
 ) -> FilterMaxShape:
     """Choose bands that fit a block, and segments that fill the device in few waves without too many margins."""
     rows, columns = grid
@@ -440,12 +448,17 @@ def filter_max_shape(
         band = -(-met // bands)
         runs = -(-min(band + 2 * reach, rows) // OWN_ROWS)
         threads = -(-runs * columns // 32) * 32
-        at_once = multiprocessors * (most // threads)
-        waves = {n: -(-strips * bands * pairs * -(-columns // n) // at_once) for n in range(1, columns + 1)}
-        steps, segment = min((waves[n] * (n + 2 * reach), n) for n in waves)
-        shared_bytes = _shared_bytes(columns, mask, segment, threads)
-        if shared_bytes <= MAX_SHARED_BYTES:
-            return FilterMaxShape(segment, band, strips * bands * -(-columns // segment), threads, shared_bytes, steps)
+        choices = []
+        for segment in range(1, columns + 1):
+            shared_bytes = _shared_bytes(columns, mask, segment, threads)
+            if shared_bytes > MAX_SHARED_BYTES:
+                break
+            resident = max(min(most // threads, card.shared_bytes // (shared_bytes + RESERVED_BYTES)), 1)
+            blocks = strips * bands * -(-columns // segment)
+            steps = -(-blocks * pairs // (card.multiprocessors * resident)) * (segment + 2 * reach)
+            choices.append(FilterMaxShape(segment, band, blocks, threads, shared_bytes, steps, resident))
+        if choices:
+            return min(choices, key=lambda shape: (shape.steps * shape.resident, shape.segment))
     raise ValueError(f"a patch grid of {columns} columns is too wide for the CUDA kernels; use the CPU")
 
 

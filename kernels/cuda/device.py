@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from zsad.kernels.files import find_sealed, write_sealed
 from zsad.kernels.machine import cache_places, cache_to_write
 
+from .card import Card
+
 FOLDER = Path(__file__).parent
 OPTIONS = ("--std=c++17", "--ptxas-options=-O3", "--device-as-default-execution-space")  # the last for lambdas
 DEVICE_ARRAY = Any  # a cupy.ndarray
@@ -42,9 +44,7 @@ class Device(Protocol):
     kind: str  # cuda
     number: int
     name: str
-    compute_capability: str  # as in 8.9
-    multiprocessors: int
-    cache_bytes: int  # L2
+    card: Card
     stream: int  # handle of the stream of the passes
     failures: tuple[type[Exception], ...]  # errors of the device's own libraries, after which it is not usable
 
@@ -286,9 +286,12 @@ class CupyDevice:
         self._device.use()
         properties = cupy.cuda.runtime.getDeviceProperties(number)
         self.name = str(properties["name"].decode())
-        self.multiprocessors = int(properties["multiProcessorCount"])
-        self.cache_bytes = int(properties["l2CacheSize"])
-        self.compute_capability = f"{properties['major']}.{properties['minor']}"
+        self.card = Card(
+            f"{properties['major']}.{properties['minor']}",
+            int(properties["multiProcessorCount"]),
+            int(properties["l2CacheSize"]),
+            int(properties["sharedMemPerMultiprocessor"]),
+        )
         self._architecture = f"sm_{self._device.compute_capability}"
         self._passes, self._products, self._copies = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
         self._queue = self._passes  # where launches and copies go

@@ -10,7 +10,9 @@ from typing import Literal
 
 from zsad.kernels.machine import default_disk_limit, default_memory_limit
 
+from .card import Card
 from .comparers import STAGED_IMAGES, Comparer, GramOnce, image_bytes
+from .model import Filtered, best_pairs
 
 SLICES = 32  # blocks that share an image's layer norm
 MAX_PAIRS = 65535  # a launch's grid has no more rows of blocks
@@ -137,6 +139,7 @@ class Sizes:
     returned_bytes: int = 0  # of the minima that the caller gets back
     references: int = 0
     returned_in_memory: bool = True  # of the host
+    filtered: Filtered | None = None  # what the pass over a Gram looks at; without it the cache alone decides
 
     @property
     def scored(self) -> int:
@@ -193,11 +196,11 @@ def least_bytes(sizes: Sizes) -> int:
 
 
 def plan_mutual_scoring(
-    sizes: Sizes, memory_limit: int, cache_bytes: int, host_limit: int | None = None, pairs: int | None = None
+    sizes: Sizes, memory_limit: int, card: Card, host_limit: int | None = None, pairs: int | None = None
 ) -> Plan:
     """Fit the working set into `memory_limit` bytes on each device.
 
-    cache_bytes: of the second-level cache, in which Grams stay between their product and their pass.
+    card: in its second-level cache Grams stay between their product and their pass.
     host_limit: bytes of host memory for what the devices do not hold; three quarters of what is free by default.
     pairs: per launch, instead of the planned ones.
     Features that do not fit lie in host memory, or else in a file. Where the best cosines of all pairs do not fit,
@@ -210,7 +213,7 @@ def plan_mutual_scoring(
         if sizes.returned_bytes > disk:
             raise MemoryError(_too_little("in host memory or on the disk", sizes, sizes.returned_bytes, disk))
         sizes = replace(sizes, returned_in_memory=False)
-    choices = _pairs_per_launch(sizes, cache_bytes, pairs)
+    choices = _pairs_per_launch(sizes, card, pairs)
     devices = max(min(sizes.devices, sizes.scored), 1)
     if devices == 1:
         for pairs in choices:
@@ -237,13 +240,15 @@ def plan_mutual_scoring(
     raise MemoryError(_too_little("on the device", sizes, least_bytes(sizes), memory_limit))
 
 
-def _pairs_per_launch(sizes: Sizes, cache_bytes: int, wanted: int | None) -> list[int]:
+def _pairs_per_launch(sizes: Sizes, card: Card, wanted: int | None) -> list[int]:
     """Return how many image pairs a launch may have, most first."""
     most, gram = max(sizes.images - 1, 1), sizes.comparer.gram_bytes(sizes.patches)
     if gram:
-        # A third of the cache for each workspace leaves one for features, so that Grams stay there; at least three,
-        # with which the pass fills the multiprocessors better than with two or four (filter_max_shape's steps).
-        most = min(max(cache_bytes // 3 // gram, 3), most)
+        # A third of the cache for each workspace leaves one for features, so that Grams stay there; up to three Grams
+        # are worth passing them through memory, where they fill the multiprocessors better.
+        most = min(max(card.cache_bytes // 3 // gram, 3), most)
+        if wanted is None and sizes.filtered is not None:
+            most = best_pairs(sizes.filtered, sizes.channels, most, card)
     most = min(most if wanted is None else wanted, MAX_PAIRS)
     return [most, *(fewer for fewer in (2, 1) if fewer < most and gram)]
 

@@ -20,8 +20,9 @@ from zsad.kernels.machine import Timings, stopwatch
 from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task
 
-from .comparers import Products, choose_comparer
+from .comparers import Products, choose_comparer, degrees_mask
 from .device import Device, DeviceMemoryError
+from .model import Filtered
 from .plan import Plan, Sizes, least_bytes, plan_mutual_scoring
 from .scorer import Scorer, Work, open_store
 
@@ -85,14 +86,15 @@ class Scoring:
         return least_bytes(self._sizes(images, references, returned))
 
     def plan(self, images: int, references: int, memory_limit: int, returned: ReturnedMinima) -> Plan:
-        cache_bytes, options = min(device.cache_bytes for device in self._devices), self._options
+        card = min((device.card for device in self._devices), key=lambda card: card.cache_bytes)
         sizes = self._sizes(images, references, returned)
-        return plan_mutual_scoring(sizes, memory_limit, cache_bytes, options.host_memory_limit, options.pairs)
+        return plan_mutual_scoring(sizes, memory_limit, card, self._options.host_memory_limit, self._options.pairs)
 
     def _sizes(self, images: int, references: int, returned: ReturnedMinima) -> Sizes:
         task = self._task
         sizes = images + references, task.patches, task.channels, len(self._degrees)
-        return Sizes(*sizes, len(self._devices), self._comparer, returned.bytes, references)
+        filtered = Filtered(task.grid, degrees_mask(self._degrees), task.window)
+        return Sizes(*sizes, len(self._devices), self._comparer, returned.bytes, references, filtered=filtered)
 
     def run(
         self,

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.kernels.cuda import device as cuda_device
+from zsad.kernels.cuda.card import Card
 
 COMPILER = shutil.which("g++")
 MISSING_COMPILER = "g++ is not installed: the CUDA sources cannot be compiled for the host"
@@ -210,17 +211,16 @@ def placed(array: NDArray[Any]) -> Callable[[], NDArray[Any]]:
 class HostDevice:
     """A device on the host: NumPy arrays, the CUDA sources as host code, products by NumPy."""
 
-    kind, number, name, compute_capability = "cpu", 0, "the host", "8.9"
-    multiprocessors = 3
+    kind, number, name = "cpu", 0, "the host"
     stream = 0
     failures = (KernelError,)
 
     def __init__(self, cache_bytes: int = 1, free: int = 1 << 30) -> None:
-        self.cache_bytes, self.free = cache_bytes, free
+        self.card, self.free = Card("8.9", 3, cache_bytes, 100 << 10), free
         self.filled: dict[Hashable, bool] = defaultdict(bool)  # workspaces, and whether they hold unread products
         self.waited: list[Hashable] = []
-        self.products = self.launches = self.recordings = self.replays = 0
-        self.refusal: Exception | None = None  # to record anything
+        self.products = self.launches = self.recordings = self.captures = self.replays = 0
+        self.refusal: Exception | None = None  # of `capture`
         self.allocated: list[int] = []  # bytes of every array
         self.fail_at: set[int] = set()  # allocations that fail, counted from 0
         self.fetching: dict[int, Sequence[tuple[NDArray[Any], NDArray[Any]]]] = {}  # [slot]
@@ -288,10 +288,18 @@ class HostDevice:
         self._queue(partial(np.copyto, casting="no"), out, source)
 
     def record(self, queue: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
         queue()
-        return self.capture(queue)
+        return self._capture(queue)
 
     def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
+        if self.refusal is not None:  # the real device notices in the middle, and runs nothing either
+            self._capture(queue)
+            raise self.refusal
+        self.captures += 1
+        return self._capture(queue)
+
+    def _capture(self, queue: Callable[[], None]) -> Callable[[], None]:
         self._not_recorded()
         outside, self.filled = self.filled, defaultdict(bool)
         RECORDING.work = recorded = []
@@ -301,9 +309,6 @@ class HostDevice:
             slots = list(self.filled)
         finally:
             RECORDING.work, self.filled = None, outside
-        if self.refusal is not None:
-            raise self.refusal
-        self.recordings += 1
 
         def replay() -> None:
             self._not_recorded()

@@ -13,6 +13,7 @@ from PIL import Image
 from zsad.engine.images.decode import network_input as host_input
 from zsad.engine.images.decode import recipe as make_recipe
 from zsad.kernels import reference
+from zsad.kernels.cuda.card import Card
 from zsad.kernels.cuda.comparers import filter_max_shape, strip_rows
 from zsad.kernels.cuda.device import filter_max_kernel
 from zsad.kernels.cuda.images import network_input as device_input
@@ -116,7 +117,7 @@ def check_filter_max(
     best_columns = make(np.full((pairs, 3, pair), LOWEST_KEY, np.int32))
 
     mask = sum(1 << degree // 2 for degree in degrees)
-    shape = filter_max_shape(grid, mask, pairs, 5, window)
+    shape = filter_max_shape(grid, mask, pairs, Card("8.9", 5, 0, 100 << 10), window)
     segment, band, threads, shared = segment or shape.segment, band or shape.band, shape.threads, shape.shared_bytes
     met = grid[0] if window is None else min(strip_rows(mask) + 2 * window, grid[0])
     blocks = -(-grid[0] // strip_rows(mask)) * -(-grid[1] // segment) * -(-met // band)

@@ -1,6 +1,7 @@
 """Machines with other libraries installed than this one."""
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from zsad.kernels.cuda.device import DeviceError
 def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "8.9") -> None:
     """A machine with some of cupy, a gpu, tensorrt, tensorrt-rtx and ONNX Runtime's CUDA provider (cuda)."""
     device = HostDevice()
-    device.compute_capability = capability
+    device.card = replace(device.card, compute_capability=capability)
 
     def open_devices(name: str) -> list[HostDevice]:
         if "gpu" not in installed:

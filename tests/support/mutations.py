@@ -127,7 +127,7 @@ MUTATIONS = [
         "rows and columns swapped",
         "filter_max",
         "sums[r][y][i] * inverse_row.at[y]);",
-        "sums[r][y][i] * inverse_column[r][i]);",
+        "sums[r][y][i] * inverse_column(r, i));",
     ),
     Mutation("row outside the grid not masked", "filter_max", "py >= 0 && py < H;", "true;"),
     Mutation("column outside the grid not masked", "filter_max", "x + 1 < W ? offset", "x < W ? offset"),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from zsad.bench.roofline import INSTRUCTIONS
 from zsad.kernels.cuda import device as cuda_device
 from zsad.kernels.cuda.comparers import OWN_ROWS, strip_rows
+from zsad.kernels.cuda.model import INSTRUCTIONS
 
 NVCC, CUOBJDUMP = shutil.which("nvcc"), shutil.which("cuobjdump")
 TARGETS = (80, 86, 89, 90, 100, 120)

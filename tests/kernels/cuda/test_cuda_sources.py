@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import host_build
@@ -14,11 +15,14 @@ from minima_mutations import MUTATIONS
 from mutations import found
 
 from zsad.kernels import reference
-from zsad.kernels.cuda.comparers import OWN_ROWS, filter_max_shape, max_threads
+from zsad.kernels.cuda.card import Card
+from zsad.kernels.cuda.comparers import OWN_ROWS, degrees_mask, filter_max_shape, max_threads
+from zsad.kernels.cuda.model import Filtered, best_pairs
 from zsad.kernels.cuda.plan import Sizes, plan_mutual_scoring
 
 pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 
+RTX_4090 = Card("8.9", 128, 72 << 20, 100 << 10)
 ODD_GRIDS = [(1, 1), (7, 7), (16, 16), (5, 9), (1, 6), (6, 1), (9, 4)]
 
 
@@ -148,28 +152,44 @@ def test_filter_max_at_full_size() -> None:
 
 
 def test_filter_max_shape_cuts_large_grids_into_bands() -> None:
-    shape = filter_max_shape((64, 64), 0b111, 2, 132)
+    shape = filter_max_shape((64, 64), 0b111, 2, RTX_4090)
     assert shape.band < 64
     assert shape.threads <= max_threads(0b111)
     assert (shape.band + 4) * 64 <= OWN_ROWS * shape.threads
     assert shape.shared_bytes <= 99 * 1024
     for grid in ((4, 1000), (1, 385), (50, 193)):
         with pytest.raises(ValueError, match=f"{grid[1]} columns is too wide"):
-            filter_max_shape(grid, 0b111, 1, 132)
+            filter_max_shape(grid, 0b111, 1, RTX_4090)
 
 
 def test_three_or_six_grams_fill_the_multiprocessors_better_than_five() -> None:
-    steps = [filter_max_shape((37, 37), 0b111, grams, 128).steps / grams for grams in range(1, 7)]
+    steps = [filter_max_shape((37, 37), 0b111, grams, RTX_4090).steps / grams for grams in range(1, 7)]
     np.testing.assert_allclose(steps, [11, 8.5, 7.67, 8.5, 8.2, 6.83], atol=0.01)
-    sizes = Sizes(images=200, patches=1369, channels=1024, degrees=3)
-    assert [plan_mutual_scoring(sizes, 24 << 30, l2 << 20, 1 << 40).pairs for l2 in (72, 50, 144)] == [3, 3, 6]
+    sizes = Sizes(200, 1369, 1024, 3, filtered=Filtered((37, 37), 0b111))
+    cards = [replace(RTX_4090, cache_bytes=l2 << 20) for l2 in (72, 50, 120, 144)]
+    assert [plan_mutual_scoring(sizes, 24 << 30, card, 1 << 40).pairs for card in cards] == [3, 3, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("card", "degrees", "pairs"),
+    [
+        (Card("8.0", 108, 40 << 20, 164 << 10), (1, 3, 5), 3),
+        (Card("9.0", 132, 50 << 20, 228 << 10), (1, 3, 5), 3),
+        (Card("9.0", 132, 120 << 20, 228 << 10), (1, 3, 5), 3),  # of five that stay in the cache
+        (Card("12.0", 170, 96 << 20, 100 << 10), (1, 3, 5), 4),
+        (Card("8.9", 128, 72 << 20, 100 << 10), (1, 3), 3),
+    ],
+)
+def test_a_launch_has_the_pairs_that_fill_the_waves_best(card: Card, degrees: tuple[int, ...], pairs: int) -> None:
+    filtered = Filtered((37, 37), degrees_mask(degrees))
+    assert best_pairs(filtered, 1024, max(card.cache_bytes // 3 // (4 * 1369 * 1376), 3), card) == pairs
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 60])
 @pytest.mark.parametrize("mask", [0b1, 0b11, 0b111, 0b1111, 0b11111])
 @pytest.mark.parametrize("grid", [(1408, 1), (1, 256), (37, 37), (12, 80), (100, 85)])
 def test_filter_max_fits_every_device(grid: tuple[int, int], mask: int, window: int | None) -> None:
-    shape = filter_max_shape(grid, mask, 4, 128, window)
+    shape = filter_max_shape(grid, mask, 4, RTX_4090, window)
     covered = min(shape.band + 2 * (mask.bit_length() - 1), grid[0])
     assert -(-covered // OWN_ROWS) * grid[1] <= shape.threads
     assert 32 <= shape.threads <= max_threads(mask, window is not None)

@@ -44,9 +44,9 @@ def test_what_is_recorded_gives_the_same_scores(variant: str, devices: int) -> N
     expected = score(plain, recorded=False, **VARIANTS[variant])
     got = score(several, on_plan=plans.append, **VARIANTS[variant])
     np.testing.assert_array_equal(got, expected)
-    assert plain.recordings == plain.replays == 0
+    assert plain.captures == plain.replays == 0
     for device in several:
-        assert device.replays > device.recordings > 1
+        assert device.replays > device.captures > 1
     pairs = 3 * plans[0].comparisons()
     assert sum(device.products for device in several) == products_of_a_pair(variant, DEGREES) * pairs
 
@@ -61,17 +61,17 @@ def test_chunks_that_stream_are_recorded_too() -> None:
     got = score(device, 13, memory_limit=limit, host_memory_limit=1 << 30, on_plan=plans.append)
     np.testing.assert_array_equal(got, expected)
     assert len(plans[1].rounds()) > 1
-    assert device.replays > device.recordings > 4
+    assert device.replays > device.captures > 4
 
 
 @compiled
 def test_a_single_layer_and_what_is_too_much_are_queued_launch_by_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     device = HostDevice()
     device_scores(tokens(5, layers=1), degrees=DEGREES, device=device, pairs=2)
-    assert device.recordings == 0
+    assert device.captures == 0
     monkeypatch.setattr(recorder, "MAX_LAUNCHES", 9)
     np.testing.assert_array_equal(score(device), score(HostDevice(), recorded=False))
-    assert device.recordings == 2  # of four launches or five each
+    assert device.captures == 2  # of four launches or five each
 
 
 @compiled
@@ -82,7 +82,7 @@ def test_a_device_that_cannot_be_recorded_is_named_once(refusal: Exception, capl
     with caplog.at_level(logging.WARNING, "zsad"):
         for _ in range(2):
             np.testing.assert_array_equal(score(device), score(HostDevice(), recorded=False))
-    assert device.recordings == device.replays == 0
+    assert device.captures == device.replays == 0
     assert caplog.text.count("the host takes no CUDA graphs of mutual scoring") == 1
 
 

@@ -19,6 +19,7 @@ from variant_checks import VARIANTS, products_of_a_pair
 
 from zsad.kernels import reference
 from zsad.kernels.cuda import comparers
+from zsad.kernels.cuda.card import Card
 from zsad.kernels.cuda.comparers import Comparer, GramOnce, Int8ProductPerDegree
 from zsad.kernels.cuda.device import DeviceError, DeviceMemoryError, open_device, open_devices
 from zsad.kernels.cuda.plan import Plan, Sizes, plan_mutual_scoring
@@ -64,7 +65,7 @@ def plan_of(
     **limits: Any,
 ) -> Plan:
     sizes = Sizes(images, patches, channels, degrees, devices, comparer, returned_bytes)
-    return plan_mutual_scoring(sizes, limit, cache, **limits)
+    return plan_mutual_scoring(sizes, limit, Card("8.9", 128, cache, 100 << 10), **limits)
 
 
 def smallest_limit(images: int, **options: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import host_build
@@ -275,7 +276,7 @@ def test_the_architecture_chooses_the_products(monkeypatch: pytest.MonkeyPatch) 
     def products(*capabilities: str, **options: Any) -> int:
         devices = [HostDevice() for _ in capabilities]
         for device, capability in zip(devices, capabilities, strict=True):
-            device.compute_capability = capability
+            device.card = replace(device.card, compute_capability=capability)
         device_scores(tokens, (2, 2), (1, 3), device=devices, on_plan=plans.append, **options)
         return sum(device.products for device in devices)
 
