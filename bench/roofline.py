@@ -169,7 +169,7 @@ def model_pairs(results: Path = RESULTS) -> list[PairModel]:
     file = results / "mutual_scoring_cuda.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     measured = [json.loads(line) for line in lines]
-    return [model_pair(gpu, *setting, measured) for gpu in GPUS for setting in MODELLED]
+    return [model_pair(gpu, channels, degrees, measured) for gpu in GPUS for channels, degrees in MODELLED]
 
 
 def main() -> int:
