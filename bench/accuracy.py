@@ -3,8 +3,8 @@
     python -m zsad.bench.accuracy SETS [--image-size 280] [--checkpoint dinov2-vits14] [--only methods planted ...]
 
 SETS is laid out as MVTec AD is, or in another way that `zsad-eval` reads. Each set goes through the network once, and
-its images are compared with each other once, in fp32; everything else is computed from the tokens and minima that are
-kept. Masks and maps are compared at 256×256. Sections, a record each:
+its images are compared with each other once, in fp32; everything else is computed from the tokens and minima, which are
+in memory for one set at a time. Masks and maps are compared at 256×256. Sections, a record each:
 
     methods        image and pixel metrics of every row, with intervals over images and over sets
     pooling        the same with SNAMD (MuSc-V2) for LNAMD
@@ -20,7 +20,7 @@ kept. Masks and maps are compared at 256×256. Sections, a record each:
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,20 @@ from sklearn.mixture import GaussianMixture
 
 from zsad.engine.config import ConfigError, load_config
 from zsad.engine.evaluation.metrics import image_metrics
+from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.methods.method import method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.scores.clean_references import clean_scores, salient_features
 from zsad.engine.scores.image_scores import image_scores, rscin
-from zsad.engine.scores.verdicts import distribution_bounds
+from zsad.engine.scores.verdicts import distribution_bounds, log_distances, median_and_deviation, otsu
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.averages import kept_averages
 from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.snamd import similarity_pooled
 
+from .accuracy_banks import FACTS as BANKS
 from .accuracy_banks import banks
 from .accuracy_batches import (
     DEGREES,
@@ -61,6 +63,7 @@ from .accuracy_batches import (
     planted,
     read_set,
 )
+from .accuracy_feedback import FACTS as FEEDBACK
 from .accuracy_feedback import feedback
 from .records import RESULTS, append, environment
 
@@ -200,40 +203,43 @@ def intervals(
     return found
 
 
-# Sections: each returns what its record holds
+# Sections: what their records hold of a set
 
 
-def methods(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
-    metrics, drawn = {}, {}
-    for number, images in enumerate(sets):
-        scored = rows(images.batch, reader.image_size)
-        metrics[images.name] = {name: metrics_of(images, row) for name, row in scored.items()}
-        scores = {name: row.images for name, row in scored.items()}
-        drawn[images.name] = bootstrap(images.anomalous, scores, arguments.draws, number)
+def methods(images: ImageSet, reader: Reader) -> dict[str, Any]:
+    scored = rows(images.batch, reader.image_size)
+    return {
+        "metrics": {name: metrics_of(images, row) for name, row in scored.items()},
+        "anomalous": images.anomalous,
+        "scores": {name: row.images for name, row in scored.items()},
+    }
+
+
+def gains(found: Mapping[str, Any], draws: int) -> dict[str, Any]:
+    """Return the metrics of all sets, and what the rows gain on average."""
+    metrics = {name: of_set["metrics"] for name, of_set in found.items()}
+    drawn = {
+        name: bootstrap(of_set["anomalous"], of_set["scores"], draws, number)
+        for number, (name, of_set) in enumerate(found.items())
+    }
     return {"sets": metrics, "gain_over_all": intervals(drawn, metrics, 0)}
 
 
-def pooling(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for images in sets:
-        pairs = {"musc": musc, "all": small}
-        scored = {name: row(images.batch, reader.image_size) for name, row in pairs.items()}
-        scored |= {"blended": next(clean_rows(images.batch, (0.25,))), **dict(similar(images, reader))}
-        found[images.name] = {name: metrics_of(images, row) for name, row in scored.items()}
-    return {"sets": found}
+def pooling(images: ImageSet, reader: Reader) -> dict[str, Any]:
+    pairs = {"musc": musc, "all": small}
+    scored = {name: row(images.batch, reader.image_size) for name, row in pairs.items()}
+    scored |= {"blended": next(clean_rows(images.batch, (0.25,))), **dict(similar(images, reader))}
+    return {name: metrics_of(images, row) for name, row in scored.items()}
 
 
-def windows(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for images in sets:
-        own, of_set = images.batch, {}
-        chosen = own.tokens_of(SMALL_TAPS), own.embeddings, SMALL_TAPS, SMALL_DEGREES
-        for window in (None, *WINDOWS):
-            batch = own if window is None else reader.batch(*chosen, window=window)
-            scored = {"all": small(batch, reader.image_size), "blended": next(clean_rows(batch, (0.25,)))}
-            of_set[str(window)] = {name: metrics_of(images, row) for name, row in scored.items()}
-        found[images.name] = of_set
-    return {"sets": found}
+def windows(images: ImageSet, reader: Reader) -> dict[str, Any]:
+    own, of_set = images.batch, {}
+    chosen = own.tokens_of(SMALL_TAPS), own.embeddings, SMALL_TAPS, SMALL_DEGREES
+    for window in (None, *WINDOWS):
+        batch = own if window is None else reader.batch(*chosen, window=window)
+        scored = {"all": small(batch, reader.image_size), "blended": next(clean_rows(batch, (0.25,)))}
+        of_set[str(window)] = {name: metrics_of(images, row) for name, row in scored.items()}
+    return of_set
 
 
 def draw(anomalous: Bools, share: float, rng: np.random.Generator) -> NDArray[np.intp]:
@@ -250,66 +256,57 @@ def draws(anomalous: Bools) -> Iterator[tuple[str, NDArray[np.intp]]]:
             yield name, draw(anomalous, share, np.random.default_rng(seed))
 
 
-def contamination(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+def contamination(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """Image AUROC of `all` and every blend; each part is scored by itself."""
-    found: dict[str, Any] = {}
-    for images in sets:
-        of_set: dict[str, dict[str, list[float]]] = {}
-        everyone = np.arange(len(images.anomalous))
-        for name, members in [("all", everyone), *draws(images.anomalous)]:
-            batch = images.batch.of(members)
-            scored = {"all": small(batch, reader.image_size)}
-            scored |= dict(zip(map(blend_name, BLENDS), clean_rows(batch, BLENDS), strict=True))
-            for row, values in scored.items():
-                auroc = image_metrics(images.anomalous[members], values.images)["auroc"]
-                of_set.setdefault(name, {}).setdefault(row, []).append(round(auroc, 5))
-        found[images.name] = of_set
-    return {"sets": found}
+    of_set: dict[str, dict[str, list[float]]] = {}
+    everyone = np.arange(len(images.anomalous))
+    for name, members in [("all", everyone), *draws(images.anomalous)]:
+        batch = images.batch.of(members)
+        scored = {"all": small(batch, reader.image_size)}
+        scored |= dict(zip(map(blend_name, BLENDS), clean_rows(batch, BLENDS), strict=True))
+        for row, values in scored.items():
+            auroc = image_metrics(images.anomalous[members], values.images)["auroc"]
+            of_set.setdefault(name, {}).setdefault(row, []).append(round(auroc, 5))
+    return of_set
 
 
-def known_good(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+def known_good(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """Image AUROC beside so many known-good images, drawn from the normal ones; those that are drawn are not scored.
 
     Counts of more than half of a set's normal images are left out.
     """
-    found: dict[str, Any] = {}
-    for images in sets:
-        of_set: dict[str, dict[str, list[float]]] = {}
-        normal = np.flatnonzero(~images.anomalous)
-        for seed in range(KNOWN_DRAWS):
-            drawn = np.random.default_rng(seed).permutation(normal)[: min(max(KNOWN_COUNTS), len(normal) // 2)]
-            scored = np.setdiff1d(np.arange(len(images.anomalous)), drawn)
-            for count in (count for count in KNOWN_COUNTS if count <= len(drawn)):
-                batch = images.batch.of(scored, drawn[:count])
-                for row, values in compared_rows(batch, reader.image_size).items():
-                    auroc = image_metrics(images.anomalous[scored], values.images)["auroc"]
-                    of_set.setdefault(str(count), {}).setdefault(row, []).append(round(auroc, 5))
-        found[images.name] = of_set
-    return {"sets": found}
+    of_set: dict[str, dict[str, list[float]]] = {}
+    normal = np.flatnonzero(~images.anomalous)
+    for seed in range(KNOWN_DRAWS):
+        drawn = np.random.default_rng(seed).permutation(normal)[: min(max(KNOWN_COUNTS), len(normal) // 2)]
+        scored = np.setdiff1d(np.arange(len(images.anomalous)), drawn)
+        for count in (count for count in KNOWN_COUNTS if count <= len(drawn)):
+            batch = images.batch.of(scored, drawn[:count])
+            for row, values in compared_rows(batch, reader.image_size).items():
+                auroc = image_metrics(images.anomalous[scored], values.images)["auroc"]
+                of_set.setdefault(str(count), {}).setdefault(row, []).append(round(auroc, 5))
+    return of_set
 
 
-def planted_defects(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+def planted_defects(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """Image AUROC where some of the normal images have the same defect at the same place, by share and row."""
-    found: dict[str, Any] = {}
-    for images in sets:
-        normal = np.random.default_rng(0).permutation(np.flatnonzero(~images.anomalous))[:PLANTED_IMAGES]
-        most = round(max(PLANTED_SHARES) * len(normal))
-        curves: dict[str, dict[str, list[float]]] = {}
-        for defect in defects(images, PLANTED_DEFECTS):
-            pictures = (planted(images.picture(images.images[i]), defect) for i in normal[:most])
-            own = images.batch.of(normal)
-            kept = zip((own.tokens, own.embeddings), reader.tokens(pictures), strict=True)
-            tokens, embeddings = (np.concatenate(pair) for pair in kept)
-            chosen = tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
-            both = reader.batch(chosen, embeddings, SMALL_TAPS, SMALL_DEGREES)
-            for share in PLANTED_SHARES:
-                count = round(share * len(normal))
-                members = np.r_[len(normal) : len(normal) + count, count : len(normal)]
-                for row, scored in compared_rows(both.of(members), reader.image_size).items():
-                    auroc = image_metrics(np.arange(len(normal)) < count, scored.images)["auroc"]
-                    curves.setdefault(f"{share:g}", {}).setdefault(row, []).append(round(auroc, 5))
-        found[images.name] = curves
-    return {"sets": found}
+    normal = np.random.default_rng(0).permutation(np.flatnonzero(~images.anomalous))[:PLANTED_IMAGES]
+    most = round(max(PLANTED_SHARES) * len(normal))
+    curves: dict[str, dict[str, list[float]]] = {}
+    for defect in defects(images, PLANTED_DEFECTS):
+        pictures = (planted(images.picture(images.images[i]), defect) for i in normal[:most])
+        own = images.batch.of(normal)
+        kept = zip((own.tokens, own.embeddings), reader.tokens(pictures), strict=True)
+        tokens, embeddings = (np.concatenate(pair) for pair in kept)
+        chosen = tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
+        both = reader.batch(chosen, embeddings, SMALL_TAPS, SMALL_DEGREES)
+        for share in PLANTED_SHARES:
+            count = round(share * len(normal))
+            members = np.r_[len(normal) : len(normal) + count, count : len(normal)]
+            for row, scored in compared_rows(both.of(members), reader.image_size).items():
+                auroc = image_metrics(np.arange(len(normal)) < count, scored.images)["auroc"]
+                curves.setdefault(f"{share:g}", {}).setdefault(row, []).append(round(auroc, 5))
+    return curves
 
 
 def compared_rows(batch: Batch, image_size: int) -> dict[str, Scored]:
@@ -319,16 +316,6 @@ def compared_rows(batch: Batch, image_size: int) -> dict[str, Scored]:
 
 
 # Rules for the bound above which an image counts as defective, on the logarithms of scores [N] in distances
-
-
-def otsu(logs: Floats) -> float:
-    """Return the bound between two classes whose means lie furthest apart for their sizes."""
-    order = np.sort(logs)
-    below = np.arange(1, len(order))
-    sums = np.cumsum(order)
-    means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (len(order) - below)
-    best = int(np.argmax(below * (len(order) - below) * np.square(means[1] - means[0])))
-    return float(order[best] + order[best + 1]) / 2
 
 
 def two_gaussians(logs: Floats) -> float:
@@ -342,8 +329,8 @@ def two_gaussians(logs: Floats) -> float:
 
 def deviations(count: float) -> Callable[[Floats], float]:
     def bound(logs: Floats) -> float:
-        median = np.median(logs)
-        return float(median + count * 1.4826 * np.median(np.abs(logs - median)))
+        median, deviation = median_and_deviation(logs)
+        return median + count * deviation
 
     return bound
 
@@ -377,35 +364,41 @@ def judged(labels: Bools, scores: Floats, rejected: Bools) -> Metrics:
     return {"f1": float(f1), "false_alarms": float(false), "recall": float(recall), "best_f1": best}
 
 
-def verdicts(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+def verdicts(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """What each rule makes of the scores of whole sets and of parts of them, which keep the scores of the whole."""
-    found: dict[str, Any] = {}
-    for images in sets:
-        (scored,) = clean_rows(images.batch, (0.25,))
-        low, high = scored.raw.min(), scored.raw.max()
-        logs, labels = np.log(low + scored.images * (high - low)), images.anomalous  # as the product has them
-        parts = [("all", np.arange(len(labels))), *draws(labels), ("0 %", np.flatnonzero(~labels))]
-        of_set: dict[str, dict[str, list[dict[str, float | None]]]] = {}
-        for name, members in parts:
-            for rule, bound in RULES.items():
-                own = logs[members]
-                values = judged(labels[members], own, own > bound(own))
-                rounded = {key: None if np.isnan(value) else round(value, 5) for key, value in values.items()}
-                of_set.setdefault(name, {}).setdefault(rule, []).append(rounded)
-        found[images.name] = of_set
-    return {"sets": found}
+    (scored,) = clean_rows(images.batch, (0.25,))
+    ends = float(scored.raw.min()), float(scored.raw.max())
+    logs, labels = log_distances(scored.images, ends), images.anomalous  # as the product has them
+    parts = [("all", np.arange(len(labels))), *draws(labels), ("0 %", np.flatnonzero(~labels))]
+    of_set: dict[str, dict[str, list[dict[str, float | None]]]] = {}
+    for name, members in parts:
+        for rule, bound in RULES.items():
+            own = logs[members]
+            values = judged(labels[members], own, own > bound(own))
+            rounded = {key: None if np.isnan(value) else round(value, 5) for key, value in values.items()}
+            of_set.setdefault(name, {}).setdefault(rule, []).append(rounded)
+    return of_set
 
 
-SECTIONS: Mapping[str, Callable[[Sequence[ImageSet], Reader, argparse.Namespace], dict[str, Any]]] = {
-    "methods": methods,
-    "pooling": pooling,
-    "windows": windows,
-    "contamination": contamination,
-    "known": known_good,
-    "planted": planted_defects,
-    "banks": banks,
-    "feedback": feedback,
-    "verdicts": verdicts,
+@dataclass(frozen=True)
+class Section:
+    """What a record is made from."""
+
+    of_set: Callable[[ImageSet, Reader], Any]
+    of_all: Callable[[Mapping[str, Any], int], dict[str, Any]] = lambda found, draws: {"sets": found}  # by their names
+    facts: Mapping[str, Any] = field(default_factory=dict)  # that hold of every set
+
+
+SECTIONS: Mapping[str, Section] = {
+    "methods": Section(methods, gains),
+    "pooling": Section(pooling),
+    "windows": Section(windows),
+    "contamination": Section(contamination),
+    "known": Section(known_good),
+    "planted": Section(planted_defects),
+    "banks": Section(banks, facts=BANKS),
+    "feedback": Section(feedback, facts=FEEDBACK),
+    "verdicts": Section(verdicts),
 }
 
 
@@ -433,16 +426,24 @@ def _measure(arguments: argparse.Namespace) -> None:
     record = environment("zsad.bench.accuracy", said, ["numpy", "onnxruntime", "zsad"])
     categories = [category for category in scan(arguments.sets).categories if category.has_ground_truth]
     reader = Reader(arguments.checkpoint, arguments.image_size, choose_runtime(arguments.device))
-    sets = []
+    found: dict[str, dict[str, Any]] = {name: {} for name in arguments.only}
+    counts = {}
     for category in categories:
-        sets.append(read_set(category, reader))
-        count = np.count_nonzero(sets[-1].anomalous)
-        print(f"{category.name}: {len(sets[-1].images)} images, {count} of them defective", flush=True)
-    counts = {images.name: [int(np.sum(~images.anomalous)), int(np.sum(images.anomalous))] for images in sets}
-    for name in arguments.only:
-        found = SECTIONS[name](sets, reader, arguments)
-        about = {"section": name, "checkpoint": checkpoint, "image_size": arguments.image_size}
-        append(arguments.output, {**record, **about, "images": counts, **found})
+        counts[category.name] = _measure_set(category, reader, found)
+    for name, of_sets in found.items():
+        section = SECTIONS[name]
+        about = {"section": name, "checkpoint": checkpoint, "image_size": arguments.image_size, "images": counts}
+        append(arguments.output, {**record, **about, **section.facts, **section.of_all(of_sets, arguments.draws)})
+
+
+def _measure_set(category: Category, reader: Reader, found: Mapping[str, dict[str, Any]]) -> list[int]:
+    """Add what sections find in a set, of which nothing else is kept; returns its normal and defective images."""
+    images = read_set(category, reader)
+    normal, defective = int(np.sum(~images.anomalous)), int(np.sum(images.anomalous))
+    print(f"{category.name}: {normal + defective} images, {defective} of them defective", flush=True)
+    for name, of_sets in found.items():
+        of_sets[category.name] = SECTIONS[name].of_set(images, reader)
+    return [normal, defective]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ images a few make a bank and a few others are judged by it, drawn anew many time
 and the patches of every third row and column do, since what is promised depends on none of that.
 """
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,22 +25,20 @@ DRAWN_SIZES = ("100 %", "10 %")
 ALARMS = (0.1, 0.05)  # shares of normal images that may be rejected
 SPLITS, DRAWN = 200, 20  # images that make a bank, and as many that it judges
 NORMAL_95 = 1.96  # deviations
+FACTS = {"splits": SPLITS, "drawn": DRAWN}
 
 
-def banks(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for images in sets:
-        tokens = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
-        normal = np.random.default_rng(0).permutation(np.flatnonzero(~images.anomalous))
-        known = normal[: len(normal) // 2]
-        rest = np.setdiff1d(np.arange(len(tokens)), known)
-        sizes = {}
-        for name, share in SIZES.items():
-            size, scores, maps = scored_by_bank(tokens[known], tokens[rest], share, reader.image_size)
-            sizes[name] = {"patches": size, **metrics_of(images, Scored(scores, maps, scores), rest.tolist())}
-        alarms = {name: false_alarms(every_third(tokens[normal, 1:]), SIZES[name]) for name in DRAWN_SIZES}
-        found[images.name] = {"bank_images": len(known), "sizes": sizes, "alarms": alarms}
-    return {"splits": SPLITS, "drawn": DRAWN, "sets": found}
+def banks(images: ImageSet, reader: Reader) -> dict[str, Any]:
+    tokens = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
+    normal = np.random.default_rng(0).permutation(np.flatnonzero(~images.anomalous))
+    known = normal[: len(normal) // 2]
+    rest = np.setdiff1d(np.arange(len(tokens)), known)
+    sizes = {}
+    for name, share in SIZES.items():
+        size, scores, maps = scored_by_bank(tokens[known], tokens[rest], share, reader.image_size)
+        sizes[name] = {"patches": size, **metrics_of(images, Scored(scores, maps, scores), rest.tolist())}
+    alarms = {name: false_alarms(every_third(tokens[normal, 1:]), SIZES[name]) for name in DRAWN_SIZES}
+    return {"bank_images": len(known), "sizes": sizes, "alarms": alarms}
 
 
 def scored_by_bank(

@@ -5,7 +5,6 @@ judged by it: the five normal ones that score highest are accepted, the five def
 rejected. The other half tells what that has changed.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -27,7 +26,8 @@ from zsad.engine.scores.conformal import upper_bound
 from .accuracy_batches import SMALL_DEGREES, SMALL_TAPS, TAPS, Floats, ImageSet, Reader
 
 DRAWS, GIVEN, BANK_SHARE, FALSE_ALARMS = 3, 5, 0.4, 0.1
-FACTS = {"bit_depth": 8, "chosen": False, "precision": "fp32"}
+FACTS = {"draws": DRAWS, "given": GIVEN, "false_alarms": FALSE_ALARMS}
+MADE = {"bit_depth": 8, "chosen": False, "precision": "fp32"}
 
 
 def place_of(image_size: int) -> tuple[Config, Place]:
@@ -98,22 +98,19 @@ def banks_after(
         yield "both, masks", told(accepted, "reject", missed, place, tokens, masks)
 
 
-def feedback(sets: Sequence[ImageSet], reader: Reader, arguments: argparse.Namespace) -> dict[str, Any]:
+def feedback(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """Metrics of images that no feedback is of, before and after it, by draws."""
     config, place = place_of(reader.image_size)
-    found: dict[str, Any] = {}
-    for images in sets:
-        tokens, of_set = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]], dict[str, dict[str, list[float]]]()
-        for seed in range(DRAWS):
-            known, seen, rest = parts(images.anomalous, seed)
-            named = dict.fromkeys(place.networks, tokens[known])
-            bank = build_bank(named, config, place, Making(), FACTS, lambda *_: None)
-            others, bad = Compared(bank, place, tokens[rest]), images.anomalous[rest]
-            for row, after in banks_after(bank, seen, images, tokens, place):
-                for key, value in judged(after, others.scores(after), bad).items():
-                    of_set.setdefault(row, {}).setdefault(key, []).append(round(value, 5))
-        found[images.name] = of_set
-    return {"draws": DRAWS, "given": GIVEN, "false_alarms": FALSE_ALARMS, "sets": found}
+    tokens, found = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]], dict[str, dict[str, list[float]]]()
+    for seed in range(DRAWS):
+        known, seen, rest = parts(images.anomalous, seed)
+        named = dict.fromkeys(place.networks, tokens[known])
+        bank = build_bank(named, config, place, Making(), MADE, lambda *_: None)
+        others, bad = Compared(bank, place, tokens[rest]), images.anomalous[rest]
+        for row, after in banks_after(bank, seen, images, tokens, place):
+            for key, value in judged(after, others.scores(after), bad).items():
+                found.setdefault(row, {}).setdefault(key, []).append(round(value, 5))
+    return found
 
 
 def judged(bank: Bank, scores: Floats, bad: NDArray[np.bool_]) -> dict[str, float]:

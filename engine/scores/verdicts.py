@@ -69,10 +69,10 @@ def distribution_bounds(values: ArrayLike) -> tuple[float, float]:
     that leaves the least variance within them (Otsu), rejected what lies far above the class below, or above all.
     """
     v = np.asarray(values, np.float64)
-    median, deviation = _robust(v)
+    median, deviation = median_and_deviation(v)
     if deviation > 0:
         v = v.clip(median - OUTLYING * deviation, median + OUTLYING * deviation)
-    accept = _split(v)
+    accept = otsu(v)
     lower = v[v <= accept]
     reject = lower.mean() + (LOWER_DEVIATIONS + LOWER_UNCERTAINTY / v.size) * lower.std()
     if deviation > 0:
@@ -109,20 +109,25 @@ def batch_bounds(scores: ArrayLike, distances: tuple[float, float] | None) -> tu
         bounds = 1 / (1 + np.exp(-np.array(distribution_bounds(np.log(s / (1 - s))))))
     else:
         low, high = distances
-        # Copies may have a distance of 0.
-        values = np.log(np.maximum(low + s * (high - low), 1e-6 * high))
+        values = log_distances(s, distances)
         bounds = (np.exp(np.minimum(distribution_bounds(values), np.log(high) + 1)) - low) / (high - low)
     accept, reject = bounds.clip(0, 1).tolist()
     return accept, reject
 
 
-def _robust(values: NDArray[np.float64]) -> tuple[float, float]:
+def log_distances(scores: NDArray[np.float64], distances: tuple[float, float]) -> NDArray[np.float64]:
+    """Return the logarithms [N] of the distances that became these scores; distances: those that became 0 and 1."""
+    low, high = distances
+    return np.log(np.maximum(low + scores * (high - low), 1e-6 * high))  # copies may have a distance of 0
+
+
+def median_and_deviation(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return the median, and the deviation that half of the values lie within, as that of a normal distribution."""
     median = np.median(values)
     return float(median), float(1.4826 * np.median(np.abs(values - median)))
 
 
-def _split(values: NDArray[np.float64]) -> float:
+def otsu(values: NDArray[np.float64]) -> float:
     """Return the middle of the gap at which values [N] fall into the two classes of least variance (Otsu)."""
     s = np.sort(values)
     below = np.arange(1, s.size)  # [N - 1] members of the lower class
