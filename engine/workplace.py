@@ -22,7 +22,7 @@ from zsad.engine.methods.method import Method, Place, graph_requests, method_cla
 from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.image_files import Format
+from zsad.engine.results.formats import Format
 from zsad.engine.text.vectors import TextVectors
 from zsad.kernels.machine import available_cores, default_memory_limit, stopwatch
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from zsad.engine.presets.names import preset_names
+from zsad.engine.results.formats import FORMATS
 
 from .arguments import Parser, Version, add_file_limits, add_loudness, numbers, size
 from .feedback import OPTIONS, add_feedback, check_feedback
 
-FORMATS = ("zsad", "rayan")
 DEFAULT_PRESET = "small"
 
 # Options that are no part of the configuration.

@@ -20,10 +20,10 @@ from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Bounds, Region, find_regions
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
+from .formats import Format
 from .rayan import SIDE, challenge_json
 from .records import Failure, ImageRecord
 
-Format = Literal["zsad", "rayan"]
 Background = Literal["none", "colour", "stages"]
 
 
