@@ -1,4 +1,10 @@
-"""SNAMD: neighbourhoods averaged by similarity (MuSc-V2), on the host, once for all comparisons of a layer."""
+"""SNAMD: neighbourhoods averaged by similarity (MuSc-V2), on the host, once for all comparisons of a layer.
+
+MuSc-V2 compares the unit vectors as they are. `mutual_scores` takes the mean of all values of an image and layer off
+them first, one number, as it does with any tokens; what it divides by changes no direction. That mean is small beside
+unit length (times √C 0.01 to 0.04, of DINOv2): on two sets of 22 images distances moved by 5e-4 at most, a seventh of a
+percent, and image AUROC by nothing.
+"""
 
 from collections.abc import Sequence
 

@@ -227,7 +227,7 @@ class MuSc:
                     self._place.arrays.put(outputs["embedding"], kept.embeddings[rows])
 
     def _pooled(self, tokens: Any) -> Any:
-        """Return tokens [B, L, P, C] as they are compared; SNAMD gives them unit length."""
+        """Return tokens [B, L, P, C] as mutual scoring takes them; `kernels/snamd.py` says what it does to SNAMD's."""
         if self._settings.pooling == "lnamd":
             return tokens
         arrays = self._place.arrays
