@@ -166,27 +166,21 @@ class Stream:
         Files before the last mark may have been removed since, by somebody; of those after it a power cut may have
         taken something.
         """
-        waiting = list[tuple[_Line, int]]()
+        marked = max((after for line, after in self._lines(marks_only=True)), default=0)
         for line, after in self._lines():
-            if line is not None:
-                waiting.append((line, after))
-                continue
-            yield from waiting
-            yield None, after
-            waiting.clear()
-        for line, after in waiting:
-            if line.record is not None:
-                try:
-                    record = ImageRecord.from_facts(line.record)
-                    if record.sizes_in(self.folder) != record.sizes:
+            if line is not None and after > marked:
+                if line.record is not None:
+                    try:
+                        record = ImageRecord.from_facts(line.record)
+                        if record.sizes_in(self.folder) != record.sizes:
+                            return
+                    except (OSError, ValueError):
                         return
-                except (OSError, ValueError):
-                    return
-                self._files.update(record.files())
-            self._unsettled = True
+                    self._files.update(record.files())
+                self._unsettled = True
             yield line, after
 
-    def _lines(self) -> Iterator[tuple[_Line | None, int]]:
+    def _lines(self, marks_only: bool = False) -> Iterator[tuple[_Line | None, int]]:
         """Yield the journal's lines, None for marks, up to the first that is not whole, and where each ends."""
         end = len(WATCHED_START)
         with (self.folder / WATCHED).open("rb") as file, suppress(ValueError, TypeError):
@@ -195,6 +189,8 @@ class Stream:
                 end += len(text)
                 if text == MARK:
                     yield None, end
+                    continue
+                if marks_only:
                     continue
                 relative, version, (scores, regions), record, reason = parse_json(text)
                 if not text.endswith(b"\n"):
