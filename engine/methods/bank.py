@@ -7,6 +7,7 @@ the bank's scales; p-value and bounds from the scores that the bank's own images
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +145,7 @@ class BankMethod(JudgesEach):
         for name, network in bank.header.networks.items():
             check_network(path, name, network.sha256, self._place.networks[name])
         self._memories = memories(bank, self._place)
-        self._bank, self._open = bank, path
+        self._bank, self._open = replace(bank, features={}, own={}, given={}), path  # which memories hold by now
         promise = f", {promised(bank, self._settings.false_alarms)[0]}" if self._promises else ""
         log.info("%s: %s%s", path, counted(bank.header.images, "image"), promise)
         if otherwise := self._otherwise(bank.header):
@@ -201,7 +202,7 @@ class BankMethod(JudgesEach):
         rejected = int((scores > bounds.reject).sum())
         if 2 * rejected > len(scores) and tail(rejected, len(scores), *self.count_above(bounds.reject)) < BEGINS:
             found.append(
-                f"{rejected} of {counted(len(scores), 'image')} are rejected; either nearly all are defective, or the "
+                f"{rejected} of {counted(len(scores), 'image')} are rejected; either they are defective, or the "
                 "pictures differ from those that the bank was made from (lighting, camera, crop)"
             )
         return found
@@ -342,7 +343,10 @@ def recipes(place: Place) -> dict[str, Recipe]:
 def memories(bank: Bank, place: Place) -> dict[str, Memory]:
     """Make what each network's tokens are compared with; raises BankError where there is too little memory."""
     header = bank.header
-    normal = {key: np.concatenate([bank.features[key].units(), bank.added("accept", key)]) for key in keys_of(header)}
+    normal = {key: bank.features[key].units() for key in keys_of(header)}
+    for key in normal:
+        if len(added := bank.added("accept", key)):
+            normal[key] = np.concatenate([normal[key], added])
     defects = {key: added for key in normal if len(added := bank.added("reject", key))}
     held = sum(array.nbytes for array in [*normal.values(), *defects.values()])
     limit = place.arrays.limit()
