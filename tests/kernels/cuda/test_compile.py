@@ -69,16 +69,35 @@ def test_nvcc_compiles_every_target_without_spills(source: str, define: str | No
     assert set(spills) == {("0", "0")}, done.stderr
 
 
-def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Return the innermost loop that loads entries and reduces them over the warp."""
-    loops = []
+def machine_code(source: str, target: int, folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Return the instructions of every kernel of a source, each with its place."""
+    if target >= 100 and nvcc_version() < (12, 8):
+        pytest.skip("this nvcc does not know the target")
+    cubin = folder / f"{source}.cubin"
+    path = cuda_device.FOLDER / f"{source}.cu"
+    subprocess.run(
+        [str(NVCC), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{target}", "-o", str(cubin), str(path)], check=True
+    )
+    said = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    functions = said.split("Function : ")[1:]
+    return {each.split()[0]: [(int(at, 16), text) for at, text in INSTRUCTION.findall(each)] for each in functions}
+
+
+def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Return the instructions of every loop, those of the loops in it among them."""
+    found = []
     for at, text in code:
         back = re.match(r"BRA\S*\s+(?:\S+,\s*)*0x([0-9a-f]+)", text)
         if back and int(back[1], 16) < at:
-            loops.append([said for place, said in code if int(back[1], 16) <= place <= at])
+            found.append([said for place, said in code if int(back[1], 16) <= place <= at])
+    return found
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """Return the innermost loop that loads entries and reduces them over the warp."""
     wanted = [
         loop
-        for loop in loops
+        for loop in loops(code)
         if any("LDG" in said for said in loop) and any(re.match(r"C?REDUX", said) for said in loop)
     ]
     return min(wanted, key=len)
@@ -94,21 +113,34 @@ def test_the_main_loop_is_the_inner_one_that_loads_and_reduces() -> None:
 @pytest.mark.skipif(not CUOBJDUMP, reason="cuobjdump is not installed: pip install nvidia-cuda-cuobjdump")
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_of_filter_max_an_entry(target: int, tmp_path: Path) -> None:
-    if target >= 100 and nvcc_version() < (12, 8):
-        pytest.skip("this nvcc does not know the target")
-    cubin = tmp_path / "filter_max.cubin"
-    source = cuda_device.FOLDER / "filter_max.cu"
-    subprocess.run(
-        [str(NVCC), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{target}", "-o", str(cubin), str(source)], check=True
-    )
-    said = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions = {text.split()[0]: text for text in said.split("Function : ")[1:]}
+    functions = machine_code("filter_max", target, tmp_path)
     for mask, most in INSTRUCTIONS.items():
-        code = [(int(at, 16), text) for at, text in INSTRUCTION.findall(functions[cuda_device.filter_max_kernel(mask)])]
-        each = len(main_loop(code)) / (OWN_ROWS * strip_rows(mask))
+        each = len(main_loop(functions[cuda_device.filter_max_kernel(mask)])) / (OWN_ROWS * strip_rows(mask))
         assert each <= most, f"mask {mask}: {each:.1f} instructions an entry"
         if target == 89:  # which the model is about
             assert each > most - 2, f"mask {mask}: only {each:.1f} instructions an entry; lower the bound"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
+@pytest.mark.skipif(not CUOBJDUMP, reason="cuobjdump is not installed: pip install nvidia-cuda-cuobjdump")
+def test_instructions_of_tiles_are_those_that_the_source_counts(tmp_path: Path) -> None:
+    found = sorted(loops(machine_code("tiled", 90, tmp_path)["tiled_max"]), key=len)
+
+    def shortest(count: int, *names: str) -> list[int]:
+        having = [loop for loop in found if all(any(re.match(name, said) for said in loop) for name in names)]
+        return [len(loop) for loop in having[:count]]
+
+    product, columns = shortest(1, "HMMA"), shortest(3, "LDS[^M]", "STS")
+    rows = [min(len(loop) for loop in found if sums_fours(loop, reach)) for reach in range(3)]
+    for counted, most in ((product, [159]), (columns, [14, 23, 35]), (rows, [53, 78, 113])):
+        assert all(each <= bound for each, bound in zip(counted, most, strict=True)), counted
+
+
+def sums_fours(loop: list[str], reach: int) -> bool:
+    """Tell whether a loop loads the vectors of a window sum and reduces the result over the warp."""
+    loads = sum(said.startswith("LDS.128") for said in loop)
+    return loads == 2 * reach + 1 and any(re.match(r"C?REDUX", said) for said in loop)
 
 
 def test_a_fatbin_counts_only_for_the_sources_it_was_built_from(
