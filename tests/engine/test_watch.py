@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_tensorrt import HostEngine
 from PIL import Image
 from runs import draw, scores_and_maps
 
@@ -29,6 +30,7 @@ from zsad.engine.methods.bank import bank_settings
 from zsad.engine.methods.method import method_class
 from zsad.engine.networks.onnx_runtime import OnnxRuntimeGraph
 from zsad.engine.networks.runtime import choose_runtime
+from zsad.engine.networks.tensorrt import TensorRTGraph
 from zsad.engine.results import stream
 from zsad.engine.results.image_files import ImageFiles
 from zsad.engine.results.output import OutputError, claimed
@@ -102,8 +104,8 @@ class Line:
         overrides = {"bank": "part.zsad", **options.pop("overrides", {})}
         preset, base = bank_settings(Path("part.zsad"))
         config = load_config(preset, None, overrides, method_of=method_class, base=base)
+        runtime = choose_runtime(options.pop("device", "cpu"), "auto")
         options = {"output": Path("out"), **options}
-        runtime = choose_runtime("cpu", "auto")
         watch(Path("in"), config, runtime, Options(**options), Listener(self.going_on, self.tell))
         return [told.path for told in self.told]
 
@@ -240,29 +242,38 @@ def test_what_is_moved_away_or_deleted_stops_nothing(made: Path, monkeypatch: py
     assert line.told[0].record.note == "no map, the file has changed: no longer there"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("device", "batch_size"),
+    [pytest.param("cpu", 1, marks=pytest.mark.slow), ("cpu", 3), pytest.param("cuda", 3, marks=pytest.mark.slow)],
+)
 def test_an_image_that_makes_the_networks_fail_is_named_and_the_others_are_scored(
-    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch_size: int
+    made: Path,
+    tensorrt: list[HostEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    batch_size: int,
 ) -> None:
     names = [f"{number}.png" for number in range(7)]
     for number, name in enumerate(names):
         put(made, GOOD if number == 2 else number, name)
-    run = OnnxRuntimeGraph.run
+    graph = OnnxRuntimeGraph if device == "cpu" else TensorRTGraph
+    run = graph.run
 
-    def fail(self: OnnxRuntimeGraph, inputs: Any) -> Any:
+    def fail(self: Any, inputs: Any) -> Any:
         if (inputs["images"][:, 0] - inputs["images"][:, 1]).max() > 3:  # the defect is red
             raise RuntimeError("a node of the graph\nrefuses")
         return run(self, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnnxRuntimeGraph, "run", fail)
+        patch.setattr(graph, "run", fail)
         line = Line(7, also=0.2)
-        assert sorted(line.run(batch_size=batch_size)) == names
+        assert sorted(line.run(device=device, batch_size=batch_size)) == names
     assert [told.error for told in line.told if told.error] == ["scoring it failed: a node of the graph"]
     assert caplog.text.count("not scored") == caplog.text.count("2.png: not scored") == 1
     assert sorted(row["path"] for row in table()) == names[:2] + names[3:]
     put(made, 7, "7.png")
-    assert Line(1, also=0.2).run() == ["7.png"]
+    assert Line(1, also=0.2).run(device=device) == ["7.png"]
 
 
 def test_what_fails_for_all_images_ends_it_and_they_are_scored_by_the_next_run(
