@@ -191,7 +191,7 @@ class Config(Table):
         return self.model_copy(update={"image_size": size, "networks": networks})
 
 
-class ConfiguredMethod(Protocol):
+class CheckedMethod(Protocol):
     """What a configuration's check asks of its method."""
 
     Settings: ClassVar[type[Table]]
@@ -203,7 +203,7 @@ class ConfiguredMethod(Protocol):
         """Raise ConfigError for networks that the method cannot use."""
 
 
-MethodOf = Callable[[str], type[ConfiguredMethod]]
+MethodOf = Callable[[str], type[CheckedMethod]]
 SomeTable = TypeVar("SomeTable", bound=Table)
 
 

@@ -95,7 +95,7 @@ class BankMethod(JudgesEach):
                         f"{getattr(used, key, None)!r}; leave that to the bank, or save another one"
                     )
             if used is not None:
-                check_there(config.settings.bank, name, used.checkpoint)
+                check_weights_there(config.settings.bank, name, used.checkpoint)
         for key in ("foreground", "bit_depth"):
             if (asked := getattr(config, key)) != (made := getattr(header, key)):
                 raise ConfigError(
@@ -378,7 +378,7 @@ def raw_scores(header: Header, patches: Mapping[str, NDArray[np.float64]]) -> ND
     return image_scores(scores, square_grid(scores.shape[1]), header.image_rule, side)
 
 
-def check_there(bank: str, name: str, checkpoint: str) -> None:
+def check_weights_there(bank: str, name: str, checkpoint: str) -> None:
     """Raise BankError where the file of a network's weights is not where it was when the bank was made."""
     if checkpoint in read_manifest():
         return

@@ -68,7 +68,7 @@ class MaskGenerator:
         """
         height, width, _ = image.shape
         resized = resized_size((height, width), self._size)
-        images = self._arrays.send(network_input(image, resized, self._size)[None])
+        images = self._arrays.send(padded_input(image, resized, self._size)[None])
         [(_, outputs)] = run_in_parts(self._encoder, {"images": images})
         points = point_grid(self._settings.points_per_side, (height, width))
         scaled = points * (np.array(resized[::-1]) / (width, height))
@@ -233,7 +233,7 @@ def resized_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def network_input(image: NDArray[np.uint8], resized: tuple[int, int], size: int) -> NDArray[np.float32]:
+def padded_input(image: NDArray[np.uint8], resized: tuple[int, int], size: int) -> NDArray[np.float32]:
     """Return the encoder's input [3, S, S] of an image [H, W, 3]: resized, normalised, then padded with zeros."""
     height, width = resized
     pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR), np.float32)

@@ -15,8 +15,8 @@ from zsad.engine.methods.mask_generation import (
     Enlargement,
     GeneratedMasks,
     MaskGenerator,
-    network_input,
     not_overlapping,
+    padded_input,
     point_grid,
     resized_size,
 )
@@ -214,7 +214,7 @@ def test_sizes_are_rounded_to_the_nearest_and_points_are_middles() -> None:
     points = point_grid(2, (10, 40))
     np.testing.assert_array_equal(points, [[10, 2.5], [30, 2.5], [10, 7.5], [30, 7.5]])
     image = np.full((2, 4, 3), (124, 116, 104), np.uint8)
-    padded = network_input(image, (4, 8), 8)
+    padded = padded_input(image, (4, 8), 8)
     np.testing.assert_allclose(padded[:, 0, 0], [0.325 / 58.395, -0.28 / 57.12, 0.47 / 57.375], atol=1e-5)
     np.testing.assert_array_equal(padded[:, 4:], 0)
 
