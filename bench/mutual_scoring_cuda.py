@@ -1,7 +1,7 @@
 """Time of mutual scoring on a CUDA device, against the reference's arithmetic and the device's product peak.
 
     python -m zsad.bench.mutual_scoring_cuda [--images 200] [--channels 1024] [--degrees 1,3,5] [--pairs 2,8]
-                                             [--products gram,tiled] [--refcheck]
+                                             [--products gram,tiled] [--unrecorded] [--refcheck]
 
 All variants run in turn in one process on the same device; those of one kind in interleaved rounds:
 
@@ -15,7 +15,8 @@ All variants run in turn in one process on the same device; those of one kind in
     floor       one fp16 product with fp32 sums per pair and layer, as zsad queues them, nothing else
     peak        a large fp16 product with fp32 sums: the rate that the shares are taken of
 
-With --products, of zsad only these variants run; with --pairs, each also with so many image pairs per launch.
+With --products, of zsad only these variants run; with --pairs, each also with so many image pairs per launch; with
+--unrecorded, each also with a layer's launches queued one by one instead of replayed as CUDA graphs.
 
 Validates first: scores of a few images by every zsad variant against the float64 reference.
 """
@@ -75,9 +76,10 @@ def score(
     products: Any = None,
     pairs: int | None = None,
     timings: Any = None,
+    recorded: bool = True,
 ) -> Any:
     """Score tokens on one device; returns [N, P]."""
-    options = Options(products, pairs)
+    options = Options(products, pairs, recorded=recorded)
     layers, channels = tokens.shape[1], tokens.shape[3]
     scoring = MutualScoring((side, side), layers, channels, degrees, INTERVAL, precision, [device], options)
     return scoring.scores(tokens, timings=timings)
@@ -184,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--products", type=named_variants, default=list(VARIANTS), help=f"some of {','.join(PRODUCTS)} (default: all)"
     )
+    parser.add_argument("--unrecorded", action="store_true", help="also without CUDA graphs, launch by launch")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
@@ -215,13 +218,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.pairs)}
     of_run = {"floor": compared // layers}  # pairs
+    queued = [(None, False)] if arguments.unrecorded else []
     for variant in arguments.products:
         options, _ = VARIANTS[variant]
-        for pairs in (None, *arguments.pairs):
+        for pairs, recorded in [*((pairs, True) for pairs in (None, *arguments.pairs)), *queued]:
             name = variant if pairs is None else f"{variant}, {pairs} pairs"
+            name += "" if recorded else ", launch by launch"
             stages[name], of_run[name] = {}, compared
             scored = partial(score, tokens, side, degrees, device, **options)
-            runs[name] = partial(scored, pairs=pairs, timings=stages[name])
+            runs[name] = partial(scored, pairs=pairs, timings=stages[name], recorded=recorded)
     milliseconds = {
         name: [1e3 * s / of_run[name] for s in times]
         for name, times in seconds(device, runs, arguments.repeats).items()

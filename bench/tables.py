@@ -1,9 +1,15 @@
-"""Writes the benchmark tables of the pages from the committed results: `python -m zsad.bench.tables` in a clone."""
+"""Writes the benchmark tables of the pages from the committed results: `python -m zsad.bench.tables` in a clone.
 
+With `--gpu FOLDER` it writes FOLDER/gpu.md instead, from what `bench/gpu_suite.sh` has left there.
+"""
+
+import argparse
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,13 @@ NAMES = {
     "zsad": "zsad",
     "zsad int8": "zsad, int8 products",
     "floor": "the bare product, one per pair (the floor)",
+}
+GPU_NAMES = {
+    **NAMES,
+    "zsad": "zsad, one product for all degrees",
+    "zsad fused": "zsad, a fused product per degree",
+    "zsad tiled": "zsad, one product in tiles that are filtered where they are",
+    "zsad int8": "zsad, a fused int8 product per degree",
 }
 NEAREST_NAMES = {
     "zsad": "zsad",
@@ -51,6 +64,7 @@ RULES = {
     "zsad review": "zsad, rejected or to be reviewed",
 }
 
+results = ContextVar("results", default=RESULTS)  # the folder that tables are made from
 OLD = "backbone"  # what records of version 0.1 call a network
 
 
@@ -61,7 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def read(file: str) -> list[Record]:
     """Return the records of a results file, oldest first."""
-    return [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (results.get() / file).read_text(encoding="utf-8").splitlines()]
 
 
 def where(record: Record) -> str:
@@ -110,6 +124,30 @@ def metrics_table() -> str:
     return f"{caption}:\n\n" + table(["", "time", "times faster"], rows)
 
 
+def mutual_scoring_cuda_table(file: str = "mutual_scoring_cuda.jsonl") -> str:
+    latest = {(r["gpu"], r["patches"], r["channels"], tuple(r["degrees"])): r for r in read(file)}
+    blocks = []
+    for (gpu, patches, channels, degrees), record in latest.items():
+        median = {name: statistics.median(times) for name, times in record["ms_per_pair_and_layer"].items()}
+        peak = record["peak_flops"]
+        rows = [
+            [
+                GPU_NAMES.get(name, name),
+                f"{1e3 * value:.1f} µs",
+                f"{100 * 2 * patches**2 * channels / (value * 1e-3) / peak:.0f} %",
+                f"{median['reference'] / value:.1f}" if "reference" in median else "–",
+            ]
+            for name, value in median.items()
+        ]
+        caption = (
+            f"Per image pair and layer on {gpu}, P {patches}, C {channels}, degrees {', '.join(map(str, degrees))}, "
+            f"product peak {peak / 1e12:.0f} TFLOP/s; commit {record['commit'][:8]}, `{record['command']}`"
+        )
+        head = ["", "time", "of the peak", "times faster than the reference"]
+        blocks.append(f"{caption}:\n\n" + table(head, rows))
+    return "\n\n".join(blocks)
+
+
 def mutual_scoring_table() -> str:
     latest = {(r["patches"], r["channels"], tuple(r["degrees"])): r for r in read("mutual_scoring.jsonl")}
     blocks = []
@@ -146,12 +184,12 @@ def scaling_table() -> str:
 
 
 def nearest_table() -> str:
-    latest = {(r["bank"], r["channels"], r["neighbours"]): r for r in read("nearest.jsonl")}
+    latest = {(r["bank"], r["channels"], r["neighbours"], r.get("device", "cpu")): r for r in read("nearest.jsonl")}
     blocks = []
-    for (bank, channels, neighbours), record in sorted(latest.items(), reverse=True):
+    for (bank, channels, neighbours, device), record in sorted(latest.items(), reverse=True):
         rows = [
             [
-                NEAREST_NAMES[name],
+                NEAREST_NAMES[name] if device == "cpu" or name == "floor" else f"{NEAREST_NAMES[name]}, {device}",
                 f"{statistics.median(times):.0f} ms",
                 f"{record['times_the_product'][name]:.2f}",
                 f"{record['times_the_product_by_processors'][name]:.2f}",
@@ -247,7 +285,11 @@ def stage_time(seconds: float) -> str:
 
 
 def runs_table() -> str:
-    latest = {(r["preset"], r["runtime"], *r["precision"]): r for r in read("throughput.jsonl") if r["kind"] == "run"}
+    latest = {
+        (r["preset"], r["runtime"], r.get("decoder", "pillow"), *r["precision"]): r
+        for r in read("throughput.jsonl")
+        if r["kind"] == "run"
+    }
     blocks = []
     for record in latest.values():
         images, together = record["images"], record["seconds_together"]
@@ -263,6 +305,7 @@ def runs_table() -> str:
         )
         found = record.get("found")
         seen = f"{images} images at {record['image_size']} px" + (f", {found['tiles']} tiles each" if found else "")
+        seen += " decoded on the GPU" if record.get("decoder") == "nvimgcodec" else ""
         caption = (
             f"Whole runs, time per image: preset `{record['preset']}`, {seen}, "
             f"{record['runtime']}, {precisions}: "
@@ -311,7 +354,7 @@ def model_table() -> str:
             f"{100 * pair.peak_share:.0f} %",
             "–" if pair.measured is None else f"{1e6 * pair.measured:.1f} µs",
         ]
-        for pair in model_pairs()
+        for pair in model_pairs(results.get())
     ]
     caption = (
         f"A pair of images and a layer with {GRID[0]}×{GRID[1]} patches, `--products gram`: the bound by the peak, a "
@@ -503,7 +546,38 @@ def fill(text: str) -> str:
     )
 
 
-def main() -> int:
+# [heading of the page of a GPU's results] -> the file that its table is made from, and what makes it
+GPU_TABLES: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "Ways to multiply": ("mutual_scoring_cuda.jsonl", mutual_scoring_cuda_table),
+    "Pairs per launch, and CUDA graphs": ("pairs_cuda.jsonl", partial(mutual_scoring_cuda_table, "pairs_cuda.jsonl")),
+    "Model beside measurement": ("mutual_scoring_cuda.jsonl", model_table),
+    "Networks": ("throughput.jsonl", networks_table),
+    "Whole runs": ("throughput.jsonl", runs_table),
+    "Nearest neighbours": ("nearest.jsonl", nearest_table),
+}
+
+
+def gpu_page(folder: Path) -> str:
+    """Make a page of what the steps of `gpu_suite.sh` left in a folder; what is not there is said."""
+    steps = (folder / "gpu_steps.txt").read_text(encoding="utf-8").splitlines()
+    parts = ["# What was measured on a GPU", "\n".join(f"- {step}" for step in steps)]
+    token = results.set(folder)
+    try:
+        for heading, (file, make) in GPU_TABLES.items():
+            made = make() if (folder / file).exists() else ""
+            parts += [f"## {heading}", made or "Nothing was measured."]
+    finally:
+        results.reset(token)
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--gpu", type=Path, metavar="FOLDER", help="write FOLDER/gpu.md from the results there")
+    arguments = parser.parse_args(argv)
+    if arguments.gpu is not None:
+        (arguments.gpu / "gpu.md").write_text(gpu_page(arguments.gpu), encoding="utf-8")
+        return 0
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

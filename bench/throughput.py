@@ -36,6 +36,7 @@ from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from zsad.engine.category_pass import CategoryJob, run_category
 from zsad.engine.config import Config, ConfigError, Precision, load_config
@@ -425,6 +426,7 @@ def whole_runs(
             "runtime": runtime.describe(),
             "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
             "image_size": config.image_size,
+            "decoder": config.decoder,
             "images": len(category.images),
             "batch": workplace.loader.batch_size,
             "found": found and {"masks": len(found.parts), "tiles": len(found.tiles)},
@@ -439,7 +441,14 @@ def whole_runs(
 
 def draw(config: Config, count: int, folder: Path) -> Path:
     """Draw images for whole runs and return their folder."""
-    return draw_scenes(folder, count) if config.components else draw_demo(folder, count=count, defects=count // 4)
+    if config.components:
+        return draw_scenes(folder, count)
+    drawn = draw_demo(folder, count=count, defects=count // 4)
+    if config.decoder == "nvimgcodec":
+        for path in drawn.glob("**/test/*/*.png"):
+            Image.open(path).save(path.with_suffix(".jpg"))
+            path.unlink()
+    return drawn
 
 
 def print_run(config: Config, runtime: Runtime, count: int, alone: Mapping[str, float], together: float) -> None:
@@ -463,6 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu or cuda:N (default %(default)s)")
     add("--batch-size", type=int, help="(default: 1 on a CPU, 8 on a GPU)")
     add("--repeats", type=int, default=5, help="counted rounds of the networks (default %(default)s)")
+    add("--decoder", choices=["pillow", "nvimgcodec"], help="of whole runs; drawn images are JPEG then")
     add("--only", choices=["networks", "runs"], help="leave out the other half")
     add("--output", type=Path, default=RESULTS / "throughput.jsonl", help="JSON lines to append to")
     arguments = parser.parse_args(argv)
@@ -472,7 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.device = "cuda" if runtime.devices else "cpu"
     record = environment("zsad.bench.throughput", argv, ["numpy", "onnxruntime", "torch", "tensorrt", "zsad"])
     print(f"device: {runtime.describe()} ({runtime.reason})")
-    overrides = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    given = {"image_size": arguments.image_size, "decoder": arguments.decoder}
+    overrides = {key: value for key, value in given.items() if value is not None}
     config = load_config(arguments.preset, arguments.config, overrides, method_of=method_class)
     config = config.sized({name: config.networks[name].side for name in config.unsized})
     arguments.images = arguments.images or (SCENES if config.components else 200)
