@@ -22,14 +22,14 @@ from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.references import count_references, find_references
 from zsad.engine.images.stored import DAMAGE, ImageError
-from zsad.engine.methods.bank import FALSE_ALARMS, LEAST_REVIEWED, percent, recipes
+from zsad.engine.methods.bank import LEAST_REVIEWED, recipes
 from zsad.engine.methods.bank_build import Needed, build_bank, check_making, describe, needed
 from zsad.engine.methods.bank_file import SUFFIX, BankError, Header, read_bank, write_bank
 from zsad.engine.methods.method import Progress
 from zsad.engine.methods.musc import Settings as MuScSettings
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
-from zsad.engine.scores.conformal import images_needed
+from zsad.engine.scores.conformal import FALSE_ALARMS, images_needed, percent
 from zsad.engine.workplace import Saving, Workplace
 from zsad.kernels.files import check_target, check_writable, file_sha256, printable
 from zsad.kernels.machine import default_memory_limit, scratch, stopwatch

@@ -21,7 +21,15 @@ from zsad.engine.images.decode import Recipe, recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.stored import ImageError
 from zsad.engine.networks.network import GraphRequest, Network, run_in_parts
-from zsad.engine.scores.conformal import images_needed, p_values, upper_bound
+from zsad.engine.scores.conformal import (
+    FALSE_ALARMS,
+    MOST_REVIEWED,
+    images_needed,
+    p_values,
+    percent,
+    upper_bound,
+    verdict_bounds,
+)
 from zsad.engine.scores.drift import BEGINS, tail
 from zsad.engine.scores.image_scores import image_scores
 from zsad.engine.scores.verdicts import Bounds
@@ -39,8 +47,6 @@ from .method import Group, JudgesEach, Place, Scored
 
 log = logging.getLogger("zsad")
 
-FALSE_ALARMS = 0.01  # share of good images that may be rejected, unless asked for otherwise
-REVIEWED, MOST_REVIEWED = 5, 0.1  # times as many good images are to be reviewed as are rejected, up to this share
 LEAST_REVIEWED = images_needed(MOST_REVIEWED / 2)  # images of a bank of which two ranks lie within that share
 
 
@@ -185,8 +191,7 @@ class BankMethod(JudgesEach):
         header, asked = self._bank.header, self._settings.false_alarms
         rule, reject = promised(self._bank, asked)
         rule = "; ".join(filter(None, [rule, self._otherwise(header)]))
-        _, share = upper_bound(self._bank.scores, asked)
-        accept, _ = upper_bound(self._bank.scores, max(share, min(REVIEWED * share, MOST_REVIEWED)))
+        accept, _, _ = verdict_bounds(self._bank.scores, asked)
         region, _ = upper_bound(self._bank.peaks, asked)
         scaled = header.image_scale.values(np.array([accept, reject]))
         return Bounds(float(scaled[0]), float(scaled[1]), rule, float(header.map_scale.values(np.array([region]))[0]))
@@ -223,10 +228,6 @@ def promised(bank: Bank, asked: float) -> tuple[str, float]:
     if share > asked:
         rule += f"; {percent(asked)} takes a bank of {images_needed(asked)} images"
     return rule, reject
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 class Memory:

@@ -8,13 +8,14 @@ itself which images these are averaged over (scores/clean_references.py), for ea
 one, image scores and what they are rescored by of the other.
 
 Known-good images are compared with beside the others and have no scores. Their tokens lie behind those of the group,
-for all groups of a category. Scores of few images are not relative to these but to known-good ones
-(scores/known_good.py).
+for all groups of a category. Where they are enough for bounds of image scores they are scored all the same, each as one
+more image, and nothing but the bounds is told of that. Scores of few images are not relative to these but to known-good
+ones (scores/known_good.py).
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +30,8 @@ from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, fitting_blend, salient_features
-from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin
-from zsad.engine.scores.known_good import HALF_UNLIKE, Calibration, calibration_counts
+from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin, rscin_beside
+from zsad.engine.scores.known_good import HALF_UNLIKE, Calibration, calibration_counts, known_bounds, measured_count
 from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.machine import stopwatch
 from zsad.kernels.minima import ReturnMinima
@@ -104,6 +105,14 @@ class _Judged:
     features: NDArray[np.float64] | None  # [n, D] of the most salient patches, where they are rescored by these
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What comes of known-good images that are scored beside a group's."""
+
+    raw_scores: NDArray[np.float64]  # [m]
+    vectors: NDArray[Any] | None  # [m, D] that they are rescored by
+
+
 class MuSc:
     """See `Method`."""
 
@@ -131,8 +140,11 @@ class MuSc:
         self._members: list[int] = []
         self._first = self._end = 0  # rows of what is kept that are the group's
         self._references = 0  # behind them
+        self._measured = 0  # of these, that are scored as the group's images are
         self._scored = 0  # images of the category
         self._calibration: Calibration | None = None
+        self._known: list[_Known] = []  # of each group, where known-good images give bounds
+        self._bounds: Bounds | None = None
         self._memory_left = 0
 
     @staticmethod
@@ -180,7 +192,9 @@ class MuSc:
         return self._calibration is None
 
     def needed(self, images: int, references: int) -> int:
-        counts = [(images, references), *([calibration_counts(references)] if references > 1 else [])]
+        measured = measured_count(references)
+        counts = [(images + measured, references - measured)]
+        counts += [calibration_counts(references)] if references > 1 else []
         return max(scoring.needed(*count, self._minima) for scoring in self._scorings.values() for count in counts)
 
     def start(self, group: Group) -> None:
@@ -189,10 +203,13 @@ class MuSc:
             self._category.close()
             self._open(group)
             self._end, self._scored, self._calibration = group.images, 0, None
+            self._known, self._bounds = [], None
             self._references = 0
             for batch in group.references:
                 self._keep(batch, self._end + self._references)
                 self._references += len(batch.indices)
+            several = group.images * group.groups >= FEW_IMAGES  # few are measured otherwise
+            self._measured = measured_count(self._references) if several else 0
         self._first = self._end - group.images
 
     def _open(self, group: Group) -> None:
@@ -236,17 +253,19 @@ class MuSc:
         return arrays.send(pooled.astype(values.dtype, copy=False))
 
     def finish(self, progress: Progress) -> Iterator[Scored]:
-        settings, images = self._settings, len(self._members)
+        images, measured = len(self._members), self._measured
         self._scored += images
         try:
-            embeddings = self._kept[settings.image_network].embeddings
+            embeddings = self._kept[self._settings.image_network].embeddings
             self._place.arrays.complete()
             vectors = None
             if embeddings is not None:
-                vectors = self._place.arrays.fetch(embeddings[self._first : self._first + images])  # [n, D]
+                rows = (self._first, images), (self._end, measured)
+                parts = [self._place.arrays.fetch(embeddings[row : row + count]) for row, count in rows if count]
+                vectors = np.concatenate(parts)  # [n + m, D]
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
-            judged = self._judged(self._first, last, self._references, self._rule, stage, progress)
+            judged = self._judged(self._first, last, self._references - measured, self._rule, stage, progress)
             if self._last_group and self._references and self._scored < FEW_IMAGES:
                 self._calibration = self._calibrated(progress)
         finally:
@@ -254,6 +273,8 @@ class MuSc:
                 self._kept.clear()
                 self._category.close()
         vectors = vectors if judged.features is None else judged.features
+        if measured:
+            self._known.append(_Known(judged.raw_scores[images:], None if vectors is None else vectors[images:]))
         grid = square_grid(judged.maps.shape[1])
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
@@ -300,18 +321,19 @@ class MuSc:
         if rule is None:
             scores = {name: call() for name, call in score.items()}  # [n, P] each
             return _Judged(scores[by_map], self._raw_scores(scores[by_image]), None)
-        clean = {name: self._clean_scores(rule, call) for name, call in score.items()}
+        known = self._references if self._measured else None
+        clean = {name: self._clean_scores(rule, call, known) for name, call in score.items()}
         with stopwatch(self._place.timings, "references"):
             patches = enumerate(clean[by_image].salient, first)
             tokens = [self._place.arrays.fetch(self._kept[by_image].tokens[row, :, p]) for row, p in patches]  # [L, C]
             maps = clean[by_map].patch_maps.astype(np.float32)
             return _Judged(maps, clean[by_image].image_scores, salient_features(np.stack(tokens)))
 
-    def _clean_scores(self, rule: Rule, score: Callable[..., Any]) -> CleanScores:
-        """Score by clean references; the minima of one network go before the next one's come."""
+    def _clean_scores(self, rule: Rule, score: Callable[..., Any], known: int | None) -> CleanScores:
+        """Score by clean references; the minima of one network go before the next one's come. known: as there."""
         _, minima = score(return_minima=self._minima)
         with stopwatch(self._place.timings, "references"):
-            return clean_scores(minima, rule, self._place.arrays.devices)
+            return clean_scores(minima, rule, self._place.arrays.devices, known)
 
     def _raw_scores(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the raw scores [n] of images with these patch scores [n, P]."""
@@ -342,12 +364,23 @@ class MuSc:
         neighbours = self._settings.rscin
         if self._rule is not None:  # the nearest seven of a few images are nearly all of them
             neighbours = self._settings.salient_rscin if len(scored) >= FEW_IMAGES else ()
-        if not neighbours:
-            return min_max(raw)
-        return rscin(raw, np.array([image.facts for image in scored]), neighbours)
+        vectors = np.array([image.facts for image in scored]) if neighbours else None
+        if self._known and len(scored) >= FEW_IMAGES:
+            beside = [self._beside(raw, vectors, known, neighbours) for known in self._known]
+            self._bounds = known_bounds(beside)
+        return min_max(raw) if vectors is None else rscin(raw, vectors, neighbours)
+
+    @staticmethod
+    def _beside(
+        raw: NDArray[np.float64], vectors: NDArray[Any] | None, known: _Known, neighbours: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Return the scores [m] of known-good images on the scale of the images' own."""
+        if vectors is None or known.vectors is None:
+            return min_max(known.raw_scores, (float(raw.min()), float(raw.max())))
+        return rscin_beside(known.raw_scores, known.vectors, raw, vectors, neighbours)
 
     def bounds(self) -> Bounds | None:
-        return None if self._calibration is None else self._calibration.bounds()
+        return self._bounds if self._calibration is None else self._calibration.bounds()
 
     def note(self) -> str | None:
         return None if self._calibration is None else self._calibration.note()

@@ -1,15 +1,15 @@
 """Clean references: a batch says which of its images look normal, and patches are compared with those.
 
 minima [2, N, P, N + K] → first pass: mean distance to all others → rounds: the images of the lowest scores are kept,
-and the distances to them averaged → blends with MuSc's own average over all images: pixel maps [N, P], raw image scores
-[N], the most salient patch of each image [N]
+and the distances to them averaged → blends with MuSc's own average over all images, and with that over known-good ones
+alone: pixel maps [N, P], raw image scores [N], the most salient patch of each image [N]
 
 MuSc's interval is there so that a patch need not occur in every image; it also lets a defect that many images have pass
 for usual. Neither needs a product or a forward pass beyond MuSc's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 
 EVERYONE = (0.0, 1.0)  # the interval of all distances: what is left of them hides a defect that repeats
 LEAST_KEPT = 2  # known-good images among them
+KNOWN_HALF = 16  # known-good images that count as much by themselves as all that is blended does
 
 
 def fitting_blend(defects: float | None) -> float:
@@ -71,40 +72,52 @@ class CleanScores:
     average_smallest: Floats  # [N, P], of the smallest degree alone
     clean: Floats  # [N, P]
     clean_smallest: Floats  # [N, P], of the smallest degree alone
+    known: Floats | None = None  # [N, P], over the interval of known-good images; None where there are none
+    known_smallest: Floats | None = None  # [N, P], of the smallest degree alone
+    known_share: float = 0.0  # what the last two count
 
     @property
     def patch_maps(self) -> Floats:
         """Pixel maps [N, P]: of the smallest degree, whose edges are the sharpest."""
-        return _blend(self.average_smallest, self.clean_smallest, self.rule.map_blend)
+        return self._smallest(self.rule.map_blend)
 
     @property
     def image_scores(self) -> Floats:
         """Raw image scores [N]: a mean of the highest patches of all degrees, and the highest of the smallest one."""
-        both = _blend(self.average, self.clean, self.rule.image_blend)
-        smallest = _blend(self.average_smallest, self.clean_smallest, self.rule.image_blend)
-        scores: Floats = top_mean(both) + smallest.max(axis=1)
+        blended = _blend(self.average, self.clean, self.rule.image_blend)
+        both = blended if self.known is None else _blend(blended, self.known, self.known_share)
+        scores: Floats = top_mean(both) + self._smallest(self.rule.image_blend).max(axis=1)
         return scores
 
     @property
     def salient(self) -> NDArray[np.intp]:
         """The patch of each image that is the farthest from what is kept, [N]."""
-        patches: NDArray[np.intp] = self.clean.argmax(axis=1)
+        farthest = self.clean if self.known is None else _blend(self.clean, self.known, self.known_share)
+        patches: NDArray[np.intp] = farthest.argmax(axis=1)
         return patches
 
+    def _smallest(self, share: float) -> Floats:
+        blended = _blend(self.average_smallest, self.clean_smallest, share)
+        return blended if self.known_smallest is None else _blend(blended, self.known_smallest, self.known_share)
 
-def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Device] = ()) -> CleanScores:
+
+def clean_scores(
+    minima: NDArray[np.float32], rule: Rule, devices: Sequence[Device] = (), known: int | None = None
+) -> CleanScores:
     """Score images by those among them that look normal.
 
-    minima: [2, N, P, N + K] as mutual scoring hands them back for "smallest degree", in memory or a memory map, of N
-        images and K known-good ones; these are always kept and have no scores.
+    minima: [2, M, P, N + K] as mutual scoring hands them back for "smallest degree", in memory or a memory map, of N
+        images and behind them M - N of K known-good ones. These are always kept.
     devices: opened CUDA devices; none is the CPU.
+    known: K, at least 2 where known-good images are scored themselves; None: as many as are not scored.
 
-    Fewer than ten images, known-good ones among them, say too little: all of them are then the references, as MuSc has
-    it.
+    Results have M rows. Fewer than ten images, known-good ones among them, say too little: all of them are then the
+    references, as MuSc has it. The more known-good images there are, the more the distances to them alone count.
     """
     of_all, of_smallest = minima
-    compared = of_all.shape[2]
-    everyone = np.ones(compared, bool)
+    scored, compared = len(of_all), of_all.shape[2]
+    images = scored if known is None else compared - known
+    everyone, are_known = np.ones(compared, bool), np.arange(compared) >= images
     mean = partial(kept_averages, interval=rule.interval, devices=devices)
     average, average_smallest = mean(of_all, everyone), mean(of_smallest, everyone)
     patch_scores = first_pass = kept_averages(of_all, everyone, EVERYONE, devices)
@@ -113,11 +126,17 @@ def clean_scores(minima: NDArray[np.float32], rule: Rule, devices: Sequence[Devi
     rounds: list[Round] = []
     for _ in range(rule.rounds):
         scores = top_mean(patch_scores)
-        kept = _kept(scores, compared, rule.keep_share)
+        kept = _kept(scores[:images], compared, rule.keep_share)
         patch_scores = mean(of_all, kept)
         rounds.append(Round(scores, kept, patch_scores))
     clean_smallest = mean(of_smallest, rounds[-1].kept)
-    return CleanScores(rule, first_pass, rounds, average, average_smallest, patch_scores, clean_smallest)
+    found = CleanScores(rule, first_pass, rounds, average, average_smallest, patch_scores, clean_smallest)
+    count = compared - images
+    if not count:
+        return found
+    share = count / (count + KNOWN_HALF)
+    of_known = mean(of_all, are_known), mean(of_smallest, are_known)
+    return replace(found, known=of_known[0], known_smallest=of_known[1], known_share=share)
 
 
 def _kept(image_scores: Floats, compared: int, share: float) -> NDArray[np.bool_]:

@@ -8,6 +8,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+FALSE_ALARMS = 0.01  # share of good images that may be rejected, unless asked for otherwise
+REVIEWED, MOST_REVIEWED = 5, 0.1  # times as many good images are to be reviewed as are rejected, up to this share
+
 SLACK = 1e-9  # of ranks: 100 · (1 − 0.01) is a bit more than 99 in floating point
 
 
@@ -32,6 +35,20 @@ def upper_bound(normal: NDArray[np.float64], share: float) -> tuple[float, float
     if rank > count:
         return float(np.max(normal)), 1 / (count + 1)
     return float(np.sort(normal)[rank - 1]), share
+
+
+def verdict_bounds(normal: NDArray[np.float64], share: float) -> tuple[float, float, float]:
+    """Return up to which score to accept, above which to reject, and the share of normal images that these reject.
+
+    normal: [n] scores of normal images; share: that may be rejected.
+    """
+    reject, promised = upper_bound(normal, share)
+    accept, _ = upper_bound(normal, max(promised, min(REVIEWED * promised, MOST_REVIEWED)))
+    return accept, reject, promised
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def images_needed(share: float) -> int:

@@ -59,16 +59,35 @@ def rscin(scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]) -> NDArra
         raise ValueError(f"scores must be [N] and embeddings [N, D], got {stretched.shape} and {e.shape}")
     if not ks or any(k < 1 for k in ks):
         raise ValueError(f"ks must be positive neighbour counts, not {tuple(ks)}")
-    images = len(stretched)
-    rescored = np.zeros(images)
-    for image in range(images):
-        similarity = e @ e[image]  # [N]
-        others = np.arange(images) != image  # among equally similar images, itself first
-        order = np.lexsort((others, -similarity))[: max(ks)]
-        for k in ks:
-            kept = order[:k]
-            weight = similarity[kept].sum()
-            # Opposed embeddings can cancel; such a row says nothing, and the score stays.
-            value = similarity[kept] @ stretched[kept] / weight if weight > 1e-12 else stretched[image]
-            rescored[image] += value / len(ks)
-    return np.clip(rescored, 0.0, 1.0)
+    return np.array([_averaged(stretched, e @ vector, image, ks) for image, vector in enumerate(e)]).clip(0.0, 1.0)
+
+
+def rscin_beside(
+    others: ArrayLike, vectors: ArrayLike, scores: ArrayLike, embeddings: ArrayLike, ks: Sequence[int]
+) -> NDArray[np.float64]:
+    """Re-score other images, each as if it were one more of those that `rscin` re-scores.
+
+    others: [M] scores of the others; vectors: [M, D] their embeddings; the rest as of `rscin`. Scores are stretched as
+    those of its images are. Returns [M] in [0, 1].
+    """
+    s, e, v, own = (np.asarray(values, np.float64) for values in (scores, embeddings, vectors, others))
+    stretched, beside = min_max(s), (own - s.min()) / (np.ptp(s) or 1.0)  # these not only within [0, 1]
+    rescored = [
+        _averaged(np.append(stretched, score), np.append(e @ vector, vector @ vector), len(s), ks)
+        for score, vector in zip(beside, v, strict=True)
+    ]
+    return np.array(rescored).clip(0.0, 1.0)
+
+
+def _averaged(scores: NDArray[np.float64], similarity: NDArray[np.float64], image: int, ks: Sequence[int]) -> float:
+    """Return the mean over all ks of the weighted mean score of the images most similar to one."""
+    others = np.arange(len(scores)) != image  # among equally similar images, itself first
+    order = np.lexsort((others, -similarity))[: max(ks)]
+    rescored = 0.0
+    for k in ks:
+        kept = order[:k]
+        weight = similarity[kept].sum()
+        # Opposed embeddings can cancel; such a row says nothing, and the score stays.
+        value = similarity[kept] @ scores[kept] / weight if weight > 1e-12 else scores[image]
+        rescored += float(value) / len(ks)
+    return rescored

@@ -1,14 +1,21 @@
-"""Calibration of a few images' scores by known-good ones: relative to each other so few say little.
+"""What known-good images say of scores: bounds of many images', and what a few images' are relative to.
 
+scores [k] of known-good images, each as if it were one more of the images → bounds that promise something
 raw scores [k] and maps [k, P] of known-good images, scored by each other → what is half of the way from 0 to 1
+
+An image is compared with all others and with all known-good images. So is a known-good image, with itself left out:
+which of the two a good image is makes no difference to its score, and the share of good images that score higher than
+most known-good ones is known (scores/conformal.py), however many of the others have a defect.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .conformal import FALSE_ALARMS, MOST_REVIEWED, images_needed, percent, verdict_bounds
 from .image_scores import FEW_IMAGES, min_max
 from .verdicts import Bounds
 
@@ -63,6 +70,23 @@ class Calibration:
         return (
             f"scores and maps are not relative to each other, since fewer than {FEW_IMAGES} images are too few: {known}"
         )
+
+
+def measured_count(references: int) -> int:
+    """Return how many references are scored as images are: no more than a bound takes, none where they are too few."""
+    return 0 if references < images_needed(MOST_REVIEWED) else min(references, images_needed(FALSE_ALARMS))
+
+
+def known_bounds(scores: Sequence[NDArray[np.float64]]) -> Bounds:
+    """Return the bounds that known-good images give.
+
+    scores: [m] each, as many as `measured_count` says, beside each group of images; the highest bounds hold for all.
+    """
+    accept, reject, promised = np.max([verdict_bounds(of_group, FALSE_ALARMS) for of_group in scores], axis=0).tolist()
+    rule = f"at most {percent(promised)} of good images are rejected, if they are like the known-good ones"
+    if promised > FALSE_ALARMS:
+        rule += f"; {percent(FALSE_ALARMS)} takes {images_needed(FALSE_ALARMS)} of these"
+    return Bounds(accept, reject, rule)
 
 
 def calibration_counts(references: int) -> tuple[int, int]:

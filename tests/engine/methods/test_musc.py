@@ -171,6 +171,40 @@ def test_few_images_with_clean_references_are_measured_by_known_good_ones_all_of
     assert run.method.map_range == pytest.approx((smallest.min(), 2 * smallest.max() - smallest.min()), abs=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_known_good_images_are_scored_as_images_are_for_bounds(groups: int) -> None:
+    x, y, run = make_tokens(12), make_tokens(10, 1), Run()
+    members = [range(12)[number::groups] for number in range(groups)]
+    found = run.scored(x, y, members)
+    raw = np.array([image.raw_score for image in found])
+    assert run.method.image_scores(found).max() == 1
+    bounds = run.method.bounds()
+    assert bounds is not None
+    assert "at most 9.09 % of good images are rejected" in bounds.rule
+    beside = [expected(np.concatenate([x[list(group)], y]), y[:0])[-10:] for group in members]  # as if all were images
+    highest = max(maps.max() for maps in beside)
+    assert bounds.accept == bounds.reject == pytest.approx(min((highest - raw.min()) / np.ptp(raw), 1), abs=1e-4)
+    run.scored(x, y[:8], members)
+    assert run.method.bounds() is None  # the highest of eight promises no tenth
+
+
+@pytest.mark.slow  # 200 splits
+@pytest.mark.parametrize("defects", [0, 2, 13])
+@pytest.mark.parametrize("references", ["all", "blended"])
+def test_of_good_images_no_more_are_rejected_than_known_good_ones_promise(references: str, defects: int) -> None:
+    pool, bad = make_tokens(70), make_tokens(13, 2)[:defects]
+    bad[:, :, 4] *= -2
+    rng, run, rejected = np.random.default_rng(3), Run(references=references), 0
+    for _ in range(200):
+        order = rng.permutation(70)
+        found = run.scored(np.concatenate([pool[order[20:40]], bad]), pool[order[:20]], [range(20 + defects)])
+        scores, bounds = run.method.image_scores(found), run.method.bounds()
+        assert bounds is not None
+        rejected += int(np.sum(scores[:20] > bounds.reject))
+    # Images of a split share a bound, so that they count for half as many.
+    assert abs(rejected / 4000 - 1 / 21) < 3 * np.sqrt(2 / 21 * 20 / 21 / 4000)
+
+
 @pytest.mark.parametrize("images", [1, 4, 12])
 def test_images_are_rescored_by_each_other_and_not_by_references(images: int) -> None:
     x, y, run = make_tokens(images), make_tokens(4, 1), Run(rscin=(1, 3), image_rule="top_fraction")
