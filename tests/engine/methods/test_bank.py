@@ -516,6 +516,7 @@ def test_resuming_knows_the_bank(tiny: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_resuming_scores_only_what_is_new_and_gives_all_verdicts_anew(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -639,6 +640,7 @@ def test_too_few_images_for_a_bank_lose_no_results(tiny: Path, capsys: pytest.Ca
     assert not Path("part.zsad").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_what_goes_wrong_with_a_bank_is_said_before_any_work_or_costs_that_bank_alone(
     tiny: Path,
