@@ -35,9 +35,15 @@ from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.methods.method import method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.runtime import choose_runtime
-from zsad.engine.scores.clean_references import clean_scores, salient_features
+from zsad.engine.scores.clean_references import clean_scores, fitting_blend, salient_features
 from zsad.engine.scores.image_scores import image_scores, rscin
-from zsad.engine.scores.verdicts import distribution_bounds, log_distances, median_and_deviation, otsu
+from zsad.engine.scores.verdicts import (
+    distribution_bounds,
+    expected_bounds,
+    log_distances,
+    median_and_deviation,
+    otsu,
+)
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.averages import kept_averages
 from zsad.kernels.mutual_scoring import square_grid
@@ -72,7 +78,7 @@ NEAREST_SHARE = 0.001  # of all patches, that AnomalyDINO averages
 
 WINDOWS = (8, 4, 2)  # rows and columns of patches around a patch's own place
 SHARES = {"20 %": (0.2, 2), "8 %": (0.08, 3)}  # of defective images, and draws
-KNOWN_COUNTS, KNOWN_DRAWS = (0, 1, 4, 16), 3
+KNOWN_COUNTS, KNOWN_DRAWS = (0, 1, 4, 16, 32), 3
 PLANTED_SHARES, PLANTED_DEFECTS, PLANTED_IMAGES = (0.05, 0.1, 0.2, 0.3, 0.4), 3, 60
 
 
@@ -353,6 +359,9 @@ RULES: Mapping[str, Callable[[Floats], float]] = {
 }
 
 
+EXPECTED = ("expected review", "expected reject")  # of `--expected-defects` told the share that there is
+
+
 def judged(labels: Bools, scores: Floats, rejected: Bools) -> Metrics:
     """Return F1, false alarms and recall of a verdict, with the best F1 that any bound has; NaN where there is none."""
     hits, alarms = np.sum(rejected & labels), np.sum(rejected & ~labels)
@@ -366,15 +375,21 @@ def judged(labels: Bools, scores: Floats, rejected: Bools) -> Metrics:
 
 def verdicts(images: ImageSet, reader: Reader) -> dict[str, Any]:
     """What each rule makes of the scores of whole sets and of parts of them, which keep the scores of the whole."""
-    (scored,) = clean_rows(images.batch, (0.25,))
-    ends = float(scored.raw.min()), float(scored.raw.max())
-    logs, labels = log_distances(scored.images, ends), images.anomalous  # as the product has them
+    labels = images.anomalous
+    told = {"all": float(labels.mean()), **{name: share for name, (share, _) in SHARES.items()}, "0 %": 0.0}
+    blends = sorted({fitting_blend(None), *map(fitting_blend, told.values())})
+    scored = dict(zip(blends, clean_rows(images.batch, blends), strict=True))
+    untold = scored[fitting_blend(None)]
+    logs = log_distances(untold.images, (float(untold.raw.min()), float(untold.raw.max())))  # as the product has them
     parts = [("all", np.arange(len(labels))), *draws(labels), ("0 %", np.flatnonzero(~labels))]
     of_set: dict[str, dict[str, list[dict[str, float | None]]]] = {}
     for name, members in parts:
-        for rule, bound in RULES.items():
-            own = logs[members]
-            values = judged(labels[members], own, own > bound(own))
+        bounds = {rule: (logs[members], bound(logs[members])) for rule, bound in RULES.items()}
+        own = scored[fitting_blend(told[name])].images[members]
+        for rule, bound in zip(EXPECTED, expected_bounds(own, told[name]), strict=True):
+            bounds[rule] = own, bound
+        for rule, (scores, bound) in bounds.items():
+            values = judged(labels[members], scores, scores > bound)
             rounded = {key: None if np.isnan(value) else round(value, 5) for key, value in values.items()}
             of_set.setdefault(name, {}).setdefault(rule, []).append(rounded)
     return of_set

@@ -62,6 +62,8 @@ RULES = {
     "3.5 deviations": "median + 3.5 MAD of all",
     "zsad reject": "zsad, rejected",
     "zsad review": "zsad, rejected or to be reviewed",
+    "expected reject": "`--expected-defects` with the true share, rejected",
+    "expected review": "`--expected-defects` with the true share, rejected or to be reviewed",
 }
 
 results = ContextVar("results", default=RESULTS)  # the folder that tables are made from

@@ -169,3 +169,4 @@ def test_every_section_is_recorded(
     assert {len(values) for values in known["4"].values()} == {3}
     assert {len(values) for values in records["planted"]["sets"]["masked"]["0.4"].values()} == {3}
     assert records["verdicts"]["sets"]["bare"]["0 %"]["otsu"][0]["recall"] is None
+    assert records["verdicts"]["sets"]["bare"]["0 %"]["expected review"][0]["false_alarms"] == 0
