@@ -22,22 +22,28 @@ compiled = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MIS
 DEGREES = (1, 3)
 
 
-def tokens(images: int, layers: int = 3) -> Any:
-    return checks.rng(images, 5).normal(size=(images, layers, 9, 16)).astype(np.float32)
+def tokens(images: int, layers: int = 2) -> Any:
+    return checks.rng(images, 5).normal(size=(images, layers, 4, 8)).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
 def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorer, "PART_LAUNCHES", 4)
+    monkeypatch.setattr(scorer, "PART_LAUNCHES", 3)
 
 
-def score(device: Any, images: int = 6, **options: Any) -> Any:
+def score(device: Any, images: int = 5, **options: Any) -> Any:
     return device_scores(tokens(images), degrees=DEGREES, device=device, references=1, pairs=2, **options)
 
 
 @compiled
-@pytest.mark.parametrize("variant", ["gram", pytest.param("fused", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("variant", "devices"),
+    [
+        ("gram", 1),
+        *(pytest.param(variant, 2, marks=pytest.mark.slow) for variant in VARIANTS),
+        *(pytest.param(variant, 1, marks=pytest.mark.slow) for variant in VARIANTS if variant != "gram"),
+    ],
+)
 def test_what_is_recorded_gives_the_same_scores(variant: str, devices: int) -> None:
     several = [HostDevice() for _ in range(devices)]
     plain, plans = HostDevice(), []
@@ -46,8 +52,8 @@ def test_what_is_recorded_gives_the_same_scores(variant: str, devices: int) -> N
     np.testing.assert_array_equal(got, expected)
     assert plain.captures == plain.replays == 0
     for device in several:
-        assert device.replays > device.captures > 1
-    pairs = 3 * plans[0].comparisons()
+        assert device.replays > device.captures > 0
+    pairs = 2 * plans[0].comparisons()
     assert sum(device.products for device in several) == products_of_a_pair(variant, DEGREES) * pairs
 
 
@@ -65,23 +71,31 @@ def test_chunks_that_stream_are_recorded_too() -> None:
 
 
 @compiled
+@pytest.mark.slow
 def test_a_single_layer_and_what_is_too_much_are_queued_launch_by_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     device = HostDevice()
     device_scores(tokens(5, layers=1), degrees=DEGREES, device=device, pairs=2)
     assert device.captures == 0
-    monkeypatch.setattr(recorder, "MAX_LAUNCHES", 9)
+    monkeypatch.setattr(recorder, "MAX_LAUNCHES", 3)
     np.testing.assert_array_equal(score(device), score(HostDevice(), recorded=False))
-    assert device.captures == 2  # of four launches or five each
+    assert device.captures == 1
 
 
 @compiled
-@pytest.mark.parametrize("refusal", [KernelError("not permitted while a stream is captured"), DeviceMemoryError()])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        KernelError("not permitted while a stream is captured"),
+        pytest.param(DeviceMemoryError(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_device_that_cannot_be_recorded_is_named_once(refusal: Exception, caplog: pytest.LogCaptureFixture) -> None:
     device = HostDevice()
     device.refusal = refusal
+    expected = score(HostDevice(), recorded=False)
     with caplog.at_level(logging.WARNING, "zsad"):
         for _ in range(2):
-            np.testing.assert_array_equal(score(device), score(HostDevice(), recorded=False))
+            np.testing.assert_array_equal(score(device), expected)
     assert device.captures == device.replays == 0
     assert caplog.text.count("the host takes no CUDA graphs of mutual scoring") == 1
 
