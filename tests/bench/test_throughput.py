@@ -12,6 +12,7 @@ from zsad.bench import mutual_scoring_cuda, random_weights, throughput
 from zsad.bench.scenes import PLACES
 from zsad.bench.towers import Shape
 from zsad.engine.config import load_config
+from zsad.engine.images.folders import scan
 from zsad.engine.methods.method import method_class
 from zsad.export.linear_heads import read_linear_heads
 from zsad.export.state_dict import CheckpointError
@@ -173,3 +174,10 @@ def test_every_graph_and_whole_runs_of_vvv(
         assert list(run["seconds_alone"])[:4] == ["decode", "foreground", "masks", "networks"]
         assert run["found"]["tiles"] == len(PLACES)
     assert "random, of the shape of sam-vitb" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_images_for_the_gpu_s_decoder_are_drawn_as_jpeg_files(tmp_path: Path) -> None:
+    config = load_config("small", overrides={"decoder": "nvimgcodec"}, method_of=method_class)
+    (category,) = scan(throughput.draw(config, 4, tmp_path / "drawn")).categories
+    assert [image.path.suffix for image in category.images] == [".jpg"] * 4
