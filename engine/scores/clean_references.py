@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 EVERYONE = (0.0, 1.0)  # the interval of all distances: what is left of them hides a defect that repeats
 LEAST_KEPT = 2  # known-good images among them
-KNOWN_HALF = 16  # known-good images that count as much by themselves as all that is blended does
+KNOWN_HALF = 16  # known-good images beside a first one that count as much by themselves as all that is blended does
 
 
 def fitting_blend(defects: float | None) -> float:
@@ -132,9 +132,9 @@ def clean_scores(
     clean_smallest = mean(of_smallest, rounds[-1].kept)
     found = CleanScores(rule, first_pass, rounds, average, average_smallest, patch_scores, clean_smallest)
     count = compared - images
-    if not count:
+    if count < 2:  # one says nothing of what varies
         return found
-    share = count / (count + KNOWN_HALF)
+    share = (count - 1) / (count - 1 + KNOWN_HALF)
     of_known = mean(of_all, are_known), mean(of_smallest, are_known)
     return replace(found, known=of_known[0], known_smallest=of_known[1], known_share=share)
 

@@ -130,3 +130,20 @@ def test_few_images_are_references_of_each_other() -> None:
 def test_features_of_patches_without_length() -> None:
     features = salient_features(np.array([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 2.0]]]))
     np.testing.assert_allclose(features * np.sqrt(2), [[0.6, 0.8, 0, 0], [1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("known", [0, 1, 5])
+def test_known_good_images_count_the_more_by_themselves_the_more_they_are(known: int) -> None:
+    minima = mutual_scores(make_tokens(14), GRID, (1, 3), references=known, return_minima="smallest degree")[1]
+    found = clean_scores(minima, RULE)
+    blended = found.average_smallest + 0.5 * (found.clean_smallest - found.average_smallest)
+    if known < 2:
+        np.testing.assert_array_equal(found.patch_maps, blended)
+        return
+    nearest = minima[1][..., -known:].min(axis=-1)  # three tenths of five are one
+    np.testing.assert_allclose(found.patch_maps, 0.8 * blended + 0.2 * nearest, atol=1e-6)
+    # Scored as an image, a known-good one is compared with the others.
+    every = mutual_scores(make_tokens(14), GRID, (1, 3), return_minima="smallest degree")[1]
+    both = clean_scores(every, RULE, known=known)
+    np.testing.assert_allclose(both.patch_maps[:-known], found.patch_maps, atol=1e-6)
+    assert np.isfinite(both.image_scores).all()
