@@ -24,7 +24,7 @@ Validates first: scores of a few images by every zsad variant against the float6
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,13 @@ def score(
     side: int,
     degrees: Sequence[int],
     device: Device,
-    precision: str = "auto",
-    products: Any = None,
-    pairs: int | None = None,
+    variant: str,
     timings: Any = None,
-    recorded: bool = True,
+    **how: Any,
 ) -> Any:
-    """Score tokens on one device; returns [N, P]."""
-    options = Options(products, pairs, recorded=recorded)
+    """Score tokens on one device; returns [N, P]. how: further fields of `Options`."""
+    selected, _ = VARIANTS[variant]
+    precision, options = selected.get("precision", "auto"), Options(selected.get("products"), **how)
     layers, channels = tokens.shape[1], tokens.shape[3]
     scoring = MutualScoring((side, side), layers, channels, degrees, INTERVAL, precision, [device], options)
     return scoring.scores(tokens, timings=timings)
@@ -93,8 +92,8 @@ def validate(
     expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
     deviations = {}
     for name in variants:
-        options, tolerance = VARIANTS[name]
-        scores = score(tokens, side, degrees, device, **options)
+        _, tolerance = VARIANTS[name]
+        scores = score(tokens, side, degrees, device, name)
         deviations[name] = float(np.abs(scores - expected).max())
         print(f"check: {name:<10} largest deviation from float64 {deviations[name]:.1e}")
         if not deviations[name] <= tolerance:
@@ -174,7 +173,7 @@ def named_variants(text: str) -> list[str]:
     return [PRODUCTS[product] for product in text.split(",")]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.mutual_scoring_cuda")
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=200, help="(default: %(default)s)")
@@ -190,7 +189,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, default=RESULTS / "mutual_scoring_cuda.jsonl")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def tokens_on(device: Device, images: int, layers: int, side: int, channels: int) -> tuple[Any, Any]:
+    """Make tokens [N, L, P, C] on the device, and features [N, P, C] in fp16 of the first layer."""
+    some = device.to_device(make_tokens(8, side, channels))  # [8, 1, P, C]
+    device.synchronise()  # what CuPy does by itself is on another stream
+    tokens = device.empty((images, layers, side * side, channels), np.float32)
+    for i in range(images):
+        # Shifting the channels keeps the statistics and makes every image and layer differ.
+        for layer in range(layers):
+            tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
+    return tokens, device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
+
+
+def ways(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield name, variant and options of every way in which zsad runs."""
+    for variant in arguments.products:
+        yield variant, variant, {}
+        for pairs in arguments.pairs:
+            yield f"{variant}, {pairs} pairs", variant, {"pairs": pairs}
+        if arguments.unrecorded:
+            yield f"{variant}, launch by launch", variant, {"recorded": False}
+
+
+def print_times(milliseconds: Mapping[str, Sequence[float]], useful: float, peak: float) -> None:
+    """Print the medians; useful: operations of a pair and layer."""
+    median = {name: statistics.median(times) for name, times in milliseconds.items()}
+    for name, value in median.items():
+        share = 100 * useful / (value * 1e-3) / peak
+        faster = f"{median['reference'] / value:6.1f} × reference" if "reference" in median else ""
+        print(f"  {name:<20}{1e3 * value:10.1f} µs per pair and layer {share:6.1f} % of the peak {faster}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parsed(argv)
     side, channels, degrees = arguments.side, arguments.channels, arguments.degrees
 
     record = environment("zsad.bench.mutual_scoring_cuda", argv, ["numpy", "cupy-cuda12x", "cupy-cuda13x", "torch"])
@@ -202,14 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     images, layers, patches = arguments.images, arguments.layers, side * side
-    some = device.to_device(make_tokens(8, side, channels))  # [8, 1, P, C]
-    device.synchronise()  # what CuPy does by itself is on another stream
-    tokens = device.empty((images, layers, patches, channels), np.float32)
-    for i in range(images):
-        # Shifting the channels keeps the statistics and makes every image and layer differ.
-        for layer in range(layers):
-            tokens[i, layer] = some[(i + layer) % 8, 0][:, np.roll(np.arange(channels), 7 * i)]
-    features = device.adopt(tokens[:, 0].astype(np.float16))  # waits for the tokens too
+    tokens, features = tokens_on(device, images, layers, side, channels)
     compared = layers * images * (images - 1) // 2
     filtered = Filtered((side, side), degrees_mask(sorted(set(degrees))))
     sizes = Sizes(images, patches, channels, len(set(degrees)), filtered=filtered)
@@ -218,15 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {"floor": bare_products(device, features, plan.pairs)}
     of_run = {"floor": compared // layers}  # pairs
-    queued = [(None, False)] if arguments.unrecorded else []
-    for variant in arguments.products:
-        options, _ = VARIANTS[variant]
-        for pairs, recorded in [*((pairs, True) for pairs in (None, *arguments.pairs)), *queued]:
-            name = variant if pairs is None else f"{variant}, {pairs} pairs"
-            name += "" if recorded else ", launch by launch"
-            stages[name], of_run[name] = {}, compared
-            scored = partial(score, tokens, side, degrees, device, **options)
-            runs[name] = partial(scored, pairs=pairs, timings=stages[name], recorded=recorded)
+    for name, variant, how in ways(arguments):
+        stages[name], of_run[name] = {}, compared
+        runs[name] = partial(score, tokens, side, degrees, device, variant, stages[name], **how)
     milliseconds = {
         name: [1e3 * s / of_run[name] for s in times]
         for name, times in seconds(device, runs, arguments.repeats).items()
@@ -235,13 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     milliseconds |= {name: [1e3 * s for s in times] for name, times in short.items()}
     peak = peak_flops(device, arguments.repeats)
 
-    useful = 2 * patches**2 * channels
-    median = {name: statistics.median(times) for name, times in milliseconds.items()}
     print(f"\npeak {peak / 1e12:.0f} TFLOP/s; {images} images, {layers} layers, P {patches}, C {channels}, {degrees}:")
-    for name, value in median.items():
-        share = 100 * useful / (value * 1e-3) / peak
-        faster = f"{median['reference'] / value:6.1f} × reference" if "reference" in median else ""
-        print(f"  {name:<20}{1e3 * value:10.1f} µs per pair and layer {share:6.1f} % of the peak {faster}")
+    print_times(milliseconds, 2 * patches**2 * channels, peak)
     append(
         arguments.output,
         {
