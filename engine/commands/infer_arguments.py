@@ -93,10 +93,10 @@ def _check_banks(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error("--save-bank makes a bank and --bank scores by one; give one of them")
         if arguments.preset != DEFAULT_PRESET:
             parser.error(f"--bank says itself which preset it is of; leave out --preset {arguments.preset}")
-    elif arguments.false_alarms is not None:
+    elif arguments.false_alarms is not None and arguments.reference is None and arguments.shots is None:
         parser.error(
-            "--false-alarms is what a bank promises when images are scored by it; give --bank part.zsad, or without a "
-            "bank --expected-defects SHARE or --threshold SCORE"
+            "--false-alarms is promised by what is known to be good; give --bank part.zsad or --reference GOOD/, or "
+            "without these --expected-defects SHARE or --threshold SCORE"
         )
     if arguments.save_bank is None:
         for name in ("bank_size", "bank_precision", "neighbours"):
@@ -146,7 +146,7 @@ def _add_banks(parser: argparse.ArgumentParser) -> None:
         help="with --bank: score images as they arrive there, until Ctrl-C (exit code 0); a line for each, with --json "
         "as JSON. Started again, it goes on",
     )
-    add("--false-alarms", type=float, metavar="0.01", help="with --bank: share of good images that may be rejected")
+    add("--false-alarms", type=float, metavar="0.01", help="share of good images that may be rejected")
     add("--bank-size", type=int, metavar="N", help="patches kept per tap and degree at most (default: 20000)")
     add("--bank-precision", choices=("fp16", "int8", "fp32"), help="in which they are kept (default: fp16)")
     add("--neighbours", type=int, metavar="K", help="of the bank, whose mean distance counts (default: 1)")

@@ -30,6 +30,7 @@ from zsad.engine.images.decode import recipe
 from zsad.engine.images.loader import Batch
 from zsad.engine.networks.network import Graph, GraphRequest, TensorSpec, run_in_parts
 from zsad.engine.scores.clean_references import CleanScores, Rule, clean_scores, fitting_blend, salient_features
+from zsad.engine.scores.conformal import FALSE_ALARMS
 from zsad.engine.scores.image_scores import FEW_IMAGES, ScoreRule, image_scores, min_max, rscin, rscin_beside
 from zsad.engine.scores.known_good import HALF_UNLIKE, Calibration, calibration_counts, known_bounds, measured_count
 from zsad.engine.scores.verdicts import Bounds
@@ -78,6 +79,8 @@ class Settings(Table):
     clean_share: Share = 0.5  # of the images
     clean_rounds: Count = Field(3, description="a whole number from 1")
     salient_rscin: tuple[Count, ...] = Field((1, 7), min_length=1, description="neighbour counts, at least one")
+    # The share of good images that may be rejected, where known-good images give the bounds.
+    false_alarms: float = Field(FALSE_ALARMS, gt=0, lt=1, description="a number between 0 and 1")
 
     def clean_rule(self, expected_defects: float | None) -> Rule | None:
         """Return how clean references are chosen; None where all images are references."""
@@ -192,7 +195,7 @@ class MuSc:
         return self._calibration is None
 
     def needed(self, images: int, references: int) -> int:
-        measured = measured_count(references)
+        measured = measured_count(references, self._settings.false_alarms)
         counts = [(images + measured, references - measured)]
         counts += [calibration_counts(references)] if references > 1 else []
         return max(scoring.needed(*count, self._minima) for scoring in self._scorings.values() for count in counts)
@@ -209,7 +212,7 @@ class MuSc:
                 self._keep(batch, self._end + self._references)
                 self._references += len(batch.indices)
             several = group.images * group.groups >= FEW_IMAGES  # few are measured otherwise
-            self._measured = measured_count(self._references) if several else 0
+            self._measured = measured_count(self._references, self._settings.false_alarms) if several else 0
         self._first = self._end - group.images
 
     def _open(self, group: Group) -> None:
@@ -367,7 +370,7 @@ class MuSc:
         vectors = np.array([image.facts for image in scored]) if neighbours else None
         if self._known and len(scored) >= FEW_IMAGES:
             beside = [self._beside(raw, vectors, known, neighbours) for known in self._known]
-            self._bounds = known_bounds(beside)
+            self._bounds = known_bounds(beside, self._settings.false_alarms)
         return min_max(raw) if vectors is None else rscin(raw, vectors, neighbours)
 
     @staticmethod

@@ -72,20 +72,25 @@ class Calibration:
         )
 
 
-def measured_count(references: int) -> int:
+def measured_count(references: int, false_alarms: float) -> int:
     """Return how many references are scored as images are: no more than a bound takes, none where they are too few."""
-    return 0 if references < images_needed(MOST_REVIEWED) else min(references, images_needed(FALSE_ALARMS))
+    return (
+        0
+        if references < images_needed(MOST_REVIEWED)
+        else min(references, images_needed(min(false_alarms, FALSE_ALARMS)))
+    )
 
 
-def known_bounds(scores: Sequence[NDArray[np.float64]]) -> Bounds:
+def known_bounds(scores: Sequence[NDArray[np.float64]], false_alarms: float) -> Bounds:
     """Return the bounds that known-good images give.
 
     scores: [m] each, as many as `measured_count` says, beside each group of images; the highest bounds hold for all.
+    false_alarms: the share of good images that may be rejected.
     """
-    accept, reject, promised = np.max([verdict_bounds(of_group, FALSE_ALARMS) for of_group in scores], axis=0).tolist()
+    accept, reject, promised = np.max([verdict_bounds(of_group, false_alarms) for of_group in scores], axis=0).tolist()
     rule = f"at most {percent(promised)} of good images are rejected, if they are like the known-good ones"
-    if promised > FALSE_ALARMS:
-        rule += f"; {percent(FALSE_ALARMS)} takes {images_needed(FALSE_ALARMS)} of these"
+    if promised > false_alarms:
+        rule += f"; {percent(false_alarms)} takes {images_needed(false_alarms)} of these"
     return Bounds(accept, reject, rule)
 
 

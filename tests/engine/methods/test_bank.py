@@ -585,7 +585,10 @@ def test_resuming_scores_only_what_is_new_and_gives_all_verdicts_anew(
         (["data/00.png"], "give data/, or a new folder with a copy of it"),
         (["--reference", "none", "--save-bank", "y.zsad"], "none"),
         (["data", "--save-bank", "y.zsad", "--preset", "winclip"], "presets that compare images"),
-        (["data", "--false-alarms", "0.1"], "give --bank part.zsad, or without a bank --expected-defects SHARE"),
+        (
+            ["data", "--false-alarms", "0.1"],
+            "give --bank part.zsad or --reference GOOD/, or without these --expected-defects SHARE",
+        ),
     ],
 )
 def test_mistakes_are_said_before_any_work(

@@ -188,6 +188,24 @@ def test_known_good_images_are_scored_as_images_are_for_bounds(groups: int) -> N
     assert run.method.bounds() is None  # the highest of eight promises no tenth
 
 
+def test_more_false_alarms_can_be_asked_for() -> None:
+    x, y = make_tokens(12), make_tokens(30, 1)
+    bounds = []
+    for asked in (0.01, 0.2, 0.5):
+        run = Run(false_alarms=asked)
+        run.method.image_scores(run.scored(x, y, [range(12)]))
+        bounds.append(run.method.bounds())
+    few, fifth, half = bounds
+    assert few is not None
+    assert fifth is not None
+    assert half is not None
+    assert few.rule.startswith("at most 3.23 % of good images")
+    assert few.rule.endswith("1 % takes 99 of these")
+    assert fifth.rule.startswith("at most 20 % of good images")
+    assert "takes" not in fifth.rule
+    assert few.reject > fifth.reject > half.reject
+
+
 @pytest.mark.slow  # 200 splits
 @pytest.mark.parametrize("defects", [0, 2, 13])
 @pytest.mark.parametrize("references", ["all", "blended"])
