@@ -21,6 +21,7 @@ from zsad.engine.images.categories import Category, InputImage, counted
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
 from zsad.engine.images.references import count_references, find_references
+from zsad.engine.images.remote import Location, digest
 from zsad.engine.images.stored import DAMAGE, ImageError
 from zsad.engine.methods.bank import LEAST_REVIEWED, recipes
 from zsad.engine.methods.bank_build import Needed, build_bank, check_making, describe, needed
@@ -31,7 +32,7 @@ from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.scores.conformal import FALSE_ALARMS, images_needed, percent
 from zsad.engine.workplace import Saving, Workplace
-from zsad.kernels.files import check_target, check_writable, file_sha256, printable
+from zsad.kernels.files import check_target, check_writable, printable
 from zsad.kernels.machine import default_memory_limit, scratch, stopwatch
 
 from .category_pass import CategoryJob, CategoryProgress, cost_of_one
@@ -185,10 +186,10 @@ class _Odd:
         return dict(sorted(found.items()))
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Location) -> bytes:
     """Return the sha256 of a file; of one that has gone since it was read zeros: the bank is more than that."""
     try:
-        return bytes.fromhex(file_sha256(path))
+        return bytes.fromhex(digest(path))
     except OSError:
         return bytes(32)
 
@@ -315,7 +316,8 @@ def known_good(reference: str, shots: int | None, seed: int) -> Category:
 
 def _mixture(root: Path, images: Sequence[InputImage]) -> list[str]:
     """Note where images lie in several folders of one, which may be of as many products."""
-    folders = sorted({image.path.relative_to(root).parts[0] for image in images if root in image.path.parents})
+    paths = [image.folder.path / image.name for image in images]
+    folders = sorted({path.relative_to(root).parts[0] for path in paths if root in path.parents})
     if len(folders) < 2 or any((root / name).is_file() for name in folders):
         return []
     named = printable(", ".join(folders[:3])) + (" …" if len(folders) > 3 else "")

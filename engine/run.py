@@ -13,7 +13,6 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
 from zsad.engine.images.categories import counted
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
+from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
 from zsad.engine.networks.runtime import Runtime
@@ -44,7 +44,7 @@ log = logging.getLogger("zsad")
 LIBRARY_STAGES = ("networks", "product")
 
 
-def run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
+def run(data: Location, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
     """Score all categories under a folder and write everything there is to write; returns the record of the run.
 
     What goes wrong with single images or categories is in the record. Raises ConfigError, CheckpointError, EngineError,
@@ -78,7 +78,7 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
         return len(category.unreadable) + len(failures)
 
 
-def _run(data: Path, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
+def _run(data: Location, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
     started = Started()
     if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")

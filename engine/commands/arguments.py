@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -29,6 +30,15 @@ def size(text: str) -> int:
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))  # type: ignore[index]
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"must be a size like 800MB or 4GB, not {text!r}") from None
+
+
+def location(text: str) -> Any:
+    """Read a path or a URL, which is no path: there two slashes are one."""
+    if "://" not in text and "::" not in text:
+        return Path(text)
+    from zsad.engine.images.remote import location as found
+
+    return found(text)
 
 
 def positive(text: str) -> float:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Parser, Version, add_file_limits, file_limits
+from .arguments import Parser, Version, add_file_limits, file_limits, location
 
 if TYPE_CHECKING:
     from .start import Interrupts
@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="folder that zsad-infer wrote")
-    add("data", metavar="DATA", type=Path, help="folder that zsad-infer was given")
+    add("data", metavar="DATA", type=location, help="folder or list that zsad-infer was given")
     add("--json", action="store_true", help="print JSON on stdout instead of the table")
     add(
         "--protocol",

@@ -8,7 +8,7 @@ from typing import Any
 from zsad.engine.presets.names import preset_names
 from zsad.engine.results.formats import FORMATS
 
-from .arguments import Parser, Version, add_file_limits, add_loudness, numbers, size
+from .arguments import Parser, Version, add_file_limits, add_loudness, location, numbers, size
 from .feedback import OPTIONS, add_feedback, check_feedback
 
 DEFAULT_PRESET = "small"
@@ -154,7 +154,12 @@ def _add_banks(parser: argparse.ArgumentParser) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", nargs="?", type=Path, help="folder of images, folder of such folders, or MVTec layout")
+    add(
+        "data",
+        nargs="?",
+        type=location,
+        help="folder of images, of such folders, in MVTec layout, or a list of files or URLs (.csv, .jsonl, .parquet)",
+    )
     add("--demo", action="store_true", help="draw a small set of images with planted defects and score that")
     add("--output", type=Path, default=Path("out"), help="results folder (default: %(default)s)")
     add("--preset", default=DEFAULT_PRESET, choices=preset_names(), help="(default: %(default)s)")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.folders import Dataset
+from zsad.engine.images.ground_truth import mask_file
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
 from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.images.tree import RUN, SCORES
@@ -248,7 +249,7 @@ def labelled(category: Category, warn: Warn = log.warning, note: Warn = log.info
     images, without = [], 0
     for image in category.images:
         try:
-            anomalous = any(read_mask(category.root / mask).any() for mask in image.masks.files)
+            anomalous = any(read_mask(mask_file(category.root, mask)).any() for mask in image.masks.files)
         except (ImageError, MaskError) as error:
             said = f"{category.root / image.relative}: its mask {image.masks.files[0]}: {error}"
             warn(ImageError(said) if isinstance(error, ImageError) else said)
@@ -331,20 +332,21 @@ def _load_pixels(
     by_file = image.masks.regions or saturation is not None
     regions: list[Region] = []
     for path in image.masks.files:
+        file = mask_file(root, path)
         try:
-            part = read_mask(root / path)  # [H, W]
+            part = read_mask(file)  # [H, W]
         except (ImageError, MaskError) as error:
             kind = ImageError if isinstance(error, ImageError) else ValueError
-            raise kind(f"its mask {root / path}: {error}") from None
+            raise kind(f"its mask {file}: {error}") from None
         if part.shape != mask.shape:
             size = f"{part.shape[1]}x{part.shape[0]} px, the image {map_.width}x{map_.height} px"
-            raise ValueError(f"its mask {root / path} is {size}")
+            raise ValueError(f"its mask {file} is {size}")
         mask |= part
         if by_file and part.any():
-            regions.append(Region(part, saturation_area(root / path, part, saturation)))
+            regions.append(Region(part, saturation_area(file, part, saturation)))
     if bool(mask.any()) != image.anomalous:
         said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
-        raise ValueError(f"its mask {root / image.masks.files[0]} {said} {image.defect or 'normal'}")
+        raise ValueError(f"its mask {mask_file(root, image.masks.files[0])} {said} {image.defect or 'normal'}")
     if paper is not None:
         return _resized(mask, map_, paper)
     return Pixels(mask, np.asarray(map_), regions if by_file else None)

@@ -1,12 +1,12 @@
 """Ground truth masks in: whichever way a file encodes its shape, True where the image is anomalous."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageMemoryError, Stored, read_stored
 
 LOSSY = ("JPEG", "MPO")  # values lie around those that were drawn
@@ -24,7 +24,7 @@ class MaskError(ValueError):
     """A mask whose shape cannot be told; the message says why."""
 
 
-def read_mask(path: Path) -> NDArray[np.bool_]:
+def read_mask(path: Location) -> NDArray[np.bool_]:
     """Read a mask file; returns [h, w], True where the image is anomalous, upright.
 
     What is transparent, and black, is normal; every other colour, class number or grey value is a defect, whose own

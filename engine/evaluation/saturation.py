@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import read_stored
 
 CONFIG = "defects_config.json"
@@ -44,7 +45,7 @@ def read_saturation(category_root: Path) -> Saturation | None:
     return {defect.pixel_value: defect for defect in defects}
 
 
-def saturation_area(path: Path, region: NDArray[np.bool_], saturation: Saturation | None) -> float:
+def saturation_area(path: Location, region: NDArray[np.bool_], saturation: Saturation | None) -> float:
     """Return from how many found pixels on a region [H, W], the only one of its file, counts as found as a whole.
 
     Raises ValueError for a grey value that the configuration does not have, ImageError for an unreadable file.

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from .ground_truth import NO_MASKS, ImageMasks, MaskFile, Matches, masks_beside, match_masks
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
 from .names import clashing, result_folder, shortened, stem_of
+from .remote import Location
 from .tree import Folder, is_image
 
 HERE = PurePosixPath()
@@ -36,10 +37,11 @@ class InputImage:
     anomalous: bool | None = None  # what the folders say; None where they say nothing
     defect: str | None = None  # the folder's name, of an anomalous image
     masks: ImageMasks = NO_MASKS  # which pixels are anomalous
+    place: Location | None = None  # of the file, where a list says it; None: in the folder
 
     @property
-    def path(self) -> Path:
-        return Path(f"{self.folder.path}/{self.name}")
+    def path(self) -> Location:
+        return Path(f"{self.folder.path}/{self.name}") if self.place is None else self.place
 
     @property
     def relative(self) -> PurePosixPath:
@@ -58,15 +60,18 @@ class Category:
 
     name: str
     root: Path
-    images: tuple[InputImage, ...]
+    images: Sequence[InputImage]
     ignored: Mapping[str, int]  # files that do not claim to be images, by suffix
     unreadable: tuple[tuple[PurePosixPath, str], ...]  # folders that could not be listed, and why
     notes: tuple[str, ...] = ()  # one line each: how the folders were read where that is not plain
     stray_masks: tuple[PurePosixPath, ...] = ()  # masks of no image, relative to the category's folder
+    called: str | None = None  # the product, where a list names it and no folder does
 
     @property
     def product(self) -> str:
         """What the folder of the product is called: of the category's, or if that is in a split, of the one above."""
+        if self.called is not None:
+            return self.called
         parts = self.root.resolve().parts
         for depth in (1, 2, 3):
             if len(parts) > depth + 1 and is_split(parts[-depth]):

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .remote import Location
 from .stored import DAMAGE, ImageError, ImageMemoryError, Stored, read_stored
 
 Preprocessing = Literal["imagenet", "clip", "isnet"]
@@ -47,7 +47,7 @@ def recipe(preprocessing: Preprocessing, size: int, resize: Resize = "squash") -
     return Recipe(size, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), resize)
 
 
-def decode(path: Path, bit_depth: int | None = None) -> Image.Image:
+def decode(path: Location, bit_depth: int | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, upright; of several frames the first.
 
     `bit_depth` is how many bits the values of 16-bit PNG and TIFF files use; None means all 16, which are divided by

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .deep import tiff_of_pillow
+from .remote import Location
 from .stored import ImageError, Stored, opened, read_stored, regular_file
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # that --bit-depth takes
@@ -21,7 +21,7 @@ class Depth:
     note: str | None
 
 
-def batch_bit_depth(paths: Iterable[Path]) -> Depth:
+def batch_bit_depth(paths: Iterable[Location]) -> Depth:
     """Return the fewest bits of BIT_DEPTHS that hold all values of all 16-bit files; unreadable ones do not count.
 
     Only PNG and TIFF files count, which store a camera's values as they are. What a file says of its bits (sBIT,
@@ -61,7 +61,7 @@ def _largest(stored: Stored) -> int:
     return min(largest, 65535 - int(levels.min())) if stored.white_is_zero else largest
 
 
-def _has_16_bits(path: Path) -> bool:
+def _has_16_bits(path: Location) -> bool:
     """Whether a file's first bytes or header leave this open; most files are ruled out without opening an image."""
     with regular_file(path) as file:
         start = file.read(26)

@@ -1,13 +1,13 @@
 """JPEG files decoded on the GPU by nvImageCodec, an option for hosts whose cores are fewer than the GPU is fast."""
 
 import threading
-from pathlib import Path
 from typing import Any
 
 from zsad.engine.config import ConfigError
 from zsad.export.libraries import gpu_extras, install_command
 from zsad.kernels.cuda.device import Device
 
+from .remote import Location
 from .stored import opened
 
 Array = Any  # on the device
@@ -29,7 +29,7 @@ class DeviceJpegs:
         self._how = nvimgcodec.DecodeParams(apply_exif_orientation=True, color_spec=nvimgcodec.ColorSpec.SRGB)
         self._threads = threading.local()
 
-    def decode(self, path: Path) -> Array | None:
+    def decode(self, path: Location) -> Array | None:
         """Return a whole colour JPEG's pixels [rows, columns, 3] uint8, upright; None for every other file.
 
         Raises ImageError where even the header cannot be read.

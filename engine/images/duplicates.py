@@ -4,15 +4,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.kernels.files import file_sha256
-
 from .decode import decode
+from .remote import Location, Remote, digest
 from .stored import ImageError
 
 SIDE = 32  # pixels of a thumbnail; its filter is a triangle, so that resizing an image by a little leaves it as it is
@@ -40,17 +38,17 @@ class Duplicates:
     """Finds copies among the images of one batch; `add` may be called from any thread."""
 
     def __init__(self) -> None:
-        self._files: dict[int, tuple[Path, str]] = {}  # with digests, of large files their paths
+        self._files: dict[int, tuple[Location, str]] = {}  # with digests, of large files their paths
         self._thumbnails: dict[int, NDArray[np.float32]] = {}  # [SIDE * SIDE] each
         self._lock = threading.Lock()
 
-    def add(self, index: int, path: Path, image: Image.Image | None) -> None:
+    def add(self, index: int, path: Location, image: Image.Image | None) -> None:
         """Take one decoded image, 8-bit RGB; None where its pixels are not in host memory, then its file alone counts.
 
         Raises OSError where the file cannot be read.
         """
-        small = path.stat().st_size <= LARGEST_FILE
-        file = (path, file_sha256(path) if small else str(path))
+        small = isinstance(path, Remote) or path.stat().st_size <= LARGEST_FILE
+        file = (path, digest(path) if small else str(path))
         thumbnail = None if image is None else _thumbnail(image)
         with self._lock:
             self._files[index] = file

@@ -8,7 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from .categories import Category, Part, counted, listed, read_category, with_images
 from .layouts import fold, holds_images, holds_masks, is_normal, is_split, is_test
+from .manifest import SUFFIXES as SUFFIXES_OF_LISTS
+from .manifest import is_manifest, read_manifest
 from .names import shortened
+from .remote import Location, Remote
 from .stored import SUFFIXES, ImageError
 from .tree import DEMO, RUN_FILES, Folder, read_tree
 
@@ -40,14 +43,24 @@ class Dataset:
         return [*self.notes, *(f"{category.name}: {note}" for category in self.categories for note in category.notes)]
 
 
-def scan(data: Path, exclude: Path | None = None) -> Dataset:
-    """Find the categories under a folder and their images, in sorted order.
+def scan(data: Location, exclude: Path | None = None) -> Dataset:
+    """Find the categories under a folder, or in a list of files, and their images, those of folders in sorted order.
 
     A folder is one category if it has a split `test` (only that is read; several such splits are one category each), a
     folder of normal images, or images itself; otherwise every subfolder is one. The layouts: `layouts.py`. Masks are
     never among the images. `exclude` is a folder to leave out, the results of this run; those of earlier runs are known
     by their tables and left out too. Raises NothingToScoreError.
     """
+    if is_manifest(data):
+        try:
+            return Dataset(Path(str(data)), tuple(read_manifest(data, sorted(RESERVED_NAMES))))
+        except ImageError as error:
+            raise NothingToScoreError(str(error)) from None
+    if isinstance(data, Remote):
+        raise NothingToScoreError(
+            f"{data}: at a URL only lists are read ({', '.join(SUFFIXES_OF_LISTS)}); write the URLs of the images into "
+            "one, a line for each below a first line that says url"
+        )
     top = _read(data, exclude)
     base = data.resolve().name or "images"
     layouts, notes = _Layouts(), list[str]()
@@ -82,7 +95,8 @@ def _read(data: Path, exclude: Path | None) -> Folder:
         raise NothingToScoreError(f"{data}: there is no such folder")
     if not os.path.isdir(data):  # noqa: PTH112 - pathlib raises where a folder may not be entered
         raise NothingToScoreError(
-            f"{data}: is a file, and folders of images are read; give {data.parent}/, or a new folder with a copy of it"
+            f"{data}: is a file, and folders of images are read; give {data.parent}/, a new folder with a copy of it, "
+            f"or a list of files ({', '.join(SUFFIXES_OF_LISTS)})"
         )
     if os.path.realpath(data) == hidden:
         raise NothingToScoreError(f"{data}: is where the results are to go; choose another --output")

@@ -9,6 +9,7 @@ import numpy as np
 
 from .layouts import fold, folded_key, is_normal, mask_stem, preference
 from .names import stem_of
+from .remote import Location, Remote
 from .stored import ImageError, read_stored
 
 LOSSY = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
@@ -30,9 +31,14 @@ class MaskFile:
 class ImageMasks:
     """The masks of one image."""
 
-    files: tuple[PurePosixPath, ...] = ()  # relative to the category's folder
+    files: tuple[PurePosixPath | Remote, ...] = ()  # relative to the category's folder, or anywhere
     regions: bool = False  # whether every file is one region (MVTec LOCO)
     others: tuple[PurePosixPath, ...] = ()  # that might have been meant instead
+
+
+def mask_file(root: Path, mask: PurePosixPath | Remote) -> Location:
+    """Return where a mask of a category is."""
+    return mask if isinstance(mask, Remote) else root / mask
 
 
 NO_MASKS = ImageMasks()

@@ -99,9 +99,9 @@ class TimedFile(io.BufferedReader):
 class Timer:
     """The time that one file has."""
 
-    def __init__(self, status: os.stat_result) -> None:
-        self.size = status.st_size
-        self._file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    def __init__(self, size: int, file: tuple[int, ...]) -> None:
+        """size: in bytes; file: tells it from all others, and from what it was before it changed."""
+        self.size, self._file = size, file
         self._end = time.monotonic() + _limits.seconds
         if said := _verdicts.get(self._file):  # it is asked for its header, its pixels, and again for overlays
             raise ImageError(said)
@@ -118,7 +118,7 @@ class Timer:
         kind = image.format or ""
         if image.width * image.height <= UNINTERRUPTED.get(kind, float("inf")) or self._file in _verdicts:
             return
-        name = file.name if isinstance(file, io.BufferedReader) else None
+        name = getattr(file, "name", None)  # of what is no local file there is none
         if not isinstance(name, (str, bytes, os.PathLike)):
             return
         try:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from .ahead import Ahead
 from .categories import InputImage
 from .decode import Recipe, decode, network_input, pixels
 from .device_jpegs import DeviceJpegs
+from .remote import Location, asked_ahead
 from .stored import ImageError, read_header
 
 Array = Any  # a NumPy array, or an array on the device
@@ -43,7 +43,7 @@ class _Failure:
 class Inputs(Protocol):
     """Makes network inputs of decoded images."""
 
-    def read(self, path: Path, bit_depth: int | None) -> tuple[Any, Image.Image | None]:
+    def read(self, path: Location, bit_depth: int | None) -> tuple[Any, Image.Image | None]:
         """Read a file in a worker thread; returns what `batch` takes, and the image if it was decoded on the host.
 
         Raises ImageError.
@@ -62,7 +62,7 @@ class HostInputs:
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         self._recipes = recipes
 
-    def read(self, path: Path, bit_depth: int | None) -> tuple[dict[Recipe, NDArray[np.float32]], Image.Image]:
+    def read(self, path: Location, bit_depth: int | None) -> tuple[dict[Recipe, NDArray[np.float32]], Image.Image]:
         image = decode(path, bit_depth)
         return self.prepare(image), image
 
@@ -90,7 +90,7 @@ class DeviceInputs:
         self._slot = 0
         self._held: list[Sequence[Array]] = [(), ()]  # images on the device, which may still be reading them
 
-    def read(self, path: Path, bit_depth: int | None) -> tuple[Array, Image.Image | None]:  # [rows, columns, 3] uint8
+    def read(self, path: Location, bit_depth: int | None) -> tuple[Array, Image.Image | None]:  # [h, w, 3] uint8
         on_device = None if self._jpegs is None else self._jpegs.decode(path)
         if on_device is not None:
             return on_device, None
@@ -127,7 +127,7 @@ class DeviceInputs:
             yield {recipe: batch[: len(images)] for recipe, batch in self._inputs[self._slot].items()}
 
 
-def held_bytes(path: Path) -> int:
+def held_bytes(path: Location) -> int:
     """Return what an image takes while it is worked on; nothing where it cannot be read, which reading will say."""
     try:
         return read_header(path).bytes
@@ -173,8 +173,9 @@ class Loader:
                 return _Failure(str(error))
 
         def results() -> Iterator[tuple[int, Any]]:
-            for index in members:
-                yield from ahead.put(index, held_bytes(images[index].path))
+            sizes = asked_ahead((images[index].path for index in members), held_bytes)
+            for index, size in zip(members, sizes, strict=True):
+                yield from ahead.put(index, size)
             yield from ahead.rest()
 
         most = self.batch_size + self.workers

@@ -11,6 +11,7 @@ from zsad.kernels.files import file_sha256, read_text
 
 from .categories import HERE, Category, ImageFolder, InputImage
 from .layouts import fold, holds_masks, is_hidden, is_normal, is_training
+from .remote import Location, digest, stamps
 from .stored import ImageError
 from .tree import Folder, is_image, read_tree
 
@@ -137,9 +138,9 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
             digests[path] = error
     found = set(digests.values())
     twins: dict[str, InputImage] = {}  # images to score that are a reference, by digest
-    for image in category.images:
-        if _size(image.path) in sizes and (digest := _digest(image.path)) in found:
-            twins.setdefault(digest, image)
+    for image, (size, _) in zip(category.images, stamps(image.path for image in category.images), strict=True):
+        if size in sizes and (content := _digest(image.path)) in found:
+            twins.setdefault(content, image)
     notes = []
     usable: dict[str, Path] = {}  # by digest: a copy says nothing more, and of itself that it is usual
     for path, known in digests.items():
@@ -170,19 +171,12 @@ def _drawn(category: Category, paths: list[Path], shots: int | None, seed: int) 
         for path, known in digests.items()
         if isinstance(known, OSError)
     ]
-    return References(images, tuple(digest for digest, _ in chosen), tuple(notes), tuple(unreadable))
+    return References(images, tuple(content for content, _ in chosen), tuple(notes), tuple(unreadable))
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _digest(path: Path) -> str:
+def _digest(path: Location) -> str:
     """Return the sha256 of a file, nothing for one that cannot be read, which scoring will say."""
     try:
-        return file_sha256(path)
+        return digest(path)
     except OSError:
         return ""

@@ -19,6 +19,7 @@ from .limits import ImageError as ImageError
 from .limits import ImageMemoryError as ImageMemoryError
 from .limits import TimedFile, Timer, check_bytes, check_pixels, too_many_pixels
 from .metadata import significant_bits, transparent_grey, without_metadata
+from .remote import Location, Remote, RemoteFile
 from .upright import ORIENTATION, upright_array, upright_image
 
 _AVIF = "avif" in features.modules and features.check("avif")  # older versions of Pillow warn of what they do not know
@@ -78,7 +79,7 @@ class Header:
     deep: bool  # whether it has more than 8 bits per channel, in a format that stores a camera's values as they are
 
 
-def read_stored(path: Path) -> Stored:
+def read_stored(path: Location) -> Stored:
     """Read a file's first picture.
 
     Raises ImageError for what is unreadable, truncated, too large (Pillow's decompression bomb limit) or no image.
@@ -105,7 +106,7 @@ def read_stored(path: Path) -> Stored:
         return replace(_of_pillow(file, image), damage=image.info.get(DAMAGE))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Location) -> Header:
     """Read only the header of a file; raises ImageError."""
     with regular_file(path) as file:
         try:
@@ -134,7 +135,7 @@ def _bytes_of_tiff(tiff: Tiff) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Location) -> Iterator[Image.Image]:
     """Open an image file whose pixels are not decoded yet; whatever fails in the context becomes an ImageError."""
     with regular_file(path) as file, _opened(file, path.suffix) as image:
         yield image
@@ -150,16 +151,13 @@ def read_map(path: Path) -> Image.Image:
 
 
 @contextmanager
-def regular_file(path: Path) -> Iterator[TimedFile]:
+def regular_file(path: Location) -> Iterator[TimedFile]:
     """Open a file with something in it; whatever fails in the context becomes an ImageError, its time being up too."""
     try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as raw:
-            status = os.fstat(raw.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not a regular file")
-            if status.st_size == 0:
+        with _opened_raw(path) as (raw, size, identity):
+            if size == 0:
                 raise ImageError("empty file")
-            with TimedFile(raw, Timer(status)) as file:
+            with TimedFile(raw, Timer(size, identity)) as file:
                 yield file
     except ImageError:
         raise
@@ -169,7 +167,8 @@ def regular_file(path: Path) -> Iterator[TimedFile]:
         kinds = "PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000" + (", AVIF" if _AVIF else "")
         raise ImageError(f"not a {kinds} or PNM image") from None
     except FileNotFoundError:
-        raise ImageError("link to nothing" if path.is_symlink() else "no longer there") from None
+        link = isinstance(path, Path) and path.is_symlink()
+        raise ImageError("link to nothing" if link else "no longer there") from None
     except MemoryError:
         raise ImageMemoryError("not enough memory to decode it") from None
     except OSError as error:
@@ -178,6 +177,20 @@ def regular_file(path: Path) -> Iterator[TimedFile]:
         raise ImageError(error.strerror or f"damaged: {error}") from None
     except Exception as error:  # damaged headers make readers raise whatever they stumble over
         raise ImageError(f"damaged: {error or type(error).__name__}") from None
+
+
+@contextmanager
+def _opened_raw(path: Location) -> Iterator[tuple[Any, int, tuple[int, ...]]]:
+    """Open a file; yields it, its size as far as it is known, and what tells it from others."""
+    if isinstance(path, Remote):
+        with RemoteFile(path) as remote:
+            yield remote, len(remote.content), (hash(path), hash(remote.content))
+        return
+    with open(path, "rb", buffering=0, opener=_open_without_waiting) as raw:
+        status = os.fstat(raw.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not a regular file")
+        yield raw, status.st_size, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from .stored import ImageError, read_header
+from .remote import Location, asked_ahead
+from .stored import Header, ImageError, read_header
 
 SMALLEST = 224  # pixels; below, a network sees too few patches
 TAIL = 0.05  # of the images at either end that may be of any size
@@ -53,14 +52,20 @@ class Survey:
         raise IndexError(rank)
 
 
-def survey(paths: Iterable[Path], seen: Callable[[], None]) -> Survey:
+def survey(paths: Iterable[Location], seen: Callable[[], None]) -> Survey:
     """Read the headers of image files; unreadable ones do not count. seen: is called after each."""
     shorter: Counter[int] = Counter()
     deep = False
-    for path in paths:
-        with suppress(ImageError):
-            header = read_header(path)
+    for header in asked_ahead(paths, _header):
+        if header is not None:
             shorter[min(header.rows, header.columns)] += 1
             deep = deep or header.deep
         seen()
     return Survey(shorter, deep)
+
+
+def _header(path: Location) -> Header | None:
+    try:
+        return read_header(path)
+    except ImageError:
+        return None

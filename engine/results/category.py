@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.loader import held_bytes
+from zsad.engine.images.remote import stamps
 from zsad.engine.images.stored import read_map
 from zsad.engine.images.tree import RECORD, SCORED, SCORES
 from zsad.kernels.files import as_cell, parse_json, written_whole
@@ -71,8 +72,8 @@ class CategoryWriter:
         self._files = ImageFiles(self._staging, writing, bit_depth)
         self._stamps = np.zeros((len(self._images), 2), np.int64)
         if journal is not None:  # before any is read: what changes meanwhile is done again
-            for number, image in enumerate(self._images):
-                self._stamps[number] = _stamp(image.path)
+            for number, stamp in enumerate(stamps(image.path for image in self._images)):
+                self._stamps[number] = stamp
 
     def __enter__(self) -> "CategoryWriter":
         recovered: Iterator[tuple[Written, str]] = iter(())
@@ -236,15 +237,6 @@ class CategoryWriter:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
         written, thumbnails = self._files.write(self._images[result.index], result, last_try)
         return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return the size of a file and when it was changed, in nanoseconds; of one that cannot be asked -1."""
-    try:
-        status = path.stat()
-    except OSError:  # decoding will say what is wrong with it
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 class _Known:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zsad.engine.images.categories import Category
+from zsad.engine.images.remote import stamps
 from zsad.engine.images.tree import RECORD, RUN, SCORES
 from zsad.kernels.files import parse_json
 
@@ -32,12 +33,8 @@ def fingerprint(
     """
     # Of one JSON list; its part on images is not held whole, since they may be a million.
     digest = hashlib.sha256(f"[{json.dumps(importlib.metadata.version('zsad'))}, [".encode())
-    for number, image in enumerate(category.images):
-        try:
-            status = image.path.stat()
-            size, modified = status.st_size, status.st_mtime_ns
-        except OSError:  # decoding will say what is wrong with it
-            size = modified = -1
+    found = stamps(image.path for image in category.images)
+    for number, (image, (size, modified)) in enumerate(zip(category.images, found, strict=True)):
         file = json.dumps([str(image.relative), size, modified])
         digest.update((f", {file}" if number else file).encode())
     others = json.dumps([config, dict(checkpoints), sorted(written), list(references)], sort_keys=True)
