@@ -23,9 +23,11 @@ from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
 from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageError
-from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES
+from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES, is_export
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import THUMBNAILS
+from zsad.engine.results.exports import Finished, Source, export, writer
+from zsad.engine.results.formats import EXPORTS
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
@@ -80,10 +82,12 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
 
 def _run(data: Location, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
     started = Started()
+    for name in options.exports:
+        writer(name)  # raises where a library is missing
     if config.reference is not None and not os.path.exists(config.reference):  # noqa: PTH110 - of no permission, raises
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
     dataset = scan(data, exclude=options.output)
-    with claimed(options.output, dataset.categories, options.resume):
+    with claimed(options.output, dataset.categories, options.resume, options.exports):
         workplace, records = _scored(dataset, config, runtime, options, progress)
         check_there(options.output)
         records = [_if_there(record, dataset, options) for record in records]
@@ -94,12 +98,16 @@ def _run(data: Location, config: Config, runtime: Runtime, options: Options, pro
             not_compared=left_out,
             metrics=evaluation,
         )
+        not_written, lacking = _exported(data, dataset, records, options, timings, progress)
+        record = replace(record, notes=[*record.notes, *(f"{line}." for line in lacking)])
         check_there(options.output)  # writing would make it anew
         if "zsad" in options.formats:
             shown = shown_categories(options.output, dataset.categories, records, evaluation)
             write_report(options.output / REPORT, record, shown)
         with written_whole(options.output / RUN) as temporary:
             temporary.write_text(record.to_json())
+        if not_written is not None:
+            raise not_written
     return record
 
 
@@ -195,6 +203,37 @@ def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> Cat
     (images,) = (category.images for category in dataset.categories if category.name == record.name)
     failures = [Failure(str(image.relative), "its results are gone") for image in images]
     return CategoryRecord(record.name, failures=failures, notes=record.notes)
+
+
+def _exported(
+    data: Path,
+    dataset: Dataset,
+    records: Sequence[CategoryRecord],
+    options: Options,
+    timings: MutableMapping[str, float],
+    progress: CategoryProgress,
+) -> tuple[Exception | None, list[str]]:
+    """Write what others read of the finished categories; returns why that ended early, and what the formats lack."""
+    for name in EXPORTS:
+        if name not in options.exports and is_export(options.output / name):
+            log.info(
+                "%s is of an earlier run; --resume --format %s makes it of these results", options.output / name, name
+            )
+    if not options.exports:
+        return None, []
+    roots = {category.name: category.root for category in dataset.categories}
+    finished = [Finished(record, roots[record.name], options.output / record.name) for record in records]
+    said: list[str] = []
+    with stopwatch(timings, "export"):
+        for name in options.exports:
+            try:
+                said += export(name, options.output, Source(data, finished, partial(progress, name)))
+            except (OSError, ImageError) as error:  # the results themselves are there
+                reason = error if isinstance(error, OSError) else OSError(f"{name} is not written: {error}")
+                return reason, said
+    for line in said:
+        log.warning("%s", line)
+    return None, said
 
 
 def _evaluated(

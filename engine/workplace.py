@@ -22,7 +22,7 @@ from zsad.engine.methods.method import Method, Place, graph_requests, method_cla
 from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.formats import Format
+from zsad.engine.results.formats import Export, Format
 from zsad.engine.text.vectors import TextVectors
 from zsad.kernels.machine import available_cores, default_memory_limit, stopwatch
 
@@ -42,7 +42,8 @@ class Options:
     """What decides how a run goes, and nothing about its scores."""
 
     output: Path
-    formats: Sequence[Format] = ("zsad",)
+    formats: Sequence[Format] = ("zsad",)  # of single images
+    exports: Sequence[Export] = ()  # formats that are made of all finished categories
     batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
     workers: int | None = None  # threads that decode and write; None: one per core
     memory_limit: int | None = None  # bytes, of what scores; None: nearly all that is free

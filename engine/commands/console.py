@@ -125,7 +125,13 @@ class ProgressBars:
             self.bar, self.shown = None, (category, stage)
             if not total:
                 return
-            counted = {"headers": "image", "networks": "image", "bank": "patch"}  # by the first words of stages
+            counted = {
+                "headers": "image",
+                "networks": "image",
+                "bank": "patch",
+                "export": "image",
+                "regions": "image",
+            }  # by the first words of stages
             unit = counted.get(stage.split(" ")[0], "pair")
             self.bar = tqdm(total=total, desc=f"{category}: {stage}", unit=unit, file=sys.stderr, leave=False)
         self.bar.update(done - self.bar.n)

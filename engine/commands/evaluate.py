@@ -8,12 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsad.engine.results.formats import EXPORTS
+
 from .arguments import Parser, Version, add_file_limits, file_limits, location
 
 if TYPE_CHECKING:
     from .start import Interrupts
 
 log = logging.getLogger("zsad")
+
+CHECKED = ("rayan", *EXPORTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> tuple[str, int] | None:
     """Say why nothing could be evaluated, with the exit code."""
+    from zsad.engine.config import ConfigError
     from zsad.engine.evaluation.evaluate import EvaluationError
     from zsad.engine.images.folders import NothingToScoreError
     from zsad.engine.results.output import OutputError
 
     from .console import USAGE
 
-    known = (EvaluationError, NothingToScoreError, OutputError, OSError)
+    known = (ConfigError, EvaluationError, NothingToScoreError, OutputError, OSError)
     return (str(error), USAGE) if isinstance(error, known) else None
 
 
@@ -57,6 +62,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         log.warning("%s", message)
 
     check_unclaimed(arguments.out)
+    if arguments.check is not None:
+        return _check(arguments, interrupts)
     dataset = scan(arguments.data, exclude=arguments.out)
     for note in dataset.all_notes():
         log.info("%s", note)
@@ -75,6 +82,35 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     return SOME_FAILED if warnings else DONE
 
 
+def _check(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
+    """Say what is wrong with files of a format."""
+    from zsad.engine.images.categories import counted
+    from zsad.engine.images.folders import scan
+    from zsad.engine.images.limits import Limits, limited
+    from zsad.engine.results.exports import check
+    from zsad.kernels.files import printable
+    from zsad.kernels.machine import default_memory_limit
+
+    from .console import DONE, SOME_FAILED, emit
+
+    dataset = None if arguments.data is None else scan(arguments.data, exclude=arguments.out)
+    with limited(Limits(**file_limits(arguments), bytes=default_memory_limit())):
+        found = check(arguments.check, arguments.out, dataset, lambda _: interrupts.check())
+    faults = found.faults
+    if arguments.json:
+        kinds = {kind: {"count": count, "first": faults.first[kind]} for kind, count in faults.counts.items()}
+        facts = {"format": arguments.check, "place": str(found.place), "files": found.files, "faults": kinds}
+        emit(json.dumps(facts, indent=2))
+        return SOME_FAILED if faults else DONE
+    compared = "" if dataset is not None else "; names, counts and sizes were not compared with images: give DATA too"
+    if dataset is None and arguments.check == "mvtec-ad2":
+        compared = "; sizes were not compared with images: give DATA too"
+    kinds_of = counted(found.files, "image" if arguments.check == "coco" else "file")
+    head = f"{found.place}: {kinds_of} looked at, {counted(len(faults), 'fault')}{compared}"
+    emit(printable("\n".join([head, *(f"  {line}" for line in faults.lines())]), keep="\n"))
+    return SOME_FAILED if faults else DONE
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="zsad-eval",
@@ -84,7 +120,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("out", metavar="OUT", type=Path, help="folder that zsad-infer wrote")
-    add("data", metavar="DATA", type=location, help="folder or list that zsad-infer was given")
+    add("data", metavar="DATA", type=location, nargs="?", help="folder or list that zsad-infer was given")
+    add(
+        "--check",
+        choices=CHECKED,
+        metavar="FORMAT",
+        help="look at what was written in this format, or at a submission itself, as its reader would, before anybody "
+        f"uploads it; with DATA also at missing names and at sizes: {', '.join(CHECKED)}",
+    )
     add("--json", action="store_true", help="print JSON on stdout instead of the table")
     add(
         "--protocol",
@@ -105,6 +148,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("-q", "--quiet", action="store_true", help="errors only")
     add("--version", action=Version, nargs=0, help="print the version and exit")
     arguments = parser.parse_args(argv)
+    if arguments.data is None and arguments.check is None:
+        parser.error("the following arguments are required: DATA")
     if not 0 < arguments.aupro_limit <= 1:
         parser.error(f"--aupro-limit {arguments.aupro_limit} must lie in (0, 1], usually 0.3 or 0.05")
     return arguments

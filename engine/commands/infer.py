@@ -76,6 +76,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.methods.bank import bank_settings
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
+    from zsad.engine.results.formats import of_finished, of_images
     from zsad.engine.results.output import claimed
     from zsad.engine.run import make_bank, run
     from zsad.engine.workplace import Options
@@ -99,7 +100,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
             data = draw_demo(arguments.output / DEMO, config.seed).parent
     options = Options(
         output=arguments.output,
-        formats=arguments.format,
+        formats=of_images(arguments.format),
+        exports=of_finished(arguments.format),
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         memory_limit=arguments.memory_limit,
@@ -124,7 +126,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     if arguments.json:
         emit(record.to_json())
     elif not arguments.quiet:
-        emit(_summary(record, arguments.output, arguments.format))
+        emit(_summary(record, options))
     if record.failed or record.not_compared:
         return SOME_FAILED
     return DONE if arguments.fail_on is None else _judged(record, arguments.fail_on)
@@ -191,7 +193,7 @@ def _stage_table(record: "RunRecord") -> str:
     )
 
 
-def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
+def _summary(record: "RunRecord", options: "Options") -> str:
     from zsad.engine.evaluation.evaluate import format_table
     from zsad.engine.images.categories import counted
     from zsad.kernels.files import printable
@@ -206,4 +208,5 @@ def _summary(record: "RunRecord", output: Path, formats: Sequence[str]) -> str:
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:
         lines.append(printable(format_table(record.metrics, 0.3), keep="\n").rstrip("\n"))
-    return "\n".join([*lines, printable(str(output / ("report.html" if "zsad" in formats else "run.json")))])
+    results = ["report.html" if "zsad" in options.formats else "run.json", *options.exports]
+    return "\n".join([*lines, *(printable(str(options.output / name)) for name in results)])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zsad.engine.presets.names import preset_names
-from zsad.engine.results.formats import FORMATS
+from zsad.engine.results.formats import FORMATS, of_finished
 
 from .arguments import Parser, Version, add_file_limits, add_loudness, location, numbers, size
 from .feedback import OPTIONS, add_feedback, check_feedback
@@ -123,6 +123,8 @@ def _check_watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             "--watch scores each image by itself, by a bank: make one with --reference GOOD/ --save-bank part.zsad, "
             "and give --bank part.zsad"
         )
+    if exports := of_finished(arguments.format):
+        parser.error(f"--format {exports[0]} is made once all images have a score, which never is with --watch")
     for name in ("data", "demo", "strict", "fail_on", "reference", "shots"):
         if getattr(arguments, name):
             option = f"the folder {arguments.data}" if name == "data" else f"--{name.replace('_', '-')}"
@@ -251,8 +253,10 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "--format",
         type=_formats,
         default=["zsad"],
-        metavar="zsad,rayan",
-        help="zsad: tables, TIFF maps, overlays, report; rayan: the challenge's JSON files (default: zsad)",
+        metavar="zsad,rayan,…",
+        help="zsad: tables, TIFF maps, overlays, report; rayan: the challenge's JSON files; mvtec-ad2: a submission "
+        "for MVTec AD 2's server; mvtec-ad, mvtec-loco, mvtec-3d, visa: a tree of TIFF maps as evaluators read it; "
+        "coco: boxes and masks of defects. All but the first two bring zsad along (default: zsad)",
     )
     add("--resume", action="store_true", help="keep categories that an earlier run with these settings finished")
     add("--strict", action="store_true", help="stop at the first unreadable image")

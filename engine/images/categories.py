@@ -135,6 +135,7 @@ def read_category(name: str, root: Folder, part: Part) -> Category:
     unreadable += [(masks.path / path, folder.error) for masks in mask_folders for path, folder in masks.folder.walk()]
     notes = [
         *_left_out(root, part),
+        *_about_points(folders),
         *_together(folders, labels),
         *_about_masks(mask_folders, beside, owned, undecided),
         *_about_several(found),
@@ -252,6 +253,13 @@ def _left_out(root: Folder, part: Part) -> Iterator[str]:
         splits = [f"{part.start / name}/" for name in with_images(folder) if is_split(name)]
         if splits:
             yield f"left out as splits of their own: {listed(splits)}"
+
+
+def _about_points(folders: Sequence[tuple[PurePosixPath, Folder]]) -> Iterator[str]:
+    """Say how many files with coordinates are left out, which would pass for images."""
+    count = sum(folder.points for _, folder in folders)
+    if count:
+        yield f"left out as coordinates of what the images beside them show: {counted(count, 'file')} in xyz/"
 
 
 def _together(folders: Sequence[tuple[PurePosixPath, Folder]], labels: Mapping[str, Label]) -> Iterator[str]:

@@ -16,7 +16,10 @@ WATCHED = "watched.jsonl"  # the journal of a category whose images are scored a
 RUN = "run.json"
 REPORT = "report.html"
 RUN_FILES = (RUN, REPORT, "metrics.json", "metrics.csv")  # at the top of the output folder
+EXPORT = "format.json"  # in a folder of files that others read, made of finished results
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results
+
+POINTS = frozenset({"rgb", "xyz"})  # folders beside each other where MVTec 3D-AD has its coordinates
 
 DEEPEST = 64  # folders within folders
 
@@ -24,6 +27,7 @@ _SUFFIXES = tuple(SUFFIXES)
 _SCORES_START = b"path,score,rank,raw_score,map"
 _RECORD_START = b'{\n "name": "'
 WATCHED_START = b'{"zsad": "watched", "version": 2}\n'
+EXPORT_START = "zsad_format"
 _RUN_START = (b'"version": ', b'"preset": ')
 
 
@@ -37,6 +41,7 @@ class Folder:
     links: set[str] = field(default_factory=set)  # which of the folders are links
     error: str | None = None  # why it could not be listed
     real: str = ""  # its path without links
+    points: int = 0  # files of MVTec 3D-AD with coordinates for pixels, which lie beside the images and are none
     _count: int | None = None
 
     def images(self) -> list[str]:
@@ -103,12 +108,14 @@ def read_tree(root: Path, hidden: str | None) -> Folder:
             if link:
                 folder.links.add(entry.name)
     for folder in known.values():
-        if (RECORD in folder.files and is_results(folder.path)) or (WATCHED in folder.files and is_stream(folder.path)):
+        if any(name in folder.files and tells(folder.path) for name, tells in _RESULTS.items()):
             folder.files.clear()
             folder.folders.clear()
         elif RUN in folder.files and all(part in _start(folder.path / RUN) for part in _RUN_START):
             folder.folders.pop(DEMO, None)
             folder.files = [name for name in folder.files if name not in RUN_FILES]
+        elif POINTS.issubset(folder.folders):
+            folder.points = folder.folders.pop("xyz").count()
     return top
 
 
@@ -123,9 +130,17 @@ def is_results(folder: Path) -> bool:
     )
 
 
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder holds results in a format that others read."""
+    return _start(folder / EXPORT).startswith(f'{{"{EXPORT_START}": '.encode())
+
+
 def is_stream(folder: Path) -> bool:
     """Tell whether a folder holds results of images that were scored as they arrived."""
     return _start(folder / WATCHED).startswith(WATCHED_START)
+
+
+_RESULTS = {RECORD: is_results, WATCHED: is_stream, EXPORT: is_export}
 
 
 def _listed(folder: Path) -> tuple[list[str], list["os.DirEntry[str]"]]:

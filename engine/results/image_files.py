@@ -21,7 +21,7 @@ from zsad.engine.scores.verdicts import Bounds, Region, find_regions
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
 from .formats import Format
-from .rayan import SIDE, challenge_json
+from .rayan import ENDING, SIDE, challenge_json
 from .records import Failure, ImageRecord
 
 Background = Literal["none", "colour", "stages"]
@@ -133,7 +133,7 @@ class ImageFiles:
             record = replace(record, stage_files=files)
         if "rayan" in self._writing.formats:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
-            record = replace(record, json_file=f"{key}_scores.json")
+            record = replace(record, json_file=f"{key}{ENDING}")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
         return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
 

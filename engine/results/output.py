@@ -18,9 +18,10 @@ from typing import TextIO
 import psutil
 
 from zsad.engine.images.categories import Category
-from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_results
+from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_export, is_results
 from zsad.kernels.files import check_target, check_writable, flush
 
+from .formats import Export
 from .records import read_record
 
 LOCK = ".zsad.lock"  # there while a run writes; says who
@@ -40,21 +41,31 @@ class OutputError(Exception):
 
 
 @contextmanager
-def claimed(output: Path, categories: Sequence[Category], resume: bool) -> Iterator[None]:
+def claimed(
+    output: Path, categories: Sequence[Category], resume: bool, exports: Sequence[Export] = ()
+) -> Iterator[None]:
     """Hold an output folder, made if need be, and make sure that results can be written; raises OutputError.
 
-    What killed runs have left there goes, but for what `resume` can go on from.
+    exports: folders in it for what others read. What killed runs have left there goes, but for what `resume` can go on
+    from.
     """
     folders = [output / category.name for category in categories]
+    for folder in folders:
+        if folder.name in exports:
+            raise OutputError(
+                f"{folder}: --format {folder.name} and the category of this name would both write there; score the "
+                "folder above it, or rename it"
+            )
     with ExitStack() as held:
         try:
             output.mkdir(parents=True, exist_ok=True)
             check_writable(output)
-            _refuse_links(output, folders)
+            _refuse_links(output, [*folders, *(output / name for name in exports)])
             for name in (RUN, REPORT):
                 check_target(output / name)
             _tidy(output, held.enter_context(_locked(output)), resume)
             taken = [folder for folder in folders if folder.exists() and not is_results(folder)]
+            taken += [folder for folder in map(output.joinpath, exports) if folder.exists() and not is_export(folder)]
         except OSError as error:
             raise OutputError(
                 f"{output}: cannot be written to ({error.strerror or error}); choose another --output"

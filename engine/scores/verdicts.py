@@ -139,12 +139,19 @@ def otsu(values: NDArray[np.float64]) -> float:
 
 def find_regions(scores: NDArray[np.float32], threshold: float, least_area: int) -> list[Region]:
     """Return the 8-connected regions of a map [h, w] above the threshold, highest peak first."""
+    return [region for _, region in labelled_regions(scores, threshold, least_area)[1]]
+
+
+def labelled_regions(
+    scores: NDArray[np.float32], threshold: float, least_area: int
+) -> tuple[NDArray[np.int32], list[tuple[int, Region]]]:
+    """Return the regions that `find_regions` finds with their numbers, and each pixel's number [h, w]."""
     count, labels, boxes, _ = cv2.connectedComponentsWithStats((scores > threshold).astype(np.uint8), connectivity=8)
     peaks = np.zeros(count, np.float32)
     np.maximum.at(peaks, labels.ravel().astype(np.intp), scores.ravel())
     regions = [
-        Region(x, y, width, height, area, peak=round(float(peaks[label]), 6))
+        (label, Region(x, y, width, height, area, peak=round(float(peaks[label]), 6)))
         for label, (x, y, width, height, area) in enumerate(boxes.tolist())
         if label > 0 and area >= least_area  # label 0 is everything outside
     ]
-    return sorted(regions, key=lambda region: -region.peak)
+    return labels.astype(np.int32, copy=False), sorted(regions, key=lambda found: -found[1].peak)

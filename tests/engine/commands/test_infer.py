@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.category_pass import CategoryPass
+from zsad.engine.commands.evaluate import main as evaluate
 from zsad.engine.commands.infer import main
 from zsad.engine.results.output import claimed
 from zsad.export.checkpoints import find_checkpoint, read_manifest
@@ -848,6 +849,43 @@ def test_the_challenge_format(infer, tmp_path: Path) -> None:
     assert not Path("scores/bolt/maps").exists()
 
 
+@pytest.mark.slow
+def test_formats_that_others_read_are_made_without_scoring_again(
+    infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw(tmp_path / "data", *numbered(3, "bolt/test/good/"), "bolt/test/bent/007.png")
+    (data / "bolt/test/bent/008.png").write_text("no image")
+    assert infer("data", "--threshold", "0.5") == 1
+    before = Path("out/bolt/scores.csv").stat().st_mtime_ns
+    assert infer("data", "--threshold", "0.5", "--resume", "--format", "visa,mvtec-ad") == 1
+    said = "no file, since the image has no result: bolt/test/bent/008.png"
+    printed = capsys.readouterr()
+    assert f"mvtec-ad: {said}" in printed.err
+    assert f"visa: {said}." in json.loads(Path("out/run.json").read_text())["notes"]
+    assert printed.out.splitlines()[-3:] == ["out/report.html", "out/mvtec-ad", "out/visa"]
+    assert Path("out/bolt/scores.csv").stat().st_mtime_ns == before
+    assert Path("out/mvtec-ad/bolt/test/bent/007.tiff").read_bytes() == (
+        Path("out/bolt/maps/test/bent/007.tiff").read_bytes()
+    )
+    assert evaluate(["--check", "visa", "out", "data"]) == 1
+    assert "missing: bolt/test/bent/008.tiff" in capsys.readouterr().out
+    (data / "bolt/test/bent/008.png").unlink()
+    assert evaluate(["--check", "visa", "out", "data"]) == 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zsad.engine.results.map_trees.linked", full)
+    Path("out/report.html").unlink()
+    assert infer("data", "--threshold", "0.5", "--resume", "--format", "mvtec-ad") == 1
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err
+    assert "out/visa is of an earlier run" in printed.err
+    assert Path("out/report.html").exists()
+    assert Path("out/mvtec-ad/bolt").exists()
+    assert not list(Path("out").glob(".*"))
+
+
 @pytest.mark.parametrize("options", [[], ["--threshold", "0.5"], ["--expected-defects", "0.1"]])
 def test_verdicts_and_regions_follow_the_bounds(
     infer, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
@@ -995,6 +1033,7 @@ def test_memory_limits_change_nothing_but_speed(infer, tmp_path: Path, capsys: p
         (["data", "--image-size", "large"], "must be auto or a number of pixels, not 'large'"),
         (["data", "--format", "csv"], "must be some of"),
         (["data", "--format", ""], "must be some of"),
+        (["--watch", "data", "--bank", "a.zsad", "--format", "coco"], "is made once all images have a score"),
         (["data", "--batch-size", "0"], "must be at least 1"),
         (["data", "--workers", "-1"], "must be at least 1"),
         (["data", "-q", "-v"], "not allowed with"),

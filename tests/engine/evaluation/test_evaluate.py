@@ -692,6 +692,40 @@ def test_a_region_or_a_file_that_saturation_cannot_be_read_from(
     assert re.search(r"defects_config.json cannot be read .*whole area", capsys.readouterr().err)
 
 
+def test_a_check_names_what_is_wrong(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = case.out / "mvtec-ad"
+    for category in ("cable", "tile"):
+        for path in (case.out / category / "maps").rglob("*.tiff"):
+            target = folder / category / path.relative_to(case.out / category / "maps")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    assert main(["--check", "mvtec-ad", str(case.out)]) == 0
+    said = (
+        f"{folder}: 8 files looked at, 0 faults; names, counts and sizes were not compared with images: give DATA too"
+    )
+    assert capsys.readouterr().out == f"{said}\n"
+    assert case.run("--check", "mvtec-ad") == 0
+    assert main(["--check", "mvtec-ad", str(folder)]) == 0
+    for name in ("cable/test/good/000", "cable/test/good/001", "cable/test/cut/000", "tile/test/cut/000"):
+        (folder / f"{name}.tiff").unlink()
+    capsys.readouterr()
+    assert case.run("--check", "mvtec-ad") == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder}: 4 files looked at, 4 faults",
+        "  missing: cable/test/cut/000.tiff, cable/test/good/000.tiff, cable/test/good/001.tiff and 1 more",
+    ]
+    assert case.run("--check", "mvtec-ad", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["faults"]["missing"]["count"] == 4
+    assert case.run("--check", "rayan") == 1
+    (case.out / "run.json").touch()
+    assert main(["--check", "visa", str(case.out)]) == 2
+    assert "run `zsad-infer DATA --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(case.out)])
+    assert "the following arguments are required: DATA" in capsys.readouterr().err
+
+
 def test_names_that_are_formulas_are_neutral_in_tables_and_read_back(tmp_path: Path) -> None:
     case = Case(tmp_path)
     for name, score in (("test/good/0.png", 0.1), ("test/bad/1.png", 0.9)):

@@ -8,7 +8,7 @@ import pytest
 from pictures import touch_images
 
 from zsad.engine.images.folders import NothingToScoreError, scan
-from zsad.engine.images.tree import RECORD, RUN, SCORES
+from zsad.engine.images.tree import EXPORT, EXPORT_START, RECORD, RUN, SCORES
 from zsad.kernels.files import printable
 
 
@@ -210,6 +210,9 @@ def finish(folder: Path) -> None:
 
 def test_results_of_this_and_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
     touch_images(tmp_path, "a.png", "b.png", "out/part/overlays/a.jpg", "before/part/overlays/a.jpg")
+    touch_images(tmp_path, "before/coco/a.png", "mvtec-ad/part/test/good/0.tiff")
+    for name in ("before/coco", "mvtec-ad"):
+        (tmp_path / name / EXPORT).write_text(f'{{"{EXPORT_START}": "coco"}}')
     touch_images(tmp_path, "before/demo-data/flange/test/good/0.png")
     finish(tmp_path / "before" / "part")
     run = '{\n "version": "0.1",\n "preset": "small"\n}'
@@ -408,3 +411,17 @@ def test_folders_nested_too_deep_are_named_and_cost_no_images(tmp_path: Path, na
     ((path, reason),) = category.unreadable
     assert str(path).startswith(f"{name}/{name}/")
     assert reason == "lies more than 64 folders deep and is not read"
+
+
+def test_coordinates_beside_images_are_left_out(tmp_path: Path) -> None:
+    for kind, suffix in (("rgb", "png"), ("xyz", "tiff"), ("gt", "png")):
+        for name in ("good", "hole"):
+            (tmp_path / f"bagel/test/{name}/{kind}").mkdir(parents=True)
+            (tmp_path / f"bagel/test/{name}/{kind}/000.{suffix}").touch()
+    (category,) = scan(tmp_path).categories
+    assert [str(image.relative) for image in category.images] == ["test/good/rgb/000.png", "test/hole/rgb/000.png"]
+    assert [str(mask) for image in category.images for mask in image.masks.files] == [
+        "test/good/gt/000.png",
+        "test/hole/gt/000.png",
+    ]
+    assert "left out as coordinates of what the images beside them show: 2 files in xyz/" in category.notes

@@ -7,8 +7,9 @@ import platform
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import runs
@@ -16,6 +17,7 @@ import runs
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import scan
 from zsad.engine.images.tree import RECORD, SCORES
+from zsad.engine.results.formats import Export
 from zsad.engine.results.output import LOCK, OutputError, claimed, left_folder, own_folder
 from zsad.engine.results.records import CategoryRecord, write_record
 
@@ -173,6 +175,21 @@ def test_nothing_is_written_through_links(category: Category, tmp_path: Path, li
         with pytest.raises(OutputError, match="is a link, and nothing is written"), claimed(output, [category], resume):
             pass
     assert content(tmp_path) == before
+
+
+def test_folders_of_formats_replace_neither_a_category_nor_what_is_not_theirs(
+    category: Category, tmp_path: Path
+) -> None:
+    for name, said in (("coco", "both write there"), ("visa", "holds no zsad results")):
+        (tmp_path / "visa").mkdir(exist_ok=True)
+        with (
+            pytest.raises(OutputError, match=said),
+            claimed(tmp_path, [replace(category, name="coco")], False, exports=[cast(Export, name)]),
+        ):
+            pass
+    (tmp_path / "visa/format.json").write_text('{"zsad_format": "visa"}')
+    with claimed(tmp_path, [category], False, exports=["visa"]):
+        pass
 
 
 @pytest.mark.parametrize("name", ["run.json", "report.html"])
