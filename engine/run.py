@@ -98,7 +98,7 @@ def _run(data: Location, config: Config, runtime: Runtime, options: Options, pro
             not_compared=left_out,
             metrics=evaluation,
         )
-        not_written, lacking = _exported(data, dataset, records, options, timings, progress)
+        not_written, lacking = _exported(dataset, records, options, timings, progress)
         record = replace(record, notes=[*record.notes, *(f"{line}." for line in lacking)])
         check_there(options.output)  # writing would make it anew
         if "zsad" in options.formats:
@@ -206,7 +206,6 @@ def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> Cat
 
 
 def _exported(
-    data: Path,
     dataset: Dataset,
     records: Sequence[CategoryRecord],
     options: Options,
@@ -227,7 +226,7 @@ def _exported(
     with stopwatch(timings, "export"):
         for name in options.exports:
             try:
-                said += export(name, options.output, Source(data, finished, partial(progress, name)))
+                said += export(name, options.output, Source(dataset.root, finished, partial(progress, name)))
             except (OSError, ImageError) as error:  # the results themselves are there
                 reason = error if isinstance(error, OSError) else OSError(f"{name} is not written: {error}")
                 return reason, said

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tifffile import TiffFile
 
+from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageError, opened, read_header
 from zsad.engine.images.upright import ORIENTATION
 
@@ -44,7 +45,7 @@ def entries(folder: Path, apart_from: Collection[str] = ()) -> Iterator[Entry]:
                 yield Entry(relative, lambda path=path: path.open("rb"))  # type: ignore[misc]
 
 
-def upright_size(path: Path) -> Size | None:
+def upright_size(path: Location) -> Size | None:
     """Return the size of an image's map; None where the file cannot be read."""
     with suppress(ImageError), opened(path) as image:
         turned = image.getexif().get(ORIENTATION) in TURNED
@@ -107,7 +108,7 @@ def check_names(found: Iterable[Entry], expected: Mapping[str, object] | None, f
 
 
 def check_maps(
-    files: Iterable[Entry], expected: Mapping[str, Path] | None, faults: Faults, report: Report
+    files: Iterable[Entry], expected: Mapping[str, Location] | None, faults: Faults, report: Report
 ) -> Iterator[str]:
     """Look at maps, float TIFF files; yields the names of those that are expected.
 

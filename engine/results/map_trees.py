@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from zsad.engine.images.categories import Category
 from zsad.engine.images.layouts import fold
+from zsad.engine.images.remote import Location
 from zsad.engine.images.tree import EXPORT
 from zsad.kernels.files import as_cell, from_cell
 
@@ -97,9 +98,9 @@ class Tree:
             _check_table(folder, maps, faults)
         return len(maps)
 
-    def _expected(self, categories: Iterable[Category]) -> dict[str, Path]:
+    def _expected(self, categories: Iterable[Category]) -> dict[str, Location]:
         """Return the images' files by the names of their maps."""
-        expected: dict[str, Path] = {}
+        expected: dict[str, Location] = {}
         for category in categories:
             for image in category.images:
                 if (target := self.rule(category.root, str(image.relative))) is not None:

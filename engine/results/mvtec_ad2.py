@@ -20,6 +20,7 @@ from PIL import Image
 from tifffile import imwrite
 
 from zsad.engine.images.categories import Category
+from zsad.engine.images.remote import Location
 from zsad.engine.scores.verdicts import labelled_regions
 
 from .checking import Entry, check_names, entries, held, png_fault, tiff_fault, upright_size
@@ -121,7 +122,7 @@ def _made(folder: Path, kind: tuple[str, str], key: str) -> Path:
 
 def check(place: Path, categories: Iterable[Category] | None, faults: Faults, report: Report) -> int:
     """Look at an archive or a folder as the server would; returns how many files there are."""
-    images: dict[str, Path] = {}
+    images: dict[str, Location] = {}
     for category in categories or ():
         for image in category.images:
             if (key := _key(category.root, str(image.relative))) is not None:
