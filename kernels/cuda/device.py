@@ -199,6 +199,11 @@ def prebuilt(name: str) -> Path | None:
     return fatbin if all(digest in recorded for digest in current) else None
 
 
+def architecture(capability: str) -> str:
+    """Name what kernels are compiled for on a compute capability (`89`): on 90 with what only that one has, wgmma."""
+    return f"sm_{capability}a" if capability == "90" else f"sm_{capability}"
+
+
 def compile_cubin(name: str, architecture: str, defines: tuple[str, ...] = ()) -> Path:
     """Compile one kernel file for an architecture (`sm_89`) unless the cache has it; return the cubin's path."""
     from cupy.cuda import nvrtc
@@ -292,7 +297,7 @@ class CupyDevice:
             int(properties["l2CacheSize"]),
             int(properties["sharedMemPerMultiprocessor"]),
         )
-        self._architecture = f"sm_{self._device.compute_capability}"
+        self._architecture = architecture(self._device.compute_capability)
         self._passes, self._products, self._copies = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
         self._queue = self._passes  # where launches and copies go
         self.stream = int(self._passes.ptr)

@@ -25,14 +25,14 @@
 // Estimates for P = 1369, C = 1024; nothing has been measured. The epilogue is 7 % (fp16) and 20 % (int8) of what the
 // products take on an sm_80, where the other block does not hide it. Padding to 11 blocks costs 6 %. A pair reads 62 MB
 // (fp16) or 31 MB (int8) out of L2: no limit on an RTX 4090, but on a H200 it holds fp16 to about half of the tensor
-// peak. Blocks of 128 x 256 read a fifth less at 9 % more padding; their size and the stages are what to vary.
+// peak, by wgmma too. Blocks of 128 x 256 read a fifth less at 9 % more padding; their size and the stages are what to
+// vary.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "tile.h"
 
 constexpr int kSpan = 128;  // patches of both sides per block
-constexpr int kWarpsDown = kSpan / kWarpRows;
-constexpr int kThreads = Tile<kWarpsDown>::threads;
+constexpr int kWarpsDown = Tile<kSpan>::warps_down, kThreads = Tile<kSpan>::threads;
 static_assert(kSpan == kColumns && kThreads == kSpan, "a thread for each row's and each column's maximum");
 
 struct Fused {
@@ -89,23 +89,21 @@ template <class Sum>
 ZSAD_DEVICE void fused_max(const Fused& a) {
   ZSAD_SHARED(unsigned char, stages);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * kWarpColumns;
   const int spans = (a.patches + kSpan - 1) / kSpan;
   const int p0 = blockIdx.x / spans * kSpan, q0 = blockIdx.x % spans * kSpan;
 
   Sum sums[kRowSets][kColumnSets][4] = {};
-  multiply_tile<kWarpsDown>(
+  multiply_tile<kSpan>(
       stages, a.rows + blockIdx.y * a.image_bytes, [&](int row) { return min(p0 + row, a.patches - 1); }, a.column,
       [&](int row) { return min(q0 + row, a.patches - 1); }, a.patch_bytes, sums);
 
-  // Which entries a lane holds: see multiply_add. Number e of a set is column 2t + e % 2 of row g + e / 2 * 8.
   float column_weight[kColumnSets][2], column_best[kColumnSets][2];
   int q[kColumnSets][2];
 #pragma unroll
   for (int j = 0; j < kColumnSets; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      q[j][e] = min(q0 + warp_column + 8 * j + lane % 4 * 2 + e, a.patches - 1);
+      q[j][e] = min(q0 + set_column(j) + lane % 4 * 2 + e, a.patches - 1);
       column_weight[j][e] = a.column_weights[q[j][e]];
       column_best[j][e] = kLowest;
     }
@@ -116,7 +114,7 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
   for (int i = 0; i < kRowSets; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * i + 8 * half + lane / 4, p = min(p0 + row, a.patches - 1);
+      const int row = set_row(i, half) + lane / 4, p = min(p0 + row, a.patches - 1);
       const float row_weight = a.row_weights[blockIdx.y * a.row_weights_step + p];
       float best = kLowest;
 #pragma unroll
@@ -138,7 +136,7 @@ ZSAD_DEVICE void fused_max(const Fused& a) {
       float best = column_best[j][e];
 #pragma unroll
       for (int other = 4; other < kWarp; other *= 2) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, other));
-      if (lane < 4) column_found[warp / kWarpsAcross * kSpan + warp_column + 8 * j + 2 * lane + e] = best;
+      if (lane < 4) column_found[warp / kWarpsAcross * kSpan + set_column(j) + 2 * lane + e] = best;
     }
   __syncthreads();
   raise<kWarpsAcross>(row_found, p0, a.patches, a.best_rows, a.rows_step);

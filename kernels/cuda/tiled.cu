@@ -21,34 +21,34 @@
 // dimensions of a pair: with degree 5 a tile of 256 x 128 patches completes 169 x 81 entries at most. Accumulators and
 // what one step of the filter leaves (the box sums over column patches, of all rows of a tile) must fit a multiprocessor
 // and 99 KB of sm_86, 89 and 120, which is how large a tile may be: 128 x 128 would multiply 5.5 times for degree 5.
-// - Product as in tile.h, a block per multiprocessor: 159 instructions per 64 x 64 entries and 32 channels.
+// - Product as in tile.h, a block per multiprocessor: for a warp's 4096 entries and 32 channels 159 instructions, by
+//   wgmma 102.
 // - The tile goes through shared memory in slices of 32 rows, once per degree, and is summed over column patches: across
 //   in window sums, down as sums that stay open. 14, 23, 35 instructions an entry for degrees 1, 3, 5.
 // - What it leaves is summed over row patches in the same way, a vector of four entries a lane: 53, 78, 113 instructions
 //   a vector, maxima among them. Row maxima take a redux per row and an atomic, column maxima wait in registers and meet
 //   in shared memory. Maxima are exact in any order: the result is deterministic.
-// At 37 x 37 patches and 1024 channels, per entry of the Gram (instructions of a thread) and per pair, for sm_90:
+// At 37 x 37 patches and 1024 channels, per entry of the Gram (instructions of a thread) and per pair:
 //
-//   degrees   tiles of a pair   products multiply by   instructions: product, filter   bytes from L2
-//   1         13 x 8            1.8                     72, 36                           82 MB
-//   1, 3      15 x 9            2.4                     94, 129                         106 MB
-//   1, 3, 5   25 x 9            3.9                    156, 423                         177 MB
+//   degrees   tiles of a pair   products multiply by   instructions: product (wgmma), filter   bytes from L2
+//   1         13 x 8            1.8                     72 (46), 36                              82 MB
+//   1, 3      15 x 9            2.4                     94 (60), 129                            106 MB
+//   1, 3, 5   25 x 9            3.9                    156 (100), 423                           177 MB
 //
 // The Gram's pass takes 10, 27 and 62 instructions an entry (filter_max.cu) and reads some 25 MB from L2. By this model
 // tiles lose on a H200 too: for degrees 1, 3 the product alone takes 9 µs at the tensor peak and about 18 at what L2
-// gives, where the Gram's product takes 4 and its pass 3; wgmma would not lift the latter limit. Nothing has been
+// gives, where the Gram's product takes 4 and its pass 3; wgmma does not lift the latter limit. Nothing has been
 // measured. What would change the balance: tiles of 256 x 256 in tensor memory (sm_100; 2.8 times the products for degree
 // 5), rows of tiles that keep their lower halo, filters as products with bands of ones.
 //
 // Run: launch shapes in variants.py; tests/kernels/cuda/test_variants.py runs it on the host.
 #include "tile.h"
 
-constexpr int kDown = 4;
-using Whole = Tile<kDown>;
-constexpr int kThreads = Whole::threads, kWarps = kThreads / kWarp;
-constexpr int kSlice = 8 * kDown;    // rows of the tile that are filtered together: 8 of every warp
+constexpr int kRows = 256;
+constexpr int kThreads = Tile<kRows>::threads, kWarps = kThreads / kWarp;
+constexpr int kSlice = 32, kSlices = kRows / kSlice;  // rows of the tile that are filtered together, and how often:
+constexpr int kApart = 8 * kSlices;                   // runs of 8 rows, so far from one to the next
 constexpr int kPitch = kColumns + 8;  // between them, so that the 4 x 4 lanes of a store in pairs meet different banks
-constexpr int kSlices = kWarpRows / 8;
 constexpr int kMaxReach = 4;
 static_assert(kThreads >= kColumns, "a thread for each column's maximum");
 
@@ -141,7 +141,7 @@ ZSAD_DEVICE void filter_columns(const float* slice, int number, const Area& rows
   const int own_width = columns.x.own, width = columns.x.held, pitch = columns.own_fours() * 4;
   for (int task = threadIdx.x; task < kSlice * own_width; task += kThreads) {
     const int line = task / own_width, own_x = task % own_width, x = columns.x.skipped + own_x;
-    const int row = line / 8 * kWarpRows + number * 8 + line % 8;
+    const int row = line / 8 * kApart + number * 8 + line % 8;
     if (row >= rows.y.held * rows.x.held) continue;
     const float* at = slice + line * kPitch + x;
     float* out = summed + row * pitch + own_x;
@@ -212,7 +212,7 @@ ZSAD_DEVICE void multiply_and_filter(const Tiled& a) {
   ZSAD_SHARED(unsigned char, stages);
   float* const slice = reinterpret_cast<float*>(stages);  // [kSlice, kPitch], later [kWarps, kColumns]
   float* const summed = slice + kSlice * kPitch;          // [rows held, own columns in fours]
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, H = a.grid_rows, W = a.grid_columns;
+  const int lane = threadIdx.x % kWarp, H = a.grid_rows, W = a.grid_columns;
   int reach = 0, degrees = 0;
   for (int k = 0; k <= kMaxReach; ++k)
     if (a.mask >> k & 1) reach = k, ++degrees;
@@ -226,7 +226,7 @@ ZSAD_DEVICE void multiply_and_filter(const Tiled& a) {
                         W};
 
   float sums[kRowSets][kColumnSets][4] = {};
-  multiply_tile<kDown>(
+  multiply_tile<kRows>(
       stages, a.rows + blockIdx.y * a.image_bytes, [&](int place) { return rows.patch(place); }, a.column,
       [&](int place) { return columns.patch(place); }, a.patch_bytes, sums);
 
@@ -235,14 +235,17 @@ ZSAD_DEVICE void multiply_and_filter(const Tiled& a) {
     for (int number = 0; number < kSlices; ++number) {
       __syncthreads();  // what the slice held, before the first one the stages, is read to the end
 #pragma unroll
-      for (int i = 0; i < kSlices; ++i)
-        if (i == number)
+      for (int i = 0; i < kRowSets; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = set_row(i, half);
+          if (row / 8 % kSlices != number) continue;
 #pragma unroll
           for (int j = 0; j < kColumnSets; ++j) {
-            float* const at = slice + (warp / kWarpsAcross * 8 + lane / 4) * kPitch +
-                              warp % kWarpsAcross * kWarpColumns + 8 * j + lane % 4 * 2;
-            *reinterpret_cast<Pair*>(at) = {sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
+            float* const at = slice + (row / kApart * 8 + lane / 4) * kPitch + set_column(j) + lane % 4 * 2;
+            *reinterpret_cast<Pair*>(at) = {sums[i][j][2 * half], sums[i][j][2 * half + 1]};
           }
+        }
       __syncthreads();
       with_reach(k, [&](auto degree) {
         filter_columns<decltype(degree)::value>(slice, number, rows, columns, summed);

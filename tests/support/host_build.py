@@ -30,6 +30,7 @@ OPTIONS: tuple[str, ...] = ("-std=c++17", "-O1", "-DZSAD_HOST", "-fPIC", "-fvisi
 OPTIONS += ("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas")
 LAUNCHING = threading.Lock()  # the emulation runs one block at a time, whichever thread asks
 CACHE = Path(__file__).resolve().parents[2] / "build" / "host"  # which git ignores
+WARPGROUPS = ("__CUDA_ARCH_FEAT_SM90_ALL=1",)  # what compilers define for sm_90a: products by wgmma
 FENCE = 64  # entries around every array that a kernel sees
 ALIGNMENT = 512  # bytes: as CuPy's memory pool gives them
 
@@ -78,6 +79,7 @@ def build(source: str, folder: Path, defines: Sequence[str] = ()) -> ctypes.CDLL
     kernels += [
         cuda_device.filter_max_kernel(int(mask), name == "ZSAD_NEAR_MASK")
         for name, mask in (define.split("=") for define in defines)
+        if name.endswith("MASK")
     ]
     entries = "".join(
         f"ZSAD_ENTRY launch_{kernel}(zsad_host::Launch* how, void** arguments) {{ "
@@ -167,14 +169,14 @@ def run(
             check_fence(argument)
 
 
-def probes(parameters: str, *bodies: str, threads: int) -> list[Callable[..., None]]:
+def probes(parameters: str, *bodies: str, threads: int, defines: Sequence[str] = ()) -> list[Callable[..., None]]:
     """Build small kernels, all at once, for the tests of the emulation itself; each is launched as one block."""
     kernels = [f"probe{number}" for number in range(len(bodies))]
     source = '#include "device.h"\n' + "".join(
         f"ZSAD_KERNEL(1024, 1)\n{kernel}({parameters}) {{\n{body}\n}}\n"
         for kernel, body in zip(kernels, bodies, strict=True)
     )
-    built = build(source, cuda_device.FOLDER)
+    built = build(source, cuda_device.FOLDER, defines)
 
     def launch(kernel: str, *arguments: Any, shared_bytes: int = 0) -> None:
         run(built, kernel, (1, 1), threads, arguments, shared_bytes)

@@ -9,7 +9,7 @@ import ctypes
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,39 @@ class Mutation:
     old: str
     new: str
     occurrence: int = 0
+    warpgroups: bool = False  # in the form for sm_90a
 
+    @property
+    def defines(self) -> tuple[str, ...]:
+        return (*DEFINES.get(self.source, ()), *(host_build.WARPGROUPS if self.warpgroups else ()))
+
+
+WAITED, SHOWN = "    wait_for_copies<kStages - 2>();\n", "    show_copies();\n"
+NEXT = "start_step(step + kStages - 1);"
+# Of products by warpgroups; the source is added below.
+ORDERS = [
+    Mutation("no barrier between a warpgroup's steps", "", "    __syncthreads();  // this step", "    // this step"),
+    Mutation("copies not shown to the products", "", "    show_copies();\n", ""),
+    Mutation("copies shown before they have landed", "", WAITED + SHOWN, SHOWN + WAITED),
+    Mutation("no fence before the products", "", "  order_sums(sums);\n", ""),
+    Mutation("products not closed", "", "  close_products();\n", ""),
+    Mutation("the last products not waited for", "", "  wait_for_products(sums);\n}", "}"),
+]
+STEPS_AND_PLACES = [
+    Mutation("a step's products not waited for", "", "    wait_for_products(sums);\n    __sync", "    __sync"),
+    Mutation("stage overwritten while it is multiplied", "", NEXT, "start_step(step + kStages);", 1),
+    Mutation("every product has a step's first channels", "", "i * kRun + depth, 2", "i * kRun, 2"),
+    Mutation("channels of the columns do not go along", "", "column_side + depth", "column_side"),
+    Mutation("rows of a product one after another", "", "depth, 2 * kRun)", "depth, kRun)"),
+    Mutation("columns of a product too far apart", "", "column_side + depth, kRun)", "column_side + depth, 2 * kRun)"),
+    Mutation("both products have the same rows", "", "group_side + i * kRun", "group_side"),
+    Mutation("descriptor swizzled by 128 bytes", "", "2ull << 62", "1ull << 62"),
+    Mutation("descriptor not swizzled", "", "| 2ull << 62", ""),
+    Mutation("start in bytes", "", "(start & 0x3ffff) >> 4", "(start & 0x3fff)"),
+    Mutation("strides in bytes", "", "(apart >> 4) << 32", "(apart) << 32"),
+    Mutation("strides in the place of leading ones", "", "(apart >> 4) << 32", "(apart >> 4) << 16"),
+    Mutation("halves of a warpgroup's sets mixed up", "", "8 * i + 16 * half :", "16 * i + 8 * half :"),
+]
 
 BARRIER = "    if (kReach > 0) __syncthreads();\n"
 FINAL = "    __syncthreads();\n    int* const best_rows"
@@ -197,9 +229,7 @@ MUTATIONS = [
     Mutation("matrices of the row patches in the wrong order", "fused", "piece + lane / 16)", "piece + lane / 8 % 2)"),
     Mutation("matrices of the column patches mixed up", "fused", "right[j / 2][j % 2 * 2],", "right[j / 2][j % 2],"),
     Mutation("rows and columns of a set swapped", "fused", "sums[i][j][2 * half + e]", "sums[i][j][half + 2 * e]"),
-    Mutation(
-        "warps take each other's columns", "fused", "warp % kWarpsAcross * kWarpColumns", "warp / 2 * kWarpColumns"
-    ),
+    Mutation("warps take each other's columns", "fused", "% kWarpsAcross * kWarpColumns", "/ 2 * kWarpColumns"),
     Mutation(
         "no barrier before the stages hold maxima", "fused", "  __syncthreads();  // the stages", "  // the stages"
     ),
@@ -216,6 +246,14 @@ MUTATIONS = [
         "fused",
         "lane / 4, p = min(p0 + row, a.patches - 1)",
         "lane / 4, p = p0 + row",
+    ),
+    *(
+        replace(mutation, source=source, warpgroups=True)
+        for source, mutation in [
+            *((source, mutation) for source in ("fused", "tiled") for mutation in ORDERS),
+            *(("fused", mutation) for mutation in STEPS_AND_PLACES),
+            ("tiled", Mutation("every warpgroup has the first one's rows", "", "* kWarpRows * kStep;", "* 0;")),
+        ]
     ),
     Mutation("no barrier before a slice is overwritten", "tiled", "      __syncthreads();  // what", "      // what"),
     Mutation(
@@ -235,8 +273,8 @@ MUTATIONS = [
     Mutation("open sums shifted by one", "tiled", "open[d + 1] + value", "open[d] + value"),
     Mutation("box sums one row early", "tiled", "own_y = y - K - columns", "own_y = y - K + 1 - columns"),
     Mutation("rows of the box end with the block's", "tiled", "y < rows.y.held + K; ++y", "y < rows.y.held; ++y"),
-    Mutation("slices of other warps' rows", "tiled", "line / 8 * kWarpRows + number", "line / 8 * 8 + number"),
-    Mutation("halves of a set swapped", "tiled", "i % 2 * 2], sums", "(i + 1) % 2 * 2], sums"),
+    Mutation("slices of other warps' rows", "tiled", "line / 8 * kApart + number", "line / 8 * 8 + number"),
+    Mutation("halves of a set swapped", "tiled", "{sums[i][j][2 * half]", "{sums[i][j][2 - 2 * half]"),
     Mutation("tiled row maximum starts at zero", "tiled", "float greatest = kLowest", "float greatest = 0"),
     Mutation("tiled column maximum starts at zero", "tiled", "column_best[i] = kLowest", "column_best[i] = 0"),
     Mutation(
@@ -326,7 +364,7 @@ def check(source: str, built: ctypes.CDLL) -> None:
 def found(mutation: Mutation) -> str | None:
     """Return what the checks say of a planted bug, None where it passes unnoticed."""
     with tempfile.TemporaryDirectory() as scratch:
-        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch), DEFINES.get(mutation.source, ()))
+        built = host_build.build(planted(mutation, Path(scratch)), Path(scratch), mutation.defines)
     try:
         check(mutation.source, built)
     except (AssertionError, host_build.KernelError) as error:

@@ -3,10 +3,12 @@
 // Every thread of a block is a fiber that runs until it waits at a barrier or a warp collective; the fibers run in
 // random order, the blocks too. A missing barrier therefore reads what is not written yet, or what is already
 // overwritten, in some order. Shared memory is poisoned before every block and fenced by canaries. An asynchronous copy
-// poisons its target when it starts and lands as late as it may, when its own thread waits for it. Refused, with the
-// line: a barrier or collective reached at different lines, by a part of the block or warp only, or after some have
-// returned; copies and matrix loads that are unaligned or outside shared memory; a thread that returns before its
-// copies landed.
+// poisons its target when it starts and lands as late as it may, when its own thread waits for it. A product of a
+// warpgroup poisons its sums until their thread waits. Refused, with the line: a barrier or collective reached at
+// different lines, by a part of the block or warp only, or after some have returned; copies, matrix loads and descriptors that are
+// unaligned or outside shared memory; a thread that returns before its copies landed or its products ended; products of
+// what no proxy fence has shown to them, of what changes before they end, and without a fence between them and the last
+// wait (the ISA asks for one only where sums are touched).
 //
 // Not seen: timing, bank conflicts, unaligned vector loads, and races between blocks or inside a warp that need the
 // memory model.
@@ -22,6 +24,7 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -54,11 +57,28 @@ struct Copy {
 };
 
 constexpr size_t kCopyBytes = 16;
+constexpr unsigned kWindow = 1024;  // where shared memory starts as the hardware counts: the driver has what is before
+constexpr int kGroupWarps = 4, kGroupColumns = 128;
+
+// What a warpgroup's product reads: the places of its factors, and what was there when it started.
+struct Factors {
+  int line;
+  std::vector<const unsigned char*> places;
+  std::vector<unsigned char> bytes;
+};
+
+// A thread's part of a warpgroup's product that has not ended: the sums that are its own.
+struct Product {
+  void* sums;
+  std::vector<uint32_t> result;
+  std::shared_ptr<const Factors> factors;
+};
 
 // How many lanes of a warp wait where: arrivals ask this instead of every lane.
 struct Warp {
   int at_barrier = 0, at_collective = 0, returned = 0;
   int line = 0;  // of the collective
+  size_t products = 0;  // that it started with its warpgroup
 };
 
 struct Fiber {
@@ -73,6 +93,9 @@ struct Fiber {
   uint64_t result = 0;
   std::vector<Copy> open_copies;                // of the group not yet closed
   std::deque<std::vector<Copy>> closed_copies;  // groups under way, oldest first
+  std::vector<void*> landed;                    // targets of copies that no product may see yet
+  bool ordered = false;                         // what was done with sums before the next product
+  std::vector<Product> open_products, closed_products;
 };
 
 // One block at a time; fibers are switched with _setjmp, which leaves the signal mask alone and is fast.
@@ -90,11 +113,13 @@ class Block {
     kernel_ = std::move(kernel);
     shared_bytes_ = shared_bytes;
     memory_.assign(shared_bytes + 2 * kFence + 16, kPoison);
+    shown_.assign(shared_bytes, kPoison);
     const unsigned threads = dim.x * dim.y * dim.z;
     if (threads == 0 || threads > 1024 || threads % kWarpSize)
       throw std::runtime_error("a block must be 1 to 32 whole warps");
     fibers_.resize(threads);
     warps_.assign(threads / kWarpSize, Warp());
+    groups_.assign(threads / kWarpSize / kGroupWarps, {});
     at_barrier_ = 0;
     std::vector<Fiber*> everyone;
     for (unsigned t = 0; t < threads; ++t) {
@@ -105,6 +130,10 @@ class Block {
       f.waits_at = 0;
       f.open_copies.clear();
       f.closed_copies.clear();
+      f.landed.clear();
+      f.ordered = false;
+      f.open_products.clear();
+      f.closed_products.clear();
       everyone.push_back(&f);
     }
     // One step of everyone in random order, or one warp as far as it gets: the latter overtakes whole collectives.
@@ -123,6 +152,7 @@ class Block {
       }
     }
     check_fence();
+    check_groups();
   }
 
   void barrier(int line) {
@@ -163,6 +193,7 @@ class Block {
     check_shared(target, line);
     if (reinterpret_cast<uintptr_t>(source) % kCopyBytes) fail("an asynchronous copy reads an unaligned address", line);
     memset(target, kPoison, kCopyBytes);
+    memset(shown(target), kPoison, kCopyBytes);
     current_->open_copies.push_back({target, source, line});
   }
 
@@ -173,7 +204,73 @@ class Block {
 
   void wait_for_copies(size_t open) {
     for (auto& groups = current_->closed_copies; groups.size() > open; groups.pop_front())
-      for (const Copy& copy : groups.front()) memcpy(copy.target, copy.source, kCopyBytes);
+      for (const Copy& copy : groups.front()) {
+        memcpy(copy.target, copy.source, kCopyBytes);
+        current_->landed.push_back(copy.target);
+      }
+  }
+
+  void show_copies() {
+    for (void* const target : current_->landed) memcpy(shown(target), target, kCopyBytes);
+    current_->landed.clear();
+  }
+
+  unsigned shared_address(const void* pointer) const {
+    return kWindow + unsigned(static_cast<const unsigned char*>(pointer) - static_cast<unsigned char*>(shared()));
+  }
+
+  void order_sums() { current_->ordered = true; }
+
+  // Start a warp's part of its warpgroup's product: sums [kGroupColumns / 2] are this thread's.
+  // `multiply(bytes, sums)` adds the products of 16 rows and the columns, 32 bytes each, to those of all lanes.
+  template <class Sum, class Multiply>
+  void start_product(Sum* sums, uint64_t a, uint64_t b, int line, Multiply multiply) {
+    if (!current_->ordered) fail("a warpgroup's product is not ordered after what was done with its sums", line);
+    struct Part {
+      uint64_t a, b;
+      std::vector<uint32_t> sums;
+      std::shared_ptr<const Factors> factors;
+    } part = {a, b, latest(sums), nullptr};
+    collective(0xffffffffu, reinterpret_cast<uintptr_t>(&part), 0, line, [&](Fiber* lanes) {
+      Part* parts[kWarpSize];
+      std::vector<uint32_t>* all[kWarpSize];
+      for (int l = 0; l < kWarpSize; ++l) {
+        parts[l] = reinterpret_cast<Part*>(uintptr_t(lanes[l].value));
+        if (parts[l]->a != a || parts[l]->b != b) fail("threads of a warpgroup multiply different factors", line);
+        all[l] = &parts[l]->sums;
+      }
+      const unsigned warp = warp_of(*lanes);
+      start_with_group(warp, {a, b}, line);
+      const auto factors = std::make_shared<Factors>();
+      factors->line = line;
+      find_rows(a, warp % kGroupWarps * 16, 16, *factors);
+      find_rows(b, 0, kGroupColumns, *factors);
+      for (Part* const each : parts) each->factors = factors;
+      multiply(factors->bytes.data(), all);
+    });
+    memset(static_cast<void*>(sums), kPoison, part.sums.size() * sizeof(Sum));
+    current_->open_products.push_back({sums, std::move(part.sums), std::move(part.factors)});
+  }
+
+  void close_products() {
+    auto& open = current_->open_products;
+    std::move(open.begin(), open.end(), std::back_inserter(current_->closed_products));
+    open.clear();
+  }
+
+  // All whose groups are closed end. Until then their factors stay as they are, which one lane of a warp looks after.
+  void wait_for_products() {
+    for (const Product& product : current_->closed_products) {
+      const Factors& read = *product.factors;
+      for (size_t i = 0; i < read.places.size() && current_->thread.x % kWarpSize == 0; ++i)
+        if (memcmp(read.places[i], &read.bytes[i * kCopyBytes], kCopyBytes))
+          fail("what a warpgroup multiplies is overwritten before it has", read.line);
+      memcpy(product.sums, product.result.data(), product.result.size() * sizeof(uint32_t));
+    }
+    for (const Product& product : current_->open_products)
+      memset(product.sums, kPoison, product.result.size() * sizeof(uint32_t));
+    current_->closed_products.clear();
+    current_->ordered = false;
   }
 
   // Refuse an address that is not that of 16 aligned bytes of shared memory.
@@ -184,26 +281,78 @@ class Block {
   }
 
   // Called by a fiber at its end.
-  void check_copies() {
+  void check_end() {
     close_copies();
+    close_products();
     for (const auto& group : current_->closed_copies)
       for (const Copy& copy : group) fail("a thread has returned before its copies landed", copy.line);
+    for (const Product& product : current_->closed_products)
+      fail("a thread has returned before its products ended", product.factors->line);
   }
 
  private:
   std::vector<Fiber> fibers_;
   std::vector<unsigned char> memory_;
+  std::vector<unsigned char> shown_;  // shared memory as products see it
   size_t shared_bytes_ = 0;
   std::function<void()> kernel_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
   std::string failure_;
   std::vector<Warp> warps_;
+  std::vector<std::vector<std::pair<uint64_t, uint64_t>>> groups_;  // the factors of a warpgroup's products so far
   size_t left_ = 0;        // fibers that have not returned
   size_t at_barrier_ = 0;  // fibers that wait at the barrier in this line
   int barrier_line_ = 0;
 
   unsigned warp_of(const Fiber& f) const { return unsigned(&f - fibers_.data()) / kWarpSize; }
+  unsigned char* shown(const void* at) { return &shown_[shared_address(at) - kWindow]; }
+
+  // The warps of a warpgroup start the same products, each when it comes to them.
+  void start_with_group(unsigned warp, std::pair<uint64_t, uint64_t> factors, int line) {
+    if (warp / kGroupWarps >= groups_.size()) fail("a warpgroup has four warps", line);
+    auto& group = groups_[warp / kGroupWarps];
+    const size_t number = warps_[warp].products++;
+    if (number == group.size()) group.push_back(factors);
+    if (group[number] != factors) fail("threads of a warpgroup multiply different factors", line);
+  }
+
+  void check_groups() const {
+    for (size_t warp = 0; warp < groups_.size() * kGroupWarps; ++warp)
+      if (warps_[warp].products != groups_[warp / kGroupWarps].size())
+        throw std::runtime_error("a part of a warpgroup leaves out a product");
+  }
+
+  // What a thread's sums will be once its products have ended.
+  template <class Sum>
+  std::vector<uint32_t> latest(const Sum* sums) const {
+    for (const auto* products : {&current_->open_products, &current_->closed_products})
+      for (auto product = products->rbegin(); product != products->rend(); ++product)
+        if (product->sums == sums) return product->result;
+    std::vector<uint32_t> now(kGroupColumns / 2);
+    memcpy(now.data(), sums, now.size() * sizeof(uint32_t));
+    return now;
+  }
+
+  // Read the 32 bytes of each of some rows of a factor as its descriptor says; k-major, as the PTX ISA describes it.
+  void find_rows(uint64_t descriptor, int first, int rows, Factors& factors) {
+    const auto bytes = [&](int bit) { return unsigned(descriptor >> bit & 0x3fff) << 4; };
+    const unsigned swizzle = unsigned(descriptor >> 62);  // none, 128, 64 or 32 bytes
+    if (descriptor >> 49 & 7) fail("only a base offset of 0 is emulated", factors.line);
+    const unsigned width = swizzle ? 256u >> swizzle : 16, turned = width / 16 - 1;
+    for (int row = first; row < first + rows; ++row)
+      for (unsigned piece = 0; piece < 2; ++piece) {
+        unsigned at = bytes(0) + row / 8 * bytes(32) + row % 8 * width + piece * (swizzle ? 16 : bytes(16));
+        at ^= (at >> 7 & turned) << 4;
+        if (at < kWindow || at + kCopyBytes > kWindow + shared_bytes_)
+          fail("a descriptor reaches outside shared memory", factors.line);
+        const unsigned char* const place = static_cast<unsigned char*>(shared()) + (at - kWindow);
+        if (memcmp(place, shown(place), kCopyBytes))
+          fail("a warpgroup multiplies what was not shown to it", factors.line);
+        factors.places.push_back(place);
+        factors.bytes.insert(factors.bytes.end(), place, place + kCopyBytes);
+      }
+  }
 
   // Resume every fiber that can run, in this order; tell whether there was one.
   bool step(const std::vector<Fiber*>& order) {
@@ -267,7 +416,7 @@ static Block block;
 inline void Block::entry() {
   for (;;) {
     block.kernel_();
-    block.check_copies();
+    block.check_end();
     block.current_->done = true;
     block.suspend(0);
   }
@@ -361,6 +510,31 @@ void multiply_add(Sum (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned 
   });
 }
 
+// wgmma.mma_async.m64n128k16.f32.f16.f16 and m64n128k32.s32.s8.s8, both factors from shared memory.
+template <class Sum, size_t Sets>
+void multiply_group(Sum (&sums)[Sets][4], uint64_t a, uint64_t b, int line) {
+  static_assert(8 * Sets == kGroupColumns && sizeof(Sum) == sizeof(uint32_t), "other shapes are not emulated");
+  block.start_product(&sums[0][0], a, b, line, [](const unsigned char* bytes, auto& sums_of) {
+    constexpr int kPacked = std::is_same<Sum, float>::value ? 2 : 4, kDepth = 8 * kPacked, kRows = 16;
+    Sum factors[kRows + kGroupColumns][kDepth];
+    for (int row = 0; row < kRows + kGroupColumns; ++row)
+      for (int k = 0; k < kDepth; ++k) {
+        unsigned word;
+        memcpy(&word, bytes + (row * kDepth + k) / kPacked * 4, 4);
+        factors[row][k] = entry(word, k % kPacked, Sum());
+      }
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      for (int c = 0; c < kGroupColumns / 2; ++c) {
+        const Sum* const left = factors[lane / 4 + c / 2 % 2 * 8];
+        const Sum* const right = factors[kRows + c / 4 * 8 + lane % 4 * 2 + c % 2];
+        uint32_t& place = (*sums_of[lane])[c];
+        Sum sum = low_bits<Sum>(place);
+        for (int k = 0; k < kDepth; ++k) sum += left[k] * right[k];
+        place = bits<uint32_t>(sum);
+      }
+  });
+}
+
 struct Launch {
   Index grid, block;
   uint64_t shared_bytes;
@@ -408,12 +582,30 @@ int launch(void (*kernel)(A...), Launch* how, void** arguments) try {
 #define multiply_add(sums, a, b0, b1) zsad_host::multiply_add(sums, a, b0, b1, __LINE__)
 #define copy_async(shared, offset, global) zsad_host::block.start_copy(shared, offset, global, __LINE__)
 
+
+static inline unsigned shared_address(const void* pointer) { return zsad_host::block.shared_address(pointer); }
 static inline void close_copies() { zsad_host::block.close_copies(); }
 
 template <int Open>
 void wait_for_copies() {
   zsad_host::block.wait_for_copies(Open);
 }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define multiply_group(sums, a, b) zsad_host::multiply_group(sums, a, b, __LINE__)
+static inline void show_copies() { zsad_host::block.show_copies(); }
+static inline void close_products() { zsad_host::block.close_products(); }
+
+template <class Sums>
+void order_sums(Sums&) {
+  zsad_host::block.order_sums();
+}
+
+template <class Sums>
+void wait_for_products(Sums&) {
+  zsad_host::block.wait_for_products();
+}
+#endif
 
 static inline void keep(const float*&) {}
 

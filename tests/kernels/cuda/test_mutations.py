@@ -14,9 +14,15 @@ pytestmark = pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", CHECKS)
-def test_sources_without_planted_bugs_pass(source: str) -> None:
-    check(source, host_build.library(source, DEFINES.get(source, ())))
+@pytest.mark.parametrize(
+    ("source", "defines"),
+    [
+        *((source, DEFINES.get(source, ())) for source in CHECKS),
+        *((source, host_build.WARPGROUPS) for source in ("fused", "tiled")),
+    ],
+)
+def test_sources_without_planted_bugs_pass(source: str, defines: tuple[str, ...]) -> None:
+    check(source, host_build.library(source, defines))
 
 
 @pytest.mark.slow

@@ -31,6 +31,14 @@ def run(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared
     host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
 
 
+def run_warpgroups(kernel: str, grid: tuple[int, int], threads: int, arguments: Any, shared_bytes: int = 0) -> None:
+    built = host_build.library(cuda_device.build_of(kernel)[0], host_build.WARPGROUPS)
+    host_build.run(built, kernel, grid, threads, arguments, shared_bytes, seed=next(seeds))
+
+
+both_forms = pytest.mark.parametrize("run", [run, run_warpgroups], ids=["warps", "warpgroups"])
+
+
 MULTIPLY = """
   ZSAD_SHARED(unsigned char, shared);
   const int lane = threadIdx.x;
@@ -111,6 +119,124 @@ def test_emulation_refuses(number: int) -> None:
         launch(host_build.copied(np.zeros(128, np.int32)), shared_bytes=1024)
 
 
+# Images of shared memory, copied as they are, and descriptors of factors in them.
+GROUP = """
+  ZSAD_SHARED(unsigned char, shared);
+  for (int at = 16 * threadIdx.x; at < bytes; at += 16 * 128) copy_async(shared, at, image + at);
+  close_copies();
+  wait_for_copies<0>();
+  SHOW
+  __syncthreads();
+  T sums[16][4];
+  for (int i = 0; i < 64; ++i) sums[i / 4][i % 4] = i;
+  MULTIPLY
+  for (int i = 0; i < 64; ++i) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4 + i / 2 % 2 * 8;
+    out[row * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i / 4][i % 4];
+  }
+  END
+"""
+ORDERED = "order_sums(sums); multiply_group(sums, a, b); close_products();"
+ARGUMENTS = "const unsigned char* image, int bytes, unsigned long long a, unsigned long long b, T* out"
+PRODUCTS = [
+    ("show_copies();", "order_sums(sums); multiply_group(sums, a, b); multiply_group(sums, a, b); close_products();\n"
+     "wait_for_products(sums);", ""),
+    ("show_copies();", ORDERED, "wait_for_products(sums);"),
+    ("", f"{ORDERED} wait_for_products(sums);", ""),
+    ("show_copies();", "multiply_group(sums, a, b); close_products(); wait_for_products(sums);", ""),
+    ("show_copies();", f"{ORDERED} wait_for_products(sums); multiply_group(sums, a, b);", "wait_for_products(sums);"),
+    ("show_copies();", ORDERED, ""),
+    ("show_copies();", "order_sums(sums); multiply_group(sums, a, b);", "wait_for_products(sums);"),
+    ("show_copies();", f"{ORDERED} __syncthreads(); shared[16 * threadIdx.x] ^= 1; __syncthreads();"
+     "wait_for_products(sums);", ""),
+    ("show_copies();", f"a += threadIdx.x == 5; {ORDERED} wait_for_products(sums);", ""),
+    ("show_copies();", f"a += 1ull << 44; {ORDERED} wait_for_products(sums);", ""),
+    ("show_copies();", f"if (threadIdx.x < 96) {{ {ORDERED} wait_for_products(sums); }}", ""),
+]  # fmt: skip
+
+
+def group_probes(name: str) -> list[Any]:
+    bodies = [
+        GROUP.replace("T ", f"{name} ").replace("SHOW", show).replace("MULTIPLY", multiply).replace("END", end)
+        for show, multiply, end in PRODUCTS
+    ]
+    parameters = ARGUMENTS.replace("T*", f"{name}*")
+    return host_build.probes(parameters, *bodies, threads=128, defines=host_build.WARPGROUPS)
+
+
+class Factors:
+    """Two factors [rows, 32 bytes] in an image of shared memory, as the PTX ISA draws it, and their descriptors."""
+
+    SIDES, END = (0, 8192), 8192 + 16384  # bytes of the image
+
+    def __init__(self, width: int, dtype: Any) -> None:
+        depth = 32 // np.dtype(dtype).itemsize
+        random = kernel_checks.rng(width, depth)
+        self.image = host_build.copied(np.full(self.END, 0x55, np.uint8))
+        self.factors = [random.integers(-120, 121, (rows, depth)).astype(dtype) for rows in (64, 128)]
+        self.descriptors = []
+        for side, factor in zip(self.SIDES, self.factors, strict=True):
+            pieces = factor.view(np.uint8).reshape(len(factor), 2, 16)
+            first = width - 32 if width > 16 else 0  # byte of the rows: factors are the end of what is there
+            run = 8 * width
+            for row, piece in np.ndindex(len(factor), 2):
+                if width == 16:  # not swizzled: all first halves, then all second ones
+                    at = side + row * 16 + piece * 16 * len(factor)
+                else:
+                    column = (first // 16 + piece) ^ (row % 8 * width // 128)
+                    at = side + row // 8 * run + row % 8 * width + 16 * column
+                self.image[at : at + 16] = pieces[row, piece]
+            start, leading = 1024 + side + first, 16 * len(factor) if width == 16 else 16
+            swizzle = {16: 0, 128: 1, 64: 2, 32: 3}[width]
+            self.descriptors.append(np.uint64(start >> 4 | leading >> 4 << 16 | run >> 4 << 32 | swizzle << 62))
+
+    def launch(self, probe: Any, sums: Any) -> Any:
+        """Return the probe's sums [64, 128]."""
+        out = host_build.fenced((64, 128), sums)
+        probe(self.image, np.int32(self.END), *self.descriptors, out, shared_bytes=self.END)
+        return out
+
+    def product(self) -> Any:
+        a, b = (factor.astype(np.int64) for factor in self.factors)
+        return a @ b.T
+
+    @staticmethod
+    def before() -> Any:
+        """What the sums of a probe start at."""
+        row, column = np.ogrid[:64, :128]
+        return column // 8 * 4 + row // 8 % 2 * 2 + column % 2
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize(("name", "sums", "dtype"), [("float", np.float32, np.float16), ("int", np.int32, np.int8)])
+def test_emulated_warpgroups_multiply(name: str, sums: Any, dtype: Any, width: int) -> None:
+    factors = Factors(width, dtype)
+    out = factors.launch(group_probes(name)[0], sums)
+    np.testing.assert_array_equal(out, factors.before() + 2 * factors.product())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_emulated_products_end_at_the_wait_and_not_before() -> None:
+    assert (Factors(64, np.int8).launch(group_probes("int")[1], np.int32) == 0x7B7B7B7B).all()
+
+
+REFUSALS = [  # of the probes after that
+    *("not shown to it", "is not ordered", "is not ordered", "before its products ended", "before its products ended"),
+    *("overwritten before it has", "different factors", "outside shared memory", "leaves out a product"),
+]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("number", range(len(REFUSALS)))
+def test_emulation_refuses_products(number: int) -> None:
+    with pytest.raises(KernelError, match=REFUSALS[number]):
+        Factors(64, np.int8).launch(group_probes("int")[2 + number], np.int32)
+
+
 @needs_compiler
 @pytest.mark.parametrize("degree", [1, 3, 9])
 @pytest.mark.parametrize("grid", [(1, 1), (7, 7), (5, 9), (1, 6), (6, 1)])
@@ -118,6 +244,7 @@ def test_pool_features(grid: tuple[int, int], degree: int) -> None:
     checks.check_pool_features(run, host_build.copied, grid, 70, degree, zeros=grid == (7, 7))
 
 
+@both_forms
 @needs_compiler
 @pytest.mark.parametrize(
     ("images", "patches", "channels"),
@@ -126,48 +253,54 @@ def test_pool_features(grid: tuple[int, int], degree: int) -> None:
         pytest.param(1, 1369, 24, marks=pytest.mark.slow),
     ],
 )
-def test_fused_max(images: int, patches: int, channels: int) -> None:
+def test_fused_max(run: Any, images: int, patches: int, channels: int) -> None:
     checks.check_fused_max(run, host_build.copied, images, patches, channels)
     checks.check_fused_winners(run, host_build.copied, images, patches, channels)
 
 
+@both_forms
 @needs_compiler
 @pytest.mark.parametrize("patches", [49, 140])
-def test_fused_max_where_every_product_is_negative(patches: int) -> None:
+def test_fused_max_where_every_product_is_negative(run: Any, patches: int) -> None:
     checks.check_fused_max(run, host_build.copied, 2, patches, 40, negative=True)
     checks.check_fused_winners(run, host_build.copied, 2, patches, 40, negative=True)
 
 
+@both_forms
 @needs_compiler
-def test_fused_max_of_zero_features() -> None:
+def test_fused_max_of_zero_features(run: Any) -> None:
     checks.check_fused_max(run, host_build.copied, 3, 49, 24, zeros=True)
     checks.check_fused_max(run, host_build.copied, 3, 49, 24, zeros=True, negative=True)
 
 
+@both_forms
 @needs_compiler
 @pytest.mark.parametrize("directions", [(True, False), (False, True)])
-def test_a_direction_can_be_dropped(directions: tuple[bool, bool]) -> None:
+def test_a_direction_can_be_dropped(run: Any, directions: tuple[bool, bool]) -> None:
     checks.check_fused_max(run, host_build.copied, 2, 49, 24, directions=directions)
     checks.check_fused_winners(run, host_build.copied, 2, 49, 24, directions=directions)
     checks.check_winner_cosines(run, host_build.copied, 2, 49, 24, directions=directions)
     checks.check_tiled_max(run, host_build.copied, (6, 5), (1, 3), images=2, directions=directions)
 
 
+@both_forms
 @needs_compiler
 @pytest.mark.parametrize("grid", [(1, 1), (5, 9), (1, 300), (130, 1), (16, 16), (11, 13), (19, 17)])
 @pytest.mark.parametrize("degrees", [(1,), (1, 3), (1, 3, 5)])
-def test_tiled_max(grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
+def test_tiled_max(run: Any, grid: tuple[int, int], degrees: tuple[int, ...]) -> None:
     checks.check_tiled_max(run, host_build.copied, grid, degrees)
 
 
+@both_forms
 @needs_compiler
 @pytest.mark.parametrize("degrees", [(5,), (3, 7), (1, 9)])
-def test_tiled_max_of_other_degrees_and_several_images(degrees: tuple[int, ...]) -> None:
+def test_tiled_max_of_other_degrees_and_several_images(run: Any, degrees: tuple[int, ...]) -> None:
     checks.check_tiled_max(run, host_build.copied, (13, 11), degrees, images=3, channels=100)
 
 
+@both_forms
 @needs_compiler
-def test_tiled_max_of_negative_products_and_zero_features() -> None:
+def test_tiled_max_of_negative_products_and_zero_features(run: Any) -> None:
     checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3, 5), negative=True)
     checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3), zeros=True)
     checks.check_tiled_max(run, host_build.copied, (12, 12), (1, 3), zeros=True, negative=True)
