@@ -89,7 +89,7 @@ class Source:
         done, total = 0, sum(len(category.record.images) for category in self.categories)
         for category in self.categories:
             for failure in category.record.failures:
-                lacking.add("no file, since the image has no result", f"{category.record.name}/{failure.path}")
+                lacking.add("no file, since the image failed", f"{category.record.name}/{failure.path}")
             for image in category.record.images:
                 if image.map:
                     yield category, image

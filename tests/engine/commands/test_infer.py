@@ -858,7 +858,7 @@ def test_formats_that_others_read_are_made_without_scoring_again(
     assert infer("data", "--threshold", "0.5") == 1
     before = Path("out/bolt/scores.csv").stat().st_mtime_ns
     assert infer("data", "--threshold", "0.5", "--resume", "--format", "visa,mvtec-ad") == 1
-    said = "no file, since the image has no result: bolt/test/bent/008.png"
+    said = "no file, since the image failed: bolt/test/bent/008.png"
     printed = capsys.readouterr()
     assert f"mvtec-ad: {said}" in printed.err
     assert f"visa: {said}." in json.loads(Path("out/run.json").read_text())["notes"]

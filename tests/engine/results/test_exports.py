@@ -127,7 +127,7 @@ def test_what_a_tree_cannot_hold_is_said(tmp_path: Path) -> None:
     names = ["bolt/test/good/0.png", "bolt/test/bent/0.png", "bolt/test/bent/0.jpg", "bolt/test/bent/1.png"]
     case = Case(tmp_path, *names, "nut/0.png", failed="test/bent/1.png")
     assert case.export("mvtec-ad") == [
-        "mvtec-ad: no file, since the image has no result: bolt/test/bent/1.png",
+        "mvtec-ad: no file, since the image failed: bolt/test/bent/1.png",
         "mvtec-ad: no file, since another image has the same name but for its suffix: bolt/test/bent/0.png",
         "mvtec-ad: no file, since the image does not lie in <object>/test/<defect>/: nut/0.png",
     ]
@@ -242,7 +242,7 @@ def test_what_a_submission_lacks_is_said(tmp_path: Path) -> None:
     case = submission(tmp_path, failed="test_private/001_regular.png", bounds=False)
     shutil.rmtree(case.data / "can/test_private_mixed")
     said = "\n".join(case.export("mvtec-ad2"))
-    assert "no file, since the image has no result: can_test_private/test_private/001_regular.png" in said
+    assert "no file, since the image failed: can_test_private/test_private/001_regular.png" in said
     assert "refuses the archive: can/test_private/001_regular, vial/test_private/001_regular" in said
     assert "give --threshold: can_test_private, can_test_private_mixed, vial_test_private and 1 more" in said
     assert case.check("mvtec-ad2") == {"missing": 10}
@@ -321,7 +321,7 @@ def masks() -> Any:
 
 def test_coco_holds_every_region_with_its_mask(tmp_path: Path, masks: Any) -> None:
     case = Case(tmp_path, *(f"bolt/test/bent/{number}.png" for number in range(4)), failed="test/bent/2.png")
-    assert case.export("coco") == ["coco: no file, since the image has no result: bolt/test/bent/2.png"]
+    assert case.export("coco") == ["coco: no file, since the image failed: bolt/test/bent/2.png"]
     labels = json.loads((case.out / "coco/labels.json").read_text())
     results = json.loads((case.out / "coco/results.json").read_text())
     names = {image["id"]: image["file_name"] for image in labels["images"]}
