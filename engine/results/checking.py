@@ -1,9 +1,9 @@
 """Looking at files of a format as their reader would: what is wrong with each, in words, without its name."""
 
-import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -42,7 +42,11 @@ def entries(folder: Path, apart_from: Collection[str] = ()) -> Iterator[Entry]:
             path = Path(above, name)
             relative = path.relative_to(folder).as_posix()
             if relative not in apart_from:
-                yield Entry(relative, lambda path=path: path.open("rb"))  # type: ignore[misc]
+                yield Entry(relative, partial(_opened, path))
+
+
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def upright_size(path: Location) -> Size | None:
@@ -122,8 +126,3 @@ def check_maps(
         if fault is not None:
             faults.add(fault, entry.name)
         yield entry.name
-
-
-def held(content: bytes) -> Callable[[], BinaryIO]:
-    """Return what opens a file that is in memory."""
-    return lambda: io.BytesIO(content)

@@ -65,7 +65,9 @@ class Tree:
         with ExitStack() as held:
             table = None
             if self.with_table:
-                file = held.enter_context((folder / TABLE).open("w", newline="", errors="surrogateescape"))
+                file = held.enter_context(
+                    (folder / TABLE).open("w", newline="", encoding="utf-8", errors="surrogateescape")
+                )
                 table = csv.writer(file)
                 table.writerow(COLUMNS)
             for category, image in source.images(lacking):
@@ -110,7 +112,7 @@ class Tree:
 
 def _check_table(folder: Path, maps: set[str], faults: Faults) -> None:
     try:
-        with (folder / TABLE).open(newline="", errors="surrogateescape") as file:
+        with (folder / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file, restval="")
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 faults.add(f"a table without the columns {','.join(COLUMNS)}", TABLE)

@@ -9,9 +9,11 @@ Names, counts and types are those that MVTec's own script for checking submissio
 """
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.remote import Location
 from zsad.engine.scores.verdicts import labelled_regions
 
-from .checking import Entry, check_names, entries, held, png_fault, tiff_fault, upright_size
+from .checking import Entry, check_names, entries, png_fault, tiff_fault, upright_size
 from .exports import Faults, Finished, Progress, Report, Source, place_of
 from .records import ImageRecord
 
@@ -167,6 +169,6 @@ def _packed(archive: Path, faults: Faults) -> Iterator[Entry]:
                 else:
                     content = packed.extractfile(member)
                     assert content is not None
-                    yield Entry(name, held(content.read()))
+                    yield Entry(name, partial(io.BytesIO, content.read()))
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         faults.add(f"no whole .tar.gz archive ({error})", archive)

@@ -135,6 +135,17 @@ def test_what_a_tree_cannot_hold_is_said(tmp_path: Path) -> None:
     assert case.check("mvtec-ad") == {"missing": 1}
 
 
+@pytest.mark.parametrize("name", ["mvtec-ad", "visa", "coco"])
+def test_any_names_are_held(tmp_path: Path, name: Export) -> None:
+    if name == "coco":
+        pytest.importorskip("pycocotools")
+    names = ["=1+1/test/go od/=2.png", "x.tiff/test/a.csv/b.tiff.png", "ü/test/good/\udcff.png", "-/test/good/a~0.png"]
+    case = Case(tmp_path, *names)
+    assert case.export(name) == []
+    assert case.check(name) == {}
+    assert case.check(name, with_data=False) == {}
+
+
 def test_a_later_export_replaces_the_earlier_one(tmp_path: Path) -> None:
     case = Case(tmp_path, "bolt/test/good/0.png", "bolt/test/bent/0.png")
     case.export("mvtec-ad")
