@@ -27,6 +27,7 @@ from zsad.engine.images.references import NoReferencesError, References, find_re
 from zsad.engine.images.stored import ImageError
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
+from zsad.engine.methods.tile_grid import TilePlan
 from zsad.engine.results.category import CategoryWriter
 from zsad.engine.results.image_files import Background, Result, Writing
 from zsad.engine.results.output import check_there
@@ -67,6 +68,7 @@ class CategoryJob:
     )  # of the inputs of networks, where the images or a bank decide
     median: float | None = None  # of the shorter sides of images, where it was asked for
     deep: bool = True  # whether there may be files of 16 bits among the images
+    tiles: TilePlan | None = None  # where images that are compared with each other are cut into such
 
 
 class TooFewImagesError(ImageError):
@@ -254,9 +256,11 @@ class CategoryPass:
             members = array("q", (index for index in members if not self.done[index]))
             readable: list[int] = []
             references = self._reference_batches(bit_depth)
-            count, category = len(self.references.images), self.category
+            count, category, tiles = len(self.references.images), self.category, self.job.tiles
+            aligned = tiles is not None and tiles.aligned
+            known = references, count
             method.start(
-                Group(len(members), category.product, references, count, category.name, number, len(self.groups))
+                Group(len(members), category.product, *known, category.name, number, len(self.groups), aligned)
             )
             images = self.category.images
             for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
@@ -389,6 +393,8 @@ def how_to_write(config: Config, options: Options, workplace: Workplace) -> Writ
         workplace.loader.workers,
         workplace.loader.memory_limit,
         middle_square=any(recipe.resize == "shortest_crop" for recipe in workplace.method.inputs),
+        tiling=config.tiling,
+        cells=workplace.method.cells,
     )
 
 

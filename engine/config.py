@@ -22,8 +22,10 @@ LARGEST_AUTO = 518  # pixels; what published methods take images at, above which
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+LEAST_TILE = 32  # pixels; of less there is nothing to be seen
 ImageSize = Side | Literal["auto"]  # auto: as large as a category's images are
 Block = Annotated[int, Field(ge=0)]
+TileCount = Annotated[int, Field(ge=1, le=1000)]
 Share = Annotated[float, Field(ge=0, le=1, description="a number in [0, 1]")]
 Foreground = Literal["none", "colour", "isnet", "isnet+sam"]
 
@@ -118,6 +120,30 @@ class TileSettings(Table):
     mask_background: bool = False  # within tiles too; outside of them it always has the lowest score
 
 
+TileBatches = Literal["aligned", "pooled"]
+
+
+class Tiling(Table):
+    """How whole images are cut into tiles, each of which a method takes for an image; none are unless one says how."""
+
+    tile: Annotated[int, Field(ge=LEAST_TILE)] | None = Field(
+        default=None, description=f"a number of pixels from {LEAST_TILE}"
+    )  # of its side, in the image at its scale
+    tiles: tuple[TileCount, TileCount] | None = Field(
+        default=None, description="a count of columns and one of rows, 4x3 say"
+    )  # of every image, instead
+    overlap: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="a number of pixels from 0"
+    )  # at least
+    scale: Annotated[float, Field(gt=0, le=8, description="a number above 0, up to 8")] = 1.0  # of images
+    # Of methods that compare images: the tiles of one place with each other, or all with all; auto: of one place where
+    # all images of a category have one size.
+    tile_batches: TileBatches | Literal["auto"] = "auto"
+
+    def __bool__(self) -> bool:
+        return self.tile is not None or self.tiles is not None
+
+
 # What [stages] says of its networks where a file does not.
 STAGE_NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "isnet": {"checkpoint": "isnet-general-use", "image_size": 1024},
@@ -151,6 +177,7 @@ class Config(Table):
     foreground: Foreground = "none"  # how it is found; the background gets the lowest score
     components: bool = Field(False, description="true or false")  # of the foreground, each looked at by itself
     stages: StageSettings = StageSettings()
+    tiling: Tiling = Tiling()  # of whole images
     group_size: Annotated[int, Field(ge=2)] | None = Field(None, description="at least 2")  # None: whole categories
     threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         "auto", description="'auto' or a number in [0, 1]"
@@ -244,7 +271,7 @@ def load_config(
     unknown = overridden[method].keys() - merged.get(method, {}).keys() - method_of(method).Settings.model_fields.keys()
     for key in sorted(unknown):
         subject = f"preset {preset}" if base is None else "what is scored with a bank"
-        raise ConfigError(f"--{key.replace('_', '-')} is nothing for {subject}, whose method is {method}")
+        raise ConfigError(f"{_option(key)} is nothing for {subject}, whose method is {method}")
     return _checked(preset, overridden, method_of, (overrides or {}).keys())
 
 
@@ -289,6 +316,10 @@ def _checked(
         raise ConfigError(f"--components: scores of method {name} depend on other images; leave it out")
     if config.decoder == "nvimgcodec" and (config.components or config.foreground not in ("none", "colour")):
         raise ConfigError("--decoder nvimgcodec leaves no image where its foreground could be found; leave it out")
+    if config.tiling:
+        _check_tiling(config)
+    elif given := config.tiling.model_fields_set:
+        raise ConfigError(f"{_option(sorted(given)[0])} says how images are cut into tiles; give --tile or --tiles too")
     if config.unsized and not method.compares:
         raise ConfigError(
             f"method {name} judges every image by itself, so that no size follows from the others; "
@@ -301,11 +332,33 @@ def _checked(
     return config
 
 
+def _check_tiling(config: Config) -> None:
+    """Raise ConfigError where images cannot be cut into tiles as a configuration says."""
+    tiling = config.tiling
+    if tiling.tile is not None and tiling.tiles is not None:
+        raise ConfigError("--tile says how large tiles are and --tiles how many; leave out one of them")
+    if tiling.tiles is not None and tiling.scale != 1:
+        raise ConfigError("--scale: --tiles cuts every image into as many, at any scale; leave it out, or give --tile")
+    if tiling.tile is not None and tiling.overlap is not None and tiling.overlap > tiling.tile // 2:
+        raise ConfigError(f"--overlap must be at most half of --tile, {tiling.tile // 2} pixels, not {tiling.overlap}")
+    if config.components:
+        raise ConfigError("--tile and --tiles cut images into tiles, and so does --components; leave out one of them")
+    if config.decoder == "nvimgcodec":
+        raise ConfigError("--decoder nvimgcodec leaves no image that could be cut into tiles; leave it out")
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     changes = {key: value for key, value in overrides.items() if key in Config.model_fields}
     everywhere = {key: overrides[key] for key in ("taps", "image_size") if key in overrides}
     changes["networks"] = {name: {**table, **everywhere} for name, table in merged["networks"].items()}
-    own = {key: value for key, value in overrides.items() if key not in Config.model_fields and key != "taps"}
+    if tiling := {key: overrides[key] for key in Tiling.model_fields if key in overrides}:
+        changes["tiling"] = {**merged.get("tiling", {}), **tiling}
+    elsewhere = {*Config.model_fields, *Tiling.model_fields, "taps"}
+    own = {key: value for key, value in overrides.items() if key not in elsewhere}
     method = merged["method"]
     return {**merged, **changes, method: {**merged.get(method, {}), **own}}
 
@@ -365,7 +418,7 @@ def _explain(model: type[Table], error: Any, values: Any, where: str, options: C
         description = "a table"
     subject = " ".join(filter(None, (where, key))) or "the configuration"
     if key in options:
-        subject = f"--{key.replace('_', '-')}"
+        subject = _option(key)
     if error["type"] == "extra_forbidden":
         takes = ", ".join(name for name in model.model_fields if name not in ("preset", "settings"))
         return f"unknown key {path[0]!r} in {where or 'the configuration'}; it takes {takes}"

@@ -12,6 +12,8 @@ from zsad.engine.config import LARGEST_AUTO, Config, ConfigError
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.references import NoReferencesError, candidates, count_references
 from zsad.engine.images.survey import survey
+from zsad.engine.methods.method import method_class
+from zsad.engine.methods.tile_grid import TilePlan
 from zsad.engine.networks.build import patch_sizes
 from zsad.kernels.files import printable
 from zsad.kernels.machine import stopwatch
@@ -38,11 +40,14 @@ def plan(
         CategoryJob(category, config, options, products, config.settings.sides((category.name, category.product)))
         for category in categories
     ]
-    if not config.unsized:
+    tiled = bool(config.tiling) and method_class(config.method).compares
+    if not config.unsized and not tiled:
         return jobs
-    patches = patch_sizes(config)
+    patches = patch_sizes(config) if config.unsized else {}
     with stopwatch(timings, "headers"):
         jobs = [_sized(job, patches, progress) for job in jobs]
+    if not config.unsized:
+        return jobs
     # Where no image is readable no size is of use, and one that is there anyway costs nothing.
     usual = next(
         (job.sides for job in jobs if job.sides),
@@ -69,9 +74,27 @@ def _sized(job: CategoryJob, patches: Mapping[str, int], progress: CategoryProgr
     category, numbers = job.category, count(1)
     name, total = printable(category.name), len(category.images)
     found = survey((image.path for image in category.images), lambda: progress(name, "headers", next(numbers), total))
+    tiles = None
+    if job.config.tiling:
+        tiles = TilePlan(found.sizes, job.config.tiling)
+        _check_aligned(name, tiles)
+        found = replace(found, shorter=tiles.sides())  # which are what networks see
     sides = {network: side for network, patch in patches.items() if (side := found.side(patch, LARGEST_AUTO))}
-    notes = (*category.notes, *([_mixed(found.mixed, sides)] if found.mixed else []))
-    return replace(job, category=replace(category, notes=notes), sides=sides, deep=found.deep, median=found.median)
+    notes = (*category.notes, *([_mixed(found.mixed, sides)] if found.mixed and sides else []))
+    median = found.median if patches else None
+    return replace(
+        job, category=replace(category, notes=notes), sides=sides, deep=found.deep, median=median, tiles=tiles
+    )
+
+
+def _check_aligned(name: str, tiles: TilePlan) -> None:
+    """Raise ConfigError where tiles of one place are to be compared, and images do not have the same places."""
+    if tiles.tiling.tile is not None and tiles.aligned and len(tiles.sizes) > 1:
+        one, other = (f"{columns} × {rows}" for rows, columns in (min(tiles.sizes), max(tiles.sizes)))
+        raise ConfigError(
+            f"{name}: images are from {one} to {other} pixels, so that tiles of {tiles.tiling.tile} pixels are not in "
+            "the same places; leave out --tile-batches aligned, or give --tiles COLUMNSxROWS instead of --tile"
+        )
 
 
 def _mixed(span: tuple[int, int], sides: Mapping[str, int]) -> str:
@@ -103,10 +126,15 @@ def check_memory(jobs: Sequence[CategoryJob], workplace: Workplace) -> None:
         category, config = job.category, job.config
         references = count_references(category, job.products, config.reference, config.shots) if config.few_shot else 0
         largest = max(map(len, deal_groups(len(category.images), config.group_size, config.seed)))
+        what = "images"
+        if job.tiles is not None:
+            cells = workplace.method.cells
+            largest, references = (job.tiles.together(count, cells) for count in (largest, references))
+            what = "images" if job.tiles.aligned else "tiles"
         needed = workplace.method.needed(largest, references)
         if needed > limit:
             known = f"comparing with {counted(references, 'known-good image')}"
-            work, option = f"scoring {largest} images together", "--group-size"
+            work, option = f"scoring {largest} {what} together", "--group-size"
             if not workplace.method.compares:
                 work, option = known, "--shots"
             elif references:

@@ -183,7 +183,11 @@ def _scored(
         if job.median is not None and job.median < LARGEST_AUTO:
             name, size = printable(job.category.name), said_sides(job.sides)
             log.info(
-                "%s: images are taken at %s, since the median of their shorter sides is %g", name, size, job.median
+                "%s: %s are taken at %s, since the median of their shorter sides is %g",
+                name,
+                "images" if job.tiles is None else "tiles",
+                size,
+                job.median,
             )
     records = {}
     for job in (job for group in groups for job in group):

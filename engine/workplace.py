@@ -19,6 +19,8 @@ from zsad.engine.methods.bank_build import Making
 from zsad.engine.methods.component_wise import ComponentWise
 from zsad.engine.methods.foreground import Foregrounds
 from zsad.engine.methods.method import Method, Place, graph_requests, method_class
+from zsad.engine.methods.musc import MuSc
+from zsad.engine.methods.tiled import TiledEach, TiledTogether, check_inputs
 from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
@@ -142,6 +144,13 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
             foregrounds = None
             if config.components or config.foreground not in ("none", "colour"):
                 foregrounds = Foregrounds(config, networks, arrays, timings)
+            if config.tiling:
+                check_inputs(method)
+                if isinstance(method, MuSc):
+                    method = TiledTogether(method, place, inputs, batch_size, config)
+                else:
+                    method = TiledEach(method, inputs, batch_size, config)
+                inputs = _inputs(config, runtime, method, batch_size)
             if config.components:
                 assert foregrounds is not None
                 method, foregrounds = ComponentWise(method, foregrounds, inputs, batch_size, config), None
@@ -165,7 +174,7 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
         networks=networks,
         arrays=arrays,
         record={
-            **config.model_dump(mode="json"),
+            **config.model_dump(mode="json", exclude=None if config.tiling else {"tiling"}),
             "network_precision": precision,
             "settings": method.record(),
         },

@@ -235,6 +235,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="look at each component of the foreground by itself, in tiles of the full resolution",
     )
+    add("--tile", type=int, metavar="518", help="cut every image into tiles of this side, at its own resolution")
+    add("--tiles", type=_tiles, metavar="4x3", help="cut every image into so many columns and rows of tiles instead")
+    add("--overlap", type=int, metavar="PIXELS", help="of tiles, at least (default: an eighth of their side)")
+    add("--scale", type=float, metavar="0.5", help="of images that --tile cuts (default: 1)")
+    add(
+        "--tile-batches",
+        metavar="aligned",
+        help="of presets that compare images: compare tiles of one place (aligned; the default where all images have "
+        "one size), or all tiles of all images (pooled)",
+    )
     add("--variant", help="of winclip: anomalib (the default), acc or paper")
     add("--group-size", type=int, metavar="N", help="score in random groups of N images: linear cost")
     add(
@@ -288,6 +298,14 @@ def _image_size(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be auto or a number of pixels, not {text!r}") from None
+
+
+def _tiles(text: str) -> tuple[int, ...]:
+    try:
+        columns, rows = text.lower().split("x")
+        return int(columns), int(rows)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be columns and rows, 4x3 say, not {text!r}") from None
 
 
 def _threshold(text: str) -> float | Any:

@@ -127,6 +127,17 @@ class DeviceInputs:
             yield {recipe: batch[: len(images)] for recipe, batch in self._inputs[self._slot].items()}
 
 
+def batches_of(
+    count: int, part: Callable[[int], NDArray[np.uint8]], inputs: Inputs, batch_size: int
+) -> Iterator[Batch]:
+    """Yield parts of images [h, w, 3], numbered from 0, as methods take images."""
+    for start in range(0, count, batch_size):
+        members = range(start, min(start + batch_size, count))
+        prepared = [inputs.prepare(part(member)) for member in members]
+        with inputs.batch(prepared) as arrays:
+            yield Batch(list(members), arrays, [])
+
+
 def held_bytes(path: Location) -> int:
     """Return what an image takes while it is worked on; nothing where it cannot be read, which reading will say."""
     try:

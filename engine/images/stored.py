@@ -20,7 +20,7 @@ from .limits import ImageMemoryError as ImageMemoryError
 from .limits import TimedFile, Timer, check_bytes, check_pixels, too_many_pixels
 from .metadata import significant_bits, transparent_grey, without_metadata
 from .remote import Location, Remote, RemoteFile
-from .upright import ORIENTATION, upright_array, upright_image
+from .upright import ORIENTATION, SIDEWAYS, upright_array, upright_image
 
 _AVIF = "avif" in features.modules and features.check("avif")  # older versions of Pillow warn of what they do not know
 
@@ -71,7 +71,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its first picture."""
+    """What a file says of its first picture, turned upright."""
 
     rows: int
     columns: int
@@ -118,7 +118,10 @@ def read_header(path: Location) -> Header:
             deep = max(tiff_of_pillow(image).bits) > 8
         else:
             deep = image.format == "PNG" and png_bits(file) > 8
-        return Header(image.height, image.width, _bytes(image), deep)
+        rows, columns = image.height, image.width
+        if image.format != "TIFF" and _orientation(image) in SIDEWAYS:  # of TIFF Pillow does that
+            rows, columns = columns, rows
+        return Header(rows, columns, _bytes(image), deep)
 
 
 def _bytes(image: Image.Image) -> int:

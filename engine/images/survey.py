@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .remote import Location, asked_ahead
 from .stored import Header, ImageError, read_header
@@ -18,6 +18,7 @@ class Survey:
 
     shorter: Mapping[int, int]  # how many images have a shorter side of so many pixels
     deep: bool  # whether there may be 16-bit files of a camera among them
+    sizes: Mapping[tuple[int, int], int] = field(default_factory=dict, compare=False)  # how many are so high and wide
 
     @property
     def median(self) -> float | None:
@@ -55,13 +56,15 @@ class Survey:
 def survey(paths: Iterable[Location], seen: Callable[[], None]) -> Survey:
     """Read the headers of image files; unreadable ones do not count. seen: is called after each."""
     shorter: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
     deep = False
     for header in asked_ahead(paths, _header):
         if header is not None:
             shorter[min(header.rows, header.columns)] += 1
+            sizes[header.rows, header.columns] += 1
             deep = deep or header.deep
         seen()
-    return Survey(shorter, deep)
+    return Survey(shorter, deep, sizes)
 
 
 def _header(path: Location) -> Header | None:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ORIENTATION = 274  # tag of EXIF and TIFF
+SIDEWAYS = (5, 6, 7, 8)  # numbers of those that turn rows into columns
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,7 +29,7 @@ def upright_array(values: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Do to an array [h, w, …] what `upright_image` does to an image; returns a view."""
     if orientation not in _TRANSPOSE:
         return values
-    if orientation in (5, 6, 7, 8):
+    if orientation in SIDEWAYS:
         values = np.swapaxes(values, 0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
     columns = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)

@@ -91,6 +91,8 @@ class BankMethod(JudgesEach):
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
         assert isinstance(config.settings, Settings)
+        if config.tiling:
+            raise ConfigError("--tile, --tiles: a bank is of whole images; leave them out")
         _, header = first_of(find_banks(Path(config.settings.bank)), config)
         for name, network in header.networks.items():
             used = config.networks.get(name)

@@ -219,6 +219,8 @@ def check_making(config: Config, making: Making) -> None:
         raise ConfigError(
             f'--save-bank: a bank pools patches by neighbourhood; leave out pooling = "{config.settings.pooling}"'
         )
+    if config.tiling:
+        raise ConfigError("--save-bank: a bank is of whole images; leave out --tile and --tiles")
     if config.foreground not in ("none", "colour"):
         raise ConfigError("--save-bank: a bank is of whole images; leave out --foreground")
     if making.size < making.neighbours:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zsad.engine.config import Config, TileSettings
 from zsad.engine.images.decode import Recipe, bilinear
-from zsad.engine.images.loader import Batch, Inputs
+from zsad.engine.images.loader import Batch, Inputs, batches_of
 
 from .bitmasks import Box
 from .foreground import Foreground, Foregrounds
@@ -53,7 +53,7 @@ class ComponentWise(JudgesEach):
 
     def start(self, group: Group) -> None:
         parts = list(self._reference_tiles(group.references))
-        batches = self._batches(parts)
+        batches = batches_of(len(parts), parts.__getitem__, self._inputs, self._batch_size)
         self._method.start(replace(group, references=batches, reference_count=len(parts)))
 
     def take(self, batch: Batch) -> Iterator[Scored]:
@@ -69,7 +69,8 @@ class ComponentWise(JudgesEach):
         boxes = list(times)
         scores: dict[Box, float] = {}
         mean = TileMean(image.shape[:2], len(placed))
-        for batch in self._batches([cut(image, box) for box in boxes]):
+        parts = [cut(image, box) for box in boxes]
+        for batch in batches_of(len(parts), parts.__getitem__, self._inputs, self._batch_size):
             for scored in self._method.take(batch):
                 box = boxes[scored.index]
                 scores[box] = scored.raw_score
@@ -88,14 +89,6 @@ class ComponentWise(JudgesEach):
         labels, found = components(foreground.pixels, self._settings.min_component)
         found = with_parts(labels, found, foreground.parts)
         return foreground, list(tiles(found, image.shape[:2], self._settings))
-
-    def _batches(self, parts: Sequence[NDArray[np.uint8]]) -> Iterator[Batch]:
-        """Yield tiles [h, w, 3], numbered as they come, as the method behind takes images."""
-        for start in range(0, len(parts), self._batch_size):
-            members = range(start, min(start + self._batch_size, len(parts)))
-            prepared = [self._inputs.prepare(parts[member]) for member in members]
-            with self._inputs.batch(prepared) as inputs:
-                yield Batch(list(members), inputs, [])
 
     def _reference_tiles(self, references: Iterable[Batch]) -> Iterator[NDArray[np.uint8]]:
         """Yield the tiles [h, w, 3] of known-good images."""

@@ -62,6 +62,8 @@ class Group:
     name: str = ""  # of the category
     number: int = 0  # among the groups of the category
     groups: int = 1  # of the category
+    aligned: bool = False  # whether tiles of images are compared with those of the same place alone, where they are cut
+    whole: int | None = None  # images of the category, where tiles of them are scored instead; None: they are images
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Method(Protocol):
     @property
     def takes_references(self) -> bool:
         """Whether known-good images are of any use to it."""
+
+    @property
+    def cells(self) -> int | None:
+        """How many patches there are along a side of its maps; None: these are as fine as pixels."""
 
     @property
     def compares(self) -> bool:
@@ -140,6 +146,7 @@ class JudgesEach:
     """The part of `Method` of those that judge every image by itself; theirs are the scores of single images."""
 
     compares = False
+    cells: int | None = None
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()

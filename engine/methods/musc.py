@@ -145,7 +145,7 @@ class MuSc:
         self._references = 0  # behind them
         self._measured = 0  # of these, that are scored as the group's images are
         self._scored = 0  # images of the category
-        self._calibration: Calibration | None = None
+        self.calibration: Calibration | None = None  # of a category of few images, once it has ended
         self._known: list[_Known] = []  # of each group, where known-good images give bounds
         self._bounds: Bounds | None = None
         self._memory_left = 0
@@ -186,13 +186,17 @@ class MuSc:
         )
 
     @property
+    def cells(self) -> int:
+        return square_grid(self._graphs[self._settings.map_network].outputs["tokens"].shape[1])[0]
+
+    @property
     def map_range(self) -> tuple[float, float] | None:
         """See `Method`; a few images are not relative to each other where there are known-good ones."""
-        return None if self._calibration is None else self._calibration.map_range
+        return None if self.calibration is None else self.calibration.map_range
 
     @property
     def rescores(self) -> bool:
-        return self._calibration is None
+        return self.calibration is None
 
     def needed(self, images: int, references: int) -> int:
         measured = measured_count(references, self._settings.false_alarms)
@@ -205,14 +209,16 @@ class MuSc:
         if group.number == 0:
             self._category.close()
             self._open(group)
-            self._end, self._scored, self._calibration = group.images, 0, None
+            self._end, self._scored, self.calibration = group.images, 0, None
             self._known, self._bounds = [], None
             self._references = 0
             for batch in group.references:
                 self._keep(batch, self._end + self._references)
                 self._references += len(batch.indices)
             several = group.images * group.groups >= FEW_IMAGES  # few are measured otherwise
-            self._measured = measured_count(self._references, self._settings.false_alarms) if several else 0
+            # Of tiles no count of images follows, which is what bounds promise something of.
+            judged = several and group.whole is None
+            self._measured = measured_count(self._references, self._settings.false_alarms) if judged else 0
         self._first = self._end - group.images
 
     def _open(self, group: Group) -> None:
@@ -269,8 +275,9 @@ class MuSc:
             self._close_ranks()
             last, stage = self._first + images + self._references, "scoring {}".format
             judged = self._judged(self._first, last, self._references - measured, self._rule, stage, progress)
-            if self._last_group and self._references and self._scored < FEW_IMAGES:
-                self._calibration = self._calibrated(progress)
+            images_of_category = self._scored if self._group.whole is None else self._group.whole
+            if self._last_group and self._references and images_of_category < FEW_IMAGES:
+                self.calibration = self._calibrated(progress)
         finally:
             if self._last_group:
                 self._kept.clear()
@@ -362,8 +369,8 @@ class MuSc:
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
-        if self._calibration is not None:  # few images say as little when they are rescored by each other
-            return self._calibration.scores(raw)
+        if self.calibration is not None:  # few images say as little when they are rescored by each other
+            return self.calibration.scores(raw)
         neighbours = self._settings.rscin
         if self._rule is not None:  # the nearest seven of a few images are nearly all of them
             neighbours = self._settings.salient_rscin if len(scored) >= FEW_IMAGES else ()
@@ -383,10 +390,10 @@ class MuSc:
         return rscin_beside(known.raw_scores, known.vectors, raw, vectors, neighbours)
 
     def bounds(self) -> Bounds | None:
-        return self._bounds if self._calibration is None else self._calibration.bounds()
+        return self._bounds if self.calibration is None else self.calibration.bounds()
 
     def note(self) -> str | None:
-        return None if self._calibration is None else self._calibration.note()
+        return None if self.calibration is None else self.calibration.note()
 
 
 def _bytes(spec: TensorSpec, images: int) -> int:

@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from zsad.engine.config import Tiling
 from zsad.engine.images.categories import InputImage
 from zsad.engine.images.decode import decode, pixels
 from zsad.engine.images.stored import ImageError, read_map
 from zsad.engine.methods.bitmasks import union
 from zsad.engine.methods.foreground import Stages
+from zsad.engine.methods.tile_grid import tile_grid
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Bounds, Region, find_regions
 
@@ -37,6 +39,8 @@ class Writing:
     workers: int
     memory_limit: int  # bytes that images on their way may take
     middle_square: bool = False  # maps are of the middle square of each image
+    tiling: Tiling = field(default_factory=Tiling)  # of images, whose maps were put together from those of tiles
+    cells: int | None = None  # along a tile's side in these; None: as many as pixels
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,12 @@ class ImageFiles:
         record = replace(record, width=width, height=height)
         shortest = min(height, width)
         seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
+        covered = None
+        if self._writing.tiling:
+            grid = tile_grid((height, width), self._writing.tiling, self._writing.cells)
+            covered = grid.covered((height, width))
         if "zsad" in self._writing.formats:
-            scores = pixel_map(result.map, (height, width), result.scale, mask, seen)  # [H, W]
+            scores = pixel_map(result.map, (height, width), result.scale, mask, seen, covered)  # [H, W]
             record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
             Image.fromarray(scores).save(self._path(record.map), format="TIFF")
             overlay = draw_overlay(small, scores)
@@ -132,7 +140,7 @@ class ImageFiles:
                 self._path(files[-1]).write_bytes(encoded)
             record = replace(record, stage_files=files)
         if "rayan" in self._writing.formats:
-            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen)
+            scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen, covered)
             record = replace(record, json_file=f"{key}{ENDING}")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
         return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails

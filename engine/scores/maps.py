@@ -10,9 +10,16 @@ from numpy.typing import ArrayLike, NDArray
 
 
 @functools.lru_cache(maxsize=64)
-def _bilinear_matrix(source: int, target: int) -> NDArray[np.float32]:
-    """Return the weights [target, source] of a linear resize whose end samples coincide (align_corners=True)."""
-    position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+def _bilinear_matrix(source: int, target: int, covered: float | None) -> NDArray[np.float32]:
+    """Return the weights [target, source] of a linear resize whose end samples coincide (align_corners=True).
+
+    covered: how many of the source's samples, from the first one's border on, the target covers: samples then lie in
+    the middle of what they stand for.
+    """
+    if covered is not None:
+        position = ((np.arange(target) + 0.5) * (covered / target) - 0.5).clip(0, source - 1)
+    else:
+        position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
     left = np.minimum(position.astype(int), max(source - 2, 0))
     fraction = position - left
     weights = np.zeros((target, source))
@@ -25,12 +32,18 @@ def _bilinear_matrix(source: int, target: int) -> NDArray[np.float32]:
     return matrix
 
 
-def upsample(patch_map: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
-    """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc)."""
+def upsample(
+    patch_map: ArrayLike, size: tuple[int, int], covered: tuple[float, float] | None = None
+) -> NDArray[np.float32]:
+    """Upsample one map [H, W] to size [h, w], bilinear with align_corners=True (MuSc).
+
+    covered: rows and columns of the map that lie in the image, each in the middle of its own; the last may be cut.
+    """
     scores = np.asarray(patch_map, np.float32)
     if scores.shape == tuple(size):
         return scores
-    rows, columns = (_bilinear_matrix(source, target) for source, target in zip(scores.shape, size, strict=True))
+    axes = zip(scores.shape, size, covered or (None, None), strict=True)
+    rows, columns = (_bilinear_matrix(*axis) for axis in axes)
     upsampled: NDArray[np.float32] = (rows @ scores @ columns.T).astype(np.float32, copy=False)
     return upsampled
 
@@ -91,16 +104,18 @@ def pixel_map(
     scale: tuple[float, float],
     mask: NDArray[np.bool_] | None = None,
     seen: tuple[float, float] = (1.0, 1.0),
+    covered: tuple[float, float] | None = None,
 ) -> NDArray[np.float32]:
     """Upsample a patch map [H, W] to size [h, w] and map the scale to [0, 1], the background to 0.
 
     scale: lowest and highest patch score of the category. mask: [any, any], True for the object. seen: shares of height
     and width, in the middle, that the map is of; what lies outside is 0, since nothing speaks for a defect there.
+    covered: see `upsample`.
     """
     low, high = scale
     height, width = (max(1, round(share * side)) for share, side in zip(seen, size, strict=True))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    enlarged = upsample(patch_map, (height, width))
+    enlarged = upsample(patch_map, (height, width), covered)
     as_it_is = mask is None and (*scale, height, width) == (0.0, 1.0, *size)
     if as_it_is and enlarged.min() >= 0 and enlarged.max() <= 1:
         return enlarged  # of a large image there is no second map
