@@ -86,7 +86,7 @@ def _pack(folder: Path, progress: Progress) -> None:
     """Write the archive of the tree; the same files give the same bytes."""
     with (
         (folder / ARCHIVE).open("wb") as file,
-        gzip.GzipFile("", "wb", 1, file, mtime=0) as packed,
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as archive,
     ):
         files = list(entries(folder / FOLDER))
