@@ -4,6 +4,8 @@ headers of the images → a side for each category and network → categories by
 """
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -97,6 +99,16 @@ def _check_aligned(name: str, tiles: TilePlan) -> None:
         )
 
 
+def _check_room(name: str, images: int, stored: int) -> None:
+    """Raise ConfigError where the temporary file of the tiles of so many images finds no room."""
+    folder = tempfile.gettempdir()
+    if stored > (free := shutil.disk_usage(folder).free):
+        raise ConfigError(
+            f"{name}: the tiles of {images} images take {stored / 2**30:.1f} GB for a while, and {folder} has "
+            f"{free / 2**30:.1f} GB left; name another folder in the environment variable TMPDIR, or give --group-size"
+        )
+
+
 def _mixed(span: tuple[int, int], sides: Mapping[str, int]) -> str:
     return (
         f"images of mixed sizes: most have shorter sides of {span[0]} to {span[1]} pixels, and all are taken at "
@@ -129,6 +141,7 @@ def check_memory(jobs: Sequence[CategoryJob], workplace: Workplace) -> None:
         what = "images"
         if job.tiles is not None:
             cells = workplace.method.cells
+            _check_room(printable(category.name), largest, job.tiles.stored(largest, cells))
             largest, references = (job.tiles.together(count, cells) for count in (largest, references))
             what = "images" if job.tiles.aligned else "tiles"
         needed = workplace.method.needed(largest, references)

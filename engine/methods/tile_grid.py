@@ -6,7 +6,7 @@ weighted so that the weights of all tiles over a cell sum to 1 → map [rows, co
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -114,9 +114,15 @@ class TilePlan:
 
     def together(self, images: int, cells: int | None) -> int:
         """Return how many tiles of so many images are scored together at most; cells: see `tile_grid`."""
-        if self.aligned:
-            return images
-        counts = {size: len(tile_grid(size, self.tiling, cells)) for size in self.sizes}
+        return images if self.aligned else self._of_largest(images, len, cells)
+
+    def stored(self, images: int, cells: int | None) -> int:
+        """Return the bytes that the tiles of so many images take at most."""
+        return self._of_largest(images, lambda grid: 3 * len(grid) * grid.rows.side * grid.columns.side, cells)
+
+    def _of_largest(self, images: int, count: Callable[[TileGrid], int], cells: int | None) -> int:
+        """Return the sum of what is counted over so many images at most."""
+        counts = {size: count(tile_grid(size, self.tiling, cells)) for size in self.sizes}
         total = sum(counts[size] * many for size, many in self.sizes.items())
         return min(images * max(counts.values(), default=1), total)
 

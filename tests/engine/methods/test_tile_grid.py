@@ -98,5 +98,7 @@ def test_what_is_scored_together() -> None:
     assert [plan.together(images, 5) for images in (1, 3, 5)] == [6, 18, 20]
     assert TilePlan({(100, 130): 3}, Tiling(tile=70)).together(3, 5) == 3
     assert TilePlan({(100, 130): 3}, Tiling(tile=70, tile_batches="pooled")).together(3, 5) == 18
+    assert plan.stored(1, 5) == 6 * 70 * 70 * 3
+    assert plan.stored(5, 5) == 20 * 70 * 70 * 3
     assert TilePlan(mixed, Tiling(tile=70)).sides() == {70: 5}
     assert TilePlan(mixed, Tiling(tiles=(2, 1), overlap=0)).sides() == {65: 3, 20: 2}

@@ -1,7 +1,11 @@
 """Whole images in tiles: methods take these for images, and what they say of them is put together."""
 
 import json
+import shutil
+import tracemalloc
+import types
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from PIL import Image
 from runs import record, scores_and_maps
 
 from zsad.engine.commands.infer import main
-from zsad.engine.methods.tiled import together
+from zsad.engine.methods.tiled import TileStore, together
 from zsad.engine.scores.known_good import Calibration
 
 TILE = ("--tile", "70", "--overlap", "14")  # of five patches each way, as many as the tiny network's input has
@@ -152,6 +156,26 @@ def test_memory_that_all_tiles_together_do_not_fit_in(
     save_pictures("data", *(texture(number, (WIDE, WIDE + 300 * number)) for number in range(4)))
     assert run(*TILE, "--memory-limit", "50KB") == 2
     assert "scoring 138 tiles together needs" in capsys.readouterr().err
+
+
+def test_a_disk_that_tiles_do_not_fit_on(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures("data", texture(0), texture(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=2 * 9 * 3 * 70 * 70 - 1))
+    assert run(*TILE) == 2
+    assert "the tiles of 2 images take 0.0 GB for a while" in capsys.readouterr().err
+
+
+def test_tiles_that_wait_are_not_in_memory() -> None:
+    tile = texture(0, (120, 120))
+    tracemalloc.start()
+    with closing(TileStore()) as store:
+        for number in range(100):  # 4.3 MB
+            store.add(np.roll(tile, number, axis=1))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        np.testing.assert_array_equal(store.read(73), np.roll(tile, 73, axis=1))
+    tracemalloc.stop()
 
 
 def test_what_is_half_of_the_way_for_whole_images() -> None:
