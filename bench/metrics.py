@@ -1,23 +1,32 @@
 """Time of all four pixel metrics: exact curves here against the 200-step loop and scikit-learn of the references.
 
     python -m zsad.bench.metrics [--maps 83] [--size 518] [--reference-maps K] [--refcheck] [--output FILE]
+    python -m zsad.bench.metrics --memory [--maps 200] [--size 1024]
 
 Validates first: AUROC, AP and F1 against scikit-learn, the 200-step AUPRO against the loop, the exact AUPRO against a
 loop with twenty times as many steps. Then times both sides in one process on the same maps. The loop labels regions
 with OpenCV, which is faster than what the references use, so the ratio errs on the low side.
+
+--memory measures instead what `zsad-eval` holds while it compares that many maps, in memory and beyond its limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from zsad.engine.evaluation.metrics import aupro, pixel_metrics
@@ -110,29 +119,81 @@ def timed(function: Callable[[], dict[str, float]], repeats: int) -> tuple[list[
     return seconds, result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m zsad.bench.metrics", description=__doc__.splitlines()[0])
-    parser.add_argument("--maps", type=int, default=83, help="number of maps (default %(default)s)")
-    parser.add_argument("--size", type=int, default=518, help="side of a map in pixels (default %(default)s)")
-    parser.add_argument(
-        "--reference-maps", type=int, metavar="K", help="compare on the first K maps only (default: all; 0: not at all)"
-    )
-    parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS / "metrics.jsonl", help="(default %(default)s)")
-    arguments = parser.parse_args(argv)
-    packages = ["numpy", "opencv-python-headless", "pillow", "scikit-learn"]
-    record = environment("zsad.bench.metrics", argv, packages)
-    validate()
-    if arguments.refcheck:
-        return 0
+def write_results(root: Path, count: int, size: int) -> None:
+    """Write a category with masks into `data` and its maps into `out`, ten at a time."""
+    rows = ["path,score,rank,raw_score,map"]
+    for start in range(0, count, 10):
+        masks, maps = make_maps(min(10, count - start), size, seed=start)
+        for index, (mask, map_) in enumerate(zip(masks, maps, strict=True), start):
+            name = f"{'bad' if mask.any() else 'good'}/{index:04d}"
+            files = {
+                root / f"data/part/test/{name}.png": np.zeros((1, 1), np.uint8),  # only its name is read
+                root / f"out/part/maps/{name}.tiff": map_,
+            }
+            if mask.any():
+                files[root / f"data/part/ground_truth/{name}_mask.png"] = 255 * mask
+            for path, values in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+            rows.append(f"test/{name}.png,{map_.max()},1,{map_.max()},maps/{name}.tiff")
+    (root / "out/part/scores.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
-    masks, maps = make_maps(arguments.maps, arguments.size)
-    count = arguments.maps if arguments.reference_maps is None else min(arguments.reference_maps, arguments.maps)
+
+# The peak that Linux tells of a process begins with that of the one that started it; /proc does not.
+PEAK_OF_EVALUATION = """import sys
+from pathlib import Path
+from zsad.engine.commands.evaluate import main
+from zsad.kernels.machine import peak_memory
+code, status = main(), Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+print(*[1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")] or [peak_memory()])
+raise SystemExit(code)"""
+
+
+def peak_of_evaluation(root: Path, *options: str) -> tuple[int, float, dict[str, Any]]:
+    """Peak memory in bytes and seconds of `zsad-eval` in a process of its own, and the metrics of the category."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", PEAK_OF_EVALUATION, str(root / "out"), str(root / "data"), "-q", *options]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    seconds = time.perf_counter() - start
+    values = json.loads((root / "out/metrics.json").read_bytes())["categories"]["part"]
+    return int(printed.split()[-1]), seconds, values
+
+
+def measure_memory(count: int, size: int) -> dict[str, Any]:
+    """Peak memory of `zsad-eval` without and with a limit; raises SystemExit where its metrics differ."""
+    with tempfile.TemporaryDirectory(prefix="zsad-bench-") as folder:
+        few, many = Path(folder, "few"), Path(folder, "many")
+        write_results(few, 4, 64)
+        write_results(many, count, size)
+        idle, _, _ = peak_of_evaluation(few)
+        in_memory, in_memory_s, expected = peak_of_evaluation(many)
+        limited, limited_s, found = peak_of_evaluation(many, "--memory-limit", "1MB")
+    compare(found, expected, 1e-12)
+    print(f"peak memory of zsad-eval, {count} maps of {size}x{size}; of its libraries {idle / 2**20:.0f} MB")
+    for name, peak, seconds in (("in memory", in_memory, in_memory_s), ("beyond the limit", limited, limited_s)):
+        maps = (peak - idle) / (4 * size * size)
+        print(f"  {name:<16} {peak / 2**20:6.0f} MB, {maps:6.1f} maps more than the libraries, {seconds:.1f} s")
+    return {
+        "maps": count,
+        "size": size,
+        "libraries_bytes": idle,
+        "in_memory_bytes": in_memory,
+        "in_memory_s": in_memory_s,
+        "limited_bytes": limited,
+        "limited_s": limited_s,
+    }
+
+
+def measure_time(total: int, size: int, reference_maps: int | None) -> dict[str, Any]:
+    """Seconds of all four metrics, here and of the references on the first maps; all of them if None."""
+    masks, maps = make_maps(total, size)
+    count = total if reference_maps is None else min(reference_maps, total)
     pixel_metrics(masks, maps, LIMIT)  # warm-up
     own, _ = timed(lambda: pixel_metrics(masks, maps, LIMIT), OWN_REPEATS)
-    print(f"all four metrics, {arguments.maps} maps of {arguments.size}x{arguments.size}")
+    print(f"all four metrics, {total} maps of {size}x{size}")
     print(f"  exact      {statistics.median(own):8.3f} s  median of {len(own)}, {min(own):.3f} to {max(own):.3f} s")
-    record |= {"maps": arguments.maps, "size": arguments.size, "exact_s": own}
+    found: dict[str, Any] = {"maps": total, "size": size, "exact_s": own}
     if count:
         subset = masks[:count], maps[:count]
         same, _ = timed(lambda: pixel_metrics(*subset, LIMIT), OWN_REPEATS)
@@ -142,8 +203,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  ratio      {ratio:8.0f}    on those {count} maps")
         print("values of the timed run, with the 200-step AUPRO on both sides")
         compare(pixel_metrics(*subset, LIMIT, STEPS), expected, 1e-6)
-        record |= {"reference_maps": count, "exact_on_reference_maps_s": same, "reference_s": reference}
-    append(arguments.output, record)
+        found |= {"reference_maps": count, "exact_on_reference_maps_s": same, "reference_s": reference}
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.metrics", description=__doc__.splitlines()[0])
+    parser.add_argument("--maps", type=int, help="number of maps (default 83, of --memory 200)")
+    parser.add_argument("--size", type=int, help="side of a map in pixels (default 518, of --memory 1024)")
+    parser.add_argument(
+        "--reference-maps", type=int, metavar="K", help="compare on the first K maps only (default: all; 0: not at all)"
+    )
+    parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of zsad-eval, time nothing else")
+    parser.add_argument(
+        "--output", type=Path, help="(default metrics.jsonl in results/, of --memory metrics_memory.jsonl)"
+    )
+    arguments = parser.parse_args(argv)
+    packages = ["numpy", "opencv-python-headless", "pillow", "scikit-learn"]
+    record = environment("zsad.bench.metrics", argv, packages)
+    if arguments.memory:
+        append(
+            arguments.output or RESULTS / "metrics_memory.jsonl",
+            record | measure_memory(arguments.maps or 200, arguments.size or 1024),
+        )
+        return 0
+    validate()
+    if not arguments.refcheck:
+        found = measure_time(arguments.maps or 83, arguments.size or 518, arguments.reference_maps)
+        append(arguments.output or RESULTS / "metrics.jsonl", record | found)
     return 0
 
 

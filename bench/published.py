@@ -20,6 +20,7 @@ from zsad.engine.commands.console import ProgressBars
 from zsad.engine.commands.start import Interrupts
 from zsad.engine.config import Config, ConfigError, load_config
 from zsad.engine.evaluation.evaluate import Evaluation, EvaluationError, evaluate
+from zsad.engine.evaluation.localisation import Comparison
 from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.methods.method import method_class
 from zsad.engine.networks.runtime import Runtime, choose_runtime
@@ -133,7 +134,7 @@ def run_once(data: Path, config: Config, runtime: Runtime, options: Options) -> 
         record = run(data, config, runtime, options, progress)
     if record.failed:
         print(f"{record.failed} images failed, see {options.output}: what follows is without them")
-    return evaluate(options.output, scan(data), "paper")
+    return evaluate(options.output, scan(data), Comparison("paper"))
 
 
 def measured(evaluations: Sequence[Evaluation], name: str) -> dict[str, list[float]]:

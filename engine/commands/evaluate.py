@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from zsad.engine.results.formats import EXPORTS
 
-from .arguments import Parser, Version, add_file_limits, file_limits, location
+from .arguments import Parser, Version, add_file_limits, file_limits, location, size
 
 if TYPE_CHECKING:
     from .start import Interrupts
@@ -44,6 +44,7 @@ def _explain(error: Exception) -> tuple[str, int] | None:
 
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.evaluation.evaluate import evaluate, format_csv, format_table
+    from zsad.engine.evaluation.localisation import Comparison
     from zsad.engine.images.folders import scan
     from zsad.engine.images.limits import Limits, limited
     from zsad.engine.results.output import check_unclaimed
@@ -61,6 +62,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         warnings += 1
         log.warning("%s", message)
 
+    how = Comparison(arguments.protocol, arguments.aupro_limit, arguments.strict_metrics, arguments.memory_limit)
     check_unclaimed(arguments.out)
     if arguments.check is not None:
         return _check(arguments, interrupts)
@@ -68,7 +70,7 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     for note in dataset.all_notes():
         log.info("%s", note)
     with limited(Limits(**file_limits(arguments), bytes=default_memory_limit())):
-        evaluation = evaluate(arguments.out, dataset, arguments.protocol, arguments.aupro_limit, warn)
+        evaluation = evaluate(arguments.out, dataset, how, warn)
     text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
     for path, content in (
         (arguments.csv or arguments.out / "metrics.csv", format_csv(evaluation)),
@@ -142,6 +144,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.3,
         help="false-positive rate up to which AUPRO integrates (default %(default)s)",
     )
+    add(
+        "--strict-metrics",
+        action="store_true",
+        help="beside the others AUPRO and, of MVTec LOCO, AU-sPRO up to a false-positive rate of 0.05, AUPIMO for "
+        "rates from 1e-5 to 1e-4, and SegF1 of the run's regions",
+    )
+    add(
+        "--memory-limit",
+        metavar="4GB",
+        type=size,
+        help="of masks, maps and curves; beyond it scores go to temporary files, with the same result (default: 3/4 of "
+        "the free memory)",
+    )
     add_file_limits(parser)
     add("--csv", metavar="FILE", type=Path, help="the table as CSV (default OUT/metrics.csv)")
     add("--output-json", metavar="FILE", type=Path, help="the JSON (default OUT/metrics.json)")
@@ -152,4 +167,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("the following arguments are required: DATA")
     if not 0 < arguments.aupro_limit <= 1:
         parser.error(f"--aupro-limit {arguments.aupro_limit} must lie in (0, 1], usually 0.3 or 0.05")
+    if arguments.strict_metrics and arguments.protocol == "paper":
+        parser.error("--strict-metrics are those of full resolution: leave out --protocol paper")
     return arguments

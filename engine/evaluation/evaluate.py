@@ -5,37 +5,32 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.folders import Dataset
 from zsad.engine.images.ground_truth import mask_file
-from zsad.engine.images.layouts import MASK_FOLDERS, is_test
-from zsad.engine.images.stored import ImageError, read_map
-from zsad.engine.images.tree import RUN, SCORES
-from zsad.engine.scores.maps import upsample
+from zsad.engine.images.stored import ImageError
+from zsad.engine.images.tree import RECORD, REGIONS, RUN, SCORES
 from zsad.engine.scores.verdicts import VERDICTS
 from zsad.kernels.files import as_cell, from_cell, parse_json
 
+from .localisation import ComparedPixels, Comparison, Protocol, Warn
 from .masks import MaskError, read_mask
-from .metrics import Region, image_metrics, pixel_metrics
-from .saturation import Saturation, read_saturation, saturation_area
+from .metrics import image_metrics
+from .pixels import MUSC, Paper, Source, where_masks_lie
+from .saturation import Saturation, read_saturation
+from .strict import AUPIMO, SEGMENTATION_F1, DrawnRegions
 
 log = logging.getLogger("zsad")
 
-Protocol = Literal["official", "paper"]
 Values = dict[str, float | None]
-# Is told what is left out, or, as `note`, what is as it is; a sentence each, as an error where a file is unreadable.
-Warn = Callable[[str | ImageError], None]
-
 # Weights of the Rayan challenge's leaderboard; the keys name and order the metrics everywhere below.
 CHALLENGE_WEIGHTS = {
     "image_auroc": 1.2,
@@ -47,27 +42,23 @@ CHALLENGE_WEIGHTS = {
     "pixel_f1": 1.3,
 }
 METRICS = (*CHALLENGE_WEIGHTS, "challenge")
-PAPER_STEPS = 200
 
+# Beside them where they are asked for, with what bounds each in its name: MVTec AD 2's AUPRO, of regions that hang
+# together; MVTec LOCO's area under the saturated overlap, where there are saturation thresholds; recall where normal
+# images have next to no false positives; F1 of the run's own regions.
+STRICT_HEADS = {
+    "pixel_aupro_0.05": "AUPRO@0.05",
+    "pixel_auspro_0.05": "AU-sPRO@0.05",
+    f"pixel_{AUPIMO}": "AUPIMO@1e-5..1e-4",
+    f"pixel_{SEGMENTATION_F1}": "SegF1@regions",
+}
 
-@dataclass(frozen=True)
-class Paper:
-    """How the published code of a method compares maps with masks."""
-
-    side: int  # pixels of the square that maps and masks are brought to
-    mask_from: int  # grey value from which on a pixel of a mask, resized as 0 and 255, is anomalous
-    precision: type[np.floating[Any]]  # of the maps, and so of AUPRO's steps
-    ends_coincide: bool  # whether maps are resized back as `upsample` does; else with the masks' filter
-
-
-# Its masks are truncated to integers: only pixels at full intensity are left.
-MUSC = Paper(518, 255, np.float64, ends_coincide=False)
 
 LOOKED_FOR = "looked for test/good/ and test/<defect>/, for good/ beside folders of defects, and for masks"
 
 
 class Evaluation(TypedDict):
-    """Metrics in [0, 1] by the names in `METRICS`, None where the ground truth for one is missing."""
+    """Metrics in [0, 1] by the names in METRICS and STRICT_HEADS, None where the ground truth for one is missing."""
 
     categories: dict[str, Values]
     mean: Values
@@ -81,8 +72,7 @@ class EvaluationError(Exception):
 def evaluate(
     out: Path,
     dataset: Dataset,
-    protocol: Protocol = "official",
-    aupro_limit: float = 0.3,
+    how: Comparison = Comparison(),  # noqa: B008 - of values only
     warn: Warn = log.warning,
     only: Collection[str] | None = None,
     note: Warn = log.info,
@@ -92,7 +82,7 @@ def evaluate(
     `out` is what `zsad-infer` wrote, `<category>/scores.csv` and the maps named there. `warn` gets a sentence for each
     thing left out, `note` one for each kind of metric that there cannot be. `only` names the categories to look at,
     where results of others may be stale or have no ground truth. Raises EvaluationError where nothing can be evaluated,
-    and ValueError for an AUPRO limit outside (0, 1].
+    OSError where temporary files find no room, and ValueError for an AUPRO limit outside (0, 1].
 
     Protocol `official` compares the maps with the ground truth at full resolution, with the exact AUPRO. `paper`
     follows the published code of the method that the run's record names: each mask goes to a square with Pillow's
@@ -123,14 +113,19 @@ def evaluate(
     for name in sorted(with_results - known.keys() if not one_of_several else ()):
         reason = f"no ground truth in {dataset.root}: {LOOKED_FOR}" if name in wanted else f"not in {dataset.root}"
         warn(f"{name}: results in {out / name}, but {reason}; left out")
-    paper = _paper(out / RUN) if protocol == "paper" else None
+    paper = _paper(out / RUN) if how.protocol == "paper" else None
     categories = {
-        name: evaluate_category(out / name, category, paper, aupro_limit, warn, note)
+        name: evaluate_category(out / name, category, how, paper, warn, note)
         for name, category in known.items()
         if name in with_results
     }
-    mean = {key: _mean([values[key] for values in categories.values()]) for key in METRICS}
-    return {"categories": categories, "mean": mean, "protocol": protocol}
+    mean = {key: _mean([values[key] for values in categories.values()]) for key in _keys(how)}
+    return {"categories": categories, "mean": mean, "protocol": how.protocol}
+
+
+def _keys(how: Comparison) -> tuple[str, ...]:
+    """Return the names of the metrics that are asked for, in their order."""
+    return (*METRICS, *(STRICT_HEADS if how.strict else ()))
 
 
 def _paper(file: Path) -> Paper:
@@ -150,7 +145,7 @@ def _paper(file: Path) -> Paper:
 
 
 def evaluate_category(
-    results: Path, category: Category, paper: Paper | None, aupro_limit: float, warn: Warn, note: Warn
+    results: Path, category: Category, how: Comparison, paper: Paper | None, warn: Warn, note: Warn
 ) -> Values:
     """Metrics of one category, from the folder of its results and its images; see `evaluate`."""
     rows = _read_scores(results / SCORES)
@@ -165,39 +160,43 @@ def evaluate_category(
         if (score := _usable_score(category.root / relative, images.get(relative), row["score"], warn)) is not None
     }
     labels = [images[relative].anomalous for relative in usable]
-    at_image = image_metrics(np.array(labels, np.bool_), list(usable.values()))
-
-    pixels: list[Pixels] = []
+    found = image_metrics(np.array(labels, np.bool_), list(usable.values()))
+    found = {f"image_{key}": value for key, value in found.items()}
+    pixels = None
     if _has_pixels(results, category, images.values(), rows.values(), warn, note):
-        saturation = _saturation(category, warn)
-        for relative in usable:
-            try:
-                map_path = results / rows[relative]["map"]
-                pixels.append(_load_pixels(category.root, images[relative], map_path, paper, saturation))
-            except (ImageError, OSError, ValueError) as error:
-                said = f"{category.root / relative}: left out of the pixel metrics: {error}"
-                warn(ImageError(said) if isinstance(error, ImageError) else said)
-    at_pixel = pixel_metrics(
-        [of_image.mask for of_image in pixels],
-        [of_image.map for of_image in pixels],
-        aupro_limit,
-        PAPER_STEPS if paper else None,
-        [of_image.regions for of_image in pixels],
-    )
+        with_maps = [(images[relative], results / rows[relative]["map"]) for relative in usable]
+        source = Source(category.root, with_maps, paper, _saturation(category, warn))
+        pixels = ComparedPixels(source, how, warn)
+        found |= {f"pixel_{key}": value for key, value in pixels.metrics.items()}
     _say_what_is_missing(category.name, labels, pixels, note)
+    if pixels is not None and how.strict:
+        strict = pixels.strict_metrics(_drawn_regions(results), lambda said: note(f"{category.name}: {said}"))
+        found |= {f"pixel_{key}": value for key, value in strict.items()}
     _say_verdicts(category.name, labels, [rows[relative].get("verdict", "") for relative in usable], note)
-    found = {f"image_{key}": value for key, value in at_image.items()}
-    found |= {f"pixel_{key}": value for key, value in at_pixel.items()}
-    values: Values = {key: None if math.isnan(found[key]) else found[key] for key in CHALLENGE_WEIGHTS}
+    values = {key: None if math.isnan(value := found.get(key, math.nan)) else value for key in _keys(how)}
     return {**values, "challenge": _challenge(values)}
 
 
-def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: Sequence[Pixels], note: Warn) -> None:
+def _say_what_is_missing(name: str, labels: Sequence[bool | None], pixels: ComparedPixels | None, note: Warn) -> None:
     if len(set(labels)) == 1:
         kind = "anomalous" if labels[0] else "normal"
         note(f"{name}: no image metrics, since all images that are compared ({len(labels)}) count as {kind}")
-    if pixels and not any(of_image.mask.any() for of_image in pixels):
-        note(f"{name}: no pixel metrics, since no pixel of the {len(pixels)} masks is anomalous")
+    if pixels is not None and pixels.images and not pixels.anomalous:
+        note(f"{name}: no pixel metrics, since no pixel of the {pixels.images} masks is anomalous")
+
+
+def _drawn_regions(results: Path) -> DrawnRegions | None:
+    """Return what a run has told of regions in its category's record and table; None where it has not."""
+    try:
+        bound = float(parse_json((results / RECORD).read_bytes())["bounds"]["region"])
+        least: dict[PurePosixPath, int] = {}
+        with (results / REGIONS).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.DictReader(file):
+                path, area = PurePosixPath(from_cell(row["path"])), int(row["area"])
+                least[path] = min(area, least.get(path, area))
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):
+        return None
+    return DrawnRegions(bound, least)
 
 
 def _say_verdicts(name: str, labels: Sequence[bool | None], verdicts: Sequence[str], note: Warn) -> None:
@@ -274,23 +273,12 @@ def _has_pixels(
     anomalous = [image for image in images if image.anomalous]
     if not any(image.masks.files for image in anomalous):
         if anomalous:
-            note(f"{category.name}: no masks, so no pixel metrics: {_where_masks_lie(anomalous[0])}")
+            note(f"{category.name}: no masks, so no pixel metrics: {where_masks_lie(anomalous[0])}")
         return False
     if not any(row["map"] for row in rows):
         warn(f"{results}: holds no maps, so there are no pixel metrics; run `zsad-infer` with `--format zsad`")
         return False
     return True
-
-
-def _where_masks_lie(image: InputImage) -> str:
-    place = image.relative.with_suffix("")
-    if is_test(place.parts[0]):
-        place = place.relative_to(place.parts[0])
-    first, *others = MASK_FOLDERS
-    return (
-        f"looked for {first}/{place}_mask.png, also with _label, _GT or nothing for _mask and any image suffix, "
-        f"in {', '.join(others)} and beside the image"
-    )
 
 
 def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
@@ -303,60 +291,6 @@ def _read_scores(path: Path) -> dict[PurePosixPath, dict[str, str]]:
             return {PurePosixPath(from_cell(row["path"])): row for row in reader}
     except csv.Error as error:
         raise EvaluationError(f"{path} is not a CSV file ({error}): run `zsad-infer` again") from error
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What there is to compare of one image, at the protocol's size."""
-
-    mask: NDArray[np.bool_]  # [H, W]
-    map: NDArray[np.floating[Any]]  # [H, W]
-    regions: Sequence[Region] | None  # None: those of the mask that hang together
-
-
-def _load_pixels(
-    root: Path, image: InputImage, map_path: Path, paper: Paper | None, saturation: Saturation | None
-) -> Pixels:
-    """Mask and map of one image; ImageError says which file is unreadable, ValueError what else is wrong."""
-    if not map_path.is_file():
-        raise ValueError(f"its map {map_path} is missing; run `zsad-infer` again")
-    try:
-        map_ = read_map(map_path)
-    except ImageError as error:
-        raise ImageError(f"its map {map_path}: {error}; run `zsad-infer` again") from None
-    if not np.isfinite(np.asarray(map_)).all():
-        raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
-    if image.anomalous and not image.masks.files:
-        raise ValueError(f"its mask is missing: {_where_masks_lie(image)}")
-    mask = np.zeros((map_.height, map_.width), np.bool_)
-    by_file = image.masks.regions or saturation is not None
-    regions: list[Region] = []
-    for path in image.masks.files:
-        file = mask_file(root, path)
-        try:
-            part = read_mask(file)  # [H, W]
-        except (ImageError, MaskError) as error:
-            kind = ImageError if isinstance(error, ImageError) else ValueError
-            raise kind(f"its mask {file}: {error}") from None
-        if part.shape != mask.shape:
-            size = f"{part.shape[1]}x{part.shape[0]} px, the image {map_.width}x{map_.height} px"
-            raise ValueError(f"its mask {file} is {size}")
-        mask |= part
-        if by_file and part.any():
-            regions.append(Region(part, saturation_area(file, part, saturation)))
-    if bool(mask.any()) != image.anomalous:
-        said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
-        raise ValueError(f"its mask {mask_file(root, image.masks.files[0])} {said} {image.defect or 'normal'}")
-    if paper is not None:
-        return _resized(mask, map_, paper)
-    return Pixels(mask, np.asarray(map_), regions if by_file else None)
-
-
-def _resized(mask: NDArray[np.bool_], map_: Image.Image, paper: Paper) -> Pixels:
-    square, bilinear = (paper.side, paper.side), Image.Resampling.BILINEAR
-    resized_mask = Image.fromarray(mask).convert("L").resize(square, bilinear)  # 0 and 255 before
-    resized = upsample(np.asarray(map_), square) if paper.ends_coincide else np.asarray(map_.resize(square, bilinear))
-    return Pixels(np.asarray(resized_mask) >= paper.mask_from, resized.astype(paper.precision), None)
 
 
 def _challenge(values: Mapping[str, float | None]) -> float | None:
@@ -379,17 +313,20 @@ def _rows(evaluation: Evaluation) -> Iterator[tuple[str, Values]]:
 def format_csv(evaluation: Evaluation) -> str:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("category", "protocol", *METRICS))
+    keys = tuple(evaluation["mean"])
+    writer.writerow(("category", "protocol", *keys))
     for name, values in _rows(evaluation):
-        writer.writerow((as_cell(name), evaluation["protocol"], *(values[key] for key in METRICS)))
+        writer.writerow((as_cell(name), evaluation["protocol"], *(values[key] for key in keys)))
     return text.getvalue()
 
 
 def format_table(evaluation: Evaluation, aupro_limit: float) -> str:
-    heads = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", f"AUPRO@{aupro_limit:g}", "P-AP", "P-F1", "challenge")
-    rows: list[tuple[str, ...]] = [("category", "protocol", *heads)]
+    names = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", f"AUPRO@{aupro_limit:g}", "P-AP", "P-F1", "challenge")
+    heads = dict(zip(METRICS, names, strict=True)) | STRICT_HEADS
+    keys = tuple(evaluation["mean"])
+    rows: list[tuple[str, ...]] = [("category", "protocol", *(heads[key] for key in keys))]
     for name, values in _rows(evaluation):
-        numbers = ("-" if (value := values[key]) is None else f"{value:.4f}" for key in METRICS)
+        numbers = ("-" if (value := values[key]) is None else f"{value:.4f}" for key in keys)
         rows.append((name, evaluation["protocol"], *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

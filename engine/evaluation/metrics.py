@@ -3,17 +3,17 @@
 A curve over all thresholds changes its true positives only at the scores of positives, and there it needs nothing but
 the number of negatives above. So the few positives are sorted, the many negatives are counted into narrow bins, and
 only those that share a bin with a positive are sorted and searched. Every metric follows in closed form from the
-counts, ties included, and no curve is ever stored.
+counts, ties included, and no curve is ever stored. Where the scores come from, from memory or from disk (`spilled.py`),
+is the sample's business.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -27,32 +27,88 @@ Images = NDArray[Any] | Sequence[ArrayLike]
 _PIECE_PIXELS = 4_000_000
 _MAX_BINS = 2**20
 
+CLASSIFICATION = ("auroc", "ap", "f1")
+
+
+# What positives weigh, by name: those of the regions given with an image, where there are some, and those of the
+# regions that hang together in its mask. Only where the two differ is there the second.
+GIVEN, CONNECTED = "given", "connected"
+
+# Areas under overlaps up to a stricter limit: MVTec AD 2's, of regions that hang together, and MVTec LOCO's, of the
+# regions given, which saturate.
+SATURATED = "auspro_0.05"
+STRICT = {"aupro_0.05": (CONNECTED, 0.05), SATURATED: (GIVEN, 0.05)}
+
 
 @dataclass(frozen=True)
-class _Sample:
-    """Scores of two classes: positives [M] ascending, negatives in pieces, in no order.
+class Piece:
+    """Positives that follow one another in the order of scores, ascending: each by itself, or equal ones together."""
 
-    `weights` [M] belong to the positives and sum to 1: all alike for a plain recall, or 1 / (regions × area of the
-    region) for the mean per-region overlap, whose saturated regions give all of it to their highest scores.
+    counts: NDArray[Any]  # [T] positives
+    weights: Mapping[str, NDArray[np.float64]]  # [T], summing to 1 over all pieces
+    found: NDArray[Any]  # [T] positives of the whole sample whose scores are as high or higher
+    before: NDArray[np.float64]  # [T] false-positive rate of the scores above
+    at: NDArray[np.float64]  # [T] the same with equal ones
+
+
+class Sample(Protocol):
+    """Scores of two classes; pixels or images."""
+
+    @property
+    def positive_count(self) -> int: ...
+    @property
+    def negative_count(self) -> int: ...
+    @property
+    def extremes(self) -> tuple[np.floating[Any], np.floating[Any]]:
+        """The lowest and the highest score, in the precision of all."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """All positives, piece by piece."""
+
+    def above(self, thresholds: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Number of negatives and given weight of the positives above ascending thresholds: [T], [T]."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Scores of two classes: positives [M], and negatives in pieces, in no order.
+
+    `weights` [M] belong to the positives: all alike for a plain recall, or 1 / area of the region for the per-region
+    overlap, whose saturated regions give all of it to their highest scores. Each region sums to 1.
     """
 
     positives: FloatArray
-    weights: NDArray[np.float64]
+    weights: Mapping[str, NDArray[np.float64]]
     negatives: list[FloatArray]
+
+
+@dataclass(frozen=True)
+class _Held(Split):
+    """A sample in memory, positives ascending, whose weights sum to 1."""
+
+    @property
+    def positive_count(self) -> int:
+        return self.positives.size
 
     @property
     def negative_count(self) -> int:
         return sum(piece.size for piece in self.negatives)
 
     @property
-    def one_class(self) -> bool:
-        return self.positives.size == 0 or self.negative_count == 0
+    def extremes(self) -> tuple[np.floating[Any], np.floating[Any]]:
+        scores = [array for array in (self.positives, *self.negatives) if array.size]
+        return min(array.min() for array in scores), max(array.max() for array in scores)
 
-    @cached_property
-    def rates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """False-positive rates just before and at the threshold of each positive: [M], [M], equal but for ties."""
-        above, at_least = _count_beyond(self.negatives, self.positives)
-        return above / self.negative_count, at_least / self.negative_count
+    def pieces(self) -> Iterator[Piece]:
+        positives, count = self.positives, self.negative_count
+        above, at_least = _count_beyond(self.negatives, positives)
+        found = positives.size - np.searchsorted(positives, positives)
+        yield Piece(np.ones(positives.size), self.weights, found, above / count, at_least / count)
+
+    def above(self, thresholds: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        covered = np.append(np.cumsum(self.weights[GIVEN][::-1])[::-1], 0)  # [M + 1] weight from each rank on
+        weight = covered[np.searchsorted(self.positives, thresholds, side="right")]
+        return _count_beyond(self.negatives, thresholds)[0], weight
 
 
 @dataclass(frozen=True)
@@ -92,7 +148,10 @@ def _count_beyond(pieces: Sequence[FloatArray], thresholds: FloatArray) -> tuple
         return np.bincount(bin_, minlength=bins + 2), above, at_least
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        per_bin, above, at_least = (sum(parts) for parts in zip(*pool.map(count, pieces), strict=True))
+        totals: list[NDArray[np.int64]] = []
+        for parts in pool.map(count, pieces):  # added at once: there are as many thresholds as positives
+            totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else list(parts)
+    per_bin, above, at_least = totals
     beyond = np.cumsum(np.where(contested, 0, per_bin)[::-1])[::-1][threshold_bins]  # [T] from uncontested bins
     return beyond + above, beyond + at_least
 
@@ -112,8 +171,8 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     if not np.isfinite(score).all():
         raise ValueError(f"score {np.flatnonzero(~np.isfinite(score))[0]} is not finite: scores must be finite numbers")
     positives = np.sort(score[anomalous])
-    weights = np.full(positives.size, 1 / max(positives.size, 1))
-    return _classification(_Sample(positives, weights, [score[~anomalous]]))
+    found = measure(_Held(positives, {}, [score[~anomalous]]), {})
+    return {key: found[key] for key in CLASSIFICATION}
 
 
 def pixel_metrics(
@@ -122,6 +181,7 @@ def pixel_metrics(
     aupro_limit: float = 0.3,
     aupro_steps: int | None = None,
     regions: Sequence[Sequence[Region] | None] | None = None,
+    strict: bool = False,
 ) -> dict[str, float]:
     """Localisation metrics of anomaly maps, over all pixels of all images together.
 
@@ -129,10 +189,9 @@ def pixel_metrics(
     more anomalous, any unit. regions: those of each image, within its mask; None: what hangs together in the mask. With
     saturation areas AUPRO becomes the area under MVTec LOCO's saturated per-region overlap. Returns "auroc", "ap", "f1"
     (the maximum over thresholds) and "aupro" in [0, 1], as `image_metrics` and `aupro` define them; all are NaN where
-    only one class is present. Raises ValueError as `aupro`.
+    only one class is present. `strict` adds those in STRICT. Raises ValueError as `aupro`.
     """
-    sample = _pool_pixels(masks, maps, regions)
-    return {**_classification(sample), "aupro": _region_overlap_area(sample, aupro_limit, aupro_steps)}
+    return curve_metrics(_pool_pixels(masks, maps, regions, strict), aupro_limit, aupro_steps, strict)
 
 
 def aupro(masks: Images, maps: Images, limit: float = 0.3, steps: int | None = None) -> float:
@@ -147,49 +206,59 @@ def aupro(masks: Images, maps: Images, limit: float = 0.3, steps: int | None = N
     Raises ValueError for shapes that differ, masks other than 0 and 1, maps that are not finite, and a limit outside
     (0, 1].
     """
-    return _region_overlap_area(_pool_pixels(masks, maps), limit, steps)
+    return curve_metrics(_pool_pixels(masks, maps), limit, steps)["aupro"]
 
 
-def _classification(sample: _Sample) -> dict[str, float]:
-    positives = sample.positives
-    if sample.one_class:
-        return dict.fromkeys(("auroc", "ap", "f1"), float("nan"))
-    true_positives = positives.size - np.searchsorted(positives, positives)  # [M]
-    detected = true_positives + sample.rates[1] * sample.negative_count  # [M]
-    # Each positive carries one M-th of the recall, at the precision of the threshold that reaches it.
-    return {
-        "auroc": _area(sample, np.full(positives.size, 1 / positives.size), 1.0),
-        "ap": float(np.mean(true_positives / detected)),
-        "f1": float(np.max(2 * true_positives / (detected + positives.size))),
-    }
+def curve_metrics(
+    sample: Sample, aupro_limit: float, aupro_steps: int | None, strict: bool = False
+) -> dict[str, float]:
+    """Metrics of a sample of pixels; see `pixel_metrics`."""
+    if not 0 < aupro_limit <= 1:
+        said = f"the limit of the false-positive rate is {aupro_limit}: it must lie in (0, 1], usually 0.3 or 0.05"
+        raise ValueError(said)
+    overlaps = {"aupro": (GIVEN, aupro_limit)} if aupro_steps is None else {}
+    found = measure(sample, overlaps | (STRICT if strict else {}))
+    return found if aupro_steps is None else {**found, "aupro": _stepped_overlap(sample, aupro_limit, aupro_steps)}
 
 
-def _area(sample: _Sample, weights: NDArray[np.float64], limit: float) -> float:
-    """Area up to `limit` under the weighted recall of the positives against the false-positive rate."""
-    before, at = sample.rates
+def measure(sample: Sample, overlaps: Mapping[str, tuple[str, float]]) -> dict[str, float]:
+    """AUROC, AP, F1-max, and areas under overlaps: by name which weights, and up to which false-positive rate."""
+    total, negatives = sample.positive_count, sample.negative_count
+    names = (*CLASSIFICATION, *overlaps)
+    if not total or not negatives:
+        return dict.fromkeys(names, float("nan"))
+    found = dict.fromkeys(names, 0.0)
+    for piece in sample.pieces():
+        detected = piece.found + piece.at * negatives  # [T]
+        # Each positive carries its share of the recall, at the precision of the threshold that reaches it.
+        found["auroc"] += _area(piece, piece.counts / total, 1.0)
+        found["ap"] += float(np.sum(piece.counts * (piece.found / detected)) / total)
+        found["f1"] = max(found["f1"], float(np.max(2 * piece.found / (detected + total))))
+        for name, (kind, limit) in overlaps.items():
+            found[name] += _area(piece, piece.weights.get(kind, piece.weights[GIVEN]), limit) / limit
+    return found
+
+
+def _area(piece: Piece, weights: NDArray[np.float64], limit: float) -> float:
+    """What positives add to the area up to `limit` under their weighted recall against the false-positive rate."""
+    before, at = piece.before, piece.at
     # A positive counts fully at rates above `at`; across a tie with negatives its share rises along a line.
     ramp = np.clip(limit, before, at) - before
     share = np.divide(ramp, at - before, out=np.zeros_like(ramp), where=at > before)
     return float(weights @ (ramp * share / 2 + np.maximum(limit - at, 0)))
 
 
-def _region_overlap_area(sample: _Sample, limit: float, steps: int | None) -> float:
-    if not 0 < limit <= 1:
-        raise ValueError(f"the limit of the false-positive rate is {limit}: it must lie in (0, 1], usually 0.3 or 0.05")
-    if sample.one_class:
+def _stepped_overlap(sample: Sample, limit: float, steps: int) -> float:
+    if not sample.positive_count or not sample.negative_count:
         return float("nan")
-    if steps is None:
-        return _area(sample, sample.weights, limit) / limit
-    scores = [array for array in (sample.positives, *sample.negatives) if array.size]
-    lowest, highest = min(array.min() for array in scores), max(array.max() for array in scores)
+    lowest, highest = sample.extremes
     # In the maps' own type, also with NumPy 1, as in the published code: it moves AUPRO's fifth digit.
     step = (highest - lowest) / lowest.dtype.type(steps)
     if step == 0:
         return float("nan")
     thresholds = np.arange(lowest, highest, step)  # [T]
-    rate = _count_beyond(sample.negatives, thresholds)[0] / sample.negative_count  # [T]
-    covered = np.append(np.cumsum(sample.weights[::-1])[::-1], 0)  # [M + 1] weight of the positives from each rank on
-    overlap = covered[np.searchsorted(sample.positives, thresholds, side="right")]  # [T]
+    above, overlap = sample.above(thresholds)
+    rate = above / sample.negative_count  # [T]
     rate, overlap = rate[rate < limit][::-1], overlap[rate < limit][::-1]
     if rate.size == 0 or rate[-1] == rate[0]:
         return float("nan")
@@ -197,22 +266,30 @@ def _region_overlap_area(sample: _Sample, limit: float, steps: int | None) -> fl
     return float(area / (rate[-1] - rate[0]))
 
 
-def _pool_pixels(masks: Images, maps: Images, regions: Sequence[Sequence[Region] | None] | None = None) -> _Sample:
+def _pool_pixels(
+    masks: Images,
+    maps: Images,
+    regions: Sequence[Sequence[Region] | None] | None = None,
+    connected: bool = False,
+) -> _Held:
     """All pixels of all images as one sample, the positives weighted by region."""
     if len(masks) != len(maps):
         raise ValueError(f"{len(masks)} masks and {len(maps)} maps: every map needs one mask")
     arrays = [np.asarray(map_) for map_ in maps]
     dtype = np.result_type(np.float32, *arrays)  # one precision for all, float32 unless a map needs more
     given = [None] * len(masks) if regions is None else regions
+    connected = connected and any(of_image is not None for of_image in given)
+
+    def split(batch: range) -> Split:
+        return _joined([split_pixels(masks[i], arrays[i], given[i], connected, str(i)) for i in batch], dtype)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(partial(_split_pixels, masks, arrays, given, dtype), _batches([a.size for a in arrays])))
-    positives = np.concatenate([part.positives for part in parts] or [np.empty(0, dtype)])  # [M]
-    weights = np.concatenate([part.weights for part in parts] or [np.empty(0)])  # [M], each region summing to 1
-    order = np.argsort(positives)
-    count = weights.sum()
-    return _Sample(
-        positives[order], weights[order] / (count or 1), [piece for part in parts for piece in part.negatives]
-    )
+        parts = list(pool.map(split, _batches([a.size for a in arrays])))
+    negatives = [piece for part in parts for piece in part.negatives]
+    pooled = _joined([replace(part, negatives=[]) for part in parts], dtype)
+    order = np.argsort(pooled.positives)
+    weights = {kind: values[order] / (values.sum() or 1) for kind, values in pooled.weights.items()}
+    return _Held(pooled.positives[order], weights, negatives)
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[range]:
@@ -225,36 +302,47 @@ def _batches(sizes: Sequence[int]) -> Iterator[range]:
             start, pixels = index + 1, 0
 
 
-def _split_pixels(
-    masks: Images,
-    maps: Sequence[NDArray[Any]],
-    regions: Sequence[Sequence[Region] | None],
-    dtype: np.dtype[Any],
-    batch: range,
-) -> _Sample:
-    """The pixels of a batch: positives in no order, their weights 1 / area of their region, and one piece."""
-    positives, weights, negatives = [np.empty(0, dtype)], [np.empty(0)], []
-    for index in batch:
-        mask, map_ = np.asarray(masks[index]), maps[index]  # [H, W], [H, W]
-        if mask.ndim != 2 or mask.shape != map_.shape:
-            raise ValueError(f"mask {index} is {mask.shape}, its map {map_.shape}: both must be [H, W] and of one size")
-        if not np.isfinite(map_).all():
-            raise ValueError(f"map {index} holds NaN or infinity: maps must be finite")
-        anomalous = _binary(mask, f"mask {index}")
-        if not anomalous.any():
-            negatives.append(map_.ravel())
-            continue
-        positives.append(map_[anomalous])
-        of_image = regions[index]
-        if of_image is None:
-            _, region, stats, _ = cv2.connectedComponentsWithStats(anomalous.view(np.uint8), connectivity=8)
-            weights.append(1 / stats[region[anomalous], cv2.CC_STAT_AREA])
-        else:
-            weights.append(_saturated_weights(of_image, map_)[anomalous])
-        negatives.append(map_[~anomalous])
-    return _Sample(
-        np.concatenate(positives, dtype=dtype), np.concatenate(weights), [np.concatenate(negatives, dtype=dtype)]
+def _joined(parts: Sequence[Split], dtype: np.dtype[Any]) -> Split:
+    """Several samples as one, in one precision; negatives in one piece, if there are any."""
+    kinds = parts[0].weights if parts else {GIVEN: None}
+    negatives = [piece for part in parts for piece in part.negatives]
+    return Split(
+        np.concatenate([np.empty(0, dtype), *(part.positives for part in parts)], dtype=dtype),
+        {kind: np.concatenate([np.empty(0), *(part.weights[kind] for part in parts)]) for kind in kinds},
+        [np.concatenate(negatives, dtype=dtype)] if negatives else [],
     )
+
+
+def split_pixels(
+    mask: ArrayLike, map_: NDArray[Any], regions: Sequence[Region] | None, connected: bool, name: str
+) -> Split:
+    """The pixels of one image: positives and negatives, which may be a view of the map.
+
+    mask, map_: [H, W]. connected: weights of the regions that hang together too. Raises ValueError as `aupro`.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.shape != map_.shape:
+        raise ValueError(f"mask {name} is {mask.shape}, its map {map_.shape}: both must be [H, W] and of one size")
+    if not np.isfinite(map_).all():
+        raise ValueError(f"map {name} holds NaN or infinity: maps must be finite")
+    anomalous = _binary(mask, f"mask {name}")
+    kinds = (GIVEN, CONNECTED) if connected else (GIVEN,)
+    if not anomalous.any():
+        return Split(np.empty(0, map_.dtype), dict.fromkeys(kinds, np.empty(0)), [map_.ravel()])
+    weights = {
+        kind: _connected_weights(anomalous)
+        if regions is None or kind == CONNECTED
+        else _saturated_weights(regions, map_)[anomalous]
+        for kind in kinds
+    }
+    return Split(map_[anomalous], weights, [map_[~anomalous]])
+
+
+def _connected_weights(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """1 / area of its 8-connected region, for each pixel of a mask [H, W]."""
+    _, region, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    weights: NDArray[np.float64] = 1 / stats[region[mask], cv2.CC_STAT_AREA]
+    return weights
 
 
 def _saturated_weights(regions: Sequence[Region], map_: NDArray[Any]) -> NDArray[np.float64]:

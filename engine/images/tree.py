@@ -11,6 +11,7 @@ from .stored import SUFFIXES
 
 RECORD = "category.json"  # written last into a category's results: a folder that has it is finished
 SCORES = "scores.csv"
+REGIONS = "regions.csv"
 SCORED = "scored.jsonl"  # the journal of a finished category, from which a later run takes what is still valid
 WATCHED = "watched.jsonl"  # the journal of a category whose images are scored as they arrive
 RUN = "run.json"

@@ -20,7 +20,7 @@ from zsad.engine.images.categories import Category, InputImage
 from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.remote import stamps
 from zsad.engine.images.stored import read_map
-from zsad.engine.images.tree import RECORD, SCORED, SCORES
+from zsad.engine.images.tree import RECORD, REGIONS, SCORED, SCORES
 from zsad.kernels.files import as_cell, parse_json, written_whole
 
 from .growing import Growing
@@ -29,7 +29,6 @@ from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place
 from .rayan import read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
 
-REGIONS = "regions.csv"
 THUMBNAILS = "thumbnails.jsonl"  # a line for each image: its path and data URIs by name
 DRAFT = "draft"  # what replaces a file of an image; one name for all, because theirs may be as long as allowed
 

@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tifffile import imwrite
 
 from zsad.engine.images.categories import Category
 from zsad.engine.images.remote import Location
-from zsad.engine.scores.verdicts import labelled_regions
+from zsad.engine.scores.verdicts import region_mask
 
 from .checking import Entry, check_names, entries, png_fault, tiff_fault, upright_size
 from .exports import Faults, Finished, Progress, Report, Source, place_of
@@ -108,10 +107,8 @@ def _write_image(folder: Path, key: str, category: Finished, image: ImageRecord)
         return False
     mask = np.zeros(scores.shape, np.uint8)
     if image.regions:
-        labels, found = labelled_regions(scores, bounds.region, min(region.area for region in image.regions))
-        table: NDArray[np.uint8] = np.zeros(labels.max() + 1, np.uint8)
-        table[[label for label, _ in found]] = 255
-        mask = table[labels]
+        found = region_mask(scores, bounds.region, min(region.area for region in image.regions))
+        mask = np.uint8(255) * found
     Image.fromarray(mask).save(_made(folder, MASKS, key), format="PNG")
     return True
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zsad.engine.images.arrivals import Arrival, Known, Version
-from zsad.engine.images.tree import SCORES, WATCHED, WATCHED_START, is_stream
+from zsad.engine.images.tree import REGIONS, SCORES, WATCHED, WATCHED_START, is_stream
 from zsad.kernels.files import flush, parse_json
 
-from .category import COLUMNS, NOTE, P_VALUE, REGION_COLUMNS, REGIONS, VERDICTS, region_rows, score_row
+from .category import COLUMNS, NOTE, P_VALUE, REGION_COLUMNS, VERDICTS, region_rows, score_row
 from .growing import Growing
 from .image_files import key_of
 from .output import OutputError

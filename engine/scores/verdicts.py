@@ -142,6 +142,15 @@ def find_regions(scores: NDArray[np.float32], threshold: float, least_area: int)
     return [region for _, region in labelled_regions(scores, threshold, least_area)[1]]
 
 
+def region_mask(scores: NDArray[np.float32], threshold: float, least_area: int) -> NDArray[np.bool_]:
+    """Return where a map [h, w] has the regions that `find_regions` finds."""
+    labels, found = labelled_regions(scores, threshold, least_area)
+    table = np.zeros(labels.max() + 1, np.bool_)
+    table[[label for label, _ in found]] = True
+    mask: NDArray[np.bool_] = table[labels]
+    return mask
+
+
 def labelled_regions(
     scores: NDArray[np.float32], threshold: float, least_area: int
 ) -> tuple[NDArray[np.int32], list[tuple[int, Region]]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import pytest
@@ -22,10 +25,14 @@ from PIL import Image
 
 from zsad.engine.commands.evaluate import main
 from zsad.engine.evaluation.evaluate import CHALLENGE_WEIGHTS, METRICS, EvaluationError, evaluate, format_csv, labelled
+from zsad.engine.evaluation.localisation import Comparison
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
+from zsad.engine.evaluation.pixels import Source
 from zsad.engine.images.folders import scan
 from zsad.engine.results.output import claimed
 from zsad.engine.scores.maps import upsample
+from zsad.engine.scores.verdicts import region_mask
+from zsad.kernels.machine import available_cores
 
 HEIGHT, WIDTH = 24, 32
 # Makes Pillow run `gs`, where nothing says which formats are meant.
@@ -150,7 +157,7 @@ def test_table_and_files(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_paper_protocol_resizes_and_keeps_full_intensity(case: Case) -> None:
-    found = evaluate(case.out, scan(case.data), protocol="paper")
+    found = evaluate(case.out, scan(case.data), Comparison("paper"))
     size, bilinear = (518, 518), Image.Resampling.BILINEAR
     masks, maps = [], []
     for path in sorted((case.out / "cable").glob("maps/test/*/*.tiff")):
@@ -198,7 +205,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[Any], Seque
         seen.append((masks, maps))
         return pixel_metrics(masks, maps, *options)
 
-    monkeypatch.setattr("zsad.engine.evaluation.evaluate.pixel_metrics", watched)
+    monkeypatch.setattr("zsad.engine.evaluation.localisation.pixel_metrics", watched)
     return seen
 
 
@@ -216,7 +223,7 @@ def test_april_gans_results_give_its_published_codes_metrics(
 ) -> None:
     case = Case(tmp_path)
     write_april(case, maps, scores, own_sizes=False)
-    found = evaluate(case.out, scan(case.data), protocol="paper")
+    found = evaluate(case.out, scan(case.data), Comparison("paper"))
     rows = [*(found["categories"][name] for name in CLASSES), found["mean"]]
     expected = text_arrays("april")[f"{metrics_of}_metrics"]
     assert [[row[key] for key in ORDER] for row in rows] == [pytest.approx(row, abs=1e-12) for row in expected]
@@ -227,7 +234,7 @@ def test_masks_and_maps_of_any_size_become_those_of_april_gans_code(
 ) -> None:
     case = Case(tmp_path)
     write_april(case, "zero_map", "zero_image_score", own_sizes=True)
-    evaluate(case.out, scan(case.data), protocol="paper")
+    evaluate(case.out, scan(case.data), Comparison("paper"))
     arrays = text_arrays("april")
     for number, (masks, maps) in enumerate(compared):
         order = np.flatnonzero(arrays["class_index"] == number)
@@ -241,7 +248,7 @@ def test_winclips_masks_count_from_half_the_intensity_at_its_side(
     case: Case, compared: list[tuple[Sequence[Any], Sequence[Any]]]
 ) -> None:
     write_record(case.out, "winclip", 20)
-    evaluate(case.out, scan(case.data), protocol="paper")
+    evaluate(case.out, scan(case.data), Comparison("paper"))
     masks, maps = compared[0]
     resized = np.asarray(Image.fromarray(make_mask(2, 3)).resize((20, 20), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(masks[2], resized / 255 > 0.5)
@@ -250,9 +257,9 @@ def test_winclips_masks_count_from_half_the_intensity_at_its_side(
 
 @pytest.mark.parametrize("method", [None, "musc", "another"])
 def test_muscs_rules_hold_for_other_records(case: Case, method: str | None) -> None:
-    expected = evaluate(case.out, scan(case.data), protocol="paper")
+    expected = evaluate(case.out, scan(case.data), Comparison("paper"))
     (case.out / "run.json").write_text(json.dumps({"method": method, "config": {}} if method else {"config": {}}))
-    assert evaluate(case.out, scan(case.data), protocol="paper") == expected
+    assert evaluate(case.out, scan(case.data), Comparison("paper")) == expected
 
 
 @pytest.mark.parametrize("record", ["{", "[]", '{"method": "winclip"}', '{"method": "winclip", "config": {}}'])
@@ -260,13 +267,13 @@ def test_a_broken_record_is_named(case: Case, record: str) -> None:
     (case.out / "run.json").write_text(record)
     evaluate(case.out, scan(case.data))
     with pytest.raises(EvaluationError, match=r"run\.json is not the record of a run .*: run `zsad-infer` again"):
-        evaluate(case.out, scan(case.data), protocol="paper")
+        evaluate(case.out, scan(case.data), Comparison("paper"))
 
 
 def test_masks_of_zero_and_one_count_in_both_protocols(case: Case) -> None:
-    before = [evaluate(case.out, scan(case.data), protocol) for protocol in ("official", "paper")]
+    before = [evaluate(case.out, scan(case.data), Comparison(protocol)) for protocol in ("official", "paper")]
     case.add_mask("cable", "test/cut/000.png", make_mask(2, 3, 1))
-    assert [evaluate(case.out, scan(case.data), protocol) for protocol in ("official", "paper")] == before
+    assert [evaluate(case.out, scan(case.data), Comparison(protocol)) for protocol in ("official", "paper")] == before
 
 
 def test_one_category_as_data_is_named_by_its_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,6 +499,13 @@ def test_usage_errors_end_with_2(case: Case, limit: str) -> None:
     assert exit_.value.code == 2
 
 
+def test_strict_metrics_are_none_of_a_paper(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        case.run("--strict-metrics", "--protocol", "paper")
+    assert exit_.value.code == 2
+    assert "leave out --protocol paper" in capsys.readouterr().err
+
+
 def test_names_that_are_no_unicode_are_evaluated(case: Case) -> None:
     """The score table keeps the bytes of such names; so does the lookup of their masks."""
     name = b"odd\xff".decode("utf-8", "surrogateescape")
@@ -667,10 +681,10 @@ def test_saturated_regions(tmp_path: Path, limit: float) -> None:
         {"defect_name": "moved", "pixel_value": 254, "saturation_threshold": 0.4, "relative_saturation": True},
     ]
     whole = [(make_mask(2, 3), 42.0), (make_mask(10, 8), 42.0)]
-    values = evaluate(case.out, scan(case.data), aupro_limit=limit)["categories"]["loco"]
+    values = evaluate(case.out, scan(case.data), Comparison(aupro_limit=limit))["categories"]["loco"]
     assert values["pixel_aupro"] == pytest.approx(spro_loop(case, whole, limit))
     (case.data / "loco" / "defects_config.json").write_text(json.dumps(config))
-    values = evaluate(case.out, scan(case.data), aupro_limit=limit)["categories"]["loco"]
+    values = evaluate(case.out, scan(case.data), Comparison(aupro_limit=limit))["categories"]["loco"]
     saturated = [(make_mask(2, 3), 10.0), (make_mask(10, 8), 0.4 * 42)]
     assert values["pixel_aupro"] == pytest.approx(spro_loop(case, saturated, limit))
     assert spro_loop(case, saturated, limit) != spro_loop(case, whole, limit)
@@ -747,3 +761,128 @@ def test_verdicts_are_counted_where_there_are_some(case: Case, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert f"cable: verdicts: {said}" in error
     assert "tile: verdicts" not in error
+
+
+# Beyond the memory limit
+
+
+def test_beyond_the_memory_limit_all_is_the_same(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.add("cable", "test/hole/001.png", 0.7, make_mask(1, 1))
+    case.add_mask("cable", "test/hole/001.png", np.eye(5) * 255)  # of another size: left out
+    case.add("cable", "test/hole/002.png", 0.8, make_mask(5, 9))
+    seen = []
+    for options in ((), ("--memory-limit", "1KB"), ("--memory-limit", "20KB")):
+        assert case.run("--strict-metrics", "--json", *options) == 1
+        seen.append(capsys.readouterr())
+    (expected, error), *others = ((json.loads(output.out), output.err) for output in seen)
+    assert "001_mask.png is 5x5 px" in error
+    for found, said in others:
+        assert said == error
+        assert found["categories"]["cable"] == pytest.approx(expected["categories"]["cable"], abs=1e-12, nan_ok=True)
+
+
+def test_beyond_the_memory_limit_there_are_the_maps_that_threads_work_on(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(20):
+        case.add("cable", f"test/cut/{index + 100}.png", 0.5, make_mask(2, 3))
+    there, most = 0, 0
+    lock = Lock()
+
+    def read(source: Source, number: int) -> Any:
+        nonlocal there, most
+        pixels = read_one(source, number)
+        with lock:
+            there += 1
+            most = max(most, there)
+        finalize(pixels, leave)
+        return pixels
+
+    def leave() -> None:
+        nonlocal there
+        there -= 1
+
+    read_one = Source.read
+    monkeypatch.setattr(Source, "read", read)
+    evaluate(case.out, scan(case.data), Comparison(memory_limit=1))
+    assert most <= available_cores()
+    evaluate(case.out, scan(case.data))
+    assert most == 24
+
+
+def test_a_full_disk_is_said_with_what_mends_it(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("zsad.engine.evaluation.localisation.Spilled.add", full)
+    assert case.run("--memory-limit", "1KB") == 2
+    assert re.search(r"is full: export TMPDIR=\S+ on a larger disk, or raise --memory-limit$", capsys.readouterr().err)
+
+
+# Strict metrics
+
+
+def write_regions(case: Case, category: str, bound: float, areas: Mapping[str, Sequence[int]]) -> None:
+    (case.out / category / "category.json").write_text(json.dumps({"bounds": {"region": bound}}))
+    rows = [f"{path},0,0,1,1,{area},1.0" for path, of_image in areas.items() for area in of_image]
+    (case.out / category / "regions.csv").write_text("\n".join(["path,x,y,width,height,area,peak", *rows]) + "\n")
+
+
+def test_strict_metrics_stand_beside_the_others(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    write_regions(case, "cable", 0.75, {"test/cut/000.png": (3, 12), "test/good/001.png": (1,)})
+    before = evaluate(case.out, scan(case.data))["categories"]["cable"]
+    assert case.run("--strict-metrics") == 0
+    output = capsys.readouterr()
+    head, *_ = output.out.splitlines()
+    assert head.split()[-4:] == ["AUPRO@0.05", "AU-sPRO@0.05", "AUPIMO@1e-5..1e-4", "SegF1@regions"]
+    assert "cable: AUPIMO is coarse: it asks for false-positive rates from 1e-05 on" in output.err
+    saved = json.loads((case.out / "metrics.json").read_bytes())["categories"]
+    cable = saved["cable"]
+    assert {key: cable[key] for key in before} == before
+    assert (
+        cable["pixel_aupro_0.05"]
+        == evaluate(case.out, scan(case.data), Comparison(aupro_limit=0.05))["categories"]["cable"]["pixel_aupro"]
+    )
+    assert cable["pixel_auspro_0.05"] is None  # nothing saturates
+    maps = {path.parts[-2:]: np.asarray(Image.open(path)) for path in (case.out / "cable").glob("maps/test/*/*.tiff")}
+    masks = {("cut", "000.tiff"): make_mask(2, 3) > 0, ("hole", "000.tiff"): make_mask(12, 20) > 0}
+    # So few normal pixels have no false-positive rate between 0 and 1e-4.
+    highest = max(map_.max() for (folder, _), map_ in maps.items() if folder == "good")
+    recalls = [np.mean(maps[key][mask] > highest) for key, mask in masks.items()]
+    assert cable["pixel_aupimo_1e-5_1e-4"] == pytest.approx(np.mean(recalls))
+    cut, good = (
+        region_mask(maps[key], 0.75, least) for key, least in ((("cut", "000.tiff"), 3), (("good", "001.tiff"), 1))
+    )
+    hits = np.count_nonzero(cut & masks["cut", "000.tiff"])
+    both = np.count_nonzero(cut) + np.count_nonzero(good) + 2 * 42
+    assert 0 < cable["pixel_segf1_regions"] == pytest.approx(2 * hits / both)
+    assert all(saved["tile"][key] is None for key in cable if key.startswith("pixel_"))
+
+
+def test_what_strict_metrics_lack_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case(tmp_path)
+    case.add("cable", "test/cut/000.png", 0.5, make_mask(2, 3))
+    assert case.run("--strict-metrics") == 0
+    error = capsys.readouterr().err
+    assert "cable: no AUPIMO, since no normal image is compared" in error
+    assert re.search("cable: no SegF1, since the results tell no regions: run `zsad-infer` ", error)
+
+
+@pytest.mark.slow
+def test_saturated_regions_have_both_strict_areas(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    add_regions(case, (255, 254))
+    config = [
+        {"defect_name": name, "pixel_value": value, "saturation_threshold": 10, "relative_saturation": False}
+        for name, value in (("missing", 255), ("moved", 254))
+    ]
+    (case.data / "loco" / "defects_config.json").write_text(json.dumps(config))
+    for limit in (None, 1):
+        values = evaluate(case.out, scan(case.data), Comparison(strict=True, memory_limit=limit))["categories"]["loco"]
+        masks = make_mask(2, 3), make_mask(10, 8)
+        saturated, whole = ([(mask, area) for mask in masks] for area in (10.0, 42.0))
+        assert values["pixel_auspro_0.05"] == pytest.approx(spro_loop(case, saturated, 0.05))
+        assert values["pixel_aupro_0.05"] == pytest.approx(spro_loop(case, whole, 0.05))
+        assert values["pixel_aupro"] == pytest.approx(spro_loop(case, saturated, 0.3))
