@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.config import Config
-from zsad.engine.results.image_files import Result
+from zsad.engine.results.groups import Results
 from zsad.engine.scores.image_scores import FEW_IMAGES, min_max
 from zsad.engine.scores.verdicts import ACCEPTED_PERCENTILE, Bounds, batch_bounds, expected_bounds
 
 DISTRIBUTION = "distribution of the scores"  # the rule where nobody knows better
+MANY_MAPS = 4000  # of images that are on disk; of more not all are looked at for a percentile
 NO_VERDICTS = f"no verdicts, since fewer than {FEW_IMAGES} images tell too little; --threshold gives a bound"
 
 
@@ -49,7 +50,7 @@ def image_bounds(
 def region_bound(
     bounds: Bounds,
     scores: NDArray[np.float64],
-    results: Sequence[Result] | None,
+    results: Results | None,
     map_percentile: Callable[[NDArray[np.intp], float], float | None],
 ) -> float | None:
     """Return the map value that the patches of accepted images stay below, of all images where none is accepted.
@@ -61,5 +62,6 @@ def region_bound(
     chosen = accepted if accepted.size else np.arange(scores.size)
     if results is None:
         return map_percentile(chosen, ACCEPTED_PERCENTILE)
-    maps = np.stack([results[place].map for place in chosen.tolist()])  # [n, h, w]
+    step = max(1, len(chosen) // MANY_MAPS) if results.on_disk else 1  # of very many, a part spread evenly
+    maps = np.stack([results[place].map for place in chosen[::step].tolist()])  # [n, h, w]
     return float(np.percentile(min_max(maps, results[0].scale), ACCEPTED_PERCENTILE))

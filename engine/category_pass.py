@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -29,10 +30,12 @@ from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.methods.tile_grid import TilePlan
 from zsad.engine.results.category import CategoryWriter
+from zsad.engine.results.groups import EndedGroups, GroupFacts, KeptImages, Results, ends_of_maps, light
 from zsad.engine.results.image_files import Background, Result, Writing
-from zsad.engine.results.output import check_there
+from zsad.engine.results.output import check_there, ended_folder
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.results.resume import fingerprint, finished_record, image_fingerprint, why_again
+from zsad.engine.scores.image_scores import min_max
 from zsad.engine.scores.maps import common_scale
 from zsad.engine.scores.verdicts import VERDICTS, Bounds
 from zsad.engine.workplace import Options, Workplace
@@ -51,6 +54,8 @@ CategoryProgress = Callable[[str, str, int, int], None]  # category, stage, done
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 CATEGORY_FAILED = "its category failed"  # of each of its images, which is said once
+
+TOGETHER = 4000  # images that each score is averaged over the most similar of, where they were compared in groups
 
 NO_MAP = np.zeros((0, 0), np.float32)
 
@@ -112,7 +117,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         again = None
         if options.resume:
             again = why_again(options.output, category.name, digest, workplace.asked(job.config), checkpoints)
-        record = CategoryPass(job, references, workplace, progress).write(digest, unreadable, again)
+        with closing(CategoryPass(job, references, workplace, progress)) as category_pass:
+            record = category_pass.write(digest, unreadable, again)
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         said = cost_of_one(error, workplace, options)
         without = f"{name}: {said}; {counted(len(category.images), 'image')} without a score"
@@ -171,6 +177,12 @@ class CategoryPass:
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
         self.readable_references = 0
+        self.ended: EndedGroups | None = None  # of several groups: those that are done, also by an earlier run
+
+    def close(self) -> None:
+        """Close the files of groups that have ended; a later run may go on from them."""
+        if self.ended is not None:
+            self.ended.close()
 
     def write(self, digest: str, unreadable: Sequence[Failure], again: str | None = None) -> CategoryRecord:
         """Score the images and write the category's folder; images without a score join what was unreadable before.
@@ -178,6 +190,10 @@ class CategoryPass:
         again: why what an earlier run has finished is not kept as it is.
         """
         bit_depth = self._bit_depth()
+        several = len(self.groups) > 1 and self.method.compares
+        if several and self.workplace.foregrounds is None and self.job.tiles is None:
+            place = ended_folder(self.job.options.output / self.category.name)
+            self.ended = EndedGroups(place, digest, self.job.options.resume)
         results = self.results(bit_depth)
         timings, options = self.workplace.timings, self.job.options
         writing = how_to_write(self.config, options, self.workplace)
@@ -204,7 +220,7 @@ class CategoryPass:
                     light = (Scored(w.number, w.record.raw_score, NO_MAP, w.facts) for w in writer.written())
                     scores = self.method.image_scores(light)
                     writer.rescore(scores)
-                bounds = self._bounds(writer, scores, results if isinstance(results, list) else None)
+                bounds = self._bounds(writer, scores, results if isinstance(results, Results) else None)
                 for note in self.noticed.notes():
                     self._note(note)
                 record = CategoryRecord(
@@ -221,10 +237,13 @@ class CategoryPass:
                     references=self.references.record(),
                     notes=self.notes,
                 )
-                return writer.finish(record)
+                record = writer.finish(record)
+        if self.ended is not None:
+            self.ended.remove()
+        return record
 
     def results(self, bit_depth: int | None) -> Iterable[Result]:
-        """Score the images; returns what there is to write of each, as it comes or as a list of all."""
+        """Score the images; returns what there is to write of each, as it comes or as a sequence of all."""
         scored = self._scored(bit_depth)
         return self._compared(scored) if self.method.compares else map(self._absolute, scored)
 
@@ -247,7 +266,10 @@ class CategoryPass:
     def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
         """Yield what the method says of the readable images, group after group."""
         method, timings, done = self.method, self.workplace.timings, int(self.done.sum())
-        for number, members in enumerate(self.groups):
+        earlier = self._take_up()
+        done += sum(map(len, self.groups[: len(earlier)]))
+        for number, members in list(enumerate(self.groups))[len(earlier) :]:
+            start = time.perf_counter()
             suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
 
             def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
@@ -255,13 +277,7 @@ class CategoryPass:
 
             members = array("q", (index for index in members if not self.done[index]))
             readable: list[int] = []
-            references = self._reference_batches(bit_depth)
-            count, category, tiles = len(self.references.images), self.category, self.job.tiles
-            aligned = tiles is not None and tiles.aligned
-            known = references, count
-            method.start(
-                Group(len(members), category.product, *known, category.name, number, len(self.groups), aligned)
-            )
+            method.start(self._group(number, members, self._reference_batches(bit_depth), earlier))
             images = self.category.images
             for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
                 self._take_failures(batch.failures)
@@ -276,10 +292,72 @@ class CategoryPass:
                     readable += batch.indices
                 done += len(batch.indices) + len(batch.failures)
                 self.progress("networks", done, len(images))
+            scored: Iterable[Scored] = ()
             if method.compares and len(readable) < (1 if self.readable_references else 2):
                 self.failures.update((index, "no other readable image to compare it with") for index in readable)
             else:
-                yield from method.finish(report)
+                scored = method.finish(report)
+            yield from self._ended(number, members, scored, start)
+
+    def _group(
+        self, number: int, members: Sequence[int], references: Iterable[Batch], earlier: Sequence[GroupFacts]
+    ) -> Group:
+        """Return what the method is told of a group; earlier: those that ended in an earlier run."""
+        first, category = number == len(earlier), self.category
+        # Room is made once, for the largest group.
+        images = len(self.groups[0]) if earlier and first and members else len(members)
+        count = len(self.references.images)
+        kept = [group.kept for group in earlier] if first else ()
+        tiles = self.job.tiles
+        return Group(
+            images,
+            category.product,
+            references,
+            count,
+            category.name,
+            number,
+            len(self.groups),
+            aligned=tiles is not None and tiles.aligned,
+            earlier=kept,
+        )
+
+    def _take_up(self) -> Sequence[GroupFacts]:
+        """Take up what is on record of groups that ended in an earlier run; returns it, in the order of the groups."""
+        if self.ended is None or not self.ended.facts:
+            return ()
+        for group in self.ended.facts:
+            self.failures.update(group.failures)
+            self.noticed.damaged.update(group.damaged)
+            self.noticed.copies += group.copies
+        earlier = list(self.ended.facts)
+        log.info("%s: going on after group %d of %d", printable(self.category.name), len(earlier), len(self.groups))
+        if len(earlier) == len(self.groups):  # the others will find known-good images by themselves
+            self.readable_references = earlier[-1].readable_references
+            self.failed_references = list(earlier[-1].failed_references)
+            self.method.start(self._group(len(earlier), (), (), earlier))
+        return earlier
+
+    def _ended(self, number: int, members: Sequence[int], scored: Iterable[Scored], start: float) -> Iterable[Scored]:
+        """End a group; returns what was scored, nothing where it is kept on disk."""
+        if not self.method.compares:
+            return scored
+        scored = list(scored)
+        copies, here = self.noticed.end_group(), set(members)
+        self.noticed.copies += copies
+        if self.ended is None:
+            return scored
+        facts = GroupFacts(
+            number,
+            round(time.perf_counter() - start, 3),
+            {index: why for index, why in self.failures.items() if index in here},
+            {index: why for index, why in self.noticed.damaged.items() if index in here},
+            copies,
+            self.readable_references,
+            self.failed_references,
+            self.method.kept(),
+        )
+        self.ended.add(scored, facts)
+        return ()
 
     def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
         """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""
@@ -308,9 +386,11 @@ class CategoryPass:
         images = self.category.images
         return [Failure(str(images[index].relative), self.failures[index]) for index in sorted(self.failures)]
 
-    def _compared(self, scored: Iterator[Scored]) -> list[Result]:
+    def _compared(self, scored: Iterator[Scored]) -> Results:
         """Return the results of methods whose scores and maps are relative to the category."""
-        found = sorted(scored, key=lambda image: image.index)  # groups are random
+        found: Sequence[Scored] = sorted(scored, key=lambda image: image.index)
+        if self.ended is not None:
+            found = self.ended.images()  # groups are random
         if not found:
             message = "no readable image"
             if not self.readable_references:
@@ -319,26 +399,31 @@ class CategoryPass:
                     "needs at least two, ten or more for useful scores, or known-good ones (--reference)"
                 )
             raise TooFewImagesError(f"{printable(self.category.name)}: {message}", self._failures())
-        sound = self.noticed.sound([image.index for image in found])
+        sound = self.noticed.sound([image.index for image in light(found, range(len(found)))])
         with stopwatch(self.workplace.timings, "rescoring"):
-            scores = self.method.image_scores(found)  # [N]
+            scores = self._image_scores(found, range(len(found)))  # [N]
             if len(sound) < len(found):  # one broken picture must not make all others look alike
-                scores[sound] = self.method.image_scores([found[place] for place in sound])
+                scores[sound] = self._image_scores(found, sound)
         if (note := self.method.note()) is not None:
             self._note(note)
-        scale = self.method.map_range or common_scale([found[place].map for place in sound])
-        return [
-            Result(
-                image.index,
-                float(score),
-                image.raw_score,
-                image.map,
-                scale,
-                stages=self.stages.pop(image.index, None),
-                note=self.noticed.damaged.get(image.index),
-            )
-            for image, score in zip(found, scores, strict=True)
-        ]
+        scale = self.method.map_range or common_scale(ends_of_maps(found, sound))
+        return Results(found, scores, scale, (self.stages, self.noticed.damaged), sound)
+
+    def _image_scores(self, found: Sequence[Scored], places: Sequence[int]) -> NDArray[np.float64]:
+        """Return the scores of the images at these places.
+
+        Of very many each is rescored by those of its own group, since looking at all for each takes their square.
+        """
+        if not isinstance(found, KeptImages) or len(places) <= TOGETHER or self.references.images:
+            return self.method.image_scores(light(found, places))
+        raw, groups = found.raw_scores[places], found.groups[places]
+        order, scores = np.argsort(groups, kind="stable"), np.empty(len(raw))
+        for own in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+            low, high = raw[own].min(), raw[own].max()
+            of_group = self.method.image_scores(light(found, np.asarray(places)[own].tolist()))
+            scores[own] = low + (high - low) * of_group
+        self._note(f"more than {TOGETHER} images: the score of each is averaged with those of its own group only")
+        return min_max(scores, (float(raw.min()), float(raw.max())))
 
     def _absolute(self, image: Scored) -> Result:
         """Return the result of a method whose maps have a fixed range."""
@@ -356,9 +441,7 @@ class CategoryPass:
             image.p_value,
         )
 
-    def _bounds(
-        self, writer: CategoryWriter, scores: NDArray[np.float64], results: Sequence[Result] | None
-    ) -> Bounds | None:
+    def _bounds(self, writer: CategoryWriter, scores: NDArray[np.float64], results: Results | None) -> Bounds | None:
         """Return which scores are accepted and rejected, and which map values are a defect; None where nothing says so.
 
         results: of methods that compare, with their maps in the methods' units.
@@ -367,8 +450,7 @@ class CategoryPass:
             return None
         compared = None
         if results is not None:
-            raw_scores = np.array([result.raw_score for result in results])
-            compared = Compared(raw_scores, self.noticed.sound([result.index for result in results]))
+            compared = Compared(results.raw_scores, results.sound)
         bounds = image_bounds(self.config, self.method.bounds(), scores, compared)
         if bounds is None:
             log.info("%s: %s", printable(self.category.name), NO_VERDICTS)

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _go_on(output: Path) -> str:
-    """Say how to go on if anything was finished: categories, or images of those that need no others."""
-    finished = any(path.name in ("category.json", "journal.jsonl") for path in output.rglob("*.json*"))
+    """Say how to go on if anything was finished: categories, groups, or images that need no others."""
+    finished = any(path.name in ("category.json", "journal.jsonl", "groups.jsonl") for path in output.rglob("*.json*"))
     return f". What was finished is in {output}; add --resume to go on from there" if finished else ""
 
 

@@ -55,6 +55,12 @@ class Duplicates:
             if thumbnail is not None:
                 self._thumbnails[index] = thumbnail
 
+    def keep_from(self, first: int) -> None:
+        """Forget the images below this number."""
+        for known in (self._files, self._thumbnails):
+            for index in [index for index in known if index < first]:
+                del known[index]
+
     def groups(self) -> list[Copies]:
         """Return the groups of copies, in the order of their first image."""
         same_file: dict[str, list[int]] = defaultdict(list)

@@ -21,6 +21,7 @@ class Noticed:
         self.damaged: dict[int, str] = {}  # what speaks for damage
         self._images, self._references = category.images, references.images
         self._duplicates = Duplicates() if copies else None
+        self.copies: list[str] = []  # notes on them, of the groups that have ended
 
     def see(self, index: int, image: Image.Image | None) -> None:
         """Take a decoded image; None where its pixels are not in host memory. May be called from any thread."""
@@ -38,10 +39,17 @@ class Noticed:
         sound = [place for place, index in enumerate(indices) if index not in self.damaged]
         return sound if len(sound) > 1 else list(range(len(indices)))
 
+    def end_group(self) -> list[str]:
+        """Return notes on the copies among images that were compared with each other, and with the references."""
+        if self._duplicates is None:
+            return []
+        found = list(self._of_copies(self._duplicates))
+        self._duplicates.keep_from(len(self._images))
+        return found
+
     def notes(self) -> Iterator[str]:
         """Yield what is to be told: copies, then damage."""
-        if self._duplicates is not None:
-            yield from self._of_copies(self._duplicates)
+        yield from self.copies
         for index in sorted(self.damaged):
             yield f"{self._named(index)}: {self.damaged[index]}"
 

@@ -64,6 +64,13 @@ class Group:
     groups: int = 1  # of the category
     aligned: bool = False  # whether tiles of images are compared with those of the same place alone, where they are cut
     whole: int | None = None  # images of the category, where tiles of them are scored instead; None: they are images
+    # What `kept` has said of the groups before this one, which ended in an earlier run; with the first that does not.
+    earlier: Sequence[Mapping[str, NDArray[Any]]] = ()
+
+    @property
+    def first(self) -> bool:
+        """Whether none of the category comes before it in this run."""
+        return self.number == len(self.earlier)
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ class Method(Protocol):
     def finish(self, progress: Progress) -> Iterable[Scored]:
         """End the group; methods that compare answer here. Raises MemoryError."""
 
+    def kept(self) -> Mapping[str, NDArray[Any]]:
+        """Return what it needs of the group that has just ended, beside `Scored`; asked of methods that compare."""
+
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         """Return the scores [N] in [0, 1] of a whole category, from all of `scored` but the maps."""
 
@@ -150,6 +160,9 @@ class JudgesEach:
 
     def finish(self, progress: Progress) -> Iterable[Scored]:
         return ()
+
+    def kept(self) -> Mapping[str, NDArray[Any]]:
+        return {}
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         raise AssertionError("not asked of methods that judge every image by itself")

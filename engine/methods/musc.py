@@ -206,11 +206,14 @@ class MuSc:
 
     def start(self, group: Group) -> None:
         self._members, self._group = [], group
-        if group.number == 0:
+        if group.first:
             self._category.close()
-            self._open(group)
-            self._end, self._scored, self.calibration = group.images, 0, None
-            self._known, self._bounds = [], None
+            if group.images:  # else all groups have ended in an earlier run
+                self._open(group)
+            self._end, self.calibration = group.images, None
+            self._scored = sum(int(kept["scored"]) for kept in group.earlier)
+            self._known = [_Known(k["known"], k.get("vectors")) for k in group.earlier if "known" in k]
+            self._bounds = None
             self._references = 0
             for batch in group.references:
                 self._keep(batch, self._end + self._references)
@@ -289,6 +292,14 @@ class MuSc:
         for row, index in enumerate(self._members):
             vector = None if vectors is None else vectors[row]
             yield Scored(index, float(judged.raw_scores[row]), judged.maps[row].reshape(grid), vector)
+
+    def kept(self) -> dict[str, NDArray[Any]]:
+        kept: dict[str, NDArray[Any]] = {"scored": np.array(len(self._members))}
+        if self._measured and self._known:
+            kept["known"] = self._known[-1].raw_scores
+            if self._known[-1].vectors is not None:
+                kept["vectors"] = self._known[-1].vectors
+        return kept
 
     @property
     def _last_group(self) -> bool:

@@ -10,7 +10,7 @@ own (aligned), or all of them as one (pooled). Until then their pixels are in a 
 import logging
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -251,6 +251,9 @@ class TiledTogether:
         for scored in self._method.finish(progress):
             image, tile = members[scored.index]
             image.add(tile, scored)
+
+    def kept(self) -> Mapping[str, NDArray[Any]]:
+        raise AssertionError("groups of images in tiles are not gone on from")
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         if self._calibration is None:

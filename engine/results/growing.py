@@ -63,6 +63,10 @@ class Growing:
                 file.seek(start)
                 yield file.readline()
 
+    def part(self, start: int, size: int) -> bytes:
+        """Return so many bytes from there on; may be called from any thread."""
+        return os.pread(self._file.fileno(), size, start)
+
     def sort(self) -> None:
         """Bring the lines of a file that is closed into the order of the images, after its head."""
         (images,) = np.nonzero(self.starts >= 0)

@@ -26,13 +26,14 @@ from .records import read_record
 
 LOCK = ".zsad.lock"  # there while a run writes; says who
 JOURNAL = "journal.jsonl"  # the fingerprint, then a line for each image that is written; gone once all is written
+ENDED = "groups.jsonl"  # the fingerprint, then a line for each group of images that has ended
 UNFINISHED = "images.jsonl"  # stands for the journal where no later run may go on
 
 TAKEN = (errno.EAGAIN, errno.EACCES)  # what a lock answers that another process has
 
 # Hidden folders of a category have a digest of its name, which may be as long as allowed, and who writes them; what was
 # left for a later run to go on from is nobody's.
-_HIDDEN = re.compile(r"\.(?P<of>[0-9a-f]{16})(\.(?P<host>.*)\.(?P<pid>\d+))?\.(?P<kind>partial|old)")
+_HIDDEN = re.compile(r"\.(?P<of>[0-9a-f]{16})(\.(?P<host>.*)\.(?P<pid>\d+))?\.(?P<kind>partial|old|groups)")
 _DRAFT = re.compile(rf"\.(?P<host>.*)\.(?P<pid>\d+)\.({re.escape(REPORT)}|{re.escape(RUN)})")
 
 
@@ -164,6 +165,8 @@ def _tidy(output: Path, alone: bool, resume: bool) -> None:
         left = match or _DRAFT.fullmatch(path.name)
         if left is None or not (alone or _is_dead(left["host"], left["pid"])):
             continue
+        if match is not None and match["kind"] == "groups" and resume and (path / ENDED).is_file():
+            continue
         if match is not None:
             final = _place_of(path, match["of"])
             if final is not None and (match["kind"] == "partial" or not final.exists()):
@@ -220,6 +223,11 @@ def own_folder(final: Path, kind: str) -> Path:
 def left_folder(final: Path) -> Path:
     """Name the hidden folder beside a category's that a run leaves for a later one to go on from."""
     return final.with_name(f".{_digest(final)}.partial")
+
+
+def ended_folder(final: Path) -> Path:
+    """Name the hidden folder beside a category's of its groups that have ended."""
+    return final.with_name(f".{_digest(final)}.groups")
 
 
 def _digest(final: Path) -> str:
