@@ -54,6 +54,11 @@ ROWS = {
     "blend 0.75": "image blend 0.75",
     "clean": "`--references clean`: blends 1",
 }
+TILE_WAYS = {
+    "whole": "whole images",
+    "aligned": "tiles, each compared with those of the same place",
+    "pooled": "tiles, each compared with all others",
+}
 RULES = {
     "lower half": "median + 3 deviations of the lower half (version 0.2)",
     "otsu": "Otsu",
@@ -478,6 +483,28 @@ def planted_table() -> str:
     )
 
 
+def tiles_table() -> str:
+    sets: dict[str, dict[str, Record]] = {}
+    for record in read("tiles.jsonl"):
+        sets.setdefault(record["set"], {})[record["way"]] = record
+    blocks = []
+    for name, ways in sets.items():
+        rows = [
+            [TILE_WAYS[way], *(percent([share]) for share in record["found"].values())] for way, record in ways.items()
+        ]
+        *_, record = ways.values()
+        sizes = [f"{size} px" for size in record["found"]]
+        defects = record["of_each"] * (record["images"] // 2)
+        caption = (
+            f"`{name}`: AUROC in percent of {defects} planted defects of each size against "
+            f"{record['images'] - record['images'] // 2} whole clean images of {record['width']}×{record['height']} "
+            f"pixels, each by its highest map value; tiles of {record['tile']} pixels; commit {record['commit'][:8]}, "
+            f"`{record['command']}`"
+        )
+        blocks.append(f"{caption}:\n\n{table(['', *sizes], rows)}")
+    return "\n\n".join(blocks)
+
+
 def verdicts_table() -> str:
     record = accuracy("verdicts")
     sets, rows = list(record["sets"].values()), []
@@ -533,6 +560,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "roofline": roofline_table,
     "runs": runs_table,
     "scaling": scaling_table,
+    "tiles": tiles_table,
     "verdicts": verdicts_table,
     "windows": windows_table,
 }

@@ -213,7 +213,7 @@ class TiledTogether:
         if aligned and len(places) > 1:
             aligned = False
             log.warning(
-                "%s: all tiles are compared with each other, since images are of other sizes than was known",
+                "%s: all tiles are compared with each other, since not all images, known-good ones too, have one size",
                 printable(self._group.name),
             )
         populations = self._cut.populations(aligned)
