@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = ["SETS", *(["--only", *arguments.only] if arguments.only else []), "--ways", *arguments.ways]
     for key, value in facts.items():
         said += [f"--{key}", str(value)]
+    said += ["--image-size", str(arguments.image_size)] if arguments.image_size else []
     record = environment("zsad.bench.tiles", said, ["numpy", "onnxruntime", "zsad"])
     categories = [category for category in scan(arguments.sets).categories if category.has_ground_truth]
     for category in categories:
