@@ -217,7 +217,8 @@ template <int Mask, bool Near>
 ZSAD_DEVICE void filter_max(const FilterMax& a) {
   constexpr int kReach = highest_bit(Mask), kDegrees = bits_set(Mask), kBoxes = Mask & ~1;
   constexpr int kStrip = strip_rows(kReach), kLoaded = kStrip + 2 * kReach;
-  constexpr bool kHolds = !Near || kReach < 4;  // what the walk can make anew from less, lest registers spill
+  // What the walk can make anew from less, lest registers spill.
+  constexpr bool kHoldsRows = kReach < 4, kHoldsInverses = kReach < 4 || !Near;
   const int H = a.rows, W = a.columns, P = H * W;
   const int strips = (H + kStrip - 1) / kStrip, segments = (W + a.segment - 1) / a.segment;
   const int y0 = blockIdx.x % strips * kStrip;
@@ -257,10 +258,12 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
   unsigned offset[kOwn];  // from the start of a grid row of row patches on
   float held[kDegrees][kOwn] = {}, column_best[kDegrees][kOwn];
   const auto inverse_column = [&](int r, int i) {
-    if (kHolds) return held[r][i];
+    if (kHoldsInverses) return held[r][i];
     const int qy = halo0 + run * kOwn + i;
+    const float* degree = a.inverse_columns + r * P;
+    keep(degree);  // or the compiler holds what follows from it, for every degree
     float loaded = nan;
-    load_if(qy >= band0 && qy < band1, a.inverse_columns + r * P + qy * W + qx, loaded);
+    load_if(qy >= band0 && qy < band1, degree + unsigned(qy * W + qx), loaded);
     return loaded;
   };
 #pragma unroll
@@ -269,19 +272,20 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
     offset[i] = first * a.stride + (qy < halo1 ? q : P);  // past the patches there are zeros
 #pragma unroll
     for (int r = 0; r < kDegrees; ++r) {
-      if (kHolds) held[r][i] = qy >= band0 && qy < band1 ? a.inverse_columns[r * P + q] : nan;
+      if (kHoldsInverses) held[r][i] = qy >= band0 && qy < band1 ? a.inverse_columns[r * P + q] : nan;
       column_best[r][i] = kLowest;
     }
   }
 
-  const float* row[kHolds ? kLoaded : 1];
+  const float* row[kHoldsRows ? kLoaded : 1];
   bool inside[kLoaded];
 #pragma unroll
   for (int y = 0; y < kLoaded; ++y) {
     const int py = y0 + y - kReach;
     inside[y] = py >= 0 && py < H;
-    if (!kHolds && y > 0) continue;
-    row[y] = a.grams + blockIdx.y * a.gram_step + static_cast<long long>(inside[y] || !kHolds ? py * W : 0) * a.stride;
+    if (!kHoldsRows && y > 0) continue;
+    const int from = inside[y] || !kHoldsRows ? py * W : 0;
+    row[y] = a.grams + blockIdx.y * a.gram_step + static_cast<long long>(from) * a.stride;
     keep(row[y]);
   }
   float loaded[kLoaded][kOwn] = {};  // rows outside of the grid stay zero
@@ -290,7 +294,7 @@ ZSAD_DEVICE void filter_max(const FilterMax& a) {
     for (int y = 0; y < kLoaded; ++y)
 #pragma unroll
       for (int i = 0; i < kOwn; ++i)
-        load_if(inside[y], (kHolds ? row[y] : row[0] + y * static_cast<long long>(W) * a.stride) + offset[i],
+        load_if(inside[y], kHoldsRows ? row[y] + offset[i] : row[0] + (offset[i] + unsigned(y * W) * a.stride),
                 loaded[y][i]);
   };
   load();
