@@ -300,13 +300,16 @@ def test_a_check_finds_what_is_wrong_with_a_submission(tmp_path: Path, fault: st
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("kind", ["cut", "text", "no top", "two tops", "link"])
+@pytest.mark.parametrize("kind", ["cut", "text", "start", "checksum", "no top", "two tops", "link"])
 def test_a_check_finds_what_is_wrong_with_an_archive(tmp_path: Path, kind: str) -> None:
     case = submission(tmp_path)
     case.export("mvtec-ad2")
     archive = case.out / "mvtec-ad2/submission.tar.gz"
-    if kind in ("cut", "text"):
-        archive.write_bytes(archive.read_bytes()[:-2000] if kind == "cut" else b"no archive")
+    whole = archive.read_bytes()
+    spoilt = {"cut": whole[:-2000], "text": b"no archive", "start": whole[:3]}
+    spoilt["checksum"] = whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]
+    if kind in spoilt:
+        archive.write_bytes(spoilt[kind])
         assert next(iter(case.check("mvtec-ad2"))).startswith("no whole .tar.gz archive")
         return
     with tarfile.open(archive, "w:gz") as packed:
