@@ -131,6 +131,18 @@ def metrics_table() -> str:
     return f"{caption}:\n\n" + table(["", "time", "times faster"], rows)
 
 
+def metrics_memory_table() -> str:
+    record = read("metrics_memory.jsonl")[-1]
+    libraries, size = record["libraries_bytes"], record["size"]
+    rows = []
+    for name, key in (("in memory", "in_memory"), ("beyond `--memory-limit`", "limited")):
+        peak = record[f"{key}_bytes"]
+        maps = (peak - libraries) / (4 * size * size)
+        rows.append([name, f"{peak / 2**20:.0f} MB", f"{maps:.1f}"])
+    caption = f"Peak memory of `zsad-eval` with {record['maps']} maps of {size}×{size}; {where(record)}"
+    return f"{caption}:\n\n" + table(["", "peak memory", "without the libraries, in maps"], rows)
+
+
 def mutual_scoring_cuda_table(file: str = "mutual_scoring_cuda.jsonl") -> str:
     latest = {(r["gpu"], r["patches"], r["channels"], tuple(r["degrees"])): r for r in read(file)}
     blocks = []
@@ -550,6 +562,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline_table,
     "known": known_table,
     "metrics": metrics_table,
+    "metrics_memory": metrics_memory_table,
     "model": model_table,
     "mutual scoring": mutual_scoring_table,
     "nearest": nearest_table,
