@@ -197,12 +197,11 @@ def test_half_precision_is_read_by_tensorrt(checkpoint: Path, options: GraphOpti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_published_shape_agrees(empty_cache: Path, tmp_path: Path, precision: str) -> None:
+def test_the_published_shape_agrees(empty_cache: Path, tmp_path: Path) -> None:
     checkpoint = str(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
-    image = export_onnx(checkpoint, ClipSegImageOptions(precision=precision))
-    segmentation = export_onnx(checkpoint, ClipSegDecoderOptions(precision=precision))
+    image = export_onnx(checkpoint, ClipSegImageOptions(precision="fp16"))
+    segmentation = export_onnx(checkpoint, ClipSegDecoderOptions(precision="fp16"))
     assert image.inputs == {"images": (None, 3, 352, 352)}
     assert segmentation.inputs == {"activations": (3, 485, 768), "conditions": (None, 512)}
-    assert image.agreement.startswith(precision)
-    assert segmentation.agreement.startswith(precision)
+    assert image.agreement.startswith("fp16")
+    assert segmentation.agreement.startswith("fp16")

@@ -18,7 +18,8 @@ from runs import draw
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
-RUNS = int(os.environ.get("ZSAD_RUNS", "4"))  # of each test with a random choice
+RUNS = int(os.environ.get("ZSAD_RUNS", "2"))  # of each test with a random choice
+MEGABYTES = int(os.environ.get("ZSAD_MEGABYTES", "500"))  # between the limits of memory
 SEED = int(os.environ.get("ZSAD_SEED", "0"))
 IMAGES = 24
 DAMAGED = 50  # files in a round
@@ -70,7 +71,7 @@ def test_killed_runs_go_on_to_the_same_results(command: list[str], tmp_path: Pat
         assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("megabytes", range(300, 2100, 100))
+@pytest.mark.parametrize("megabytes", range(300, 2100, MEGABYTES))
 def test_a_limit_of_memory_ends_in_the_same_results_or_in_a_line(
     command: list[str], tmp_path: Path, megabytes: int
 ) -> None:

@@ -45,10 +45,8 @@ INTERVALS: list[tuple[float, float]] = [(0.0, 0.3), (0.2, 0.7), (0.0, 1), (1, 50
 @pytest.mark.parametrize(
     ("images", "layers", "grid", "channels", "degrees", "interval"),
     [
-        # The fast ones have every shape but the first, and every interval.
-        pytest.param(*shape, interval, marks=() if number == place + 1 else pytest.mark.slow)
-        for number, shape in enumerate(SHAPES)
-        for place, interval in enumerate(INTERVALS)
+        *((*shape, interval) for shape, interval in zip(SHAPES[1:], INTERVALS, strict=True)),
+        *(pytest.param(*SHAPES[0], interval, marks=pytest.mark.slow) for interval in INTERVALS),
     ],
 )
 def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degrees, interval) -> None:
