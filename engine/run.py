@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -18,7 +18,7 @@ import numpy as np
 
 from zsad.engine.config import LARGEST_AUTO, Config, ConfigError
 from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
-from zsad.engine.images.categories import counted
+from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
 from zsad.engine.images.remote import Location
@@ -37,7 +37,7 @@ from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
 from .bank_pass import Normal, check_rooms, check_saving, known_good, save_bank, save_category_bank, used_bits
-from .category_pass import CategoryProgress, ignored_files, run_category
+from .category_pass import CategoryProgress, deal_groups, ignored_files, run_category
 from .plan import by_size, check_memory, check_references, plan, said_sides
 
 log = logging.getLogger("zsad")
@@ -98,7 +98,7 @@ def _run(data: Location, config: Config, runtime: Runtime, options: Options, pro
             not_compared=left_out,
             metrics=evaluation,
         )
-        not_written, lacking = _exported(dataset, records, options, timings, progress)
+        not_written, lacking = _exported(dataset, records, config, options, timings, progress)
         record = replace(record, notes=[*record.notes, *(f"{line}." for line in lacking)])
         check_there(options.output)  # writing would make it anew
         if "zsad" in options.formats:
@@ -212,6 +212,7 @@ def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> Cat
 def _exported(
     dataset: Dataset,
     records: Sequence[CategoryRecord],
+    config: Config,
     options: Options,
     timings: MutableMapping[str, float],
     progress: CategoryProgress,
@@ -224,8 +225,12 @@ def _exported(
             )
     if not options.exports:
         return None, []
-    roots = {category.name: category.root for category in dataset.categories}
-    finished = [Finished(record, roots[record.name], options.output / record.name) for record in records]
+    categories = {category.name: category for category in dataset.categories}
+    finished = [
+        Finished(record, category.root, options.output / record.name, partial(_groups, category, record, config))
+        for record in records
+        if (category := categories[record.name])
+    ]
     said: list[str] = []
     with stopwatch(timings, "export"):
         for name in options.exports:
@@ -237,6 +242,16 @@ def _exported(
     for line in said:
         log.warning("%s", line)
     return None, said
+
+
+def _groups(category: Category, record: CategoryRecord, config: Config) -> Iterator[int]:
+    """Yield the number of the group that each image on record was compared in."""
+    numbers = np.zeros(len(category.images), np.int64)
+    for number, members in enumerate(deal_groups(len(category.images), config.group_size, config.seed)):
+        numbers[members] = number
+    sources = enumerate(category.images)
+    for image in record.images:
+        yield next(int(numbers[index]) for index, source in sources if str(source.relative) == image.path)
 
 
 def _evaluated(

@@ -9,9 +9,11 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +72,7 @@ class Finished:
     record: CategoryRecord
     root: Path  # of its images
     folder: Path  # of its results
+    groups: Callable[[], Iterable[int]] = lambda: repeat(0)  # the number of each image's group
 
     def map(self, image: ImageRecord) -> NDArray[np.float32]:
         """Read an image's map [H, W] in [0, 1]; raises ImageError."""
@@ -146,8 +149,11 @@ def export(name: Export, output: Path, source: Source) -> list[str]:
 
 def writer(name: Export) -> Writer:
     """Return what writes a format; raises ConfigError where a library for it is missing."""
-    from . import coco, map_trees, mvtec_ad2
+    from . import coco, map_trees, mvtec_ad2, parquet
 
+    if name in parquet.BITS:
+        parquet.library()
+        return partial(parquet.write, name=name)
     if name == "coco":
         coco.library()
         return coco.write
@@ -168,7 +174,7 @@ def check(name: str, out: Path, dataset: Dataset | None, report: Report) -> Chec
     out: what `zsad-infer` wrote, or what is to be handed in itself. Raises OutputError where there is nothing of this
     format, OSError, ConfigError where a library is missing.
     """
-    from . import coco, map_trees, mvtec_ad2, rayan
+    from . import coco, map_trees, mvtec_ad2, parquet, rayan
 
     categories = None if dataset is None else dataset.categories
     nothing = OutputError(
@@ -181,6 +187,8 @@ def check(name: str, out: Path, dataset: Dataset | None, report: Report) -> Chec
         files = rayan.check(place, categories, faults, report)
     elif name == "mvtec-ad2":
         files = mvtec_ad2.check(place, categories, faults, report)
+    elif name in parquet.BITS:
+        files = parquet.check(place, name, dataset, faults, report)
     elif name == "coco":
         files = coco.check(place, dataset, faults, report)
     else:

@@ -6,7 +6,9 @@ from typing import Literal, get_args
 Format = Literal["zsad", "rayan"]
 """What is written of each image as its score comes."""
 
-Export = Literal["mvtec-ad", "mvtec-loco", "mvtec-3d", "mvtec-ad2", "visa", "coco"]
+Export = Literal[
+    "mvtec-ad", "mvtec-loco", "mvtec-3d", "mvtec-ad2", "visa", "coco", "parquet", "parquet-8bit", "parquet-16bit"
+]
 """What others read, each a folder of that name, made of the maps and records that `zsad` writes."""
 
 EXPORTS: tuple[Export, ...] = get_args(Export)
