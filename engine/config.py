@@ -342,7 +342,7 @@ def _check_tiling(config: Config) -> None:
     if tiling.tile is not None and tiling.overlap is not None and tiling.overlap > tiling.tile // 2:
         raise ConfigError(f"--overlap must be at most half of --tile, {tiling.tile // 2} pixels, not {tiling.overlap}")
     if config.components:
-        raise ConfigError("--tile and --tiles cut images into tiles, and so does --components; leave out one of them")
+        raise ConfigError("--tile and --tiles cut images, and so does --components (of preset vvv); give only one")
     if config.decoder == "nvimgcodec":
         raise ConfigError("--decoder nvimgcodec leaves no image that could be cut into tiles; leave it out")
 
