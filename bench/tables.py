@@ -502,7 +502,9 @@ def tiles_table() -> str:
     blocks = []
     for name, ways in sets.items():
         rows = [
-            [TILE_WAYS[way], *(percent([share]) for share in record["found"].values())] for way, record in ways.items()
+            [said, *(percent([share]) for share in ways[way]["found"].values())]
+            for way, said in TILE_WAYS.items()
+            if way in ways
         ]
         *_, record = ways.values()
         sizes = [f"{size} px" for size in record["found"]]
