@@ -341,7 +341,8 @@ def _transparent(file: BinaryIO, image: Image.Image) -> NDArray[np.bool_] | None
 
 def _orientation(image: Image.Image) -> int:
     with suppress(Exception):  # EXIF that is damaged says nothing
-        return int(image.getexif().get(ORIENTATION, 1))
+        # Of a PNG file that is only opened its own method would decode all to see whether EXIF follows the pixels.
+        return int(Image.Image.getexif(image).get(ORIENTATION, 1))
     return 1
 
 

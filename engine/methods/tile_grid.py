@@ -74,7 +74,8 @@ class TileGrid:
 
     def covered(self, size: tuple[int, int]) -> tuple[float, float]:
         """Return how many rows and columns of the map an image of this size covers."""
-        return size[0] / self.rows.cell, size[1] / self.columns.cell
+        height, width = size
+        return min(height / self.rows.cell, self.rows.cells), min(width / self.columns.cell, self.columns.cells)
 
     def __len__(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)

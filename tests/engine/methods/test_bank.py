@@ -582,7 +582,7 @@ def test_resuming_scores_only_what_is_new_and_gives_all_verdicts_anew(
         (["--save-bank", "y.zsad"], "give known-good images with --reference GOOD/"),
         (["data", "--save-bank", "y.zsad", "--memory-limit", "1MB"], "make the work smaller with --bank-size"),
         (["--reference", "data", "--save-bank", "y.zsad", "--memory-limit", "1MB"], "--image-size or fewer images"),
-        (["data/00.png"], "give data/, or a new folder with a copy of it"),
+        (["data/00.png"], "give data/, a new folder with a copy of it"),
         (["--reference", "none", "--save-bank", "y.zsad"], "none"),
         (["data", "--save-bank", "y.zsad", "--preset", "winclip"], "presets that compare images"),
         (
