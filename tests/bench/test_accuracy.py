@@ -143,7 +143,7 @@ def draw_set(root: Path, masks: bool) -> None:
                 image.save(root / folder / kind / name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_section_is_recorded(
     random_dinov2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def test_the_benchmarks_take_the_arguments_that_the_script_gives(suite: Any, mon
             modules[name].main(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(host_build.COMPILER is None, reason=host_build.MISSING_COMPILER)
 def test_what_is_measured_fills_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = HostDevice()

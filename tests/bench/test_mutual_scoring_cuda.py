@@ -26,7 +26,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     return device
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_variant_is_checked_and_timed(device: HostDevice, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     assert benchmark.main([*SMALL, "--pairs", "1", "--unrecorded", "--output", str(output)]) == 0
@@ -39,7 +39,7 @@ def test_every_variant_is_checked_and_timed(device: HostDevice, tmp_path: Path) 
     assert record["peak_flops"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scores_that_are_off_are_not_timed(device: HostDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variant, (options, _) in benchmark.VARIANTS.items():
         monkeypatch.setitem(benchmark.VARIANTS, variant, (options, 0.0))
@@ -50,7 +50,7 @@ def test_scores_that_are_off_are_not_timed(device: HostDevice, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refcheck_times_nothing(device: HostDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([*SMALL, "--refcheck", "--output", str(tmp_path / "out.jsonl")]) == 0
     assert capsys.readouterr().out.count("largest deviation from float64") == len(benchmark.VARIANTS)

@@ -71,7 +71,7 @@ def test_arithmetic_of_a_large_tower() -> None:
     assert read_products()["challenge", "clip", "image"].flops_per_row == pytest.approx(trunk, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["small", "vvv"])
 def test_what_is_kept_is_what_is_counted(preset: str, tmp_path: Path) -> None:
     assert list(count_preset(preset, tmp_path)) == [each for key, each in read_products().items() if key[0] == preset]

@@ -40,7 +40,7 @@ def measure(tiny: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
     network, *runs = measure("--device", "cpu")
     assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_row"])
@@ -54,7 +54,7 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
         assert run["peak_device_bytes"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 @pytest.mark.usefixtures("tensorrt")
 def test_on_a_device(measure: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: p
     assert {weight.shape for weight, _ in heads} == {(32, 64)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["winclip", "april-gan"])
 def test_whole_runs_of_text_guided_presets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights, for which there are no words."""
@@ -137,7 +137,7 @@ points_per_side = 4
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_graph_and_whole_runs_of_vvv(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from zsad.export.checkpoints import find_checkpoint
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels import mutual_scores, reference
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SIZE = 224  # keeps the oracle affordable
 

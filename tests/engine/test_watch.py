@@ -453,7 +453,7 @@ def test_output_and_banks_may_lie_in_the_folder(made: Path) -> None:
         assert line.run(output=Path("in/out"), overrides={"bank": "in/part.zsad"}) == [name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_burst_of_a_thousand(made: Path) -> None:
     for number in range(1000):
         Image.new("RGB", (16, 16), (number % 256, 0, number // 256)).save(f"in/{number:04d}.png")
@@ -479,7 +479,7 @@ def test_options_that_do_not_go_with_it_are_named(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_prints_a_line_for_each_image_and_ends_cleanly(made: Path, number: signal.Signals) -> None:
     put(made, GOOD, "a.png")

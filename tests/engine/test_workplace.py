@@ -26,11 +26,11 @@ def _workplace(workplace: None) -> None:
     """Every test here runs the tiny network in a folder of its own."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize(
     "limit",
-    [pytest.param([], marks=pytest.mark.slow, id="resident"), pytest.param(["--memory-limit", "230KB"], id="spilled")],
+    [pytest.param([], marks=pytest.mark.long, id="resident"), pytest.param(["--memory-limit", "230KB"], id="spilled")],
 )
 def test_a_run_on_a_device_equals_one_on_the_cpu(
     two_networks: Path,
@@ -63,7 +63,7 @@ def test_a_run_on_a_device_equals_one_on_the_cpu(
 @pytest.mark.parametrize(
     ("preset", "model", "references"), [("winclip", "clip_tiny", True), ("april-gan", "april", False)]
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_text_guided_runs_on_a_device_equal_those_on_the_cpu(
     tokenizer: object,
     emulated_gpu: HostDevice,
@@ -99,7 +99,7 @@ def stage_foregrounds(output: str) -> list[NDArray[np.bool_]]:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("preset", "batch"), [("vvv", "1"), ("vvv", "3"), ("winclip", "3")])
 def test_foregrounds_and_tiles_on_a_device_equal_those_on_the_cpu(
     tokenizer: object,

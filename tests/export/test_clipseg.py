@@ -41,7 +41,7 @@ def test_both_names_are_read_alike(tiny: dict[str, np.ndarray], tmp_path: Path) 
     np.testing.assert_array_equal(port.blocks[1].qkv[0][16:32], tiny["decoder.layers.1.self_attn.k_proj.weight"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sizes_of_the_published_decoder(tmp_path: Path) -> None:
     decoder = read_clipseg_decoder(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
     assert (decoder.width, decoder.token_width, decoder.dimension, decoder.patch_size) == (64, 768, 512, 16)

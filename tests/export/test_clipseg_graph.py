@@ -196,7 +196,7 @@ def test_half_precision_is_read_by_tensorrt(checkpoint: Path, options: GraphOpti
     assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in model.graph.output)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_published_shape_agrees(empty_cache: Path, tmp_path: Path) -> None:
     checkpoint = str(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
     image = export_onnx(checkpoint, ClipSegImageOptions(precision="fp16"))

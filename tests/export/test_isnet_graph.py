@@ -112,7 +112,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
         export_onnx(str(write_states(tmp_path / "isnet.safetensors", isnet_state(8))), IsnetOptions(128))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_shape(empty_cache: Path, tmp_path: Path, precision: str) -> None:
     """At 256 pixels, where it takes a sixteenth of the time."""

@@ -41,10 +41,10 @@ def save_random(model, path: Path, prefix: str = "") -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    "variant", ["registers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "swiglu"))]
+    "variant", ["registers", *(pytest.param(name, marks=pytest.mark.long) for name in ("plain", "swiglu"))]
 )
 def test_timm_dinov2(torchvision: None, tmp_path: Path, variant: str) -> None:
     import torch

@@ -82,7 +82,7 @@ def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
         export_onnx(checkpoint, replace(OPTIONS, taps=(1,), outputs=("tokens",)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_photographs_keep_the_promised_cosine(real_data: Path, tmp_path: Path) -> None:
     """The weights and taps of the preset `small`; its massive activations are what random weights do not have."""
     try:

@@ -198,7 +198,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
         export_onnx(str(mobile), SamImageOptions(96))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.torch
 def test_a_whole_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="compares with PyTorch")

@@ -104,7 +104,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, wrong: dict[str, ob
         build_sam_masks_graph(decoder, replace(TINY, **wrong))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_sizes_agree(empty_cache: Path, tmp_path: Path, precision: str) -> None:
     checkpoint = write_states(tmp_path / "masks.safetensors", mask_decoder_state())

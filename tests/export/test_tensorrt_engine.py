@@ -499,7 +499,7 @@ def test_options_that_tensorrt_rtx_does_not_take(graph: ExportedModel, options: 
         build_engine(graph, options, "again")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 def test_command_builds_two_layers_of_vit_large(
     random_dinov2: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -547,7 +547,7 @@ def test_tensorrt_rtx_reads_the_types_of_a_text_tower(tmp_path: Path) -> None:
     assert (embedding.dtype.name, tuple(embedding.shape)) == ("FLOAT", (-1, 24))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 def test_tensorrt_rtx_builds_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = ",".join(IMAGE_OUTPUTS)
@@ -562,7 +562,7 @@ def test_tensorrt_rtx_builds_windows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert fingerprint["engine_bytes"] > 2 * 12 * 12 * 64**2  # weights in fp16, once for all three sequences
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the published shape; its towers are those of ViT-B/16."""
@@ -582,7 +582,7 @@ def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert capsys.readouterr().err.count("already built") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 def test_tensorrt_rtx_builds_isnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the published shape, at a quarter of the published side: building takes as long, comparing a sixteenth."""
@@ -615,7 +615,7 @@ def test_tensorrt_rtx_reads_the_types_of_isnet(tmp_path: Path) -> None:
     assert (foreground.dtype.name, tuple(foreground.shape)) == ("FLOAT", (-1, 128, 128))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 @pytest.mark.parametrize(
     ("kind", "graph", "weights"),
@@ -641,7 +641,7 @@ def test_tensorrt_rtx_builds_sam_at_its_size(
     assert capsys.readouterr().err.count("already built") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_rtx
 def test_command_builds_every_engine_of_vvv(tmp_path: Path) -> None:
     """For as many rows as runs have; in the sizes of a toy."""

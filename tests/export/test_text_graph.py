@@ -56,8 +56,8 @@ def test_it_equals_open_clip(
     assert np.abs(found - other).max() > 0.005
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["fused", pytest.param("standard", marks=pytest.mark.slow)])
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["fused", pytest.param("standard", marks=pytest.mark.long)])
 def test_the_batch_is_dynamic_and_only_what_stands_in_front_of_the_end_counts(
     text: TextTransformer, run: Callable, attention: str
 ) -> None:

@@ -398,11 +398,11 @@ def test_blocks_equal_those_of_april_gan(april: VisionTransformer) -> None:
     ("attention", "precision", "largest"),
     [
         ("fused", "fp32", 1e-5),
-        pytest.param("standard", "fp32", 1e-5, marks=pytest.mark.slow),
-        pytest.param("fused", "fp16", 5e-3, marks=pytest.mark.slow),
-        pytest.param("standard", "fp16", 5e-3, marks=pytest.mark.slow),
+        pytest.param("standard", "fp32", 1e-5, marks=pytest.mark.long),
+        pytest.param("fused", "fp16", 5e-3, marks=pytest.mark.long),
+        pytest.param("standard", "fp16", 5e-3, marks=pytest.mark.long),
         pytest.param("fused", "int8", 0.15, marks=needs_vnni),
-        pytest.param("standard", "int8", 0.15, marks=[needs_vnni, pytest.mark.slow]),
+        pytest.param("standard", "int8", 0.15, marks=[needs_vnni, pytest.mark.long]),
     ],
 )
 def test_windows_equal_those_of_winclip(
@@ -497,19 +497,19 @@ def test_an_image_without_windows_is_refused(tiny_clip: VisionTransformer) -> No
         build_vit_graph(tiny_clip, ExportOptions((), 32, outputs=("windows_2", "windows_3")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("precision", "oracle"),
     [
-        pytest.param("fp32", "graph", marks=pytest.mark.slow),
-        pytest.param("fp16", "graph", marks=pytest.mark.slow),
-        pytest.param("int8", "graph", marks=pytest.mark.slow),
+        pytest.param("fp32", "graph", marks=pytest.mark.long),
+        pytest.param("fp16", "graph", marks=pytest.mark.long),
+        pytest.param("int8", "graph", marks=pytest.mark.long),
         pytest.param("fp32", "torch", marks=pytest.mark.torch),
-        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
-        pytest.param("int8", "torch", marks=[pytest.mark.torch, pytest.mark.slow]),
+        pytest.param("fp16", "torch", marks=[pytest.mark.torch, pytest.mark.long]),
+        pytest.param("int8", "torch", marks=[pytest.mark.torch, pytest.mark.long]),
     ],
 )
-@pytest.mark.parametrize("registers", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("registers", [0, pytest.param(4, marks=pytest.mark.long)])
 def test_windows_are_compared_before_they_are_kept(
     empty_cache: Path, random_dinov2: Callable[..., Path], tmp_path: Path, precision: str, oracle: str, registers: int
 ) -> None:

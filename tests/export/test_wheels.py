@@ -149,7 +149,7 @@ def test_an_index_with_other_files(
     assert not list((empty_cache / "weights").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pip_ends_with_a_killed_parent_and_leaves_nothing_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,8 +146,8 @@ def test_the_smallest_degree_comes_beside_the_average(precision: str, degrees: t
     np.testing.assert_array_equal(scores, plain)  # with int8, too: the interval's winners alone are measured
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [False, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (True, "each"))])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [False, *(pytest.param(kind, marks=pytest.mark.long) for kind in (True, "each"))])
 def test_the_planned_peak_is_kept(precision: str, kind) -> None:
     tokens = np.random.default_rng(1).normal(size=(40, 1, 256, 32)).astype(np.float32)
     options = {"precision": precision, "return_minima": kind}
@@ -193,8 +193,8 @@ def test_a_few_rows_at_a_time_where_neither_memory_nor_disk_holds_all(
     assert "in turn against all others" in plans[0].describe()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("failures", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("failures", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_failed_allocation_halves_the_budget(
     failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,7 +70,7 @@ def test_golden_aggregation(golden: Path, name: str, degrees, side: int) -> None
         np.testing.assert_allclose(features, arrays[f"lnamd_r{degree}"], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
 @settings(max_examples=60, deadline=None)
 @given(
@@ -262,7 +262,7 @@ def test_a_window_as_large_as_the_grid_is_none(precision: str) -> None:
     assert (mutual_scores(tokens, grid, precision=precision, window=7) != whole).any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
 @settings(max_examples=25, deadline=None)
 @given(

@@ -16,7 +16,7 @@ import pytest
 from corruption import corrupted, images
 from runs import draw
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("workplace")]
 
 RUNS = int(os.environ.get("ZSAD_RUNS", "2"))  # of each test with a random choice
 MEGABYTES = int(os.environ.get("ZSAD_MEGABYTES", "500"))  # between the limits of memory

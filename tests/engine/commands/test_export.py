@@ -30,7 +30,7 @@ def command(random_dinov2: Callable[..., Path]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.slow
+@pytest.mark.long
 def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: Path, name: str) -> None:
     # A background job, as tests may be, starts its children with SIGINT ignored.
     code = (
@@ -206,7 +206,7 @@ def test_a_preset_that_follows_the_images_is_made_of_whole_patches(
     assert (f"this is for {size} px, --image-size for another" in capsys.readouterr().err) == said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_exported_is_what_runs_read(
     tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

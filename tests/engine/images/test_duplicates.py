@@ -113,7 +113,7 @@ def test_without_pixels_the_file_counts(tmp_path: Path) -> None:
     assert Duplicates().groups() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("category", ["ball_screw", "magnetic_tile", "solar_cell_mono"])
 def test_on_photographs(tmp_path: Path, real_data: Path, category: str) -> None:
     paths = sorted(path for path in (real_data / category / "test").rglob("*") if path.is_file())

@@ -193,7 +193,7 @@ def test_making_a_bank_takes_no_more_memory_than_is_planned_and_tells_how_far_it
     assert (told[0][0], told[-1][0], len(told) > 10) == (0, told[-1][1], True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [10_000, 36, 18])  # all patches, a fifth, a tenth
 def test_false_alarms_are_what_was_asked_for(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zsad.engine.methods.bank.Nearest", Products)

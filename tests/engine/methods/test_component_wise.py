@@ -118,7 +118,7 @@ print(len(parts), len(laid), parts[0].parts, parts[-1].parts, int(pixels.max()),
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_of_a_large_image() -> None:
     result = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
@@ -142,13 +142,13 @@ def as_network_inputs(picture: NDArray[np.uint8], laid: list[Any], side: int) ->
     return [np.asarray(crop.resize((side, side), Image.Resampling.BICUBIC)) for crop in crops]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("preset", "side", "references", "pad"),
     [
         ("winclip", 96, True, "clamp"),
-        pytest.param("winclip", 96, False, "reflect", marks=pytest.mark.slow),
-        pytest.param("april-gan", 98, False, "clamp", marks=pytest.mark.slow),
+        pytest.param("winclip", 96, False, "reflect", marks=pytest.mark.long),
+        pytest.param("april-gan", 98, False, "clamp", marks=pytest.mark.long),
     ],
 )
 def test_a_method_sees_tiles_as_it_sees_images(
@@ -187,7 +187,7 @@ def test_a_method_sees_tiles_as_it_sees_images(
     assert not found.all()  # nothing looks beside the tiles
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_references_are_tiles_of_components_too(
     infer: Callable[..., int], golden_pictures: list[NDArray[np.uint8]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +202,7 @@ def test_references_are_tiles_of_components_too(
     np.testing.assert_allclose(with_references[0], without[0] / 2, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_of_the_background_within_tiles_can_be_dropped(
     infer: Callable[..., int], golden_pictures: list[NDArray[np.uint8]]
 ) -> None:
@@ -294,7 +294,7 @@ print(highest() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_of_a_large_board_through_all_stages(
     infer: Callable[..., int], tmp_path: Path, golden_pictures: list[NDArray[np.uint8]]

@@ -206,7 +206,7 @@ def test_more_false_alarms_can_be_asked_for() -> None:
     assert few.reject > fifth.reject > half.reject
 
 
-@pytest.mark.slow  # 200 splits
+@pytest.mark.long  # 200 splits
 @pytest.mark.parametrize(("references", "defects"), [("all", 2), ("all", 13), ("blended", 2)])
 def test_of_good_images_no_more_are_rejected_than_known_good_ones_promise(references: str, defects: int) -> None:
     pool, bad = make_tokens(70), make_tokens(13, 2)[:defects]

@@ -118,7 +118,7 @@ def test_files_of_prompts(tiny: list[str], capsys: pytest.CaptureFixture[str], c
     assert "there is no prompt set 'theirs'; choose one of anomalib21" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_words_are_other_results(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.toml").write_text('normal = ["{}"]\nabnormal = ["broken {}"]')
     assert main([*tiny, "--prompts", "mine.toml"]) == 0

@@ -209,7 +209,7 @@ def test_a_whole_run_is_what_its_parts_give(
     assert found_map.max() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_run_with_all_words(
     vvv: Callable[..., int], golden_pictures: list[NDArray[np.uint8]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,7 +46,7 @@ INTERVALS: list[tuple[float, float]] = [(0.0, 0.3), (0.2, 0.7), (0.0, 1), (1, 50
     ("images", "layers", "grid", "channels", "degrees", "interval"),
     [
         *((*shape, interval) for shape, interval in zip(SHAPES[1:], INTERVALS, strict=True)),
-        *(pytest.param(*SHAPES[0], interval, marks=pytest.mark.slow) for interval in INTERVALS),
+        *(pytest.param(*SHAPES[0], interval, marks=pytest.mark.long) for interval in INTERVALS),
     ],
 )
 def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degrees, interval) -> None:

@@ -71,7 +71,7 @@ def compile_without_spills(source: Path, folder: Path, *defines: str) -> None:
     assert set(spills) == {("0", "0")}, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", SOURCES)
 def test_nvcc_compiles_every_target_without_spills(source: str, tmp_path: Path) -> None:

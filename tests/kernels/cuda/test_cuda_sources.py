@@ -343,7 +343,7 @@ def test_arguments_that_make_no_sense(change: dict[str, Any], message: str) -> N
         device_scores(**arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_planted_bugs_in_the_minima_are_found() -> None:
     unnoticed = [mutation.bug for mutation in MUTATIONS if found(mutation) is None]
     assert not unnoticed

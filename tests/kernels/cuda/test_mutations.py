@@ -28,7 +28,7 @@ def test_sources_without_planted_bugs_pass(source: str, defines: tuple[str, ...]
     check(source, host_build.library(source, defines))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_at_least_nine_of_ten_planted_bugs_are_found() -> None:
     host_build.standard_headers()
     tried = MUTATIONS[::EVERY]

@@ -195,7 +195,7 @@ def test_a_limit_below_the_minimum_names_what_is_needed(monkeypatch: pytest.Monk
         plan_of(100, 1369, 1024, 3, GIB, 1, returned_bytes=100 << 20, host_limit=50 << 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @compiled
 @pytest.mark.parametrize(
     ("variant", "images", "devices", "share"),
@@ -203,18 +203,18 @@ def test_a_limit_below_the_minimum_names_what_is_needed(monkeypatch: pytest.Monk
         *[("gram", *how) for how in ((2, 2, 1.0), (7, 1, 1.3), (7, 3, 1.0), (12, 2, 1.3))],
         ("fused", 7, 1, 1.3),
         *[
-            pytest.param("gram", images, devices, share, marks=pytest.mark.slow)
+            pytest.param("gram", images, devices, share, marks=pytest.mark.long)
             for images in (2, 7, 12)
             for devices in (1, 2, 3)
             for share in (1.0, 1.3)
             if (images, devices, share) not in ((2, 2, 1.0), (7, 1, 1.3), (7, 3, 1.0), (12, 2, 1.3))
         ],
-        *[pytest.param("fused", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (3, 1.0))],
-        *[pytest.param("int8", 7, *how, marks=pytest.mark.slow) for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
-        pytest.param("tiled", 7, 3, 1.3, marks=pytest.mark.slow),
+        *[pytest.param("fused", 7, *how, marks=pytest.mark.long) for how in ((1, 1.0), (3, 1.0))],
+        *[pytest.param("int8", 7, *how, marks=pytest.mark.long) for how in ((1, 1.0), (1, 1.3), (3, 1.0))],
+        pytest.param("tiled", 7, 3, 1.3, marks=pytest.mark.long),
     ],
 )
-@pytest.mark.parametrize("host", ["much", pytest.param("little", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host", ["much", pytest.param("little", marks=pytest.mark.long)])
 def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: int, host: str, share: float) -> None:
     plans: list[Plan] = []
     host_limit = PLENTY if host == "much" else 1
@@ -235,14 +235,14 @@ def test_every_plan_gives_the_same_scores(variant: str, images: int, devices: in
     assert not (host == "little" and plan.exchanges)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @compiled
 @pytest.mark.parametrize(
     ("variant", "images", "devices"),
     [
         *(("gram", 9, 2), ("fused", 2, 1), ("int8", 2, 2)),
         *(
-            pytest.param(*how, marks=pytest.mark.slow)
+            pytest.param(*how, marks=pytest.mark.long)
             for how in itertools.product(COMPARERS, (2, 3, 9), (1, 2, 3))
             if how not in (("gram", 9, 2), ("fused", 2, 1), ("int8", 2, 2))
         ),
@@ -311,7 +311,7 @@ def test_devices_with_room_compare_every_pair_once(images: int, devices: int) ->
         ("gram", 1, 4, 2, "much"),
         ("gram", 5, 3, 2, "much"),
         *(
-            pytest.param(variant, *counts, devices, host, marks=pytest.mark.slow)
+            pytest.param(variant, *counts, devices, host, marks=pytest.mark.long)
             for variant in COMPARERS
             for counts, devices, host in (
                 ((1, 1), 3, "much"),
@@ -351,19 +351,19 @@ def test_references_have_no_scores(variant: str, images: int, references: int, d
     assert (plans[-1].columns == 0) == (min(devices, images) == 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @compiled
 @pytest.mark.parametrize(
     ("variant", "devices", "degrees"),
     [
         ("gram", 3, (3, 1, 3)),
         *[
-            pytest.param("gram", *how, marks=pytest.mark.slow)
+            pytest.param("gram", *how, marks=pytest.mark.long)
             for how in ((1, (1, 3)), (1, (3, 1, 3)), (2, (1, 3)), (2, (3, 1, 3)), (3, (1, 3)))
         ],
-        pytest.param("fused", 2, (3, 1, 3), marks=pytest.mark.slow),
-        pytest.param("int8", 1, (3, 1, 3), marks=pytest.mark.slow),
-        pytest.param("int8", 2, (1, 3), marks=pytest.mark.slow),
+        pytest.param("fused", 2, (3, 1, 3), marks=pytest.mark.long),
+        pytest.param("int8", 1, (3, 1, 3), marks=pytest.mark.long),
+        pytest.param("int8", 2, (1, 3), marks=pytest.mark.long),
     ],
 )
 def test_minima(variant: str, devices: int, degrees: tuple[int, ...]) -> None:
@@ -402,7 +402,7 @@ def test_minima_count_in_the_plan() -> None:
     assert "handed back in a memory-mapped file" in plans[3].describe()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @compiled
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(

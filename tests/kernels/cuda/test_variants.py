@@ -109,7 +109,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_emulation_refuses(number: int) -> None:
@@ -307,7 +307,7 @@ def test_tiled_max_of_negative_products_and_zero_features(run: Any) -> None:
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiled_max_at_full_size() -> None:
     checks.check_tiled_max(run, host_build.copied, (37, 37), (1, 3, 5), negative=True)
 
@@ -354,13 +354,13 @@ def recurring_tokens(images: int, patches: int, channels: int) -> Any:
     return ((tokens + random.normal(scale=0.3, size=tokens.shape)) * scale).astype(np.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize(
     ("images", "grid", "channels", "degrees"),
     [
-        pytest.param(6, (7, 7), 100, (1, 3, 5), marks=pytest.mark.slow),
-        pytest.param(3, (10, 14), 200, (3,), marks=pytest.mark.slow),
+        pytest.param(6, (7, 7), 100, (1, 3, 5), marks=pytest.mark.long),
+        pytest.param(3, (10, 14), 200, (3,), marks=pytest.mark.long),
         (2, (1, 1), 24, (1, 3)),
         (4, (5, 4), 100, (5, 1, 1)),
     ],
