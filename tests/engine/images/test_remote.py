@@ -48,7 +48,9 @@ def test_a_header_fetches_a_part_and_pixels_the_file_once(asked: list[int], kind
     fsspec.filesystem("memory").pipe("/a/x.bin", content)
     file = Remote("memory://a/x.bin")
     assert (read_header(file).rows, read_header(file).columns) == (400, 400)
-    assert asked == [HEAD, HEAD] if kind != "TIFF" else asked == [HEAD, len(content)]
+    # Of TIFF files old versions of Pillow write the directory first, later ones last.
+    directory = int.from_bytes(content[4:8], "little") if kind == "TIFF" else 0
+    assert asked == [HEAD, HEAD if directory < HEAD else len(content)]
     assert np.array_equal(np.asarray(decode(file)), np.asarray(Image.open(io.BytesIO(content))))
     decode(file)
     assert sum(size == len(content) for size in asked) == 1
