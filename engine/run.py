@@ -26,11 +26,12 @@ from zsad.engine.images.stored import ImageError
 from zsad.engine.images.tree import RECORD, REPORT, RUN, SCORES, is_export
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.category import THUMBNAILS
-from zsad.engine.results.exports import Finished, Source, export, writer
+from zsad.engine.results.exports import export, writer
 from zsad.engine.results.formats import EXPORTS
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failure, RunRecord
 from zsad.engine.results.report import shown_categories, write_report
+from zsad.engine.results.source import Finished, Source
 from zsad.engine.scores.image_scores import FEW_IMAGES
 from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole

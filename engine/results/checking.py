@@ -16,7 +16,7 @@ from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageError, opened, read_header
 from zsad.engine.images.upright import ORIENTATION
 
-from .exports import Faults, Report
+from .source import Faults, Report
 
 LARGEST = 2**30  # pixels of a map; what declares more is not decoded
 

@@ -24,8 +24,8 @@ from zsad.engine.scores.verdicts import Region, labelled_regions
 from zsad.kernels.files import parse_json
 
 from .checking import upright_size
-from .exports import Faults, Finished, Report, Source
 from .records import ImageRecord
+from .source import Faults, Finished, Report, Source
 
 LABELS, RESULTS = "labels.json", "results.json"
 DEFECT = {"id": 1, "name": "defect", "supercategory": "defect"}  # what kind of defect it is, nobody knows

@@ -21,7 +21,7 @@ from zsad.engine.images.tree import EXPORT
 from zsad.kernels.files import as_cell, from_cell
 
 from .checking import check_maps, entries
-from .exports import Faults, Report, Source, in_test, linked, place_of
+from .source import Faults, Report, Source, in_test, linked, place_of
 
 TABLE, COLUMNS = "image_scores.csv", ("object", "image", "score", "map")
 

@@ -24,8 +24,8 @@ from zsad.engine.images.remote import Location
 from zsad.engine.scores.verdicts import region_mask
 
 from .checking import Entry, check_names, entries, png_fault, tiff_fault, upright_size
-from .exports import Faults, Finished, Progress, Report, Source, place_of
 from .records import ImageRecord
+from .source import Faults, Finished, Progress, Report, Source, place_of
 
 # Images in each of the two splits.
 COUNTS = {

@@ -19,8 +19,8 @@ from zsad.engine.config import ConfigError
 from zsad.engine.images.folders import Dataset
 from zsad.export.libraries import install_command
 
-from .exports import Faults, Finished, Report, Source
 from .formats import Export
+from .source import Faults, Finished, Report, Source
 
 DATA = "images"  # the folder that readers are given
 BITS: dict[str, int] = {"parquet": 0, "parquet-8bit": 8, "parquet-16bit": 16}  # of maps; none without

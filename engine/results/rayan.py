@@ -12,7 +12,7 @@ from zsad.engine.images.categories import Category
 from zsad.kernels.files import parse_json
 
 from .checking import check_names, entries
-from .exports import Faults, Report
+from .source import Faults, Report
 
 ENDING = "_scores.json"
 

@@ -23,10 +23,11 @@ from tifffile import imread, imwrite
 from zsad.engine.config import ConfigError
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.results import coco, exports, mvtec_ad2, rayan
-from zsad.engine.results.exports import Faults, Finished, Source, check, export, place_of
+from zsad.engine.results.exports import check, export
 from zsad.engine.results.formats import Export, of_finished, of_images
 from zsad.engine.results.output import OutputError
 from zsad.engine.results.records import CategoryRecord, Failure, ImageRecord
+from zsad.engine.results.source import Faults, Finished, Source, place_of
 from zsad.engine.scores.verdicts import Bounds, find_regions, labelled_regions
 
 SIZE = (10, 14)  # rows and columns of all images
