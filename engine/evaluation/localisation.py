@@ -124,8 +124,8 @@ class ComparedPixels:
                 pixels = held.pop(number, None) or _tried(self._source, number)
                 if isinstance(pixels, Exception):
                     return number, pixels
-                split = split_pixels(pixels.mask, pixels.map, pixels.regions, connected, str(number))
-                del pixels  # its map, beside the scores as they are and sorted, would be a third
+                split = split_pixels(pixels.mask, pixels.map, pixels.regions, connected, str(number), in_place=True)
+                del pixels
                 sample.add(number, split)
                 return number, None
 

@@ -314,11 +314,18 @@ def _joined(parts: Sequence[Split], dtype: np.dtype[Any]) -> Split:
 
 
 def split_pixels(
-    mask: ArrayLike, map_: NDArray[Any], regions: Sequence[Region] | None, connected: bool, name: str
+    mask: ArrayLike,
+    map_: NDArray[Any],
+    regions: Sequence[Region] | None,
+    connected: bool,
+    name: str,
+    in_place: bool = False,
 ) -> Split:
     """The pixels of one image: positives and negatives, which may be a view of the map.
 
-    mask, map_: [H, W]. connected: weights of the regions that hang together too. Raises ValueError as `aupro`.
+    mask, map_: [H, W]. connected: weights of the regions that hang together too. in_place: the map, which has to be
+    writable and contiguous, becomes its negatives in ascending order, so that there is no second one. Raises ValueError
+    as `aupro`.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.shape != map_.shape:
@@ -328,34 +335,50 @@ def split_pixels(
     anomalous = _binary(mask, f"mask {name}")
     kinds = (GIVEN, CONNECTED) if connected else (GIVEN,)
     if not anomalous.any():
-        return Split(np.empty(0, map_.dtype), dict.fromkeys(kinds, np.empty(0)), [map_.ravel()])
+        negatives = map_.reshape(-1)
+        if in_place:
+            negatives.sort()
+        return Split(np.empty(0, map_.dtype), dict.fromkeys(kinds, np.empty(0)), [negatives])
     weights = {
         kind: _connected_weights(anomalous)
         if regions is None or kind == CONNECTED
-        else _saturated_weights(regions, map_)[anomalous]
+        else _saturated_weights(regions, map_, anomalous)
         for kind in kinds
     }
-    return Split(map_[anomalous], weights, [map_[~anomalous]])
+    positives = map_[anomalous]
+    if not in_place:
+        return Split(positives, weights, [map_[~anomalous]])
+    map_[anomalous] = np.inf  # behind all others
+    negatives = map_.reshape(-1)
+    negatives.sort()
+    return Split(positives, weights, [negatives[: negatives.size - positives.size]])
 
 
 def _connected_weights(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """1 / area of its 8-connected region, for each pixel of a mask [H, W]."""
-    _, region, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
-    weights: NDArray[np.float64] = 1 / stats[region[mask], cv2.CC_STAT_AREA]
+    """1 / area of its 8-connected region, for each pixel of a mask [H, W], which has one."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    # Labels take four times what a mask does.
+    part = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    _, region, stats, _ = cv2.connectedComponentsWithStats(part.view(np.uint8), connectivity=8)
+    weights: NDArray[np.float64] = 1 / stats[region[part], cv2.CC_STAT_AREA]
     return weights
 
 
-def _saturated_weights(regions: Sequence[Region], map_: NDArray[Any]) -> NDArray[np.float64]:
-    """What each pixel [H, W] adds to the overlaps of its regions, min(found pixels, s) / s.
+def _saturated_weights(
+    regions: Sequence[Region], map_: NDArray[Any], anomalous: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """What each anomalous pixel [M] adds to the overlaps of its regions, min(found pixels, s) / s.
 
     Whatever the threshold, the pixels found first are those of the highest scores: the s highest weigh 1 / s.
     """
-    weights = np.zeros(map_.shape)
+    pixels = np.flatnonzero(anomalous)
+    weights = np.zeros(pixels.size)
     for region in regions:
         scores = map_[region.mask]  # [A]
         rank = np.empty(scores.size)
         rank[np.argsort(-scores, kind="stable")] = np.arange(scores.size)
-        weights[region.mask] += np.clip(region.saturation_area - rank, 0, 1) / region.saturation_area
+        share, inside = np.clip(region.saturation_area - rank, 0, 1) / region.saturation_area, anomalous[region.mask]
+        weights[np.searchsorted(pixels, np.flatnonzero(region.mask)[inside])] += share[inside]
     return weights
 
 

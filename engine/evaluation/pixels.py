@@ -104,11 +104,12 @@ def _load_pixels(
     except ImageError as error:
         raise ImageError(f"its map {map_path}: {error}; run `zsad-infer` again") from None
     values = _values(map_)
-    if not np.isfinite(values).all():
+    if values is None:
         raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
+    del map_  # before there is a mask
     if image.anomalous and not image.masks.files:
         raise ValueError(f"its mask is missing: {where_masks_lie(image)}")
-    mask = np.zeros((map_.height, map_.width), np.bool_)
+    mask = np.zeros(values.shape, np.bool_)
     by_file = image.masks.regions or saturation is not None
     regions: list[Region] = []
     for path in image.masks.files:
@@ -119,7 +120,8 @@ def _load_pixels(
             kind = ImageError if isinstance(error, ImageError) else ValueError
             raise kind(f"its mask {file}: {error}") from None
         if part.shape != mask.shape:
-            size = f"{part.shape[1]}x{part.shape[0]} px, the image {map_.width}x{map_.height} px"
+            height, width = values.shape
+            size = f"{part.shape[1]}x{part.shape[0]} px, the image {width}x{height} px"
             raise ValueError(f"its mask {file} is {size}")
         mask |= part
         if by_file and part.any():
@@ -128,21 +130,29 @@ def _load_pixels(
         said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
         raise ValueError(f"its mask {mask_file(root, image.masks.files[0])} {said} {image.defect or 'normal'}")
     if paper is not None:
-        return _resized(mask, map_, paper)
+        return _resized(mask, values, paper)
     return Pixels(mask, values, regions if by_file else None)
 
 
-def _values(image: Image.Image) -> NDArray[np.float32]:
-    """Copy an image in mode F to an array [H, W], some rows at a time: Pillow would hold it three times."""
+def _values(image: Image.Image) -> NDArray[np.float32] | None:
+    """Copy an image in mode F to an array [H, W], some rows at a time: Pillow would hold it three times.
+
+    Returns None where it holds NaN or infinity.
+    """
     values = np.empty((image.height, image.width), np.float32)
     for top in range(0, image.height, ROWS):
         bottom = min(top + ROWS, image.height)
         values[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+        if not np.isfinite(values[top:bottom]).all():
+            return None
     return values
 
 
-def _resized(mask: NDArray[np.bool_], map_: Image.Image, paper: Paper) -> Pixels:
+def _resized(mask: NDArray[np.bool_], values: NDArray[np.float32], paper: Paper) -> Pixels:
     square, bilinear = (paper.side, paper.side), Image.Resampling.BILINEAR
     resized_mask = Image.fromarray(mask).convert("L").resize(square, bilinear)  # 0 and 255 before
-    resized = upsample(np.asarray(map_), square) if paper.ends_coincide else np.asarray(map_.resize(square, bilinear))
+    if paper.ends_coincide:
+        resized = upsample(values, square)
+    else:
+        resized = np.asarray(Image.fromarray(values).resize(square, bilinear))
     return Pixels(np.asarray(resized_mask) >= paper.mask_from, resized.astype(paper.precision), None)

@@ -75,11 +75,12 @@ class Spilled:
         self.positive_count = self.negative_count = 0
 
     def add(self, number: int, pixels: Split) -> None:
-        """Add the pixels of the image with this number, negatives in one piece; raises OSError on a full disk."""
-        (values,) = (np.sort(piece) for piece in pixels.negatives)
+        """Add the pixels of the image with this number; raises OSError on a full disk.
+
+        Its negatives are in one piece, ascending: see `split_pixels`, in place. They are let go.
+        """
         with self._lock:
-            negatives = _Scores(self._file, values, STRIDE)
-        del values  # as large as the map
+            negatives = _Scores(self._file, pixels.negatives.pop(), STRIDE)
         positives, inverse, counts = np.unique(pixels.positives, return_inverse=True, return_counts=True)
         weights = {kind: np.bincount(inverse, of, positives.size) for kind, of in pixels.weights.items()}
         with self._lock:

@@ -148,7 +148,9 @@ def read_map(path: Path) -> Image.Image:
     """Read a map that a run has written, floats in mode F; raises ImageError for whatever else the file is."""
     with regular_file(path) as file:
         try:
-            return Image.open(file, formats=("TIFF",)).convert("F")
+            image: Image.Image = Image.open(file, formats=("TIFF",))
+            image.load()
+            return image if image.mode == "F" else image.convert("F")  # which copies
         except UnidentifiedImageError:
             raise ImageError("not a TIFF image") from None
 

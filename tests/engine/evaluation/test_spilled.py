@@ -49,6 +49,7 @@ def test_metrics_are_those_of_memory(
     with tempfile.TemporaryFile() as file:
         sample = Spilled(file)
         for index in rng.permutation(images):  # threads come in any order
-            sample.add(index, split_pixels(masks[index], maps[index], regions[index], saturated, ""))
+            own = masks[index], maps[index].copy(), regions[index]
+            sample.add(index, split_pixels(*own, saturated, "", in_place=True))
         found = curve_metrics(sample, limit, steps, strict=True)
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
