@@ -18,16 +18,21 @@ from PIL import Image
 
 from zsad.engine.config import Config, ConfigError
 from zsad.engine.images.categories import Category, InputImage, counted
+from zsad.engine.images.decode import Recipe
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.images.duplicates import Duplicates
+from zsad.engine.images.loader import Batch
 from zsad.engine.images.references import count_references, find_references
 from zsad.engine.images.remote import Location, digest
 from zsad.engine.images.stored import DAMAGE, ImageError
+from zsad.engine.images.survey import survey
 from zsad.engine.methods.bank import LEAST_REVIEWED, recipes
 from zsad.engine.methods.bank_build import Needed, build_bank, check_making, describe, needed
 from zsad.engine.methods.bank_file import SUFFIX, BankError, Header, read_bank, write_bank
 from zsad.engine.methods.method import Progress
 from zsad.engine.methods.musc import Settings as MuScSettings
+from zsad.engine.methods.tile_grid import TilePlan
+from zsad.engine.methods.tiled import Cutter
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.results.records import CategoryRecord, Failure
 from zsad.engine.scores.conformal import FALSE_ALARMS, images_needed, percent
@@ -88,15 +93,16 @@ def check_saving(saving: Saving, config: Config, categories: Sequence[Category])
 
 
 def check_room(saving: Saving, category: Category, images: int, config: Config, workplace: Workplace) -> Needed:
-    """Return what making a bank of so many images takes; raises ConfigError where that is beyond the memory limit."""
-    place, settings = workplace.place, config.settings
+    """Return what making a bank of so many images, or tiles, takes; raises ConfigError where memory is too little."""
+    place, settings = _of_bank(config, workplace).place, config.settings
     assert isinstance(settings, MuScSettings)
     shapes = [network.graphs["image"].outputs["tokens"].shape for network in place.networks.values()]
     takes = needed(images, shapes, settings.degrees, saving.making, place.arrays.device)
     least, limit = takes.of_host(place.arrays.device), _host_limit(workplace)
     if least > limit:
+        said = counted(images, "tile" if config.tiling else "image")
         raise ConfigError(
-            f"{printable(category.name)}: a bank of {counted(images, 'image')} takes {least / 2**20:.0f} MiB while it "
+            f"{printable(category.name)}: a bank of {said} takes {least / 2**20:.0f} MiB while it "
             f"is made and the memory limit is {limit / 2**20:.0f} MiB; raise --memory-limit, or make the work smaller "
             "with --bank-size, --image-size or fewer images"
         )
@@ -110,7 +116,26 @@ def check_rooms(saving: Saving, jobs: Sequence[CategoryJob], workplace: Workplac
         images = max(2, round(len(category.images) / 2))
         if config.few_shot:
             images = count_references(category, job.products, config.reference, config.shots)
+        if job.tiles is not None:
+            images = job.tiles.tiles(images, workplace.method.cells)
         check_room(saving, category, images, config, workplace)
+
+
+def _of_bank(config: Config, workplace: Workplace) -> Workplace:
+    """Return a workplace with the networks that a bank is of: of tiles that of the maps, which their scores follow."""
+    if not config.tiling:
+        return workplace
+    assert isinstance(config.settings, MuScSettings)
+    name, place = config.settings.map_network, workplace.place
+    return replace(workplace, place=replace(place, networks={name: place.networks[name]}))
+
+
+def _parts(images: Sequence[InputImage], cutter: Cutter | None) -> int:
+    """Return how many pictures the networks will be given of images: as many, or all tiles, by their headers."""
+    if cutter is None:
+        return len(images)
+    sizes = survey((image.path for image in images), lambda: None).sizes
+    return TilePlan(sizes, cutter.tiling).tiles(len(images), cutter.cells)
 
 
 def _host_limit(workplace: Workplace) -> int:
@@ -133,15 +158,15 @@ def save_bank(
     """
     path, images, odd = file_of(saving, normal.category), normal.images, _Odd(normal.images)
     report = partial(progress, "networks for the bank")
-    limit = _host_limit(workplace)
-    takes = check_room(saving, normal.category, len(images), config, workplace)
+    limit, workplace = _host_limit(workplace), _of_bank(config, workplace)
+    takes = check_room(saving, normal.category, _parts(images, workplace.cutter), config, workplace)
     beside = takes.of_host(workplace.place.arrays.device)
     with network_tokens(images, normal.bit_depth, workplace, report, odd.seen, normal.strict, beside) as found:
         left_out = {**odd.left_out(), **dict(found.failures)}
         for index, reason in left_out.items():
             log.warning("%s is left out of the bank: %s", printable(str(images[index].path)), reason)
         kept = found.without(left_out)
-        count = len(kept.indices)
+        count = len(kept.images)
         if count < 2:
             raise ConfigError(
                 f"no bank of {printable(normal.category.name)}: it takes at least two readable known-good images, "
@@ -152,8 +177,9 @@ def save_bank(
             of_search = workplace.place.arrays.limit()
         with stopwatch(workplace.timings, "bank"):
             facts = normal.facts(workplace)
-            bank = build_bank(kept.tokens, config, workplace.place, saving.making, facts, progress, of_search)
-            write_bank(path, replace(bank, digests=normal.digests[list(kept.indices)]))
+            sizes = np.array(list(kept.images.values()), np.int32) if config.tiling else None
+            bank = build_bank(kept.tokens, config, workplace.place, saving.making, facts, progress, of_search, sizes)
+            write_bank(path, replace(bank, digests=normal.digests[list(kept.images)]))
     few = ""
     if count < (enough := images_needed(FALSE_ALARMS)):
         least = percent(1 / (count + 1))
@@ -198,7 +224,8 @@ def _digest(path: Location) -> bytes:
 class Tokens:
     """What the networks give for images."""
 
-    indices: Sequence[int]  # of the readable ones, n of them
+    indices: Sequence[int]  # of the readable ones, n of them; of images in tiles for each of these
+    images: Mapping[int, tuple[int, int]]  # the numbers of the readable ones, with their sizes where they are cut
     tokens: Mapping[str, NDArray[np.float32]]  # [n, L, P, C] by networks, valid within the context
     failures: Sequence[tuple[int, str]]  # the other ones, and why
     memory: int  # bytes of it that they take, none where they are in a file
@@ -211,7 +238,8 @@ class Tokens:
                 if to != row:
                     array[to] = array[row]
         tokens = {name: array[: len(rows)] for name, array in self.tokens.items()}
-        return replace(self, indices=[self.indices[row] for row in rows], tokens=tokens)
+        images = {index: size for index, size in self.images.items() if index not in left_out}
+        return replace(self, indices=[self.indices[row] for row in rows], images=images, tokens=tokens)
 
 
 @contextmanager
@@ -229,30 +257,46 @@ def network_tokens(
     seen: see `Loader.batches`. beside: bytes that are to be left beside it afterwards. Raises ImageError for the first
     image that cannot be read if strict.
     """
-    place, wanted = workplace.place, recipes(workplace.place)
+    place, cutter, wanted = workplace.place, workplace.cutter, recipes(workplace.place)
     graphs = {name: network.graphs["image"] for name, network in place.networks.items()}
-    indices, failures = list[int](), list[tuple[int, str]]()
+    indices, failures, read = list[int](), list[tuple[int, str]](), dict[int, tuple[int, int]]()
+    count = _parts(images, cutter)
     with ExitStack() as rooms:
-        size = sum(4 * len(images) * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
+        size = sum(4 * count * int(np.prod(graph.outputs["tokens"].shape)) for graph in graphs.values())
         limit = _host_limit(workplace)
         resident = size <= limit - max(limit // 2, beside)  # images that are decoded take up to half of it
         tokens: dict[str, Any] = {
-            name: rooms.enter_context(scratch((len(images), *graph.outputs["tokens"].shape), resident))
+            name: rooms.enter_context(scratch((count, *graph.outputs["tokens"].shape), resident))
             for name, graph in graphs.items()
         }
         for batch in workplace.loader.batches(images, range(len(images)), bit_depth, seen):
             failures += batch.failures
             if strict and failures:
                 raise ImageError(f"{images[failures[0][0]].path}: {failures[0][1]}")
-            with stopwatch(workplace.timings, "networks"):
-                for name, graph in graphs.items() if batch.indices else ():
-                    for part, outputs in run_in_parts(graph, {"images": batch.inputs[wanted[name]]}):
-                        rows = slice(len(indices) + part.start, len(indices) + part.stop)
-                        tokens[name][rows] = place.arrays.fetch(outputs["tokens"])
-            indices += batch.indices
-            report(len(indices), len(images))
-        read = {name: array[: len(indices)] for name, array in tokens.items()}
-        yield Tokens(indices, read, failures, size if resident else 0)
+            for owners, inputs in _inputs(batch, cutter):
+                if len(indices) + len(owners) > count:
+                    raise ImageError(f"{images[owners[0]].path}: is larger than it was when its header was read")
+                with stopwatch(workplace.timings, "networks"):
+                    for name, graph in graphs.items():
+                        for part, outputs in run_in_parts(graph, {"images": inputs[wanted[name]]}):
+                            rows = slice(len(indices) + part.start, len(indices) + part.stop)
+                            tokens[name][rows] = place.arrays.fetch(outputs["tokens"])
+                indices += owners
+            sizes = [image.shape[:2] for image in batch.images] or [(0, 0)] * len(batch.indices)
+            read |= zip(batch.indices, sizes, strict=True)
+            report(len(read), len(images))
+        whole = {name: array[: len(indices)] for name, array in tokens.items()}
+        yield Tokens(indices, read, whole, failures, size if resident else 0)
+
+
+def _inputs(batch: Batch, cutter: Cutter | None) -> Iterator[tuple[list[int], Mapping[Recipe, Any]]]:
+    """Yield what networks take of a batch, and of which image each part of that is."""
+    if cutter is not None:
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            for tiles in cutter.batches(image):
+                yield [index] * len(tiles.indices), tiles.inputs
+    elif batch.indices:
+        yield batch.indices, batch.inputs
 
 
 def save_category_bank(
@@ -272,7 +316,8 @@ def save_category_bank(
         else:
             images = _lower_half(category, record)
         normal = Normal(category, images, used_bits(category.images, config), chosen=not config.few_shot)
-        wanted = describe(config, workplace.place, saving.making, normal.facts(workplace))
+        place = _of_bank(config, workplace).place
+        wanted = describe(config, place, saving.making, normal.facts(workplace))
         if record.resumed and _is_made(path, wanted):
             log.info("%s: the bank is there already", path)
             return record

@@ -190,8 +190,7 @@ class CategoryPass:
         again: why what an earlier run has finished is not kept as it is.
         """
         bit_depth = self._bit_depth()
-        several = len(self.groups) > 1 and self.method.compares
-        if several and self.workplace.foregrounds is None and self.job.tiles is None:
+        if len(self.groups) > 1 and self.method.compares:
             place = ended_folder(self.job.options.output / self.category.name)
             self.ended = EndedGroups(place, digest, self.job.options.resume)
         results = self.results(bit_depth)
@@ -356,7 +355,7 @@ class CategoryPass:
             self.failed_references,
             self.method.kept(),
         )
-        self.ended.add(scored, facts)
+        self.ended.add([replace(image, stages=self.stages.pop(image.index, None)) for image in scored], facts)
         return ()
 
     def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:

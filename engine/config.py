@@ -143,6 +143,18 @@ class Tiling(Table):
     def __bool__(self) -> bool:
         return self.tile is not None or self.tiles is not None
 
+    @property
+    def options(self) -> str:
+        """What says the same on the command line."""
+        given = {
+            "tile": self.tile,
+            "tiles": None if self.tiles is None else "{}x{}".format(*self.tiles),
+            "overlap": self.overlap,
+            "scale": None if self.scale == 1 else self.scale,
+            "tile_batches": None if self.tile_batches == "auto" else self.tile_batches,
+        }
+        return " ".join(f"{_option(name)} {value}" for name, value in given.items() if value is not None)
+
 
 # What [stages] says of its networks where a file does not.
 STAGE_NETWORKS: Mapping[str, Mapping[str, Any]] = {
@@ -342,7 +354,10 @@ def _check_tiling(config: Config) -> None:
     if tiling.tile is not None and tiling.overlap is not None and tiling.overlap > tiling.tile // 2:
         raise ConfigError(f"--overlap must be at most half of --tile, {tiling.tile // 2} pixels, not {tiling.overlap}")
     if config.components:
-        raise ConfigError("--tile and --tiles cut images, and so does --components (of preset vvv); give only one")
+        raise ConfigError(
+            "--tile and --tiles cut whole images, and --components (of preset vvv) cuts tiles of its own around each "
+            "component of the foreground, of which tiles would show parts; give only one"
+        )
     if config.decoder == "nvimgcodec":
         raise ConfigError("--decoder nvimgcodec leaves no image that could be cut into tiles; leave it out")
 
@@ -356,7 +371,9 @@ def _override(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     everywhere = {key: overrides[key] for key in ("taps", "image_size") if key in overrides}
     changes["networks"] = {name: {**table, **everywhere} for name, table in merged["networks"].items()}
     if tiling := {key: overrides[key] for key in Tiling.model_fields if key in overrides}:
-        changes["tiling"] = {**merged.get("tiling", {}), **tiling}
+        instead = {"tile": "tiles", "tiles": "tile"}
+        before = {key: value for key, value in merged.get("tiling", {}).items() if instead.get(key) not in tiling}
+        changes["tiling"] = {**before, **tiling}
     elsewhere = {*Config.model_fields, *Tiling.model_fields, "taps"}
     own = {key: value for key, value in overrides.items() if key not in elsewhere}
     method = merged["method"]

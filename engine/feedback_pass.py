@@ -134,6 +134,11 @@ def give_back(
     bank cannot be written.
     """
     work = begin(path)
+    if tiling := work.bank.header.tiling:
+        raise BankError(
+            f"{path}: the bank is of tiles, and what users tell is of whole images; save it again, with false alarms "
+            f"among the known-good images: zsad-infer --reference GOOD/ --save-bank {path} {tiling.options}"
+        )
     chosen = _chosen(work, files)
     if any(chosen.values()):
         with limited(replace(options.limits, bytes=image_memory(runtime, options))):

@@ -26,6 +26,7 @@ from zsad.engine.images.references import References
 from zsad.engine.images.tree import REPORT, RUN
 from zsad.engine.methods.bank import BankMethod, Settings, bank_settings
 from zsad.engine.methods.method import Group
+from zsad.engine.methods.tiled import TiledBank
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.image_files import ImageFiles, Result, Written, judged, rounded
 from zsad.engine.results.output import check_there, claimed
@@ -151,7 +152,7 @@ class Watching:
     def _open(self) -> None:
         """Take the bounds from the bank that is open by now."""
         method, asked = self._workplace.method, self._job.config.threshold
-        assert isinstance(method, BankMethod)
+        assert isinstance(method, (BankMethod, TiledBank))
         method.start(Group(1, self._job.category.product, name=self._job.category.name))
         own = method.bounds()
         assert own is not None
@@ -297,7 +298,8 @@ class Watching:
         try:
             if bank_settings(path) != self._bank.settings:
                 raise ConfigError(f"{path} is of other settings now; end this run and start it again to use it")
-            method = BankMethod(self._job.config, self._workplace.place)
+            bank, before = BankMethod(self._job.config, self._workplace.place), self._workplace.method
+            method = before.of(bank) if isinstance(before, TiledBank) else bank
             self._workplace = replace(self._workplace, method=method)
         except (ConfigError, MemoryError) as error:
             log.error("the bank has changed, and the one before stays in use: %s", error)

@@ -19,8 +19,7 @@ from zsad.engine.methods.bank_build import Making
 from zsad.engine.methods.component_wise import ComponentWise
 from zsad.engine.methods.foreground import Foregrounds
 from zsad.engine.methods.method import Method, Place, graph_requests, method_class
-from zsad.engine.methods.musc import MuSc
-from zsad.engine.methods.tiled import TiledEach, TiledTogether, check_inputs
+from zsad.engine.methods.tiled import Cutter, tiled
 from zsad.engine.networks.build import load_graph, load_networks
 from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
@@ -74,6 +73,7 @@ class Workplace:
     record: Mapping[str, Any]  # the configuration in force, with the size of its images
     timings: MutableMapping[str, float]  # seconds by stage
     fatal: tuple[type[Exception], ...]  # errors after which nothing more can run here
+    cutter: Cutter | None = None  # where the method is given tiles of images
 
     def try_out(self) -> None:
         """Let the method, which is started, take a plain image; raises what it raises where it can take none."""
@@ -141,15 +141,12 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
             place = Place(own, arrays, timings, _text(config, runtime, own, arrays), precision)
             method: Method = method_type(config, place)
             inputs = _inputs(config, runtime, method, batch_size)
-            foregrounds = None
+            foregrounds = cutter = None
             if config.components or config.foreground not in ("none", "colour"):
                 foregrounds = Foregrounds(config, networks, arrays, timings)
             if config.tiling:
-                check_inputs(method)
-                if isinstance(method, MuSc):
-                    method = TiledTogether(method, place, inputs, batch_size, config)
-                else:
-                    method = TiledEach(method, inputs, batch_size, config)
+                cutter = Cutter(config.tiling, method.cells, inputs, batch_size)
+                method = tiled(method, place, cutter)
                 inputs = _inputs(config, runtime, method, batch_size)
             if config.components:
                 assert foregrounds is not None
@@ -180,6 +177,7 @@ def set_up(config: Config, runtime: Runtime, options: Options, timings: MutableM
         },
         timings=timings,
         fatal=tuple(error for device in runtime.devices[:1] for error in device.failures),
+        cutter=cutter,
     )
 
 

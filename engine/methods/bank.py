@@ -3,6 +3,8 @@
 batch → networks: tokens [B, L, P, C] → features pooled at each degree → distances to the bank's nearest, averaged over
 taps and degrees [P] → map [g, g] of one network, score by the preset's rule of the same or another one → [0, 1] by
 the bank's scales; p-value and bounds from the scores that the bank's own images have without themselves
+
+A bank of tiles is given tiles for images (tiled.py). It says distances of these, and judges the map that comes of them.
 """
 
 import logging
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from zsad.engine.config import Config, ConfigError, Table
+from zsad.engine.config import Config, ConfigError, Table, Tiling
 from zsad.engine.images.categories import counted
 from zsad.engine.images.decode import Recipe, recipe
 from zsad.engine.images.loader import Batch
@@ -82,6 +84,8 @@ class BankMethod(JudgesEach):
         self._first, _ = first_of(self._banks, config)
         self._recipes = recipes(place)
         self.inputs = list(dict.fromkeys(self._recipes.values()))
+        of_maps = place.networks[self._banks[self._first][0].map_network]
+        self.cells, _ = square_grid(of_maps.graphs["image"].outputs["tokens"].shape[1])
         self._bank: Bank | None = None
         self._memories: dict[str, Memory] = {}
         self._open: Path | None = None  # the file that is in memory
@@ -91,9 +95,8 @@ class BankMethod(JudgesEach):
     @staticmethod
     def graph_requests(config: Config) -> list[GraphRequest]:
         assert isinstance(config.settings, Settings)
-        if config.tiling:
-            raise ConfigError("--tile, --tiles: a bank is of whole images; leave them out")
         _, header = first_of(find_banks(Path(config.settings.bank)), config)
+        check_cut(config.settings.bank, header.tiling, config.tiling)
         for name, network in header.networks.items():
             used = config.networks.get(name)
             for key, value in network.spec:
@@ -171,13 +174,22 @@ class BankMethod(JudgesEach):
         assert self._bank is not None
         header = self._bank.header
         patches = {name: self._patch_scores(name, batch) for name in header.networks}  # [B, P] each
-        raw = raw_scores(header, patches)
-        p = p_values(raw, self._bank.scores)
-        scores = header.image_scale.values(raw)
-        maps = header.map_scale.values(patches[header.map_network]).astype(np.float32)
-        for row, index in enumerate(batch.indices):
-            grid_map = maps[row].reshape(square_grid(maps.shape[1]))
-            yield Scored(index, float(raw[row]), grid_map, score=float(scores[row]), p_value=float(p[row]))
+        maps = patches[header.map_network]
+        maps = maps.reshape(-1, *square_grid(maps.shape[1]))
+        if header.tiling:
+            for index, distances in zip(batch.indices, maps, strict=True):
+                yield Scored(index, float(distances.max()), distances.astype(np.float32))
+            return
+        for index, raw, distances in zip(batch.indices, raw_scores(header, patches).tolist(), maps, strict=True):
+            yield self.judged(index, raw, distances)
+
+    def judged(self, index: int, raw_score: float, distances: NDArray[Any]) -> Scored:
+        """Return what the bank says of an image, whose patches have these distances [h, w]."""
+        assert self._bank is not None
+        header, raw = self._bank.header, np.array([raw_score])
+        grid_map = header.map_scale.values(distances).astype(np.float32)
+        score, p_value = header.image_scale.values(raw)[0], p_values(raw, self._bank.scores)[0]
+        return Scored(index, raw_score, grid_map, score=float(score), p_value=float(p_value))
 
     def _patch_scores(self, name: str, batch: Batch) -> NDArray[np.float64]:
         """Return the distances [B, P] of a batch's patches to the bank's of one network."""
@@ -338,6 +350,22 @@ class Search:
         return distances
 
 
+def check_cut(bank: str, made: Tiling, asked: Tiling) -> None:
+    """Raise ConfigError where a run cuts images otherwise than those of a bank were cut."""
+    if made == asked:
+        return
+    if asked.tile_batches != "auto":
+        raise ConfigError(
+            "--tile-batches: a bank is of the tiles of all places, and compares no images with each other; leave it out"
+        )
+    of_bank = f"tiles that {made.options} cuts" if made else "whole images"
+    raise ConfigError(
+        f"the bank {bank} is of {of_bank}, and this run cuts with {asked.options}, which shows things at another size; "
+        f"leave that to the bank: zsad-infer DATA --bank {bank}, or save one of such tiles: zsad-infer --reference "
+        f"GOOD/ --save-bank part{SUFFIX} {asked.options}"
+    )
+
+
 def recipes(place: Place) -> dict[str, Recipe]:
     """Return what the loader makes of each image for each network."""
     return {name: recipe(network.preprocessing, network.spec.side) for name, network in place.networks.items()}
@@ -447,4 +475,5 @@ def bank_settings(given: Path) -> tuple[str, dict[str, Any]]:
         "bit_depth": header.bit_depth,
         "network_precision": "auto" if exact else "int8",
         "bank": {"bank": str(given)},
+        **({"tiling": header.tiling.model_dump(exclude_none=True)} if header.tiling else {}),
     }

@@ -3,6 +3,9 @@
 tokens [n, L, P, C] → unit features of each degree → a few that cover all [M, C], stored → each image scored without
 itself: scores and highest map values [n], scales
 
+Of images in tiles the rows of tokens are tiles. To score an image all of its own are left out, and its map is put
+together of theirs.
+
 Of a thinned bank it is not enough to leave an image's own patches out: the others were chosen so that they cover this
 image, too, which they do not do for a new one. So a bank is thinned anew for each of a few parts of the images, from
 all but that part. Only these scores are to those of new images as any of these are to each other.
@@ -29,9 +32,21 @@ from zsad.kernels.mutual_scoring import square_grid
 
 from .bank import Search
 from .bank_feedback import rederived
-from .bank_file import STORED, VERSION, Bank, BankNetwork, BankPrecision, Features, Header, Own, Scale
+from .bank_file import (
+    STORED,
+    VERSION,
+    VERSION_OF_TILES,
+    Bank,
+    BankNetwork,
+    BankPrecision,
+    Features,
+    Header,
+    Own,
+    Scale,
+)
 from .method import Place, Progress
 from .musc import Settings as MuScSettings
+from .tile_grid import tile_grid
 
 FOLDS = 5  # parts of the images, each of which is scored by a bank of the others
 PATCHES = 20_000  # of a bank, per tap and degree, unless asked for otherwise
@@ -59,8 +74,12 @@ def describe(config: Config, place: Place, making: Making, facts: Mapping[str, A
     assert isinstance(settings, MuScSettings)
     facts = dict(facts)
     precision = facts.pop("precision")
+    tiled: dict[str, Any] = {"image_network": settings.image_network, "image_rule": settings.image_rule}
+    if config.tiling:  # an image's score is the maximum of its map
+        tiled = {"image_network": settings.map_network, "image_rule": "map_maximum", "tiles": 2}
+        tiled["tiling"] = config.tiling.model_copy(update={"tile_batches": "auto"})
     return Header(
-        version=VERSION,
+        version=VERSION_OF_TILES if config.tiling else VERSION,
         zsad=importlib.metadata.version("zsad"),
         preset=config.preset,
         networks={
@@ -69,8 +88,6 @@ def describe(config: Config, place: Place, making: Making, facts: Mapping[str, A
         },
         degrees=settings.degrees,
         map_network=settings.map_network,
-        image_network=settings.image_network,
-        image_rule=settings.image_rule,
         neighbours=making.neighbours,
         foreground=config.foreground,
         precision=making.precision,
@@ -79,6 +96,7 @@ def describe(config: Config, place: Place, making: Making, facts: Mapping[str, A
         size=making.size,
         image_scale=Scale(low=0.0, middle=1.0),
         map_scale=Scale(low=0.0, middle=1.0),
+        **tiled,
         **facts,
     )
 
@@ -91,23 +109,38 @@ def build_bank(
     facts: Mapping[str, Any],
     progress: Progress,
     memory: int | None = None,
+    sizes: NDArray[np.int32] | None = None,
 ) -> Bank:
-    """Make a bank of tokens [n, L, P, C] by networks; n at least 2. facts: see `describe`; memory: see `remembered`."""
+    """Make a bank of tokens [n, L, P, C] by networks; n at least 2. facts: see `describe`; memory: see `remembered`.
+
+    sizes: [images, 2], height and width of images whose tiles, one image after another, the tokens are of.
+    """
     counts = {
         "images": len(next(iter(tokens.values()))),
         "patches": sum(array.shape[0] * array.shape[2] for array in tokens.values()),
     }
+    owners = None
+    if sizes is not None:
+        cells, _ = square_grid(tokens[describe(config, place, making, facts).map_network].shape[2])
+        grids = [tile_grid((height, width), config.tiling, cells) for height, width in sizes.tolist()]
+        owners = np.repeat(np.arange(len(grids)), [len(grid) for grid in grids])
+        counts |= {"tiles": counts["images"], "images": len(grids)}
     header = describe(config, place, making, facts).model_copy(update=counts)
     features: dict[tuple[str, int, int], Features] = {}
     own = {}
     for name, array in tokens.items():
         taps = header.networks[name].spec.taps
         report = partial(progress, f"bank of {name}")
-        found, own[name] = remembered(array, taps, header.degrees, making, place.arrays.device, report, memory)
+        device = place.arrays.device
+        found, own[name] = remembered(array, taps, header.degrees, making, device, report, memory, owners)
         features |= {(name, tap, degree): kept for (tap, degree), kept in found.items()}
     none = np.empty(0)
-    bank = rederived(Bank(header, features, own, none, none, np.empty((0, 32), np.uint8)))
+    bank = Bank(header, features, own, none, none, np.empty((0, 32), np.uint8))
     maps = own[header.map_network].maps.astype(np.float64)
+    if sizes is not None:
+        bank = replace(bank, sizes=sizes)
+        maps = np.array([(whole.min(), whole.max()) for whole in bank.whole_maps(maps)], np.float64)
+    bank = rederived(bank)
     scales = {"image_scale": _scale(bank.scores), "map_scale": _scale(maps)}
     return replace(bank, header=header.model_copy(update=scales))
 
@@ -120,19 +153,23 @@ def remembered(
     device: Device | Literal["cpu"],
     report: Callable[[int, int], None] = lambda *_: None,
     memory: int | None = None,
+    owners: NDArray[np.intp] | None = None,
 ) -> tuple[dict[tuple[int, int], Features], Own]:
     """Return what a bank keeps of tokens [n, L, P, C], by tap and degree, and how each image looks without itself.
 
     report: is told how many patches have been chosen, and of how many. memory: bytes for a search, see `Nearest`.
+    owners: [n] numbers of the images that they are of, from 0 and rising, where these are cut; None: each of its own.
     """
     count, _, patches, _ = tokens.shape
+    if owners is None:
+        owners = np.arange(count)
     found, distances = dict[tuple[int, int], Features](), dict[tuple[int, int], NDArray[np.float32]]()
     keys = [(layer, degree) for layer in range(len(taps)) for degree in degrees]
-    total, chosen = np.zeros((count, patches)), _Chosen(report, len(keys) * _choices(count, patches, making))
+    total, chosen = np.zeros((count, patches)), _Chosen(report, len(keys) * _choices(owners, patches, making))
     for layer, degree in keys:
         units, key = _units(tokens, layer, degree), (taps[layer], degree)
         found[key] = _covering(np.arange(count), tokens.shape, units, making, chosen)
-        measured = _without_themselves(tokens.shape, units, making, device, chosen, memory)
+        measured = _without_themselves(owners, tokens.shape, units, making, device, chosen, memory)
         distances[key] = measured.astype(np.float32)
         total += measured.mean(axis=2)
     chosen.all()
@@ -166,9 +203,9 @@ class _Chosen:
         self._report(self._total, self._total)
 
 
-def _choices(images: int, patches: int, making: Making) -> int:
+def _choices(owners: NDArray[np.intp], patches: int, making: Making) -> int:
     """Return how many patches are chosen for a tap and a degree: once of all images, and of all but each part."""
-    rows = images * patches
+    rows, images = len(owners) * patches, int(owners[-1]) + 1
     parts = images if making.size >= rows else min(images, FOLDS)
     return min(making.size, rows) * parts  # of parts as large as all of them but one
 
@@ -219,8 +256,10 @@ def check_making(config: Config, making: Making) -> None:
         raise ConfigError(
             f'--save-bank: a bank pools patches by neighbourhood; leave out pooling = "{config.settings.pooling}"'
         )
-    if config.tiling:
-        raise ConfigError("--save-bank: a bank is of whole images; leave out --tile and --tiles")
+    if config.tiling.tile_batches == "aligned":
+        raise ConfigError(
+            "--save-bank: a bank keeps the tiles of all places together; leave out --tile-batches aligned"
+        )
     if config.foreground not in ("none", "colour"):
         raise ConfigError("--save-bank: a bank is of whole images; leave out --foreground")
     if making.size < making.neighbours:
@@ -260,6 +299,7 @@ def _covering(
 
 
 def _without_themselves(
+    owners: NDArray[np.intp],
     shape: tuple[int, ...],
     units: Units,
     making: Making,
@@ -267,19 +307,23 @@ def _without_themselves(
     chosen: _Chosen,
     memory: int | None,
 ) -> NDArray[np.float64]:
-    """Return the distances [n, P, k] of each image's patches to the nearest of a bank that was made without it."""
-    count, _, patches, _ = shape
+    """Return the distances [n, P, k] of each image's patches to the nearest of a bank that was made without it.
+
+    owners, shape: see `remembered`; of an image in tiles all are left out.
+    """
+    (count, _, patches, _), images = shape, int(owners[-1]) + 1
     whole = making.size >= count * patches  # then it costs nothing to leave out one image alone
-    dealt = np.random.default_rng(0).permutation(count)
+    dealt = np.random.default_rng(0).permutation(images)
     distances = np.empty((count, patches, making.neighbours))
-    for fold in np.array_split(dealt, count if whole else min(count, FOLDS)):
-        others = np.setdiff1d(np.arange(count), fold)
+    for fold in np.array_split(dealt, images if whole else min(images, FOLDS)):
+        left_out = np.isin(owners, fold)
+        others = np.flatnonzero(~left_out)
         part = making.size if whole else max(making.size * len(others) // count, making.neighbours)
         covering = _covering(others, shape, units, replace(making, size=part), chosen).units()
         search = Search(covering, making.neighbours, device, memory)
         del covering
-        for image in fold.tolist():
-            distances[image] = search.measured(units(image))
+        for row in np.flatnonzero(left_out).tolist():
+            distances[row] = search.measured(units(row))
         del search  # before there is another
     return distances
 

@@ -198,5 +198,8 @@ def rederived(bank: Bank) -> Bank:
         patches[name] = own.maps.astype(np.float64)
         unusual = with_feedback(bank, name, units, nearest)
         np.put_along_axis(patches[name], own.rows, unusual.reshape(own.rows.shape), axis=1)
+    if bank.header.tiling:
+        highest = np.array([float(whole.max()) for whole in bank.whole_maps(patches[bank.header.map_network])])
+        return replace(bank, scores=highest, peaks=highest)
     peaks = patches[bank.header.map_network].max(axis=1)
     return replace(bank, scores=raw_scores(bank.header, patches), peaks=peaks)

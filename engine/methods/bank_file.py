@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,14 +22,18 @@ from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from zsad.engine.config import ConfigError, Foreground, NetworkSpec, Table
+from zsad.engine.config import ConfigError, Foreground, NetworkSpec, Table, Tiling
 from zsad.engine.scores.image_scores import ScoreRule
 from zsad.kernels.files import parse_json, written_whole
 from zsad.kernels.machine import default_memory_limit
+from zsad.kernels.mutual_scoring import square_grid
 
-VERSION = 1
+from .tile_grid import tile_grid
+
+VERSION, VERSION_OF_TILES = 1, 2  # of the format; those who know the first alone cannot read banks of tiles
 SUFFIX = ".zsad"
 LARGEST_HEADER = 2**24  # bytes
+LARGEST_IMAGE = 2**20  # pixels along a side
 
 Count = Annotated[int, Field(ge=1)]
 BankPrecision = Literal["fp32", "fp16", "int8"]
@@ -103,6 +107,8 @@ class Header(Table):
     bit_depth: Annotated[int, Field(ge=8, le=16)]  # of 16-bit files
     precision: BankPrecision  # of the features
     images: Annotated[int, Field(ge=2)]  # that it was made from
+    tiling: Tiling = Tiling()  # how these were cut, tiles of all places being one population; not at all
+    tiles: Annotated[int, Field(ge=0)] = 0  # of all of them
     patches: Count  # that they have in all, of which it keeps a part
     chosen: bool  # by the run itself, from images of which some may be defective
     size: Count  # patches per tap and degree that it may have of these
@@ -112,9 +118,26 @@ class Header(Table):
     feedback: tuple[Step, ...] = ()
 
     @property
+    def parts(self) -> int:
+        """How many pictures networks were given: images, or tiles of such."""
+        return self.tiles or self.images
+
+    @property
+    def text(self) -> str:
+        """Return it as it is written: of whole images without what is of tiles."""
+        return self.model_dump_json(exclude=None if self.tiling else {"tiling", "tiles"})
+
+    @property
     def room(self) -> int:
         """How many patches per tap and degree there may be of accepted images, and how many of rejected ones."""
         return max(self.size // FEEDBACK_PART, 1)
+
+    @model_validator(mode="after")
+    def _check_tiles(self) -> "Header":
+        cut = self.version == VERSION_OF_TILES
+        if bool(self.tiling) != cut or (cut and self.tiles < self.images) or (self.tiles and not cut):
+            raise ValueError("tiles are not those of its images")
+        return self
 
     @model_validator(mode="after")
     def _check_feedback(self) -> "Header":
@@ -145,7 +168,10 @@ class Header(Table):
         return {**self.kind, **made, "ran": [network.precision for network in self.networks.values()]}
 
 
-KIND = {"degrees", "map_network", "image_network", "image_rule", "neighbours", "foreground", "bit_depth", "preset"}
+KIND = {
+    *("degrees", "map_network", "image_network", "image_rule", "neighbours", "foreground", "bit_depth", "preset"),
+    "tiling",
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +180,7 @@ class Features:
 
     vectors: NDArray[Any]  # [M, C] float32, float16 or int8
     scales: NDArray[np.float32] | None  # [M], of int8: what its vectors are multiplied with
-    images: NDArray[np.int32]  # [M], the number of the image that each is of
+    images: NDArray[np.int32]  # [M], the number of the image, or tile, that each is of
 
     @classmethod
     def room(cls, vectors: int, channels: int, precision: BankPrecision) -> "Features":
@@ -186,7 +212,8 @@ class Features:
 class Own:
     """How the images that a bank was made from look to one network without themselves: what changes with additions.
 
-    Of each image that is known of its T most unusual patches; all others are nearer to normal ones.
+    Of each image that is known of its T most unusual patches; all others are nearer to normal ones. Of images in
+    tiles these are n.
     """
 
     maps: NDArray[np.float32]  # [n, P] mean distances
@@ -206,6 +233,18 @@ class Bank:
     peaks: NDArray[np.float64]  # [n] the highest values of their maps
     digests: NDArray[np.uint8]  # [n, 32] sha256 of their files; [0, 32]: not known
     given: Mapping[int, Mapping[Key, Features]] = field(default_factory=dict)  # by the numbers of steps
+    sizes: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [n, 2] of images in tiles
+
+    def whole_maps(self, patches: NDArray[np.floating[Any]]) -> Iterator[NDArray[np.float32]]:
+        """Put the maps [P] of all tiles together to that of each of the bank's images; patches: [tiles, P]."""
+        grid, first = square_grid(patches.shape[1]), 0
+        for height, width in self.sizes.tolist():
+            tiles = tile_grid((height, width), self.header.tiling, grid[0])
+            whole = np.zeros(tiles.size, np.float32)
+            for tile in range(len(tiles)):
+                tiles.add(whole, tile, patches[first + tile].reshape(grid).astype(np.float32))
+            first += len(tiles)
+            yield whole
 
     def added(self, kind: Kind, key: Key) -> NDArray[np.float32]:
         """Return the vectors [A, C] of all that was accepted, or rejected."""
@@ -228,6 +267,8 @@ class Bank:
             for (tap, degree), features in own.features.items():
                 name = f"own.{_name(network, tap, degree)}"
                 found |= {**_tensors(name, features), f"{name}.distances": own.distances[tap, degree]}
+        if self.header.tiling:
+            found["sizes"] = self.sizes
         for number, step in self.given.items():
             for key, features in step.items():
                 found |= _tensors(f"given.{number}.{_name(*key)}", features)
@@ -243,7 +284,7 @@ def _tensors(name: str, features: Features) -> dict[str, NDArray[Any]]:
 
 def write_bank(path: Path, bank: Bank) -> None:
     """Write a bank, whole or not at all; raises OSError."""
-    text = bank.header.model_dump_json()
+    text = bank.header.text
     metadata = {"zsad_bank": text, "sha256": _digest(text, bank.tensors)}
     with written_whole(path) as draft:
         save_file(bank.tensors, draft, metadata)
@@ -287,7 +328,7 @@ AGAIN = f"save it again: zsad-infer --reference GOOD/ --save-bank part{SUFFIX}"
 
 def _checked(header: Header, tensors: Mapping[str, NDArray[Any]]) -> Bank:
     """Make a bank of a file's content; raises KeyError and ValueError for what does not fit the header."""
-    features = {key: _features(tensors, _name(*key), header, header.images) for key in keys_of(header)}
+    features = {key: _features(tensors, _name(*key), header, header.parts) for key in keys_of(header)}
     for key, found in features.items():
         if len(found.vectors) < header.neighbours:
             raise ValueError(f"{_name(*key)} has fewer vectors than neighbours are wanted")
@@ -311,7 +352,20 @@ def _checked(header: Header, tensors: Mapping[str, NDArray[Any]]) -> Bank:
     digests = tensors["digests"]
     if digests.dtype != np.uint8 or digests.shape not in ((header.images, 32), (0, 32)):
         raise ValueError("digests are not of its images")
-    return Bank(header, features, own, tensors["scores"], tensors["peaks"], digests, given)
+    bank = Bank(header, features, own, tensors["scores"], tensors["peaks"], digests, given)
+    return replace(bank, sizes=_sizes(tensors, bank)) if header.tiling else bank
+
+
+def _sizes(tensors: Mapping[str, NDArray[Any]], bank: Bank) -> NDArray[np.int32]:
+    """Return how high and wide the bank's images are; raises KeyError and ValueError."""
+    header, sizes = bank.header, tensors["sizes"]
+    _check(tensors, "sizes", (header.images, 2))
+    if sizes.dtype != np.int32 or ((sizes < 1) | (sizes > LARGEST_IMAGE)).any():
+        raise ValueError("sizes are of no images")
+    cells, _ = square_grid(bank.own[header.map_network].maps.shape[1])
+    if sum(len(tile_grid((height, width), header.tiling, cells)) for height, width in sizes.tolist()) != header.tiles:
+        raise ValueError("tiles are not those of its images")
+    return sizes
 
 
 def _features(tensors: Mapping[str, NDArray[Any]], name: str, header: Header, images: int) -> Features:
@@ -336,15 +390,15 @@ def _own(tensors: Mapping[str, NDArray[Any]], network: str, header: Header) -> O
     maps, rows = tensors[f"own.{network}.maps"], tensors[f"own.{network}.rows"]
     if maps.ndim != 2 or rows.ndim != 2 or rows.dtype != np.int32 or maps.dtype != np.float32:
         raise ValueError(f"own.{network} is {maps.dtype} {list(maps.shape)}")
-    _check(tensors, f"own.{network}.maps", (header.images, maps.shape[1]))
-    _check(tensors, f"own.{network}.rows", (header.images, rows.shape[1]))
+    _check(tensors, f"own.{network}.maps", (header.parts, maps.shape[1]))
+    _check(tensors, f"own.{network}.rows", (header.parts, rows.shape[1]))
     if ((rows < 0) | (rows >= maps.shape[1])).any():
         raise ValueError(f"own.{network}.rows are of patches that there are not")
     features, distances = {}, {}
     for name, tap, degree in keys_of(header):
         if name == network:
             own = f"own.{_name(name, tap, degree)}"
-            features[tap, degree] = _features(tensors, own, header, header.images)
+            features[tap, degree] = _features(tensors, own, header, header.parts)
             distances[tap, degree] = tensors[f"{own}.distances"]
             _check(tensors, f"{own}.distances", (rows.size, header.neighbours))
             if features[tap, degree].vectors.shape != (
@@ -420,10 +474,11 @@ def _header(path: Path, content: bytes, size: int) -> tuple[Header, str]:
     except (ValueError, KeyError, TypeError):
         short = "is empty" if not size else "is no bank, or only its beginning"
         raise BankError(f"{path}: {short}; name a file that --save-bank has written, or {AGAIN}") from None
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
+    if version not in (VERSION, VERSION_OF_TILES):
+        newer = isinstance(version, int) and version > VERSION_OF_TILES
         mend = "install a newer zsad: pip install --upgrade zsad" if newer else AGAIN
-        raise BankError(f"{path}: the bank has format {version!r}, and this zsad reads format {VERSION}; {mend}")
+        reads = f"this zsad reads formats {VERSION} and {VERSION_OF_TILES}"
+        raise BankError(f"{path}: the bank has format {version!r}, and {reads}; {mend}")
     try:
         header = Header.model_validate_json(text)
     except ValidationError as error:

@@ -210,7 +210,7 @@ class MuSc:
             self._category.close()
             if group.images:  # else all groups have ended in an earlier run
                 self._open(group)
-            self._end, self.calibration = group.images, None
+            self._end, self.calibration = group.images, Calibration.of(group.earlier)
             self._scored = sum(int(kept["scored"]) for kept in group.earlier)
             self._known = [_Known(k["known"], k.get("vectors")) for k in group.earlier if "known" in k]
             self._bounds = None
@@ -295,6 +295,8 @@ class MuSc:
 
     def kept(self) -> dict[str, NDArray[Any]]:
         kept: dict[str, NDArray[Any]] = {"scored": np.array(len(self._members))}
+        if self.calibration is not None:
+            kept["calibration"] = self.calibration.kept()
         if self._measured and self._known:
             kept["known"] = self._known[-1].raw_scores
             if self._known[-1].vectors is not None:

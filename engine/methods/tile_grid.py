@@ -113,9 +113,13 @@ class TilePlan:
         batches = self.tiling.tile_batches
         return len(self.sizes) <= 1 if batches == "auto" else batches == "aligned"
 
+    def tiles(self, images: int, cells: int | None) -> int:
+        """Return how many tiles so many images have at most; cells: see `tile_grid`."""
+        return self._of_largest(images, len, cells)
+
     def together(self, images: int, cells: int | None) -> int:
-        """Return how many tiles of so many images are scored together at most; cells: see `tile_grid`."""
-        return images if self.aligned else self._of_largest(images, len, cells)
+        """Return how many tiles of so many images are scored together at most."""
+        return images if self.aligned else self.tiles(images, cells)
 
     def stored(self, images: int, cells: int | None) -> int:
         """Return the bytes that the tiles of so many images take at most."""

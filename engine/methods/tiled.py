@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zsad.engine.config import Config, ConfigError, Tiling
+from zsad.engine.config import ConfigError, Tiling
 from zsad.engine.images.decode import Recipe
 from zsad.engine.images.loader import Batch, Inputs, batches_of
 from zsad.engine.scores.image_scores import FEW_IMAGES
@@ -28,6 +28,7 @@ from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.files import printable
 from zsad.kernels.machine import stopwatch
 
+from .bank import BankMethod
 from .method import Group, JudgesEach, Method, Place, Progress, Scored
 from .musc import MuSc
 from .tile_grid import TileGrid, tile_grid
@@ -109,10 +110,36 @@ class _Cut:
         return [[(image, tile) for image in self.images for tile in range(len(image.grid))]]
 
 
-def check_inputs(method: Method) -> None:
-    """Raise ConfigError where a method does not see all of an image."""
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts images into tiles and makes of these what networks take."""
+
+    tiling: Tiling
+    cells: int | None  # see `tile_grid`
+    inputs: Inputs
+    batch_size: int  # tiles at once, at most
+
+    def grid(self, image: NDArray[np.uint8]) -> TileGrid:
+        """Lay tiles over an image [H, W, 3]."""
+        height, width, _ = image.shape
+        return tile_grid((height, width), self.tiling, self.cells)
+
+    def batches(self, image: NDArray[np.uint8]) -> Iterator[Batch]:
+        """Yield the tiles of an image [H, W, 3], by their numbers, as methods take images."""
+        grid = self.grid(image)
+        return batches_of(len(grid), lambda tile: cut(image, grid.box(tile)), self.inputs, self.batch_size)
+
+
+def tiled(method: Method, place: Place, cutter: Cutter) -> "TiledEach | TiledTogether":
+    """Return a method that takes whole images, where the one behind it takes tiles for such.
+
+    Raises ConfigError where that one does not see all of an image.
+    """
     if any(recipe.resize != "squash" for recipe in method.inputs):
         raise ConfigError("--tile, --tiles: tiles are to be seen whole; leave out resize in the method's table")
+    if isinstance(method, MuSc):
+        return TiledTogether(method, place, cutter)
+    return TiledBank(method, cutter) if isinstance(method, BankMethod) else TiledEach(method, cutter)
 
 
 class TiledEach(JudgesEach):
@@ -121,10 +148,9 @@ class TiledEach(JudgesEach):
     inputs: Sequence[Recipe] = ()  # it works on decoded images
     rescores = False
 
-    def __init__(self, method: Method, inputs: Inputs, batch_size: int, config: Config) -> None:
-        """inputs: make network inputs of tiles, of batch_size at most at once."""
+    def __init__(self, method: Method, cutter: Cutter) -> None:
         assert method.map_range is not None
-        self._method, self._inputs, self._batch_size, self._tiling = method, inputs, batch_size, config.tiling
+        self._method, self._cutter = method, cutter
         self.takes_references, self.map_range, self.cells = method.takes_references, method.map_range, method.cells
 
     def record(self) -> dict[str, Any]:
@@ -135,24 +161,47 @@ class TiledEach(JudgesEach):
 
     def start(self, group: Group) -> None:
         with closing(_Cut()) as known:
-            _cut_references(known, group.references, self._tiling, self._method.cells)
+            _cut_references(known, group.references, self._cutter)
             (tiles,) = known.populations(aligned=False)
-            references = _batches(known, tiles, self._inputs, self._batch_size)
+            references = _batches(known, tiles, self._cutter)
             self._method.start(replace(group, references=references, reference_count=len(tiles)))
 
     def take(self, batch: Batch) -> Iterator[Scored]:
         for index, image in zip(batch.indices, batch.images, strict=True):
-            tiled = Tiled(index, grid_of(image, self._tiling, self._method.cells), 0)
-            parts = partial(_part, image, tiled.grid)
-            for tiles in batches_of(len(tiled.grid), parts, self._inputs, self._batch_size):
+            tiled = Tiled(index, self._cutter.grid(image), 0)
+            for tiles in self._cutter.batches(image):
                 for scored in self._method.take(tiles):
                     tiled.add(scored.index, scored)
-            found, (low, high) = tiled.scored(), self.map_range
-            yield replace(found, facts=None, score=(found.raw_score - low) / (high - low))
+            yield self._judged(tiled.scored())
+
+    def _judged(self, found: Scored) -> Scored:
+        """Return what there is to say of an image whose map was put together."""
+        low, high = self.map_range
+        return replace(found, facts=None, score=(found.raw_score - low) / (high - low))
 
 
-def _part(image: NDArray[np.uint8], grid: TileGrid, tile: int) -> NDArray[np.uint8]:
-    return cut(image, grid.box(tile))
+class TiledBank(TiledEach):
+    """See `Method`; the bank behind it gives distances for tiles, and judges what is put together of these."""
+
+    def __init__(self, bank: BankMethod, cutter: Cutter) -> None:
+        super().__init__(bank, cutter)
+        self._bank = bank
+
+    def of(self, bank: BankMethod) -> "TiledBank":
+        """Return the same with another bank, of tiles that are cut alike."""
+        return TiledBank(bank, self._cutter)
+
+    def _judged(self, found: Scored) -> Scored:
+        return self._bank.judged(found.index, found.raw_score, found.map)
+
+    def bounds(self) -> Bounds | None:
+        return self._bank.bounds()
+
+    def remarks(self, bounds: Bounds, scores: NDArray[np.float64]) -> Sequence[str]:
+        return self._bank.remarks(bounds, scores)
+
+    def count_above(self, score: float) -> tuple[int, int]:
+        return self._bank.count_above(score)
 
 
 class TiledTogether:
@@ -162,9 +211,8 @@ class TiledTogether:
     compares = True
     takes_references = True
 
-    def __init__(self, method: MuSc, place: Place, inputs: Inputs, batch_size: int, config: Config) -> None:
-        """inputs: make network inputs of tiles, of batch_size at most at once."""
-        self._method, self._inputs, self._batch_size, self._tiling = method, inputs, batch_size, config.tiling
+    def __init__(self, method: MuSc, place: Place, cutter: Cutter) -> None:
+        self._method, self._cutter = method, cutter
         self._timings, self._group = place.timings, Group(0, "")
         self._cut, self._known = _Cut(), _Cut()
         self._scored = 0  # images of the category
@@ -192,16 +240,16 @@ class TiledTogether:
         self._group = group
         self._cut.close()
         self._cut = _Cut()
-        if group.number == 0:
-            self._calibration = None
+        if group.first:
+            self._calibration = Calibration.of(group.earlier)
             self._known.close()
             self._known = _Cut()
-            self._scored = 0
-            _cut_references(self._known, group.references, self._tiling, self._method.cells)
+            self._scored = sum(int(kept["scored"]) for kept in group.earlier)
+            _cut_references(self._known, group.references, self._cutter)
 
     def take(self, batch: Batch) -> Iterable[Scored]:
         for index, image in zip(batch.indices, batch.images, strict=True):
-            self._cut.add(index, image, grid_of(image, self._tiling, self._method.cells))
+            self._cut.add(index, image, self._cutter.grid(image))
         return ()
 
     def finish(self, progress: Progress) -> Iterator[Scored]:
@@ -209,7 +257,7 @@ class TiledTogether:
         self._scored += len(images)
         last = self._group.number == self._group.groups - 1
         aligned = self._group.aligned
-        places = {len(image.grid) if self._tiling.tiles else image.grid for image in (*images, *known)}
+        places = {len(image.grid) if self._cutter.tiling.tiles else image.grid for image in (*images, *known)}
         if aligned and len(places) > 1:
             aligned = False
             log.warning(
@@ -237,15 +285,16 @@ class TiledTogether:
         group = replace(
             self._group,
             images=len(members),
-            references=_batches(self._known, others, self._inputs, self._batch_size),
+            references=_batches(self._known, others, self._cutter),
             reference_count=len(others),
             number=0,
             groups=1,
             whole=self._scored if last else FEW_IMAGES,
+            earlier=(),
         )
         with stopwatch(self._timings, "networks"):
             self._method.start(group)
-            for batch in _batches(self._cut, members, self._inputs, self._batch_size):
+            for batch in _batches(self._cut, members, self._cutter):
                 list(self._method.take(batch))
                 progress("networks", batch.indices[-1] + 1, len(members))
         for scored in self._method.finish(progress):
@@ -253,7 +302,8 @@ class TiledTogether:
             image.add(tile, scored)
 
     def kept(self) -> Mapping[str, NDArray[Any]]:
-        raise AssertionError("groups of images in tiles are not gone on from")
+        kept = {"scored": np.array(len(self._cut.images))}
+        return kept if self._calibration is None else kept | {"calibration": self._calibration.kept()}
 
     def image_scores(self, scored: Iterable[Scored]) -> NDArray[np.float64]:
         if self._calibration is None:
@@ -282,21 +332,19 @@ def together(calibrations: Sequence[Calibration]) -> Calibration | None:
     return Calibration(highest, min(one.lowest for one in said), highest, min(one.images for one in said))
 
 
-def grid_of(image: NDArray[np.uint8], tiling: Tiling, cells: int | None) -> TileGrid:
-    """Lay tiles over an image [H, W, 3]; cells: see `tile_grid`."""
-    height, width, _ = image.shape
-    return tile_grid((height, width), tiling, cells)
-
-
-def _cut_references(known: _Cut, references: Iterable[Batch], tiling: Tiling, cells: int | None) -> None:
+def _cut_references(known: _Cut, references: Iterable[Batch], cutter: Cutter) -> None:
     for batch in references:
         for index, image in zip(batch.indices, batch.images, strict=True):
-            known.add(index, image, grid_of(image, tiling, cells))
+            known.add(index, image, cutter.grid(image))
 
 
-def _batches(cut: _Cut, tiles: Population, inputs: Inputs, batch_size: int) -> Iterator[Batch]:
+def _batches(cut: _Cut, tiles: Population, cutter: Cutter) -> Iterator[Batch]:
     """Yield tiles of images, numbered as they come, as methods take images."""
-    return batches_of(len(tiles), lambda number: cut.store.read(_number(*tiles[number])), inputs, batch_size)
+
+    def read(number: int) -> NDArray[np.uint8]:
+        return cut.store.read(_number(*tiles[number]))
+
+    return batches_of(len(tiles), read, cutter.inputs, cutter.batch_size)
 
 
 def _number(image: Tiled, tile: int) -> int:

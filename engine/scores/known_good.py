@@ -9,8 +9,8 @@ most known-good ones is known (scores/conformal.py), however many of the others 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +46,18 @@ class Calibration:
         raw_score: of an image whose patches are all at the distance HALF_UNLIKE.
         """
         return cls(raw_score, 0.0, HALF_UNLIKE, 0)
+
+    def kept(self) -> NDArray[np.float64]:
+        """Return it as numbers [4], of which `Calibration.of` makes it anew."""
+        return np.array(astuple(self), np.float64)
+
+    @classmethod
+    def of(cls, kept: Sequence[Mapping[str, ArrayLike]]) -> "Calibration | None":
+        """Return what the last group of a category has kept of it under its name; None where there is none."""
+        if not kept or "calibration" not in kept[-1]:
+            return None
+        raw_score, lowest, highest, images = np.asarray(kept[-1]["calibration"]).tolist()
+        return cls(raw_score, lowest, highest, int(images))
 
     @property
     def map_range(self) -> tuple[float, float]:

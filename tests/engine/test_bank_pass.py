@@ -30,7 +30,7 @@ def test_tokens_are_in_memory_where_the_host_has_enough(
     place = place_of(load_config("small", overrides={"image_size": 42}, method_of=method_class))
     object.__setattr__(place, "arrays", SimpleNamespace(device="a device", limit=lambda: of_device))
     loader = SimpleNamespace(batches=lambda *_: ())
-    workplace: Any = SimpleNamespace(place=place, arrays=place.arrays, loader=loader, timings={})
+    workplace: Any = SimpleNamespace(place=place, arrays=place.arrays, loader=loader, timings={}, cutter=None)
     images: Any = range(7)
     with network_tokens(images, 8, workplace, lambda *_: None) as found:
         assert not found.indices

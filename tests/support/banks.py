@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ def make_tokens(count: int, seed: int = 0) -> NDArray[np.float32]:
     return (shared + own + 0.4 * rng.normal(size=(count, 2, 9, CHANNELS))).astype(np.float32)
 
 
-def built(tokens: NDArray[np.float32], **making: Any) -> Bank:
-    config = load_config("small", overrides={"image_size": 42}, method_of=method_class)
-    return build_bank({"dinov2": tokens}, config, place_of(config), Making(**making), FACTS, lambda *_: None)
+def built(
+    tokens: NDArray[np.float32],
+    sizes: Sequence[tuple[int, int]] | None = None,
+    cut: Mapping[str, Any] | None = None,
+    **making: Any,
+) -> Bank:
+    """sizes: of images whose tiles the tokens are of, which `cut` has cut."""
+    config = load_config("small", overrides={"image_size": 42, **(cut or {})}, method_of=method_class)
+    place, of_images = place_of(config), None if sizes is None else np.array(sizes, np.int32)
+    return build_bank({"dinov2": tokens}, config, place, Making(**making), FACTS, lambda *_: None, sizes=of_images)

@@ -13,6 +13,8 @@ from runs import draw, scores_and_maps
 
 from zsad.engine import category_pass
 from zsad.engine.commands.infer import main
+from zsad.engine.methods.bitmasks import Box, pack
+from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Scored
 from zsad.engine.methods.musc import MuSc
 from zsad.engine.results.category import CategoryWriter
@@ -121,8 +123,11 @@ def test_other_settings_and_runs_without_resume_begin_anew(
 
 def test_what_was_half_written_counts_for_nothing(tmp_path: Path) -> None:
     def ended(number: int) -> tuple[list[Scored], GroupFacts]:
-        maps = np.random.default_rng(number).random((3, 2, 2), np.float32)
-        scored = [Scored(3 * n + number, float(maps[n].max()), maps[n], np.arange(4) / 3) for n in range(3)]
+        rng = np.random.default_rng(number)
+        maps = [rng.random((2 + n, 3), np.float32) for n in range(3)]  # as of images in tiles
+        masks = [pack(rng.random((9, 14)) < 0.5, 3, n) for n in range(3)]
+        stages = [None, Stages(masks[0], (20, 30), masks[1:], [(Box(1, 2, 3, 4), 0.5)]), Stages(masks[1], (20, 30))]
+        scored = [Scored(3 * n + number, float(maps[n].max()), maps[n], np.arange(4) / 3, stages[n]) for n in range(3)]
         return scored, GroupFacts(number, 1.0, {7: "no"}, {}, [], kept={"x": np.arange(number)})
 
     groups = EndedGroups(tmp_path / "g", "as it is", resume=True)
@@ -136,6 +141,7 @@ def test_what_was_half_written_counts_for_nothing(tmp_path: Path) -> None:
         ("groups.jsonl", len(lines[0]) - 1, 0),
         ("maps", len(whole["maps"]) - 1, 1),
         ("vectors", 10, 0),
+        ("stages", len(whole["stages"]) - 1, 1),
         ("maps", len(whole["maps"]), 2),
     ):
         for other, kept in whole.items():
@@ -151,6 +157,14 @@ def test_what_was_half_written_counts_for_nothing(tmp_path: Path) -> None:
                 assert image.raw_score == wanted.raw_score
                 assert np.array_equal(image.map, wanted.map)
                 assert np.array_equal(np.asarray(image.facts), np.asarray(wanted.facts))
+                assert (image.stages is None) == (wanted.stages is None)
+                if image.stages is not None and wanted.stages is not None:
+                    assert (image.stages.size, list(image.stages.tiles)) == ((20, 30), list(wanted.stages.tiles))
+                    both = [
+                        [(mask.row, mask.byte, mask.bits.tolist()) for mask in (stages.foreground, *stages.parts)]
+                        for stages in (image.stages, wanted.stages)
+                    ]
+                    assert both[0] == both[1]
         assert groups.facts[1].kept["x"].tolist() == [0]
         groups.close()
     assert not EndedGroups(tmp_path / "g", "another", resume=True).facts

@@ -9,6 +9,7 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
 from zsad.engine.methods.bank_build import Making, check_making, needed, remembered
 from zsad.engine.methods.bank_file import Bank, BankError, Features, read_bank, write_bank
 from zsad.engine.methods.method import Group, Scored, method_class
+from zsad.engine.methods.tile_grid import tile_grid
 from zsad.engine.scores.conformal import upper_bound
 from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels import reference
@@ -263,7 +265,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("version", 2, r"format 2, and this zsad reads format 1; install a newer zsad: pip install"),
+        ("version", 3, r"format 3, and this zsad reads formats 1 and 2; install a newer zsad: pip install"),
+        ("version", 2, "tiles are not those of its images"),
         ("version", "1", "format '1'"),
         ("images", 3, "does not fit its header"),
         ("degrees", [1, 5], "does not fit its header"),
@@ -277,6 +280,56 @@ def test_a_header_that_does_not_fit_is_refused(bank_file: Path, key: str, value:
     rewritten(bank_file, lambda header: header.update({key: value}))
     with pytest.raises(BankError, match=said):
         read_bank(bank_file)
+
+
+SIZES = ((40, 70), (32, 32), (90, 33))  # in tiles of 32 pixels: 6, 1 and 6
+
+
+@pytest.mark.slow
+def test_images_in_tiles_are_scored_without_any_of_their_own_tiles(tmp_path: Path) -> None:
+    tokens, cut = make_tokens(13), {"tile": 32, "overlap": 4}
+    bank = built(tokens, SIZES, cut, precision="fp32")
+    assert (bank.header.images, bank.header.tiles, bank.header.image_rule) == (3, 13, "map_maximum")
+    first = 0
+    for number, size in enumerate(SIZES):
+        grid = tile_grid(size, bank.header.tiling, 3)
+        own = slice(first, first + len(grid))
+        others = built(np.delete(tokens, own, axis=0), precision="fp32")  # of whole images it is the same
+        whole = np.zeros(grid.size, np.float32)
+        for tile, distances in enumerate(raw_maps(others, tokens[own])):
+            grid.add(whole, tile, distances.reshape(3, 3).astype(np.float32))
+        assert bank.scores[number] == bank.peaks[number] == pytest.approx(whole.max(), abs=1e-5)
+        first += len(grid)
+    write_bank(tmp_path / "part.zsad", bank)
+    again = read_bank(tmp_path / "part.zsad")
+    assert (again.header, again.sizes.tolist()) == (bank.header, [list(size) for size in SIZES])
+    assert bank_settings(tmp_path / "part.zsad")[1]["tiling"] == {**cut, "scale": 1.0, "tile_batches": "auto"}
+    write_bank(tmp_path / "part.zsad", replace(bank, sizes=bank.sizes + 40))
+    with pytest.raises(BankError, match="tiles are not those of its images"):
+        read_bank(tmp_path / "part.zsad")
+    assert "tiling" not in built(make_tokens(2)).header.text
+
+
+@pytest.mark.parametrize(
+    ("cut", "asked", "said"),
+    [
+        ({}, {"tile": 64}, "is of whole images, and this run cuts with --tile 64, .* part.zsad --tile 64"),
+        ({"tile": 32, "overlap": 4}, {"tile": 64}, "tiles that --tile 32 --overlap 4 cuts, .*--tile 64 --overlap 4"),
+        ({"tile": 32, "overlap": 4}, {"tiles": (2, 1)}, "this run cuts with --tiles 2x1"),
+        (
+            {"tile": 32, "overlap": 4},
+            {"tile_batches": "pooled"},
+            "--tile-batches: a bank is of the tiles of all places",
+        ),
+    ],
+)
+def test_a_run_that_cuts_otherwise_than_the_bank_is_refused(
+    tmp_path: Path, cut: dict[str, Any], asked: dict[str, Any], said: str
+) -> None:
+    write_bank(tmp_path / "part.zsad", built(make_tokens(13), SIZES, cut) if cut else built(make_tokens(3)))
+    with pytest.raises(ConfigError, match=said):
+        method_of(tmp_path / "part.zsad", **asked)
+    assert method_of(tmp_path / "part.zsad", **cut).cells == 3
 
 
 def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:

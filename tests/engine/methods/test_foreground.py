@@ -11,7 +11,7 @@ from clip_checkpoints import write_clip
 from numpy.typing import NDArray
 from pictures import save_pictures
 from PIL import Image
-from runs import scores_and_maps
+from runs import draw, scores_and_maps
 
 from zsad.engine.commands.infer import main
 from zsad.engine.config import ForegroundSettings
@@ -121,6 +121,25 @@ def test_the_background_has_the_lowest_score_whatever_the_method(
     kinds = {path.name.partition("-")[2] for path in Path("out/nuts").glob("stages/*")}
     wanted = {"colour": set(), "isnet": {"foreground.png", "tiles.jpg"}}
     assert kinds == wanted.get(rule, {"foreground.png", "masks.png", "tiles.jpg"})
+
+
+@pytest.mark.slow
+def test_groups_with_foregrounds_are_gone_on_from(infer: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(Path("data"), 7)
+    options = ("--foreground", "isnet", "--group-size", "4", "--keep-stages", "-q")
+    assert infer("small", "data", *options, "--output", "whole") == 0
+    with monkeypatch.context() as patch:
+
+        def dying(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("zsad.engine.results.category.CategoryWriter.write", dying)
+        assert infer("small", "data", *options) == 130
+    monkeypatch.setattr("zsad.engine.methods.foreground.Foregrounds.find", None)  # all of it is there
+    assert infer("small", "data", *options, "--resume") == 0
+    for one in Path("whole/data").rglob("*"):
+        if one.is_file() and one.name != "category.json":
+            assert one.read_bytes() == (Path("out/data") / one.relative_to("whole/data")).read_bytes(), one
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from PIL import Image
 from runs import record, scores_and_maps
 
 from zsad.engine.commands.infer import main
-from zsad.engine.methods.tiled import TileStore, together
+from zsad.engine.methods.tiled import TiledTogether, TileStore, together
+from zsad.engine.results.category import CategoryWriter
 from zsad.engine.scores.known_good import Calibration
 
 TILE = ("--tile", "70", "--overlap", "14")  # of five patches each way, as many as the tiny network's input has
@@ -125,6 +126,72 @@ def test_methods_that_judge_every_image_by_itself(
     assert scores_and_maps("out", "one")[0] == pytest.approx(scores[1:])
 
 
+@pytest.mark.slow
+def test_a_bank_of_tiles(run: Callable[..., int], tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [(WIDE, WIDE), (70, 200), (60, 90), (100, 100), (WIDE, 90)]
+    save_pictures("good", *(texture(number, sizes[number % 5]) for number in range(10)))
+    Path("good/broken.png").write_bytes(b"none")
+    config = ("--config", str(tiny / "config.toml"))
+    assert main(["--reference", "good", "--save-bank", "part.zsad", *TILE, *config, "-q"]) == 1
+    save_pictures("data", texture(20), planted(texture(21), 56, 112), texture(22, (90, 130)))
+    assert main(["data", "--bank", "part.zsad", "--false-alarms", "0.1", "-q"]) == 0
+    scores, maps = scores_and_maps("out")
+    category = json.loads(Path("out/data/category.json").read_text())
+    assert category["images"][1]["verdict"] == "reject"
+    assert category["images"][1]["p_value"] == pytest.approx(1 / 11)
+    assert category["bounds"]["rule"] == "at most 10 % of good images are rejected"
+    assert scores[1] > 0.5 > min(scores[0], scores[2])
+    assert np.abs(np.subtract(np.unravel_index(int(maps[1].argmax()), maps[1].shape), (63, 119))).max() <= 14
+    save_pictures("one", planted(texture(21), 56, 112))
+    assert main(["one", "--bank", "part.zsad", *TILE, "-q"]) == 0
+    (score,), (alone,) = scores_and_maps("out", "one")
+    assert (score, alone.tobytes()) == (scores[1], maps[1].tobytes())
+    assert main(["--bank", "part.zsad", "--accept", "data/1.png", "-q"]) == 2
+    assert "save it again, with false alarms among the known-good images" in capsys.readouterr().err
+    assert run(*TILE, "--save-bank", "of_half.zsad", "--output", "half") == 0  # of images that were scored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["finish", "write"])
+def test_groups_of_images_in_tiles_are_gone_on_from(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save_pictures("good", *(texture(number) for number in range(30, 34)))
+    save_pictures(
+        "data", *(texture(number, (WIDE, WIDE - 40 * (number % 2))) for number in range(5)), planted(texture(5), 9, 9)
+    )
+    options = (*TILE, "--group-size", "3", "--reference", "good")
+    assert run(*options, "--output", "whole") == 0
+    with monkeypatch.context() as patch:
+        where = TiledTogether if moment == "finish" else CategoryWriter
+        usual, calls = getattr(where, moment), list[object]()
+
+        def dying(*arguments: Any) -> Any:
+            calls.append(arguments)
+            if moment == "write" or len(calls) > 1:
+                raise KeyboardInterrupt
+            return usual(*arguments)
+
+        patch.setattr(where, moment, dying)
+        assert run(*options) == 130
+    taken: list[int] = []
+    finish = TiledTogether.finish
+
+    def counted(self: TiledTogether, *arguments: Any) -> Any:
+        taken.append(self._group.number)
+        return finish(self, *arguments)
+
+    monkeypatch.setattr(TiledTogether, "finish", counted)
+    assert run(*options, "--resume") == 0
+    assert taken == ([1] if moment == "finish" else [])
+    for one in Path("whole/data").rglob("*"):
+        if one.is_file() and one.name != "category.json":
+            assert one.read_bytes() == (Path("out/data") / one.relative_to("whole/data")).read_bytes(), one
+    found, wanted = (record(out)["categories"]["data"] for out in ("out", "whole"))
+    assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
+    assert not list(Path("out").glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -135,7 +202,7 @@ def test_methods_that_judge_every_image_by_itself(
         (("--tiles", "2"), "must be columns and rows, 4x3 say, not '2'"),
         (("--overlap", "8"), "give --tile or --tiles too"),
         (("--tile", "70", "--tile-batches", "all"), "--tile-batches must be"),
-        (("--tile", "70", "--save-bank", "part.zsad"), "--save-bank: a bank is of whole images"),
+        (("--tile", "70", "--save-bank", "p.zsad", "--tile-batches", "aligned"), "tiles of all places together"),
     ],
 )
 def test_what_cannot_be_done(
