@@ -11,6 +11,7 @@ in memory for one set at a time. Masks and maps are compared at 256×256. Sectio
     windows        position windows of a few sizes, of `all` and `blended`
     contamination  the same images with fewer of the defective ones, drawn at random
     known          the same normal images left out, and compared with or not
+    bounds         how many good images are rejected by the bounds that known-good ones give
     planted        one defect at the same place in 5 to 40 % of a set's normal images
     banks          metrics of images scored by banks that keep all patches or few, and how many normal ones these reject
     feedback       what accepting false alarms and rejecting missed defects does to other images
@@ -18,7 +19,6 @@ in memory for one set at a time. Masks and maps are compared at 256×256. Sectio
 """
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
-from zsad.engine.config import ConfigError, load_config
+from zsad.engine.config import ConfigError
 from zsad.engine.evaluation.metrics import image_metrics
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import NothingToScoreError, scan
-from zsad.engine.methods.method import method_class
-from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.scores.clean_references import clean_scores, fitting_blend, salient_features
 from zsad.engine.scores.image_scores import image_scores, rscin
@@ -68,9 +66,12 @@ from .accuracy_batches import (
     metrics_of,
     planted,
     read_set,
+    small_settings,
 )
 from .accuracy_feedback import FACTS as FEEDBACK
 from .accuracy_feedback import feedback
+from .accuracy_known import FACTS as KNOWN
+from .accuracy_known import bounds
 from .records import RESULTS, append, environment
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all of it with 1
@@ -118,13 +119,6 @@ def anomaly_dino(batch: Batch, image_size: int) -> Scored:
     maps = np.sort(cosine, axis=-1)[..., :count].mean(axis=-1)
     raw = image_scores(maps, square_grid(patches), "top_fraction", image_size)
     return Scored(raw, maps, raw)
-
-
-@functools.cache
-def small_settings() -> Settings:
-    settings = load_config("small", method_of=method_class).settings
-    assert isinstance(settings, Settings)
-    return settings
 
 
 def clean_rows(batch: Batch, blends: Sequence[float]) -> Iterator[Scored]:
@@ -410,6 +404,7 @@ SECTIONS: Mapping[str, Section] = {
     "windows": Section(windows),
     "contamination": Section(contamination),
     "known": Section(known_good),
+    "bounds": Section(bounds, facts=KNOWN),
     "planted": Section(planted_defects),
     "banks": Section(banks, facts=BANKS),
     "feedback": Section(feedback, facts=FEEDBACK),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ from zsad.engine.images.decode import decode, network_input, recipe
 from zsad.engine.images.depth import batch_bit_depth
 from zsad.engine.methods.arrays import DeviceArrays, HostArrays
 from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.build import load_networks
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.networks.runtime import Runtime
@@ -34,6 +35,13 @@ TAPS, DEGREES = (2, 5, 8, 11), (1, 3, 5)  # of all rows together
 SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)  # of preset small
 INTERVAL = (0.0, 0.3)
 SIDE = 256  # of masks and maps when they are compared
+
+
+@cache
+def small_settings() -> Settings:
+    settings = load_config("small", method_of=method_class).settings
+    assert isinstance(settings, Settings)
+    return settings
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,9 @@ def test_every_section_is_recorded(
     known = records["known"]["sets"]["bare"]
     assert list(known) == ["0", "1", "4"]  # of eleven normal images five are drawn
     assert {len(values) for values in known["4"].values()} == {3}
+    bounds = records["bounds"]["sets"]["bare"]
+    assert (bounds["known"], bounds["promised"]) == (1, 0.5)  # ten of eleven are judged
+    assert [("recall" in rate) for rate in bounds["shares"].values()] == [False, True, True]
     assert {len(values) for values in records["planted"]["sets"]["masked"]["0.4"].values()} == {3}
     assert records["verdicts"]["sets"]["bare"]["0 %"]["otsu"][0]["recall"] is None
     assert records["verdicts"]["sets"]["bare"]["0 %"]["expected review"][0]["false_alarms"] == 0

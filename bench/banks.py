@@ -1,0 +1,148 @@
+"""What it takes to compare an image with a bank, beside the network that the image goes through first.
+
+    python -m zsad.bench.banks [--preset small] [--image-size 518] [--images 24 96] [--size 20000]
+
+All run in turn in one process on the same image: the preset's network, and what `--bank` does with its tokens, by banks
+of so many patches per tap and degree from few and from many images, and of 1, 10 and 100 % of the patches of the many.
+Medians and medians of the round-by-round ratios are kept. Which patches a bank has does not change the time: they are
+drawn at random from the tokens of the images, which are drawn too.
+
+Validates first: distances to a small bank against the float64 reference.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from zsad.engine.config import load_config
+from zsad.engine.demo import draw_image
+from zsad.engine.images.decode import network_input, recipe
+from zsad.engine.methods.bank import Memory
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.methods.musc import Settings
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import Network
+from zsad.engine.networks.runtime import choose_runtime
+from zsad.kernels import reference
+from zsad.kernels.cpu.comparers import unit_features
+from zsad.kernels.mutual_scoring import square_grid
+
+from .records import RESULTS, append, environment
+from .throughput import use_random_weights
+
+Array = NDArray[np.float32]
+
+SHARES = (0.01, 0.1, 1.0)
+CHECKED, GAP = 2000, 2e-3  # patches of the bank that is validated; int8 products find the nearest, fp32 measures it
+
+
+def inputs_of(network: Network, count: int) -> Iterator[Array]:
+    """Yield drawn images as a network takes them, [1, 3, S, S]."""
+    way = recipe(network.preprocessing, network.spec.side)
+    for number in range(count):
+        picture, _ = draw_image(np.random.default_rng([7, number]), None)
+        yield network_input(Image.fromarray(picture), way)[None]
+
+
+def features_of(tokens: Sequence[Array], degrees: Sequence[int], size: int) -> list[Array]:
+    """Return unit features [size, C] by taps, then degrees, of patches drawn from images' tokens [L, P, C]."""
+    patches = tokens[0].shape[1]
+    drawn = np.sort(np.random.default_rng(0).choice(len(tokens) * patches, size, replace=False))
+    rows = [drawn[drawn // patches == image] % patches for image in range(len(tokens))]
+    return [
+        np.concatenate([units_of(image[layer], degree)[own] for image, own in zip(tokens, rows, strict=True)])
+        for layer in range(len(tokens[0]))
+        for degree in degrees
+    ]
+
+
+def units_of(layer: Array, degree: int) -> Array:
+    """Return the unit features [P, C] of an image's tokens [P, C] of one tap."""
+    (units,) = unit_features(layer, square_grid(len(layer)), (degree,))
+    return units
+
+
+def validate(tokens: Sequence[Array], degrees: Sequence[int]) -> float:
+    """Compare distances with the float64 reference; SystemExit where one is off."""
+    *known, new = tokens
+    features = features_of(known, degrees, CHECKED)
+    expected = np.zeros(new.shape[1])
+    units = [units_of(layer, degree) for layer in new for degree in degrees]
+    for own, vectors in zip(units, features, strict=True):
+        cosines, _ = reference.nearest(own, vectors, 1)
+        expected += np.sqrt(np.maximum(2 - 2 * cosines[:, 0], 0)) / len(features)
+    off = float(np.abs(Memory(features, degrees, 1, "cpu").distances(new) - expected).max())
+    print(f"check: largest deviation from float64 {off:.1e}")
+    if not off <= GAP:
+        raise SystemExit("a bank does not say what the reference says: nothing was timed")
+    return off
+
+
+def measure(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every counted round; the first one warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def sizes_of(images: Sequence[int], patches: int, size: int) -> dict[str, tuple[int, int]]:
+    """Return by names the images that a bank is of, and its patches per tap and degree."""
+    found = {f"{size} of {count} images": (count, min(size, count * patches)) for count in images}
+    most = max(images)
+    return found | {f"{100 * share:g} % of {most} images": (most, round(share * most * patches)) for share in SHARES}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.banks", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--preset", default="small", help="one that compares images, of one network (default %(default)s)")
+    add("--image-size", type=int, default=518, help="(default %(default)s)")
+    add("--images", type=int, nargs="+", default=[24, 96], help="that banks are of (default 24 96)")
+    add("--size", type=int, default=20_000, help="patches per tap and degree (default %(default)s)")
+    add("--precision", choices=("fp32", "int8"), default="fp32", help="of the network (default %(default)s)")
+    add("--repeats", type=int, default=7, help="counted rounds (default %(default)s)")
+    add("--output", type=Path, default=RESULTS / "banks.jsonl", help="JSON lines to append to")
+    arguments = parser.parse_args(argv)
+    record = environment("zsad.bench.banks", argv, ["numpy", "onnxruntime", "zsad"])
+    overrides = {"image_size": arguments.image_size, "network_precision": arguments.precision}
+    config = load_config(arguments.preset, None, overrides, method_of=method_class)
+    with tempfile.TemporaryDirectory() as folder:
+        config, weights = use_random_weights(config, Path(folder))
+        ((name, network),) = load_networks(config, graph_requests(config), choose_runtime("cpu"), 1).items()
+        settings = config.settings
+        assert isinstance(settings, Settings)
+        graph, counts = network.graphs["image"], sorted(arguments.images)
+        inputs = list(inputs_of(network, counts[-1] + 1))
+        tokens = [np.array(graph.run({"images": image})["tokens"][0]) for image in inputs]  # [L, P, C] each
+        deviation = validate(tokens[:4], settings.degrees)
+        *known, new = tokens
+        sizes = sizes_of(counts, new.shape[1], arguments.size)
+        runs: dict[str, Callable[[], Any]] = {"network": partial(graph.run, {"images": inputs[-1]})}
+        for label, (images, size) in sizes.items():
+            features = features_of(known[:images], settings.degrees, size)
+            runs[label] = partial(Memory(features, settings.degrees, 1, "cpu").distances, new)
+        seconds = measure(runs, arguments.repeats)
+    for label, times in seconds.items():
+        print(f"  {label:<24}{1e3 * statistics.median(times):8.1f} ms")
+    about = {"preset": arguments.preset, "image_size": arguments.image_size, "precision": arguments.precision}
+    about |= {"weights": weights[name], "taps": len(new), "degrees": list(settings.degrees)}
+    append(arguments.output, {**record, **about, "sizes": sizes, "seconds": seconds, "largest_deviation": deviation})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
