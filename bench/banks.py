@@ -67,7 +67,7 @@ def features_of(tokens: Sequence[Array], degrees: Sequence[int], size: int) -> l
 
 def units_of(layer: Array, degree: int) -> Array:
     """Return the unit features [P, C] of an image's tokens [P, C] of one tap."""
-    (units,) = unit_features(layer, square_grid(len(layer)), (degree,))
+    units: Array = unit_features(layer, square_grid(len(layer)), (degree,))[0]
     return units
 
 
