@@ -29,6 +29,7 @@ from .random_weights import write_random
 from .records import RESULTS
 
 FILE = RESULTS / "products.jsonl"
+LINEAR, ATTENTION = "linear layers", "attention products"  # with weights, and of activations alone
 SMALL = 1024  # values of a constant that shapes may depend on
 
 
@@ -56,8 +57,20 @@ def count_products(builder: GraphBuilder | ReadyGraph, rows: int) -> tuple[float
     weights = sum(
         prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT and tensor.dims
     )
-    shapes = _shapes(model, rows)
-    return sum(_flops(node, shapes) for node in model.graph.node) / rows, weights
+    return sum(_flops_by_class(model, rows).values()) / rows, weights
+
+
+def classed_products(builder: GraphBuilder | ReadyGraph, rows: int) -> dict[str, float]:
+    """Return the operations for one of so many rows, of linear layers and of products of activations."""
+    return {name: flops / rows for name, flops in _flops_by_class(builder.build((), {}), rows).items()}
+
+
+def _flops_by_class(model: onnx.ModelProto, rows: int) -> dict[str, float]:
+    shapes, weights = _shapes(model, rows), {tensor.name for tensor in model.graph.initializer}
+    found = {LINEAR: 0.0, ATTENTION: 0.0}
+    for node in model.graph.node:
+        found[LINEAR if weights & set(node.input[:2]) else ATTENTION] += _flops(node, shapes)
+    return found
 
 
 def _shapes(model: onnx.ModelProto, rows: int) -> Mapping[str, Sequence[int]]:

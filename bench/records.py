@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from zsad.kernels.machine import processor
+
 # Relative to the current folder: benchmarks are run from a clone, whose committed results they extend.
 RESULTS = Path("bench") / "results"
 
@@ -21,7 +23,7 @@ def environment(module: str, argv: Sequence[str] | None, packages: Sequence[str]
     given = sys.argv[1:] if argv is None else argv
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
@@ -59,11 +61,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0] + (" with changes" if run[1] else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

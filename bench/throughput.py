@@ -5,12 +5,15 @@
 First every graph of the preset's networks alone, all variants in turn in one process, beside the product peak of the
 same rounds (and, where PyTorch is installed, its plain forward pass):
 
-    cpu      ONNX Runtime fp32 and, for image towers, int8, PyTorch eager fp32; the peak is the best of two large fp32
-             products
+    cpu      ONNX Runtime and OpenVINO in fp32 and, for image towers, in int8, OpenVINO in bf16 where the processor has
+             it, PyTorch eager fp32; the peak is the best of two large fp32 products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
 Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
 together. The overlap efficiency is the sum of the stages over the wall time of the whole.
+
+With `--profile` it says where the time goes instead, on a CPU: whole runs by stage, and every graph by class of
+operators, with the rates of products and of memory beside the peaks that are measured in the same run.
 
 Validates first: outputs of every variant against the fp32 graph on the CPU. Where real weights are absent random ones
 of the true shape are used, and the output says so; words have random vectors then. Random weights find no objects: in
@@ -22,6 +25,7 @@ both sizes; of SAM's mask decoder all for every point.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -39,25 +43,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.category_pass import CategoryJob, run_category
-from zsad.engine.config import Config, ConfigError, Precision, load_config
+from zsad.engine.config import Config, ConfigError, NetworkPrecision, load_config
 from zsad.engine.demo import draw_demo
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import scan
 from zsad.engine.images.loader import Batch
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored, graph_requests, method_class
-from zsad.engine.networks.build import graph_options, load_networks
+from zsad.engine.networks.build import graph_options, graph_precision, load_networks
 from zsad.engine.networks.network import Graph, GraphRequest
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
 from zsad.engine.text.vectors import TextVectors
 from zsad.engine.workplace import Options, Workplace, set_up
 from zsad.export.adopt import ReadyGraph
-from zsad.export.agreement import check_agreement, run_graph, sample_inputs
+from zsad.export.agreement import check_agreement, run_graph, sample_rows
 from zsad.export.builders import read_builder
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
-from zsad.export.options import Shape
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.machine import available_cores, peak_memory
@@ -72,6 +75,10 @@ from .towers import SHAPES, write_random_heads
 RANDOM = "random"
 ROWS = {"clipseg_decoder": "prompt", "sam_masks": "point"}  # graph → what its rows are, where they are no images
 FINDERS = ("foreground", "masks")  # stages within what a method does with an image
+CPU_PRECISIONS: Mapping[str, tuple[NetworkPrecision, ...]] = {
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "int8", "bf16"),
+}
 SCENES = 3  # by default, of presets that look for objects: on a CPU an image takes tens of seconds
 Forward = Callable[..., Any]  # device, type → the network in PyTorch
 
@@ -143,16 +150,30 @@ def random_words() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def replaced(weights: Mapping[str, str]) -> Iterator[None]:
+    """Replace what random weights cannot give: words' vectors, and the objects in an image."""
+    random = {name for name, kind in weights.items() if kind.startswith(RANDOM)}
+    with random_words() if random else nullcontext(), stand_ins(random):
+        yield
+
+
 def image_requests(config: Config) -> list[GraphRequest]:
     """Return the graphs that run on every image."""
     return [request for request in graph_requests(config) if not request.on_demand]
 
 
-def runtimes(device: str) -> Iterator[tuple[str, Runtime, Precision]]:
+def runtimes(device: str) -> Iterator[tuple[str, Runtime, NetworkPrecision]]:
     """Yield every installed way to run a network on the device: name, runtime, precision."""
     if device == "cpu":
-        yield "ONNX Runtime fp32", choose_runtime("cpu"), "fp32"
-        yield "ONNX Runtime int8", choose_runtime("cpu"), "int8"
+        for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+            for precision in CPU_PRECISIONS[library]:
+                try:
+                    runtime = choose_runtime("cpu", library)
+                    runtime.network_precision(precision)
+                    yield f"{name} {precision}", runtime, precision
+                except ConfigError as error:
+                    print(f"{name} {precision}: not measured ({error})")
         return
     for library, name in (("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT-RTX"), ("onnxruntime", "ONNX Runtime")):
         try:
@@ -185,15 +206,6 @@ def product_peak(runtime: Runtime) -> Callable[[], float]:
     return measure
 
 
-def sample_rows(inputs: Mapping[str, Shape], rows: int) -> dict[str, NDArray[Any]]:
-    """Return inputs of a graph with so many rows; those without a batch are whole."""
-    samples = sample_inputs(inputs)
-    return {
-        name: array if inputs[name][0] is not None else np.resize(array, (rows, *array.shape[1:]))
-        for name, array in samples.items()
-    }
-
-
 def variants(
     config: Config,
     request: GraphRequest,
@@ -203,10 +215,9 @@ def variants(
     forward: Forward | None,
 ) -> Iterator[Variant]:
     """Yield every variant of one graph that can run here; forward: of PyTorch, where there is one."""
-    spec = config.specs[request.network]
     for variant, runtime, precision in runtimes(where):
-        if graph_options(spec, request, precision, "fused").precision != precision:
-            continue  # only image towers are there in int8
+        if graph_precision(request, precision) != precision:
+            continue  # only image towers are there in int8 and bf16
         chosen = config.model_copy(update={"network_precision": precision})
         networks = load_networks(chosen, [request], runtime, rows)
         device = runtime.device
@@ -388,7 +399,14 @@ def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> 
 def whole_runs(
     config: Config, runtime: Runtime, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any
 ) -> None:
-    """Time the stages alone and together, and append one record."""
+    """Time the stages alone and together, print that and append one record."""
+    measured = measure_run(config, runtime, arguments)
+    print_run(config.preset, measured)
+    append(arguments.output, {**record, "kind": "run", "preset": config.preset, "weights": dict(weights), **measured})
+
+
+def measure_run(config: Config, runtime: Runtime, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the stages alone and together."""
     with tempfile.TemporaryDirectory() as folder:
         (output := Path(folder) / "out").mkdir()
         options = Options(output, batch_size=arguments.batch_size, strict=True)
@@ -397,46 +415,49 @@ def whole_runs(
         (category, *_) = scan(data).categories
         category = replace(category, images=category.images[: arguments.images])
 
-        def run(images: int) -> tuple[float, dict[str, float]]:
-            part, start = replace(category, images=category.images[:images]), time.perf_counter()
+        def run(images: int) -> tuple[float, float, dict[str, float]]:
+            part, start, busy = replace(category, images=category.images[:images]), time.perf_counter(), processors()
             workplace.timings.clear()
             run_category(CategoryJob(part, config, options), workplace, lambda *_: None)
-            return time.perf_counter() - start, dict(workplace.timings)
+            return time.perf_counter() - start, processors() - busy, dict(workplace.timings)
 
         run(1 if config.components else 2)  # warms up
         alone, found = stages_alone(category, runtime, workplace)
         forget_peak_memory()
-        together, stages = run(len(category.images))
+        together, busy, stages = run(len(category.images))
         alone["write"] = stages["write"]  # nothing runs beside it
         host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
-    print_run(config, runtime, len(category.images), alone, together)
-    if found is not None:
-        print(f"  {len(found.tiles)} tiles in the first image, {len(found.parts)} masks that are parts of objects")
-    print(
-        f"  peak memory {host / 2**30:.2f} GiB"
-        + (f", on the device {device / 2**30:.2f} GiB" if device is not None else "")
-    )
-    append(
-        arguments.output,
-        {
-            **record,
-            "kind": "run",
-            "preset": config.preset,
-            "weights": dict(weights),
-            "runtime": runtime.describe(),
-            "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
-            "image_size": config.image_size,
-            "decoder": config.decoder,
-            "images": len(category.images),
-            "batch": workplace.loader.batch_size,
-            "found": found and {"masks": len(found.parts), "tiles": len(found.tiles)},
-            "seconds_alone": alone,
-            "seconds_together": together,
-            "overlap": sum(alone.values()) / together,
-            "peak_host_bytes": host,
-            "peak_device_bytes": device,
-        },
-    )
+    return {
+        "runtime": runtime.describe(workplace.libraries),
+        "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
+        "image_size": config.image_size,
+        "decoder": config.decoder,
+        "images": len(category.images),
+        "batch": workplace.loader.batch_size,
+        "found": found and {"masks": len(found.parts), "tiles": len(found.tiles)},
+        "seconds_alone": alone,
+        "seconds_together": together,
+        "seconds_of_processors": busy,
+        "flops_of_pairs": flops_of_pairs(workplace, len(category.images)),
+        "overlap": sum(alone.values()) / together,
+        "peak_host_bytes": host,
+        "peak_device_bytes": device,
+    }
+
+
+def flops_of_pairs(workplace: Workplace, images: int) -> float:
+    """Return the operations of one product for each pair of images and layer, the least that comparing them takes."""
+    if not workplace.method.compares:
+        return 0.0
+    towers = [network.graphs["image"] for network in workplace.networks.values() if "image" in network.graphs]
+    shapes = [tower.outputs["tokens"].shape for tower in towers if "tokens" in tower.outputs]
+    return sum(images * (images - 1) / 2 * layers * 2.0 * patches**2 * width for layers, patches, width in shapes)
+
+
+def processors() -> float:
+    """Return the seconds that all processors together have worked for this process."""
+    spent = os.times()
+    return spent.user + spent.system
 
 
 def draw(config: Config, count: int, folder: Path) -> Path:
@@ -451,14 +472,31 @@ def draw(config: Config, count: int, folder: Path) -> Path:
     return drawn
 
 
-def print_run(config: Config, runtime: Runtime, count: int, alone: Mapping[str, float], together: float) -> None:
-    print(f"\nwhole runs: preset {config.preset}, {count} images, {runtime.describe()}")
+def print_run(preset: str, measured: Mapping[str, Any]) -> None:
+    """Print what was measured of whole runs."""
+    count, alone, together = (measured[key] for key in ("images", "seconds_alone", "seconds_together"))
+    host, device, found = (measured[key] for key in ("peak_host_bytes", "peak_device_bytes", "found"))
+    print(f"\nwhole runs: preset {preset}, {count} images, {measured['runtime']}, {measured['precision'][0]}")
     for stage, value in alone.items():
         print(f"  {stage:<12}{value:9.2f} s alone {1e3 * value / count:9.1f} ms per image")
     print(
         f"  together    {together:9.2f} s       {1e3 * together / count:9.1f} ms per image, "
-        f"{count / together:.2f} images/s, overlap efficiency {sum(alone.values()) / together:.2f}"
+        f"{count / together:.2f} images/s, overlap efficiency {measured['overlap']:.2f}"
     )
+    if found is not None:
+        print(f"  {found['tiles']} tiles in the first image, {found['masks']} masks that are parts of objects")
+    print(
+        f"  peak memory {host / 2**30:.2f} GiB"
+        + (f", on the device {device / 2**30:.2f} GiB" if device is not None else "")
+    )
+
+
+def in_precision(config: Config, precision: NetworkPrecision) -> Config:
+    """Return a configuration whose networks run in a precision, and its scoring in the nearest one that it has."""
+    settings = config.settings
+    if "precision" in type(settings).model_fields:
+        settings = settings.model_copy(update={"precision": "int8" if precision == "bf16" else precision})
+    return config.model_copy(update={"network_precision": precision, "settings": settings})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -474,13 +512,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, default=5, help="counted rounds of the networks (default %(default)s)")
     add("--decoder", choices=["pillow", "nvimgcodec"], help="of whole runs; drawn images are JPEG then")
     add("--only", choices=["networks", "runs"], help="leave out the other half")
-    add("--output", type=Path, default=RESULTS / "throughput.jsonl", help="JSON lines to append to")
+    add("--profile", action="store_true", help="say where the time goes instead, on a CPU: by stage and operator class")
+    add("--output", type=Path, help="JSON lines to append to (default: throughput.jsonl or profile.jsonl in results)")
     arguments = parser.parse_args(argv)
     runtime = choose_runtime(arguments.device)
     arguments.batch_size = arguments.batch_size or (8 if runtime.device else 1)
     if arguments.device == "auto":
         arguments.device = "cuda" if runtime.devices else "cpu"
-    record = environment("zsad.bench.throughput", argv, ["numpy", "onnxruntime", "torch", "tensorrt", "zsad"])
+    if arguments.profile and arguments.device != "cpu":
+        parser.error("--profile is of a CPU; add --device cpu")
+    arguments.output = arguments.output or RESULTS / ("profile.jsonl" if arguments.profile else "throughput.jsonl")
+    packages = ["numpy", "onnxruntime", "openvino", "torch", "tensorrt", "zsad"]
+    record = environment("zsad.bench.throughput", argv, packages)
     print(f"device: {runtime.describe()} ({runtime.reason})")
     given = {"image_size": arguments.image_size, "decoder": arguments.decoder}
     overrides = {key: value for key, value in given.items() if value is not None}
@@ -489,18 +532,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.images = arguments.images or (SCENES if config.components else 200)
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
+        if arguments.profile:
+            from .profile import profile  # which runs what is here
+
+            profile(config, weights, arguments, record)
+            return 0
         if arguments.only != "runs":
             compare_networks(config, weights, arguments, record)
         if arguments.only != "networks":
             found = [(runtime, precision) for _, runtime, precision in runtimes(arguments.device)]
-            random = {name for name, kind in weights.items() if kind.startswith(RANDOM)}
             for runtime, precision in found or [(choose_runtime(arguments.device), "auto")]:
-                settings = config.settings
-                if "precision" in type(settings).model_fields:
-                    settings = settings.model_copy(update={"precision": precision})
-                chosen = config.model_copy(update={"network_precision": precision, "settings": settings})
-                with random_words() if random else nullcontext(), stand_ins(random):
-                    whole_runs(chosen, runtime, weights, arguments, record)
+                with replaced(weights):
+                    whole_runs(in_precision(config, precision), runtime, weights, arguments, record)
     return 0
 
 

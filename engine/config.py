@@ -21,6 +21,7 @@ SIDE = f"a number of pixels from 1 to {LARGEST_SIDE}"
 LARGEST_AUTO = 518  # pixels; what published methods take images at, above which none is taken by itself
 
 Precision = Literal["auto", "fp32", "fp16", "int8"]
+NetworkPrecision = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 LEAST_TILE = 32  # pixels; of less there is nothing to be seen
 ImageSize = Side | Literal["auto"]  # auto: as large as a category's images are
@@ -197,7 +198,7 @@ class Config(Table):
     expected_defects: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="a share of the images, above 0 and below 1"
     )
-    network_precision: Precision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
+    network_precision: NetworkPrecision = "auto"  # auto: fp32 on a CPU, fp16 on a GPU
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"  # nvimgcodec: JPEG files on the GPU, to slightly other pixels
     bit_depth: Annotated[int, Field(ge=8, le=16)] | None = Field(
         None, description="a number of bits from 8 to 16"

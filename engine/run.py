@@ -135,7 +135,7 @@ def run_record(
         preset=config.preset,
         method=config.method,
         device=runtime.device_name,
-        runtime=runtime.describe(),
+        runtime=runtime.describe(workplace.libraries),
         started=started.at.isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
         images=sum(len(category.images) for category in records),
@@ -175,7 +175,7 @@ def _scored(
         len(categories),
         "categories" if len(categories) > 1 else "category",
         config.preset,
-        runtime.describe(),
+        runtime.describe(workplaces.of(groups[0][0].sides).libraries),
         runtime.reason,
     )
     for note in dataset.notes:

@@ -94,6 +94,11 @@ class Workplace:
         return {network.checkpoint: network.sha256 for network in self.networks.values()}
 
     @property
+    def libraries(self) -> set[str]:
+        """The libraries that run the networks."""
+        return {library for network in self.networks.values() for library in network.libraries}
+
+    @property
     def sides(self) -> dict[str, int]:
         """The sides of the method's networks' inputs, in pixels."""
         return {name: spec["image_size"] for name, spec in self.record["networks"].items()}

@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 BATCH = 4  # rows that graphs and engines are compared on
 LARGEST_ERROR = 1e-4  # fp32: relative, in the norm over all tokens
-SMALLEST_COSINE = {"fp16": 0.999, "int8": 0.998}  # per token
+SMALLEST_COSINE = {"fp16": 0.999, "bf16": 0.998, "int8": 0.998}  # per token
 LARGE_IMAGE = 1000  # pixels per side from which on networks are compared on two images: more would take gigabytes
 # Outputs in [0, 1], and how far from the expected ones their values may be, root mean square: at steep edges single
 # values in half precision are further away.
@@ -90,6 +90,15 @@ def sample_inputs(inputs: Mapping[str, Shape]) -> dict[str, NDArray[Any]]:
     }
     return {
         name: samples[name](*shape[1:]) if name in samples else sample_numbers(shape) for name, shape in inputs.items()
+    }
+
+
+def sample_rows(inputs: Mapping[str, Shape], rows: int) -> dict[str, NDArray[Any]]:
+    """Return inputs of a graph with so many rows; those without a batch are whole."""
+    samples = sample_inputs(inputs)
+    return {
+        name: array if inputs[name][0] is not None else np.resize(array, (rows, *array.shape[1:]))
+        for name, array in samples.items()
     }
 
 

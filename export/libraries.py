@@ -18,7 +18,7 @@ TARGETS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "tensorrt-rtx": ("tensorrt_rtx", {"Linux": ("x86_64",)}),
 }
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2)}
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 2), "openvino": (2025, 0)}
 
 # What is built for one version of CUDA and says so in its name.
 CUDA_BUILDS = {
@@ -90,6 +90,24 @@ def import_onnxruntime() -> Any:
     if not hasattr(ort, "InferenceSession"):  # a folder that an uninstalled package has left
         raise EngineError(f"the ONNX Runtime in {list(ort.__path__)} is incomplete; delete that folder, then {both}")
     return ort
+
+
+@cache
+def import_openvino() -> Any:
+    """Import OpenVINO; raises EngineError with the line that installs it, or a newer one."""
+    install = install_command("'zsad[cpu,openvino]'")
+    try:
+        openvino = importlib.import_module("openvino")
+    except ImportError as error:
+        raise EngineError(
+            f"OpenVINO is not installed ({error}); run: {install} (in a clone of zsad '.[cpu,openvino]')"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise EngineError(f"OpenVINO cannot be loaded ({error}); run: {install} --force-reinstall") from error
+    if numbers(openvino.__version__) < OLDEST["openvino"]:
+        oldest = ".".join(map(str, OLDEST["openvino"]))
+        raise EngineError(f"OpenVINO {openvino.__version__} is too old, {oldest} is needed; run: {install} --upgrade")
+    return openvino
 
 
 def import_tensorrt(target: str) -> Any:

@@ -132,10 +132,18 @@ class TransformerGraph:
         MatMulNBits (a scale for every 32 inputs) errs a tenth as much but takes 2.5 times as long with AVX-512 VNNI,
         unsigned weights 2.3 times. Layers that one scale for all activations would spoil belong in `exact`, and so do
         those in which the 16-bit sums of a processor without VNNI overflow.
+
+        In standard operators only the weights have 8 bits: what runs the graph finds the scales of activations, as
+        OpenVINO does for every 32 of a token, or leaves them as they are.
         """
         weight, bias = affine
         scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127)
         levels = np.ascontiguousarray(np.rint(weight / scale[:, None]).T.astype(np.int8))
+        if not self.fused:
+            stored = [self.constant(levels, name + ".levels"), self.constant(scale, name + ".scale")]
+            wide = self.node("DequantizeLinear", stored, name + ".weight", axis=1)
+            product = self.node("MatMul", [x, wide], name + ".product")
+            return self.node("Add", [product, self.constant(bias, name + ".bias")], name)
         inputs = [
             x,
             self.constant(levels, name + ".weight"),

@@ -175,13 +175,14 @@ def build_vit_graph(
     size, grid = options.image_size, options.image_size // vit.patch_size
     angles = vit.angles(heads, grid) if vit.architecture.rotary else None
     graph = ImageTowerGraph(options.precision, options.attention == "fused", exact, angles=angles)
-    within = "image." if options.precision == "int8" else ""  # the loop over the batch, see `_take_images_singly`
+    singly = options.precision == "int8" and graph.fused
+    within = "image." if singly else ""  # the loop over the batch, see `_take_images_singly`
     embedded = graph.embed(within + "images", vit, grid, options.antialias)
     # One token's queries, keys and values are the same in the image and in all windows that hold it.
     packed = graph.packed(embedded, vit.blocks[0], heads, vit.architecture.norm_eps, "block0")
     outputs, streams = _add_image(graph, (embedded, packed), vit, options, within), (embedded, packed)
     windows = [name for name in WINDOWS if name in options.outputs]
-    if options.precision == "int8":
+    if singly:
         kept = []
         if windows:  # outside the loop, for one of their own
             streams, tokens = ("stream", "stream.packed"), 1 + len(vit.registers) + grid * grid
@@ -295,7 +296,7 @@ def build_block_graph(
     """
     heads, activation = vit.attention_heads(options.heads), options.activation
     angles = vit.angles(heads, grid) if vit.architecture.rotary else None
-    graph = ImageTowerGraph("int8", fused=True, exact=exact, angles=angles)
+    graph = ImageTowerGraph("int8", options.attention == "fused", exact, angles=angles)
     y = graph.block("x", vit.blocks[index], heads, activation, vit.architecture.norm_eps, f"block{index}")
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
@@ -313,7 +314,8 @@ def _floats(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
 def _take_images_singly(graph: ImageTowerGraph, outputs: list[onnx.ValueInfoProto], image_size: int) -> None:
     """Put the nodes of a graph, which compute `image.tokens` from `image.images`, into a loop over the batch.
 
-    All activations in front of an int8 layer share one scale: an image must not be rounded by its neighbours' range.
+    All activations in front of an int8 layer of ONNX Runtime share one scale: an image must not be rounded by its
+    neighbours' range.
     """
     axis = graph.constant(np.array([0]), "image.axis")
     singles = []

@@ -5,6 +5,7 @@ import errno
 import logging
 import math
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -38,6 +39,7 @@ def stopwatch(timings: Timings, stage: str) -> Iterator[None]:
 
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def available_cores() -> int:
@@ -59,6 +61,14 @@ def _processor_quota(control_group: Path) -> float | None:
         )
         return int(quota) / int(period) if int(quota) > 0 else None
     return None
+
+
+def processor(fact: str = "model name") -> str:
+    """Return what the system says of the first processor: its name, or on Linux another fact, such as its flags."""
+    with suppress(OSError, StopIteration):
+        lines = PROCESSORS.read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == fact)
+    return (platform.processor() or platform.machine()) if fact == "model name" else ""
 
 
 def cache_folder() -> Path:

@@ -26,6 +26,13 @@ from zsad.kernels.cuda.device import Device, DeviceError, open_device
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def _without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for a comparison of two libraries on its graphs, but those that ask for OpenVINO."""
+    real = runtimes.find_spec
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of arrays made by the reference implementations."""

@@ -167,7 +167,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--preset", default=DEFAULT_PRESET, choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--device", default="auto", help="auto, cpu, cuda:N, cuda:N,M or cuda:all (default: %(default)s)")
-    add("--runtime", default="auto", help="of the networks: auto, onnxruntime, tensorrt or tensorrt-rtx")
+    add("--runtime", default="auto", help="of the networks: auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
     add(
         "--bit-depth",
@@ -218,7 +218,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--network-precision",
         "--backbone-precision",
         dest="network_precision",
-        help="fp32 or int8 on a CPU, fp16 or fp32 on a GPU",
+        help="fp32, int8 or, with OpenVINO, bf16 on a CPU; fp16 or fp32 on a GPU",
     )
     add("--object", metavar="NAME", help="what the images show, in words (default: the name of their folder)")
     add("--prompts", metavar="SET|FILE.toml", help="states and templates of the words that images are compared with")

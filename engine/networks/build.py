@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.config import Config, NetworkSpec
-from zsad.export.agreement import sample_inputs
+from zsad.export.agreement import check_agreement, run_graph, sample_inputs, sample_rows
 from zsad.export.checkpoints import check_present, find_checkpoint
+from zsad.export.libraries import EngineError
 from zsad.export.onnx_export import ExportedModel, export_onnx
 from zsad.export.options import (
     ClipSegDecoderOptions,
@@ -21,13 +23,16 @@ from zsad.export.options import (
     SamMasksOptions,
     TextOptions,
 )
+from zsad.export.state_dict import CheckpointError
 from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
 from zsad.export.vision_transformer import read_patch_size
 from zsad.kernels.cuda.device import Device
 
+from .fastest import CLEARLY, Note, seconds
 from .network import Graph, GraphRequest, Network, run_in_parts
 from .onnx_runtime import OnnxRuntimeGraph
-from .runtime import Runtime
+from .openvino import OpenVINOGraph
+from .runtime import Library, Runtime
 from .tensorrt import TensorRTGraph
 
 log = logging.getLogger("zsad")
@@ -107,11 +112,15 @@ OPTIONS: Mapping[str, Callable[[NetworkSpec, GraphRequest, str, str], GraphOptio
 }
 
 
+def graph_precision(request: GraphRequest, precision: str) -> str:
+    """Return the precision of one of a network's graphs: fp32 where it is no image tower and those are int8 or bf16."""
+    return "fp32" if precision in ("int8", "bf16") and request.graph != "image" else precision
+
+
 def graph_options(spec: NetworkSpec, request: GraphRequest, precision: str, attention: str) -> GraphOptions:
-    """Return what one of a network's graphs is exported with: in fp32 where it is no image tower and those are int8."""
-    if precision == "int8" and request.graph != "image":
-        precision = "fp32"
-    return OPTIONS[request.graph](spec, request, precision, attention)
+    """Return what one of a network's graphs is exported with; to run it in bf16 is up to what runs it."""
+    exported = graph_precision(request, precision)
+    return OPTIONS[request.graph](spec, request, "fp32" if exported == "bf16" else exported, attention)
 
 
 def patch_sizes(config: Config) -> dict[str, int]:
@@ -130,35 +139,125 @@ def load_networks(
     engines and libraries likewise, ConfigError where the library does not start.
     """
     check_present([*(config.specs[request.network].checkpoint for request in requests), *config.settings.files])
-    graphs: dict[str, dict[str, Graph]] = {}
-    networks = {}
+    ready: dict[str, dict[str, Ready]] = {}
     for request in (request for request in requests if not request.on_demand):
-        model, graph = _make_ready(config, request, runtime, batch_size)
-        own = graphs.setdefault(request.network, {})
+        own = ready.setdefault(request.network, {})
         assert request.graph not in own
-        own[request.graph] = graph
-        spec = config.specs[request.network]
+        own[request.graph] = _make_ready(config, request, runtime, batch_size)
+    networks = {}
+    for name, own in ready.items():
+        spec, model = config.specs[name], next(reversed(own.values())).model
         preprocessing = spec.preprocessing or model.preprocessing
-        networks[request.network] = Network(spec, model.checkpoint, model.sha256, preprocessing, own)
+        graphs = {kind: each.graph for kind, each in own.items()}
+        libraries = frozenset(each.library for each in own.values())
+        networks[name] = Network(spec, model.checkpoint, model.sha256, preprocessing, graphs, libraries)
     return networks
 
 
 def load_graph(config: Config, request: GraphRequest, runtime: Runtime, batch_size: int) -> Graph:
     """Make a single graph ready, when it turns out to be needed, as `load_networks` does."""
-    return _make_ready(config, request, runtime, batch_size)[1]
+    return _make_ready(config, request, runtime, batch_size).graph
 
 
-def _make_ready(
-    config: Config, request: GraphRequest, runtime: Runtime, batch_size: int
-) -> tuple[ExportedModel, Graph]:
-    precision = runtime.network_precision(config.network_precision)
-    attention = "fused" if runtime.library == "onnxruntime" else "standard"
-    spec = config.specs[request.network]
-    options = graph_options(spec, request, precision, attention)
-    model = export_onnx(spec.checkpoint, options)
-    if model.built:
-        log.info("%s: exported, %s", spec.checkpoint, model.agreement)
-    return model, _load(model, options, runtime, request, batch_size)
+@dataclass(frozen=True)
+class Ready:
+    """A graph that can run, the file it was made from, and what runs it."""
+
+    model: ExportedModel
+    graph: Graph
+    library: Library
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A graph that is to be made ready, by one library or another."""
+
+    spec: NetworkSpec
+    request: GraphRequest
+    runtime: Runtime
+    precision: str  # of this graph
+    rows: int  # of a batch at most
+
+    def exported(self, library: Library, precision: str = "") -> ExportedModel:
+        """Return the file that a library reads; precision: another one than the graph's own."""
+        model = export_onnx(self.spec.checkpoint, self._options(library, precision or self.precision))
+        if model.built:
+            log.info("%s: exported, %s", self.spec.checkpoint, model.agreement)
+        return model
+
+    def _options(self, library: Library, precision: str) -> GraphOptions:
+        return graph_options(self.spec, self.request, precision, "fused" if library == "onnxruntime" else "standard")
+
+    def by(self, library: Library) -> Ready:
+        """Make it ready in a library."""
+        model, runtime = self.exported(library), self.runtime
+        if library == "onnxruntime":
+            return Ready(model, OnnxRuntimeGraph(model.path, runtime.device, self.rows), library)
+        if library == "openvino":
+            return Ready(model, self._compiled(model), library)
+        assert runtime.device is not None
+        options = self._options(library, self.precision)
+        target = EngineOptions(library, engine_batch(self.request), runtime.device.number)
+        command = rebuild_command(model.checkpoint, options, target)
+        log.info("%s: loading its engine; the first time it is built, which can take minutes", model.checkpoint)
+        engine = build_engine(model, target, command)
+        graph = TensorRTGraph(engine.path, model.path, runtime.device, self.rows)
+        if not engine.fingerprint.agreement:
+            log.info("%s: comparing its engine with its graph on the CPU, this once", model.checkpoint)
+            inputs = sample_inputs(model.inputs)
+            confirm_engine(engine, model.path, inputs, _outputs(graph, inputs, runtime.device))
+        return Ready(model, graph, library)
+
+    def _compiled(self, model: ExportedModel) -> Graph:
+        """Let OpenVINO compile a graph, and compare what it gives with the fp32 graph in ONNX Runtime, once."""
+        graph = OpenVINOGraph(model.path, self.precision, self.rows)
+        note = Note(model.path, "openvino", self.precision)
+        if note.read() is None:
+            exact = model if model.precision == "fp32" else self.exported("openvino", "fp32")
+            inputs = sample_inputs(model.inputs)
+            found = _outputs(graph, inputs, None)
+            try:
+                line = check_agreement(found, run_graph(exact.path, inputs), self.precision, "the fp32 graph")
+            except CheckpointError as error:
+                raise EngineError(f"{model.checkpoint} in OpenVINO: {error}; or use --runtime onnxruntime") from None
+            log.info("%s: compiled by OpenVINO, %s", model.checkpoint, line)
+            note.write(agreement=line)
+        return graph
+
+    def faster(self, usual: Library, rival: Library) -> Ready:
+        """Make it ready in the library that takes less time here, which is measured once; the usual one if in doubt."""
+        note = Note(self.exported(usual).path, "fastest", self.precision, self.rows)
+        known = note.read() or {}
+        if known.get("library") == usual:
+            log.debug("%s: %s", self.spec.checkpoint, known.get("why"))
+            return self.by(usual)
+        try:
+            other = self.by(rival)
+        except (CheckpointError, EngineError, MemoryError) as error:
+            own, why = self.by(usual), f"{usual} runs it, since {error}"
+            log.warning("%s: %s", self.spec.checkpoint, why)
+            note.write(library=usual, why=why)
+            return own
+        if known.get("library") == rival:
+            log.debug("%s: %s", self.spec.checkpoint, known.get("why"))
+            return other
+        own = self.by(usual)
+        log.info("%s: trying which of %s and %s runs it faster, this once", self.spec.checkpoint, usual, rival)
+        inputs = sample_rows(own.model.inputs, self.rows)
+        taken = seconds({usual: own.graph, rival: other.graph}, inputs)
+        found = other if taken[rival] < CLEARLY * taken[usual] else own
+        times = " and ".join(f"{1e3 * value:.0f} ms in {library}" for library, value in taken.items())
+        why = f"{found.library} runs it: a batch takes {times}"
+        log.info("%s: %s", self.spec.checkpoint, why)
+        note.write(library=found.library, why=why)
+        return found
+
+
+def _make_ready(config: Config, request: GraphRequest, runtime: Runtime, batch_size: int) -> Ready:
+    precision = graph_precision(request, runtime.network_precision(config.network_precision))
+    loading = Loading(config.specs[request.network], request, runtime, precision, request.rows or batch_size)
+    usual, *rivals = runtime.libraries(precision, request.on_demand)
+    return loading.faster(usual, *rivals) if rivals else loading.by(usual)
 
 
 def engine_batch(request: GraphRequest) -> tuple[int, int, int]:
@@ -166,29 +265,11 @@ def engine_batch(request: GraphRequest) -> tuple[int, int, int]:
     return (1, request.rows, request.rows) if request.rows else EngineOptions.batch
 
 
-def _load(
-    model: ExportedModel, options: GraphOptions, runtime: Runtime, request: GraphRequest, batch_size: int
-) -> Graph:
-    rows = request.rows or batch_size
-    if runtime.library == "onnxruntime":
-        return OnnxRuntimeGraph(model.path, runtime.device, rows)
-    assert runtime.device is not None
-    target = EngineOptions(runtime.library, engine_batch(request), runtime.device.number)
-    command = rebuild_command(model.checkpoint, options, target)
-    log.info("%s: loading its engine; the first time it is built, which can take minutes", model.checkpoint)
-    engine = build_engine(model, target, command)
-    graph = TensorRTGraph(engine.path, model.path, runtime.device, rows)
-    if not engine.fingerprint.agreement:
-        log.info("%s: comparing its engine with its graph on the CPU, this once", model.checkpoint)
-        inputs = sample_inputs(model.inputs)
-        confirm_engine(engine, model.path, inputs, _outputs(graph, inputs, runtime.device))
-    return graph
-
-
-def _outputs(graph: Graph, inputs: Mapping[str, NDArray[Any]], device: Device) -> dict[str, NDArray[np.float32]]:
-    """Return what a graph on a device gives, in host memory."""
+def _outputs(graph: Graph, inputs: Mapping[str, NDArray[Any]], device: Device | None) -> dict[str, NDArray[np.float32]]:
+    """Return what a graph gives, on a device or the CPU, in host memory."""
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in graph.outputs}
-    for _, outputs in run_in_parts(graph, {name: device.to_device(array) for name, array in inputs.items()}):
+    fed = inputs if device is None else {name: device.to_device(array) for name, array in inputs.items()}
+    for _, outputs in run_in_parts(graph, fed):
         for name, array in outputs.items():
-            parts[name].append(device.to_host(array).astype(np.float32))
+            parts[name].append(np.asarray(array if device is None else device.to_host(array), np.float32))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -67,6 +67,7 @@ class Network:
     sha256: str  # of the checkpoint file
     preprocessing: Preprocessing  # the configuration's, else the architecture's own
     graphs: Mapping[str, Graph]
+    libraries: frozenset[str] = frozenset()  # that run them
 
 
 def batch_rows(specs: Mapping[str, TensorSpec], inputs: Mapping[str, Array]) -> int:

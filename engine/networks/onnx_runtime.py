@@ -30,10 +30,15 @@ TYPES = {
 OUT_OF_MEMORY = re.compile(r"allocat|alloc_failed|bad_alloc|out.of.memory|memory_allocation", re.IGNORECASE)
 
 
-def session(graph: str | bytes, device: Device | None) -> Any:
-    """Open a file, or a model in bytes; raises ConfigError where the CUDA provider does not start on the device."""
+def session(graph: str | bytes, device: Device | None, profile: str = "") -> Any:
+    """Open a file, or a model in bytes; raises ConfigError where the CUDA provider does not start on the device.
+
+    profile: where the times of all operators are written to, how the file's name begins.
+    """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     options.intra_op_num_threads = available_cores()
     # Between batches spinning threads would take their core from decoding and from mutual scoring.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -1,10 +1,10 @@
 """Which library runs the networks, on what, and why.
 
-TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime on a CPU.
+TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime or OpenVINO on a CPU.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -17,17 +17,21 @@ from zsad.export.libraries import (
     EngineError,
     gpu_extras,
     import_onnxruntime,
+    import_openvino,
     import_tensorrt,
     install_command,
     mixed_cuda,
 )
 from zsad.kernels.cuda.device import Device, DeviceError, open_devices
+from zsad.kernels.machine import processor
 
 from .onnx_runtime import try_provider
 
 log = logging.getLogger("zsad")
 
-Library = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+Library = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+# Flags of processors that multiply in bf16.
+BF16 = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,33 @@ class Runtime:
     devices: Sequence[Device]  # that score; none is the CPU
     device: Device | None  # the one of them that runs the networks; None is the CPU
     reason: str
+    rival: Library | None = None  # on a CPU: what runs the graphs that a measurement finds it faster at
 
     @property
     def device_name(self) -> str:
         """What the networks run on: cpu or cuda:N."""
         return f"cuda:{self.device.number}" if self.device else "cpu"
 
-    def describe(self) -> str:
-        """Name the library with its version and what it runs on."""
-        onnx_runtime = self.library == "onnxruntime"
-        library = import_onnxruntime() if onnx_runtime else import_tensorrt(self.library)
-        return f"{self.library} {library.__version__} on {self.device.name if self.device else 'the CPU'}"
+    def describe(self, used: Collection[str] = ()) -> str:
+        """Name the library with its version and what it runs on; used: those that run graphs, where that is known."""
+        named = [f"{library} {_version(library)}" for library in sorted(used or {self.library})]
+        return f"{' and '.join(named)} on {self.device.name if self.device else 'the CPU'}"
+
+    def libraries(self, precision: str, on_demand: bool) -> tuple[Library, ...]:
+        """Return what may run a graph in a precision: the first one, unless another one turns out to be faster.
+
+        on_demand: the graph runs seldom, which is worth no comparison.
+        """
+        if precision == "bf16":
+            return ("openvino",)
+        return (self.library,) if self.rival is None or on_demand else (self.library, self.rival)
 
     def network_precision(self, asked: str) -> str:
         """Return the precision that networks run in; raises ConfigError for one that is not to be had here."""
         allowed = ("fp16", "fp32") if self.device else ("fp32", "int8")
+        if not self.device and asked == "bf16":
+            self._check_bf16()
+            return asked
         if asked not in ("auto", *allowed):
             where = "a GPU" if self.device else "a CPU"
             if self.devices and not self.device:
@@ -60,29 +76,38 @@ class Runtime:
             raise ConfigError(f"--network-precision {asked} is not available on {where}; use {' or '.join(allowed)}")
         return allowed[0] if asked == "auto" else asked
 
+    def _check_bf16(self) -> None:
+        """Raise ConfigError unless networks can run in bf16 here."""
+        otherwise = "use --network-precision fp32 or int8"
+        if not BF16 & set(processor("flags").split()):
+            raise ConfigError(f"--network-precision bf16: this processor does not multiply in bf16; {otherwise}")
+        if "openvino" not in (self.library, self.rival):
+            runs = "leave --runtime out" if find_spec("openvino") else install_command("'zsad[cpu,openvino]'")
+            raise ConfigError(f"--network-precision bf16 needs OpenVINO: {runs}; else {otherwise}")
+
 
 def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     """Choose the fastest runtime that is installed, within what is asked for.
 
     device: auto, cpu, cuda:N, or several that share the scoring: cuda:N,M or cuda:all. library: auto, onnxruntime,
-    tensorrt or tensorrt-rtx. Raises ConfigError with the command that brings what is missing.
+    openvino, tensorrt or tensorrt-rtx. Raises ConfigError with the command that brings what is missing.
     """
     if library not in ("auto", *get_args(Library)):
         raise ConfigError(f"--runtime must be auto or one of {', '.join(get_args(Library))}, not {library!r}")
     if device == "cpu":
-        if library not in ("auto", "onnxruntime"):
-            raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use --runtime onnxruntime")
-        return Runtime("onnxruntime", (), None, "asked for")
+        if library in TARGETS:
+            raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use --runtime onnxruntime or openvino")
+        return _on_cpu(library, (), "asked for")
     if device != "auto" and not device.startswith("cuda"):
         raise ConfigError(f"--device must be auto, cpu, cuda:N, cuda:N,M or cuda:all, not {device!r}")
-    cpu_will_do = device == "auto" and library in ("auto", "onnxruntime")
+    cpu_will_do = device == "auto" and library not in TARGETS
     if cpu_will_do and find_spec("cupy") is None:
-        return Runtime("onnxruntime", (), None, "no GPU is used: CuPy is not installed")
+        return _on_cpu(library, (), "no GPU is used: CuPy is not installed")
     try:
         devices = open_devices("cuda" if device == "auto" else device)
     except DeviceError as error:
         if cpu_will_do:
-            return Runtime("onnxruntime", (), None, f"no GPU is used: {error}")
+            return _on_cpu(library, (), f"no GPU is used: {error}")
         asked, otherwise = (f"--device {device}", "use --device cpu")
         if device == "auto":
             asked, otherwise = (f"--runtime {library}", "leave --runtime out")
@@ -97,6 +122,8 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
 
     if mixed := mixed_cuda():
         log.warning("%s", mixed)
+    if library == "openvino":
+        return _on_cpu(library, devices, "asked for; only scoring uses the GPU")
     unusable: dict[str, str] = {}
     for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
         missing = _missing(candidate, devices[0])
@@ -107,9 +134,27 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
         log.debug("%s", missing)
     if library in TARGETS:
         raise ConfigError(unusable[library])
-    return Runtime(
-        "onnxruntime", devices, None, f"only scoring uses the GPU, not the networks: {unusable['onnxruntime']}"
-    )
+    return _on_cpu(library, devices, f"only scoring uses the GPU, not the networks: {unusable['onnxruntime']}")
+
+
+def _on_cpu(library: str, devices: Sequence[Device], reason: str) -> Runtime:
+    """Return what runs networks on a CPU; raises ConfigError where OpenVINO is asked for and cannot be had."""
+    if library == "openvino":
+        try:
+            import_openvino()
+        except EngineError as error:
+            raise ConfigError(f"--runtime openvino: {error}") from None
+        return Runtime("openvino", devices, None, reason)
+    rival = library == "auto" and find_spec("openvino") is not None
+    return Runtime("onnxruntime", devices, None, reason, "openvino" if rival else None)
+
+
+def _version(library: str) -> str:
+    """Return the version of a library that runs networks."""
+    if library in TARGETS:
+        return str(import_tensorrt(library).__version__)
+    found = import_onnxruntime() if library == "onnxruntime" else import_openvino()
+    return str(found.__version__).partition("-")[0]  # OpenVINO's goes on with its build
 
 
 def _missing(library: str, device: Device) -> str | None:

@@ -14,7 +14,7 @@ from zsad.kernels.cuda.device import DeviceError
 
 
 def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "8.9") -> None:
-    """A machine with some of cupy, a gpu, tensorrt, tensorrt-rtx and ONNX Runtime's CUDA provider (cuda)."""
+    """A machine with some of cupy, a gpu, openvino, tensorrt, tensorrt-rtx and ONNX Runtime's CUDA provider (cuda)."""
     device = HostDevice()
     device.card = replace(device.card, compute_capability=capability)
 
@@ -29,7 +29,14 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
         return types.SimpleNamespace(__version__="1.7")
 
     providers = [*(["CUDAExecutionProvider"] if "cuda" in installed else []), "CPUExecutionProvider"]
-    monkeypatch.setattr(runtimes, "find_spec", lambda _: object() if "cupy" in installed else None)
+
+    def import_openvino() -> Any:
+        if "openvino" not in installed:
+            raise EngineError("OpenVINO is not installed; run: pip install it")
+        return types.SimpleNamespace(__version__="2026.1.0-18000-abc")
+
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(runtimes, "import_openvino", import_openvino)
     monkeypatch.setattr(runtimes, "open_devices", open_devices)
     monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
     onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")

@@ -4,6 +4,7 @@ import pytest
 from machines import having
 
 from zsad.engine.config import ConfigError
+from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.kernels.mutual_scoring import MutualScoring
 
@@ -44,7 +45,8 @@ def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: 
     ("device", "library", "message"),
     [
         ("gpu", "auto", "must be auto, cpu, cuda:N"),
-        ("cpu", "openvino", "must be auto or one of onnxruntime, tensorrt, tensorrt-rtx"),
+        ("cpu", "ncnn", "must be auto or one of onnxruntime, openvino, tensorrt, tensorrt-rtx"),
+        ("auto", "openvino", "^--runtime openvino: OpenVINO is not installed; run: pip install it$"),
         ("cpu", "tensorrt", "needs a GPU"),
         ("cuda", "auto", "^--device cuda: CuPy finds no CUDA device; without a GPU use --device cpu$"),
         ("auto", "tensorrt", "^--runtime tensorrt: CuPy finds no CUDA device; without a GPU leave --runtime out$"),
@@ -76,6 +78,59 @@ def test_what_a_gpu_needs_is_installed_in_one_go(
     assert str(refused.value).startswith(f"{asked} needs CuPy")
     assert f"pip install 'zsad[{extras}]' (in a clone of zsad '.[{extras}]')" in str(refused.value)
     assert str(refused.value).endswith(otherwise)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "library", "libraries"),
+    [
+        ("openvino", "auto", "auto", ("onnxruntime", "openvino")),
+        ("openvino", "cpu", "auto", ("onnxruntime", "openvino")),
+        ("openvino", "cpu", "onnxruntime", ("onnxruntime",)),
+        ("openvino", "auto", "openvino", ("openvino",)),
+        ("", "cpu", "auto", ("onnxruntime",)),
+        ("openvino cupy gpu cuda", "auto", "openvino", ("openvino",)),
+        ("openvino cupy gpu", "auto", "auto", ("onnxruntime", "openvino")),
+        ("openvino cupy gpu cuda", "auto", "auto", ("onnxruntime",)),
+    ],
+)
+def test_on_a_cpu_openvino_may_run_what_it_is_faster_at(
+    monkeypatch: pytest.MonkeyPatch, installed: str, device: str, library: str, libraries: tuple[str, ...]
+) -> None:
+    having(monkeypatch, *installed.split())
+    runtime = choose_runtime(device, library)
+    assert runtime.libraries("fp32", on_demand=False) == libraries
+    assert runtime.libraries("fp32", on_demand=True) == libraries[:1]
+    if "openvino" in libraries:
+        assert runtime.describe({"openvino", "onnxruntime"}) == "onnxruntime 1.26 and openvino 2026.1.0 on the CPU"
+
+
+@pytest.mark.parametrize(
+    ("installed", "library", "flags", "message"),
+    [
+        ("openvino", "auto", "avx2 avx512_bf16", ""),
+        ("openvino", "openvino", "amx_bf16", ""),
+        ("openvino", "auto", "avx2", "bf16: this processor does not multiply in bf16; use .* fp32 or int8"),
+        ("openvino", "onnxruntime", "amx_bf16", "bf16 needs OpenVINO: leave --runtime out; else"),
+        (
+            "",
+            "auto",
+            "amx_bf16",
+            r"bf16 needs OpenVINO: .*install 'zsad\[cpu,openvino\]'; else use --network-precision",
+        ),
+    ],
+)
+def test_bf16_needs_openvino_and_a_processor_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, installed: str, library: str, flags: str, message: str
+) -> None:
+    having(monkeypatch, *installed.split())
+    monkeypatch.setattr(runtimes, "processor", lambda fact: flags)
+    runtime = choose_runtime("cpu", library)
+    if not message:
+        assert runtime.network_precision("bf16") == "bf16"
+        assert runtime.libraries("bf16", on_demand=False) == ("openvino",)
+        return
+    with pytest.raises(ConfigError, match=message):
+        runtime.network_precision("bf16")
 
 
 @pytest.mark.parametrize(
