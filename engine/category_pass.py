@@ -21,13 +21,13 @@ from PIL import Image
 from zsad.engine.address_space import address_limit, is_scarcity
 from zsad.engine.config import Config
 from zsad.engine.images.categories import Category, counted
-from zsad.engine.images.depth import batch_bit_depth
+from zsad.engine.images.depth import Depth, batch_bit_depth
 from zsad.engine.images.loader import Batch
 from zsad.engine.images.noticed import Noticed
 from zsad.engine.images.references import NoReferencesError, References, find_references
 from zsad.engine.images.stored import ImageError
 from zsad.engine.methods.foreground import Stages
-from zsad.engine.methods.method import Group, Scored
+from zsad.engine.methods.method import Group, Scored, method_class
 from zsad.engine.methods.tile_grid import TilePlan
 from zsad.engine.results.category import CategoryWriter
 from zsad.engine.results.groups import EndedGroups, GroupFacts, KeptImages, Results, ends_of_maps, light
@@ -74,6 +74,7 @@ class CategoryJob:
     median: float | None = None  # of the shorter sides of images, where it was asked for
     deep: bool = True  # whether there may be files of 16 bits among the images
     tiles: TilePlan | None = None  # where images that are compared with each other are cut into such
+    ended: bool = False  # whether its groups have ended already, scored elsewhere
 
 
 class TooFewImagesError(ImageError):
@@ -94,8 +95,13 @@ def deal_groups(images: int, group_size: int | None, seed: int) -> list[Sequence
     return [sorted(part.tolist()) for part in np.array_split(shuffled, count)]
 
 
-def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgress) -> CategoryRecord:
-    """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised."""
+def run_category(
+    job: CategoryJob, workplace: Workplace, progress: CategoryProgress, kept: CategoryRecord | None = None
+) -> CategoryRecord:
+    """Score and write one category, or take over what an earlier run finished; a failure is recorded, not raised.
+
+    kept: what is whole of an earlier run, in an output folder that cannot be seen from here.
+    """
     category, options = job.category, job.options
     name = printable(category.name)
     progress(name, "start", 0, 0)
@@ -111,6 +117,8 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
         checkpoints = workplace.checkpoints
         digest = fingerprint(category, workplace.record, checkpoints, options.written, references.digests)
         record = finished_record(options.output, category, digest) if options.resume else None
+        if kept is not None and kept.fingerprint == digest:
+            record = kept
         if record is not None:
             log.info("%s: already finished", name)
             return replace(record, resumed=True, seconds=0.0)
@@ -121,16 +129,52 @@ def run_category(job: CategoryJob, workplace: Workplace, progress: CategoryProgr
             record = category_pass.write(digest, unreadable, again)
     except Exception as error:  # ONNX Runtime and OpenCV have errors of their own; the other categories go on
         said = cost_of_one(error, workplace, options)
-        without = f"{name}: {said}; {counted(len(category.images), 'image')} without a score"
-        log.error("%s", said if isinstance(error, TooFewImagesError) else without)
         log.debug("%s", name, exc_info=True)
-        failures = [Failure(str(image.relative), CATEGORY_FAILED) for image in category.images]
         if isinstance(error, TooFewImagesError):
-            failures = error.failures
-        record = CategoryRecord(category.name, failures=[*failures, *unreadable], notes=list(category.notes))
+            log.error("%s", said)
+            failures = [*error.failures, *unreadable]
+            record = CategoryRecord(category.name, failures=failures, notes=list(category.notes))
+        else:
+            record = without_scores(category, said)
     for failure in (failure for failure in record.failures if failure.reason != CATEGORY_FAILED):
         log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
     return replace(record, seconds=round(time.perf_counter() - start, 3))
+
+
+def without_scores(category: Category, why: str) -> CategoryRecord:
+    """Say why a category has no scores, and return its record."""
+    log.error("%s: %s; %s without a score", printable(category.name), why, counted(len(category.images), "image"))
+    failures = [Failure(str(image.relative), CATEGORY_FAILED) for image in category.images]
+    unreadable = [Failure(str(path), reason) for path, reason in category.unreadable]
+    return CategoryRecord(category.name, failures=[*failures, *unreadable], notes=list(category.notes))
+
+
+def in_groups(job: CategoryJob) -> bool:
+    """Tell whether a category's groups can be scored apart from each other, by `score_group`, and ended by `ended`."""
+    config, options = job.config, job.options
+    return (
+        method_class(config.method).compares
+        and len(deal_groups(len(job.category.images), config.group_size, config.seed)) > 1
+        and not config.few_shot  # known-good images are looked at once, for all groups
+        and not (options.strict and job.category.unreadable)
+    )
+
+
+def opened(job: CategoryJob, workplace: Workplace) -> tuple[str, int]:
+    """Return the fingerprint of a category that is scored in groups, and the bits in use in its 16-bit files."""
+    digest = fingerprint(job.category, workplace.record, workplace.checkpoints, job.options.written)
+    return digest, CategoryPass(job, References(), workplace, untold).depth().bits
+
+
+def score_group(
+    job: CategoryJob, number: int, members: Sequence[int], bit_depth: int, workplace: Workplace
+) -> tuple[list[Scored], GroupFacts]:
+    """Score one group of a category, the images `members`, as if there were no others."""
+    return CategoryPass(job, References(), workplace, untold).group(number, members, bit_depth)
+
+
+def untold(*_: object) -> None:
+    """Stand for a progress that nobody follows."""
 
 
 def cost_of_one(error: Exception, workplace: Workplace, options: Options) -> str:
@@ -177,6 +221,7 @@ class CategoryPass:
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
         self.readable_references = 0
+        self.seen = 0  # images that the loader has given, readable or not
         self.ended: EndedGroups | None = None  # of several groups: those that are done, also by an earlier run
 
     def close(self) -> None:
@@ -189,10 +234,13 @@ class CategoryPass:
 
         again: why what an earlier run has finished is not kept as it is.
         """
-        bit_depth = self._bit_depth()
+        depth = self.depth()
+        if depth.note is not None:
+            self._note(depth.note)
+        bit_depth = depth.bits
         if len(self.groups) > 1 and self.method.compares:
             place = ended_folder(self.job.options.output / self.category.name)
-            self.ended = EndedGroups(place, digest, self.job.options.resume)
+            self.ended = EndedGroups(place, digest, self.job.options.resume or self.job.ended)
         results = self.results(bit_depth)
         timings, options = self.workplace.timings, self.job.options
         writing = how_to_write(self.config, options, self.workplace)
@@ -246,17 +294,14 @@ class CategoryPass:
         scored = self._scored(bit_depth)
         return self._compared(scored) if self.method.compares else map(self._absolute, scored)
 
-    def _bit_depth(self) -> int | None:
+    def depth(self) -> Depth:
         """Return how many bits of the 16-bit files' grey values are in use."""
         if self.config.bit_depth is not None:
-            return self.config.bit_depth
+            return Depth(self.config.bit_depth, None)
         if not self.job.deep:
-            return 16
+            return Depth(16, None)
         with stopwatch(self.workplace.timings, "decode"):
-            depth = batch_bit_depth(image.path for image in self.category.images)
-        if depth.note is not None:
-            self._note(depth.note)
-        return depth.bits
+            return batch_bit_depth(image.path for image in self.category.images)
 
     def _note(self, note: str) -> None:
         log.warning("%s: %s", printable(self.category.name), note)
@@ -264,39 +309,48 @@ class CategoryPass:
 
     def _scored(self, bit_depth: int | None) -> Iterator[Scored]:
         """Yield what the method says of the readable images, group after group."""
-        method, timings, done = self.method, self.workplace.timings, int(self.done.sum())
         earlier = self._take_up()
-        done += sum(map(len, self.groups[: len(earlier)]))
-        for number, members in list(enumerate(self.groups))[len(earlier) :]:
+        ended = {group.number for group in earlier}
+        self.seen = int(self.done.sum()) + sum(len(self.groups[number]) for number in ended)
+        left = [number for number in range(len(self.groups)) if number not in ended]
+        for place, number in enumerate(left, len(earlier)):
             start = time.perf_counter()
+            members = array("q", (index for index in self.groups[number] if not self.done[index]))
+            group = self._group(place, members, self._reference_batches(bit_depth), earlier)
             suffix = f" (group {number + 1} of {len(self.groups)})" if len(self.groups) > 1 else ""
+            yield from self._ended(number, members, self._of_group(group, members, bit_depth, suffix), start)
 
-            def report(stage: str, so_far: int, total: int, suffix: str = suffix) -> None:
-                self.progress(stage + suffix, so_far, total)
+    def _of_group(
+        self, group: Group, members: Sequence[int], bit_depth: int | None, suffix: str = ""
+    ) -> Iterator[Scored]:
+        """Yield what the method says of the readable images of a group; suffix: of what is reported."""
+        method, images, readable = self.method, self.category.images, list[int]()
+        method.start(group)
+        for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
+            self._take_failures(batch.failures)
+            if batch.indices:
+                with stopwatch(self.workplace.timings, "networks"):
+                    answered = list(method.take(batch))
+                if (foregrounds := self.workplace.foregrounds) is not None:
+                    for index, image in zip(batch.indices, batch.images, strict=True):
+                        self.stages[index] = foregrounds.find(image).stages()
+                yield from answered
+            if method.compares:
+                readable += batch.indices
+            self.seen += len(batch.indices) + len(batch.failures)
+            self.progress("networks", self.seen, len(images))
+        if method.compares and len(readable) < (1 if self.readable_references else 2):
+            self.failures.update((index, "no other readable image to compare it with") for index in readable)
+        else:
+            yield from method.finish(lambda stage, *counts: self.progress(stage + suffix, *counts))
 
-            members = array("q", (index for index in members if not self.done[index]))
-            readable: list[int] = []
-            method.start(self._group(number, members, self._reference_batches(bit_depth), earlier))
-            images = self.category.images
-            for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
-                self._take_failures(batch.failures)
-                if batch.indices:
-                    with stopwatch(timings, "networks"):
-                        answered = list(method.take(batch))
-                    if (foregrounds := self.workplace.foregrounds) is not None:
-                        for index, image in zip(batch.indices, batch.images, strict=True):
-                            self.stages[index] = foregrounds.find(image).stages()
-                    yield from answered
-                if method.compares:
-                    readable += batch.indices
-                done += len(batch.indices) + len(batch.failures)
-                self.progress("networks", done, len(images))
-            scored: Iterable[Scored] = ()
-            if method.compares and len(readable) < (1 if self.readable_references else 2):
-                self.failures.update((index, "no other readable image to compare it with") for index in readable)
-            else:
-                scored = method.finish(report)
-            yield from self._ended(number, members, scored, start)
+    def group(self, number: int, members: Sequence[int], bit_depth: int) -> tuple[list[Scored], GroupFacts]:
+        """Score the group of this number, which are the images `members`, as if there were no others."""
+        start = time.perf_counter()
+        group = replace(self._group(0, members, (), ()), groups=1)
+        scored = list(self._of_group(group, members, bit_depth))
+        facts = self._facts(number, members, start)
+        return self._with_stages(scored), facts
 
     def _group(
         self, number: int, members: Sequence[int], references: Iterable[Batch], earlier: Sequence[GroupFacts]
@@ -324,12 +378,15 @@ class CategoryPass:
         """Take up what is on record of groups that ended in an earlier run; returns it, in the order of the groups."""
         if self.ended is None or not self.ended.facts:
             return ()
-        for group in self.ended.facts:
+        earlier = sorted(self.ended.facts, key=lambda group: group.number)
+        for group in earlier:
             self.failures.update(group.failures)
             self.noticed.damaged.update(group.damaged)
             self.noticed.copies += group.copies
-        earlier = list(self.ended.facts)
-        log.info("%s: going on after group %d of %d", printable(self.category.name), len(earlier), len(self.groups))
+        if not self.job.ended:
+            log.info(
+                "%s: going on after %d of %d groups", printable(self.category.name), len(earlier), len(self.groups)
+            )
         if len(earlier) == len(self.groups):  # the others will find known-good images by themselves
             self.readable_references = earlier[-1].readable_references
             self.failed_references = list(earlier[-1].failed_references)
@@ -341,11 +398,21 @@ class CategoryPass:
         if not self.method.compares:
             return scored
         scored = list(scored)
-        copies, here = self.noticed.end_group(), set(members)
-        self.noticed.copies += copies
+        facts = self._facts(number, members, start)
         if self.ended is None:
             return scored
-        facts = GroupFacts(
+        self.ended.add(self._with_stages(scored), facts)
+        return ()
+
+    def _with_stages(self, scored: Sequence[Scored]) -> list[Scored]:
+        """Return images with what led to their scores, where the method knows nothing of it."""
+        return [replace(image, stages=self.stages.pop(image.index, None)) for image in scored]
+
+    def _facts(self, number: int, members: Sequence[int], start: float) -> GroupFacts:
+        """End a group, which began at `start`, and return what there is to know of it."""
+        copies, here = self.noticed.end_group(), set(members)
+        self.noticed.copies += copies
+        return GroupFacts(
             number,
             round(time.perf_counter() - start, 3),
             {index: why for index, why in self.failures.items() if index in here},
@@ -355,8 +422,6 @@ class CategoryPass:
             self.failed_references,
             self.method.kept(),
         )
-        self.ended.add([replace(image, stages=self.stages.pop(image.index, None)) for image in scored], facts)
-        return ()
 
     def _reference_batches(self, bit_depth: int | None) -> Iterator[Batch]:
         """Yield the readable references; raises NoReferencesError where there are some, but none is readable."""

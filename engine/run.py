@@ -9,10 +9,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -33,12 +34,12 @@ from zsad.engine.results.records import CategoryRecord, CheckpointRecord, Failur
 from zsad.engine.results.report import shown_categories, write_report
 from zsad.engine.results.source import Finished, Source
 from zsad.engine.scores.image_scores import FEW_IMAGES
-from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
+from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
 from .bank_pass import Normal, check_rooms, check_saving, known_good, save_bank, save_category_bank, used_bits
-from .category_pass import CategoryProgress, deal_groups, ignored_files, run_category
+from .category_pass import CategoryJob, CategoryProgress, deal_groups, ignored_files, run_category
 from .plan import by_size, check_memory, check_references, plan, said_sides
 
 log = logging.getLogger("zsad")
@@ -47,14 +48,42 @@ log = logging.getLogger("zsad")
 LIBRARY_STAGES = ("networks", "product")
 
 
-def run(data: Location, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
+class Scorers(Protocol):
+    """What scores the categories of a run: this process, or others."""
+
+    @property
+    def timings(self) -> MutableMapping[str, float]:
+        """Seconds by stage, which are added to."""
+
+    def check(self, groups: Sequence[Sequence[CategoryJob]]) -> Setting:
+        """Make sure, before any work, that all can be scored; groups: categories by the size of their images.
+
+        Raises ConfigError, CheckpointError, EngineError.
+        """
+
+    def score(self, groups: Sequence[Sequence[CategoryJob]], progress: CategoryProgress) -> Iterator[CategoryRecord]:
+        """Score and write each category; yields their records in any order. Raises what `run_category` raises."""
+
+    def setting(self) -> Setting:
+        """Return with what they were scored, once all are."""
+
+
+def run(
+    data: Location,
+    config: Config,
+    runtime: Runtime,
+    options: Options,
+    progress: CategoryProgress,
+    scorers: Scorers | None = None,
+) -> RunRecord:
     """Score all categories under a folder and write everything there is to write; returns the record of the run.
 
-    What goes wrong with single images or categories is in the record. Raises ConfigError, CheckpointError, EngineError,
-    OutputError and NothingToScoreError before any work, ImageError with `strict`, OSError when the disk is full.
+    What goes wrong with single images or categories is in the record. scorers: who scores them; None: this process, by
+    `runtime`. Raises ConfigError, CheckpointError, EngineError, OutputError and NothingToScoreError before any work,
+    ImageError with `strict`, OSError when the disk is full.
     """
     with limited(replace(options.limits, bytes=image_memory(runtime, options))):
-        return _run(data, config, runtime, options, progress)
+        return _run(data, config, scorers or Here(config, runtime, options), options, progress)
 
 
 def make_bank(config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> int:
@@ -81,7 +110,7 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
         return len(category.unreadable) + len(failures)
 
 
-def _run(data: Location, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress) -> RunRecord:
+def _run(data: Location, config: Config, scorers: Scorers, options: Options, progress: CategoryProgress) -> RunRecord:
     started = Started()
     for name in options.exports:
         writer(name)  # raises where a library is missing
@@ -89,13 +118,13 @@ def _run(data: Location, config: Config, runtime: Runtime, options: Options, pro
         raise ConfigError(f"--reference {config.reference}: there is no such folder or list")
     dataset = scan(data, exclude=options.output)
     with claimed(options.output, dataset.categories, options.resume, options.exports):
-        workplace, records = _scored(dataset, config, runtime, options, progress)
+        records = _scored(dataset, config, scorers, options, progress)
         check_there(options.output)
         records = [_if_there(record, dataset, options) for record in records]
-        timings = workplace.timings
+        timings, setting = scorers.timings, scorers.setting()
         dataset, evaluation, missing, left_out = _evaluated(dataset, options, records, timings)
         record = replace(
-            run_record(config, runtime, workplace, started, records, [*dataset.notes, *_notes(records), *missing]),
+            run_record(config, setting, started, records, [*dataset.notes, *_notes(records), *missing]),
             not_compared=left_out,
             metrics=evaluation,
         )
@@ -121,33 +150,29 @@ class Started:
 
 
 def run_record(
-    config: Config,
-    runtime: Runtime,
-    workplace: Workplace,
-    started: Started,
-    records: Sequence[CategoryRecord],
-    notes: list[str],
+    config: Config, setting: Setting, started: Started, records: Sequence[CategoryRecord], notes: list[str]
 ) -> RunRecord:
     """Return what there is on record of a run by now, without a comparison with ground truth."""
-    seconds, timings = time.perf_counter() - started.clock, workplace.timings
+    seconds, timings = time.perf_counter() - started.clock, setting.timings
+    in_libraries = sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES)
     return RunRecord(
         version=importlib.metadata.version("zsad"),
         preset=config.preset,
         method=config.method,
-        device=runtime.device_name,
-        runtime=runtime.describe(workplace.libraries),
+        device=setting.device,
+        runtime=setting.runtime,
         started=started.at.isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
         images=sum(len(category.images) for category in records),
         failed=sum(len(category.failures) for category in records),
         not_compared=0,
         images_per_second=round(sum(len(c.images) for c in records if not c.resumed) / seconds, 3),
-        peak_memory_bytes=peak_memory(),
-        device_memory_bytes=runtime.device.used_bytes() if runtime.device else None,
+        peak_memory_bytes=max(peak_memory(), setting.host_bytes),
+        device_memory_bytes=setting.device_bytes,
         stages={name: round(value, 3) for name, value in timings.items()},
-        library_share=round(sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES) / seconds, 4),
-        config=workplace.asked(config),
-        checkpoints=[CheckpointRecord(n.checkpoint, n.sha256) for n in workplace.networks.values()],
+        library_share=round(in_libraries / seconds / setting.processes, 4),
+        config=dict(setting.config),
+        checkpoints=[CheckpointRecord(*checkpoint) for checkpoint in setting.checkpoints],
         versions={"python": platform.python_version(), "numpy": np.__version__},
         categories=list(records),
         metrics=None,
@@ -155,28 +180,56 @@ def run_record(
     )
 
 
+class Here:
+    """Scores in this process; see `Scorers`."""
+
+    def __init__(self, config: Config, runtime: Runtime, options: Options) -> None:
+        self._config, self._runtime, self._options = config, runtime, options
+        self._workplaces = Workplaces(config, runtime, options)
+        self._sides: Mapping[str, int] = {}  # of the last workplace
+        self.timings = self._workplaces.timings
+
+    def check(self, groups: Sequence[Sequence[CategoryJob]]) -> Setting:
+        for group in reversed(groups):  # what was made for the first one is there when the work begins
+            check_memory(group, self._of(group[0]))
+            if self._options.saving is not None:
+                check_rooms(self._options.saving, group, self._of(group[0]))
+        return self.setting()
+
+    def score(self, groups: Sequence[Sequence[CategoryJob]], progress: CategoryProgress) -> Iterator[CategoryRecord]:
+        for job in (job for group in groups for job in group):
+            record = run_category(job, self._of(job), progress)
+            if self._options.saving is not None:
+                record = save_category_bank(self._options.saving, job, record, self._of(job), progress)
+            yield record
+
+    def setting(self) -> Setting:
+        return Setting.here(self._config, self._runtime, self._workplaces.of(self._sides))
+
+    def _of(self, job: CategoryJob) -> Workplace:
+        self._sides = job.sides
+        return self._workplaces.of(job.sides)
+
+
 def _scored(
-    dataset: Dataset, config: Config, runtime: Runtime, options: Options, progress: CategoryProgress
-) -> tuple[Workplace, list[CategoryRecord]]:
-    """Set up what categories share, and score and write each; returns what the last one has shared, too."""
-    categories, workplaces = dataset.categories, Workplaces(config, runtime, options)
+    dataset: Dataset, config: Config, scorers: Scorers, options: Options, progress: CategoryProgress
+) -> list[CategoryRecord]:
+    """Plan, check, score and write the categories; returns their records in the order of the data."""
+    categories = dataset.categories
     check_references(categories, config)
-    jobs = plan(categories, config, options, progress, workplaces.timings)
+    jobs = plan(categories, config, options, progress, scorers.timings)
     groups = by_size(jobs)
     if options.saving is not None:
         check_saving(options.saving, config, categories)
-    for group in reversed(groups):  # what was made for the first one is there when the work begins
-        check_memory(group, workplaces.of(group[0].sides))
-        if options.saving is not None:
-            check_rooms(options.saving, group, workplaces.of(group[0].sides))
+    setting = scorers.check(groups)
     log.info(
         "%s in %d %s, preset %s, %s (%s)",
         counted(sum(len(category.images) for category in categories), "image"),
         len(categories),
         "categories" if len(categories) > 1 else "category",
         config.preset,
-        runtime.describe(workplaces.of(groups[0][0].sides).libraries),
-        runtime.reason,
+        setting.runtime,
+        setting.reason,
     )
     for note in dataset.notes:
         log.info("%s", note)
@@ -190,13 +243,8 @@ def _scored(
                 size,
                 job.median,
             )
-    records = {}
-    for job in (job for group in groups for job in group):
-        record = run_category(job, workplaces.of(job.sides), progress)
-        if options.saving is not None:
-            record = save_category_bank(options.saving, job, record, workplaces.of(job.sides), progress)
-        records[job.category.name] = record
-    return workplaces.of(groups[-1][0].sides), [records[category.name] for category in categories]
+    records = {record.name: record for record in scorers.score(groups, progress)}
+    return [records[category.name] for category in categories]
 
 
 def _if_there(record: CategoryRecord, dataset: Dataset, options: Options) -> CategoryRecord:

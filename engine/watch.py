@@ -35,7 +35,7 @@ from zsad.engine.results.report import ShownCategory, ShownImage, write_report
 from zsad.engine.results.stream import Stream
 from zsad.engine.scores.drift import Drift
 from zsad.engine.scores.verdicts import Bounds
-from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
+from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
 
 from .category_pass import NO_ROOM, CategoryJob, CategoryPass, how_to_write
@@ -345,7 +345,8 @@ class Watching:
             notes=notes,
             seconds=round(time.perf_counter() - self._started.clock, 3),
         )
-        run = run_record(self._job.config, self._runtime, self._workplace, self._started, [record], notes)
+        setting = Setting.here(self._job.config, self._runtime, self._workplace)
+        run = run_record(self._job.config, setting, self._started, [record], notes)
         rate = round((latest.scored - self._before) / run.seconds, 3)
         run = replace(run, images=latest.scored, failed=latest.failed, images_per_second=rate)
         if "zsad" in options.formats:

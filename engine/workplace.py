@@ -25,7 +25,7 @@ from zsad.engine.networks.network import GraphRequest, Network
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.formats import Export, Format
 from zsad.engine.text.vectors import TextVectors
-from zsad.kernels.machine import available_cores, default_memory_limit, stopwatch
+from zsad.kernels.machine import available_cores, default_memory_limit, peak_memory, stopwatch
 
 TEXTS = 64  # prompts per forward pass
 
@@ -58,6 +58,35 @@ class Options:
     def written(self) -> list[str]:
         """All that is written of an image, and where the user has set such, the limits beyond which it is left out."""
         return [*self.formats, *["stages"] * self.keep_stages, *[str(self.limits)] * (self.limits != Limits())]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """With what a run scores its images, as its record tells it."""
+
+    device: str  # cpu or cuda:N
+    runtime: str
+    reason: str  # for that runtime
+    config: Mapping[str, Any]  # in force, with image sizes as they were asked for
+    checkpoints: Sequence[tuple[str, str]]  # names of the networks' weights, and their sha256
+    timings: Mapping[str, float]  # seconds by stage, of all processes together
+    host_bytes: int  # the most that a process has had of host memory
+    device_bytes: int | None  # of a device
+    processes: int = 1  # that score
+
+    @classmethod
+    def here(cls, config: Config, runtime: Runtime, workplace: "Workplace") -> "Setting":
+        """Return that of a run which scores in this process."""
+        return cls(
+            runtime.device_name,
+            runtime.describe(workplace.libraries),
+            runtime.reason,
+            workplace.asked(config),
+            [(network.checkpoint, network.sha256) for network in workplace.networks.values()],
+            workplace.timings,
+            peak_memory(),
+            runtime.device.used_bytes() if runtime.device else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,19 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 PROCESSORS = Path("/proc/cpuinfo")
 
 
+_most_cores: list[int] = []  # what `use_cores` has said
+
+
 def available_cores() -> int:
     """Return the processors this process may keep busy: those it may run on, less where a container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
     quota = _processor_quota(CONTROL_GROUP)
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    return min([cores if quota is None else max(1, min(cores, math.ceil(quota))), *_most_cores])
+
+
+def use_cores(most: int) -> None:
+    """Hold this process to so many processors from now on; others have the rest of the machine."""
+    _most_cores[:] = [most]
 
 
 @cache  # a search of few vectors takes little longer than reading these files

@@ -26,6 +26,7 @@ NAMES = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "engine/README.md",
+    "engine/cluster.md",
     "kernels/README.md",
     "export/README.md",
     "bench/README.md",

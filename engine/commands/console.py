@@ -128,6 +128,7 @@ class ProgressBars:
             counted = {
                 "headers": "image",
                 "networks": "image",
+                "categories": "category",
                 "bank": "patch",
                 "export": "image",
                 "regions": "image",

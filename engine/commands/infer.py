@@ -4,9 +4,10 @@ import argparse
 import heapq
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import file_limits, log_level
 from .feedback import run_feedback
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # `--help` waits for nothing that works on images
     from zsad.engine.config import Config
     from zsad.engine.networks.runtime import Runtime
     from zsad.engine.results.records import RunRecord
+    from zsad.engine.run import Scorers
     from zsad.engine.workplace import Options, Saving
 
     from .start import Interrupts
@@ -84,7 +86,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from .console import DONE, SOME_FAILED, ProgressBars, emit
 
     interrupts.check()  # it may have been put off until here
-    runtime = choose_runtime(arguments.device, arguments.runtime)
+    # Where others score, they choose.
+    runtime = choose_runtime(*(("cpu",) if arguments.ray is not None else (arguments.device, arguments.runtime)))
     preset, base = arguments.preset, None
     if arguments.bank is not None:
         preset, base = bank_settings(Path(arguments.bank))
@@ -119,8 +122,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         with ProgressBars(arguments.quiet, interrupts) as progress:
             unreadable = make_bank(config, runtime, options, progress)
         return SOME_FAILED if unreadable else DONE
-    with ProgressBars(arguments.quiet, interrupts) as progress:
-        record = run(data, config, runtime, options, progress)
+    with _scorers(arguments, config, options) as scorers, ProgressBars(arguments.quiet, interrupts) as progress:
+        record = run(data, config, runtime, options, progress, scorers)
     share = f" ({100 * record.library_share:.0f} % in networks and products)" if not runtime.devices else ""
     log.debug("time per stage%s:\n%s", share, _stage_table(record))
     if arguments.json:
@@ -130,6 +133,17 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     if record.failed or record.not_compared:
         return SOME_FAILED
     return DONE if arguments.fail_on is None else _judged(record, arguments.fail_on)
+
+
+def _scorers(
+    arguments: argparse.Namespace, config: "Config", options: "Options"
+) -> "AbstractContextManager[Scorers | None, Any]":
+    """Return who scores: workers on a cluster, or None for this process."""
+    if arguments.ray is None:
+        return nullcontext()
+    from zsad.engine.cluster.team import Team
+
+    return Team(arguments.ray, arguments.device, arguments.runtime, config, options)
 
 
 def _watch(

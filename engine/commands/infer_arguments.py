@@ -25,6 +25,7 @@ OF_THE_RUN = frozenset(
         "config",
         "device",
         "runtime",
+        "ray",
         "batch_size",
         "workers",
         "memory_limit",
@@ -71,8 +72,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 "--save-bank keeps what looks normal: give known-good images with --reference GOOD/, and nothing is "
                 "scored; or DATA, a folder to score, of which the half with the lowest scores is kept"
             )
+        if arguments.ray is not None and Path(arguments.ray).is_dir():
+            parser.error(f"--ray takes {arguments.ray} for an address; write the folder first: {arguments.ray} --ray")
         parser.error("give a folder of images, or --demo")
     _check_watch(parser, arguments)
+    _check_ray(parser, arguments)
     if arguments.data is not None and arguments.demo:
         parser.error(f"--demo draws its own images; leave out {arguments.data} or --demo")
     for name in ("batch_size", "workers"):
@@ -131,6 +135,22 @@ def _check_watch(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             parser.error(f"--watch scores what arrives in {arguments.watch} until it is ended; leave out {option}")
 
 
+def _check_ray(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.ray is None:
+        return
+    if arguments.ray.startswith("ray://"):
+        parser.error(
+            f"--ray {arguments.ray}: a client of Ray from outside cannot score; run zsad-infer on a machine of the "
+            "cluster, with --ray auto"
+        )
+    if arguments.device not in ("auto", "cpu"):
+        parser.error(f"--ray gives each worker one GPU by itself; leave out --device {arguments.device}")
+    for name in ("watch", "save_bank", "feedback"):
+        if getattr(arguments, name):
+            option = "what is told to a bank" if name == "feedback" else f"--{name.replace('_', '-')}"
+            parser.error(f"--ray scores folders; {option} is for one machine, so leave out one of them")
+
+
 def _add_banks(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("banks: score each image alone, by what is known to look normal").add_argument
     add(
@@ -167,6 +187,14 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--preset", default=DEFAULT_PRESET, choices=preset_names(), help="(default: %(default)s)")
     add("--config", type=Path, metavar="FILE.toml", help="values that replace the preset's")
     add("--device", default="auto", help="auto, cpu, cuda:N, cuda:N,M or cuda:all (default: %(default)s)")
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="score on the machines of a Ray cluster, HOST:6379 or auto, one worker per GPU, or on a CPU per --workers "
+        "processors; without ADDRESS a Ray of its own on this machine",
+    )
     add("--runtime", default="auto", help="of the networks: auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
     add(

@@ -6,8 +6,9 @@ import hashlib
 import os
 import platform
 import re
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
@@ -199,6 +200,29 @@ def _place_of(hidden: Path, of: str) -> Path | None:
         return final if free and not unfinished and _digest(final) == of and not name.startswith(".") else None
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def token(output: Path) -> Iterator[tuple[Path, str]]:
+    """Yield a file of the output folder and what is in it, by which others can tell whether they see that folder."""
+    folder = output / f".{platform.node()}.{os.getpid()}.{RUN}"  # removed by later runs, where this one is killed
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        said = secrets.token_hex(16)
+        (folder / "token").write_text(said)
+        yield folder / "token", said
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left(output: Path, finished: Iterable[str]) -> None:
+    """Remove what killed processes of a run have left of categories that are in place by now; none may be at work."""
+    digests = {_digest(output / name) for name in finished}
+    for path in list(output.iterdir()):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is not None and match["of"] in digests:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_all(folder: Path) -> None:

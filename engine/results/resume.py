@@ -63,14 +63,18 @@ def image_fingerprint(
 
 
 def finished_record(output: Path, category: Category, wanted: str) -> CategoryRecord | None:
-    """Return the record of a category that an earlier run finished with the same fingerprint, else None.
+    """Return the record of a category that an earlier run finished with the same fingerprint, else None."""
+    return whole_record(output / category.name, category, wanted)
+
+
+def whole_record(folder: Path, category: Category, wanted: str | None = None) -> CategoryRecord | None:
+    """Return the record in a category's folder, if it has the fingerprint `wanted` (None: any), else None.
 
     A category whose files are no longer all there, as they were written, counts as unfinished.
     """
-    folder = output / category.name
     try:
         record = read_record(folder / RECORD)
-        if record.fingerprint != wanted:
+        if wanted is not None and record.fingerprint != wanted:
             return None
         whole = {THUMBNAILS, SCORES} <= record.sizes.keys() and all(
             (folder / file).stat().st_size == size for file, size in record.sizes.items()
