@@ -74,15 +74,13 @@ def measured(data: Path, output: Path, options: Sequence[str]) -> dict[str, floa
 
 def per_call() -> float:
     """Return the seconds from asking a worker for nothing to its outcome, the median of many."""
-    import ray
-
     from zsad.engine.cluster.team import AHEAD, LOCAL, connected
 
     class Idle:
         def do(self) -> Any:
             yield None
 
-    library, _ = connected(LOCAL)
+    ray, _ = connected(LOCAL)
     try:
         worker, seconds = ray.remote(Idle).remote(), []
         for _ in range(CALLS):
@@ -93,7 +91,7 @@ def per_call() -> float:
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds)
     finally:
-        library.shutdown()
+        ray.shutdown()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
