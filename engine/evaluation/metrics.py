@@ -330,7 +330,7 @@ def split_pixels(
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.shape != map_.shape:
         raise ValueError(f"mask {name} is {mask.shape}, its map {map_.shape}: both must be [H, W] and of one size")
-    if not np.isfinite(map_).all():
+    if not finite(map_):
         raise ValueError(f"map {name} holds NaN or infinity: maps must be finite")
     anomalous = _binary(mask, f"mask {name}")
     kinds = (GIVEN, CONNECTED) if connected else (GIVEN,)
@@ -352,6 +352,11 @@ def split_pixels(
     negatives = map_.reshape(-1)
     negatives.sort()
     return Split(positives, weights, [negatives[: negatives.size - positives.size]])
+
+
+def finite(values: NDArray[Any]) -> bool:
+    """Return whether there is no NaN and no infinity, without a mask of all values."""
+    return not values.size or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def _connected_weights(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +14,18 @@ from PIL import Image
 from zsad.engine.images.categories import InputImage
 from zsad.engine.images.ground_truth import mask_file
 from zsad.engine.images.layouts import MASK_FOLDERS, is_test
-from zsad.engine.images.stored import ImageError, read_map
+from zsad.engine.images.stored import ImageError, map_size, map_values
 from zsad.engine.scores.maps import upsample
 
 from .masks import MaskError, read_mask
-from .metrics import Region
+from .metrics import Region, finite
 from .saturation import Saturation, saturation_area
 
 # Beside the map itself: its mask and the scores of its normal pixels once more, and what each anomalous one takes while
 # curves are drawn; measured.
 BYTES_PER_PIXEL, BYTES_PER_POSITIVE = 10, 100
-ROWS = 64  # of a map that are copied at once
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,22 @@ def _load_pixels(
     """Mask and map of one image; ImageError says which file is unreadable, ValueError what else is wrong."""
     if not map_path.is_file():
         raise ValueError(f"its map {map_path} is missing; run `zsad-infer` again")
-    try:
-        map_ = read_map(map_path)
-    except ImageError as error:
-        raise ImageError(f"its map {map_path}: {error}; run `zsad-infer` again") from None
-    values = _values(map_)
-    if values is None:
+    mask, regions = _mask(root, image, _map(map_size, map_path), saturation)
+    values = _map(map_values, map_path)  # last: telling what a mask shows takes as much as a map
+    if not finite(values):
         raise ValueError(f"its map {map_path} holds NaN or infinity; run `zsad-infer` again")
-    del map_  # before there is a mask
+    if paper is not None:
+        return _resized(mask, values, paper)
+    return Pixels(mask, values, regions)
+
+
+def _mask(
+    root: Path, image: InputImage, size: tuple[int, int], saturation: Saturation | None
+) -> tuple[NDArray[np.bool_], list[Region] | None]:
+    """Mask [H, W] of one image and its regions, where files say them; raises as `_load_pixels`."""
     if image.anomalous and not image.masks.files:
         raise ValueError(f"its mask is missing: {where_masks_lie(image)}")
-    mask = np.zeros(values.shape, np.bool_)
+    mask = np.zeros(size, np.bool_)
     by_file = image.masks.regions or saturation is not None
     regions: list[Region] = []
     for path in image.masks.files:
@@ -120,7 +126,7 @@ def _load_pixels(
             kind = ImageError if isinstance(error, ImageError) else ValueError
             raise kind(f"its mask {file}: {error}") from None
         if part.shape != mask.shape:
-            height, width = values.shape
+            height, width = mask.shape
             size = f"{part.shape[1]}x{part.shape[0]} px, the image {width}x{height} px"
             raise ValueError(f"its mask {file} is {size}")
         mask |= part
@@ -129,23 +135,15 @@ def _load_pixels(
     if bool(mask.any()) != image.anomalous:
         said = "is empty, though the image counts as" if image.anomalous else "is not empty, though the image counts as"
         raise ValueError(f"its mask {mask_file(root, image.masks.files[0])} {said} {image.defect or 'normal'}")
-    if paper is not None:
-        return _resized(mask, values, paper)
-    return Pixels(mask, values, regions if by_file else None)
+    return mask, regions if by_file else None
 
 
-def _values(image: Image.Image) -> NDArray[np.float32] | None:
-    """Copy an image in mode F to an array [H, W], some rows at a time: Pillow would hold it three times.
-
-    Returns None where it holds NaN or infinity.
-    """
-    values = np.empty((image.height, image.width), np.float32)
-    for top in range(0, image.height, ROWS):
-        bottom = min(top + ROWS, image.height)
-        values[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-        if not np.isfinite(values[top:bottom]).all():
-            return None
-    return values
+def _map(read: Callable[[Path], Told], path: Path) -> Told:
+    """Return what is read of a map; raises ImageError that names it."""
+    try:
+        return read(path)
+    except ImageError as error:
+        raise ImageError(f"its map {path}: {error}; run `zsad-infer` again") from None
 
 
 def _resized(mask: NDArray[np.bool_], values: NDArray[np.float32], paper: Paper) -> Pixels:

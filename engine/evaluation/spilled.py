@@ -48,11 +48,18 @@ class _Scores(_Column):
         self.stride, self.every = stride, values[::stride].copy()
         self.ends = values[[0, -1]] if values.size else values
 
-    def above(self, low: np.floating[Any] | None, stop: int) -> FloatArray:
-        """Scores above `low`, or all, as far as they lie before the index `stop`."""
-        block = 0 if low is None else max(0, int(np.searchsorted(self.every, low, side="right")) - 1)
-        values = self.read(min(block * self.stride, stop), stop)
-        return values if low is None else values[np.searchsorted(values, low, side="right") :]
+    def first_above(self, low: np.floating[Any] | None) -> int:
+        """Return the index of the first score above `low`, or of all."""
+        if low is None:
+            return 0
+        start = self.stride * max(0, int(np.searchsorted(self.every, low, side="right")) - 1)
+        values = self.read(start, min(start + self.stride, self.size))
+        return start + int(np.searchsorted(values, low, side="right"))
+
+    def parts(self, start: int, stop: int) -> Iterator[FloatArray]:
+        """Yield the scores from one index to another, few enough at once not to matter."""
+        for first in range(start, stop, BATCH):
+            yield self.read(first, min(first + BATCH, stop))
 
 
 @dataclass(frozen=True)
@@ -115,12 +122,14 @@ class Spilled:
         positive_stops = [run.positives.size for run in self._runs]
         for low in (*self._limits()[::-1], None):
             values, counts, weights = self._positives(low, positive_stops)
-            tally = _Tally(values)
+            tally, total = _Tally(values), 0
             for index, run in enumerate(self._runs):
-                negatives = run.negatives.above(low, negative_stops[index])
-                negative_stops[index] -= negatives.size
-                tally.add(negatives)
-            above, at_least, total = tally.result()
+                start, stop = run.negatives.first_above(low), negative_stops[index]
+                negative_stops[index] = start
+                total += stop - start
+                for part in run.negatives.parts(start, stop) if values.size else ():
+                    tally.add(part)
+            above, at_least = tally.result()
             if values.size:
                 yield Piece(
                     counts,
@@ -135,9 +144,9 @@ class Spilled:
     def above(self, thresholds: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         negatives, weight = np.zeros(thresholds.size, np.int64), np.zeros(thresholds.size)
         for run in self._runs:
-            values = run.negatives.above(None, run.negatives.size)
-            negatives += values.size - np.searchsorted(values, thresholds, side="right")
-            values = run.positives.above(None, run.positives.size)
+            for values in run.negatives.parts(0, run.negatives.size):
+                negatives += values.size - np.searchsorted(values, thresholds, side="right")
+            values = run.positives.read(0, run.positives.size)
             covered = np.append(np.cumsum(run.weights[GIVEN].read(0, values.size)[::-1])[::-1], 0)
             weight += covered[np.searchsorted(values, thresholds, side="right")]
         return negatives, weight / self._weight[GIVEN]
@@ -156,9 +165,9 @@ class Spilled:
         counts: list[NDArray[Any]] = []
         weights: dict[str, list[NDArray[np.float64]]] = {kind: [] for kind in self._weight}
         for index, run in enumerate(self._runs):
-            stop = stops[index]
-            scores.append(run.positives.above(low, stop))
-            stops[index] = start = stop - scores[-1].size
+            start, stop = run.positives.first_above(low), stops[index]
+            stops[index] = start
+            scores.append(run.positives.read(start, stop))
             counts.append(run.counts.read(start, stop))
             for kind, column in run.weights.items():
                 weights[kind].append(column.read(start, stop))
@@ -175,7 +184,7 @@ class _Tally:
     """Counts scores that lie above and at ascending thresholds [T]."""
 
     def __init__(self, thresholds: FloatArray) -> None:
-        self._thresholds, self._total = thresholds, 0
+        self._thresholds = thresholds
         self._waiting: list[FloatArray] = []
         self._size = 0
         # How many scores have that many thresholds below them, and below or at them: [T + 1].
@@ -183,19 +192,16 @@ class _Tally:
 
     def add(self, scores: FloatArray) -> None:
         """Add ascending scores."""
-        self._total += scores.size
-        for start in range(0, scores.size if self._thresholds.size else 0, BATCH):
-            part = scores[start : start + BATCH]
-            self._waiting.append(part)
-            self._size += part.size
-            if self._size >= BATCH:
-                self._count()
+        self._waiting.append(scores)
+        self._size += scores.size
+        if self._size >= BATCH:
+            self._count()
 
-    def result(self) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Return the numbers above and at or above each threshold, and of all."""
+    def result(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers above and at or above each threshold."""
         self._count()
         above, at_least = (np.cumsum(of[::-1])[::-1][1:] for of in (self._below, self._up_to))
-        return above, at_least, self._total
+        return above, at_least
 
     def _count(self) -> None:
         if not self._waiting:

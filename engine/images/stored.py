@@ -147,12 +147,41 @@ def opened(path: Location) -> Iterator[Image.Image]:
 def read_map(path: Path) -> Image.Image:
     """Read a map that a run has written, floats in mode F; raises ImageError for whatever else the file is."""
     with regular_file(path) as file:
-        try:
-            image: Image.Image = Image.open(file, formats=("TIFF",))
-            image.load()
-            return image if image.mode == "F" else image.convert("F")  # which copies
-        except UnidentifiedImageError:
-            raise ImageError("not a TIFF image") from None
+        return _opened_map(file).convert("F")
+
+
+def map_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a map by its header; raises ImageError."""
+    with regular_file(path) as file:
+        image = _opened_map(file)
+        return image.height, image.width
+
+
+def map_values(path: Path) -> NDArray[np.float32]:
+    """Read a map [h, w] into an array; where it is stored as a run writes it there is no second one on the way.
+
+    Raises ImageError.
+    """
+    with regular_file(path) as file:
+        image: Any = _opened_map(file)
+        if not all(codec == "raw" and kind[0] == "F;32F" for codec, _, _, kind in image.tile):
+            return np.array(image.convert("F"))
+        values = np.empty((image.height, image.width), np.float32)
+        for _, (left, top, right, bottom), offset, _ in image.tile:
+            if (left, right) != (0, image.width):
+                return np.array(image.convert("F"))
+            rows = memoryview(values[top:bottom]).cast("B")
+            file.seek(offset)
+            if file.readinto(rows) < len(rows):
+                raise ImageError("damaged: image file is truncated")
+        return values
+
+
+def _opened_map(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=("TIFF",))
+    except UnidentifiedImageError:
+        raise ImageError("not a TIFF image") from None
 
 
 @contextmanager
