@@ -79,6 +79,8 @@ CPU_PRECISIONS: Mapping[str, tuple[NetworkPrecision, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "int8", "bf16"),
 }
+# Whose rate is the peak on a CPU: a large product, and a linear layer of a ViT-L.
+PEAK_SHAPES = ((4096, 4096, 4096), (1370, 1024, 4096))  # rows, depth, columns
 SCENES = 3  # by default, of presets that look for objects: on a CPU an image takes tens of seconds
 Forward = Callable[..., Any]  # device, type → the network in PyTorch
 
@@ -192,8 +194,7 @@ def product_peak(runtime: Runtime) -> Callable[[], float]:
     if runtime.devices:
         return lambda: peak_flops(runtime.devices[0], repeats=1)
     rng = np.random.default_rng(0)
-    shapes = ((4096, 4096, 4096), (1370, 1024, 4096))  # a large one, and a linear layer of a ViT-L
-    factors = [(rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)) for m, k, n in shapes]
+    factors = [tuple(rng.standard_normal(side, np.float32) for side in ((m, k), (k, n))) for m, k, n in PEAK_SHAPES]
 
     def measure() -> float:
         rates = []

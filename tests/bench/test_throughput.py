@@ -25,6 +25,8 @@ STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(throughput, "PEAK_SHAPES", ((64, 64, 64), (30, 20, 40)))
+    monkeypatch.setattr(throughput, "PAUSE", 0.0)
 
 
 @pytest.fixture
