@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from zsad.engine.config import LARGEST_AUTO, Config, ConfigError
-from zsad.engine.evaluation.evaluate import Evaluation, evaluate, labelled
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.folders import Dataset, scan
 from zsad.engine.images.limits import limited
@@ -38,9 +37,11 @@ from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image
 from zsad.kernels.files import printable, written_whole
 from zsad.kernels.machine import peak_memory, stopwatch
 
-from .bank_pass import Normal, check_rooms, check_saving, known_good, save_bank, save_category_bank, used_bits
 from .category_pass import CategoryJob, CategoryProgress, deal_groups, ignored_files, run_category
 from .plan import by_size, check_memory, check_references, plan, said_sides
+
+if TYPE_CHECKING:
+    from zsad.engine.evaluation.evaluate import Evaluation
 
 log = logging.getLogger("zsad")
 
@@ -94,6 +95,8 @@ def make_bank(config: Config, runtime: Runtime, options: Options, progress: Cate
     """
     assert options.saving is not None
     assert config.reference is not None
+    from .bank_pass import Normal, check_saving, known_good, save_bank, used_bits
+
     with limited(replace(options.limits, bytes=image_memory(runtime, options))):
         category = known_good(config.reference, config.shots, config.seed)
         for note in category.notes:
@@ -193,6 +196,8 @@ class Here:
         for group in reversed(groups):  # what was made for the first one is there when the work begins
             check_memory(group, self._of(group[0]))
             if self._options.saving is not None:
+                from .bank_pass import check_rooms
+
                 check_rooms(self._options.saving, group, self._of(group[0]))
         return self.setting()
 
@@ -200,6 +205,8 @@ class Here:
         for job in (job for group in groups for job in group):
             record = run_category(job, self._of(job), progress)
             if self._options.saving is not None:
+                from .bank_pass import save_category_bank
+
                 record = save_category_bank(self._options.saving, job, record, self._of(job), progress)
             yield record
 
@@ -220,6 +227,8 @@ def _scored(
     jobs = plan(categories, config, options, progress, scorers.timings)
     groups = by_size(jobs)
     if options.saving is not None:
+        from .bank_pass import check_saving
+
         check_saving(options.saving, config, categories)
     setting = scorers.check(groups)
     log.info(
@@ -305,7 +314,7 @@ def _groups(category: Category, record: CategoryRecord, config: Config) -> Itera
 
 def _evaluated(
     dataset: Dataset, options: Options, records: Sequence[CategoryRecord], timings: MutableMapping[str, float]
-) -> tuple[Dataset, Evaluation | None, list[str], int]:
+) -> "tuple[Dataset, Evaluation | None, list[str], int]":
     """Compare with ground truth where the data have it; scoring never sees it.
 
     Returns the images with their labels, the metrics, notes on metrics that there cannot be, and how many images were
@@ -318,6 +327,8 @@ def _evaluated(
     left_out = 0
     if not comparable:
         return dataset, None, notes, left_out
+    from zsad.engine.evaluation.evaluate import evaluate, labelled
+
     # Without maps every image would be named for lacking one.
     with_maps = "zsad" in options.formats
 

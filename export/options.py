@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+# Part of every cache key: raise it whenever a graph changes.
+BUILDER_VERSION = 6
+
 Preprocessing = Literal["imagenet", "clip", "isnet"]
 # None: the batch, always the first axis; an input without one goes with every part of it.
 Shape = tuple[int | None, ...]

@@ -18,8 +18,6 @@ from .options import ACTIVATIONS, ATTENTIONS, PRECISIONS, GraphOptions
 from .state_dict import CheckpointError
 from .transformer import Affine, Array, Block
 
-# Part of every cache key: raise it whenever a graph changes.
-BUILDER_VERSION = 6
 OPSET = 20
 IR_VERSION = 10
 

@@ -3,21 +3,23 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cpu import averages as cpu
-from .cuda import averages as cuda
-from .cuda.device import Device, DeviceMemoryError
 from .machine import available_cores
 from .reference import interval_ranks
+
+if TYPE_CHECKING:
+    from .cuda.device import Device
 
 Array = NDArray[np.float32]
 
 
 def kept_averages(
-    minima: Array, kept: NDArray[np.bool_], interval: tuple[float, float], devices: Sequence[Device] = ()
+    minima: Array, kept: NDArray[np.bool_], interval: tuple[float, float], devices: "Sequence[Device]" = ()
 ) -> NDArray[np.float64]:
     """Average every patch's distances to the images that are kept, over the ranks of an interval (MuSc, section 3.2).
 
@@ -38,6 +40,9 @@ def kept_averages(
     ranks = [interval_ranks(int(n), interval) for n in others]
     sums = None
     if devices:
+        from .cuda import averages as cuda
+        from .cuda.device import DeviceMemoryError
+
         with suppress(DeviceMemoryError):  # then the CPU does it
             sums = cuda.kept_sums(devices[0], minima, kept, ranks)
     if sums is None:

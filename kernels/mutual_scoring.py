@@ -4,18 +4,19 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cpu.scoring import Scoring as CpuScoring
-from .cuda.device import Device, open_devices
-from .cuda.scoring import Options
-from .cuda.scoring import Scoring as CudaScoring
 from .machine import Timings
 from .minima import ReturnedMinima, ReturnMinima
 from .task import make_task
+
+if TYPE_CHECKING:
+    from .cuda.device import Device
+    from .cuda.scoring import Options
 
 log = logging.getLogger("zsad")
 
@@ -61,8 +62,8 @@ class MutualScoring:
         degrees: Sequence[int],
         interval: tuple[float, float],
         precision: str = "auto",
-        devices: Sequence[Device] = (),
-        options: Options | None = None,
+        devices: "Sequence[Device]" = (),
+        options: "Options | None" = None,
         window: int | None = None,
     ) -> None:
         """Decide how images are compared; the arguments mean what they do in `mutual_scores`.
@@ -74,6 +75,9 @@ class MutualScoring:
         self._task = make_task(grid, layers, channels, degrees, interval, window)
         self._scoring: _Scoring
         if devices:
+            from .cuda.scoring import Options
+            from .cuda.scoring import Scoring as CudaScoring
+
             self._scoring = CudaScoring(self._task, precision, devices, options or Options())
         else:
             self._scoring = CpuScoring(self._task, precision)
@@ -280,7 +284,11 @@ def mutual_scores(
     grid = square_grid(patches) if grid is None else grid
     if math.prod(grid) != patches:
         raise ValueError(f"grid {tuple(grid)} does not hold {patches} patches")
-    devices = open_devices(device) if device != "cpu" else ()
+    devices: Sequence[Device] = ()
+    if device != "cpu":
+        from .cuda.device import open_devices
+
+        devices = open_devices(device)
     scoring = MutualScoring(grid, layers, channels, degrees, interval, precision, devices, window=window)
     return scoring.scores(
         tokens,

@@ -12,7 +12,6 @@ from host_build import HostDevice
 from host_tensorrt import HostEngine, loaded
 
 from zsad.bench.towers import Shape, write_random_checkpoint
-from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_graphs
 from zsad.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -165,7 +164,7 @@ def gpu() -> Device:
 def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
     device = HostDevice()
-    monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
+    monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", lambda name: [device])
     monkeypatch.setattr(runtimes, "find_spec", lambda name: object())
     monkeypatch.setattr(runtimes, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
     return device
@@ -184,7 +183,7 @@ def tensorrt(emulated_gpu: HostDevice, monkeypatch: pytest.MonkeyPatch) -> list[
         engines.append(HostEngine(onnx, 32))
         return loaded(engines[-1])
 
-    monkeypatch.setattr(networks, "build_engine", build)
+    monkeypatch.setattr("zsad.export.tensorrt_engine.build_engine", build)
     monkeypatch.setattr(tensorrt_graphs, "load_engine", load)
     return engines
 

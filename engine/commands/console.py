@@ -7,12 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from zsad.kernels.files import printable
 
 from .start import INTERRUPTED, Interrupts
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger("zsad")
 
@@ -134,6 +136,8 @@ class ProgressBars:
                 "regions": "image",
             }  # by the first words of stages
             unit = counted.get(stage.split(" ")[0], "pair")
+            from tqdm import tqdm
+
             self.bar = tqdm(total=total, desc=f"{category}: {stage}", unit=unit, file=sys.stderr, leave=False)
         self.bar.update(done - self.bar.n)
         if done >= total:  # log lines may follow

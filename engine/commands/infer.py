@@ -72,10 +72,7 @@ def _explain(output: Path, error: Exception) -> tuple[str, int] | None:
 
 def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     from zsad.engine.config import ConfigError, load_config
-    from zsad.engine.demo import draw_demo
     from zsad.engine.images.limits import Limits
-    from zsad.engine.images.tree import DEMO
-    from zsad.engine.methods.bank import bank_settings
     from zsad.engine.methods.method import method_class
     from zsad.engine.networks.runtime import choose_runtime
     from zsad.engine.results.formats import of_finished, of_images
@@ -90,6 +87,8 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
     runtime = choose_runtime(*(("cpu",) if arguments.ray is not None else (arguments.device, arguments.runtime)))
     preset, base = arguments.preset, None
     if arguments.bank is not None:
+        from zsad.engine.methods.bank import bank_settings
+
         preset, base = bank_settings(Path(arguments.bank))
     config = load_config(preset, arguments.config, settings(arguments), method_of=method_class, base=base)
     if arguments.bank is not None and arguments.watch is None and config.expected_defects is not None:
@@ -99,6 +98,9 @@ def _run(arguments: argparse.Namespace, interrupts: "Interrupts") -> int:
         )
     data = arguments.data
     if arguments.demo:
+        from zsad.engine.demo import draw_demo
+        from zsad.engine.images.tree import DEMO
+
         with claimed(arguments.output, (), arguments.resume):
             data = draw_demo(arguments.output / DEMO, config.seed).parent
     options = Options(
@@ -208,7 +210,6 @@ def _stage_table(record: "RunRecord") -> str:
 
 
 def _summary(record: "RunRecord", options: "Options") -> str:
-    from zsad.engine.evaluation.evaluate import format_table
     from zsad.engine.images.categories import counted
     from zsad.kernels.files import printable
 
@@ -221,6 +222,8 @@ def _summary(record: "RunRecord", options: "Options") -> str:
         for image in heapq.nsmallest(5, category.images, key=lambda image: image.rank):
             lines.append(f"  {image.score:.3f}  {printable(image.path)}")
     if record.metrics is not None:
+        from zsad.engine.evaluation.evaluate import format_table
+
         lines.append(printable(format_table(record.metrics, 0.3), keep="\n").rstrip("\n"))
     results = ["report.html" if "zsad" in options.formats else "run.json", *options.exports]
     return "\n".join([*lines, *(printable(str(options.output / name)) for name in results)])

@@ -3,22 +3,24 @@
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from zsad.kernels.cuda.device import Device
-from zsad.kernels.cuda.images import network_input as network_input_on_device
 from zsad.kernels.machine import stopwatch
 
 from .ahead import Ahead
 from .categories import InputImage
 from .decode import Recipe, decode, network_input, pixels
-from .device_jpegs import DeviceJpegs
 from .remote import Location, asked_ahead
 from .stored import ImageError, read_header
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
+
+    from .device_jpegs import DeviceJpegs
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -80,7 +82,9 @@ class DeviceInputs:
     stream of the passes; the host waits for neither.
     """
 
-    def __init__(self, device: Device, recipes: Sequence[Recipe], batch_size: int, jpegs: DeviceJpegs | None) -> None:
+    def __init__(
+        self, device: "Device", recipes: Sequence[Recipe], batch_size: int, jpegs: "DeviceJpegs | None"
+    ) -> None:
         """jpegs: decodes on the device; None leaves all files to Pillow."""
         self._device, self._jpegs = device, jpegs
         self._inputs: list[dict[Recipe, Array]] = [
@@ -102,6 +106,8 @@ class DeviceInputs:
 
     @contextmanager
     def batch(self, images: Sequence[Any]) -> Iterator[Mapping[Recipe, Array]]:
+        from zsad.kernels.cuda.images import network_input as network_input_on_device
+
         self._slot = 1 - self._slot
         self._device.wait(("images", self._slot))
         self._held[self._slot] = [image for image in images if not isinstance(image, np.ndarray)]

@@ -6,14 +6,15 @@ What does not fit goes to a temporary file, or from the device to host memory.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from zsad.kernels.cuda.device import Device
-from zsad.kernels.cuda.scoring import MEMORY_SHARE
 from zsad.kernels.machine import default_memory_limit, scratch
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -21,10 +22,10 @@ Array = Any  # a NumPy array, or an array on the device
 class Arrays(Protocol):
     """Room for arrays beside the networks' outputs."""
 
-    devices: Sequence[Device]  # that compute on them; none is the CPU
+    devices: "Sequence[Device]"  # that compute on them; none is the CPU
 
     @property
-    def device(self) -> Device | Literal["cpu"]:
+    def device(self) -> "Device | Literal['cpu']":
         """The first that computes on them."""
         return self.devices[0] if self.devices else "cpu"
 
@@ -56,7 +57,7 @@ class Arrays(Protocol):
 class HostArrays(Arrays):
     """Networks on the CPU; what computes on their outputs may be devices that take them from host memory."""
 
-    def __init__(self, devices: Sequence[Device], memory_limit: int | None) -> None:
+    def __init__(self, devices: "Sequence[Device]", memory_limit: int | None) -> None:
         """memory_limit: bytes; None: nearly all that is free."""
         self.devices, self._asked = devices, memory_limit
 
@@ -87,7 +88,7 @@ class HostArrays(Arrays):
 class DeviceArrays(Arrays):
     """Networks on a device. Where several devices compute, what the first one's networks give goes to host memory."""
 
-    def __init__(self, devices: Sequence[Device], memory_limit: int | None) -> None:
+    def __init__(self, devices: "Sequence[Device]", memory_limit: int | None) -> None:
         """memory_limit: bytes of each device; None: nearly all that is free."""
         self.devices, self._asked, self._device = devices, memory_limit, devices[0]
 
@@ -127,8 +128,10 @@ def _shared(size: int, limit: int, needed: int) -> tuple[bool, int]:
     return kept, limit - size if kept else limit
 
 
-def free_memory(devices: Sequence[Device]) -> int:
+def free_memory(devices: "Sequence[Device]") -> int:
     """Return the bytes that may be used of each device, or of host memory where there is none."""
     if not devices:
         return default_memory_limit()
+    from zsad.kernels.cuda.scoring import MEMORY_SHARE
+
     return min(int(MEMORY_SHARE * device.free_bytes()) for device in devices)

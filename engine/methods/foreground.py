@@ -5,7 +5,7 @@ image [H, W, 3] → IS-Net: dichotomous segmentation [H, W] → SAM: masks of pa
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from zsad.kernels.machine import stopwatch
 
 from .arrays import Arrays
 from .bitmasks import BitMask, Box, overlap, pack, union
-from .mask_generation import MaskGenerator
+
+if TYPE_CHECKING:
+    from .mask_generation import MaskGenerator
 
 Rule = Literal["sam", "dichotomous", "whole"]  # united masks, the dichotomous foreground as it is, the whole image
 POINTS = 16  # of SAM's mask decoder at once: 64 take a CPU twice the time for each, and four times the memory
@@ -107,8 +109,12 @@ class Foregrounds:
         self._networks = networks
         self._masks: MaskGenerator | None = None
         if config.foreground == "isnet+sam":
+            from . import mask_generation
+
             graphs = networks["sam"].graphs
-            self._masks = MaskGenerator(graphs["sam_image"], graphs["sam_masks"], arrays, config.stages.masks)
+            self._masks = mask_generation.MaskGenerator(
+                graphs["sam_image"], graphs["sam_masks"], arrays, config.stages.masks
+            )
 
     def find(self, image: NDArray[np.uint8]) -> Foreground:
         """Return the foreground of an image [H, W, 3]."""

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.config import Config, NetworkSpec
-from zsad.export.agreement import check_agreement, run_graph, sample_inputs, sample_rows
 from zsad.export.checkpoints import check_present, find_checkpoint
 from zsad.export.libraries import EngineError
 from zsad.export.onnx_export import ExportedModel, export_onnx
@@ -24,16 +23,14 @@ from zsad.export.options import (
     TextOptions,
 )
 from zsad.export.state_dict import CheckpointError
-from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
-from zsad.export.vision_transformer import read_patch_size
-from zsad.kernels.cuda.device import Device
 
 from .fastest import CLEARLY, Note, seconds
 from .network import Graph, GraphRequest, Network, run_in_parts
 from .onnx_runtime import OnnxRuntimeGraph
-from .openvino import OpenVINOGraph
 from .runtime import Library, Runtime
-from .tensorrt import TensorRTGraph
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
 
 log = logging.getLogger("zsad")
 
@@ -126,6 +123,10 @@ def graph_options(spec: NetworkSpec, request: GraphRequest, precision: str, atte
 def patch_sizes(config: Config) -> dict[str, int]:
     """Return the sides in pixels of the patches of those networks whose images have no size yet; raises as below."""
     check_present([*(spec.checkpoint for spec in config.specs.values()), *config.settings.files])
+    if not config.unsized:
+        return {}
+    from zsad.export.vision_transformer import read_patch_size
+
     return {name: read_patch_size(find_checkpoint(config.networks[name].checkpoint)[0]) for name in config.unsized}
 
 
@@ -195,6 +196,16 @@ class Loading:
             return Ready(model, OnnxRuntimeGraph(model.path, runtime.device, self.rows), library)
         if library == "openvino":
             return Ready(model, self._compiled(model), library)
+        return Ready(model, self._engine(library, model), library)
+
+    def _engine(self, library: Library, model: ExportedModel) -> Graph:
+        """Let TensorRT build an engine of a graph, or take the one that is there, and compare the two once."""
+        from zsad.export.agreement import sample_inputs
+        from zsad.export.tensorrt_engine import EngineOptions, build_engine, confirm_engine, rebuild_command
+
+        from .tensorrt import TensorRTGraph
+
+        runtime = self.runtime
         assert runtime.device is not None
         options = self._options(library, self.precision)
         target = EngineOptions(library, engine_batch(self.request), runtime.device.number)
@@ -206,13 +217,17 @@ class Loading:
             log.info("%s: comparing its engine with its graph on the CPU, this once", model.checkpoint)
             inputs = sample_inputs(model.inputs)
             confirm_engine(engine, model.path, inputs, _outputs(graph, inputs, runtime.device))
-        return Ready(model, graph, library)
+        return graph
 
     def _compiled(self, model: ExportedModel) -> Graph:
         """Let OpenVINO compile a graph, and compare what it gives with the fp32 graph in ONNX Runtime, once."""
+        from .openvino import OpenVINOGraph
+
         graph = OpenVINOGraph(model.path, self.precision, self.rows)
         note = Note(model.path, "openvino", self.precision)
         if note.read() is None:
+            from zsad.export.agreement import check_agreement, run_graph, sample_inputs
+
             exact = model if model.precision == "fp32" else self.exported("openvino", "fp32")
             inputs = sample_inputs(model.inputs)
             found = _outputs(graph, inputs, None)
@@ -241,6 +256,8 @@ class Loading:
         if known.get("library") == rival:
             log.debug("%s: %s", self.spec.checkpoint, known.get("why"))
             return other
+        from zsad.export.agreement import sample_rows
+
         own = self.by(usual)
         log.info("%s: trying which of %s and %s runs it faster, this once", self.spec.checkpoint, usual, rival)
         inputs = sample_rows(own.model.inputs, self.rows)
@@ -262,10 +279,14 @@ def _make_ready(config: Config, request: GraphRequest, runtime: Runtime, batch_s
 
 def engine_batch(request: GraphRequest) -> tuple[int, int, int]:
     """Return the smallest, best and largest batch of a graph's engine: of those that have their own rows no more."""
+    from zsad.export.tensorrt_engine import EngineOptions
+
     return (1, request.rows, request.rows) if request.rows else EngineOptions.batch
 
 
-def _outputs(graph: Graph, inputs: Mapping[str, NDArray[Any]], device: Device | None) -> dict[str, NDArray[np.float32]]:
+def _outputs(
+    graph: Graph, inputs: Mapping[str, NDArray[Any]], device: "Device | None"
+) -> dict[str, NDArray[np.float32]]:
     """Return what a graph gives, on a device or the CPU, in host memory."""
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in graph.outputs}
     fed = inputs if device is None else {name: device.to_device(array) for name, array in inputs.items()}

@@ -5,16 +5,18 @@ import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zsad.engine.config import ConfigError
 from zsad.export.libraries import DRIVERS, gpu_extras, import_onnxruntime, install_command, mixed_cuda
-from zsad.kernels.cuda.device import Device, address
 from zsad.kernels.machine import available_cores
 
 from .network import TensorSpec, batch_rows
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
 
 Array = Any  # a NumPy array, or an array on the device
 
@@ -30,7 +32,7 @@ TYPES = {
 OUT_OF_MEMORY = re.compile(r"allocat|alloc_failed|bad_alloc|out.of.memory|memory_allocation", re.IGNORECASE)
 
 
-def session(graph: str | bytes, device: Device | None, profile: str = "") -> Any:
+def session(graph: str | bytes, device: "Device | None", profile: str = "") -> Any:
     """Open a file, or a model in bytes; raises ConfigError where the CUDA provider does not start on the device.
 
     profile: where the times of all operators are written to, how the file's name begins.
@@ -59,7 +61,7 @@ def session(graph: str | bytes, device: Device | None, profile: str = "") -> Any
     return opened
 
 
-def try_provider(device: Device) -> None:
+def try_provider(device: "Device") -> None:
     """Make sure that networks can run on a device; raises ConfigError."""
     from onnx import TensorProto, helper
 
@@ -72,7 +74,7 @@ def try_provider(device: Device) -> None:
 class OnnxRuntimeGraph:
     """A session over one ONNX file (see `Graph`)."""
 
-    def __init__(self, path: Path, device: Device | None, batch_size: int) -> None:
+    def __init__(self, path: Path, device: "Device | None", batch_size: int) -> None:
         """device: None is the CPU. Raises ConfigError where the CUDA provider does not start."""
         self._ort = import_onnxruntime()
         self._session = session(str(path), device)
@@ -97,7 +99,9 @@ class OnnxRuntimeGraph:
             raise
         return dict(zip(self.outputs, outputs, strict=True))
 
-    def _queue(self, inputs: Mapping[str, Array], device: Device) -> dict[str, Array]:
+    def _queue(self, inputs: Mapping[str, Array], device: "Device") -> dict[str, Array]:
+        from zsad.kernels.cuda.device import address
+
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, device.kind, device.number, array.dtype, array.shape, address(array))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from zsad.engine.config import ConfigError
 from zsad.export.libraries import (
@@ -22,10 +22,12 @@ from zsad.export.libraries import (
     install_command,
     mixed_cuda,
 )
-from zsad.kernels.cuda.device import Device, DeviceError, open_devices
 from zsad.kernels.machine import processor
 
 from .onnx_runtime import try_provider
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
 
 log = logging.getLogger("zsad")
 
@@ -39,8 +41,8 @@ class Runtime:
     """Which library runs the networks, on what, where scores are computed, and why."""
 
     library: Library
-    devices: Sequence[Device]  # that score; none is the CPU
-    device: Device | None  # the one of them that runs the networks; None is the CPU
+    devices: "Sequence[Device]"  # that score; none is the CPU
+    device: "Device | None"  # the one of them that runs the networks; None is the CPU
     reason: str
     rival: Library | None = None  # on a CPU: what runs the graphs that a measurement finds it faster at
 
@@ -103,6 +105,8 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     cpu_will_do = device == "auto" and library not in TARGETS
     if cpu_will_do and find_spec("cupy") is None:
         return _on_cpu(library, (), "no GPU is used: CuPy is not installed")
+    from zsad.kernels.cuda.device import DeviceError, open_devices
+
     try:
         devices = open_devices("cuda" if device == "auto" else device)
     except DeviceError as error:
@@ -137,7 +141,7 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     return _on_cpu(library, devices, f"only scoring uses the GPU, not the networks: {unusable['onnxruntime']}")
 
 
-def _on_cpu(library: str, devices: Sequence[Device], reason: str) -> Runtime:
+def _on_cpu(library: str, devices: "Sequence[Device]", reason: str) -> Runtime:
     """Return what runs networks on a CPU; raises ConfigError where OpenVINO is asked for and cannot be had."""
     if library == "openvino":
         try:
@@ -157,7 +161,7 @@ def _version(library: str) -> str:
     return str(found.__version__).partition("-")[0]  # OpenVINO's goes on with its build
 
 
-def _missing(library: str, device: Device) -> str | None:
+def _missing(library: str, device: "Device") -> str | None:
     """Say why a library cannot run networks on a device; None where it can."""
     if library == "onnxruntime":
         try:

@@ -10,7 +10,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tifffile import TiffFile
 
 from zsad.engine.images.remote import Location
 from zsad.engine.images.stored import ImageError, opened, read_header
@@ -63,6 +62,8 @@ def upright_size(path: Location) -> Size | None:
 def tiff_fault(file: BinaryIO, kinds: Sequence[str], size: Size | None) -> tuple[str | None, Size | None]:
     """Return what is wrong with a map in a TIFF file, and its size; size: that it must have, if one is known."""
     try:
+        from tifffile import TiffFile
+
         with TiffFile(file) as tiff:
             if len(tiff.pages) != 1:
                 return "a TIFF file with several pictures", None

@@ -6,14 +6,17 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import TypeAdapter
 
-from zsad.engine.evaluation.evaluate import Evaluation
 from zsad.engine.scores.verdicts import VERDICTS, Bounds, Region, Verdict
 from zsad.kernels.files import parse_json
+
+if TYPE_CHECKING:
+    from zsad.engine.evaluation.evaluate import Evaluation
 
 RARE = ("p_value", "stage_files", "note")  # fields of an image that its record has only where there is something to say
 
@@ -45,7 +48,7 @@ class ImageRecord:
     @classmethod
     def from_facts(cls, facts: Any) -> "ImageRecord":
         """Make a record of what `facts` has returned; raises ValueError for anything else."""
-        return _checked(_IMAGE_RECORDS, ImageRecord, facts)
+        return _checked(ImageRecord, facts)
 
     def files(self) -> list[str]:
         return [file for file in (self.map, self.overlay_file, *(self.stage_files or ()), self.json_file) if file]
@@ -92,29 +95,31 @@ class CategoryRecord:
     @classmethod
     def from_json(cls, text: str | bytes) -> "CategoryRecord":
         """Read a record; raises ValueError for anything else."""
-        return _read(_CATEGORY_RECORDS, CategoryRecord, text)
+        return _read(CategoryRecord, text)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
 
-# Of what `json` reads: pydantic's own reader refuses names that are no valid Unicode.
-_CATEGORY_RECORDS, _IMAGE_RECORDS = TypeAdapter(CategoryRecord), TypeAdapter(ImageRecord)
-
 _Record = TypeVar("_Record", CategoryRecord, ImageRecord)
 
 
-def _read(adapter: TypeAdapter[_Record], kind: type[_Record], text: str | bytes) -> _Record:
+# Of what `json` reads: pydantic's own reader refuses names that are no valid Unicode. Made where one is read first.
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+def _read(kind: type[_Record], text: str | bytes) -> _Record:
     """Read a record that is all there: what lacks of a damaged one is not made up. Raises ValueError."""
-    return _checked(adapter, kind, parse_json(text))
+    return _checked(kind, parse_json(text))
 
 
-def _checked(adapter: TypeAdapter[_Record], kind: type[_Record], content: Any) -> _Record:
+def _checked(kind: type[_Record], content: Any) -> _Record:
     names = {field.name for field in fields(kind)}
     may_lack = {"images", *RARE}  # the former are read apart
     if not isinstance(content, dict) or content.keys() | may_lack != names | may_lack:
         raise ValueError(f"not a {kind.__name__}")
-    return adapter.validate_python(content)
+    record: _Record = _adapter(kind).validate_python(content)
+    return record
 
 
 class ImageRecords(Sequence[ImageRecord]):
@@ -149,7 +154,7 @@ class ImageRecords(Sequence[ImageRecord]):
             for number in numbers:
                 file.seek(self._bounds[number])
                 text = file.read(self._bounds[number + 1] - self._bounds[number])
-                yield _read(_IMAGE_RECORDS, ImageRecord, text.strip(b" \n,"))
+                yield _read(ImageRecord, text.strip(b" \n,"))
 
     def moved(self, file: Path) -> "ImageRecords":
         """Return the same images after their file was moved."""
@@ -235,7 +240,7 @@ class RunRecord:
     checkpoints: list[CheckpointRecord]
     versions: dict[str, str]
     categories: list[CategoryRecord]
-    metrics: Evaluation | None
+    metrics: "Evaluation | None"
     notes: list[str]
 
     def to_json(self) -> str:

@@ -10,15 +10,17 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from zsad.engine.evaluation.evaluate import Evaluation
 from zsad.engine.images.categories import Category
 from zsad.kernels.files import written_whole
 
 from .category import read_thumbnails
 from .records import CategoryRecord, ImageRecord, RunRecord
+
+if TYPE_CHECKING:
+    from zsad.engine.evaluation.evaluate import Evaluation
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 

@@ -11,14 +11,17 @@ for usual. Neither needs a product or a forward pass beyond MuSc's own.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zsad.kernels.averages import kept_averages
-from zsad.kernels.cuda.device import Device
 
 from .image_scores import FEW_IMAGES, top_mean
+
+if TYPE_CHECKING:
+    from zsad.kernels.cuda.device import Device
 
 Floats = NDArray[np.float64]
 
@@ -102,7 +105,7 @@ class CleanScores:
 
 
 def clean_scores(
-    minima: NDArray[np.float32], rule: Rule, devices: Sequence[Device] = (), known: int | None = None
+    minima: NDArray[np.float32], rule: Rule, devices: "Sequence[Device]" = (), known: int | None = None
 ) -> CleanScores:
     """Score images by those among them that look normal.
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsad.engine.networks.network import Graph, Network, run_in_parts
-from zsad.export.transformer_graph import BUILDER_VERSION
+from zsad.export.options import BUILDER_VERSION
 from zsad.kernels.files import find_sealed, write_sealed
 from zsad.kernels.machine import cache_places, cache_to_write
 

@@ -26,6 +26,8 @@
 // assembly: as an intrinsic, for which GCC 12 spills the accumulators, it takes 19.4 ms.
 #include "int8_product.h"
 
+#include "amx.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -167,24 +169,6 @@ const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const I
   }
   return room;
 }
-
-// The processor's tiles, all of 16 rows of 64 bytes, for as long as this lives.
-class Tiles {
- public:
-  Tiles() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shape;
-    std::fill_n(shape.row_bytes, 8, std::uint16_t(64));
-    std::fill_n(shape.rows, 8, std::uint8_t(16));
-    _tile_loadconfig(&shape);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
 
 // Products of kRows left patches from p on with Panels panels of right patches from `panel` on, into row i at
 // out + i * stride. rows, columns: the prepared panels of both; layout: the left one's.

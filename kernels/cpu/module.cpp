@@ -14,12 +14,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(ZSAD_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "amx.h"
 #include "gram_pass.h"
 #include "int8_product.h"
 #include "jpeg_scans.h"
@@ -43,13 +38,7 @@ bool has_avx512() {
 }
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(ZSAD_AMX)
-bool has_avx512amx() {
-  constexpr unsigned kTiles = 3u << 24;  // AMX-TILE and AMX-INT8
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned a, b, c, d;
-  return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+bool has_avx512amx() { return has_avx512vnni() && zsad::may_use_amx(); }
 #define ZSAD_IF_AMX(...) __VA_ARGS__
 #else
 #define ZSAD_IF_AMX(...)

@@ -16,7 +16,6 @@ from runs import draw, record, scores_and_maps
 from vvv_checkpoints import FEW, networks, stages, write_bright_isnet
 
 from zsad.engine.commands.infer import main
-from zsad.engine.networks import runtime as runtimes
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 
@@ -189,7 +188,7 @@ def test_several_devices_share_the_scoring(
     data = draw(tmp_path / "data", 7)
     common = [str(data), "--preset", "challenge", "--config", str(two_networks), "--device", "cuda:0,1"]
     for count in (1, 2):
-        monkeypatch.setattr(runtimes, "open_devices", lambda name, count=count: devices[:count])
+        monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", lambda name, count=count: devices[:count])
         assert main([*common, "--output", f"on{count}"]) == 0
     assert devices[1].launches > 0
     np.testing.assert_array_equal(scores_and_maps("on1")[0], scores_and_maps("on2")[0])

@@ -125,7 +125,7 @@ def test_digests_that_any_file_might_have_are_refused(
 def test_what_cannot_be_verified_is_not_fetched_but_taken_where_it_lies(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints, "download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr("zsad.export.downloads.download", lambda *_: pytest.fail("downloaded"))
     name = "clipseg-rd64-refined-decoder"
     assert main(["--fetch", name]) == 2
     said = capsys.readouterr().err

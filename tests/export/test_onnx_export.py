@@ -17,9 +17,9 @@ from zsad.engine.networks.network import GraphRequest
 from zsad.export import onnx_export
 from zsad.export.agreement import check_agreement, run_graph, sample_images
 from zsad.export.onnx_export import export_onnx, weights_path
-from zsad.export.options import ExportOptions, GraphOptions, TextOptions
+from zsad.export.options import BUILDER_VERSION, ExportOptions, GraphOptions, TextOptions
 from zsad.export.state_dict import CheckpointError
-from zsad.export.transformer_graph import BUILDER_VERSION, TransformerGraph
+from zsad.export.transformer_graph import TransformerGraph
 from zsad.kernels.files import file_sha256
 
 OPTIONS = ExportOptions(taps=(0, 1), image_size=70)

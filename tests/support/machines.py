@@ -37,7 +37,7 @@ def having(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: str = "
 
     monkeypatch.setattr(runtimes, "find_spec", lambda name: object() if name in installed else None)
     monkeypatch.setattr(runtimes, "import_openvino", import_openvino)
-    monkeypatch.setattr(runtimes, "open_devices", open_devices)
+    monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", open_devices)
     monkeypatch.setattr(runtimes, "import_tensorrt", import_tensorrt)
     onnx_runtime = types.SimpleNamespace(get_available_providers=lambda: providers, __version__="1.26")
     monkeypatch.setattr(runtimes, "import_onnxruntime", lambda: onnx_runtime)

@@ -216,7 +216,7 @@ def test_what_was_exported_is_what_runs_read(
     touch_images(tmp_path, "data/bolt/0.png", "good/0.png")
     preset = ["--preset", "winclip", "--config", "tiny.toml"]
     assert main(preset) == 0
-    monkeypatch.setattr("zsad.export.onnx_export.read_builder", None)
+    monkeypatch.setattr("zsad.export.builders.read_builder", None)
     assert infer(["data", *preset, "--device", "cpu", "--output", "zero"]) == 0
     assert infer(["data", *preset, "--device", "cpu", "--output", "few", "--reference", "good"]) == 0
 

@@ -70,7 +70,7 @@ def test_images_on_a_device_stay_until_their_slot_is_made(monkeypatch: pytest.Mo
     class OnDevice:
         shape = (2, 2, 3)
 
-    monkeypatch.setattr("zsad.engine.images.loader.network_input_on_device", lambda *_: None)
+    monkeypatch.setattr("zsad.kernels.cuda.images.network_input", lambda *_: None)
     device = HostDevice()
     inputs = DeviceInputs(device, [TINY], 1, None)
     held: list[weakref.ref[OnDevice]] = []

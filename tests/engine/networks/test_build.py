@@ -40,8 +40,8 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
         built.append(real(*arguments))
         return built[-1]
 
-    monkeypatch.setattr(runtimes, "open_devices", lambda name: [device])
-    monkeypatch.setattr(networks, "build_engine", build)
+    monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", lambda name: [device])
+    monkeypatch.setattr("zsad.export.tensorrt_engine.build_engine", build)
     monkeypatch.setattr(tensorrt_graphs, "load_engine", lambda path, number, onnx: loaded(HostEngine(onnx, 32), True))
     command = [str(draw(tmp_path / "data", 4)), *common, "--device", "cuda:0", "--runtime", "tensorrt-rtx"]
     assert main(command) == 0
@@ -65,7 +65,7 @@ def test_an_engine_that_computes_something_else_is_refused(
             wrong = lambda *arguments: [output + output[:, :, ::-1] for output in run(*arguments)]  # noqa: E731
             self.session = types.SimpleNamespace(run=wrong, get_outputs=self.session.get_outputs)
 
-    monkeypatch.setattr(runtimes, "open_devices", lambda name: [HostDevice()])
+    monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", lambda name: [HostDevice()])
     monkeypatch.setattr(tensorrt_graphs, "load_engine", lambda path, number, onnx: loaded(WrongEngine(onnx, 32)))
     arguments = [str(draw(tmp_path / "data", 4)), "--config", str(tiny / "config.toml"), "--device", "cuda:0"]
     for _ in range(2):  # also when it lies in the cache

@@ -1,0 +1,142 @@
+"""Time from the start of a process to its end, of a second run over two images, beside what their networks take.
+
+    python -m zsad.bench.startup [--against COMMIT] [--precision int8] [--rounds 5]
+
+Each round runs `zsad-infer` over two drawn images in a process of its own, with a cache that an earlier run has filled,
+and the network over the same two images in this process, where it has run before. What a process takes beyond that is
+starting, reading, scoring, writing and ending. With --against another commit takes its turns in the same rounds; both
+are then installed into temporary folders and run from these.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from zsad.engine.config import load_config
+from zsad.engine.demo import draw_demo
+from zsad.engine.methods.method import graph_requests, method_class
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.runtime import choose_runtime
+from zsad.export.agreement import sample_images
+
+from .records import RESULTS, append, environment
+
+PRESET, SIDE, IMAGES = "small", 518, 2
+PACKAGES = sysconfig.get_path("purelib")
+# Without `site` no editable install stands before the folder that is asked for.
+START = "import sys; sys.path[:0] = [{0!r}]; sys.path += [{1!r}]; from zsad.engine.commands.start import infer; "
+START += "sys.exit(infer())"
+
+
+@contextmanager
+def installed(commit: str | None) -> Iterator[Path]:
+    """Install a commit, or the clone as it is, into a temporary folder."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zsad-bench-")))
+        source = Path.cwd()
+        if commit is not None:
+            source = folder / "tree"
+            subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(source), commit], check=True)
+            remove = ["git", "worktree", "remove", "--force", str(source)]
+            stack.callback(subprocess.run, remove, check=True)
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+        subprocess.run([*install, str(folder / "packages"), str(source)], check=True)
+        yield folder / "packages"
+
+
+def process(packages: Path | None, data: Path, output: Path, precision: str) -> Callable[[], tuple[float, float]]:
+    """Return what runs `zsad-infer` in a process and gives its seconds by the clock and of processors."""
+    start = ["-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
+    if packages is not None:
+        start = ["-S", "-c", START.format(str(packages), PACKAGES)]
+    command = [sys.executable, *start, str(data), "--output", str(output), "--preset", PRESET, "--device", "cpu"]
+    command += ["--image-size", str(SIDE), "--network-precision", precision, "-q"]
+
+    def run() -> tuple[float, float]:
+        before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(command, check=True, cwd=data)
+        seconds, after = time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_CHILDREN)
+        return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return run
+
+
+def networks(precision: str) -> Callable[[], float]:
+    """Return what runs the preset's network over as many images, one at a time, and gives the seconds."""
+    overrides = {"image_size": SIDE, "network_precision": precision}
+    config = load_config(PRESET, overrides=overrides, method_of=method_class)
+    (request,) = graph_requests(config)
+    graph = load_networks(config, [request], choose_runtime("cpu"), 1)[request.network].graphs[request.graph]
+    image = {"images": sample_images(SIDE)}
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(IMAGES):
+            graph.run(image)
+        return time.perf_counter() - start
+
+    return run
+
+
+def measured(runs: Mapping[str, Callable[[], tuple[float, float]]], alone: Callable[[], float], rounds: int) -> Any:
+    """Return the seconds of each, by the clock and of processors, and those of the networks, of rounds in turn."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    backbone = []
+    for counted in range(rounds + 1):
+        laps = {name: run() for name, run in runs.items()}
+        lap = alone()
+        if counted:  # the first one fills the cache and warms up
+            backbone.append(lap)
+            for name, values in laps.items():
+                seconds[name].append(values)
+    return {"networks_s": backbone, "runs_s": seconds}
+
+
+def said(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each that ran."""
+    backbone = record["networks_s"]
+    yield f"networks, {IMAGES} images: {statistics.median(backbone):.2f} s"
+    for name, values in record["runs_s"].items():
+        clock, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        beyond = statistics.median(lap - alone for (lap, _), alone in zip(values, backbone, strict=True))
+        yield f"{name}: {clock:.2f} s from start to end, {beyond:.2f} s beyond the networks, {cpu:.2f} s of processors"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zsad.bench.startup", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--against", metavar="COMMIT", help="a commit that takes its turns in the same rounds")
+    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="(default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted ones (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "startup.jsonl", help="JSON lines to append to")
+    arguments = parser.parse_args(argv)
+    record = environment("zsad.bench.startup", argv, ["numpy", "onnxruntime"])
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zsad-bench-")))
+        data = draw_demo(folder / "data", count=IMAGES, defects=1).parent
+        commits: dict[str, Path | None] = {"here": None}
+        if arguments.against is not None:
+            commits["here"] = stack.enter_context(installed(None))
+            commits[arguments.against] = stack.enter_context(installed(arguments.against))
+        runs = {
+            name: process(packages, data, folder / f"out{number}", arguments.precision)
+            for number, (name, packages) in enumerate(commits.items())
+        }
+        record |= {"preset": PRESET, "image_size": SIDE, "images": IMAGES, "precision": arguments.precision}
+        record |= measured(runs, networks(arguments.precision), arguments.rounds)
+    for line in said(record):
+        print(line)
+    append(arguments.output, record)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
