@@ -53,7 +53,7 @@ def test_a_device_takes_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     if COMPILER is None:
         pytest.skip(MISSING_COMPILER)
     minima, kept, device = make_minima(7, 5, 7), np.arange(7) != 3, HostDevice()
-    monkeypatch.setattr(averages.cuda, "STAGED_BYTES", 3 * 4 * 5 * 7)
+    monkeypatch.setattr("zsad.kernels.cuda.averages.STAGED_BYTES", 3 * 4 * 5 * 7)
     found = kept_averages(minima, kept, (0.0, 0.5), [device])
     np.testing.assert_allclose(found, reference.kept_average(minima, kept, (0.0, 0.5)), rtol=1e-12)
     assert max(device.allocated) == 3 * 4 * 5 * 7
