@@ -154,7 +154,7 @@ def test_auto_says_why_openvino_does_not_run_a_graph(
         tried.append(path)
         raise EngineError("OpenVINO 1 refuses it: no such operator")
 
-    monkeypatch.setattr(networks, "OpenVINOGraph", refuse)
+    monkeypatch.setattr("zsad.engine.networks.openvino.OpenVINOGraph", refuse)
     for _ in range(2):
         (network,) = networks.load_networks(config, [IMAGE], AUTO, 1).values()
         assert network.libraries == {"onnxruntime"}
