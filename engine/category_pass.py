@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,6 +219,7 @@ class CategoryPass:
         self.noticed = Noticed(self.category, references, copies=self.method.compares)  # elsewhere they hide nothing
         self.failures: dict[int, str] = {}  # why images have no score, by their number
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
+        self.seconds: dict[int, float] = {}  # that images took which are about to be written, by their number
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
         self.readable_references = 0
@@ -329,11 +331,15 @@ class CategoryPass:
         for batch in self.workplace.loader.batches(images, members, bit_depth, self.noticed.see):
             self._take_failures(batch.failures)
             if batch.indices:
+                begun = time.perf_counter()
                 with stopwatch(self.workplace.timings, "networks"):
                     answered = list(method.take(batch))
                 if (foregrounds := self.workplace.foregrounds) is not None:
                     for index, image in zip(batch.indices, batch.images, strict=True):
                         self.stages[index] = foregrounds.find(image).stages()
+                share = (time.perf_counter() - begun) / len(batch.indices)
+                took = zip(batch.indices, batch.seconds or repeat(0.0), strict=False)
+                self.seconds.update((index, read + share) for index, read in took if answered)
                 yield from answered
             if method.compares:
                 readable += batch.indices
@@ -503,6 +509,7 @@ class CategoryPass:
             image.stages or self.stages.pop(image.index, None),
             self.noticed.damaged.get(image.index),
             image.p_value,
+            self.seconds.pop(image.index, None),
         )
 
     def _bounds(self, writer: CategoryWriter, scores: NDArray[np.float64], results: Results | None) -> Bounds | None:

@@ -127,8 +127,8 @@ def _mask(
             raise kind(f"its mask {file}: {error}") from None
         if part.shape != mask.shape:
             height, width = mask.shape
-            size = f"{part.shape[1]}x{part.shape[0]} px, the image {width}x{height} px"
-            raise ValueError(f"its mask {file} is {size}")
+            sizes = f"{part.shape[1]}x{part.shape[0]} px, the image {width}x{height} px"
+            raise ValueError(f"its mask {file} is {sizes}")
         mask |= part
         if by_file and part.any():
             regions.append(Region(part, saturation_area(file, part, saturation)))

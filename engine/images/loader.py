@@ -1,5 +1,6 @@
 """Image files in, batches of network inputs out: in order, decoded in threads, on the host or on a device."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Batch:
     inputs: Mapping[Recipe, Array]  # [B, 3, S, S] float32 each; valid until the next batch is asked for
     failures: list[tuple[int, str]]  # the other ones, and why they have no input
     images: Sequence[NDArray[np.uint8]] = ()  # [H, W, 3] RGB each, where the loader keeps them
+    seconds: Sequence[float] = ()  # that reading each has taken, where the loader has read them
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,13 @@ class Loader:
         """
 
         def read(index: int, last_try: bool) -> Any:
+            start = time.perf_counter()
             try:
                 prepared, image = self.inputs.read(images[index].path, bit_depth)
                 seen(index, image)
                 # Pillow has four bytes for each pixel.
-                return prepared, pixels(image) if self.keep_images and image is not None else None
+                kept = pixels(image) if self.keep_images and image is not None else None
+                return prepared, kept, time.perf_counter() - start
             except MemoryError as error:
                 if not last_try:
                     raise
@@ -202,6 +206,7 @@ class Loader:
                 indices: list[int] = []
                 prepared: list[Any] = []
                 kept: list[NDArray[np.uint8]] = []
+                seconds: list[float] = []
                 failures: list[tuple[int, str]] = []
                 with stopwatch(self.timings, "decode"):
                     for index, result in following:
@@ -211,6 +216,7 @@ class Loader:
                             indices.append(index)
                             prepared.append(result[0])
                             kept += [result[1]] if self.keep_images else []
+                            seconds.append(result[2])
                         if len(indices) == self.batch_size:
                             break
                 if not indices:
@@ -218,4 +224,4 @@ class Loader:
                         yield Batch([], {}, failures)
                     return
                 with self.inputs.batch(prepared) as inputs:
-                    yield Batch(indices, inputs, failures, kept)
+                    yield Batch(indices, inputs, failures, kept, seconds)

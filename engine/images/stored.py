@@ -170,7 +170,7 @@ def map_values(path: Path) -> NDArray[np.float32]:
         for _, (left, top, right, bottom), offset, _ in image.tile:
             if (left, right) != (0, image.width):
                 return np.array(image.convert("F"))
-            rows = memoryview(values[top:bottom]).cast("B")
+            rows = values[top:bottom].data.cast("B")
             file.seek(offset)
             if file.readinto(rows) < len(rows):
                 raise ImageError("damaged: image file is truncated")

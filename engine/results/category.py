@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -67,6 +68,7 @@ class CategoryWriter:
         self._failures: dict[int, Failure] = {}  # of writing, by the image's number
         self.notes: dict[int, str] = {}  # of images, by their number
         self._with_p_values = False  # whether an image has one
+        self._seconds = np.full(len(self._images), np.nan, np.float32)  # see `ImageRecords`
         self.scale: tuple[float, float] | None = None  # of the maps, the same for all images
         self._files = ImageFiles(self._staging, writing, bit_depth)
         self._stamps = np.zeros((len(self._images), 2), np.int64)
@@ -195,7 +197,7 @@ class CategoryWriter:
         else:
             self._journal.path.rename(self._staging / SCORED)
         move_into_place(self._staging, self._final)
-        return replace(complete, images=images.moved(self._final / RECORD))
+        return replace(complete, images=images.moved(self._final / RECORD, self._seconds[self.done]))
 
     def _close(self) -> None:
         self._thumbnails.close()
@@ -234,7 +236,10 @@ class CategoryWriter:
 
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
+        start = time.perf_counter()
         written, thumbnails = self._files.write(self._images[result.index], result, last_try)
+        if result.seconds is not None:
+            self._seconds[result.index] = result.seconds + time.perf_counter() - start
         return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
 
 

@@ -9,23 +9,23 @@ of images are relative to the folder that was scored.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from zsad.engine.config import ConfigError
 from zsad.engine.images.folders import Dataset
-from zsad.engine.scores.verdicts import Region, labelled_regions
+from zsad.engine.scores.verdicts import labelled_regions
 from zsad.kernels.files import parse_json
 
 from .checking import upright_size
 from .records import ImageRecord
-from .source import Faults, Finished, Report, Source
+from .source import Faults, Finished, Report, Source, in_threads
 
 LABELS, RESULTS = "labels.json", "results.json"
 DEFECT = {"id": 1, "name": "defect", "supercategory": "defect"}  # what kind of defect it is, nobody knows
@@ -71,29 +71,34 @@ def _name(data: Path, root: Path, path: str) -> str:
 
 def _annotations(source: Source, lacking: Faults, results: TextIO) -> Iterator[dict[str, Any]]:
     """Yield what was found, each also written as a result."""
-    mask, number = library(), 0
-    for image_id, (category, image) in enumerate(source.images(Faults(), "regions"), 1):
-        bounds = category.record.bounds
-        if image.regions is None or bounds is None or bounds.region is None:
-            lacking.add(NO_REGIONS, category.record.name, once=True)
-            continue
-        for region, pixels in _regions(category, image, bounds.region):
-            number += 1
-            encoded = mask.encode(np.asfortranarray(pixels, np.uint8))
-            segmentation = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
-            box = [region.x, region.y, region.width, region.height]
-            result = {"image_id": image_id, "category_id": DEFECT["id"], "bbox": box, "score": region.peak}
-            result["segmentation"] = segmentation
-            results.write(",\n" * (number > 1) + json.dumps(result))
-            yield {"id": number, **result, "area": region.area, "iscrowd": 0}
+
+    def jobs() -> Iterator[tuple[ImageRecord, Callable[[], list[tuple[dict[str, Any], int]]]]]:
+        for image_id, (category, image) in enumerate(source.images(Faults(), "regions"), 1):
+            bound = category.record.region_bound
+            if image.regions is None or bound is None:
+                lacking.add(NO_REGIONS, category.record.name, once=True)
+            else:
+                yield image, partial(_found, image_id, category, image, bound)
+
+    every = (one for found in in_threads(jobs()) for one in found)
+    for number, (result, area) in enumerate(every, 1):
+        results.write(",\n" * (number > 1) + json.dumps(result))
+        yield {"id": number, **result, "area": area, "iscrowd": 0}
 
 
-def _regions(category: Finished, image: ImageRecord, threshold: float) -> Iterator[tuple[Region, NDArray[np.bool_]]]:
-    """Yield the defect regions of an image with their pixels [H, W]."""
-    if image.regions:
-        least = min(region.area for region in image.regions)
-        labels, found = labelled_regions(category.map(image), threshold, least)
-        yield from ((region, labels == label) for label, region in found)
+def _found(image_id: int, category: Finished, image: ImageRecord, threshold: float) -> list[tuple[dict[str, Any], int]]:
+    """Return the defect regions of an image as results, with their areas in pixels."""
+    if not image.regions:
+        return []
+    mask, all_found = library(), []
+    labels, regions = labelled_regions(category.map(image), threshold, min(region.area for region in image.regions))
+    for label, region in regions:
+        encoded = mask.encode(np.asfortranarray(labels == label, np.uint8))
+        segmentation = {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+        box = [region.x, region.y, region.width, region.height]
+        result = {"image_id": image_id, "category_id": DEFECT["id"], "bbox": box, "score": region.peak}
+        all_found.append(({**result, "segmentation": segmentation}, region.area))
+    return all_found
 
 
 def _write_list(file: TextIO, items: Iterable[dict[str, Any]]) -> None:

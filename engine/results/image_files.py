@@ -56,6 +56,7 @@ class Result:
     stages: Stages | None = None
     note: str | None = None  # what the user should know of the file
     p_value: float | None = None  # share of normal images that score as high
+    seconds: float | None = None  # that reading it and the networks have taken, of methods that judge each by itself
 
 
 class Written(NamedTuple):

@@ -11,7 +11,7 @@ Names, counts and types are those that MVTec's own script for checking submissio
 import gzip
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from zsad.engine.scores.verdicts import region_mask
 
 from .checking import Entry, check_names, entries, png_fault, tiff_fault, upright_size
 from .records import ImageRecord
-from .source import Faults, Finished, Progress, Report, Source, place_of
+from .source import Faults, Finished, Progress, Report, Source, in_threads, place_of
 
 # Images in each of the two splits.
 COUNTS = {
@@ -64,16 +64,22 @@ def _key(root: Path, path: str) -> str | None:
 def write(folder: Path, source: Source) -> Faults:
     """Write the tree and the archive; returns what they lack. Raises OSError, ImageError."""
     lacking, missing = Faults(), dict.fromkeys(expected_images())
-    for category, image in source.images(lacking):
-        key, named = _key(category.root, image.path), f"{category.record.name}/{image.path}"
-        if key is None:
-            lacking.add("left out, since it lies in no private split of the eight objects", named)
-        elif key not in missing:
-            lacking.add("left out, since the server knows no such name", named)
-        else:
-            del missing[key]
-            if not _write_image(folder / FOLDER, key, category, image):
-                lacking.add(NO_MASKS, category.record.name, once=True)
+
+    def jobs() -> Iterator[tuple[ImageRecord, Callable[[], None]]]:
+        for category, image in source.images(lacking):
+            key, named = _key(category.root, image.path), f"{category.record.name}/{image.path}"
+            if key is None:
+                lacking.add("left out, since it lies in no private split of the eight objects", named)
+            elif key not in missing:
+                lacking.add("left out, since the server knows no such name", named)
+            else:
+                del missing[key]
+                if category.record.region_bound is None:
+                    lacking.add(NO_MASKS, category.record.name, once=True)
+                yield image, partial(_write_image, folder / FOLDER, key, category, image)
+
+    for _ in in_threads(jobs()):
+        pass
     for name in missing:
         lacking.add("missing, without which the server refuses the archive", name)
     _pack(folder, source.progress)
@@ -96,20 +102,19 @@ def _pack(folder: Path, progress: Progress) -> None:
             progress("pack", number, len(files))
 
 
-def _write_image(folder: Path, key: str, category: Finished, image: ImageRecord) -> bool:
-    """Write both files of an image; returns whether it has a thresholded one."""
+def _write_image(folder: Path, key: str, category: Finished, image: ImageRecord) -> None:
+    """Write the files of an image; without a bound of regions there is no thresholded one."""
     scores = category.map(image)
     target = _made(folder, MAPS, key)
     imwrite(target, scores.astype(np.float16), photometric="minisblack", metadata=None)
-    bounds = category.record.bounds
-    if bounds is None or bounds.region is None:
-        return False
+    bound = category.record.region_bound
+    if bound is None:
+        return
     mask = np.zeros(scores.shape, np.uint8)
     if image.regions:
-        found = region_mask(scores, bounds.region, min(region.area for region in image.regions))
+        found = region_mask(scores, bound, min(region.area for region in image.regions))
         mask = np.uint8(255) * found
     Image.fromarray(mask).save(_made(folder, MASKS, key), format="PNG")
-    return True
 
 
 def _made(folder: Path, kind: tuple[str, str], key: str) -> Path:

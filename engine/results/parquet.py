@@ -7,8 +7,11 @@ as many as height times width; 255 or 65535 stands for 1. The category is a colu
 is called for a number where they can.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +23,8 @@ from zsad.engine.images.folders import Dataset
 from zsad.export.libraries import install_command
 
 from .formats import Export
-from .source import Faults, Finished, Report, Source
+from .records import CategoryRecord, ImageRecord, ImageRecords
+from .source import Faults, Finished, Report, Source, in_threads
 
 DATA = "images"  # the folder that readers are given
 BITS: dict[str, int] = {"parquet": 0, "parquet-8bit": 8, "parquet-16bit": 16}  # of maps; none without
@@ -63,30 +67,53 @@ def _schema(pa: Any, bits: int) -> Any:
     columns = [("path", text), ("category", text), ("group", count), ("score", number), ("raw_score", number)]
     columns += [("rank", count), ("verdict", text), ("p_value", number), ("width", count), ("height", count)]
     columns += [("regions", pa.list_(region)), ("seconds", number), ("note", text), ("failure", text)]
-    return pa.schema([*columns, *[("map", pa.list_(pa.uint8() if bits == 8 else pa.uint16()))] * bool(bits)])
+    columns += [("map", pa.list_(pa.uint8() if bits == 8 else pa.uint16()))] * bool(bits)
+    told = {name: {"description": SECONDS} if name == "seconds" else None for name, _ in columns}
+    return pa.schema([pa.field(name, kind, metadata=told[name]) for name, kind in columns])
 
 
 def _rows(category: Finished, bits: int) -> Iterator[dict[str, Any]]:
     record = category.record
-    seconds = None if record.resumed or not record.images else record.seconds / len(record.images)
     failures = {failure.path: failure.reason for failure in record.failures if failure.path not in record.references}
-    for image, group in zip(record.images, category.groups(), strict=False):
-        row = {
-            **{key: value for key, value in asdict(image).items() if key in SAME},
-            "path": _sound(image.path),
-            "category": _sound(record.name),
-            "group": group,
-            "seconds": seconds,
-            "failure": failures.pop(image.path, None),  # scored, but without a map
-        }
-        if bits and image.map:
-            most = 2**bits - 1
-            values = np.rint(category.map(image).clip(0, 1) * np.float32(most))
-            row["map"] = values.astype(np.uint8 if bits == 8 else np.uint16).ravel()
-        yield row
+
+    def jobs() -> Iterator[tuple[ImageRecord, Callable[[], dict[str, Any]]]]:
+        for image, group, took in zip(record.images, category.groups(), _seconds(record), strict=False):
+            row = {
+                **{key: value for key, value in asdict(image).items() if key in SAME},
+                "path": _sound(image.path),
+                "category": _sound(record.name),
+                "group": group,
+                "seconds": took,
+                "failure": failures.pop(image.path, None),  # scored, but without a map
+            }
+            yield image, partial(_with_map, row, category, image, bits)
+
+    yield from in_threads(jobs()) if bits else (job() for _, job in jobs())
     for path, reason in failures.items():
         yield {"path": _sound(path), "category": _sound(record.name), "failure": reason}
 
+
+def _seconds(record: CategoryRecord) -> Iterator[float | None]:
+    """Yield what each image has taken; None where an earlier run has scored it."""
+    own = record.images.seconds if isinstance(record.images, ImageRecords) else None
+    if own is not None and np.isfinite(own).any():
+        yield from (None if math.isnan(seconds) else seconds for seconds in own.tolist())
+    else:
+        yield from repeat(None if record.resumed or not record.images else record.seconds / len(record.images))
+
+
+def _with_map(row: dict[str, Any], category: Finished, image: ImageRecord, bits: int) -> dict[str, Any]:
+    """Return a row with its image's map, where that is asked for and there is one."""
+    if bits and image.map:
+        values = np.rint(category.map(image).clip(0, 1) * np.float32(2**bits - 1))
+        row["map"] = values.astype(np.uint8 if bits == 8 else np.uint16).ravel()
+    return row
+
+
+SECONDS = (
+    "of methods that judge every image by itself, what reading, networks and writing took for this one, beside others "
+    "on other cores; of methods that compare images the mean of the category's. None: an earlier run has scored it"
+)
 
 SAME = frozenset(("score", "raw_score", "rank", "verdict", "p_value", "width", "height", "regions", "note"))
 

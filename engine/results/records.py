@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from zsad.engine.scores.verdicts import VERDICTS, Bounds, Region, Verdict
@@ -87,6 +89,11 @@ class CategoryRecord:
     resumed: bool = False
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of the files that tell of all images
 
+    @property
+    def region_bound(self) -> float | None:
+        """Return which map values are a defect; None where the category has no verdicts."""
+        return None if self.bounds is None else self.bounds.region
+
     def verdicts(self) -> dict[str, int]:
         """Return how many images have each verdict, nothing where there are none."""
         counts = Counter(image.verdict for image in self.images) if self.bounds is not None else {}
@@ -128,9 +135,13 @@ class ImageRecords(Sequence[ImageRecord]):
     Raises OSError and ValueError where the file is no longer as it was.
     """
 
-    def __init__(self, file: Path, bounds: Sequence[int]) -> None:
-        """bounds: where each image begins in the file, and where the last one ends."""
-        self._file, self._bounds = file, bounds
+    def __init__(self, file: Path, bounds: Sequence[int], seconds: NDArray[np.float32] | None = None) -> None:
+        """bounds: where each image begins in the file, and where the last one ends.
+
+        seconds: [N] that this run has taken for each, NaN where an earlier one has; no file holds them, since results
+        of two runs are the same but for these. None where only a whole category's time is known.
+        """
+        self._file, self._bounds, self.seconds = file, bounds, seconds
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -156,9 +167,9 @@ class ImageRecords(Sequence[ImageRecord]):
                 text = file.read(self._bounds[number + 1] - self._bounds[number])
                 yield _read(ImageRecord, text.strip(b" \n,"))
 
-    def moved(self, file: Path) -> "ImageRecords":
-        """Return the same images after their file was moved."""
-        return ImageRecords(file, self._bounds)
+    def moved(self, file: Path, seconds: NDArray[np.float32] | None = None) -> "ImageRecords":
+        """Return the same images after their file was moved; seconds: as there."""
+        return ImageRecords(file, self._bounds, seconds)
 
 
 # Lines of a category's file; only what belongs to the category itself begins with a single space.

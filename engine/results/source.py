@@ -7,13 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.layouts import fold, is_test
 from zsad.engine.images.stored import read_map
+from zsad.kernels.machine import available_cores, default_memory_limit
 
 from .records import CategoryRecord, ImageRecord
 
@@ -51,6 +53,23 @@ class Faults:
             more = f" and {count - NAMED} more" if count > NAMED else ""
             said.append(f"{kind}: {', '.join(self.first[kind])}{more}")
         return said
+
+
+BYTES = 24  # for each pixel of a map, while a format is made of it
+Made = TypeVar("Made")
+
+
+def in_threads(jobs: Iterable[tuple[ImageRecord, Callable[[], Made]]]) -> Iterator[Made]:
+    """Yield what jobs, each of an image, return, in their order; they run on all cores, within half of free memory."""
+
+    def work(job: Callable[[], Made], last_try: bool) -> Made:
+        return job()
+
+    workers = available_cores()
+    with Ahead(work, workers, 2 * workers, default_memory_limit() // 2, "export") as ahead:
+        for image, job in jobs:
+            yield from (made for _, made in ahead.put(job, BYTES * (image.width or 0) * (image.height or 0)))
+        yield from (made for _, made in ahead.rest())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tifffile import imread, imwrite
 
 from zsad.engine.config import ConfigError
 from zsad.engine.images.folders import Dataset, scan
-from zsad.engine.results import coco, exports, mvtec_ad2, rayan
+from zsad.engine.results import coco, exports, mvtec_ad2, rayan, source
 from zsad.engine.results.exports import check, export
 from zsad.engine.results.formats import Export, of_finished, of_images
 from zsad.engine.results.output import OutputError
@@ -495,3 +495,20 @@ def test_masks_are_the_regions_on_record(scores: NDArray[np.float32], least_area
         rows, columns = np.nonzero(labels == label)
         box = (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1, rows.size)
         assert box == (region.x, region.y, region.width, region.height, region.area)
+
+
+@pytest.mark.parametrize("name", ["mvtec-ad2", "coco"])
+def test_the_number_of_cores_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: Export
+) -> None:
+    if name == "coco":
+        request.getfixturevalue("masks")
+    names = [f"can/{split}/{number:03d}_{kind}.png" for split, kind in mvtec_ad2.SPLITS.items() for number in range(5)]
+    case, written = Case(tmp_path, *names, failed="003_mixed.png"), []
+    for cores, limit in ((1, 1 << 30), (4, 1 << 30), (4, 1)):  # the last one by one
+        monkeypatch.setattr(source, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(source, "default_memory_limit", lambda limit=limit: limit)
+        lacking = case.export(name)
+        written.append((lacking, {file: (case.out / name / file).read_bytes() for file in files(case.out / name)}))
+    assert written[0] == written[1] == written[2]
+    assert len(written[0][1]) > 2

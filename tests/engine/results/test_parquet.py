@@ -54,3 +54,18 @@ def test_readers_get_what_is_on_record(tiny: Path, tmp_path: Path, monkeypatch, 
     assert evaluate(["out", str(tmp_path / "data"), "--check", name]) == 0
     (tmp_path / "data" / "007" / "new.png").write_bytes((tmp_path / "data" / "007" / "00.png").read_bytes())
     assert evaluate(["out", str(tmp_path / "data"), "--check", name]) == 1
+
+
+def test_seconds_are_of_each_image_where_it_is_scored_by_itself(tiny: Path, tmp_path: Path) -> None:
+    good, data = draw(tmp_path / "good", 5), draw(tmp_path / "data", 4)
+    config = ("--config", str(tiny / "config.toml"), "-q")
+    assert main(["--reference", str(good), "--save-bank", "part.zsad", *config]) == 0
+    run = [str(data), "--bank", "part.zsad", "--format", "parquet", "--resume", "-q"]
+    assert main(run) == 0
+    seconds = pandas.read_parquet("out/parquet/images").seconds
+    assert (len(set(seconds)), seconds.min() > 0) == (4, True)
+    (data / "04.png").write_bytes((data / "00.png").read_bytes())
+    assert main(run) == 0
+    rows = pandas.read_parquet("out/parquet/images").set_index("path")
+    assert rows.seconds.isna().sum() == 4  # which the earlier run has scored
+    assert rows.seconds["04.png"] > 0
