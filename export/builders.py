@@ -18,7 +18,9 @@ from .clipseg_graph import (
 )
 from .isnet import ISNet, read_isnet
 from .isnet_graph import build_isnet_graph, check_isnet_options
+from .native_tower import build_native_graph, check_native_options
 from .options import (
+    NATIVE,
     ClipSegDecoderOptions,
     ClipSegImageOptions,
     ExportOptions,
@@ -30,7 +32,7 @@ from .options import (
     Shape,
     TextOptions,
 )
-from .quantisation import int8_errors, layers_in_fp32
+from .quantisation import LOOSEST, int8_errors, layers_in_fp32
 from .sam import MaskDecoder, SamEncoder, TinyEncoder, read_mask_decoder, read_sam_encoder
 from .sam_image_graph import build_sam_image_graph, check_sam_image_options
 from .sam_masks_graph import build_sam_masks_graph, check_sam_masks_options, sam_masks_inputs
@@ -98,14 +100,18 @@ class ImageTowerBuilder(_Builder):
         return self.options.preprocessing or self.weights.architecture.preprocessing
 
     def check(self) -> None:
-        check_options(self.weights, self.options)
+        native = self.options.attention == NATIVE
+        (check_native_options if native else check_options)(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
+        if self.options.attention == NATIVE:
+            return build_native_graph(self.weights, self.options, exact, metadata)
         return build_vit_graph(self.weights, self.options, exact, metadata)
 
     def choices(self) -> Iterable[tuple[str, ...]]:
-        int8 = self.options.precision == "int8"
-        return layers_in_fp32(int8_errors(self.weights, self.options)) if int8 else [()]
+        if self.options.precision != "int8":
+            return [()]
+        return layers_in_fp32(int8_errors(self.weights, self.options), LOOSEST.get(self.options.attention, 1.0))
 
     def forward(self, *where: Any) -> Any:
         from .torch_forward import TorchForward

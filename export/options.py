@@ -14,10 +14,12 @@ Shape = tuple[int | None, ...]
 ACTIVATIONS = ("gelu", "quick_gelu")
 PRECISIONS = ("fp32", "fp16", "int8")
 ATTENTIONS = ("fused", "standard")  # ONNX Runtime's operators, and what TensorRT and OpenVINO read
+NATIVE = "native"  # of image towers: the whole tower in zsad's own code for CPUs, which no library reads
 WINDOWS = {"windows_2": 2, "windows_3": 3}  # output → patches per side of a window
 # Options of graphs that `zsad-export` takes beside precision and attention, which it has for all of them.
 GRAPH_WORDS = ("image_size", "outputs", "taps", "activation", "heads", "preprocessing", "antialias")
-IMAGE_OUTPUTS = ("tokens", "embedding", "patches", *WINDOWS)  # of an image tower
+NATIVE_OUTPUTS = ("tokens", "embedding", "patches")
+IMAGE_OUTPUTS = (*NATIVE_OUTPUTS, *WINDOWS)  # of an image tower
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ExportOptions:
     heads: int | None = None  # None: those of the published tower of this width
     outputs: tuple[str, ...] = ("tokens", "embedding")
     precision: str = "fp32"  # int8: not TensorRT
-    attention: str = "fused"
+    attention: str = "fused"  # or native
     antialias: bool | None = None  # of the position embedding's resize; None is the model's own way
     preprocessing: Preprocessing | None = None  # only noted: what the images are normalised with; None: the model's own
 

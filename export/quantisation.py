@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .agreement import SMALLEST_COSINE, sample_batch, token_cosines
 from .libraries import import_onnxruntime
-from .options import ExportOptions
+from .options import NATIVE, ExportOptions
 from .transformer_graph import LINEAR_LAYERS
 from .vision_transformer import VisionTransformer
 from .vit_graph import build_block_graph, build_stem_graph, check_options
@@ -19,6 +19,7 @@ Array = NDArray[np.float32]
 GRID = 8  # patches per side of the images that errors are measured on
 ALLOWED = 1 - SMALLEST_COSINE["int8"]
 TIGHTER = 0.7  # from one choice of layers to the next
+LOOSEST = {"fused": 1.0, NATIVE: TIGHTER}  # the share of what is allowed that the first choice may take
 
 
 def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArray[np.float64]]:
@@ -29,7 +30,8 @@ def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDA
     block 11.
 
     Measured at 8 x 8 patches, which rank the layers as 16 x 16 do; and measured on this machine: without VNNI other
-    layers suffer, so a graph is to be exported where it is to run.
+    layers suffer in ONNX Runtime, so a graph is to be exported where it is to run. The native code rounds alike
+    everywhere, which is measured by its roundings before products in fp32.
     """
     check_options(vit, options)
     others = set(options.outputs) - {"tokens"}
@@ -58,11 +60,11 @@ def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDA
     return {layer: np.nan_to_num([0.0] * (len(taps) - len(seen)) + seen, nan=np.inf) for layer, seen in errors.items()}
 
 
-def layers_in_fp32(errors: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[str, ...]]:
+def layers_in_fp32(errors: Mapping[str, NDArray[np.float64]], share: float = 1.0) -> Iterator[tuple[str, ...]]:
     """Yield ever more layers to keep in fp32, until they are all; what is enough, only the whole graph can tell.
 
     errors: of `int8_errors`. The errors of the layers in int8 add up at every tap to at most a share of what
-    `SMALLEST_COSINE` allows, first to all of it; where they do not, the layer with most at the worst tap goes to fp32.
+    `SMALLEST_COSINE` allows, first to `share`; where they do not, the layer with most at the worst tap goes to fp32.
 
     DINOv2 ViT-S/14 with taps behind blocks 5 and 8 takes 7 of 36 layers at 518 px and 16 at 280 px, 24 and 56 % of the
     products. Among them are fc1 of block 0, whose input has outlier channels, and fc2 of block 2, where massive
@@ -70,7 +72,7 @@ def layers_in_fp32(errors: Mapping[str, NDArray[np.float64]]) -> Iterator[tuple[
     do not, unless nearly all layers are in fp32: little decides there whether a token becomes one of the massive
     ones, and what little that is, the samples cannot tell. In 12 photographs at 518 px they fell to 0.982.
     """
-    quantised, share, before = dict(errors), 1.0, -1
+    quantised, before = dict(errors), -1
     while before < len(errors):
         while quantised and (total := np.sum(list(quantised.values()), axis=0)).max() > share * ALLOWED:
             tap = total.argmax()

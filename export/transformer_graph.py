@@ -135,8 +135,8 @@ class TransformerGraph:
         OpenVINO does for every 32 of a token, or leaves them as they are.
         """
         weight, bias = affine
-        scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127)
-        levels = np.ascontiguousarray(np.rint(weight / scale[:, None]).T.astype(np.int8))
+        codes, scale = weight_codes(weight)
+        levels = np.ascontiguousarray(codes.T)
         if not self.fused:
             stored = [self.constant(levels, name + ".levels"), self.constant(scale, name + ".scale")]
             wide = self.node("DequantizeLinear", stored, name + ".weight", axis=1)
@@ -286,6 +286,12 @@ class TransformerGraph:
         y = self.narrow(self.layer_norm(x, block.norm2, eps, name + ".norm2"))
         y = self.widen(self.feed_forward(y, block, kind, name))
         return self.node("Add", [x, y], name)
+
+
+def weight_codes(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """Return 8-bit codes [N, K] of weights and their scale per output [N]."""
+    scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / np.float32(127)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
 
 
 def finished_model(

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from .options import IMAGE_OUTPUTS, WINDOWS, ExportOptions
+from .options import IMAGE_OUTPUTS, NATIVE, WINDOWS, ExportOptions
 from .state_dict import CheckpointError
-from .transformer import Array
-from .transformer_graph import TransformerGraph, check_choices, finished_model
+from .transformer import Affine, Array
+from .transformer_graph import TransformerGraph, check_choices, finished_model, weight_codes
 from .vision_transformer import VisionTransformer
 
 # Tokens of windows that go through the blocks at once on a CPU. With all of an image's, 980 and 1690 for WinCLIP, fp32
@@ -135,6 +136,23 @@ class ImageTowerGraph(TransformerGraph):
         """
         y = self.node("Gather", [x, rows], name + ".gathered", axis=1)
         return self.node("Reshape", [y, self.constant(np.array([-1, *size]), "x".join(map(str, size)))], name)
+
+
+class NativelyRoundedGraph(ImageTowerGraph):
+    """The graph of an image tower whose int8 layers round as the native code does, before products in fp32."""
+
+    def quantised_linear(self, x: str, affine: Affine, name: str) -> str:
+        """Weights with a scale per output, activations with a scale and an offset per token."""
+        weight, bias = affine
+        codes, scale = weight_codes(weight)
+        axis, levels = self.constant(np.array([-1]), "channels"), self.constant(np.float32(255), "levels")
+        least, most = (self.node(f"Reduce{end}", [x, axis], f"{name}.{end}", keepdims=1) for end in ("Min", "Max"))
+        step = self.node("Div", [self.node("Sub", [most, least], name + ".range"), levels], name + ".step")
+        step = self.node("Max", [step, self.constant(np.finfo(np.float32).tiny, "tiny")], name + ".positive")
+        code = self.node("Div", [self.node("Sub", [x, least], name + ".above"), step], name + ".exact")
+        code = self.node("Mul", [self.node("Round", [code], name + ".code"), step], name + ".steps")
+        rounded = self.node("Add", [code, least], name + ".rounded")
+        return self.plain_linear(rounded, (codes * scale[:, None], bias), name)
 
 
 def window_tokens(grid: int, side: int, front: int) -> NDArray[np.int64]:
@@ -296,7 +314,8 @@ def build_block_graph(
     """
     heads, activation = vit.attention_heads(options.heads), options.activation
     angles = vit.angles(heads, grid) if vit.architecture.rotary else None
-    graph = ImageTowerGraph("int8", options.attention == "fused", exact, angles=angles)
+    kind = NativelyRoundedGraph if options.attention == NATIVE else ImageTowerGraph
+    graph = kind("int8", options.attention != "standard", exact, angles=angles)
     y = graph.block("x", vit.blocks[index], heads, activation, vit.architecture.norm_eps, f"block{index}")
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
@@ -358,5 +377,5 @@ def check_options(vit: VisionTransformer, options: ExportOptions) -> int:
         )
     if options.antialias is not None and vit.architecture.rotary:
         raise CheckpointError("antialias is of positions that are resized, and rotary ones are not; leave it out")
-    check_choices(options)
+    check_choices(replace(options, attention="fused") if options.attention == NATIVE else options)
     return vit.attention_heads(options.heads)

@@ -1,10 +1,11 @@
-"""Mutual scoring in plain float64 NumPy: slow, obvious, and the oracle every kernel is compared with.
+"""What the kernels compute, in plain float64 NumPy: slow, obvious, and the oracle every kernel is compared with.
 
 MuSc (Li et al., ICLR 2024): LNAMD is section 3.1, MSM section 3.2, the interval average section 3.2, eq. 4 and 5.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -190,6 +191,51 @@ def mutual_scores(
     minima = patch_minima(tokens, grid, degrees, references, window)
     scores: NDArray[np.float64] = interval_average(minima, interval).mean(axis=(0, 1))
     return scores
+
+
+def transformer_block(
+    tokens: ArrayLike,
+    layers: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    heads: int,
+    activation: str,
+    eps: float,
+    angles: ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    """Take tokens [T, C] through a block of a vision transformer: attention, then two layers, both on a residual.
+
+    layers: weight and bias of norm1, qkv, proj, norm2, fc1 and fc2; linear weights are [out, in]. activation: gelu,
+    quick_gelu or swiglu, for which the halves of fc1 are gate and value. angles: by how much channels i and i + d / 2
+    of queries and keys are turned together in every head of width d, [T, d / 2].
+    """
+    x = np.asarray(tokens, np.float64)
+    at = {name: [np.asarray(part, np.float64) for part in parts] for name, parts in layers.items()}
+
+    def norm(y: NDArray[np.float64], name: str) -> Any:
+        centred = y - y.mean(axis=1, keepdims=True)
+        return centred / np.sqrt(centred.var(axis=1, keepdims=True) + eps) * at[name][0] + at[name][1]
+
+    def linear(y: Any, name: str) -> Any:
+        return y @ at[name][0].T + at[name][1]
+
+    query, key, value = linear(norm(x, "norm1"), "qkv").reshape(len(x), 3, heads, -1).transpose(1, 2, 0, 3)
+    if angles is not None:
+        cosine, sine = np.cos(angles), np.sin(angles)
+        halves = [np.split(part, 2, axis=-1) for part in (query, key)]
+        query, key = (np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1) for a, b in halves)
+    logits = query @ key.transpose(0, 2, 1) / np.sqrt(query.shape[-1])
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    mixed = weights / weights.sum(axis=-1, keepdims=True) @ value
+    x = x + linear(mixed.transpose(1, 0, 2).reshape(x.shape), "proj")
+    y = linear(norm(x, "norm2"), "fc1")
+    if activation == "gelu":
+        y = y / 2 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+    elif activation == "quick_gelu":
+        y = y / (1 + np.exp(-1.702 * y))
+    else:
+        gate, value = np.split(y, 2, axis=1)
+        y = gate / (1 + np.exp(-gate)) * value
+    after: NDArray[np.float64] = x + linear(y, "fc2")
+    return after
 
 
 def nearest(queries: ArrayLike, bank: ArrayLike, k: int = 1) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

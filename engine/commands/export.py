@@ -18,6 +18,7 @@ from zsad.export.options import (
     GRAPH_WORDS,
     GRAPHS,
     IMAGE_OUTPUTS,
+    NATIVE,
     PRECISIONS,
     ExportOptions,
     GraphOptions,
@@ -162,7 +163,9 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("the graph")
     graph.add_argument("--taps", type=numbers(int), metavar="5,11,...", help="blocks to tap, 0-based")
     graph.add_argument(
-        "--attention", choices=ATTENTIONS, help="operators of the attention (default: fused for onnx, else standard)"
+        "--attention",
+        choices=[*ATTENTIONS, NATIVE],
+        help="operators of the attention (default: fused for onnx, else standard); native: a tower for zsad alone",
     )
     add = parser.add_argument_group("the graph of a --checkpoint (a preset brings its own)").add_argument
     add("--activation", choices=ACTIVATIONS, help=f"(default: {ExportOptions.activation})")
@@ -231,8 +234,8 @@ def _jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
         attention=arguments.attention or ("fused" if onnx else "standard"),
         **own,
     )
-    if not onnx and options.attention == "fused":
-        parser.error("--attention fused is ONNX Runtime's; TensorRT reads standard")
+    if not onnx and options.attention != "standard":
+        parser.error(f"--attention {options.attention} is not TensorRT's, which reads standard")
     if arguments.preset is not None:
         if own or arguments.graph != "image":
             named = ", ".join([*own, *(["graph"] if arguments.graph != "image" else [])])
@@ -267,7 +270,8 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     """
     from zsad.engine.config import ConfigError, load_config
     from zsad.engine.methods.method import graph_requests, method_class
-    from zsad.engine.networks.build import engine_batch, graph_options
+    from zsad.engine.networks.build import candidates, engine_batch, graph_options
+    from zsad.engine.networks.runtime import choose_runtime
 
     given = {k: v for k in ("taps", "image_size") if (v := getattr(arguments, k)) is not None}
     load = partial(load_config, arguments.preset, arguments.config, method_of=method_class)
@@ -283,7 +287,11 @@ def _preset_jobs(parser: argparse.ArgumentParser, arguments: argparse.Namespace,
     jobs = []
     for request, kind in requests.items():
         spec = config.specs[request.network]
-        own = graph_options(spec, request, options.precision, options.attention)
+        attention = options.attention
+        if arguments.target == "onnx" and arguments.output is None and arguments.attention is None:
+            first, *_ = candidates(request, options.precision, choose_runtime("cpu"))
+            attention = NATIVE if first == "native" else attention
+        own = graph_options(spec, request, options.precision, attention)
         file = f"{request.network}-{own.label}{kind}-{own.precision}{suffix}"
         output = arguments.output / file if arguments.output else None
         follows_images = spec.image_size == "auto"

@@ -195,7 +195,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="score on the machines of a Ray cluster, HOST:6379 or auto, one worker per GPU, or on a CPU per --workers "
         "processors; without ADDRESS a Ray of its own on this machine",
     )
-    add("--runtime", default="auto", help="of the networks: auto, onnxruntime, openvino, tensorrt or tensorrt-rtx")
+    add("--runtime", default="auto", help="of networks: auto, native, onnxruntime, openvino, tensorrt, tensorrt-rtx")
     add("--decoder", help="pillow (the default), or nvimgcodec: JPEG files on the GPU, to slightly other pixels")
     add(
         "--bit-depth",

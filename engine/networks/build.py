@@ -1,6 +1,7 @@
 """A configuration's networks, ready to run: exported, built and compared with their source unless done before."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from zsad.export.checkpoints import check_present, find_checkpoint
 from zsad.export.libraries import EngineError
 from zsad.export.onnx_export import ExportedModel, export_onnx
 from zsad.export.options import (
+    NATIVE,
+    NATIVE_OUTPUTS,
     ClipSegDecoderOptions,
     ClipSegImageOptions,
     ExportOptions,
@@ -23,6 +26,8 @@ from zsad.export.options import (
     TextOptions,
 )
 from zsad.export.state_dict import CheckpointError
+from zsad.kernels.cpu.native import vectors_are_wide
+from zsad.kernels.machine import cache_folder
 
 from .fastest import CLEARLY, Note, seconds
 from .network import Graph, GraphRequest, Network, run_in_parts
@@ -187,13 +192,18 @@ class Loading:
         return model
 
     def _options(self, library: Library, precision: str) -> GraphOptions:
-        return graph_options(self.spec, self.request, precision, "fused" if library == "onnxruntime" else "standard")
+        attention = {"onnxruntime": "fused", "native": NATIVE}.get(library, "standard")
+        return graph_options(self.spec, self.request, precision, attention)
 
     def by(self, library: Library) -> Ready:
         """Make it ready in a library."""
         model, runtime = self.exported(library), self.runtime
         if library == "onnxruntime":
             return Ready(model, OnnxRuntimeGraph(model.path, runtime.device, self.rows), library)
+        if library == "native":
+            from .native import NativeGraph
+
+            return Ready(model, NativeGraph(model.path, self.rows), library)
         if library == "openvino":
             return Ready(model, self._compiled(model), library)
         return Ready(model, self._engine(library, model), library)
@@ -239,42 +249,58 @@ class Loading:
             note.write(agreement=line)
         return graph
 
-    def faster(self, usual: Library, rival: Library) -> Ready:
-        """Make it ready in the library that takes less time here, which is measured once; the usual one if in doubt."""
-        note = Note(self.exported(usual).path, "fastest", self.precision, self.rows)
-        known = note.read() or {}
-        if known.get("library") == usual:
-            log.debug("%s: %s", self.spec.checkpoint, known.get("why"))
-            return self.by(usual)
-        try:
-            other = self.by(rival)
-        except (CheckpointError, EngineError, MemoryError) as error:
-            own, why = self.by(usual), f"{usual} runs it, since {error}"
-            log.warning("%s: %s", self.spec.checkpoint, why)
-            note.write(library=usual, why=why)
-            return own
-        if known.get("library") == rival:
-            log.debug("%s: %s", self.spec.checkpoint, known.get("why"))
-            return other
-        from zsad.export.agreement import sample_rows
+    def faster(self, usual: Library, rivals: Sequence[Library]) -> Ready:
+        """Make it ready in the library that is fastest here, which is measured once; the usual one if in doubt."""
+        note = Note(self.exported(usual).path, "fastest", self.precision, self.rows, *rivals)
+        noted = note.read() or {}
+        known, why = noted.get("library"), noted.get("why", "")
+        others: dict[Library, Ready] = {}
+        for rival in () if known == usual else [each for each in rivals if each == known] or rivals:
+            try:
+                others[rival] = self.by(rival)
+            except (CheckpointError, EngineError, MemoryError) as error:
+                why = f"{usual} runs it, since {error}"
+                log.warning("%s: %s", self.spec.checkpoint, why)
+        if known is not None and (known == usual or known in others):
+            log.debug("%s: %s", self.spec.checkpoint, why)
+            return self.by(usual) if known == usual else others[known]
+        found = own = self.by(usual)
+        if others:
+            names = " and ".join([usual, *others])
+            log.info("%s: trying which of %s runs it faster, this once", self.spec.checkpoint, names)
+            from zsad.export.agreement import sample_rows
 
-        own = self.by(usual)
-        log.info("%s: trying which of %s and %s runs it faster, this once", self.spec.checkpoint, usual, rival)
-        inputs = sample_rows(own.model.inputs, self.rows)
-        taken = seconds({usual: own.graph, rival: other.graph}, inputs)
-        found = other if taken[rival] < CLEARLY * taken[usual] else own
-        times = " and ".join(f"{1e3 * value:.0f} ms in {library}" for library, value in taken.items())
-        why = f"{found.library} runs it: a batch takes {times}"
-        log.info("%s: %s", self.spec.checkpoint, why)
+            inputs = sample_rows(own.model.inputs, self.rows)
+            taken = seconds({usual: own.graph, **{name: each.graph for name, each in others.items()}}, inputs)
+            best = min(others, key=lambda name: taken[name])
+            found = others[best] if taken[best] < CLEARLY * taken[usual] else own
+            times = " and ".join(f"{1e3 * value:.0f} ms in {library}" for library, value in taken.items())
+            why = f"{found.library} runs it: a batch takes {times}"
+            log.info("%s: %s", self.spec.checkpoint, why)
         note.write(library=found.library, why=why)
         return found
+
+
+def candidates(request: GraphRequest, precision: str, runtime: Runtime) -> tuple[Library, ...]:
+    """Return what may run a graph: the first one, unless another one turns out to be faster."""
+    tower = request.graph == "image" and precision in ("fp32", "int8") and set(request.outputs) <= set(NATIVE_OUTPUTS)
+    if runtime.library == "native":
+        return ("native",) if tower else ("onnxruntime",)
+    libraries = runtime.libraries(precision, request.on_demand)
+    if not (runtime.native and tower) or request.on_demand:
+        return libraries
+    if precision == "int8" and vectors_are_wide():
+        return ("native",)
+    cache = cache_folder()
+    lasting = not cache.exists() or os.access(cache, os.W_OK)  # else it would be measured in every run
+    return (*libraries, "native") if lasting else libraries
 
 
 def _make_ready(config: Config, request: GraphRequest, runtime: Runtime, batch_size: int) -> Ready:
     precision = graph_precision(request, runtime.network_precision(config.network_precision))
     loading = Loading(config.specs[request.network], request, runtime, precision, request.rows or batch_size)
-    usual, *rivals = runtime.libraries(precision, request.on_demand)
-    return loading.faster(usual, *rivals) if rivals else loading.by(usual)
+    usual, *rivals = candidates(request, precision, runtime)
+    return loading.faster(usual, rivals) if rivals else loading.by(usual)
 
 
 def engine_batch(request: GraphRequest) -> tuple[int, int, int]:

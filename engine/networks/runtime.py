@@ -1,11 +1,12 @@
 """Which library runs the networks, on what, and why.
 
-TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device, ONNX Runtime or OpenVINO on a CPU.
+TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device; on a CPU ONNX Runtime, OpenVINO, or zsad's own code.
 """
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -22,6 +23,7 @@ from zsad.export.libraries import (
     install_command,
     mixed_cuda,
 )
+from zsad.kernels.cpu.native import has_native_code
 from zsad.kernels.machine import processor
 
 from .onnx_runtime import try_provider
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zsad")
 
-Library = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+# native: image towers in zsad's own code for CPUs, everything else in ONNX Runtime
+Library = Literal["onnxruntime", "openvino", "native", "tensorrt", "tensorrt-rtx"]
 # Flags of processors that multiply in bf16.
 BF16 = {"avx512_bf16", "amx_bf16"}
 
@@ -45,6 +48,7 @@ class Runtime:
     device: "Device | None"  # the one of them that runs the networks; None is the CPU
     reason: str
     rival: Library | None = None  # on a CPU: what runs the graphs that a measurement finds it faster at
+    native: bool = False  # on a CPU: image towers may run in zsad's own code too
 
     @property
     def device_name(self) -> str:
@@ -92,13 +96,19 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
     """Choose the fastest runtime that is installed, within what is asked for.
 
     device: auto, cpu, cuda:N, or several that share the scoring: cuda:N,M or cuda:all. library: auto, onnxruntime,
-    openvino, tensorrt or tensorrt-rtx. Raises ConfigError with the command that brings what is missing.
+    openvino, native, tensorrt or tensorrt-rtx. Raises ConfigError with the command that brings what is missing.
     """
+    chosen = _choose(device, library)
+    native = chosen.device is None and library in ("auto", "native") and has_native_code()
+    return replace(chosen, native=native)
+
+
+def _choose(device: str, library: str) -> Runtime:
     if library not in ("auto", *get_args(Library)):
         raise ConfigError(f"--runtime must be auto or one of {', '.join(get_args(Library))}, not {library!r}")
     if device == "cpu":
         if library in TARGETS:
-            raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use --runtime onnxruntime or openvino")
+            raise ConfigError(f"--runtime {library} needs a GPU; on a CPU use onnxruntime, openvino or native")
         return _on_cpu(library, (), "asked for")
     if device != "auto" and not device.startswith("cuda"):
         raise ConfigError(f"--device must be auto, cpu, cuda:N, cuda:N,M or cuda:all, not {device!r}")
@@ -126,7 +136,7 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
 
     if mixed := mixed_cuda():
         log.warning("%s", mixed)
-    if library == "openvino":
+    if library in ("openvino", "native"):
         return _on_cpu(library, devices, "asked for; only scoring uses the GPU")
     unusable: dict[str, str] = {}
     for candidate in (library,) if library != "auto" else ("tensorrt", "tensorrt-rtx", "onnxruntime"):
@@ -142,19 +152,28 @@ def choose_runtime(device: str = "auto", library: str = "auto") -> Runtime:
 
 
 def _on_cpu(library: str, devices: "Sequence[Device]", reason: str) -> Runtime:
-    """Return what runs networks on a CPU; raises ConfigError where OpenVINO is asked for and cannot be had."""
+    """Return what runs networks on a CPU; raises ConfigError where what is asked for cannot be had."""
     if library == "openvino":
         try:
             import_openvino()
         except EngineError as error:
             raise ConfigError(f"--runtime openvino: {error}") from None
         return Runtime("openvino", devices, None, reason)
+    if library == "native":
+        if not has_native_code():
+            raise ConfigError(
+                "--runtime native: zsad was installed without a working C++ compiler, so its own code is not there; "
+                "leave --runtime out, or install a compiler and zsad again"
+            )
+        return Runtime("native", devices, None, reason)
     rival = library == "auto" and find_spec("openvino") is not None
     return Runtime("onnxruntime", devices, None, reason, "openvino" if rival else None)
 
 
 def _version(library: str) -> str:
     """Return the version of a library that runs networks."""
+    if library == "native":
+        return metadata.version("zsad")
     if library in TARGETS:
         return str(import_tensorrt(library).__version__)
     found = import_onnxruntime() if library == "onnxruntime" else import_openvino()

@@ -13,8 +13,24 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
+    Instruction sets of a kernel (gram_pass, image_tower, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
     """
+
+WIDEST_HEAD: int = 128
+
+class ImageTower:
+    """A vision transformer's image tower over arrays that it keeps."""
+
+    def __init__(self, width_and_heads: tuple[int, int], patch_and_grid: tuple[int, int], front: int, eps: float, activation: str, int8: bool, blocks: int, arrays: dict[str, object]) -> None: ...
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+
+    def forward(self, images: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], taps: Sequence[int], normed: bool, tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')] | None, classes: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None, depth: int, only_first: bool, threads: int, instruction_set: str = '') -> None:
+        """
+        Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted.
+        """
 
 def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, window: int | None = None, instruction_set: str = '') -> None:
     """

@@ -9,13 +9,15 @@
 namespace zsad {
 namespace {  // compiled for several instruction sets, of which none may take another's place
 
-// Whether the processor has tiles and int8 products of them, and Linux has given this process leave to use them, which
+// Whether the processor has tiles, int8 and bfloat16 products of them, and AVX-512 BF16, and Linux has given this process leave to use them, which
 // it is asked for here: its threads, present and future, have it from then on.
 inline bool may_use_amx() {
-  constexpr unsigned kTiles = 3u << 24;  // AMX-TILE and AMX-INT8
+  constexpr unsigned kTiles = 13u << 22;  // AMX-BF16, AMX-TILE and AMX-INT8
+  constexpr unsigned kBfloat16 = 1u << 5;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBfloat16) != 0 &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

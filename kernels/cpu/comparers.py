@@ -29,6 +29,7 @@ try:
 except ImportError:  # installed without a working compiler
     _cpu = None  # type: ignore[assignment]
 
+
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 
 Layout = tuple[tuple[int, ...], type[np.generic]]

@@ -11,11 +11,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "amx.h"
 #include "gram_pass.h"
+#include "image_tower.h"
 #include "int8_product.h"
 #include "jpeg_scans.h"
 #include "pooling.h"
@@ -91,6 +93,7 @@ const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
 const auto rank_summers = ZSAD_VARIANTS(rank_sums, avx512, has_avx512);
 const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
 const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
+const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
@@ -285,6 +288,112 @@ void rank_sums(const Gram& distances, const NumberList& images, int first, int l
   run(arguments);
 }
 
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const std::int8_t, nb::c_contig, nb::device::cpu>;
+using Images = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using TokensOutput = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+// An image tower and the arrays that it reads.
+class ImageTower {
+ public:
+  ImageTower(std::pair<int, int> width_and_heads, std::pair<int, int> patch_and_grid, int front, float eps,
+             const std::string& activation, bool int8, int blocks, const nb::typed<nb::dict, nb::str, nb::object>& arrays)
+      : arrays_(arrays) {
+    std::tie(tower_.width, tower_.heads) = width_and_heads;
+    std::tie(tower_.patch, tower_.grid) = patch_and_grid;
+    tower_.front = front;
+    tower_.eps = eps;
+    tower_.int8 = int8;
+    const int C = tower_.width;
+    require(C > 0 && tower_.heads > 0 && C % tower_.heads == 0 && C / tower_.heads <= zsad::kMaxHead,
+            "heads must divide the width and be at most " + std::to_string(zsad::kMaxHead) + " wide");
+    require(tower_.patch > 0 && tower_.grid > 0 && front > 0, "patch, grid and front must be positive");
+    require(activation == "gelu" || activation == "quick_gelu" || activation == "swiglu",
+            "activation must be gelu, quick_gelu or swiglu");
+    tower_.activation = activation == "gelu"         ? zsad::Activation::kGelu
+                        : activation == "quick_gelu" ? zsad::Activation::kQuickGelu
+                                                     : zsad::Activation::kSwiGlu;
+    const std::size_t tokens = front + tower_.grid * tower_.grid;
+    tower_.patches = linear("patches", 3 * tower_.patch * tower_.patch, C);
+    tower_.positions = floats("positions", tokens * C);
+    tower_.pre_norm = arrays_.contains("pre_norm.weight") ? norm("pre_norm") : zsad::Norm{};
+    tower_.norm = norm("norm");
+    const bool rotary = arrays_.contains("cosine");
+    require(!rotary || C / tower_.heads % 2 == 0, "rotary heads must be even");
+    tower_.cosine = rotary ? floats("cosine", tokens * (C / tower_.heads / 2)) : nullptr;
+    tower_.sine = rotary ? floats("sine", tokens * (C / tower_.heads / 2)) : nullptr;
+    for (int i = 0; i < blocks; ++i) add_block("block" + std::to_string(i) + ".");
+    arrays_ = nb::dict();  // not those that nobody reads
+  }
+
+  int patches() const { return tower_.grid * tower_.grid; }
+
+  void forward(const Images& images, const std::vector<int>& taps, bool normed, const TokensOutput& tokens,
+               const std::optional<FeaturesOutput>& patches, const std::optional<Output>& classes, int depth,
+               bool only_first, int threads, const std::string& instruction_set) const {
+    const std::size_t B = images.shape(0), side = std::size_t(tower_.patch) * tower_.grid;
+    const std::size_t P = std::size_t(tower_.grid) * tower_.grid, C = tower_.width, L = taps.size();
+    require(images.shape(1) == 3 && images.shape(2) == side && images.shape(3) == side, "images must be [B, 3, S, S]");
+    require(depth > 0 && std::size_t(depth) <= tower_.blocks.size(), "depth must be of the tower's blocks");
+    require(tokens.shape(0) == B && tokens.shape(1) == L && tokens.shape(2) == P && tokens.shape(3) == C,
+            "tokens must be [B, taps, P, C]");
+    require(!patches || (has_shape(*patches, B, P) && patches->shape(2) == C), "patches must be [B, P, C]");
+    require(!classes || has_shape(*classes, B, C), "classes must be [B, C]");
+    require(threads > 0, "there must be a thread");
+    zsad::TowerRun run{images.data(), int(B), depth, threads, {}, classes ? classes->data() : nullptr, only_first};
+    for (std::size_t i = 0; i < L; ++i) {
+      require(taps[i] >= 0 && taps[i] < depth, "taps must be below depth");
+      run.taps.push_back({taps[i], normed, tokens.data() + i * P * C, L * P * C});
+    }
+    if (patches) run.taps.push_back({depth - 1, true, patches->data(), P * C});
+    const auto kernel = image_towers.choose(instruction_set);
+    nb::gil_scoped_release release;
+    kernel(tower_, run);
+  }
+
+ private:
+  template <typename Array>
+  auto read(const std::string& name, std::size_t size) {
+    require(arrays_.contains(name.c_str()), "there is no array " + name);
+    const Array array = nb::cast<Array>(arrays_[name.c_str()]);
+    require(array.size() == size, name + " has another size");
+    kept_.append(arrays_[name.c_str()]);
+    return array.data();
+  }
+  const float* floats(const std::string& name, std::size_t size) { return read<Floats>(name, size); }
+  zsad::Norm norm(const std::string& name) {
+    return {floats(name + ".weight", tower_.width), floats(name + ".bias", tower_.width)};
+  }
+  zsad::Linear linear(const std::string& name, int inputs, int outputs) {
+    const std::size_t filled_outputs = (outputs + zsad::kColumns - 1) / zsad::kColumns * zsad::kColumns;
+    zsad::Linear layer{inputs, int(filled_outputs), nullptr, nullptr, nullptr, nullptr, nullptr};
+    layer.bias = floats(name + ".bias", filled_outputs);
+    if (arrays_.contains((name + ".weight").c_str())) {
+      layer.weights = floats(name + ".weight", filled_outputs * inputs);
+      return layer;
+    }
+    require(inputs <= 1 << 16, "the sum of an int8 layer's products might leave 32 bits");
+    const std::size_t filled = (inputs + zsad::kFill - 1) / zsad::kFill * zsad::kFill;
+    layer.codes = read<Codes>(name + ".codes", filled_outputs * filled);
+    layer.scales = floats(name + ".scales", filled_outputs);
+    layer.sums = floats(name + ".sums", filled_outputs);
+    return layer;
+  }
+  void add_block(const std::string& name) {
+    const int C = tower_.width, wide = tower_.activation == zsad::Activation::kSwiGlu ? 2 : 1;
+    require(arrays_.contains((name + "hidden").c_str()), "there is no number " + name + "hidden");
+    const int hidden = nb::cast<int>(arrays_[(name + "hidden").c_str()]);
+    require(hidden > 0, "hidden must be positive");
+    tower_.blocks.push_back({norm(name + "norm1"), norm(name + "norm2"), linear(name + "qkv", C, 3 * C),
+                             linear(name + "proj", C, C), linear(name + "fc1", C, wide * hidden),
+                             linear(name + "fc2", hidden, C)});
+  }
+
+  zsad::Tower tower_;
+  nb::dict arrays_;
+  nb::list kept_;
+};
+
 int jpeg_scan_damage(const nb::bytes& content, int rows, int columns) {
   nb::gil_scoped_release release;
   return int(zsad::scan_damage(static_cast<const std::uint8_t*>(content.data()), content.size(), rows, columns));
@@ -298,6 +407,7 @@ bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wa
 std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
+  if (kernel == "image_tower") return image_towers.names();
   if (kernel == "int8") return int8_multipliers.names();
   if (kernel == "rank_sums") return rank_summers.names();
   if (kernel == "running_top") return running_tops.names();
@@ -313,8 +423,20 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) "
+        "Instruction sets of a kernel (gram_pass, image_tower, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) "
         "that build and processor share, fastest first.");
+  m.attr("WIDEST_HEAD") = zsad::kMaxHead;
+  nb::class_<ImageTower>(m, "ImageTower", "A vision transformer's image tower over arrays that it keeps.")
+      .def(nb::init<std::pair<int, int>, std::pair<int, int>, int, float, const std::string&, bool, int,
+                    const nb::typed<nb::dict, nb::str, nb::object>&>(),
+           "width_and_heads"_a, "patch_and_grid"_a, "front"_a, "eps"_a, "activation"_a, "int8"_a, "blocks"_a,
+           "arrays"_a)
+      .def_prop_ro("patches", &ImageTower::patches, "Patches of an image.")
+      .def("forward", &ImageTower::forward, "images"_a, "taps"_a, "normed"_a, "tokens"_a, "patches"_a, "classes"_a,
+           "depth"_a, "only_first"_a, "threads"_a, "instruction_set"_a = "",
+           "Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, "
+           "through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes "
+           "[B, C], raw. only_first: of the last block only class tokens are wanted.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of "

@@ -4,7 +4,10 @@ import pytest
 from machines import having
 
 from zsad.engine.config import ConfigError
+from zsad.engine.networks import build
 from zsad.engine.networks import runtime as runtimes
+from zsad.engine.networks.build import candidates
+from zsad.engine.networks.network import GraphRequest
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.kernels.mutual_scoring import MutualScoring
 
@@ -45,7 +48,7 @@ def test_tensorrt_rtx_is_not_taken_for_a_gpu_that_it_does_not_know(monkeypatch: 
     ("device", "library", "message"),
     [
         ("gpu", "auto", "must be auto, cpu, cuda:N"),
-        ("cpu", "ncnn", "must be auto or one of onnxruntime, openvino, tensorrt, tensorrt-rtx"),
+        ("cpu", "ncnn", "must be auto or one of onnxruntime, openvino, native, tensorrt, tensorrt-rtx"),
         ("auto", "openvino", "^--runtime openvino: OpenVINO is not installed; run: pip install it$"),
         ("cpu", "tensorrt", "needs a GPU"),
         ("cuda", "auto", "^--device cuda: CuPy finds no CUDA device; without a GPU use --device cpu$"),
@@ -102,6 +105,48 @@ def test_on_a_cpu_openvino_may_run_what_it_is_faster_at(
     assert runtime.libraries("fp32", on_demand=True) == libraries[:1]
     if "openvino" in libraries:
         assert runtime.describe({"openvino", "onnxruntime"}) == "onnxruntime 1.26 and openvino 2026.1.0 on the CPU"
+
+
+TOWER, WINDOWS = GraphRequest("x"), GraphRequest("x", outputs=("embedding", "windows_2"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "library", "precision", "request_", "compiled", "wide", "libraries"),
+    [
+        ("openvino", "auto", "int8", TOWER, True, True, ("native",)),
+        ("openvino", "auto", "int8", TOWER, True, False, ("onnxruntime", "openvino", "native")),
+        ("openvino", "auto", "fp32", TOWER, True, True, ("onnxruntime", "openvino", "native")),
+        ("", "auto", "fp32", TOWER, True, True, ("onnxruntime", "native")),
+        ("", "auto", "int8", TOWER, False, True, ("onnxruntime",)),
+        ("", "auto", "int8", WINDOWS, True, True, ("onnxruntime",)),
+        ("", "auto", "fp32", GraphRequest("x", "text", ("embedding",)), True, True, ("onnxruntime",)),
+        ("", "native", "fp32", TOWER, True, False, ("native",)),
+        ("", "native", "fp32", WINDOWS, True, True, ("onnxruntime",)),
+        ("", "onnxruntime", "int8", TOWER, True, True, ("onnxruntime",)),
+        ("openvino", "auto", "bf16", TOWER, True, True, ("openvino",)),
+        ("cupy gpu cuda", "auto", "fp32", TOWER, True, True, ("onnxruntime",)),
+    ],
+)
+def test_native_code_may_run_image_towers_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str,
+    library: str,
+    precision: str,
+    request_: GraphRequest,
+    compiled: bool,
+    wide: bool,
+    libraries: tuple[str, ...],
+) -> None:
+    having(monkeypatch, *installed.split())
+    monkeypatch.setattr(runtimes, "has_native_code", lambda: compiled)
+    monkeypatch.setattr(build, "vectors_are_wide", lambda: wide)
+    assert candidates(request_, precision, choose_runtime("auto", library)) == libraries
+
+
+def test_native_code_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "has_native_code", lambda: False)
+    with pytest.raises(ConfigError, match=r"without a working C.. compiler.*install a compiler and zsad again"):
+        choose_runtime("cpu", "native")
 
 
 @pytest.mark.parametrize(

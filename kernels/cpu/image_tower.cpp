@@ -1,0 +1,903 @@
+// A vision transformer's image tower, from pixels to tokens, in fp32 or with 8-bit products.
+//
+//   x          = patches * weights + positions
+//   per block: x += proj(attention(qkv(norm1(x)))),   x += fc2(activation(fc1(norm2(x))))
+//   attention  = softmax(q . k / sqrt(d)) * v, per head
+//
+// A thread takes a tile of tokens through everything between two attentions: what it reads and writes stays in its
+// second-level cache, and the threads wait for each other only where all keys and values must be there: twice a block.
+// Threads live as long as a call and sleep while they wait.
+//
+// Linear layers in int8: weights have a scale per output, activations are low + step * code with both of every token.
+// Attention beside int8 layers (queries and keys without the mean key, which no softmax sees):
+//   avx512amx   both products in bfloat16 by tiles, weights rounded to bfloat16
+//   avx512vnni  codes of queries, keys (a scale per token) and values (per channel); weights in 16 bits, whose second
+//               byte is a row of its own to the product
+//   others      fp32
+// With fp32 layers everything is fp32.
+//
+// Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
+// all give the same integers; exp and erf are polynomials, alike everywhere.
+#include "image_tower.h"
+
+#include "amx.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <type_traits>
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define ZSAD_JOIN_(a, b) a##b
+#define ZSAD_JOIN(a, b) ZSAD_JOIN_(a, b)
+#define ZSAD_UNROLL _Pragma("GCC unroll 24")
+
+namespace zsad {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16, kRows = 8, kMaxPanels = 3;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 4, kMaxPanels = 1;
+#else
+constexpr int kLanes = 4, kRows = 2, kMaxPanels = 1;
+#endif
+constexpr int kVectors = kColumns / kLanes;  // of a panel
+constexpr int kQueries = 32;                 // whose logits are there at a time
+constexpr int kTile = 32;                    // what numbers of rows are filled up to: those of two AMX tiles
+constexpr float kLog2E = 1.44269504f;
+constexpr float kHidden = -1e30f;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef std::uint8_t Code;
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+inline float sum(Vec v) {
+  float s = 0.0f;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+inline float largest(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = std::max(m, v[i]);
+  return m;
+}
+constexpr std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+// Zeros on a cache line.
+template <typename T>
+class Room {
+ public:
+  explicit Room(std::size_t size)
+      : data_(static_cast<T*>(::operator new(std::max<std::size_t>(size, 1) * sizeof(T), kLine))) {
+    std::memset(static_cast<void*>(data_.get()), 0, size * sizeof(T));
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// 2^x for x up to 126, to 3e-6 with degree 4 and 8e-8 with 5.
+template <int Degree>
+inline Vec power_of_two(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+  x = larger(x, splat(-125.0f));
+  const Vec shifted = x + kRound, f = x - (shifted - kRound);
+  const Ints whole = (Ints)shifted - 0x4B400000;
+  Vec p;
+  if constexpr (Degree == 4) {
+    p = splat(0.00956051f) * f + 0.05591704f;
+    p = p * f + 0.24024981f;
+    p = p * f + 0.69312197f;
+    p = p * f + 0.99999920f;
+  } else {
+    p = splat(0.0013266970f) * f + 0.0096754597f;
+    p = p * f + 0.0555074262f;
+    p = p * f + 0.2402212175f;
+    p = p * f + 0.6931469492f;
+    p = p * f + 1.0000000710f;
+  }
+  return (Vec)((Ints)p + (whole << 23));
+}
+
+// x / 2 * (1 + erf(x / sqrt 2)); 2^(-a q(a)) is erfc(a) to 2.5e-7, q fitted on [0, 4].
+inline Vec gelu(Vec x) {
+  const Vec absolute = x < 0.0f ? -x : x, a = smaller(absolute * 0.70710678f, splat(4.0f));
+  Vec q = splat(-2.7396629e-6f) * a + 4.9333241e-5f;
+  q = q * a - 3.4906244e-4f;
+  q = q * a + 9.9989283e-4f;
+  q = q * a + 1.76135148e-3f;
+  q = q * a - 2.92226765e-2f;
+  q = q * a + 1.48935035e-1f;
+  q = q * a + 9.18332338e-1f;
+  q = q * a + 1.62791193f;
+  const Vec tail = x * 0.5f * power_of_two<5>(-a * q);
+  return x < 0.0f ? tail : x - tail;
+}
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + power_of_two<5>(smaller(x * -kLog2E, splat(126.0f)))); }
+
+// ---- Products. `finish(row, column, values)` is given kLanes outputs of a row at a time, of rows below `count`.
+
+template <int Panels>
+inline void float_block(const float* x, std::size_t pitch, const float* panel, std::size_t panel_pitch, int depth,
+                        float* out) {
+  Vec sums[kRows][Panels * kVectors] = {};
+  for (int k = 0; k < depth; ++k) {
+    Vec b[Panels * kVectors];
+    ZSAD_UNROLL
+    for (int j = 0; j < Panels * kVectors; ++j)
+      b[j] = load(panel + j / kVectors * panel_pitch + std::size_t(k) * kColumns + j % kVectors * kLanes);
+    ZSAD_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const Vec a = splat(x[i * pitch + k]);
+      ZSAD_UNROLL
+      for (int j = 0; j < Panels * kVectors; ++j) sums[i][j] += a * b[j];
+    }
+  }
+  ZSAD_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    ZSAD_UNROLL
+    for (int j = 0; j < Panels * kVectors; ++j) store(out + i * kMaxPanels * kColumns + j * kLanes, sums[i][j]);
+  }
+}
+
+// x: [count, depth] in rows `pitch` apart, and room for whole blocks of rows; weights: [panels, depth, 16].
+template <typename Finish>
+void multiply_floats(const float* x, std::size_t pitch, int count, const float* weights, int depth, int panels,
+                     const Finish& finish) {
+  const std::size_t panel_pitch = std::size_t(depth) * kColumns;
+  alignas(64) float block[kRows * kMaxPanels * kColumns];
+  int panel = 0;
+  const auto pass = [&](auto width) {
+    constexpr int kPanels = width;
+    for (int row = 0; row < count; row += kRows) {
+      float_block<kPanels>(x + row * pitch, pitch, weights + panel * panel_pitch, panel_pitch, depth, block);
+      for (int i = 0; i < std::min(kRows, count - row); ++i)
+        for (int j = 0; j < kPanels * kColumns; j += kLanes)
+          finish(row + i, panel * kColumns + j, load(block + i * kMaxPanels * kColumns + j));
+    }
+    panel += kPanels;
+  };
+  while (panel + kMaxPanels <= panels) pass(std::integral_constant<int, kMaxPanels>());
+  while (panel < panels) pass(std::integral_constant<int, 1>());
+}
+
+#if defined(__AMX_INT8__)
+
+constexpr int kBlockRows = 32, kBlockPanels = 2;
+
+#define ZSAD_PRODUCT(sums, left, right)          \
+  if constexpr (Bf16)                            \
+    _tile_dpbf16ps(sums, left, right);           \
+  else                                           \
+    _tile_dpbusd(sums, left, right);
+
+// 32 rows of 64 * steps bytes, `pitch` bytes apart, with one or two panels; out: rows `stride` bytes apart.
+// Bf16: of bfloat16, else bytes without and with sign.
+template <bool Bf16, int Panels>
+inline void tile_block(const void* rows, std::size_t pitch, const void* panel, std::size_t panel_bytes, int steps,
+                       void* out, std::size_t stride) {
+  const char *a = static_cast<const char*>(rows), *b = static_cast<const char*>(panel);
+  char* to = static_cast<char*>(out);
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < steps; ++k) {
+    _tile_loadd(4, a + k * 64, pitch);
+    _tile_loadd(5, a + 16 * pitch + k * 64, pitch);
+    _tile_loadd(6, b + k * 1024, 64);
+    ZSAD_PRODUCT(0, 4, 6)
+    ZSAD_PRODUCT(1, 5, 6)
+    if (Panels == 2) {
+      _tile_loadd(7, b + panel_bytes + k * 1024, 64);
+      ZSAD_PRODUCT(2, 4, 7)
+      ZSAD_PRODUCT(3, 5, 7)
+    }
+  }
+  _tile_stored(0, to, stride);
+  _tile_stored(1, to + 16 * stride, stride);
+  if (Panels == 2) {
+    _tile_stored(2, to + 64, stride);
+    _tile_stored(3, to + 16 * stride + 64, stride);
+  }
+  asm volatile("" ::: "memory");
+}
+
+template <int Panels>
+inline void code_block(const Code* x, std::size_t pitch, const std::int8_t* panel, std::size_t panel_bytes,
+                       std::int32_t* out) {
+  tile_block<false, Panels>(x, pitch, panel, panel_bytes, int(panel_bytes / 1024), out,
+                            kBlockPanels * kColumns * sizeof *out);
+}
+
+#else
+
+struct Tiles {};
+
+constexpr int kBlockRows = kRows, kBlockPanels = kMaxPanels;
+
+#if defined(__AVX512VNNI__)
+using Sums = __m512i;
+inline Sums load_columns(const std::int8_t* p) { return _mm512_loadu_si512(p); }
+inline void add_products(Sums& sums, std::int32_t quad, Sums right) {
+  // Not the intrinsic: GCC 12 then spills the accumulators.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(_mm512_set1_epi32(quad)), "v"(right));
+}
+#elif defined(__AVX2__)
+using Sums = __m256i;
+inline Sums load_columns(const std::int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void add_products(Sums& sums, std::int32_t quad, Sums right) {
+  const __m256i left = _mm256_set1_epi32(quad);  // 128 * 127 * 2 fits 16 bits
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(left), _mm256_sign_epi8(right, left));
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#else
+struct Sums {
+  std::int32_t lane[kLanes];
+};
+struct Columns {
+  const std::int8_t* codes;
+};
+inline Columns load_columns(const std::int8_t* p) { return {p}; }
+inline void add_products(Sums& sums, std::int32_t quad, Columns right) {
+  Code left[kCodes];
+  std::memcpy(left, &quad, sizeof left);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int c = 0; c < kCodes; ++c) sums.lane[lane] += std::int32_t(left[c]) * right.codes[lane * kCodes + c];
+}
+#endif
+
+template <int Panels>
+inline void code_block(const Code* x, std::size_t pitch, const std::int8_t* panel, std::size_t panel_bytes,
+                       std::int32_t* out) {
+  Sums sums[kRows][Panels * kVectors] = {};
+  for (std::size_t at = 0; at < panel_bytes; at += kColumns * kCodes, x += kCodes) {
+    decltype(load_columns(panel)) b[Panels * kVectors];
+    ZSAD_UNROLL
+    for (int j = 0; j < Panels * kVectors; ++j)
+      b[j] = load_columns(panel + j / kVectors * panel_bytes + at + j % kVectors * kLanes * kCodes);
+    ZSAD_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      std::int32_t quad;
+      std::memcpy(&quad, x + i * pitch, sizeof quad);
+      ZSAD_UNROLL
+      for (int j = 0; j < Panels * kVectors; ++j) add_products(sums[i][j], quad, b[j]);
+    }
+  }
+  ZSAD_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    ZSAD_UNROLL
+    for (int j = 0; j < Panels * kVectors; ++j)
+      std::memcpy(out + i * kBlockPanels * kColumns + j * kLanes, &sums[i][j], kLanes * sizeof *out);
+  }
+}
+
+#endif
+
+// x: codes [count * parts, panel_bytes / 16] in rows `pitch` apart, with room for whole blocks; of two parts the first
+// counts 256 times. `finish` is given the sums as floats.
+template <typename Finish>
+void multiply_codes(const Code* x, std::size_t pitch, int count, int parts, const std::int8_t* codes,
+                    std::size_t panel_bytes, int panels, const Finish& finish) {
+  constexpr int kPitch = kBlockPanels * kColumns;
+  alignas(64) std::int32_t block[kBlockRows * kPitch];
+  int panel = 0;
+  const auto floats = [&](int row, int column) {
+    Ints sums;
+    std::memcpy(&sums, block + row * kPitch + column, sizeof sums);
+    return __builtin_convertvector(sums, Vec);
+  };
+  const auto pass = [&](auto width) {
+    constexpr int kPanels = width;
+    for (int row = 0; row < count * parts; row += kBlockRows) {
+      code_block<kPanels>(x + row * pitch, pitch, codes + panel * panel_bytes, panel_bytes, block);
+      for (int i = 0; i < std::min(kBlockRows, count * parts - row); i += parts)
+        for (int j = 0; j < kPanels * kColumns; j += kLanes) {
+          Vec sums = floats(i, j);
+          if (parts == 2) sums = sums * 256.0f + floats(i + 1, j);
+          finish((row + i) / parts, panel * kColumns + j, sums);
+        }
+    }
+    panel += kPanels;
+  };
+  while (panel + kBlockPanels <= panels) pass(std::integral_constant<int, kBlockPanels>());
+  while (panel < panels) pass(std::integral_constant<int, 1>());
+}
+
+// AVX2 multiplies bytes with sign, others those without.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int kZero = 128;
+#else
+constexpr int kZero = 0;
+#endif
+
+// x [n] becomes low + step * code.
+void quantise(const float* x, int n, Code* codes, float& step, float& low) {
+  float least = x[0], most = x[0];
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int c = 0; c < n; ++c) {
+    least = std::min(least, x[c]);
+    most = std::max(most, x[c]);
+  }
+  step = (most - least) / 255.0f;
+  const float inverse = step > 0 ? 1.0f / step : 0.0f;
+#pragma omp simd
+  for (int c = 0; c < n; ++c) codes[c] = Code(std::int32_t((x[c] - least) * inverse + 0.5f) ^ kZero);
+  low = least + step * kZero;
+}
+
+// What a thread works with, beside the tile's tokens.
+struct Scratch {
+  std::size_t x_pitch, hidden_pitch, code_pitch, key_pitch;
+  Room<float> x, hidden, logits;
+  Room<Code> codes, weights;
+  Room<float> steps, lows;
+
+  Scratch(const Tower& t, int tile)
+      : x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
+        hidden_pitch(widest(t) + kColumns),
+        code_pitch(up(std::max({t.width, t.patches.inputs, int(widest(t))}), kFill) + kFill),
+        key_pitch(up(t.front + t.grid * t.grid, kFill) + kFill),
+        x(tile * x_pitch),
+        hidden(tile * hidden_pitch),
+        logits(kQueries * key_pitch),
+        codes(tile * code_pitch),
+        weights(2 * kQueries * key_pitch),
+        steps(tile),
+        lows(tile) {}
+
+ private:
+  static std::size_t widest(const Tower& t) {
+    std::size_t most = t.width;
+    for (const TowerBlock& block : t.blocks) most = std::max<std::size_t>(most, block.fc1.outputs);
+    return up(most, kColumns);
+  }
+};
+
+template <typename Finish>
+void apply(const Linear& layer, const float* x, std::size_t pitch, int count, const Scratch& s, const Finish& finish) {
+  const int panels = layer.outputs / kColumns;
+  if (layer.weights) {
+    multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels,
+                    [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); });
+    return;
+  }
+  for (int i = 0; i < count; ++i)
+    quantise(x + i * pitch, layer.inputs, s.codes.get() + i * s.code_pitch, s.steps.get()[i], s.lows.get()[i]);
+  multiply_codes(s.codes.get(), s.code_pitch, count, 1, layer.codes, up(layer.inputs, kFill) * kColumns, panels,
+                 [&](int row, int column, Vec v) {
+                   const Vec low = load(layer.sums + column) * s.lows.get()[row] + load(layer.bias + column);
+                   finish(row, column, v * (load(layer.scales + column) * s.steps.get()[row]) + low);
+                 });
+}
+
+void normalise(const float* x, const Norm& norm, int width, float eps, float* out) {
+  float total = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : total)
+  for (int c = 0; c < width; ++c) total += x[c];
+  const float mean = total / float(width);
+#pragma omp simd reduction(+ : squares)
+  for (int c = 0; c < width; ++c) squares += (x[c] - mean) * (x[c] - mean);
+  const float inverse = 1.0f / std::sqrt(squares / float(width) + eps);
+#pragma omp simd
+  for (int c = 0; c < width; ++c) out[c] = (x[c] - mean) * inverse * norm.weight[c] + norm.bias[c];
+}
+
+// ---- Attention.
+
+struct Attention {
+  int tokens, width;  // of a head
+  std::size_t pitch;  // of queries, keys and values
+  float scale;        // of queries, for powers of two
+};
+
+#if defined(__AMX_INT8__)
+
+typedef std::uint16_t Half;
+
+inline Half half(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return Half((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Keys [panels of 16, steps, 16 pairs, 16, 2] and values [panels of 16 channels, pairs of tokens, 16, 2] in bfloat16.
+struct PackedHead {
+  std::size_t key_bytes, bytes;
+  int steps, channels;
+
+  explicit PackedHead(const Attention& a)
+      : key_bytes(up(a.tokens, 2 * kColumns) * up(a.width, 32) * sizeof(Half)),
+        bytes(key_bytes + up(a.tokens, kFill) * up(a.width, 2 * kColumns) * sizeof(Half)),
+        steps((a.width + 31) / 32),
+        channels(int(up(a.width, kColumns)) / kColumns) {}
+};
+
+void pack_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
+  const PackedHead packed(a);
+  Half* k = reinterpret_cast<Half*>(room);
+  Half* v = reinterpret_cast<Half*>(room + packed.key_bytes);
+  std::vector<float> mean(a.width);
+  for (int t = 0; t < a.tokens; ++t)
+    for (int c = 0; c < a.width; ++c) mean[c] += keys[t * a.pitch + c];
+  for (float& m : mean) m /= float(a.tokens);
+  alignas(64) Half row[kMaxHead] = {};
+  const __m512i to = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+  for (int t = 0; t < a.tokens; ++t) {
+    for (int c = 0; c < a.width; ++c) row[c] = half(keys[t * a.pitch + c] - mean[c]);
+    for (int step = 0; step < packed.steps; ++step)
+      _mm512_i32scatter_epi32(k + (std::size_t(t / 16 * packed.steps + step) * 256 + t % 16) * 2, to,
+                              _mm512_load_si512(row + 32 * step), 4);
+  }
+  const std::size_t panel = up(a.tokens, kFill) * kColumns;
+  for (int t = 0; t < a.tokens; ++t)
+    for (int c = 0; c < a.width; ++c)
+      v[c / 16 * panel + std::size_t(t / 2) * 32 + c % 16 * 2 + t % 2] = half(values[t * a.pitch + c]);
+}
+
+// What `count` queries see, [count, width] in rows `out_pitch` apart.
+void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
+            float* out, std::size_t out_pitch) {
+  const PackedHead packed(a);
+  alignas(64) Half q[kQueries][kMaxHead] = {};
+  for (int i = 0; i < count; ++i)
+    for (int c = 0; c < a.width; ++c) q[i][c] = half(queries[i * a.pitch + c] * a.scale);
+  float* logits = s.logits.get();
+  const std::size_t key_panel = packed.steps * 1024, filled = up(a.tokens, kFill);
+  for (int first = 0; first < a.tokens; first += 2 * kColumns)
+    tile_block<true, 2>(q, sizeof q[0], room + first / kColumns * key_panel, key_panel, packed.steps, logits + first,
+                        s.key_pitch * sizeof(float));
+  Half* weights = reinterpret_cast<Half*>(s.weights.get());
+  float inverse[kQueries];
+  for (int i = 0; i < count; ++i) {
+    float* row = logits + i * s.key_pitch;
+    std::fill(row + a.tokens, row + filled, kHidden);
+    Vec most = load(row), total = {};
+    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
+    const float top = largest(most);
+    for (std::size_t t = 0; t < filled; t += kLanes) {
+      const Vec p = power_of_two<4>(load(row + t) - top);
+      total += p;
+      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)p);
+      std::memcpy(weights + i * s.key_pitch + t, &rounded, sizeof rounded);
+    }
+    inverse[i] = 1.0f / sum(total);
+  }
+  const unsigned char* values = room + packed.key_bytes;
+  const std::size_t value_panel = filled * kColumns * sizeof(Half);
+  for (int panel = 0; panel < packed.channels; panel += 2) {
+    alignas(64) float mixed[kQueries][2 * kColumns];
+    const void* at = values + panel * value_panel;
+    tile_block<true, 2>(weights, s.key_pitch * sizeof(Half), at, value_panel, int(filled / 32), mixed,
+                        sizeof mixed[0]);
+    const int width = std::min(2 * kColumns, a.width - panel * kColumns);
+    for (int i = 0; i < count; ++i)
+      for (int c = 0; c < width; ++c) out[i * out_pitch + panel * kColumns + c] = mixed[i][c] * inverse[i];
+  }
+}
+
+#elif defined(__AVX512VNNI__)
+
+// Codes of keys [panels, quads, 16, 4] and values [panels of 16 channels, quads of tokens, 16, 4], their scales, and
+// sums of keys.
+struct PackedHead {
+  std::size_t values, scales, sums, value_scales, bytes;
+
+  explicit PackedHead(const Attention& a) {
+    const std::size_t keys = up(a.tokens, kColumns), channels = up(a.width, kColumns);
+    values = keys * up(a.width, kCodes);
+    scales = values + channels * up(a.tokens, kFill);
+    sums = scales + keys * sizeof(float);
+    value_scales = sums + keys * sizeof(float);
+    bytes = up(value_scales + channels * sizeof(float), 64);
+  }
+};
+
+void pack_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
+  const PackedHead packed(a);
+  std::int8_t* k = reinterpret_cast<std::int8_t*>(room);
+  std::int8_t* v = reinterpret_cast<std::int8_t*>(room + packed.values);
+  float *scales = reinterpret_cast<float*>(room + packed.scales), *sums = reinterpret_cast<float*>(room + packed.sums);
+  float* value_scales = reinterpret_cast<float*>(room + packed.value_scales);
+  std::vector<float> mean(a.width), most(a.width), row(a.width);
+  for (int t = 0; t < a.tokens; ++t)
+    for (int c = 0; c < a.width; ++c) {
+      mean[c] += keys[t * a.pitch + c];
+      most[c] = std::max(most[c], std::fabs(values[t * a.pitch + c]));
+    }
+  for (float& m : mean) m /= float(a.tokens);
+  const int quads = (a.width + kCodes - 1) / kCodes;
+  for (int t = 0; t < a.tokens; ++t) {
+    float top = 0.0f;
+    for (int c = 0; c < a.width; ++c) {
+      row[c] = keys[t * a.pitch + c] - mean[c];
+      top = std::max(top, std::fabs(row[c]));
+    }
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    std::int32_t total = 0;
+    std::int8_t* at = k + std::size_t(t / kColumns) * quads * kColumns * kCodes + t % kColumns * kCodes;
+    for (int c = 0; c < a.width; ++c) {
+      const std::int32_t code = std::int32_t(std::nearbyint(row[c] * inverse));
+      at[c / kCodes * kColumns * kCodes + c % kCodes] = std::int8_t(code);
+      total += code;
+    }
+    scales[t] = top / 127.0f;
+    sums[t] = scales[t] * float(total);
+  }
+  const std::size_t panel = up(a.tokens, kFill) * kColumns;
+  for (int c = 0; c < a.width; ++c) {
+    value_scales[c] = most[c] / 127.0f;
+    most[c] = most[c] > 0 ? 127.0f / most[c] : 0.0f;
+  }
+  for (int t = 0; t < a.tokens; ++t)
+    for (int c = 0; c < a.width; ++c)
+      v[c / kColumns * panel + std::size_t(t / kCodes) * kColumns * kCodes + c % kColumns * kCodes + t % kCodes] =
+          std::int8_t(std::nearbyint(values[t * a.pitch + c] * most[c]));
+}
+
+void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
+            float* out, std::size_t out_pitch) {
+  const PackedHead packed(a);
+  const std::int8_t *k = reinterpret_cast<const std::int8_t*>(room), *v = k + packed.values;
+  const float* scales = reinterpret_cast<const float*>(room + packed.scales);
+  const float* sums = reinterpret_cast<const float*>(room + packed.sums);
+  const float* value_scales = reinterpret_cast<const float*>(room + packed.value_scales);
+  alignas(64) Code q[kQueries][kMaxHead] = {};
+  float scaled[kMaxHead], steps[kQueries], lows[kQueries], inverse[kQueries];
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < a.width; ++c) scaled[c] = queries[i * a.pitch + c] * a.scale;
+    quantise(scaled, a.width, q[i], steps[i], lows[i]);
+  }
+  float* logits = s.logits.get();
+  const std::size_t filled = up(a.tokens, kFill);
+  multiply_codes(q[0], sizeof q[0], count, 1, k, up(a.width, kCodes) * kColumns, (a.tokens + kColumns - 1) / kColumns,
+                 [&](int row, int column, Vec sum) {
+                   const Vec low = load(sums + column) * lows[row];
+                   store(logits + row * s.key_pitch + column, sum * (load(scales + column) * steps[row]) + low);
+                 });
+  Code* weights = s.weights.get();
+  for (int i = 0; i < count; ++i) {
+    float* row = logits + i * s.key_pitch;
+    std::fill(row + a.tokens, row + filled, kHidden);
+    Vec most = load(row);
+    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
+    const float top = largest(most);
+    Code *first = weights + 2 * i * s.key_pitch, *second = first + s.key_pitch;
+    __m512i total = _mm512_setzero_si512();
+    for (std::size_t t = 0; t < filled; t += kLanes) {
+      const __m512i code = _mm512_cvtps_epi32((__m512)(power_of_two<4>(load(row + t) - top) * 65535.0f));
+      total = _mm512_add_epi32(total, code);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(first + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(second + t), _mm512_cvtepi32_epi8(code));
+    }
+    inverse[i] = 1.0f / sum((Vec)_mm512_cvtepi32_ps(total));
+  }
+  multiply_codes(weights, s.key_pitch, count, 2, v, filled * kColumns, (a.width + kColumns - 1) / kColumns,
+                 [&](int row, int column, Vec sum) {
+                   const Vec values = sum * (load(value_scales + column) * inverse[row]);
+                   std::memcpy(out + row * out_pitch + column, &values,
+                               std::min(kLanes, a.width - column) * sizeof(float));
+                 });
+}
+
+#endif
+
+// The same in fp32: keys [panels, width, 16], values [panels of 16 channels, tokens, 16].
+std::size_t float_head_bytes(const Attention& a) {
+  return up((up(a.tokens, kColumns) * a.width + up(a.width, kColumns) * a.tokens) * sizeof(float), 64);
+}
+
+void pack_float_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
+  float *k = reinterpret_cast<float*>(room), *v = k + up(a.tokens, kColumns) * a.width;
+  for (int t = 0; t < a.tokens; ++t) {
+    float* at = k + std::size_t(t / kColumns) * a.width * kColumns + t % kColumns;
+    for (int c = 0; c < a.width; ++c) at[c * kColumns] = keys[t * a.pitch + c];
+    for (int c = 0; c < a.width; ++c)
+      v[(std::size_t(c / kColumns) * a.tokens + t) * kColumns + c % kColumns] = values[t * a.pitch + c];
+  }
+}
+
+void attend_floats(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
+                   float* out, std::size_t out_pitch) {
+  const float *k = reinterpret_cast<const float*>(room), *v = k + up(a.tokens, kColumns) * a.width;
+  const std::size_t filled = up(a.tokens, kLanes);
+  alignas(64) float q[kQueries][kMaxHead];
+  float inverse[kQueries], *logits = s.logits.get();
+  for (int i = 0; i < kQueries; ++i)
+    for (int c = 0; c < a.width; ++c) q[i][c] = i < count ? queries[i * a.pitch + c] * a.scale : 0.0f;
+  multiply_floats(q[0], kMaxHead, count, k, a.width, int(up(a.tokens, kColumns)) / kColumns,
+                  [&](int row, int column, Vec v) { store(logits + row * s.key_pitch + column, v); });
+  for (int i = 0; i < count; ++i) {
+    float* row = logits + i * s.key_pitch;
+    std::fill(row + a.tokens, row + filled, kHidden);
+    Vec most = load(row), total = {};
+    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
+    const float top = largest(most);
+    for (std::size_t t = 0; t < filled; t += kLanes) {
+      const Vec p = power_of_two<5>(load(row + t) - top);
+      total += p;
+      store(row + t, p);
+    }
+    inverse[i] = 1.0f / sum(total);
+  }
+  multiply_floats(logits, s.key_pitch, count, v, a.tokens, int(up(a.width, kColumns)) / kColumns,
+                  [&](int row, int column, Vec v) {
+                    const Vec values = v * inverse[row];
+                    const int width = std::min(kLanes, a.width - column);
+                    if (width > 0) std::memcpy(out + row * out_pitch + column, &values, width * sizeof(float));
+                  });
+}
+
+// ---- The tower.
+
+// Threads wait here for each other, asleep.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads), waiting_(0), turn_(0) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int turn = turn_;
+    if (++waiting_ == threads_) {
+      waiting_ = 0;
+      ++turn_;
+      all_.notify_all();
+      return;
+    }
+    all_.wait(lock, [&] { return turn != turn_; });
+  }
+
+ private:
+  const int threads_;
+  int waiting_, turn_;
+  std::mutex mutex_;
+  std::condition_variable all_;
+};
+
+class Forward {
+ public:
+  Forward(const Tower& tower, const TowerRun& run)
+      : t_(tower),
+        run_(run),
+        tokens_(tower.front + tower.grid * tower.grid),
+        head_{tokens_, tower.width / tower.heads, up(3 * tower.width, kColumns),
+              kLog2E / std::sqrt(float(tower.width / tower.heads))},
+        pitch_(up(tower.width, kColumns)),
+        head_bytes_(bytes_of_head()),
+        group_(images_at_once()),
+        tile_(rows_at_once()),
+        tiles_((tokens_ + tile_ - 1) / tile_),
+        stream_(group_ * tokens_ * pitch_),
+        packed_(group_ * tokens_ * head_.pitch),
+        heads_(group_ * tower.heads * head_bytes_),
+        barrier_(run.threads),
+        next_(2 * (run.depth + 1) * ((run.batch + group_ - 1) / group_)) {
+    for (int i = 0; i < run.threads; ++i) scratch_.push_back(std::make_unique<Scratch>(tower, tile_));
+  }
+
+  void run() {
+    std::vector<std::thread> others;
+    for (int i = 1; i < run_.threads; ++i) others.emplace_back([this, i] { work(*scratch_[i]); });
+    work(*scratch_[0]);
+    for (std::thread& other : others) other.join();
+  }
+
+ private:
+  // Where there are many threads, so many images that each has several tiles.
+  int images_at_once() const {
+    const int tiles = (tokens_ + 63) / 64;
+    return std::clamp((8 * run_.threads + tiles - 1) / tiles, 1, std::max(run_.batch, 1));
+  }
+
+  // A tile reads all weights of a block; the last threads wait for the others.
+  int rows_at_once() const {
+    int best = kTile;
+    double least = 0;
+    for (int rows = kTile; rows <= 4 * kTile; rows += kTile) {
+      const int tiles = group_ * ((tokens_ + rows - 1) / rows);
+      const double cost = double((tiles + run_.threads - 1) / run_.threads) * (rows + 6);
+      if (rows == kTile || cost < least) best = rows, least = cost;
+    }
+    return best;
+  }
+
+  std::size_t bytes_of_head() const {
+#if defined(__AVX512VNNI__)
+    if (t_.int8) return PackedHead(head_).bytes;
+#endif
+    return float_head_bytes(head_);
+  }
+
+  float* row(int image, int token) const { return stream_.get() + (std::size_t(image) * tokens_ + token) * pitch_; }
+  float* qkv(int image, int token) const {
+    return packed_.get() + (std::size_t(image) * tokens_ + token) * head_.pitch;
+  }
+  unsigned char* head(int image, int number) const {
+    return heads_.get() + (std::size_t(image) * t_.heads + number) * head_bytes_;
+  }
+
+  // All threads: calls `part(number)` for the numbers below count, each in one thread, and waits until all are done.
+  template <typename Part>
+  void share(int& phase, int count, const Part& part) {
+    for (int i; (i = next_[phase].fetch_add(1)) < count;) part(i);
+    ++phase;
+    barrier_.wait();
+  }
+
+  void work(const Scratch& s) {
+    [[maybe_unused]] const Tiles tiles;
+    int phase = 0;
+    for (int first = 0; first < run_.batch; first += group_) {
+      const int images = std::min(group_, run_.batch - first);
+      share(phase, images * tiles_, [&](int i) { embed(first, i / tiles_, i % tiles_ * tile_, s); });
+      for (int block = 0; block < run_.depth; ++block) {
+        share(phase, images * t_.heads, [&](int i) { pack(i / t_.heads, i % t_.heads); });
+        const bool one = run_.only_first && block == run_.depth - 1;
+        const int parts = one ? 1 : tiles_;
+        share(phase, images * parts, [&](int i) {
+          pass(first, block, i / parts, i % parts * tile_, one, s);
+        });
+      }
+    }
+  }
+
+  void embed(int first, int image, int start, const Scratch& s) {
+    const int count = std::min(tile_, tokens_ - start), side = t_.grid * t_.patch;
+    const float* pixels = run_.images + std::size_t(first + image) * 3 * side * side;
+    for (int i = 0; i < count; ++i) {
+      float* out = s.x.get() + i * s.x_pitch;
+      const int p = start + i - t_.front;
+      if (p < 0) {
+        std::fill_n(out, t_.patches.inputs, 0.0f);
+        continue;
+      }
+      for (int line = 0; line < 3 * t_.patch; ++line) {
+        const int y = line / t_.patch * side + p / t_.grid * t_.patch + line % t_.patch;
+        std::copy_n(pixels + std::size_t(y) * side + p % t_.grid * t_.patch, t_.patch, out + line * t_.patch);
+      }
+    }
+    apply(t_.patches, s.x.get(), s.x_pitch, count, s,
+          [&](int i, int column, Vec v) { store(row(image, start + i) + column, v); });
+    for (int i = 0; i < count; ++i) {
+      float* x = row(image, start + i);
+      const float* position = t_.positions + std::size_t(start + i) * t_.width;
+      for (int c = 0; c < t_.width; ++c) x[c] += position[c];
+      if (t_.pre_norm.weight) normalise(x, t_.pre_norm, t_.width, t_.eps, x);
+    }
+    if (run_.depth > 0) project(0, image, start, count, s);
+  }
+
+  // Queries, keys and values of a block.
+  void project(int block, int image, int start, int count, const Scratch& s) {
+    const TowerBlock& b = t_.blocks[block];
+    for (int i = 0; i < count; ++i)
+      normalise(row(image, start + i), b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+    apply(b.qkv, s.x.get(), s.x_pitch, count, s,
+          [&](int i, int column, Vec v) { store(qkv(image, start + i) + column, v); });
+    if (!t_.cosine) return;
+    const int half = head_.width / 2;
+    for (int i = 0; i < count; ++i)
+      for (int number = 0; number < 2 * t_.heads; ++number) {  // queries, then keys
+        float* x = qkv(image, start + i) + number * head_.width;
+        const std::size_t at = std::size_t(start + i) * half;
+        for (int c = 0; c < half; ++c) {
+          const float a = x[c], b = x[c + half];
+          x[c] = a * t_.cosine[at + c] - b * t_.sine[at + c];
+          x[c + half] = b * t_.cosine[at + c] + a * t_.sine[at + c];
+        }
+      }
+  }
+
+  void pack(int image, int number) {
+    const float *keys = qkv(image, 0) + t_.width + number * head_.width, *values = keys + t_.width;
+#if defined(__AVX512VNNI__)
+    if (t_.int8) return pack_head(head_, keys, values, head(image, number));
+#endif
+    pack_float_head(head_, keys, values, head(image, number));
+  }
+
+  // A tile through the rest of a block, what is tapped there, and the next block's queries, keys and values.
+  void pass(int first, int block, int image, int start, bool one, const Scratch& s) {
+    const int count = one ? 1 : std::min(tile_, tokens_ - start);
+    const TowerBlock& b = t_.blocks[block];
+    for (int number = 0; number < t_.heads; ++number)
+      for (int i = 0; i < count; i += kQueries) {
+        const float* queries = qkv(image, start + i) + number * head_.width;
+        float* out = s.x.get() + i * s.x_pitch + number * head_.width;
+        const int rows = std::min(kQueries, count - i);
+#if defined(__AVX512VNNI__)
+        if (t_.int8) {
+          attend(head_, queries, rows, head(image, number), s, out, s.x_pitch);
+          continue;
+        }
+#endif
+        attend_floats(head_, queries, rows, head(image, number), s, out, s.x_pitch);
+      }
+    const auto add = [&](int i, int column, Vec v) {
+      float* x = row(image, start + i) + column;
+      store(x, load(x) + v);
+    };
+    apply(b.proj, s.x.get(), s.x_pitch, count, s, add);
+    for (int i = 0; i < count; ++i)
+      normalise(row(image, start + i), b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+    feed_forward(b, count, s, add);
+    hand_out(first, block, image, start, count, s);
+    if (block + 1 < run_.depth) project(block + 1, image, start, count, s);
+  }
+
+  template <typename Add>
+  void feed_forward(const TowerBlock& b, int count, const Scratch& s, const Add& add) const {
+    float* hidden = s.hidden.get();
+    const auto activate = [&](auto function) {
+      apply(b.fc1, s.x.get(), s.x_pitch, count, s,
+            [&](int i, int column, Vec v) { store(hidden + i * s.hidden_pitch + column, function(v)); });
+    };
+    if (t_.activation == Activation::kGelu) activate([](Vec v) { return gelu(v); });
+    if (t_.activation == Activation::kQuickGelu) activate([](Vec v) { return v * sigmoid(v * 1.702f); });
+    if (t_.activation == Activation::kSwiGlu) {
+      activate([](Vec v) { return v; });
+      const int inner = b.fc2.inputs;
+      for (int i = 0; i < count; ++i) {
+        float* gate = hidden + i * s.hidden_pitch;
+        for (int c = 0; c < inner; ++c) gate[c] *= gate[inner + c] / (1.0f + std::exp(-gate[c]));
+      }
+    }
+    apply(b.fc2, hidden, s.hidden_pitch, count, s, add);
+  }
+
+  void hand_out(int first, int block, int image, int start, int count, const Scratch&) const {
+    for (const Tap& tap : run_.taps)
+      if (tap.block == block)
+        for (int i = std::max(0, t_.front - start); i < count; ++i) {
+          float* out = tap.out + (first + image) * tap.image + std::size_t(start + i - t_.front) * t_.width;
+          if (tap.normed)
+            normalise(row(image, start + i), t_.norm, t_.width, t_.eps, out);
+          else
+            std::copy_n(row(image, start + i), t_.width, out);
+        }
+    if (run_.classes && block == run_.depth - 1 && start == 0)
+      std::copy_n(row(image, 0), t_.width, run_.classes + std::size_t(first + image) * t_.width);
+  }
+
+  const Tower& t_;
+  const TowerRun& run_;
+  const int tokens_;
+  const Attention head_;
+  const std::size_t pitch_, head_bytes_;
+  const int group_, tile_, tiles_;
+  const Room<float> stream_, packed_;
+  const Room<unsigned char> heads_;
+  Barrier barrier_;
+  std::vector<std::atomic<int>> next_;  // of each phase: what no thread has taken
+  std::vector<std::unique_ptr<Scratch>> scratch_;
+};
+
+}  // namespace
+
+void ZSAD_JOIN(image_tower_, ZSAD_TARGET)(const Tower& tower, const TowerRun& run) { Forward(tower, run).run(); }
+
+}  // namespace zsad
