@@ -171,7 +171,7 @@ def _write_verified(
     raise refusal
 
 
-def _run(path: Path, options: GraphOptions, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, Array]:
+def _run(path: Path, options: GraphOptions, inputs: Mapping[str, NDArray[Any]]) -> "Mapping[str, Array]":
     """Return a graph's outputs from what it is to run in."""
     if isinstance(options, ExportOptions) and options.attention == NATIVE:
         from .native_tower import NativeTower
