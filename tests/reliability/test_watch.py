@@ -20,7 +20,7 @@ from runs import draw
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
 IMAGES = int(os.environ.get("ZSAD_IMAGES", "300"))
-RUNS = int(os.environ.get("ZSAD_RUNS", "4"))  # kills
+RUNS = int(os.environ.get("ZSAD_RUNS", "2"))  # kills
 SEED = int(os.environ.get("ZSAD_SEED", "0"))
 SECONDS = 120  # without a line after which a watch hangs
 AHEAD = 200  # files that wait at most

@@ -7,8 +7,11 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import host_build
 import pytest
 
 from zsad.kernels.cuda import device as cuda_device
@@ -52,6 +55,20 @@ def test_every_source_has_kernels_that_are_found_by_name() -> None:
         cuda_device.build_of("abacus")
 
 
+def once(command: list[str], source: Path, made: Callable[[], str]) -> str:
+    """Return a text that is made of a source by a command, or what was made of the same before."""
+    texts = [path.read_text("utf-8") for path in (source, *sorted(cuda_device.FOLDER.glob("*.h")))]
+    words = [word for word in command if not word.startswith("/")]  # options, not places
+    path = host_build.CACHE / f"nvcc-{host_build.digest(str(nvcc_version()), *words, *texts)}.txt"
+    if not path.exists():
+        text = made()
+        host_build.CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=host_build.CACHE, delete=False) as draft:
+            draft.write(text)
+        Path(draft.name).replace(path)
+    return path.read_text("utf-8")
+
+
 def compile_without_spills(source: Path, folder: Path, *defines: str) -> None:
     """Compile a source for all targets; raises AssertionError where that takes a warning or a spilled register."""
     targets = known_targets()
@@ -59,16 +76,21 @@ def compile_without_spills(source: Path, folder: Path, *defines: str) -> None:
     codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
     options = ["-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2", f"-I{cuda_device.FOLDER}"]
     command = [str(NVCC), *(f"-D{define}" for define in defines), *options, *codes]
-    done = subprocess.run(
-        [*command, "-o", str(folder / "kernels.fatbin"), str(source)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    assert "Potential Performance Loss" not in done.stderr, done.stderr  # as where products wait for each other
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+
+    def compiled() -> str:
+        done = subprocess.run(
+            [*command, "-o", str(folder / "kernels.fatbin"), str(source)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = once(command, source, compiled)
+    assert "warning" not in said, said
+    assert "Potential Performance Loss" not in said, said  # as where products wait for each other
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert len(spills) % len(targets) == 0
     assert len(spills) >= len(targets)
-    assert set(spills) == {("0", "0")}, done.stderr
+    assert set(spills) == {("0", "0")}, said
 
 
 @pytest.mark.long
@@ -95,10 +117,13 @@ def machine_code(source: str, target: str, folder: Path) -> dict[str, list[tuple
         pytest.skip("this nvcc does not know the target")
     cubin = folder / f"{source}.cubin"
     path = cuda_device.FOLDER / f"{source}.cu"
-    subprocess.run(
-        [str(NVCC), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{target}", "-o", str(cubin), str(path)], check=True
-    )
-    said = subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    command = [str(NVCC), "-cubin", "-std=c++17", "-O3", f"-arch=sm_{target}"]
+
+    def dumped() -> str:
+        subprocess.run([*command, "-o", str(cubin), str(path)], check=True)
+        return subprocess.run([str(CUOBJDUMP), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+
+    said = once(command, path, dumped)
     functions = said.split("Function : ")[1:]
     return {each.split()[0]: [(int(at, 16), text) for at, text in INSTRUCTION.findall(each)] for each in functions}
 
