@@ -31,7 +31,8 @@ from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.image_files import ImageFiles, Result, Written, judged, rounded
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, ImageRecord
-from zsad.engine.results.report import ShownCategory, ShownImage, write_report
+from zsad.engine.results.report import write_report
+from zsad.engine.results.report_images import PICTURES, ShownCategory, ShownImage
 from zsad.engine.results.stream import Stream
 from zsad.engine.scores.drift import Drift
 from zsad.engine.scores.verdicts import Bounds
@@ -329,7 +330,7 @@ class Watching:
     def _write_results(self) -> None:
         latest, options = self._stream.latest, self._job.options
         shown = [
-            ShownImage(image, None, None, *(pictures.get(name, "") for name in PICTURES))
+            ShownImage(image, None, None, {name: pictures[name] for name in PICTURES if name in pictures})
             for image, pictures in latest.images
         ]
         notes = [f"The page shows the last {len(shown)} of {counted(latest.scored, 'image')}."] * bool(shown)
@@ -353,9 +354,6 @@ class Watching:
             write_report(options.output / REPORT, run, [ShownCategory(record, shown, None, None)], refresh=PAGE)
         with written_whole(options.output / RUN) as temporary:
             temporary.write_text(run.to_json())
-
-
-PICTURES = ("image", "overlay", "stages")
 
 
 def _said(error: Exception) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from .categories import HERE, ImageFolder, InputImage
 from .layouts import is_hidden
 from .names import marked, result_folder, shortened, stem_of
-from .tree import DEEPEST, is_image, is_results, is_stream
+from .tree import DEEPEST, is_export, is_image, is_results, is_stream
 
 log = logging.getLogger("zsad")
 
@@ -219,10 +219,10 @@ class Arrivals:
         return not any(self._holds_results(self.root / folder) for folder in path.parents)
 
     def _holds_results(self, folder: Path) -> bool:
-        """Tell whether a folder is the output or in it, or is a category's results of any other run."""
+        """Tell whether a folder is the output or in it, or holds results of any other run."""
         real = os.path.realpath(folder)
         in_output = real == self._excluded or real.startswith(f"{self._excluded}/")
-        return in_output or is_results(folder) or is_stream(folder)
+        return in_output or is_results(folder) or is_stream(folder) or is_export(folder)
 
     def _scan(self) -> None:
         """Look through the whole folder."""

@@ -13,10 +13,10 @@ from .manifest import is_manifest, read_manifest
 from .names import shortened
 from .remote import Location, Remote
 from .stored import SUFFIXES, ImageError
-from .tree import DEMO, RUN_FILES, Folder, read_tree
+from .tree import DEMO, REPORT_FILES, RUN_FILES, Folder, read_tree
 
 # Names that the results use at the top of the output folder.
-RESERVED_NAMES = frozenset({*RUN_FILES, DEMO})
+RESERVED_NAMES = frozenset({*RUN_FILES, REPORT_FILES, DEMO})
 
 # Pictures beside folders of pictures are strays, such as an overview or a logo, if they are no more than this and than
 # this part of the images in the second largest folder; in the same way where there is but one folder.

@@ -16,6 +16,7 @@ SCORED = "scored.jsonl"  # the journal of a finished category, from which a late
 WATCHED = "watched.jsonl"  # the journal of a category whose images are scored as they arrive
 RUN = "run.json"
 REPORT = "report.html"
+REPORT_FILES = "report_files"  # of a page of many images, beside it
 RUN_FILES = (RUN, REPORT, "metrics.json", "metrics.csv")  # at the top of the output folder
 EXPORT = "format.json"  # in a folder of files that others read, made of finished results
 DEMO = "demo-data"  # images that zsad has drawn, in the folder of their results

@@ -19,7 +19,7 @@ from typing import TextIO
 import psutil
 
 from zsad.engine.images.categories import Category
-from zsad.engine.images.tree import DEMO, RECORD, REPORT, RUN, is_export, is_results
+from zsad.engine.images.tree import DEMO, RECORD, REPORT, REPORT_FILES, RUN, is_export, is_results
 from zsad.kernels.files import check_target, check_writable, flush
 
 from .formats import Export
@@ -67,7 +67,8 @@ def claimed(
                 check_target(output / name)
             _tidy(output, held.enter_context(_locked(output)), resume)
             taken = [folder for folder in folders if folder.exists() and not is_results(folder)]
-            taken += [folder for folder in map(output.joinpath, exports) if folder.exists() and not is_export(folder)]
+            ours = [output / name for name in (REPORT_FILES, *exports)]
+            taken += [folder for folder in ours if folder.exists() and not is_export(folder)]
         except OSError as error:
             raise OutputError(
                 f"{output}: cannot be written to ({error.strerror or error}); choose another --output"
@@ -145,7 +146,7 @@ def _lies_at(file: int, path: Path) -> bool:
 
 def _refuse_links(output: Path, folders: Sequence[Path]) -> None:
     """Raise OutputError where what is written, replaced or gone on with would lie elsewhere."""
-    written = [output / LOCK, output / RUN, output / REPORT, *folders]
+    written = [output / LOCK, output / RUN, output / REPORT, output / REPORT_FILES, *folders]
     for path in (path for path in output.iterdir() if path.name == DEMO or _HIDDEN.fullmatch(path.name)):
         written.append(path)
         written += (Path(above, name) for above, *names in os.walk(path) for name in (*names[0], *names[1]))

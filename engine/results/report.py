@@ -1,70 +1,77 @@
-"""The report: one HTML file that holds its data, its script and its pictures, and asks the network for nothing."""
+"""The report: a page that works from disk and asks the network for nothing.
+
+Up to some hundreds of images one HTML file holds its data, its script and its pictures. Of more the page stays small,
+and reads what it shows from a folder beside it: the data in parts, each a script, since a page from disk may read
+nothing else of its own accord, and a file for each picture.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from zsad.engine.images.categories import Category
+from zsad.engine.images.tree import EXPORT, EXPORT_START, REPORT_FILES, is_export
+from zsad.engine.scores.verdicts import VERDICTS
 from zsad.kernels.files import written_whole
 
 from .category import read_thumbnails
-from .records import CategoryRecord, ImageRecord, RunRecord
+from .output import flush_all, own_folder
+from .records import CategoryRecord, RunRecord
+from .report_images import NUMBERS, PART, PICTURES, EmbeddedPictures, Listing, PictureFiles, ShownCategory, ShownImage
 
 if TYPE_CHECKING:
     from zsad.engine.evaluation.evaluate import Evaluation
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+SCRIPT = Path(__file__).with_name("report_page.js")
 
-PICTURED = 4000  # images of a run at most whose pictures are in the page: about 120 MB
-BLOCK = 2**27  # characters of a block of data, from where on it ends; browsers read no string above 2**29 - 24
+ALONE = 500  # images up to which the page holds everything: about 15 MB
+LISTED = 1000  # files without a score that the page names
 
-
-@dataclass(frozen=True)
-class ShownImage:
-    """What the page shows of an image."""
-
-    record: ImageRecord
-    label: str | None  # its defect, or good; None without ground truth
-    anomalous: bool | None
-    image: str  # data URIs, or empty
-    overlay: str
-    stages: str = ""  # foreground and tiles
-
-
-@dataclass(frozen=True)
-class ShownCategory:
-    """What the page shows of a category."""
-
-    record: CategoryRecord
-    images: Iterable[ShownImage]
-    metrics: Mapping[str, float | None] | None  # by name
-    protocol: str | None
+# What the page's policy allows beside its own style and script: pictures, and what its script loads in turn. Nothing
+# that markup could ask for: names come from input files, and even a tag that slipped in could run and load nothing.
+EMBEDDED, FROM_FILES = ("data:", ""), ("data: file: 'self'", " 'strict-dynamic'")
 
 
 def write_report(path: Path, run: RunRecord, categories: Sequence[ShownCategory], refresh: float | None = None) -> None:
-    """Write a run's results as a self-contained page to `path`, replacing what was there only when it is complete.
+    """Write a run's results as a page to `path`, replacing what was there only when it is complete.
+
+    What of it finds no room in the page is in a folder of that page's own, `report_files/N`, so that a page never shows
+    files of another one; those of earlier pages go once this one is in place.
 
     refresh: seconds after which the page loads itself again, of images in the order of their arrival; None: it is done.
     Raises ValueError for a number that is not finite, and OSError if the file cannot be written.
     """
-    page = TEMPLATE.read_text(encoding="utf-8")
-    # The page allows these two blocks alone: even markup that slipped in could neither run nor load anything.
-    for name, block in (("{{STYLE_HASH}}", "style"), ("{{SCRIPT_HASH}}", "script")):
-        page = page.replace(name, _hash_block(page, block))
-    before, after = page.split("{{DATA}}")
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(before)
-        file.writelines(_data(run, categories, refresh))
-        file.write(after)
+    files = path.with_name(REPORT_FILES)
+    if sum(len(category.record.images) for category in categories) <= ALONE:
+        listing = Listing(categories, EmbeddedPictures(), as_they_came=refresh is not None)
+        data = _data(run, categories, listing, refresh, folder=None)
+        _write_page(path, EMBEDDED, [_encode(data), *map(_embedded, listing.parts())])
+        kept = None
+    else:
+        kept = _new_folder(files)
+        try:
+            address = f"{files.name}/{kept.name}"
+            listing = Listing(categories, PictureFiles(kept, address), as_they_came=refresh is not None)
+            for name, part in listing.parts():
+                (kept / f"{name}.js").write_text(_as_script(name, part), "ascii")
+            data = _data(run, categories, listing, refresh, address)
+            flush_all(kept)
+            _write_page(path, FROM_FILES, [_encode(data)])
+        except BaseException:
+            shutil.rmtree(kept, ignore_errors=True)
+            raise
+    _remove_others(files, kept)
 
 
 def shown_categories(
@@ -87,102 +94,106 @@ def _shown_images(output: Path, category: Category, record: CategoryRecord) -> I
         source = next(source for source in sources if str(source.relative) == image.path)
         label = "good" if source.anomalous is False else source.defect
         own = pictures if pictured == image.path else {}
-        yield ShownImage(
-            image, label, source.anomalous, *(own.get(name, "") for name in ("image", "overlay", "stages"))
-        )
+        yield ShownImage(image, label, source.anomalous, {name: own[name] for name in PICTURES if name in own})
         if own:
             pictured, pictures = next(thumbnails, ("", {}))
 
 
-def _data(run: RunRecord, categories: Sequence[ShownCategory], refresh: float | None) -> Iterator[str]:
-    """Yield the page's data, in pieces: pictures of a million images are never held at once.
-
-    Images that find no room in the block of the run follow in blocks of their own.
-    """
-    counts = [len(category.record.images) for category in categories]
-    share = _share(counts)
-    room, waiting = BLOCK, list[tuple[int, Iterator[str]]]()
+def _data(
+    run: RunRecord, categories: Sequence[ShownCategory], listing: Listing, refresh: float | None, folder: str | None
+) -> dict[str, Any]:
+    """Return what the page knows at once; folder: where it finds the parts of the rest, None in itself."""
     shown_run = asdict(replace(run, categories=[]))
     del shown_run["categories"]
-    pictured = None if share == max(counts, default=0) else share
-    yield f'{{"run":{_encode(shown_run)},"pictured":{_encode(pictured)},"refresh":{_encode(refresh)},"categories":['
-    for number, category in enumerate(categories):
-        fields = asdict(replace(category.record, images=[]))
-        del fields["sizes"]
-        fields |= {"metrics": category.metrics, "protocol": category.protocol}
-        yield "," * (number > 0)
-        for key, value in fields.items():
-            yield f"{'{' if key == 'name' else ','}{_encode(key)}:"
-            if key != "images":
-                yield _encode(value)
-                continue
-            images = _encoded_images(category, share)
-            room = yield from _list(images, room)
-            waiting.append((number, images))
-        yield "}"
-    yield "]}"
-    for number, images in waiting:
-        while (image := next(images, None)) is not None:
-            yield f'</script>\n<script type="application/json" class="more">{{"category":{number},"images":'
-            yield from _list(chain([image], images), BLOCK)
-            yield "}"
-
-
-def _list(images: Iterator[str], room: int) -> Generator[str, None, int]:
-    """Yield a list of images until so many characters are used up; returns how many are left."""
-    yield "["
-    separator = ""
-    while room > 0 and (image := next(images, None)) is not None:
-        yield separator + image
-        room, separator = room - len(image), ","
-    yield "]"
-    return room
-
-
-def _share(counts: Sequence[int]) -> int:
-    """Return of how many images of a category at most the page has pictures, for these numbers of images."""
-    room = PICTURED
-    for number, count in enumerate(sorted(counts)):
-        share = room // (len(counts) - number)
-        if count > share:
-            return share
-        room -= count
-    return max(counts, default=0)
-
-
-def _encoded_images(category: ShownCategory, share: int) -> Iterator[str]:
-    """Yield what the page has of each image; of more than `share`, only those of both ends have pictures."""
-    count = len(category.record.images)
-    for image in category.images:
-        if share - share // 2 < image.record.rank <= count - share // 2:
-            image = replace(image, image="", overlay="", stages="")
-        yield _encode(_of_image(category.record.name, image))
-
-
-def _of_image(category: str, image: ShownImage) -> dict[str, Any]:
-    file, facts = image.record.overlay_file, image.record.facts()
-    del facts["sizes"]
-    if not image.record.rank:
-        del facts["rank"]
+    room, shown = LISTED, list[dict[str, Any]]()
+    for category in categories:
+        record = category.record
+        listed = record.failures[:room]
+        room -= len(listed)
+        shown.append(
+            {
+                "name": record.name,
+                "images": len(record.images),
+                "failed": len(record.failures),
+                "failures": [asdict(failure) for failure in listed],
+                "groups": record.groups,
+                "group_size": record.group_size,
+                "image_sizes": record.image_sizes,
+                "bounds": record.bounds and asdict(record.bounds),
+                "seconds": record.seconds,
+                "metrics": category.metrics,
+                "protocol": category.protocol,
+            }
+        )
     return {
-        **facts,
-        "label": image.label,
-        "anomalous": image.anomalous,
-        "image": image.image,
-        "overlay": image.overlay,
-        "stages": image.stages,
-        # Quoted and anchored, a name can be neither a query nor another scheme; undecodable bytes keep their value.
-        "overlay_file": file and "./" + quote(f"{category}/{file}", errors="surrogateescape"),
+        "run": shown_run,
+        "folder": folder,
+        "sizes": {"numbers": NUMBERS, "images": PART},  # of parts, in images; those of paths are as those of numbers
+        "verdicts": VERDICTS,
+        "labels": listing.labels,
+        "refresh": refresh,
+        "categories": shown,
     }
 
 
+def _write_page(path: Path, allowed: tuple[str, str], data: Iterator[str] | Sequence[str]) -> None:
+    """Write the page with its data, of which each piece after the first is a block of its own."""
+    page, script = TEMPLATE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
+    (style,) = re.findall("<style>(.*?)</style>", page, re.DOTALL)
+    page = page.replace("{{STYLE_HASH}}", _hash(style)).replace("{{SCRIPT_HASH}}", _hash(script))
+    for name, sources in zip(("{{PICTURES}}", "{{SCRIPTS}}"), allowed, strict=True):
+        page = page.replace(name, sources)
+    before, rest = page.split("{{DATA}}")
+    between, after = rest.split("{{SCRIPT}}")
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(before)
+        file.writelines(data)
+        file.write(between + script + after)
+
+
+def _embedded(part: tuple[str, Any]) -> str:
+    """Return a part of the data as a block that follows another one, whose end is written after it."""
+    name, content = part
+    return f'</script>\n<script type="application/json" id="{name}">{_encode(content)}'
+
+
+def _as_script(name: str, content: Any) -> str:
+    """Return a part of the data as a script that hands it over as text, which is read faster than as a literal."""
+    text = _encode(content).replace("\\", "\\\\").replace("'", "\\'")
+    return f"take('{name}', '{text}');\n"
+
+
 def _encode(data: Any) -> str:
-    # Names come from file systems. Pure ASCII without these three can neither end the block nor open another.
+    # Names come from file systems. Pure ASCII without these three can neither end a block nor open another.
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _hash_block(page: str, tag: str) -> str:
-    """The content security policy's name for the page's one plain `tag` block."""
-    (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+def _hash(text: str) -> str:
+    """The content security policy's name for a block."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _new_folder(files: Path) -> Path:
+    """Make a folder for a new page beside those of earlier ones."""
+    if not is_export(files):
+        draft = own_folder(files, "partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        # Says whose it is, so that nobody takes its pictures for images to be scored.
+        facts = {EXPORT_START: "report", "version": importlib.metadata.version("zsad")}
+        (draft / EXPORT).write_text(json.dumps(facts) + "\n")
+        draft.rename(files)  # raises OSError where there is something of others
+    folder = next(folder for number in count(1) if not (folder := files / str(number)).exists())
+    folder.mkdir()
+    return folder
+
+
+def _remove_others(files: Path, kept: Path | None) -> None:
+    """Remove what pages before this one have left, where it is ours."""
+    if kept is None and is_export(files):
+        shutil.rmtree(files, ignore_errors=True)
+    elif kept is not None:
+        for path in files.iterdir():
+            if path.is_dir() and path != kept:
+                shutil.rmtree(path, ignore_errors=True)

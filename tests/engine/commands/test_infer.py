@@ -754,6 +754,31 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.slow
+def test_the_report_of_many_images_is_a_folder_also_when_resumed(
+    infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("zsad.engine.results.report.ALONE", 3)
+    draw(tmp_path / "data", *numbered(3, "report_files/"), *numbered(3, "b/"))
+    assert infer("data", "--output", "data/out") == 0
+    assert sorted(path.name for path in Path("data/out").glob("[!.]*")) == [
+        *("b", "report.html", "report_files", "report_files_", "run.json")
+    ]
+    first = {path.name: path.read_bytes() for path in Path("data/out/report_files/1").rglob("*.jpg")}
+    assert len(first) == 2 * 6
+    capsys.readouterr()
+    assert infer("data", "--output", "data/out", "--resume") == 0
+    assert "already finished" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("data/out/report_files/2").rglob("*.jpg")} == first
+    assert not Path("data/out/report_files/1").exists()
+    assert infer("data", "--output", "other") == 0  # its pictures are no images
+    assert json.loads(Path("other/run.json").read_text())["images"] == 6
+    shutil.rmtree("other/report_files")
+    Path("other/report_files").mkdir()
+    assert infer("data", "--output", "other") == 2
+    assert "report_files: exists and holds no zsad results" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment(tiny: Path, infer, many: Path, tmp_path: Path, moment: str) -> None:
     process = start(tiny, many, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

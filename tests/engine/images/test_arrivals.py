@@ -12,7 +12,7 @@ import pytest
 
 from zsad.engine.images import arrivals as module
 from zsad.engine.images.arrivals import PATIENCE, SETTLED, Arrivals, Known, Signals, Version
-from zsad.engine.images.tree import WATCHED, WATCHED_START
+from zsad.engine.images.tree import EXPORT, EXPORT_START, WATCHED, WATCHED_START
 
 
 class Clock:
@@ -117,14 +117,18 @@ def test_coarse_times_do_not_tell_a_new_file_from_a_renamed_one(known: Known) ->
     assert known.has("b.png", Version(10, 7 * 10**9 + 123, 5))
 
 
+OLD = "old/bolt/overlays/a.jpg", "old/report_files/1/pictures/0/0-image.jpg"
+
+
 @pytest.mark.parametrize("told", [False, True], ids=["found", "told"])
 def test_only_images_are_handed_out_and_none_of_the_results(
     tmp_path: Path, clock: Clock, arrivals: Arrivals, taken: Taken, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
     top = tmp_path / "in"
     write(clock, top / "old" / "bolt" / WATCHED, WATCHED_START)  # of another run that goes on
+    write(clock, top / "old" / "report_files" / EXPORT, f'{{"{EXPORT_START}": "report"}}'.encode())
     names = [".a.png", "notes.txt", ".git/a.png", "out/incoming/overlays/a.jpg", "@eaDir/a.png", "d/" * 65 + "a.png"]
-    paths = [write(clock, top / name, ago=9) for name in [*names, "old/bolt/overlays/a.jpg", "b/c/a.png"]]
+    paths = [write(clock, top / name, ago=9) for name in [*names, *OLD, "b/c/a.png"]]
     os.mkfifo(top / "pipe.png")
     (top / "b" / "round").symlink_to(top)
     if told:

@@ -315,7 +315,7 @@ def test_thumbnails_that_are_damaged_cost_their_pictures_only(category: Category
     for damaged in (bytes(len(lines[1])), b"\xff" * len(lines[1]), b"1", b'["01.png"]', b"[1, 2, 3]"):
         path.write_bytes(b"".join([lines[0], damaged + b"\n", *lines[2:]]))
         (shown,) = shown_categories(finished, [category], [record], None)
-        assert [bool(image.image) for image in shown.images] == [True, False, True, True]
+        assert [bool(image.pictures) for image in shown.images] == [True, False, True, True]
 
 
 def test_everything_is_on_disk_before_it_is_in_place(

@@ -163,7 +163,18 @@ def test_only_what_belongs_beside_it_is_put_in_place(category: Category, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "link", [LOCK, "run.json", "report.html", "part", "demo-data", "demo-data/part", "partial", "partial/maps/00.tiff"]
+    "link",
+    [
+        LOCK,
+        "run.json",
+        "report.html",
+        "report_files",
+        "part",
+        "demo-data",
+        "demo-data/part",
+        "partial",
+        "partial/maps/00.tiff",
+    ],
 )
 def test_nothing_is_written_through_links(category: Category, tmp_path: Path, link: str) -> None:
     output, target = tmp_path / "out", results(tmp_path / "target")
