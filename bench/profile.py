@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from zsad.engine.config import Config, ConfigError
-from zsad.engine.networks.build import graph_options, graph_precision
+from zsad.engine.networks.build import attention_of, candidates, graph_options, graph_precision
 from zsad.engine.networks.network import GraphRequest
 from zsad.engine.networks.onnx_runtime import session
 from zsad.engine.networks.openvino import compiled
@@ -30,6 +30,7 @@ from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.export.agreement import sample_rows
 from zsad.export.builders import read_builder
 from zsad.export.checkpoints import find_checkpoint
+from zsad.export.native_tower import NativeTower
 from zsad.export.onnx_export import export_onnx
 from zsad.export.transformer_graph import IR_VERSION, OPSET
 from zsad.kernels.machine import available_cores
@@ -241,10 +242,14 @@ def profile_graph(
     """Return what each class of operators of a graph takes for one of its rows, and the operations counted for it."""
     spec, rows = config.specs[request.network], row_count(request, arguments.batch_size)
     precision = graph_precision(request, config.network_precision)
-    attention = "fused" if runtime.library == "onnxruntime" else "standard"
+    library, *_ = candidates(request, precision, runtime)
+    attention = attention_of(library)
     model = export_onnx(spec.checkpoint, graph_options(spec, request, precision, attention))
     inputs = sample_rows(model.inputs, rows)
-    if runtime.library == "onnxruntime":
+    if library == "native":
+        tower = NativeTower(model.path)
+        classes = {OTHER: Class(mean_seconds(lambda: tower.run(inputs["images"]), arguments.repeats))}
+    elif library == "onnxruntime":
         classes = in_onnx_runtime(model.path, inputs, arguments.repeats)
     else:
         classes = in_openvino(model.path, precision, inputs, arguments.repeats)

@@ -5,8 +5,8 @@
 First every graph of the preset's networks alone, all variants in turn in one process, beside the product peak of the
 same rounds (and, where PyTorch is installed, its plain forward pass):
 
-    cpu      ONNX Runtime and OpenVINO in fp32 and, for image towers, in int8, OpenVINO in bf16 where the processor has
-             it, PyTorch eager fp32; the peak is the best of two large fp32 products
+    cpu      ONNX Runtime, OpenVINO and native code in fp32 and, for image towers, in int8, OpenVINO in bf16 where the
+             processor has it, PyTorch eager fp32; the peak is the best of two large fp32 products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
 Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
@@ -78,6 +78,7 @@ FINDERS = ("foreground", "masks")  # stages within what a method does with an im
 CPU_PRECISIONS: Mapping[str, tuple[NetworkPrecision, ...]] = {
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "int8", "bf16"),
+    "native": ("fp32", "int8"),
 }
 # Whose rate is the peak on a CPU: a large product, and a linear layer of a ViT-L.
 PEAK_SHAPES = ((4096, 4096, 4096), (1370, 1024, 4096))  # rows, depth, columns
@@ -168,7 +169,7 @@ def image_requests(config: Config) -> list[GraphRequest]:
 def runtimes(device: str) -> Iterator[tuple[str, Runtime, NetworkPrecision]]:
     """Yield every installed way to run a network on the device: name, runtime, precision."""
     if device == "cpu":
-        for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO"), ("native", "native code")):
             for precision in CPU_PRECISIONS[library]:
                 try:
                     runtime = choose_runtime("cpu", library)

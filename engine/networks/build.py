@@ -192,8 +192,7 @@ class Loading:
         return model
 
     def _options(self, library: Library, precision: str) -> GraphOptions:
-        attention = {"onnxruntime": "fused", "native": NATIVE}.get(library, "standard")
-        return graph_options(self.spec, self.request, precision, attention)
+        return graph_options(self.spec, self.request, precision, attention_of(library))
 
     def by(self, library: Library) -> Ready:
         """Make it ready in a library."""
@@ -279,6 +278,11 @@ class Loading:
             log.info("%s: %s", self.spec.checkpoint, why)
         note.write(library=found.library, why=why)
         return found
+
+
+def attention_of(library: Library) -> str:
+    """Return the attention that graphs for a library are exported with; a native one means the rest too."""
+    return {"onnxruntime": "fused", "native": NATIVE}.get(library, "standard")
 
 
 def candidates(request: GraphRequest, precision: str, runtime: Runtime) -> tuple[Library, ...]:
