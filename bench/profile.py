@@ -40,6 +40,7 @@ from .records import append
 from .throughput import ROWS, image_requests, in_precision, measure_run, product_peak, replaced, runtimes
 
 SIDE = 4096  # of the products that peaks are measured with
+COPIED = 1 << 25  # values that each core copies, more than caches hold
 WHOLE_ATTENTION = "attention in one operator"
 SOFTMAX, NORMALISATION, ACTIVATION = "softmax", "normalisation", "activation"
 SUMS, LAYOUT, OTHER, WAITING = "sums", "layout", "other", "waiting"
@@ -50,7 +51,8 @@ PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "TransposeMatMul"}
 OPERATORS: Mapping[str, set[str]] = {
     LINEAR: {
         *("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "DynamicQuantizeMatMul", "MatMulInteger"),
-        *("MatMulIntegerToFloat", "MatMulNBits", "FullyConnected", "Convolution", "Deconvolution"),
+        *("MatMulIntegerToFloat", "MatMulNBits", "FullyConnected", "FullyConnectedCompressed", "Convolution"),
+        *("Deconvolution",),
     },
     WHOLE_ATTENTION: {"MultiHeadAttention", "Attention", "ScaledDotProductAttention"},
     SOFTMAX: {"Softmax"},
@@ -141,9 +143,12 @@ def in_openvino(path: Path, precision: str, inputs: Mapping[str, NDArray[Any]], 
             inputs_of = [] if node is None else [node.input(i) for i in range(node.get_input_size())]
             outputs_of = [] if node is None else [node.output(i) for i in range(node.get_output_size())]
             moved = sum(_bytes(port) for port in (*inputs_of, *outputs_of))
-            made_of = "" if node is None else str(node.get_rt_info().get("originalLayersNames", ""))
+            facts = {} if node is None else node.get_rt_info()
+            made_of = str(facts["originalLayersNames"].value) if "originalLayersNames" in facts else ""
             shapes = [list(port.get_partial_shape()) for port in inputs_of]
-            kind = fused_class(made_of) if each.node_type == "Subgraph" else kind_of(each.node_type, shapes)
+            kind = kind_of(each.node_type, shapes)
+            if kind == OTHER and made_of:
+                kind = fused_class(made_of)
             yield kind, each.node_type, each.real_time.total_seconds() / repeats, moved / repeats
 
     return collected(found(), whole)
@@ -176,14 +181,14 @@ def mean_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def copy_rate() -> float:
     """Return the bytes that all cores together read and write in a second when they copy large arrays."""
-    cores, size = available_cores(), 1 << 25
-    pairs = [(np.zeros(size, np.float32), np.ones(size, np.float32)) for _ in range(cores)]
+    cores = available_cores()
+    pairs = [(np.zeros(COPIED, np.float32), np.ones(COPIED, np.float32)) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as threads:
         best = 0.0
         for _ in range(3):
             start = time.perf_counter()
             list(threads.map(lambda pair: np.copyto(*pair), pairs))
-            best = max(best, 2 * 4 * size * cores / (time.perf_counter() - start))
+            best = max(best, 2 * 4 * COPIED * cores / (time.perf_counter() - start))
     return best
 
 
@@ -221,10 +226,7 @@ def product_graph(operator: str, kind: Any) -> onnx.ModelProto:
 def profile(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
     """Print where the time of each variant goes, and append one record for each."""
     peaks = {**product_rates(choose_runtime("cpu", "onnxruntime")), "memory": copy_rate()}
-    print(
-        "\npeaks: "
-        + ", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'memory' else 'FLOP'}/s" for name, rate in peaks.items())
-    )
+    print("\nmeasured peaks: " + ", ".join(peak_text(name, rate) for name, rate in peaks.items()))
     for name, runtime, precision in runtimes(arguments.device):
         chosen = in_precision(config, precision)
         with replaced(weights):
@@ -234,6 +236,10 @@ def profile(config: Config, weights: Mapping[str, str], arguments: argparse.Name
         found |= {"peaks": peaks, **run, "graphs": graphs}
         print(profile_text(found))
         append(arguments.output, found)
+
+
+def peak_text(name: str, rate: float) -> str:
+    return f"{name} {rate / 1e9:.0f} {'GB/s' if name == 'memory' else 'GFLOP/s'}"
 
 
 def profile_graph(

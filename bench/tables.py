@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .profile import peak_text, profile_rows
 from .published import METRICS, read_published
 from .records import RESULTS
 from .roofline import GPUS, GRID, IMAGES, PRESETS, TILES, estimate, model_pairs
@@ -335,6 +336,23 @@ def runs_table() -> str:
     return "\n\n".join(blocks)
 
 
+def profile_table() -> str:
+    """Where the time goes, a table for each preset and variant."""
+    if not (results.get() / "profile.jsonl").exists():
+        return "Nothing is on record yet."
+    latest = {(r["preset"], r["variant"]): r for r in read("profile.jsonl")}
+    blocks = []
+    for record in latest.values():
+        peaks = ", ".join(peak_text(name, rate) for name, rate in record["peaks"].items())
+        caption = (
+            f"{record['variant']}: preset `{record['preset']}`, {record['images']} images at "
+            f"{record['image_size']} px; measured peaks {peaks}; {where(record)}"
+        )
+        head = ["stage, and class of operators in it", "time per image", "of the whole", "rate", "of the peak"]
+        blocks.append(f"{caption}:\n\n" + table(head, list(profile_rows(record))))
+    return "\n\n".join(blocks)
+
+
 def roofline_table() -> str:
     rows = []
     for gpu in GPUS:
@@ -571,6 +589,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "networks": networks_table,
     "planted": planted_table,
     "pooling": pooling_table,
+    "profile": profile_table,
     "published": published_table,
     "roofline": roofline_table,
     "runs": runs_table,
