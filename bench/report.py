@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for count in map(int, arguments.counts.split(",")):
             (place := Path(folder, str(count))).mkdir()
             record["runs"].append(measured(driver, place, count))
-            print(record["runs"][-1])
+            print(record["runs"][-1], flush=True)
             shutil.rmtree(place)
     append(arguments.output, record)
 

@@ -170,6 +170,7 @@ function fillCategories() {
       ...[...means, ...columns.map(() => "")].map((value) => element("td", { textContent: value }))));
   }
   const panel = byId("categories");
+  panel.hidden = false;
   panel.open = categories.length <= 6;
   panel.querySelector("summary").append(metrics.length ? "Categories and metrics" : "Categories",
     element("span", { className: "tally", textContent: String(categories.length) }));
