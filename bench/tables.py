@@ -55,6 +55,12 @@ ROWS = {
     "blend 0.75": "image blend 0.75",
     "clean": "`--references clean`: blends 1",
 }
+PEERS = {
+    "reference": "the steps of the published code in PyTorch, nothing written",
+    "zsad": "zsad, from files to report",
+    "zsad int8": "zsad, networks and products in int8",
+}
+MANY = 1_000_000  # images that the cost of an archive is extrapolated to
 TILE_WAYS = {
     "whole": "whole images",
     "aligned": "tiles, each compared with those of the same place",
@@ -503,6 +509,119 @@ def known_table() -> str:
     )
 
 
+def bounds_table() -> str:
+    record = accuracy("bounds")
+    rows = [
+        [
+            f"`{name}`",
+            str(found["known"]),
+            percent([found["promised"]]),
+            share,
+            measured(rate),
+            percent([rate.get("recall")]),
+        ]
+        for name, found in record["sets"].items()
+        for share, rate in found["shares"].items()
+    ]
+    head = ["", "known-good images", "promised at most", "defective among the others", "good ones rejected"]
+    return (
+        f"Good images rejected by the bounds that known-good ones give, in percent, with the 95 % interval of "
+        f"{record['splits']} draws; {about(record)}:\n\n"
+        f"{table([*head, 'defective ones rejected'], rows)}"
+    )
+
+
+def banks_table() -> str:
+    record = accuracy("banks")
+    keys = ("image_auroc", "pixel_ap", "pixel_aupro")
+    sizes = [
+        [f"`{name}`", share, str(row["patches"]), *(percent([row.get(key)]) for key in keys)]
+        for name, of_set in record["sets"].items()
+        for share, row in of_set["sizes"].items()
+    ]
+    alarms = [
+        [f"`{name}`", size, f"{100 * float(asked):g}", percent([rate["promised"]]), measured(rate)]
+        for name, of_set in record["sets"].items()
+        for size, rates in of_set["alarms"].items()
+        for asked, rate in rates.items()
+    ]
+    return (
+        "A bank of half of the normal images scores the other half and the defective ones, in percent; "
+        f"{about(record)}:\n\n"
+        f"{table(['', 'kept', 'patches per tap and degree', *(METRICS[key] for key in keys)], sizes)}\n\n"
+        f"Banks of {record['drawn']} normal images judge {record['drawn']} others, in {record['splits']} draws: good "
+        "images rejected in percent, with the 95 % interval:\n\n"
+        f"{table(['', 'kept', 'asked for at most', 'promised by so few images', 'rejected'], alarms)}"
+    )
+
+
+def archive_table() -> str:
+    record = read("archive.jsonl")[-1]
+    start, rows = record["start"], []
+    for run in record["runs"]:
+        cost = (run["cpu_s"] - start["cpu_s"]) / (run["images"] - start["images"])
+        rows.append([f"{run['images']:,}", f"{1e3 * cost:.1f} ms", f"{run['peak_bytes'] / 2**20:.0f} MB"])
+    hours = MANY * cost / 3600
+    rows.append([f"{MANY:,}, **extrapolated**", f"{1e3 * cost:.1f} ms: {hours:.0f} hours of a processor", "–"])
+    caption = (
+        f"Runs in groups of {record['group']} drawn images of {record['side']} px, without the time of starting; "
+        f"{where(record)}"
+    )
+    return f"{caption}:\n\n" + table(["images", "processors' time per image", "peak memory"], rows)
+
+
+def peers_table() -> str:
+    record = read("peers.jsonl")[-1]
+    rows = []
+    for name, said in PEERS.items():
+        times = record["seconds"][name]
+        ratio = f"{record['times_faster'][name]:.1f}" if name in record["times_faster"] else "1"
+        rows.append([said, f"{statistics.median(times):.1f} s", ratio])
+    caption = (
+        f"Whole runs over {record['images']} drawn images at {record['image_size']} px with the taps and degrees of "
+        f"preset `small`; medians of {len(times)} rounds; {where(record)}"
+    )
+    return f"{caption}:\n\n" + table(["", "time", "times faster"], rows)
+
+
+def bank_times_table() -> str:
+    blocks = []
+    latest = {(r["preset"], r["image_size"], r["precision"]): r for r in read("banks.jsonl")}
+    for (preset, side, precision), record in latest.items():
+        network = record["seconds"]["network"]
+        rows = []
+        for name, times in record["seconds"].items():
+            ratio = statistics.median(own / whole for own, whole in zip(times, network, strict=True))
+            patches = str(record["sizes"][name][1]) if name in record["sizes"] else "–"
+            label = f"the network in {precision}" if name == "network" else f"bank: {name}"
+            rows.append([label, patches, f"{1e3 * statistics.median(times):.0f} ms", f"{ratio:.2f}"])
+        caption = (
+            f"One image of preset `{preset}` ({record['weights']}; {side} px, {record['taps']} taps, degrees "
+            f"{', '.join(map(str, record['degrees']))}); {where(record)}"
+        )
+        head = ["", "patches per tap and degree", "time", "times the network's"]
+        blocks.append(f"{caption}:\n\n" + table(head, rows))
+    return "\n\n".join(blocks)
+
+
+def measured(rate: Mapping[str, float]) -> str:
+    return f"{percent([rate['rejected']])} ({percent([rate['low']])} to {percent([rate['high']])})"
+
+
+def feedback_table() -> str:
+    record = accuracy("feedback")
+    lines = []
+    for name, rows in record["sets"].items():
+        for row, values in rows.items():
+            means = [percent(values[key]) for key in ("image_auroc", "false_alarms", "recall")]
+            lines.append([f"`{name}`", row, *means])
+    return (
+        f"In percent, means of {record['draws']} draws; {record['given']} images of each kind are given back, others "
+        f"are measured; {100 * record['false_alarms']:g} % of false alarms is the share asked for; {about(record)}:\n\n"
+        f"{table(['', 'feedback', 'image AUROC', 'false alarms', 'recall'], lines)}"
+    )
+
+
 def planted_table() -> str:
     record = accuracy("planted")
     shares = [f"{100 * float(share):g} %" for share in next(iter(record["sets"].values()))]
@@ -578,7 +697,10 @@ def published_table() -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "accuracy": methods_table,
+    "banks": banks_table,
+    "bounds": bounds_table,
     "contamination": contamination_table,
+    "feedback": feedback_table,
     "headline": headline_table,
     "known": known_table,
     "metrics": metrics_table,

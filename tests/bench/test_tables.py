@@ -54,6 +54,49 @@ def test_graphs_of_older_records_stand_by_themselves(records: list[Mapping[str, 
     assert "One image through a network (a net; 64 px, batch 1, 1.000 TFLOP)" in tables.networks_table()
 
 
+def test_banks_are_told_by_size_and_by_what_they_reject(records: list[Mapping[str, Any]]) -> None:
+    rate = {"promised": 0.0952, "rejected": 0.091, "low": 0.084, "high": 0.099}
+    found = {
+        "bank_images": 30,
+        "sizes": {"10 %": {"patches": 1200, "image_auroc": 0.912, "pixel_ap": 0.3}},
+        "alarms": {"10 %": {"0.1": rate}},
+    }
+    about = {"section": "banks", "checkpoint": "net", "image_size": 280, "images": {"nut": [60, 40]}}
+    records.append({**ENVIRONMENT, **about, "splits": 200, "drawn": 20, "sets": {"nut": found}})
+    lines = tables.banks_table().splitlines()
+    assert "| `nut` | 10 % | 1200 | 91.2 | 30.0 | – |" in lines
+    assert "| `nut` | 10 % | 10 | 9.5 | 9.1 (8.4 to 9.9) |" in lines
+
+
+def test_the_cost_of_an_archive_is_extrapolated_from_the_largest_run(records: list[Mapping[str, Any]]) -> None:
+    start = {"images": 20, "cpu_s": 4.0, "peak_bytes": 2**28}
+    runs = [{"images": 220, "cpu_s": 24.0, "peak_bytes": 2**29}, {"images": 2020, "cpu_s": 184.0, "peak_bytes": 2**29}]
+    records.append({**ENVIRONMENT, "group": 200, "side": 112, "start": start, "runs": runs})
+    lines = tables.archive_table().splitlines()
+    assert "| 220 | 100.0 ms | 512 MB |" in lines
+    assert "| 1,000,000, **extrapolated** | 90.0 ms: 25 hours of a processor | – |" in lines
+
+
+def test_whole_runs_are_told_beside_the_published_steps(records: list[Mapping[str, Any]]) -> None:
+    seconds = {"reference": [60.0, 62, 61], "zsad": [6.0, 6, 6], "zsad int8": [3.0, 3, 3]}
+    faster = {"zsad": 10.2, "zsad int8": 20.3}
+    records.append({**ENVIRONMENT, "images": 60, "image_size": 518, "seconds": seconds, "times_faster": faster})
+    lines = tables.peers_table().splitlines()
+    assert "| the steps of the published code in PyTorch, nothing written | 61.0 s | 1 |" in lines
+    assert "| zsad, networks and products in int8 | 3.0 s | 20.3 |" in lines
+
+
+def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: list[Mapping[str, Any]]) -> None:
+    rates = {"0 %": {"rejected": 0.03, "low": 0.02, "high": 0.04}}
+    rates["40 %"] = {**rates["0 %"], "recall": 0.5}
+    found = {"known": 20, "promised": 0.05, "shares": rates}
+    about = {"section": "bounds", "checkpoint": "net", "image_size": 280, "images": {"nut": [60, 40]}}
+    records.append({**ENVIRONMENT, **about, "splits": 200, "sets": {"nut": found}})
+    lines = tables.bounds_table().splitlines()
+    assert "| `nut` | 20 | 5.0 | 0 % | 3.0 (2.0 to 4.0) | – |" in lines
+    assert "| `nut` | 20 | 5.0 | 40 % | 3.0 (2.0 to 4.0) | 50.0 |" in lines
+
+
 def test_runs_say_how_many_tiles_there_were(records: list[Mapping[str, Any]]) -> None:
     run = {"kind": "run", "preset": "vvv", "runtime": "a runtime", "precision": ["fp32", None], "image_size": 240}
     times = {"seconds_alone": {"masks": 30.0, "write": 0.5}, "seconds_together": 40.0, "overlap": 0.8}
