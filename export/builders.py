@@ -18,7 +18,7 @@ from .clipseg_graph import (
 )
 from .isnet import ISNet, read_isnet
 from .isnet_graph import build_isnet_graph, check_isnet_options
-from .native_tower import build_native_graph, check_native_options
+from .native_weights import check_native_options
 from .options import (
     NATIVE,
     ClipSegDecoderOptions,
@@ -104,8 +104,6 @@ class ImageTowerBuilder(_Builder):
         (check_native_options if native else check_options)(self.weights, self.options)
 
     def build(self, exact: Collection[str], metadata: Mapping[str, str]) -> onnx.ModelProto:
-        if self.options.attention == NATIVE:
-            return build_native_graph(self.weights, self.options, exact, metadata)
         return build_vit_graph(self.weights, self.options, exact, metadata)
 
     def choices(self) -> Iterable[tuple[str, ...]]:

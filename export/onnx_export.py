@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,8 @@ def export_onnx(
     source, digest = find_checkpoint(checkpoint)
     log.debug("%s: weights of %s, sha256 %s", checkpoint, source, digest)
     key = hashlib.sha256(json.dumps([digest, BUILDER_VERSION, asdict(options)]).encode()).hexdigest()[:16]
-    name = f"{Path(checkpoint).stem}-{options.label}-{key}.onnx"
+    suffix = "safetensors" if isinstance(options, ExportOptions) and options.attention == NATIVE else "onnx"
+    name = f"{Path(checkpoint).stem}-{options.label}-{key}.{suffix}"
     model = partial(ExportedModel, checkpoint=checkpoint, sha256=digest, precision=options.precision)
     if output is not None:
         check_target(output, source)
@@ -150,16 +151,13 @@ def _write_verified(
 
     In int8 with as few layers in fp32 as that takes, where `layers_in_fp32` offers them.
     """
-    import onnx
-
     from .agreement import check_agreement, sample_inputs
 
     builder.check()
     inputs = sample_inputs(builder.inputs)
     name, expected = _expected(draft, builder, oracle, inputs)
     for exact in builder.choices():
-        save_graph(builder.build(exact, metadata), draft)
-        onnx.checker.check_model(str(draft), full_check=True)
+        _save(draft, builder, exact, metadata)
         found = _run(draft, options, inputs)
         try:
             line = check_agreement(found, expected, options.precision, name)
@@ -169,6 +167,19 @@ def _write_verified(
         else:
             return f"{line}; {len(exact)} linear layers in fp32" if exact else line
     raise refusal
+
+
+def _save(path: Path, builder: "GraphBuilder | ReadyGraph", exact: Collection[str], metadata: dict[str, str]) -> None:
+    """Write a graph that passes ONNX's own rules, or the file of a native tower."""
+    import onnx
+
+    from .builders import ImageTowerBuilder
+    from .native_weights import save_native_tower
+
+    if isinstance(builder, ImageTowerBuilder) and builder.options.attention == NATIVE:
+        return save_native_tower(path, builder.weights, builder.options, exact, metadata)
+    save_graph(builder.build(exact, metadata), path)
+    return onnx.checker.check_model(str(path), full_check=True)
 
 
 def _run(path: Path, options: GraphOptions, inputs: Mapping[str, NDArray[Any]]) -> "Mapping[str, Array]":

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from zsad.export.agreement import token_cosines
-from zsad.export.native_tower import NativeTower, build_native_graph
-from zsad.export.onnx_export import export_onnx, save_graph
+from zsad.export.native_tower import NativeTower
+from zsad.export.native_weights import save_native_tower
+from zsad.export.onnx_export import export_onnx
 from zsad.export.options import NATIVE, ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.transformer import Block
@@ -89,8 +90,8 @@ def by_definition(vit: VisionTransformer, options: ExportOptions, images: np.nda
 
 
 def native(vit: VisionTransformer, options: ExportOptions, folder: Path, exact: Any = (), **how: Any) -> NativeTower:
-    save_graph(build_native_graph(vit, options, exact, {}), folder / "tower.onnx")
-    return NativeTower(folder / "tower.onnx", **how)
+    save_native_tower(folder / "tower", vit, options, exact, {})
+    return NativeTower(folder / "tower", **how)
 
 
 def random_images(count: int) -> np.ndarray:
@@ -164,7 +165,7 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
     ready = native(random_tower(3, 48), options, tmp_path, threads=1)
     together = ready.run(images)
     for threads in (2, 7):
-        other = NativeTower(tmp_path / "tower.onnx", threads=threads)
+        other = NativeTower(tmp_path / "tower", threads=threads)
         for found in (other.run(images), other.run(images[3:])):
             for name, array in found.items():
                 np.testing.assert_array_equal(array, together[name][-len(array) :])
