@@ -44,6 +44,7 @@ COPIED = 1 << 25  # values that each core copies, more than caches hold
 WHOLE_ATTENTION = "attention in one operator"
 SOFTMAX, NORMALISATION, ACTIVATION = "softmax", "normalisation", "activation"
 SUMS, LAYOUT, OTHER, WAITING = "sums", "layout", "other", "waiting"
+NATIVE = "all of it, in native code"  # which tells no times of its parts
 CLASSES = (LINEAR, ATTENTION, WHOLE_ATTENTION, SOFTMAX, NORMALISATION, ACTIVATION, SUMS, LAYOUT, OTHER, WAITING)
 
 # Operators of ONNX, ONNX Runtime and OpenVINO. Matrix products are linear layers unless both sides are activations.
@@ -254,14 +255,14 @@ def profile_graph(
     inputs = sample_rows(model.inputs, rows)
     if library == "native":
         tower = NativeTower(model.path)
-        classes = {OTHER: Class(mean_seconds(lambda: tower.run(inputs["images"]), arguments.repeats))}
+        classes = {NATIVE: Class(mean_seconds(lambda: tower.run(inputs["images"]), arguments.repeats))}
     elif library == "onnxruntime":
         classes = in_onnx_runtime(model.path, inputs, arguments.repeats)
     else:
         classes = in_openvino(model.path, precision, inputs, arguments.repeats)
     source = find_checkpoint(spec.checkpoint)[0]
     flops = classed_products(read_builder(source, plain_options(spec, request)), rows)
-    flops[WHOLE_ATTENTION] = 0.0 if ATTENTION in classes else flops[ATTENTION]
+    flops |= {WHOLE_ATTENTION: 0.0 if ATTENTION in classes else flops[ATTENTION], NATIVE: sum(flops.values())}
     return {
         "network": request.network,
         "graph": request.graph,
@@ -306,7 +307,7 @@ def _graph_rows(
 ) -> Iterator[tuple[str, str, str, str, str]]:
     prefix = "" if graph["graph"] == "image" else f"{graph['graph']}, one {graph['row']}: "
     for name, each in graph["classes"].items():
-        precision = graph["precision"] if name == LINEAR or graph["precision"] == "bf16" else "fp32"
+        precision = graph["precision"] if name in (LINEAR, NATIVE) or graph["precision"] == "bf16" else "fp32"
         share = each["seconds"] / whole if graph["row"] == "image" else float("nan")
         yield (
             f"{prefix}{name}",
