@@ -2,16 +2,17 @@
 
     python -m zsad.bench.report --counts 1000,10000,100000
 
-Of drawn images in five categories; their pictures are alike, and small as files. Memory is what Chromium's processes
-hold for themselves and their share of the rest, with the page and without one, and the heap of the page's script. It
-takes Selenium, Chromium and chromedriver.
+Of drawn images in five categories, of which those with scores above 0.5, a fifth, have pictures, small as files. Each
+report is opened by a Chromium of its own. Memory is what all of its processes hold for themselves and their share of
+the rest, beyond what they hold with an empty page, and the heap of the page's script. It takes Selenium, Chromium and
+chromedriver.
 """
 
 import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from .records import RESULTS, append, environment
 CATEGORIES, PICTURES = 5, 40
 BOUNDS = Bounds(accept=0.8, reject=0.9, rule="rule")
 PATIENCE = 120.0  # seconds that the page may take
+PICTURED = 0.5  # the score from which on images have pictures
 SETTLE = 2.0  # seconds after which memory is read
 
 # Chromium as a person would start it, but without a window and without anything of its own on the network.
@@ -201,26 +203,30 @@ def heap(driver: Any) -> int:
 
 def memory(driver: Any) -> int:
     """Return the bytes that all of the browser's processes hold."""
-    total = 0
+    return sum(_of_processes(driver, lambda process: process.memory_full_info().pss))
+
+
+def processor_seconds(driver: Any) -> float:
+    """Return what all of the browser's processes have taken of the processors' time."""
+    return sum(_of_processes(driver, lambda process: sum(process.cpu_times()[:2])))
+
+
+def _of_processes(driver: Any, fact: Callable[[psutil.Process], Any]) -> Iterator[Any]:
     for process in psutil.Process(driver.service.process.pid).children(recursive=True):
-        with suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total
+        with suppress(psutil.NoSuchProcess):
+            yield fact(process)
 
 
-def measured(driver: Any, folder: Path, images: int) -> dict[str, float]:
-    """Write a report of so many images, open it and use it; returns seconds and bytes by name."""
-    start = time.perf_counter()
-    write_report(folder / REPORT, drawn_run(images), drawn_categories(images))
-    write_s = time.perf_counter() - start
+def measured(driver: Any, page: Path) -> dict[str, float]:
+    """Open a report in a browser that has opened nothing, and use it; returns seconds and bytes by name."""
     driver.get("about:blank")
     time.sleep(SETTLE)
-    before = memory(driver)
-    driver.get((folder / REPORT).as_uri())
-    open_s = driver.execute_async_script(OPENED) / 1e3
+    before, busy = memory(driver), processor_seconds(driver)
+    driver.get(page.as_uri())
+    figures = {"open_s": driver.execute_async_script(OPENED) / 1e3}
+    figures["open_cpu_s"] = processor_seconds(driver) - busy
     time.sleep(SETTLE)
-    figures = {"images": images, "write_s": write_s, "open_s": open_s, "heap_bytes": heap(driver)}
-    figures["memory_bytes"] = memory(driver) - before
+    figures["heap_bytes"], figures["memory_bytes"] = heap(driver), memory(driver) - before
     for name, selector, value in (
         ("filter", "#filter-verdict", "review"),
         ("search", "#filter-text", "0001"),
@@ -241,13 +247,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "report.jsonl", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     record = environment("zsad.bench.report", argv, ["numpy", "selenium"])
-    with tempfile.TemporaryDirectory(prefix="zsad-bench-") as folder, chromium(Path(folder, "profile")) as driver:
-        record |= {"chromium": driver.capabilities["browserVersion"], "runs": []}
-        for count in map(int, arguments.counts.split(",")):
-            (place := Path(folder, str(count))).mkdir()
-            record["runs"].append(measured(driver, place, count))
-            print(record["runs"][-1], flush=True)
-            shutil.rmtree(place)
+    record["runs"] = []
+    for count in map(int, arguments.counts.split(",")):
+        with tempfile.TemporaryDirectory(prefix="zsad-bench-") as folder:
+            page, start = Path(folder, REPORT), time.perf_counter()
+            write_report(page, drawn_run(count), drawn_categories(count, PICTURED))
+            write_s = time.perf_counter() - start
+            with chromium(Path(folder, "profile")) as driver:
+                record["chromium"] = driver.capabilities["browserVersion"]
+                record["runs"].append({"images": count, "write_s": write_s, **measured(driver, page)})
+        print(record["runs"][-1], flush=True)
     append(arguments.output, record)
 
 
