@@ -32,6 +32,14 @@ def _without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let each worker run whole folders, so that most fixtures are made once, and take over what others have left."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of arrays made by the reference implementations."""

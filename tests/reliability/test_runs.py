@@ -16,6 +16,8 @@ import pytest
 from corruption import corrupted, images
 from runs import draw
 
+from zsad.engine.commands.infer import main
+
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("workplace")]
 
 RUNS = int(os.environ.get("ZSAD_RUNS", "2"))  # of each test with a random choice
@@ -27,13 +29,24 @@ SECONDS = 120  # after which a run hangs
 TABLES = ("scores.csv", "regions.csv")
 
 
-@pytest.fixture
-def command(tiny: Path, tmp_path: Path) -> list[str]:
-    """A run over a small network, whose graph is in the cache, and a folder `data` in two categories."""
+def draw_data(folder: Path) -> None:
+    """Draw the same images each time, in two categories."""
     for name in ("bolt", "nut"):
-        draw(tmp_path / "data" / name, IMAGES // 2)
+        draw(folder / "data" / name, IMAGES // 2)
+
+
+@pytest.fixture
+def arguments(tiny: Path, tmp_path: Path) -> list[str]:
+    """A run over a small network, whose graph is in the cache, and a folder `data`."""
+    draw_data(tmp_path)
+    return ["data", "--config", str(tiny / "config.toml"), "--device", "cpu", "--threshold", "auto", "-q"]
+
+
+@pytest.fixture
+def command(arguments: list[str]) -> list[str]:
+    """That run as a process of its own."""
     start = [sys.executable, "-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
-    return [*start, "data", "--config", str(tiny / "config.toml"), "--device", "cpu", "--threshold", "auto", "-q"]
+    return [*start, *arguments]
 
 
 def run(command: list[str], *options: str, megabytes: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,6 +58,20 @@ def run(command: list[str], *options: str, megabytes: int | None = None) -> subp
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing befalls."""
+    folder = tmp_path_factory.mktemp("whole")
+    draw_data(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZSAD_CACHE", str(tiny / "cache"))
+        patch.delenv("ZSAD_WEIGHTS", raising=False)
+        patch.chdir(folder)
+        config = ["--config", str(tiny / "config.toml"), "--device", "cpu"]
+        assert main(["data", *config, "--threshold", "auto", "-q", "--output", "whole"]) == 0
+    return folder / "whole"
+
+
 def results(output: Path) -> dict[str, str]:
     """Return digests of the tables, maps and overlays in an output folder; nothing hidden may be left in it."""
     files = [path for path in output.rglob("*") if path.is_file()]
@@ -54,8 +81,7 @@ def results(output: Path) -> dict[str, str]:
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
-def test_killed_runs_go_on_to_the_same_results(command: list[str], tmp_path: Path) -> None:
-    assert run(command, "--output", "whole").returncode == 0
+def test_killed_runs_go_on_to_the_same_results(command: list[str], tmp_path: Path, whole: Path) -> None:
     rng = random.Random(SEED)
     for _ in range(RUNS):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -68,26 +94,24 @@ def test_killed_runs_go_on_to_the_same_results(command: list[str], tmp_path: Pat
                     assert process.wait(SECONDS) in (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
         ended = run(command, "--output", "out", "--resume")
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert results(tmp_path / "out") == results(tmp_path / "whole")
+        assert results(tmp_path / "out") == results(whole)
 
 
 @pytest.mark.parametrize("megabytes", range(300, 2100, MEGABYTES))
 def test_a_limit_of_memory_ends_in_the_same_results_or_in_a_line(
-    command: list[str], tmp_path: Path, megabytes: int
+    command: list[str], tmp_path: Path, whole: Path, megabytes: int
 ) -> None:
     ended = run(command, "--output", "out", megabytes=megabytes)
     if ended.returncode == 0:
         assert ended.stderr == ""
-        assert run(command, "--output", "whole").returncode == 0
-        assert results(tmp_path / "out") == results(tmp_path / "whole")
+        assert results(tmp_path / "out") == results(whole)
     else:
         assert ended.returncode == 2, ended.stderr
         assert ended.stderr.startswith("zsad-infer: too little memory")
         assert ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_of_two_runs_into_one_output_each_is_whole_or_refused(command: list[str], tmp_path: Path) -> None:
-    assert run(command, "--output", "whole").returncode == 0
+def test_of_two_runs_into_one_output_each_is_whole_or_refused(command: list[str], tmp_path: Path, whole: Path) -> None:
     rng = random.Random(SEED)
     for _ in range(RUNS):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -98,7 +122,7 @@ def test_of_two_runs_into_one_output_each_is_whole_or_refused(command: list[str]
         _, said = first.communicate(timeout=SECONDS)
         codes = sorted((first.returncode, second.returncode))
         assert codes in ([0, 0], [0, 2]), said + second.stderr
-        assert results(tmp_path / "out") == results(tmp_path / "whole")
+        assert results(tmp_path / "out") == results(whole)
 
 
 @pytest.mark.parametrize(
@@ -106,21 +130,25 @@ def test_of_two_runs_into_one_output_each_is_whole_or_refused(command: list[str]
     [
         ("--workers", "1"),
         ("--workers", "7"),
-        ("--batch-size", "1"),
         ("--batch-size", "5", "--workers", "3"),
         ("--memory-limit", "40MB"),
     ],
 )
-def test_how_the_work_is_dealt_changes_no_byte(command: list[str], tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_how_the_work_is_dealt_changes_no_byte(
+    arguments: list[str], tmp_path: Path, whole: Path, options: tuple[str, ...]
+) -> None:
     """Of networks on a CPU the batch size may change the last bits: ONNX Runtime chooses other kernels for it."""
-    plain = ("--batch-size", options[1]) if options[0] == "--batch-size" else ()
-    for output, own in (("one", plain), ("other", options)):
-        ended = run(command, "--output", output, *own)
-        assert ended.returncode == 0, ended.stderr
-    assert results(tmp_path / "one") == results(tmp_path / "other")
+    plain = whole
+    if options[0] == "--batch-size":
+        plain = tmp_path / "plain"
+        assert main([*arguments, "--output", "plain", *options[:2]]) == 0
+    assert main([*arguments, "--output", "other", *options]) == 0
+    assert results(tmp_path / "other") == results(plain)
 
 
-def test_random_variations_change_no_byte(command: list[str], tmp_path: Path) -> None:
+def test_random_variations_change_no_byte(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Among them the order in which the files were made."""
     rng, plain = random.Random(SEED), dict[str, dict[str, str]]()
     files = {path: path.read_bytes() for path in sorted((tmp_path / "data").rglob("*.png"))}
@@ -134,8 +162,8 @@ def test_random_variations_change_no_byte(command: list[str], tmp_path: Path) ->
             ],
         }.items():
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            ended = run(command, "--output", "out", "--batch-size", batch, *options)
-            assert (ended.returncode, ended.stderr) == (0, "")
+            assert main([*arguments, "--output", "out", "--batch-size", batch, *options]) == 0
+            assert capsys.readouterr().err == ""
             found = results(tmp_path / "out")
             assert found == plain.setdefault(batch, found), (output, batch, options)
             shutil.rmtree(tmp_path / "data")
@@ -153,10 +181,9 @@ def scores(output: Path) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_other_names_change_scores_by_a_millionth_at_most(command: list[str], tmp_path: Path) -> None:
+def test_other_names_change_scores_by_a_millionth_at_most(arguments: list[str], tmp_path: Path, whole: Path) -> None:
     """Sums in another order round otherwise."""
-    assert run(command, "--output", "whole").returncode == 0
-    whole, rng = scores(tmp_path / "whole"), random.Random(SEED)
+    expected, rng = scores(whole), random.Random(SEED)
     for _ in range(RUNS):
         names = {}
         for folder in (tmp_path / "data").iterdir():
@@ -168,20 +195,20 @@ def test_other_names_change_scores_by_a_millionth_at_most(command: list[str], tm
             (tmp_path / "renamed" / category).mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "data" / category / old, tmp_path / "renamed" / category / new)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert run(["renamed" if word == "data" else word for word in command], "--output", "out").returncode == 0
+        assert main(["renamed", *arguments[1:], "--output", "out"]) == 0
         for name, score in scores(tmp_path / "out").items():
-            assert score == pytest.approx(whole[names[name]], abs=1.1e-6)  # the table has six digits
+            assert score == pytest.approx(expected[names[name]], abs=1.1e-6)  # the table has six digits
 
 
 def test_among_damaged_files_every_good_image_is_scored(command: list[str], tmp_path: Path) -> None:
     good = {(path.parent.name, path.name) for path in (tmp_path / "data").rglob("*.png")}
-    whole = list(images().items())
+    undamaged = list(images().items())
     for number in range(RUNS):
         rng = random.Random(f"{SEED} {number}")
         for old in (tmp_path / "data").rglob("damaged-*"):
             old.unlink()
         for index in range(DAMAGED):
-            name, content = rng.choice(whole)
+            name, content = rng.choice(undamaged)
             (tmp_path / "data" / "bolt" / f"damaged-{index:03d}{Path(name).suffix}").write_bytes(
                 corrupted(content, rng)
             )
