@@ -80,6 +80,8 @@ class Course:
         self._under_way -= lost
         self._failed = self._failed or why
         self._groups.clear()
+        if self._received is not None:
+            self._received.drop()
         return self._end_groups()
 
     def close(self) -> None:

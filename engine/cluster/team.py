@@ -11,6 +11,7 @@ written. Groups that have ended are kept by this process, from where a later run
 
 import logging
 import os
+import secrets
 import signal
 import time
 from collections import deque
@@ -29,13 +30,12 @@ from zsad.export.libraries import install_command
 from zsad.kernels.machine import available_cores
 
 from .course import Course
-from .worker import Order, Outcome, Worker
+from .worker import Ledger, Order, Outcome, Worker
 
 log = logging.getLogger("zsad")
 
 LOCAL = "local"  # the address that stands for a Ray of this run's own, on this machine
 EXTRA = "'zsad[ray]'"
-RETRIES = 3  # of what a worker was at when it died: an image may be what kills it
 STORE = 256 << 20  # bytes of a local Ray's object store, where little more than a group's maps ever is
 WAITS = 0.2  # seconds after which an interruption is seen
 IMPATIENT = 30.0  # seconds after which it is said that no worker was placed
@@ -147,12 +147,18 @@ class Team:
             )
         seen = self._held.enter_context(token(self._options.output))
         device = "auto" if gpus else "cpu"
-        order = Order(self._config, self._options, device, self._library, cores, log.getEffectiveLevel(), sample, seen)
+        here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            self._ray.get_runtime_context().get_node_id(), soft=False
+        )
+        ledger = self._ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
+        order = Order(
+            ledger, self._config, self._options, device, self._library, cores, log.getEffectiveLevel(), sample, seen
+        )
         kind = self._ray.remote(Worker).options(
             num_cpus=cores,
             num_gpus=1 if gpus else 0,
             max_restarts=-1,
-            max_task_retries=RETRIES,
+            max_task_retries=-1,  # see `Ledger`
             scheduling_strategy="SPREAD",
             name=None,
         )
@@ -163,7 +169,7 @@ class Team:
 
     def _ask(self, worker: Any, course: Course | None, what: str, *arguments: Any) -> None:
         streaming = worker.do.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
-        self._busy[streaming.remote(what, *arguments)] = worker, course
+        self._busy[streaming.remote(secrets.token_hex(8), what, *arguments)] = worker, course
 
     def _deal(self, waiting: "deque[CategoryJob]", courses: list[Course]) -> None:
         """Give idle workers something to do; those for which there is nothing left are let go.
@@ -215,7 +221,7 @@ class Team:
                         "installed on all machines of the cluster"
                     ) from None
                 self._idle.append(worker)
-                yield course, course.fail(f"its worker died {RETRIES + 1} times ({why})", lost=True)
+                yield course, course.fail(f"its worker is lost ({why})", lost=True)
                 continue
             if isinstance(outcome, Outcome):
                 del self._busy[waits]

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -31,13 +32,29 @@ from zsad.kernels.machine import CacheError, available_cores, default_memory_lim
 
 log = logging.getLogger("zsad")
 
+TRIES = 4  # at what a worker was at when it died: an image may be what kills it
 HANDED_ON = ("ZSAD_CACHE", "ZSAD_WEIGHTS")  # what decides where weights are looked for
+
+
+class Ledger:
+    """Counts how often calls were begun, in a process of its own, since workers may die of them.
+
+    Ray asks a worker again without end, also while its machine is gone and nobody has noticed.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, call: str) -> int:
+        self._begun[call] += 1
+        return self._begun[call]
 
 
 @dataclass(frozen=True)
 class Order:
     """What a worker is told when it is placed."""
 
+    ledger: Any  # a handle of the `Ledger`
     config: Config
     options: Options
     device: str
@@ -62,7 +79,7 @@ class Outcome:
     record: CategoryRecord | None = None
     opened: tuple[str, int] | None = None
     group: tuple[list[Scored], GroupFacts] | None = None
-    failed: str | None = None  # why a group has no scores
+    failed: str | None = None  # why a group or category has no scores
     said: list[tuple[int, str]] = field(default_factory=list)  # levels and lines of its log
     timings: dict[str, float] = field(default_factory=dict)
     host_bytes: int = 0
@@ -93,15 +110,18 @@ class Worker:
         self._job: tuple[Any, CategoryJob | None] = (None, None)  # the last one, by its reference
         self._ear, self._held = _Ear(), ExitStack()
 
-    def do(self, what: str, *arguments: Any) -> Iterator[FilePart | Outcome]:
-        """Yield files of a category, where they are to be sent, and then what came of a call.
+    def do(self, call: str, what: str, *arguments: Any) -> Iterator[FilePart | Outcome]:
+        """Yield files of a category, where they are to be sent, and then what came of a call, which has a name.
 
         Errors that end a run are raised, and name the machine where they speak of what is installed or configured.
         """
         try:
             runtime, workplaces = self._set_up()
             outcome = Outcome(self._shares())
-            yield from getattr(self, f"_{what}")(outcome, *arguments)
+            if _ray().get(self._order.ledger.begin.remote(call)) > TRIES:
+                outcome.failed = f"its worker died {TRIES} times"
+            else:
+                yield from getattr(self, f"_{what}")(outcome, *arguments)
         except (ConfigError, CheckpointError, EngineError, CacheError) as error:
             raise ConfigError(f"{error} (on {platform.node()})") from None
         outcome.said, outcome.timings = self._ear.taken(), dict(workplaces.timings)
@@ -147,9 +167,7 @@ class Worker:
     def _known(self, reference: Sequence[Any]) -> tuple[CategoryJob, Workplace]:
         """Return a job, which is fetched once for all of its calls, and where it is done."""
         if self._job[1] is None or self._job[0] != reference[0]:
-            import ray
-
-            self._job = reference[0], ray.get(reference[0])
+            self._job = reference[0], _ray().get(reference[0])
         job = self._job[1]
         assert job is not None
         return job, self._set_up()[1].of(job.sides)
@@ -196,3 +214,9 @@ class Worker:
             if outcome.record.images and not outcome.record.resumed:
                 yield from parts(Path(folder) / job.category.name)
         outcome.record = replace(outcome.record, images=())  # they are sent, or there
+
+
+def _ray() -> Any:
+    import ray
+
+    return ray

@@ -52,9 +52,13 @@ class Received:
     def finish(self) -> CategoryRecord | None:
         """Move the folder into place and return its record; None where it is not whole, and then it is gone."""
         if whole_record(self._staging, self._category) is None:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self.drop()
             return None
         flush_all(self._staging)
         (self._staging / UNFINISHED).unlink()
         move_into_place(self._staging, self._final)
         return whole_record(self._final, self._category)
+
+    def drop(self) -> None:
+        """Remove what has arrived."""
+        shutil.rmtree(self._staging, ignore_errors=True)
