@@ -3,13 +3,15 @@
     python -m zsad.bench.report --counts 1000,10000,100000
 
 Of drawn images in five categories, of which those with scores above 0.5, a fifth, have pictures, small as files. Each
-report is opened by a Chromium of its own. Memory is what all of its processes hold for themselves and their share of
-the rest, beyond what they hold with an empty page, and the heap of the page's script. It takes Selenium, Chromium and
-chromedriver.
+report is opened three times, by a Chromium that has opened nothing before, and medians are kept. Memory is what all of
+its processes hold for themselves and their share of the rest, beyond what they hold with an empty page, and the heap of
+the page's script. It takes Selenium, Chromium and chromedriver.
 """
 
 import argparse
+import math
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,7 @@ from .records import RESULTS, append, environment
 CATEGORIES, PICTURES = 5, 40
 BOUNDS = Bounds(accept=0.8, reject=0.9, rule="rule")
 PATIENCE = 120.0  # seconds that the page may take
+TIMES = 3  # that each report is opened
 PICTURED = 0.5  # the score from which on images have pictures
 SETTLE = 2.0  # seconds after which memory is read
 
@@ -208,7 +211,7 @@ def memory(driver: Any) -> int:
 
 def processor_seconds(driver: Any) -> float:
     """Return what all of the browser's processes have taken of the processors' time."""
-    return sum(_of_processes(driver, lambda process: sum(process.cpu_times()[:2])))
+    return math.fsum(_of_processes(driver, lambda process: sum(process.cpu_times()[:2])))
 
 
 def _of_processes(driver: Any, fact: Callable[[psutil.Process], Any]) -> Iterator[Any]:
@@ -253,9 +256,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             page, start = Path(folder, REPORT), time.perf_counter()
             write_report(page, drawn_run(count), drawn_categories(count, PICTURED))
             write_s = time.perf_counter() - start
-            with chromium(Path(folder, "profile")) as driver:
-                record["chromium"] = driver.capabilities["browserVersion"]
-                record["runs"].append({"images": count, "write_s": write_s, **measured(driver, page)})
+            opened = []
+            for number in range(TIMES):
+                with chromium(Path(folder, f"profile-{number}")) as driver:
+                    record["chromium"] = driver.capabilities["browserVersion"]
+                    opened.append(measured(driver, page))
+            medians = {name: statistics.median(each[name] for each in opened) for name in opened[0]}
+            record["runs"].append({"images": count, "write_s": write_s, **medians})
         print(record["runs"][-1], flush=True)
     append(arguments.output, record)
 
