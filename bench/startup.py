@@ -1,9 +1,9 @@
-"""Time from the start of a process to its end, of a second run over two images, beside what their networks take.
+"""Time from the start of a process to its end, of a second run over two images or more, beside what its networks take.
 
-    python -m zsad.bench.startup [--against COMMIT] [--precision int8] [--rounds 5]
+    python -m zsad.bench.startup [--images 60] [--against COMMIT] [--precision int8] [--rounds 5]
 
-Each round runs `zsad-infer` over two drawn images in a process of its own, with a cache that an earlier run has filled,
-and the network over the same two images in this process, where it has run before. What a process takes beyond that is
+Each round runs `zsad-infer` over drawn images in a process of its own, with a cache that an earlier run has filled, and
+the network over as many images in this process, where it has run before. What a process takes beyond that is
 starting, reading, scoring, writing and ending. With --against another commit takes its turns in the same rounds; both
 are then installed into temporary folders and run from these.
 """
@@ -30,7 +30,7 @@ from zsad.export.agreement import sample_images
 
 from .records import RESULTS, append, environment
 
-PRESET, SIDE, IMAGES = "small", 518, 2
+PRESET, SIDE = "small", 518
 PACKAGES = sysconfig.get_path("purelib")
 # Without `site` no editable install stands before the folder that is asked for.
 START = "import sys; sys.path[:0] = [{0!r}]; sys.path += [{1!r}]; from zsad.engine.commands.start import infer; "
@@ -59,7 +59,7 @@ def process(packages: Path | None, data: Path, output: Path, precision: str) -> 
     if packages is not None:
         start = ["-S", "-c", START.format(str(packages), PACKAGES)]
     command = [sys.executable, *start, str(data), "--output", str(output), "--preset", PRESET, "--device", "cpu"]
-    command += ["--image-size", str(SIDE), "--network-precision", precision, "-q"]
+    command += ["--image-size", str(SIDE), "--network-precision", precision, "--precision", precision, "-q"]
 
     def run() -> tuple[float, float]:
         before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -70,7 +70,7 @@ def process(packages: Path | None, data: Path, output: Path, precision: str) -> 
     return run
 
 
-def networks(precision: str) -> Callable[[], float]:
+def networks(precision: str, images: int) -> Callable[[], float]:
     """Return what runs the preset's network over as many images, one at a time, and gives the seconds."""
     overrides = {"image_size": SIDE, "network_precision": precision}
     config = load_config(PRESET, overrides=overrides, method_of=method_class)
@@ -80,7 +80,7 @@ def networks(precision: str) -> Callable[[], float]:
 
     def run() -> float:
         start = time.perf_counter()
-        for _ in range(IMAGES):
+        for _ in range(images):
             graph.run(image)
         return time.perf_counter() - start
 
@@ -104,15 +104,27 @@ def measured(runs: Mapping[str, Callable[[], tuple[float, float]]], alone: Calla
 def said(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each that ran."""
     backbone = record["networks_s"]
-    yield f"networks, {IMAGES} images: {statistics.median(backbone):.2f} s"
+    yield f"networks, {record['images']} images: {statistics.median(backbone):.2f} s"
     for name, values in record["runs_s"].items():
         clock, cpu = (statistics.median(column) for column in zip(*values, strict=True))
         beyond = statistics.median(lap - alone for (lap, _), alone in zip(values, backbone, strict=True))
         yield f"{name}: {clock:.2f} s from start to end, {beyond:.2f} s beyond the networks, {cpu:.2f} s of processors"
+    for name, ratio in times_faster(record).items():
+        yield f"here {ratio:.2f} times as fast as {name}"
+
+
+def times_faster(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the medians of the round-by-round ratios of other commits' seconds and this one's."""
+    here, *others = record["runs_s"].items()
+    return {
+        name: statistics.median(lap / own for (lap, _), (own, _) in zip(values, here[1], strict=True))
+        for name, values in others
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.startup", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--images", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--against", metavar="COMMIT", help="a commit that takes its turns in the same rounds")
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="(default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="counted ones (default %(default)s)")
@@ -121,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = environment("zsad.bench.startup", argv, ["numpy", "onnxruntime"])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zsad-bench-")))
-        data = draw_demo(folder / "data", count=IMAGES, defects=1).parent
+        data = draw_demo(folder / "data", count=arguments.images, defects=max(1, arguments.images // 4)).parent
         commits: dict[str, Path | None] = {"here": None}
         if arguments.against is not None:
             commits["here"] = stack.enter_context(installed(None))
@@ -130,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: process(packages, data, folder / f"out{number}", arguments.precision)
             for number, (name, packages) in enumerate(commits.items())
         }
-        record |= {"preset": PRESET, "image_size": SIDE, "images": IMAGES, "precision": arguments.precision}
-        record |= measured(runs, networks(arguments.precision), arguments.rounds)
+        record |= {"preset": PRESET, "image_size": SIDE, "images": arguments.images, "precision": arguments.precision}
+        record |= measured(runs, networks(arguments.precision, arguments.images), arguments.rounds)
     for line in said(record):
         print(line)
     append(arguments.output, record)

@@ -17,6 +17,7 @@ from .profile import peak_text, profile_rows
 from .published import METRICS, read_published
 from .records import RESULTS
 from .roofline import GPUS, GRID, IMAGES, PRESETS, TILES, estimate, model_pairs
+from .startup import times_faster
 
 Record = Mapping[str, Any]
 
@@ -553,6 +554,33 @@ def banks_table() -> str:
         "images rejected in percent, with the 95 % interval:\n\n"
         f"{table(['', 'kept', 'asked for at most', 'promised by so few images', 'rejected'], alarms)}"
     )
+
+
+def startup_table() -> str:
+    latest = {(r["images"], r["precision"]): r for r in read("startup.jsonl")}
+    rows = []
+    for (images, precision), record in sorted(latest.items()):
+        alone = statistics.median(record["networks_s"])
+        for name, values in record["runs_s"].items():
+            clock = [lap for lap, _ in values]
+            beyond = statistics.median(lap - own for lap, own in zip(clock, record["networks_s"], strict=True))
+            ratio = times_faster(record).get(name)
+            rows.append(
+                [
+                    f"{images} images, {precision}",
+                    "this commit" if name == "here" else f"commit {name[:8]}",
+                    f"{statistics.median(clock):.2f} s",
+                    f"{alone:.2f} s",
+                    f"{beyond:.2f} s",
+                    "–" if ratio is None else f"{ratio:.2f}",
+                ]
+            )
+    caption = (
+        f"A second run of `zsad-infer` with preset `{record['preset']}` at {record['image_size']} px, from the start "
+        f"of the process to its end, medians of rounds in turn; {where(record)}"
+    )
+    head = ["", "", "in all", "the networks alone", "beyond them", "this commit is faster by"]
+    return f"{caption}:\n\n" + table(head, rows)
 
 
 def archive_table() -> str:

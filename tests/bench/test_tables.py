@@ -86,6 +86,15 @@ def test_whole_runs_are_told_beside_the_published_steps(records: list[Mapping[st
     assert "| zsad, networks and products in int8 | 3.0 s | 20.3 |" in lines
 
 
+def test_starting_is_told_beside_another_commit(records: list[Mapping[str, Any]]) -> None:
+    runs = {"here": [(1.5, 2.0), (1.6, 2.0)], "0123456789": [(3.0, 4.0), (3.2, 4.0)]}
+    found = {"networks_s": [1.0, 1.0], "runs_s": runs, "preset": "small", "image_size": 518}
+    records.append({**ENVIRONMENT, **found, "images": 2, "precision": "fp32"})
+    lines = tables.startup_table().splitlines()
+    assert "| 2 images, fp32 | this commit | 1.55 s | 1.00 s | 0.55 s | – |" in lines
+    assert "| 2 images, fp32 | commit 01234567 | 3.10 s | 1.00 s | 2.10 s | 2.00 |" in lines
+
+
 def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: list[Mapping[str, Any]]) -> None:
     rates = {"0 %": {"rejected": 0.03, "low": 0.02, "high": 0.04}}
     rates["40 %"] = {**rates["0 %"], "recall": 0.5}
