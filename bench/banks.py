@@ -1,17 +1,26 @@
 """What it takes to compare an image with a bank, beside the network that the image goes through first.
 
     python -m zsad.bench.banks [--preset small] [--image-size 518] [--images 24 96] [--size 20000]
+    python -m zsad.bench.banks --watch [--arrivals 15]
 
 All run in turn in one process on the same image: the preset's network, and what `--bank` does with its tokens, by banks
 of so many patches per tap and degree from few and from many images, and of 1, 10 and 100 % of the patches of the many.
 Medians and medians of the round-by-round ratios are kept. Which patches a bank has does not change the time: they are
 drawn at random from the tokens of the images, which are drawn too.
 
+With --watch `zsad-infer --watch` runs with a bank of as many drawn images as --size allows. More of them arrive one by
+one, and between any two the network alone runs in this process; how long it takes from an image's arrival to its line
+is measured from outside.
+
 Validates first: distances to a small bank against the float64 reference.
 """
 
 import argparse
+import json
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from zsad.engine.config import load_config
-from zsad.engine.demo import draw_image
+from zsad.engine.demo import draw_demo, draw_image
 from zsad.engine.images.decode import network_input, recipe
 from zsad.engine.methods.bank import Memory
 from zsad.engine.methods.method import graph_requests, method_class
@@ -74,7 +83,7 @@ def units_of(layer: Array, degree: int) -> Array:
 def validate(tokens: Sequence[Array], degrees: Sequence[int]) -> float:
     """Compare distances with the float64 reference; SystemExit where one is off."""
     *known, new = tokens
-    features = features_of(known, degrees, CHECKED)
+    features = features_of(known, degrees, min(CHECKED, len(known) * new.shape[1]))
     expected = np.zeros(new.shape[1])
     units = [units_of(layer, degree) for layer in new for degree in degrees]
     for own, vectors in zip(units, features, strict=True):
@@ -106,6 +115,36 @@ def sizes_of(images: Sequence[int], patches: int, size: int) -> dict[str, tuple[
     return found | {f"{100 * share:g} % of {most} images": (most, round(share * most * patches)) for share in SHARES}
 
 
+def watched(precision: str, side: int, images: int, arrivals: int, alone: Callable[[], Any]) -> dict[str, list[float]]:
+    """Return the seconds from an image's arrival to its line, and those of the network alone before it."""
+    start = [sys.executable, "-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
+    found: dict[str, list[float]] = {"network": [], "line": []}
+    with tempfile.TemporaryDirectory(prefix="zsad-bench-") as name:
+        folder, bank = Path(name), Path(name, "part.zsad")
+        good = draw_demo(folder / "good", count=images, defects=0) / "test" / "good"
+        new = sorted((draw_demo(folder / "new", 1, arrivals + 1, 0) / "test" / "good").iterdir())
+        (folder / "in").mkdir()
+        options = ["--device", "cpu", "--network-precision", precision, "-q"]
+        making = ["--reference", str(good), "--save-bank", str(bank), "--image-size", str(side)]
+        subprocess.run([*start, *making, *options], check=True)
+        watch = ["--watch", str(folder / "in"), "--bank", str(bank), "--output", str(folder / "out"), "--json"]
+        with subprocess.Popen([*start, *watch, *options], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for number, path in enumerate(new):
+                laps = [time.perf_counter()]
+                alone()
+                laps.append(time.perf_counter())
+                path.rename(folder / "in" / path.name)
+                if "score" not in json.loads(process.stdout.readline()):
+                    raise SystemExit("an image that arrived has no score: nothing was timed")
+                laps.append(time.perf_counter())
+                if number:  # the first one waits for the command to start
+                    for key, seconds in zip(found, np.diff(laps).tolist(), strict=True):
+                        found[key].append(seconds)
+            process.send_signal(signal.SIGTERM)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zsad.bench.banks", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -114,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=int, nargs="+", default=[24, 96], help="that banks are of (default 24 96)")
     add("--size", type=int, default=20_000, help="patches per tap and degree (default %(default)s)")
     add("--precision", choices=("fp32", "int8"), default="fp32", help="of the network (default %(default)s)")
+    add("--watch", action="store_true", help="measure images that arrive instead")
+    add("--arrivals", type=int, default=15, help="of images with --watch (default %(default)s)")
     add("--repeats", type=int, default=7, help="counted rounds (default %(default)s)")
     add("--output", type=Path, default=RESULTS / "banks.jsonl", help="JSON lines to append to")
     arguments = parser.parse_args(argv)
@@ -123,25 +164,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
         ((name, network),) = load_networks(config, graph_requests(config), choose_runtime("cpu"), 1).items()
-        settings = config.settings
-        assert isinstance(settings, Settings)
-        graph, counts = network.graphs["image"], sorted(arguments.images)
-        inputs = list(inputs_of(network, counts[-1] + 1))
-        tokens = [np.array(graph.run({"images": image})["tokens"][0]) for image in inputs]  # [L, P, C] each
-        deviation = validate(tokens[:4], settings.degrees)
-        *known, new = tokens
-        sizes = sizes_of(counts, new.shape[1], arguments.size)
-        runs: dict[str, Callable[[], Any]] = {"network": partial(graph.run, {"images": inputs[-1]})}
-        for label, (images, size) in sizes.items():
-            features = features_of(known[:images], settings.degrees, size)
-            runs[label] = partial(Memory(features, settings.degrees, 1, "cpu").distances, new)
-        seconds = measure(runs, arguments.repeats)
+    about = {"preset": arguments.preset, "image_size": arguments.image_size, "precision": arguments.precision}
+    about |= {"weights": weights[name]}
+    (arrive if arguments.watch else compare)(network, config.settings, arguments, {**record, **about})
+    return 0
+
+
+def arrive(network: Network, _: Any, arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Measure images that arrive, and append a record."""
+    if record["weights"] != network.checkpoint:
+        raise SystemExit(
+            f"--watch takes the real weights of {arguments.preset}: zsad-export --preset {arguments.preset}"
+        )
+    graph, (image,) = network.graphs["image"], inputs_of(network, 1)
+    (_, patches, _) = graph.outputs["tokens"].shape
+    images = max(2, arguments.size // patches)
+    alone = partial(graph.run, {"images": image})
+    seconds = watched(arguments.precision, arguments.image_size, images, arguments.arrivals, alone)
+    beyond = statistics.median(line - own for own, line in zip(*seconds.values(), strict=True))
+    print(f"network {1e3 * statistics.median(seconds['network']):.0f} ms, a line {1e3 * beyond:.0f} ms later than that")
+    append(arguments.output, {**record, "watch": True, "patches": images * patches, "seconds": seconds})
+
+
+def compare(network: Network, settings: Any, arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Measure banks of several sizes, and append a record."""
+    assert isinstance(settings, Settings)
+    graph, counts = network.graphs["image"], sorted(arguments.images)
+    inputs = list(inputs_of(network, counts[-1] + 1))
+    tokens = [np.array(graph.run({"images": image})["tokens"][0]) for image in inputs]  # [L, P, C] each
+    deviation = validate(tokens[:4], settings.degrees)
+    *known, new = tokens
+    sizes = sizes_of(counts, new.shape[1], arguments.size)
+    runs: dict[str, Callable[[], Any]] = {"network": partial(graph.run, {"images": inputs[-1]})}
+    for label, (images, size) in sizes.items():
+        features = features_of(known[:images], settings.degrees, size)
+        runs[label] = partial(Memory(features, settings.degrees, 1, "cpu").distances, new)
+    seconds = measure(runs, arguments.repeats)
     for label, times in seconds.items():
         print(f"  {label:<24}{1e3 * statistics.median(times):8.1f} ms")
-    about = {"preset": arguments.preset, "image_size": arguments.image_size, "precision": arguments.precision}
-    about |= {"weights": weights[name], "taps": len(new), "degrees": list(settings.degrees)}
-    append(arguments.output, {**record, **about, "sizes": sizes, "seconds": seconds, "largest_deviation": deviation})
-    return 0
+    about = {"watch": False, "taps": len(new), "degrees": list(settings.degrees), "sizes": sizes}
+    append(arguments.output, {**record, **about, "seconds": seconds, "largest_deviation": deviation})
 
 
 if __name__ == "__main__":

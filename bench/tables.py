@@ -614,7 +614,8 @@ def peers_table() -> str:
 
 def bank_times_table() -> str:
     blocks = []
-    latest = {(r["preset"], r["image_size"], r["precision"]): r for r in read("banks.jsonl")}
+    records = read("banks.jsonl")
+    latest = {(r["preset"], r["image_size"], r["precision"]): r for r in records if not r["watch"]}
     for (preset, side, precision), record in latest.items():
         network = record["seconds"]["network"]
         rows = []
@@ -629,6 +630,17 @@ def bank_times_table() -> str:
         )
         head = ["", "patches per tap and degree", "time", "times the network's"]
         blocks.append(f"{caption}:\n\n" + table(head, rows))
+    rows = []
+    for record in {r["precision"]: r for r in records if r["watch"]}.values():
+        alone, line = (record["seconds"][name] for name in ("network", "line"))
+        beyond = statistics.median(whole - own for own, whole in zip(alone, line, strict=True))
+        times = [f"{1e3 * value:.0f} ms" for value in (statistics.median(alone), statistics.median(line), beyond)]
+        rows.append([record["precision"], str(record["patches"]), *times])
+    if rows:
+        head = ["network", "patches per tap and degree", "network alone", "from arrival to line", "beyond the network"]
+        blocks.append(
+            f"Images that arrive one by one in a folder that is watched; {where(record)}:\n\n{table(head, rows)}"
+        )
     return "\n\n".join(blocks)
 
 

@@ -43,7 +43,6 @@ def test_a_record_holds_every_bank(
     random_dinov2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(banks, "CHECKED", 40)
     monkeypatch.setattr(banks, "use_random_weights", lambda config, folder: (with_weights(config), {"dinov2": "tiny"}))
 
     def with_weights(config):  # type: ignore[no-untyped-def]
