@@ -1,6 +1,5 @@
 """Graphs on OpenVINO, on a CPU."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,10 @@ from zsad.kernels.machine import available_cores
 from .network import TensorSpec
 from .onnx_runtime import OUT_OF_MEMORY
 
-log = logging.getLogger("zsad")
-
 Array = NDArray[Any]
 
 PRECISIONS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}  # of a graph -> what is left of it as it is runs in
-GROUP = (
-    32  # channels of a token that have a scale in front of an int8 layer; with one for all it takes a quarter longer
-)
+GROUP = 32  # channels of a token that share a scale in front of an int8 layer; one for all takes a quarter longer
 
 
 def compiled(path: Path, precision: str, **settings: object) -> tuple[Any, Any]:
