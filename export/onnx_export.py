@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zsad")
 
-LARGEST_FILE = 2**31 - 2**20  # bytes; beyond, protobuf cannot hold the weights and they go into a file of their own
+# Bytes of weights beyond which they go into a file of their own: more than protobuf holds, and in the cache any, since
+# they are then mapped into memory, where what is within protobuf is copied.
+LARGEST_FILE, LARGEST_CACHED = 2**31 - 2**20, 2**20
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def export_onnx(
     to write; by default one in the cache that is named after the checkpoint's digest and the options. oracle: what it
     is compared with, PyTorch or an fp32 graph that computes the same in another way. keep: it is of no use but in the
     cache; otherwise a temporary file will do, which goes when the process ends, where the cache may only be read.
-    Weights beyond 2 GiB stand in a second file, `output` + `.data`.
+    Weights beyond 2 GiB, of files in the cache all of them, stand in a second file, `output` + `.data`.
 
     Raises CheckpointError, also when the graph computes something else; EngineError without ONNX Runtime; CacheError
     when the cache cannot be written; OSError when the file cannot be, or is the checkpoint itself.
@@ -92,7 +94,8 @@ def export_onnx(
     }
     try:
         with written_whole(path) as draft:
-            agreement = _write_verified(draft, builder, options, metadata, oracle)
+            largest = LARGEST_FILE if output is not None else min(LARGEST_FILE, LARGEST_CACHED)
+            agreement = _write_verified(draft, builder, options, metadata, oracle, largest)
             if weights_path(draft).exists():
                 shutil.copymode(draft, weights_path(draft))  # from onnx it is the owner's alone
                 weights_path(draft).replace(weights_path(path))
@@ -135,17 +138,23 @@ def _digests(path: Path) -> dict[str, str]:
     return {file.name: remembered_sha256(file) for file in files}
 
 
-def save_graph(model: "onnx.ModelProto", path: Path) -> None:
-    """Write a model, with large weights in `path` + `.data`."""
+def save_graph(model: "onnx.ModelProto", path: Path, largest: int | None = None) -> None:
+    """Write a model, with weights of more bytes than `largest`, or than it can hold, in `path` + `.data`."""
     import onnx
 
     weights_path(path).unlink(missing_ok=True)  # onnx would append to it
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    onnx.save_model(model, str(path), save_as_external_data=size > LARGEST_FILE, location=weights_path(path).name)
+    apart = size > (largest or LARGEST_FILE)
+    onnx.save_model(model, str(path), save_as_external_data=apart, location=weights_path(path).name)
 
 
 def _write_verified(
-    draft: Path, builder: "GraphBuilder | ReadyGraph", options: GraphOptions, metadata: dict[str, str], oracle: str
+    draft: Path,
+    builder: "GraphBuilder | ReadyGraph",
+    options: GraphOptions,
+    metadata: dict[str, str],
+    oracle: str,
+    largest: int,
 ) -> str:
     """Write a graph that passes ONNX's own rules and computes what it should; returns a line on the latter.
 
@@ -157,7 +166,7 @@ def _write_verified(
     inputs = sample_inputs(builder.inputs)
     name, expected = _expected(draft, builder, oracle, inputs)
     for exact in builder.choices():
-        _save(draft, builder, exact, metadata)
+        _save(draft, builder, exact, metadata, largest)
         found = _run(draft, options, inputs)
         try:
             line = check_agreement(found, expected, options.precision, name)
@@ -169,7 +178,9 @@ def _write_verified(
     raise refusal
 
 
-def _save(path: Path, builder: "GraphBuilder | ReadyGraph", exact: Collection[str], metadata: dict[str, str]) -> None:
+def _save(
+    path: Path, builder: "GraphBuilder | ReadyGraph", exact: Collection[str], metadata: dict[str, str], largest: int
+) -> None:
     """Write a graph that passes ONNX's own rules, or the file of a native tower."""
     import onnx
 
@@ -178,7 +189,7 @@ def _save(path: Path, builder: "GraphBuilder | ReadyGraph", exact: Collection[st
 
     if isinstance(builder, ImageTowerBuilder) and builder.options.attention == NATIVE:
         return save_native_tower(path, builder.weights, builder.options, exact, metadata)
-    save_graph(builder.build(exact, metadata), path)
+    save_graph(builder.build(exact, metadata), path, largest)
     return onnx.checker.check_model(str(path), full_check=True)
 
 

@@ -1,5 +1,6 @@
 """Where the commands begin. Ctrl-C is one line from here on, so nothing slow is imported before it is caught."""
 
+import atexit
 import os
 import signal
 import sys
@@ -80,17 +81,35 @@ def _loading(frame: FrameType | None) -> bool:
 
 def infer() -> int:
     """Run `zsad-infer`."""
-    return _start("zsad-infer", "infer")
+    return ended(_start("zsad-infer", "infer"))
 
 
 def evaluate() -> int:
     """Run `zsad-eval`."""
-    return _start("zsad-eval", "evaluate")
+    return ended(_start("zsad-eval", "evaluate"))
 
 
 def export() -> int:
     """Run `zsad-export`."""
-    return _start("zsad-export", "export")
+    return ended(_start("zsad-export", "export"))
+
+
+def ended(code: int) -> int:
+    """End the process with a command's exit code, as soon as all is written; what is to end otherwise gets it back.
+
+    The interpreter would first take modules and arrays down one by one, which takes longer than writing the results of
+    an image. Where a thread still works, or something cannot be written, it is left to it.
+    """
+    if threading.active_count() == 1:
+        atexit._run_exitfuncs()
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except (OSError, ValueError):
+            return code
+        os._exit(code)
+    return code
 
 
 def _start(command: str, module: str) -> int:

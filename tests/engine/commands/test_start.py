@@ -1,5 +1,6 @@
 """Signals as commands take them, also while they start."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int,
     ("command", "module"),
     [
         pytest.param(command, module, marks=() if module == represented else pytest.mark.slow)
-        for command, represented in (("infer", "numpy"), ("evaluate", "argparse"), ("export", "tqdm"))
-        for module in ("argparse", "tqdm", "numpy")
+        for command, represented in (("infer", "numpy"), ("evaluate", "argparse"), ("export", "platformdirs"))
+        for module in ("argparse", "platformdirs", "numpy")
     ],
 )
 def test_an_interrupt_while_libraries_load_is_one_line(command: str, module: str) -> None:
@@ -103,3 +104,25 @@ def test_an_interrupted_library_is_not_called_missing(tiny: Path) -> None:
     failure = "raise ImportError('initialization failed')"
     ended = interrupt("infer", "onnxruntime", failure, "--config", str(tiny / "config.toml"))
     assert ended == (130, "", "zsad-infer: interrupted\n")
+
+
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_a_command_ends_with_its_code_and_all_that_it_has_to_say(waited_for: bool) -> None:
+    thread = "threading.Thread(target=lambda: (time.sleep(0.02), print('work', end=' '))).start()" if waited_for else ""
+    code = (
+        "import atexit, sys, threading, time; from zsad.engine.commands.start import ended\n"
+        f"atexit.register(print, 'cleared'); print('said', end=' '); {thread}\n"
+        "sys.exit(ended(3))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (3, "said work cleared\n" if waited_for else "said cleared\n")
+
+
+def test_a_command_whose_output_is_full_does_not_end_as_if_nothing_were() -> None:
+    code = "import sys; from zsad.engine.commands.start import ended; print('said'); sys.exit(ended(0))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=buffered, check=False
+        )
+    assert run.returncode == 120

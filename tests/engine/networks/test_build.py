@@ -19,6 +19,7 @@ from zsad.engine.networks import build as networks
 from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_graphs
 from zsad.engine.networks.network import GraphRequest, TensorSpec, run_in_parts
+from zsad.export import tensorrt_engine
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 needs_rtx = pytest.mark.skipif(
@@ -34,7 +35,7 @@ def test_zsad_infer_takes_the_engines_that_zsad_export_built(
 ) -> None:
     common = ["--preset", "challenge", "--config", str(two_networks)]
     assert export([*common, "--target", "tensorrt-rtx"]) == 0
-    built, real, device = [], networks.build_engine, HostDevice()
+    built, real, device = [], tensorrt_engine.build_engine, HostDevice()
 
     def build(*arguments: Any) -> Any:
         built.append(real(*arguments))
