@@ -12,6 +12,7 @@ of the round-by-round ratios are kept:
     zsad        zsad.kernels.mutual_scores in fp32, complete: normalisation, all pairs, interval average
     zsad int8   the same with precision="int8", where the installation has it
     floor       one bare product per pair and layer, on as many threads as zsad uses
+    floor int8  the same of int8 codes, which lie ready: what is beyond it is the pass, preparing and measuring again
 
 What clean references cost beyond that is a stage of its own, with `--references`: scoring two layers as preset `small`
 does, without them, with the minima that are handed back for them, and what follows from these.
@@ -37,7 +38,8 @@ from zsad.engine.methods.method import method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.scores.clean_references import clean_scores
 from zsad.kernels import mutual_scores, reference
-from zsad.kernels.cpu.arrays import box_sum, inverse_lengths, layer_normalise
+from zsad.kernels.cpu.arrays import aligned_empty, box_sum, empty_gram, inverse_lengths, layer_normalise
+from zsad.kernels.cpu.native import _cpu
 from zsad.kernels.machine import available_cores
 
 from .records import RESULTS, append, environment
@@ -116,6 +118,28 @@ def bare_products(tokens: Array) -> None:
         list(pool.map(run, range(workers)))
 
 
+def bare_int8_products(tokens: Array) -> Callable[[], None]:
+    """Return what does the same with zsad's int8 product, of codes that are made here."""
+    images, _, patches, channels = tokens.shape
+    workers, codes = available_cores(), []
+    mean = np.mean([layer_normalise(image).mean(axis=0) for image in tokens[:, 0]], axis=0)
+    for image in tokens[:, 0]:
+        codes.append(aligned_empty((_cpu.int8_bytes(patches, channels),), np.uint8))
+        _cpu.int8_quantise(layer_normalise(image), mean, codes[-1])
+    pairs = [(i, j) for i in range(images) for j in range(i + 1, images)]
+
+    def work(worker: int) -> None:
+        gram = empty_gram(patches)
+        for i, j in pairs[worker::workers]:
+            _cpu.int8_multiply(codes[i], codes[j], gram)
+
+    def run() -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, range(workers)))
+
+    return run
+
+
 def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Callable[[], Array | None]]:
     """Every way to score the tokens that can run here, by name; the floor gives no scores."""
     features = unit_features(tokens, side, degrees)
@@ -136,6 +160,8 @@ def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Call
 
         found[name] = run
     found["floor"] = lambda: bare_products(tokens)
+    if "zsad int8" in found:
+        found["floor int8"] = bare_int8_products(tokens)
     return found
 
 
@@ -182,6 +208,9 @@ def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
             f"  {name:<10}{value:9.2f} ms {useful / value / 1e6:8.0f} GFLOP/s useful "
             f"{100 * median['floor'] / value:5.0f} % of the product {against}"
         )
+    if "floor int8" in milliseconds:
+        times = _ratio(milliseconds["zsad int8"], milliseconds["floor int8"])
+        print(f"zsad int8 takes {times:.2f} times its own product")
     append(
         arguments.output,
         {

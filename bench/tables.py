@@ -28,6 +28,7 @@ NAMES = {
     "zsad": "zsad",
     "zsad int8": "zsad, int8 products",
     "floor": "the bare product, one per pair (the floor)",
+    "floor int8": "the bare int8 product, one per pair",
 }
 GPU_NAMES = {
     **NAMES,

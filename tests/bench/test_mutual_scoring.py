@@ -35,3 +35,13 @@ def test_validating_times_nothing(option: str, tmp_path: Path) -> None:
 def test_one_of_two_benchmarks_is_asked_for() -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--references", "--scaling"])
+
+
+@pytest.mark.slow
+def test_int8_has_its_own_product_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "found.jsonl"
+    shape = ["--images", "3", "--side", "4", "--channels", "16", "--repeats", "2"]
+    assert benchmark.main([*shape, "--output", str(file)]) == 0
+    times = json.loads(file.read_text())["ms_per_pair_and_layer"]
+    assert ("floor int8" in times) == ("zsad int8" in times)
+    assert ("times its own product" in capsys.readouterr().out) == ("zsad int8" in times)
