@@ -93,7 +93,7 @@ def deal_groups(images: int, group_size: int | None, seed: int) -> list[Sequence
     # Never a group of one: it would have nothing to be compared with.
     count = min(-(-images // group_size), images // 2)
     shuffled = np.random.default_rng(seed).permutation(images)
-    return [sorted(part.tolist()) for part in np.array_split(shuffled, count)]
+    return [array("q", np.sort(part).tobytes()) for part in np.array_split(shuffled, count)]  # of a million images
 
 
 def run_category(

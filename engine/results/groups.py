@@ -51,9 +51,9 @@ class EndedGroups:
     def __init__(self, folder: Path, fingerprint: str, resume: bool) -> None:
         """resume: go on from what an earlier run with this fingerprint has left. Raises OSError."""
         self._folder, self.facts = folder, list[GroupFacts]()
-        self._indices, self._groups, self._raw = array("q"), array("l"), array("d")
+        self._indices, self._groups, self._raw = array("q"), array("i"), array("d")
         self._extremes = array("f")  # of each map, lowest and highest
-        self._shapes = array("l")  # of each map, rows and columns: of images in tiles they differ
+        self._shapes = array("i")  # of each map, rows and columns: of images in tiles they differ
         self._ends, self._stage_ends = array("Q", [0]), array("Q", [0])  # where those of images end, after a 0
         self._vector: int | None = None  # numbers of an image's facts
         head = f"{json.dumps(fingerprint)}\n".encode("ascii")
@@ -265,9 +265,11 @@ def light(found: Sequence[Scored], places: Iterable[int]) -> Iterator[Scored]:
 
 
 def ends_of_maps(found: Sequence[Scored], places: Sequence[int]) -> list[NDArray[np.float32]]:
-    """Return the lowest and the highest value of each map."""
+    """Return maps, or values of such, with the same lowest value and the same two highest ends as all of them."""
     if isinstance(found, KeptImages):
-        return list(found.extremes[places])
+        extremes = found.extremes[places]  # of a million images, for all of which these two stand
+        lowest, highest = extremes[:, 0].min(), np.sort(extremes[:, 1])[-2:]
+        return [np.array([lowest, end], np.float32) for end in highest]
     return [found[place].map for place in places]
 
 
