@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,11 +28,13 @@ from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels.files import printable
 from zsad.kernels.machine import stopwatch
 
-from .bank import BankMethod
 from .method import Group, JudgesEach, Method, Place, Progress, Scored
 from .musc import MuSc
 from .tile_grid import TileGrid, tile_grid
 from .tiles import cut
+
+if TYPE_CHECKING:
+    from .bank import BankMethod
 
 log = logging.getLogger("zsad")
 
@@ -139,6 +141,8 @@ def tiled(method: Method, place: Place, cutter: Cutter) -> "TiledEach | TiledTog
         raise ConfigError("--tile, --tiles: tiles are to be seen whole; leave out resize in the method's table")
     if isinstance(method, MuSc):
         return TiledTogether(method, place, cutter)
+    from .bank import BankMethod
+
     return TiledBank(method, cutter) if isinstance(method, BankMethod) else TiledEach(method, cutter)
 
 
@@ -183,11 +187,11 @@ class TiledEach(JudgesEach):
 class TiledBank(TiledEach):
     """See `Method`; the bank behind it gives distances for tiles, and judges what is put together of these."""
 
-    def __init__(self, bank: BankMethod, cutter: Cutter) -> None:
+    def __init__(self, bank: "BankMethod", cutter: Cutter) -> None:
         super().__init__(bank, cutter)
         self._bank = bank
 
-    def of(self, bank: BankMethod) -> "TiledBank":
+    def of(self, bank: "BankMethod") -> "TiledBank":
         """Return the same with another bank, of tiles that are cut alike."""
         return TiledBank(bank, self._cutter)
 

@@ -126,3 +126,15 @@ def test_a_command_whose_output_is_full_does_not_end_as_if_nothing_were() -> Non
             [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=buffered, check=False
         )
     assert run.returncode == 120
+
+
+@pytest.mark.slow
+def test_what_most_runs_do_not_use_is_not_loaded() -> None:
+    unused = [
+        *("onnx", "polygraphy", "tifffile", "tqdm", "urllib.request", "onnxruntime", "openvino", "ray"),
+        *("zsad.kernels.cuda.device", "zsad.engine.evaluation.evaluate", "zsad.engine.methods.bank"),
+    ]
+    code = "import sys, zsad.engine.commands.infer, zsad.engine.commands.console, zsad.engine.run; "
+    code += "import zsad.engine.methods.musc; print([name for name in sys.argv[1:] if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code, *unused], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
