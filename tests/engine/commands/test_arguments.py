@@ -7,7 +7,7 @@ import pytest
 
 from zsad.engine.commands.arguments import Parser
 
-HEAVY = "numpy onnx onnxruntime PIL cv2 pydantic psutil polygraphy safetensors tqdm"
+HEAVY = "numpy onnx onnxruntime PIL cv2 pydantic psutil polygraphy ray safetensors tqdm"
 
 
 @pytest.mark.parametrize("command", ["infer", "export"])
