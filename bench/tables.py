@@ -726,6 +726,18 @@ def verdicts_table() -> str:
     )
 
 
+def report_table() -> str:
+    record = read("report.jsonl")[-1]
+    rows = []
+    for run in record["runs"]:
+        seconds = [f"{run[f'{step}_s']:.2f} s" for step in ("open", "open_cpu", "filter", "search", "sort")]
+        sizes = [f"{run[key] / 1e6:.0f} MB" for key in ("memory_bytes", "heap_bytes", "used_memory_bytes")]
+        rows.append([str(run["images"]), *seconds[:2], *sizes[:2], *seconds[2:], sizes[2]])
+    caption = f"Reports in Chromium {record['chromium']}; {where(record)}"
+    head = ["images", "open in", "processors' time", "memory", "the script's", "filter", "search", "sort"]
+    return f"{caption}:\n\n" + table([*head, "memory after these"], rows)
+
+
 def published_table() -> str:
     rows = [
         [row.data, row.source, str(row.shots), *(text or "–" for text in row.values.values())]
@@ -754,6 +766,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "pooling": pooling_table,
     "profile": profile_table,
     "published": published_table,
+    "report": report_table,
     "roofline": roofline_table,
     "runs": runs_table,
     "scaling": scaling_table,
