@@ -20,6 +20,7 @@ from zsad.engine.networks import runtime as runtimes
 from zsad.engine.networks import tensorrt as tensorrt_graphs
 from zsad.engine.networks.network import GraphRequest, TensorSpec, run_in_parts
 from zsad.export import tensorrt_engine
+from zsad.export.libraries import EngineError
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=MISSING_COMPILER)
 needs_rtx = pytest.mark.skipif(
@@ -175,3 +176,41 @@ def test_a_text_graph_runs_on_an_engine_that_is_compared_once(
         assert caplog.text.count("comparing its engine with its graph") == compared
     expected = networks.load_graph(clip_config, TEXT, runtimes.choose_runtime("cpu"), 32).run({"ids": ids})["embedding"]
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_the_fastest_of_several_libraries_runs_a_graph_and_is_measured_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+    broken: set[str] = set()
+    times = {"onnxruntime": 1.0, "openvino": 0.8, "native": 0.5}
+
+    def by(loading: Any, library: Any) -> Any:
+        tried.append(library)
+        if library in broken:
+            raise EngineError("it is broken")
+        return networks.Ready(loading.exported(library), types.SimpleNamespace(), library)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(networks.Loading, "by", by)
+    model = types.SimpleNamespace(path=tmp_path / "graph.onnx", inputs={})
+    monkeypatch.setattr(networks.Loading, "exported", lambda *_: model)
+    monkeypatch.setattr(networks, "seconds", lambda graphs, inputs: {name: times[name] for name in graphs})
+    runtime = runtimes.Runtime("onnxruntime", (), None, "tested")
+    spec = NetworkSpec(checkpoint="x", taps=(2,), image_size=98)
+
+    def found(rows: int) -> str:
+        tried.clear()
+        return (
+            networks.Loading(spec, IMAGE, runtime, "fp32", rows).faster("onnxruntime", ["openvino", "native"]).library
+        )
+
+    assert found(1) == "native"
+    assert (found(1), tried) == ("native", ["native"])
+    times["native"] = 0.96
+    assert found(2) == "openvino"
+    times["openvino"] = 0.97
+    assert found(3) == "onnxruntime"
+    assert (found(3), tried) == ("onnxruntime", ["onnxruntime"])
+    broken |= {"native", "openvino"}
+    assert found(4) == "onnxruntime"
+    assert (found(1), tried) == ("onnxruntime", ["native", "onnxruntime"])
