@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from zsad.kernels.cpu.native import _cpu
 
@@ -130,4 +130,4 @@ def save_native_tower(
         "exact": list(exact),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in tower_arrays(vit, options, exact).items()}
-    save_file(arrays, str(path), metadata={**metadata, "tower": json.dumps(facts)})
+    path.write_bytes(save(arrays, metadata={**metadata, "tower": json.dumps(facts)}))  # with the usual rights
