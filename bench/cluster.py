@@ -75,12 +75,15 @@ def measured(data: Path, output: Path, options: Sequence[str]) -> dict[str, floa
 def per_call() -> float:
     """Return the seconds from asking a worker for nothing to its outcome, the median of many."""
     from zsad.engine.cluster.team import AHEAD, LOCAL, connected
+    from zsad.engine.cluster.worker import Ledger
+
+    ray, _ = connected(LOCAL)
+    ledger = ray.remote(Ledger).options(num_cpus=0).remote()
 
     class Idle:
         def do(self) -> Any:
-            yield None
+            yield ray.get(ledger.begin.remote(""))
 
-    ray, _ = connected(LOCAL)
     try:
         worker, seconds = ray.remote(Idle).remote(), []
         for _ in range(CALLS):
