@@ -191,11 +191,11 @@ def _judged(record: "RunRecord", verdict: str) -> int:
 
 def _saving(arguments: argparse.Namespace) -> "Saving | None":
     """Return where banks go and how they are made, None where none is asked for."""
+    if arguments.save_bank is None:
+        return None
     from zsad.engine.methods.bank_build import Making
     from zsad.engine.workplace import Saving
 
-    if arguments.save_bank is None:
-        return None
     names = {"size": "bank_size", "precision": "bank_precision", "neighbours": "neighbours"}
     given = {name: value for name, option in names.items() if (value := getattr(arguments, option)) is not None}
     return Saving(arguments.save_bank, Making(**given))
