@@ -26,10 +26,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for a comparison of two libraries on its graphs, but those that ask for OpenVINO."""
+def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for a comparison of libraries on its graphs, whose outcome no test should depend on.
+
+    Those that want OpenVINO or native code ask for it.
+    """
     real = runtimes.find_spec
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
+    monkeypatch.setattr(runtimes, "has_native_code", lambda: False)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -173,7 +177,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     """A machine with a CUDA device, and with TensorRT instead of the other runtimes."""
     device = HostDevice()
     monkeypatch.setattr("zsad.kernels.cuda.device.open_devices", lambda name: [device])
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: object())
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else object())
     monkeypatch.setattr(runtimes, "import_tensorrt", lambda target: types.SimpleNamespace(__version__="10.14.1"))
     return device
 

@@ -1,6 +1,7 @@
 """A configuration's networks, ready to run: exported, built and compared with their source unless done before."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -271,8 +272,9 @@ class Loading:
 
             inputs = sample_rows(own.model.inputs, self.rows)
             taken = seconds({usual: own.graph, **{name: each.graph for name, each in others.items()}}, inputs)
-            best = min(others, key=lambda name: taken[name])
-            found = others[best] if taken[best] < CLEARLY * taken[usual] else own
+            best = min(taken, key=lambda name: taken[name], default=usual)
+            if best != usual and taken[best] < CLEARLY * taken.get(usual, math.inf):
+                found = others[best]
             times = " and ".join(f"{1e3 * value:.0f} ms in {library}" for library, value in taken.items())
             why = f"{found.library} runs it: a batch takes {times}"
             log.info("%s: %s", self.spec.checkpoint, why)
