@@ -147,9 +147,8 @@ class Worker:
         log.setLevel(order.level)
         log.addHandler(self._ear)
         options, cores = order.options, available_cores()
-        runtime = choose_runtime(order.device, order.library)
-        if runtime.rival is not None:  # which is faster is not found alike by all workers
-            runtime = replace(runtime, rival=None)
+        # Which library is faster is not found alike by all workers.
+        runtime = replace(choose_runtime(order.device, order.library), measures=False)
         if options.memory_limit is None and not runtime.devices:  # workers on this machine share its memory
             share = min(1.0, order.cores / cores)
             options = replace(options, memory_limit=int(default_memory_limit() * share))

@@ -299,7 +299,7 @@ def candidates(request: GraphRequest, precision: str, runtime: Runtime) -> tuple
         return ("native",)
     cache = cache_folder()
     lasting = not cache.exists() or os.access(cache, os.W_OK)  # else it would be measured in every run
-    return (*libraries, "native") if lasting else libraries
+    return (*libraries, "native") if lasting and runtime.measures else libraries
 
 
 def _make_ready(config: Config, request: GraphRequest, runtime: Runtime, batch_size: int) -> Ready:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -18,6 +18,8 @@ from zsad.kernels.machine import available_cores, processor
 from .network import Graph
 
 log = logging.getLogger("zsad")
+
+Name = TypeVar("Name", bound=str)
 
 ROUNDS, LONGEST = 3, 10.0  # counted ones, and the seconds after which no other one begins
 CLEARLY = 0.95  # of the time of the library that is there in any case
@@ -49,9 +51,9 @@ class Note:
             draft.write_text(json.dumps(values), encoding="utf-8")
 
 
-def seconds(graphs: Mapping[str, Graph], inputs: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+def seconds(graphs: Mapping[Name, Graph], inputs: Mapping[str, NDArray[Any]]) -> dict[Name, float]:
     """Return the shortest time that each of several graphs takes for a batch, all in turn; none of those that fail."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    times: dict[Name, list[float]] = {name: [] for name in graphs}
     start = time.perf_counter()
     for counted in range(-1, ROUNDS):
         if counted > 0 and time.perf_counter() - start > LONGEST:

@@ -49,6 +49,7 @@ class Runtime:
     reason: str
     rival: Library | None = None  # on a CPU: what runs the graphs that a measurement finds it faster at
     native: bool = False  # on a CPU: image towers may run in zsad's own code too
+    measures: bool = True  # where several may: whether a measurement decides; else the usual one runs them
 
     @property
     def device_name(self) -> str:
@@ -67,7 +68,9 @@ class Runtime:
         """
         if precision == "bf16":
             return ("openvino",)
-        return (self.library,) if self.rival is None or on_demand else (self.library, self.rival)
+        if self.rival is None or on_demand or not self.measures:
+            return (self.library,)
+        return (self.library, self.rival)
 
     def network_precision(self, asked: str) -> str:
         """Return the precision that networks run in; raises ConfigError for one that is not to be had here."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from zsad.bench import accuracy, accuracy_banks
+from zsad.bench import accuracy, accuracy_banks, accuracy_known
 from zsad.bench.accuracy_batches import SIDE, Batch, drawn_defect, planted, resized
 from zsad.engine.evaluation.metrics import image_metrics
 from zsad.kernels.mutual_scoring import mutual_scores
@@ -149,6 +149,7 @@ def test_every_section_is_recorded(
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(accuracy_banks, "SPLITS", 5)
+    monkeypatch.setattr(accuracy_known, "SPLITS", 5)
     draw_set(tmp_path / "sets" / "masked", masks=True)
     draw_set(tmp_path / "sets" / "bare", masks=False)
     output, checkpoint = tmp_path / "out.jsonl", random_dinov2(width=64, depth=12)

@@ -37,7 +37,8 @@ def test_whole_runs_are_compared(
         return config.model_copy(update={"networks": specs}), {"dinov2": "tiny"}
 
     monkeypatch.setattr(peers, "use_random_weights", tiny)
-    arguments = ["--images", "8", "--image-size", "70", "--repeats", "2", "--output", str(output)]
+    monkeypatch.setattr(peers, "PAUSE", 0.0)
+    arguments = ["--images", "6", "--image-size", "70", "--repeats", "2", "--output", str(output)]
     assert peers.main(arguments) == 0
     record = json.loads(output.read_text("utf-8"))
     assert {name: len(times) for name, times in record["seconds"].items()} == {

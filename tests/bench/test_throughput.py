@@ -15,9 +15,11 @@ from zsad.bench.towers import Shape
 from zsad.engine.config import load_config
 from zsad.engine.images.folders import scan
 from zsad.engine.methods.method import method_class
+from zsad.engine.networks import runtime as runtimes
 from zsad.export.linear_heads import read_linear_heads
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import CLIP, DINOV2
+from zsad.kernels.cpu.native import has_native_code
 
 STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 
@@ -28,7 +30,9 @@ def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(throughput, "PEAK_SHAPES", ((64, 64, 64), (30, 20, 40)))
     monkeypatch.setattr(throughput, "PAUSE", 0.0)
-    monkeypatch.setattr(throughput, "CPU_PRECISIONS", {"onnxruntime": ("fp32", "int8"), "openvino": ("int8",)})
+    precisions = {"onnxruntime": ("fp32", "int8"), "openvino": ("int8",), "native": ("int8",)}
+    monkeypatch.setattr(throughput, "CPU_PRECISIONS", precisions)
+    monkeypatch.setattr(runtimes, "has_native_code", has_native_code)
 
 
 @pytest.fixture
@@ -50,7 +54,8 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
     assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_row"])
     assert all(len(times) == 2 for times in network["seconds_per_row"].values())
     assert set(network["agreement"]) == set(network["seconds_per_row"])
-    libraries = ["onnxruntime", "onnxruntime", *["openvino"] * (find_spec("openvino") is not None)]
+    others = {"openvino": find_spec("openvino") is not None, "native": has_native_code()}
+    libraries = ["onnxruntime", "onnxruntime", *(library for library, there in others.items() if there)]
     assert [run["runtime"].split()[0] for run in runs] == libraries
     assert [run["precision"] for run in runs] == [["fp32", "fp32"], *[["int8", "int8"]] * (len(libraries) - 1)]
     for run in runs:

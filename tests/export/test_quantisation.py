@@ -73,11 +73,11 @@ def test_an_export_keeps_as_many_in_fp32_as_the_graph_needs(
     assert f"{len(facts['exact'].split(','))} linear layers in fp32" in model.agreement
 
     offered = iter([(), ("block0.qkv",), ("block1.fc1",), ("block0.qkv", "block1.fc1")])
-    monkeypatch.setattr("zsad.export.builders.layers_in_fp32", lambda errors: offered)
+    monkeypatch.setattr("zsad.export.builders.layers_in_fp32", lambda *_: offered)
     taken = export_onnx(checkpoint, replace(OPTIONS, taps=(1,)))
     facts = {entry.key: entry.value for entry in onnx.load(taken.path).metadata_props}
     assert facts["exact"] == "block1.fc1"
-    monkeypatch.setattr("zsad.export.builders.layers_in_fp32", lambda errors: [()])
+    monkeypatch.setattr("zsad.export.builders.layers_in_fp32", lambda *_: [()])
     with pytest.raises(CheckpointError, match="computes something else"):
         export_onnx(checkpoint, replace(OPTIONS, taps=(1,), outputs=("tokens",)))
 

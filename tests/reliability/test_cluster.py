@@ -76,6 +76,8 @@ def options(tiny: Path) -> list[str]:
         "8",
         "--device",
         "cpu",
+        "--runtime",
+        "onnxruntime",
     ]
 
 

@@ -35,8 +35,8 @@ def test_interruption_is_one_line_and_leaves_nothing(command: list[str], cache: 
     # A background job, as tests may be, starts its children with SIGINT ignored.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from zsad.engine.commands import export as cli; from zsad.export import onnx_export\n"
-        f"onnx_export.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
+        "from zsad.engine.commands import export as cli; from zsad.export import agreement\n"
+        f"agreement.check_agreement = lambda *_: signal.raise_signal(signal.{name})\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     ended = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
