@@ -5,11 +5,11 @@
 
 All run in turn in one process on the same image: the preset's network, and what `--bank` does with its tokens, by banks
 of so many patches per tap and degree from few and from many images, and of 1, 10 and 100 % of the patches of the many.
-Medians and medians of the round-by-round ratios are kept. Which patches a bank has does not change the time: they are
-drawn at random from the tokens of the images, which are drawn too.
+Medians and medians of the round-by-round ratios are kept. The images are drawn, and their patches thinned as a bank's
+are: the nearer the patches of a bank are to each other, the more have to be measured again.
 
-With --watch `zsad-infer --watch` runs with a bank of as many drawn images as --size allows. More of them arrive one by
-one, and between any two the network alone runs in this process; how long it takes from an image's arrival to its line
+With --watch `zsad-infer --watch` runs with a bank of the fewest of --images, thinned to --size. More arrive one by one,
+and between any two the network alone runs in this process; how long it takes from an image's arrival to its line
 is measured from outside.
 
 Validates first: distances to a small bank against the float64 reference.
@@ -42,6 +42,7 @@ from zsad.engine.networks.build import load_networks
 from zsad.engine.networks.network import Network
 from zsad.engine.networks.runtime import choose_runtime
 from zsad.kernels import reference
+from zsad.kernels.coverage import farthest_first, project
 from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.mutual_scoring import square_grid
 
@@ -63,15 +64,15 @@ def inputs_of(network: Network, count: int) -> Iterator[Array]:
 
 
 def features_of(tokens: Sequence[Array], degrees: Sequence[int], size: int) -> list[Array]:
-    """Return unit features [size, C] by taps, then degrees, of patches drawn from images' tokens [L, P, C]."""
-    patches = tokens[0].shape[1]
-    drawn = np.sort(np.random.default_rng(0).choice(len(tokens) * patches, size, replace=False))
-    rows = [drawn[drawn // patches == image] % patches for image in range(len(tokens))]
-    return [
-        np.concatenate([units_of(image[layer], degree)[own] for image, own in zip(tokens, rows, strict=True)])
-        for layer in range(len(tokens[0]))
-        for degree in degrees
-    ]
+    """Return unit features [size, C] by taps, then degrees, of images' tokens [L, P, C], thinned as banks are."""
+    found = []
+    for layer in range(len(tokens[0])):
+        for degree in degrees:
+            units = [units_of(image[layer], degree) for image in tokens]
+            rows, channels = units[0].shape
+            projected = project(len(units), rows, channels, units.__getitem__)
+            found.append(np.concatenate(units)[farthest_first(projected, size)])
+    return found
 
 
 def units_of(layer: Array, degree: int) -> Array:
@@ -115,17 +116,18 @@ def sizes_of(images: Sequence[int], patches: int, size: int) -> dict[str, tuple[
     return found | {f"{100 * share:g} % of {most} images": (most, round(share * most * patches)) for share in SHARES}
 
 
-def watched(precision: str, side: int, images: int, arrivals: int, alone: Callable[[], Any]) -> dict[str, list[float]]:
+def watched(arguments: argparse.Namespace, alone: Callable[[], Any]) -> dict[str, list[float]]:
     """Return the seconds from an image's arrival to its line, and those of the network alone before it."""
     start = [sys.executable, "-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
     found: dict[str, list[float]] = {"network": [], "line": []}
     with tempfile.TemporaryDirectory(prefix="zsad-bench-") as name:
         folder, bank = Path(name), Path(name, "part.zsad")
-        good = draw_demo(folder / "good", count=images, defects=0) / "test" / "good"
-        new = sorted((draw_demo(folder / "new", 1, arrivals + 1, 0) / "test" / "good").iterdir())
+        good = draw_demo(folder / "good", count=min(arguments.images), defects=0) / "test" / "good"
+        new = sorted((draw_demo(folder / "new", 1, arguments.arrivals + 1, 0) / "test" / "good").iterdir())
         (folder / "in").mkdir()
-        options = ["--device", "cpu", "--network-precision", precision, "-q"]
-        making = ["--reference", str(good), "--save-bank", str(bank), "--image-size", str(side)]
+        options = ["--device", "cpu", "--network-precision", arguments.precision, "-q"]
+        making = ["--reference", str(good), "--save-bank", str(bank), "--bank-size", str(arguments.size)]
+        making += ["--image-size", str(arguments.image_size)]
         subprocess.run([*start, *making, *options], check=True)
         watch = ["--watch", str(folder / "in"), "--bank", str(bank), "--output", str(folder / "out"), "--json"]
         with subprocess.Popen([*start, *watch, *options], stdout=subprocess.PIPE, text=True) as process:
@@ -177,13 +179,11 @@ def arrive(network: Network, _: Any, arguments: argparse.Namespace, record: Mapp
             f"--watch takes the real weights of {arguments.preset}: zsad-export --preset {arguments.preset}"
         )
     graph, (image,) = network.graphs["image"], inputs_of(network, 1)
-    (_, patches, _) = graph.outputs["tokens"].shape
-    images = max(2, arguments.size // patches)
     alone = partial(graph.run, {"images": image})
-    seconds = watched(arguments.precision, arguments.image_size, images, arguments.arrivals, alone)
+    seconds = watched(arguments, alone)
     beyond = statistics.median(line - own for own, line in zip(*seconds.values(), strict=True))
     print(f"network {1e3 * statistics.median(seconds['network']):.0f} ms, a line {1e3 * beyond:.0f} ms later than that")
-    append(arguments.output, {**record, "watch": True, "patches": images * patches, "seconds": seconds})
+    append(arguments.output, {**record, "watch": True, "patches": arguments.size, "seconds": seconds})
 
 
 def compare(network: Network, settings: Any, arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:

@@ -62,6 +62,11 @@ PEERS = {
     "zsad": "zsad, from files to report",
     "zsad int8": "zsad, networks and products in int8",
 }
+REFERENCES = {
+    "scoring": "scoring alone, `--references all`",
+    "scoring, minima handed back": "the same with the distances that clean references are chosen by",
+    "references": "choosing them, and the scores that follow",
+}
 MANY = 1_000_000  # images that the cost of an archive is extrapolated to
 TILE_WAYS = {
     "whole": "whole images",
@@ -582,6 +587,17 @@ def startup_table() -> str:
     )
     head = ["", "", "in all", "the networks alone", "beyond them", "this commit is faster by"]
     return f"{caption}:\n\n" + table(head, rows)
+
+
+def references_table() -> str:
+    record = read("clean_references.jsonl")[-1]
+    median = {name: statistics.median(times) for name, times in record["seconds"].items()}
+    rows = [
+        [said, f"{median[name]:.2f} s", f"{100 * median[name] / median['scoring']:.1f} %"]
+        for name, said in REFERENCES.items()
+    ]
+    caption = f"Scoring of {record['images']} images, P {record['patches']}, C {record['channels']}; {where(record)}"
+    return f"{caption}:\n\n" + table(["", "time", "of scoring"], rows)
 
 
 def archive_table() -> str:

@@ -20,6 +20,7 @@ def test_features_are_of_taps_then_degrees() -> None:
     features = banks.features_of(tokens, (1, 3), 75)  # all patches
     assert [vectors.shape for vectors in features] == [(75, 16)] * 4
     np.testing.assert_array_equal(features[2][25:50], banks.units_of(tokens[1][1], 1))
+    assert [vectors.shape for vectors in banks.features_of(tokens, (1,), 20)] == [(20, 16)] * 2
 
 
 def test_banks_of_the_same_size_come_from_few_and_many_images() -> None:
