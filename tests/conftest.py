@@ -20,6 +20,7 @@ from zsad.export.state_dict import CheckpointError
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
 from zsad.kernels.cuda.device import Device, DeviceError, open_device
+from zsad.kernels.machine import available_cores
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -34,6 +35,12 @@ def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
     real = runtimes.find_spec
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
     monkeypatch.setattr(runtimes, "has_native_code", lambda: False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: some tests wait for processes, clocks and disks."""
+    return available_cores() + 1
 
 
 @pytest.hookimpl(optionalhook=True)
