@@ -95,6 +95,23 @@ def test_starting_is_told_beside_another_commit(records: list[Mapping[str, Any]]
     assert "| 2 images, fp32 | commit 01234567 | 3.10 s | 1.00 s | 2.10 s | 2.00 |" in lines
 
 
+def test_workers_are_told_beside_a_process(records: list[Mapping[str, Any]]) -> None:
+    runs = {"process": [{"start_s": 1.0, "score_s": 30.0}], "workers": [{"start_s": 7.0, "score_s": 25.0}]}
+    about = {"categories": 4, "images": 64, "side": 280, "group_size": 32}
+    records.append({**ENVIRONMENT, **about, "runs": runs, "efficiency": 1.2, "job_s": 0.0024})
+    text = tables.cluster_table()
+    assert "1.20 times as fast" in text
+    assert "a job costs 2.4 ms" in text
+    assert "| a local Ray of two workers | 7.0 s | 25.0 s |" in text.splitlines()
+
+
+def test_what_was_never_recorded_is_said() -> None:
+    def none() -> str:
+        raise FileNotFoundError
+
+    assert tables.made(none) == "Nothing is on record yet."
+
+
 def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: list[Mapping[str, Any]]) -> None:
     rates = {"0 %": {"rejected": 0.03, "low": 0.02, "high": 0.04}}
     rates["40 %"] = {**rates["0 %"], "recall": 0.5}
