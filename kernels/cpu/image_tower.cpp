@@ -416,6 +416,14 @@ struct Attention {
   float scale;        // of queries, for powers of two
 };
 
+// The largest logit of a query; hides the keys that are there to fill the last vectors.
+inline float top_logit(float* row, int tokens, std::size_t filled) {
+  std::fill(row + tokens, row + filled, kHidden);
+  Vec most = load(row);
+  for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
+  return largest(most);
+}
+
 #if defined(__AMX_INT8__)
 
 typedef std::uint16_t Half;
@@ -476,10 +484,8 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
   float inverse[kQueries];
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
-    std::fill(row + a.tokens, row + filled, kHidden);
-    Vec most = load(row), total = {};
-    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
-    const float top = largest(most);
+    const float top = top_logit(row, a.tokens, filled);
+    Vec total = {};
     for (std::size_t t = 0; t < filled; t += kLanes) {
       const Vec p = power_of_two<4>(load(row + t) - top);
       total += p;
@@ -583,10 +589,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
   Code* weights = s.weights.get();
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
-    std::fill(row + a.tokens, row + filled, kHidden);
-    Vec most = load(row);
-    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
-    const float top = largest(most);
+    const float top = top_logit(row, a.tokens, filled);
     Code *first = weights + 2 * i * s.key_pitch, *second = first + s.key_pitch;
     __m512i total = _mm512_setzero_si512();
     for (std::size_t t = 0; t < filled; t += kLanes) {
@@ -634,10 +637,8 @@ void attend_floats(const Attention& a, const float* queries, int count, const un
                   [&](int row, int column, Vec v) { store(logits + row * s.key_pitch + column, v); });
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
-    std::fill(row + a.tokens, row + filled, kHidden);
-    Vec most = load(row), total = {};
-    for (std::size_t t = kLanes; t < filled; t += kLanes) most = larger(most, load(row + t));
-    const float top = largest(most);
+    const float top = top_logit(row, a.tokens, filled);
+    Vec total = {};
     for (std::size_t t = 0; t < filled; t += kLanes) {
       const Vec p = power_of_two<5>(load(row + t) - top);
       total += p;
