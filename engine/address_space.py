@@ -8,7 +8,8 @@ import resource
 
 # What libraries call it that have no MemoryError.
 SCARCE = re.compile(
-    r"memory|alloc|failed to map segment|start new thread|mmap|bad array new length|serialize proto|Load model from",
+    r"memory|alloc|failed to map segment|start new thread|resource temporarily unavailable|mmap|bad array new length|"
+    r"serialize proto|Load model from",
     re.IGNORECASE,
 )
 

@@ -92,6 +92,16 @@ def _locked(output: Path) -> Iterator[bool]:
 
     Yields False on file systems without locks.
     """
+    try:
+        with _held(output) as alone:
+            yield alone
+    finally:
+        # An interrupt may have come between the lock's making and its holding: so it is removed by its path.
+        _remove_unheld(output / LOCK)
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[bool]:
     path = output / LOCK
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as lock:
@@ -109,12 +119,20 @@ def _locked(output: Path) -> Iterator[bool]:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                     raise
                 alone = False
-            try:
-                yield alone
-            finally:
-                if _lies_at(lock.fileno(), path):  # the folder may be another by now
-                    path.unlink()
+            yield alone
             return
+
+
+def _remove_unheld(path: Path) -> None:
+    """Remove a lock that no process holds; the folder may be another by now, or gone."""
+    with suppress(OSError), os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in TAKEN:
+                return
+        if _lies_at(lock.fileno(), path):
+            path.unlink()
 
 
 def check_unclaimed(output: Path) -> None:

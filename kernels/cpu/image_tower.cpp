@@ -30,6 +30,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 
@@ -671,10 +672,14 @@ class Barrier {
     }
     all_.wait(lock, [&] { return turn != turn_; });
   }
+  // One thread at least has not come yet.
+  void go_on_without(int threads) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    threads_ -= threads;
+  }
 
  private:
-  const int threads_;
-  int waiting_, turn_;
+  int threads_, waiting_, turn_;
   std::mutex mutex_;
   std::condition_variable all_;
 };
@@ -702,7 +707,12 @@ class Forward {
 
   void run() {
     std::vector<std::thread> others;
-    for (int i = 1; i < run_.threads; ++i) others.emplace_back([this, i] { work(*scratch_[i]); });
+    others.reserve(run_.threads);
+    try {
+      for (int i = 1; i < run_.threads; ++i) others.emplace_back([this, i] { work(*scratch_[i]); });
+    } catch (const std::system_error&) {  // the system gives no more, as where the address space is bounded
+      barrier_.go_on_without(run_.threads - 1 - int(others.size()));
+    }
     work(*scratch_[0]);
     for (std::thread& other : others) other.join();
   }

@@ -1,5 +1,8 @@
 """Image towers in native code, in every instruction set of this machine, against plain float64 NumPy."""
 
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,30 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
             for name, array in found.items():
                 np.testing.assert_array_equal(array, together[name][-len(array) :])
     assert [len(array) for array in ready.run(images[:0]).values()] == [0, 0, 0]
+
+
+WITHOUT_THREADS = (
+    "import resource, sys, numpy, psutil\n"
+    "from zsad.export.native_tower import NativeTower\n"
+    "tower, images = NativeTower(sys.argv[1], threads=3), numpy.load(sys.argv[2])\n"
+    "room = psutil.Process().memory_info().vms + (256 << 20)\n"
+    "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
+    "numpy.save(sys.argv[3], tower.run(images)['tokens'])"
+)
+
+
+@pytest.mark.slow
+def test_one_thread_does_the_work_where_the_system_gives_no_more(tmp_path: Path) -> None:
+    images = random_images(2)
+    np.save(tmp_path / "images.npy", images)
+    expected = native(random_tower(3, 48), OPTIONS, tmp_path, threads=1).run(images)["tokens"]
+
+    def with_large_stacks() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    files = [tmp_path / name for name in ("tower", "images.npy", "tokens.npy")]
+    subprocess.run([sys.executable, "-c", WITHOUT_THREADS, *files], check=True, preexec_fn=with_large_stacks)
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), expected)
 
 
 @pytest.mark.parametrize(

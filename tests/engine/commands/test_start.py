@@ -102,7 +102,8 @@ def test_an_interrupt_while_libraries_load_is_one_line(command: str, module: str
 @pytest.mark.slow
 def test_an_interrupted_library_is_not_called_missing(tiny: Path) -> None:
     failure = "raise ImportError('initialization failed')"
-    ended = interrupt("infer", "onnxruntime", failure, "--config", str(tiny / "config.toml"))
+    options = ("--config", str(tiny / "config.toml"), "--runtime", "onnxruntime")
+    ended = interrupt("infer", "onnxruntime", failure, *options)
     assert ended == (130, "", "zsad-infer: interrupted\n")
 
 
