@@ -41,7 +41,10 @@ class Interrupts:
         return next((other for other in outer if isinstance(other, Interrupts)), self)
 
     def __exit__(self, *_: object) -> None:
+        self.over = True
         self.later.cancel()
+        if self.later.ident is not None:
+            self.later.join()  # what it is about to send arrives while it is ignored
         for number, handler in self.installed.items():
             signal.signal(number, handler)
         sys.unraisablehook = self.report_dropped

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,25 @@ def test_within_another_one_it_is_that(as_in_a_terminal: None) -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert outer.seen
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_what_is_sent_while_a_command_ends_reaches_nobody() -> None:
+    sending = threading.Event()
+
+    def send() -> None:
+        sending.set()
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        with Interrupts() as interrupts:
+            interrupts.later = threading.Timer(0, send)
+            interrupts.later.start()
+            sending.wait()
+        interrupts.later.join()
+    except KeyboardInterrupt:
+        pytest.fail("it reached the caller")
 
 
 def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int, str, str]:
