@@ -294,14 +294,16 @@ def is_random(weights: str) -> bool:
 
 def graphs_block(run: Sequence[Record]) -> str:
     rows = []
+    measured_memory = any(record.get("memory_bytes") for record in run)
     for record in run:
-        flops, row = record["flops_per_row"], record["row"]
+        flops, row, memory = record["flops_per_row"], record["row"], record.get("memory_bytes", {})
         graph = (
             f"{record['network']}, `{record['graph']}`, {record['image_size']} px: one {row} of {record['batch']} at "
             f"once, {operations(flops)}"
         )
         for cells in variant_rows(flops, record["peak_flops"], record["seconds_per_row"]):
-            rows.append([graph, *cells])
+            taken = f"{memory[cells[0]] / 2**20:.0f} MB" if cells[0] in memory else "–"
+            rows.append([graph, *cells, *([taken] if measured_memory else [])])
             graph = ""
     kinds = list(dict.fromkeys(record["weights"] for record in run))
     weights = "random weights of the true shapes" if all(map(is_random, kinds)) else "; ".join(kinds)
@@ -310,7 +312,8 @@ def graphs_block(run: Sequence[Record]) -> str:
         f"Every graph of preset `{run[0]['preset']}` ({weights}), product peak {peak / 1e9:.0f} GFLOP/s; "
         f"{where(run[0])}"
     )
-    return f"{caption}:\n\n" + table(["graph", "", "time", "of the peak", "times faster than PyTorch"], rows)
+    head = ["graph", "", "time", "of the peak", "times faster than PyTorch"]
+    return f"{caption}:\n\n" + table([*head, *(["memory"] if measured_memory else [])], rows)
 
 
 def stage_time(seconds: float) -> str:

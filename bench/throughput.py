@@ -9,6 +9,8 @@ same rounds (and, where PyTorch is installed, its plain forward pass):
              processor has it, PyTorch eager fp32; the peak is the best of two large fp32 products
     cuda:N   TensorRT, TensorRT-RTX and ONNX Runtime in fp16, PyTorch fp16 with its fused attention; fp16 products
 
+On a CPU also what each runtime's graph takes in memory, by a process of its own that loads it and runs it.
+
 Then whole runs in each of these runtimes, networks and scoring in the same precision: each stage alone, then all
 together. The overlap efficiency is the sum of the stages over the wall time of the whole.
 
@@ -65,6 +67,7 @@ from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.machine import available_cores, peak_memory
 
+from .graph_memory import graph_memory
 from .mutual_scoring_cuda import peak_flops
 from .products import count_products, plain_options, row_count
 from .random_weights import write_random
@@ -99,6 +102,7 @@ class Variant:
     precision: str
     run: Callable[[], Mapping[str, Any]]  # returns the outputs when they are complete
     fetch: Callable[[Any], NDArray[Any]]  # brings one to the host
+    library: str = ""  # of zsad's runtimes
 
 
 def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
@@ -226,7 +230,7 @@ def variants(
         fed = inputs if device is None else {name: device.to_device(array) for name, array in inputs.items()}
         fetch = np.asarray if device is None else device.to_host
         run = partial(_complete, networks[request.network].graphs[request.graph], fed, device)
-        yield Variant(variant, precision, run, fetch)
+        yield Variant(variant, precision, run, fetch, runtime.library)
     if forward is None:
         print("PyTorch: not measured (a ready graph has no weights for it)")
         return
@@ -289,6 +293,17 @@ def time_variants(
     return seconds, peaks
 
 
+def measure_memory(
+    config: Config, request: GraphRequest, found: Sequence[Variant], inputs: Mapping[str, NDArray[Any]], rows: int
+) -> dict[str, int]:
+    """Return what each of zsad's variants takes on a CPU."""
+    taken = {}
+    for variant in (variant for variant in found if variant.library):
+        chosen = config.model_copy(update={"network_precision": variant.precision})
+        taken[variant.name] = graph_memory(chosen, request, variant.library, inputs, rows)
+    return taken
+
+
 def compare_networks(config: Config, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any) -> None:
     """Validate and time every variant of every graph in turn, and append one record for each graph."""
     peak = product_peak(choose_runtime(arguments.device))
@@ -309,6 +324,7 @@ def compare_networks(config: Config, weights: Mapping[str, str], arguments: argp
             "flops_per_row": flops,
             "peak_flops": peaks,
             "seconds_per_row": seconds,
+            "memory_bytes": measure_memory(config, request, found, inputs, rows) if arguments.device == "cpu" else {},
         }
         print_network(spec.side, ROWS.get(request.graph, "image"), rows, timed)
         append(
@@ -332,6 +348,7 @@ def compare_networks(config: Config, weights: Mapping[str, str], arguments: argp
 def print_network(image_size: int, row: str, rows: int, timed: Mapping[str, Any]) -> None:
     """Print what was measured of a graph."""
     flops, peaks, seconds = timed["flops_per_row"], timed["peak_flops"], timed["seconds_per_row"]
+    memory = timed["memory_bytes"]
     print(f"{image_size} px, batch {rows}, {flops / 1e12:.4f} TFLOP per {row}")
     print(f"  product peak{statistics.median(peaks) / 1e9:26.0f} GFLOP/s")
     for label, values in seconds.items():
@@ -339,7 +356,7 @@ def print_network(image_size: int, row: str, rows: int, timed: Mapping[str, Any]
         share = statistics.median(flops / time / peak for time, peak in zip(values, peaks, strict=True))
         print(
             f"  {label:<22}{1e3 * value:9.1f} ms per {row} {flops / value / 1e9:9.0f} GFLOP/s "
-            f"{100 * share:5.0f} % of the peak"
+            f"{100 * share:5.0f} % of the peak" + (f" {memory[label] / 2**20:6.0f} MiB" if label in memory else "")
         )
 
 

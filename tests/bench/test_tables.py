@@ -41,6 +41,14 @@ def test_graphs_of_one_run_are_one_table(records: list[Mapping[str, Any]]) -> No
     ]
 
 
+def test_memory_stands_beside_times_where_it_was_measured(records: list[Mapping[str, Any]]) -> None:
+    seconds = {"native code fp32": [2.0], "PyTorch eager fp32": [3.0]}
+    memory = {"native code fp32": 7 << 20}
+    records.append(graph("image", peak_flops=[1e11], flops_per_row=1e11, seconds_per_row=seconds, memory_bytes=memory))
+    lines = tables.networks_table().splitlines()
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["memory |", "--- |", "7 MB |", "– |"]
+
+
 def test_a_later_run_replaces_an_earlier_one(records: list[Mapping[str, Any]]) -> None:
     for date, seconds in (("yesterday", 5.0), ("today", 2.0)):
         records.append(graph("image", date=date, flops_per_row=1e11, seconds_per_row={"zsad": [seconds, seconds]}))

@@ -54,6 +54,8 @@ def test_on_the_cpu(measure: Callable[..., list[dict[str, Any]]]) -> None:
     assert {"ONNX Runtime fp32", "ONNX Runtime int8"} <= set(network["seconds_per_row"])
     assert all(len(times) == 2 for times in network["seconds_per_row"].values())
     assert set(network["agreement"]) == set(network["seconds_per_row"])
+    assert set(network["memory_bytes"]) == {name for name in network["agreement"] if not name.startswith("PyTorch")}
+    assert all(1 << 18 < taken < 1 << 30 for taken in network["memory_bytes"].values())
     others = {"openvino": find_spec("openvino") is not None, "native": has_native_code()}
     libraries = ["onnxruntime", "onnxruntime", *(library for library, there in others.items() if there)]
     assert [run["runtime"].split()[0] for run in runs] == libraries

@@ -1,0 +1,45 @@
+"""What a graph takes in memory, in a process of its own: its library, its weights and passes over a batch."""
+
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+from numpy.typing import NDArray
+
+from zsad.engine.config import Config
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.network import GraphRequest
+from zsad.engine.networks.runtime import choose_runtime
+from zsad.kernels.machine import peak_memory
+
+PASSES = 3
+
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+def graph_memory(config: Config, request: GraphRequest, library: str, inputs: Inputs, rows: int) -> int:
+    """Return by how many bytes a process grows at most that loads a graph on the CPU and runs it; rows: of inputs."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        grown: int = process.submit(_grown, config, request, library, inputs, rows).result()
+    return grown
+
+
+def _grown(config: Config, request: GraphRequest, library: str, inputs: Inputs, rows: int) -> int:
+    before = psutil.Process().memory_info().rss
+    networks = load_networks(config, [request], choose_runtime("cpu", library), rows)
+    graph = networks[request.network].graphs[request.graph]
+    for _ in range(PASSES):
+        graph.run(inputs)
+    return _peak() - before
+
+
+def _peak() -> int:
+    """Return the most that was resident; what Linux tells of a process otherwise begins with who started it."""
+    if sys.platform != "linux":
+        return peak_memory()
+    return 1024 * int(Path("/proc/self/status").read_text("ascii").split("VmHWM:")[1].split()[0])
