@@ -12,6 +12,8 @@ from zsad.kernels.cpu.arrays import aligned_empty
 from zsad.kernels.cpu.native import _cpu
 from zsad.kernels.machine import available_cores
 
+from .options import WINDOWS
+
 Array = NDArray[np.float32]
 
 
@@ -37,11 +39,14 @@ class NativeTower:
             facts["eps"],
             facts["activation"],
             facts["int8"],
-            facts["depth"],
+            len(sizes),
             {**arrays, **sizes},
         )
-        self._how = (facts["depth"], facts["only_first"], threads or available_cores(), instruction_set)
+        self._depth, self._how = (facts["depth"], facts["only_first"]), (threads or available_cores(), instruction_set)
         self._taps, self._normed = facts["taps"], facts["normed"]
+        self._windows: dict[str, NDArray[np.int32]] = {
+            name: arrays[name + ".tokens"] for name in WINDOWS if name in self.outputs
+        }
 
     def run(self, images: Array) -> dict[str, Array]:
         """Return the outputs for images [B, 3, S, S]."""
@@ -49,28 +54,35 @@ class NativeTower:
         outputs = {
             name: np.empty((len(images), *shape), np.float32)
             for name, shape in self.outputs.items()
-            if name != "embedding"
+            if name in ("tokens", "patches")
         }
         grid_tokens = outputs.get("tokens")
         if grid_tokens is None:
             size = self._tower.patches
             grid_tokens = np.empty((len(images), 0, size, self._width), np.float32)
         classes = np.empty((len(images), self._width), np.float32) if "embedding" in self.outputs else None
-        self._tower.forward(images, self._taps, self._normed, grid_tokens, outputs.get("patches"), classes, *self._how)
+        windows = {
+            name: (rows, np.empty((len(images), len(rows), self._width), np.float32))
+            for name, rows in self._windows.items()
+        }
+        patches, own = outputs.get("patches"), list(windows.values())
+        self._tower.forward(
+            images, self._taps, self._normed, grid_tokens, patches, classes, *self._depth, own, *self._how
+        )
         if classes is not None:
-            outputs["embedding"] = self._embedding(classes)
+            vectors = self._vectors(classes)
+            lengths = 1 if self._projection is None else np.linalg.norm(vectors, axis=1, keepdims=True)
+            outputs["embedding"] = np.asarray(vectors / lengths, np.float32)
+        outputs |= {name: self._vectors(raw) for name, (_, raw) in windows.items()}
         return {name: outputs[name] for name in self.outputs}
 
-    def _embedding(self, classes: Array) -> Array:
-        """The class tokens [B, C] normed, projected to unit length where there is a projection: [B, D]."""
-        centred = classes - classes.mean(axis=1, keepdims=True)
+    def _vectors(self, classes: Array) -> Array:
+        """The class tokens [..., C] normed, and projected where there is a projection: [..., D]."""
+        centred = classes - classes.mean(axis=-1, keepdims=True)
         weight, bias = self._norm
-        deviation = np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(self._eps))
+        deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(self._eps))
         normed: Array = centred / deviation * weight + bias
-        if self._projection is None:
-            return normed
-        projected: Array = normed @ self._projection
-        return np.asarray(projected / np.linalg.norm(projected, axis=1, keepdims=True), np.float32)
+        return normed if self._projection is None else normed @ self._projection
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:

@@ -11,12 +11,12 @@ from safetensors.numpy import save
 
 from zsad.kernels.cpu.native import _cpu
 
-from .options import NATIVE_OUTPUTS, ExportOptions
+from .options import IMAGE_OUTPUTS, WINDOWS, ExportOptions
 from .state_dict import CheckpointError
 from .transformer import Affine, Block
 from .transformer_graph import LINEAR_LAYERS, weight_codes
 from .vision_transformer import VisionTransformer
-from .vit_graph import check_options, resize_positions
+from .vit_graph import check_options, resize_positions, window_tokens
 
 COLUMNS, FILL = 16, 64  # what outputs and inputs of layers are filled up to, as the native code has them
 Packed = dict[str, NDArray[Any]]
@@ -68,9 +68,18 @@ def tower_arrays(vit: VisionTransformer, options: ExportOptions, exact: Collecti
     if vit.architecture.rotary:
         angles = vit.angles(vit.attention_heads(options.heads), grid)
         arrays |= {"cosine": np.cos(angles).astype(np.float32), "sine": np.sin(angles).astype(np.float32)}
-    for index, block in enumerate(vit.blocks[: options.depth(len(vit.blocks))]):
+    for output, rows in _windows(vit, options).items():
+        arrays[output + ".tokens"] = rows.astype(np.int32)
+    depth = len(vit.blocks) if _windows(vit, options) else options.depth(len(vit.blocks))
+    for index, block in enumerate(vit.blocks[:depth]):
         arrays |= _block(block, f"block{index}", options.precision == "int8", exact)
     return arrays
+
+
+def _windows(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArray[np.int64]]:
+    """The tokens of an image's windows, of the sizes that are wanted."""
+    grid, front = options.image_size // vit.patch_size, 1 + len(vit.registers)
+    return {name: window_tokens(grid, side, front) for name, side in WINDOWS.items() if name in options.outputs}
 
 
 def _norm(norm: Affine, name: str) -> Packed:
@@ -89,8 +98,6 @@ def _block(block: Block, name: str, int8: bool, exact: Collection[str]) -> Packe
 def check_native_options(vit: VisionTransformer, options: ExportOptions) -> None:
     """Raise CheckpointError where an option fits neither the checkpoint nor what the native code can do."""
     heads = check_options(vit, options)
-    if foreign := set(options.outputs) - set(NATIVE_OUTPUTS):
-        raise CheckpointError(f"{', '.join(sorted(foreign))} are not to be had natively; use --attention fused")
     if _cpu is None:
         raise CheckpointError("zsad was installed without a compiler: there is no native code; use --attention fused")
     if options.precision == "fp16" or vit.width // heads > _cpu.WIDEST_HEAD:
@@ -109,14 +116,16 @@ def save_native_tower(
     depth, last = options.depth(len(vit.blocks)), len(vit.blocks) - 1
     gated = len(vit.blocks[0].fc1[1]) == 2 * vit.blocks[0].fc2[0].shape[1]
     size, grid = options.image_size, options.image_size // vit.patch_size
+    dimension = vit.width if vit.projection is None else vit.projection.shape[1]
     outputs = {
         "tokens": [len(options.taps), grid * grid, vit.width],
-        "embedding": [vit.width if vit.projection is None else vit.projection.shape[1]],
+        "embedding": [dimension],
         "patches": [grid * grid, vit.width],
+        **{name: [len(rows), dimension] for name, rows in _windows(vit, options).items()},
     }
     facts = {
         "inputs": {"images": [3, size, size]},
-        "outputs": {name: outputs[name] for name in NATIVE_OUTPUTS if name in options.outputs},
+        "outputs": {name: outputs[name] for name in IMAGE_OUTPUTS if name in options.outputs},
         "width_and_heads": [vit.width, vit.attention_heads(options.heads)],
         "patch_and_grid": [vit.patch_size, grid],
         "front": 1 + len(vit.registers),

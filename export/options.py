@@ -18,8 +18,7 @@ NATIVE = "native"  # of image towers: the whole tower in zsad's own code for CPU
 WINDOWS = {"windows_2": 2, "windows_3": 3}  # output → patches per side of a window
 # Options of graphs that `zsad-export` takes beside precision and attention, which it has for all of them.
 GRAPH_WORDS = ("image_size", "outputs", "taps", "activation", "heads", "preprocessing", "antialias")
-NATIVE_OUTPUTS = ("tokens", "embedding", "patches")
-IMAGE_OUTPUTS = (*NATIVE_OUTPUTS, *WINDOWS)  # of an image tower
+IMAGE_OUTPUTS = ("tokens", "embedding", "patches", *WINDOWS)  # of an image tower
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from zsad.export.libraries import EngineError
 from zsad.export.onnx_export import ExportedModel, export_onnx
 from zsad.export.options import (
     NATIVE,
-    NATIVE_OUTPUTS,
     ClipSegDecoderOptions,
     ClipSegImageOptions,
     ExportOptions,
@@ -289,7 +288,7 @@ def attention_of(library: Library) -> str:
 
 def candidates(request: GraphRequest, precision: str, runtime: Runtime) -> tuple[Library, ...]:
     """Return what may run a graph: the first one, unless another one turns out to be faster."""
-    tower = request.graph == "image" and precision in ("fp32", "int8") and set(request.outputs) <= set(NATIVE_OUTPUTS)
+    tower = request.graph == "image" and precision in ("fp32", "int8")
     if runtime.library == "native":
         return ("native",) if tower else ("onnxruntime",)
     libraries = runtime.libraries(precision, request.on_demand)

@@ -6,7 +6,8 @@
 //
 // A thread takes a tile of tokens through everything between two attentions: what it reads and writes stays in its
 // second-level cache, and the threads wait for each other only where all keys and values must be there: twice a block.
-// Threads live as long as a call and sleep while they wait.
+// Threads live as long as a call and sleep while they wait. Windows, which wait for nothing, go through all blocks so many
+// at a time as make a tile; their first queries, keys and values are those of the image.
 //
 // Linear layers in int8: weights have a scale per output, activations are low + step * code with both of every token.
 // Attention beside int8 layers (queries and keys without the mean key, which no softmax sees):
@@ -14,7 +15,9 @@
 //   avx512vnni  codes of queries, keys (a scale per token) and values (per channel); weights in 16 bits, whose second
 //               byte is a row of its own to the product
 //   others      fp32
-// With fp32 layers everything is fp32.
+// Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
+// avx512amx their products are sums of six products in bfloat16, of the three parts that make a float exactly: those
+// left out are 2^-24 of the whole, as what fp32 rounds away.
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
 // all give the same integers; exp and erf are polynomials, alike everywhere.
@@ -55,6 +58,7 @@ constexpr int kLanes = 4, kRows = 2, kMaxPanels = 1;
 constexpr int kVectors = kColumns / kLanes;  // of a panel
 constexpr int kQueries = 32;                 // whose logits are there at a time
 constexpr int kTile = 32;                    // what numbers of rows are filled up to: those of two AMX tiles
+constexpr int kWindowRows = 128;             // of windows that go through the blocks at once
 constexpr float kLog2E = 1.44269504f;
 constexpr float kHidden = -1e30f;
 
@@ -359,7 +363,9 @@ struct Scratch {
   Room<Code> codes, weights;
   Room<float> steps, lows;
 
-  Scratch(const Tower& t, int tile)
+  Room<float> stream, packed, turned;  // of windows
+
+  Scratch(const Tower& t, int tile, int window_rows, int window_length)
       : x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
         hidden_pitch(widest(t) + kColumns),
         code_pitch(up(std::max({t.width, t.patches.inputs, int(widest(t))}), kFill) + kFill),
@@ -370,7 +376,10 @@ struct Scratch {
         codes(tile * code_pitch),
         weights(2 * kQueries * key_pitch),
         steps(tile),
-        lows(tile) {}
+        lows(tile),
+        stream(window_rows * up(t.width, kColumns)),
+        packed(window_rows * up(3 * t.width, kColumns)),
+        turned(up(window_length, kLanes) * (t.width / t.heads + window_length)) {}
 
  private:
   static std::size_t widest(const Tower& t) {
@@ -655,6 +664,70 @@ void attend_floats(const Attention& a, const float* queries, int count, const un
                   });
 }
 
+// The panels of a linear layer from `first` until before `last`.
+Linear part_of(const Linear& layer, int first, int last) {
+  Linear part = layer;
+  const std::size_t columns = std::size_t(first) * kColumns;
+  part.outputs = (last - first) * kColumns;
+  part.bias += columns;
+  if (part.weights) {
+    part.weights += columns * layer.inputs;
+    return part;
+  }
+  part.codes += columns * up(layer.inputs, kFill);
+  part.scales += columns;
+  part.sums += columns;
+  return part;
+}
+
+// A head of a window: what the first `count` of its tokens see of all of them, [count, width] in rows `out_pitch`
+// apart. rows: of each token its query, with keys and values `apart` floats behind. turned: room for a column of every
+// query's channels, [width, queries], and of weights [tokens, queries].
+void attend_window(const Attention& a, const float* const* rows, int count, std::size_t apart, float* turned, float* out,
+                   std::size_t out_pitch) {
+  const int filled = int(up(count, kLanes));
+  float* weights = turned + std::size_t(a.width) * filled;
+  for (int i = 0; i < count; ++i)
+    for (int c = 0; c < a.width; ++c) turned[c * filled + i] = rows[i][c] * a.scale;
+  for (int lane = 0; lane < filled; lane += kLanes) {
+    Vec top = splat(kHidden), total = {};
+    for (int t = 0; t < a.tokens; ++t) {
+      const float* key = rows[t] + apart;
+      Vec sums[4] = {};
+      int c = 0;
+      for (; c + 4 <= a.width; c += 4) {
+        ZSAD_UNROLL
+        for (int j = 0; j < 4; ++j) sums[j] += load(turned + (c + j) * filled + lane) * key[c + j];
+      }
+      for (; c < a.width; ++c) sums[0] += load(turned + c * filled + lane) * key[c];
+      const Vec logits = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      top = larger(top, logits);
+      store(weights + t * filled + lane, logits);
+    }
+    for (int t = 0; t < a.tokens; ++t) {
+      const Vec p = power_of_two<5>(load(weights + t * filled + lane) - top);
+      total += p;
+      store(weights + t * filled + lane, p);
+    }
+    const Vec inverse = 1.0f / total;
+    for (int t = 0; t < a.tokens; ++t)
+      store(weights + t * filled + lane, load(weights + t * filled + lane) * inverse);
+  }
+  for (int i = 0; i < count; ++i) {
+    int c = 0;
+    for (; c + kLanes <= a.width; c += kLanes) {
+      Vec mixed = {};
+      for (int t = 0; t < a.tokens; ++t) mixed += load(rows[t] + 2 * apart + c) * weights[t * filled + i];
+      store(out + i * out_pitch + c, mixed);
+    }
+    for (; c < a.width; ++c) {
+      float mixed = 0.0f;
+      for (int t = 0; t < a.tokens; ++t) mixed += rows[t][2 * apart + c] * weights[t * filled + i];
+      out[i * out_pitch + c] = mixed;
+    }
+  }
+}
+
 // ---- The tower.
 
 // Threads wait here for each other, asleep.
@@ -697,12 +770,21 @@ class Forward {
         group_(images_at_once()),
         tile_(rows_at_once()),
         tiles_((tokens_ + tile_ - 1) / tile_),
+        window_parts_(parts_of_windows()),
         stream_(group_ * tokens_ * pitch_),
         packed_(group_ * tokens_ * head_.pitch),
         heads_(group_ * tower.heads * head_bytes_),
         barrier_(run.threads),
         next_(2 * (run.depth + 1) * ((run.batch + group_ - 1) / group_)) {
-    for (int i = 0; i < run.threads; ++i) scratch_.push_back(std::make_unique<Scratch>(tower, tile_));
+    int rows = 0, length = 0;
+    for (std::size_t kind = 0; kind < run.windows.size(); ++kind) {
+      const Windows& w = run.windows[kind];
+      rows = std::max(rows, (w.count + window_parts_[kind] - 1) / window_parts_[kind] * w.length);
+      length = std::max(length, w.length);
+    }
+    rows = int(up(rows, kTile));
+    for (int i = 0; i < run.threads; ++i)
+      scratch_.push_back(std::make_unique<Scratch>(tower, std::max(tile_, rows), rows, length));
   }
 
   void run() {
@@ -736,6 +818,16 @@ class Forward {
     return best;
   }
 
+  // Of windows of each size: in how many parts an image's go through the blocks, alike for all threads.
+  std::vector<int> parts_of_windows() const {
+    std::vector<int> parts;
+    for (const Windows& w : run_.windows) {
+      const int least = (w.count * w.length + kWindowRows - 1) / kWindowRows;
+      parts.push_back(std::min(w.count, int(up(least, run_.threads))));
+    }
+    return parts;
+  }
+
   std::size_t bytes_of_head() const {
 #if defined(__AVX512VNNI__)
     if (t_.int8) return PackedHead(head_).bytes;
@@ -765,6 +857,7 @@ class Forward {
     for (int first = 0; first < run_.batch; first += group_) {
       const int images = std::min(group_, run_.batch - first);
       share(phase, images * tiles_, [&](int i) { embed(first, i / tiles_, i % tiles_ * tile_, s); });
+      if (!run_.windows.empty()) take_windows(phase, first, images, s);
       for (int block = 0; block < run_.depth; ++block) {
         share(phase, images * t_.heads, [&](int i) { pack(i / t_.heads, i % t_.heads); });
         const bool one = run_.only_first && block == run_.depth - 1;
@@ -774,6 +867,78 @@ class Forward {
         });
       }
     }
+  }
+
+  void take_windows(int& phase, int first, int images, const Scratch& s) {
+    int parts = 0;
+    for (int each : window_parts_) parts += each;
+    share(phase, images * parts, [&](int i) {
+      int part = i % parts;
+      std::size_t kind = 0;
+      while (part >= window_parts_[kind]) part -= window_parts_[kind++];
+      const Windows& w = run_.windows[kind];
+      const auto start = [&](int number) { return int(std::size_t(w.count) * number / window_parts_[kind]); };
+      pass_windows(w, first, i / parts, start(part), start(part + 1), s);
+    });
+  }
+
+  // An image's windows from `start` until before `end` through all blocks.
+  void pass_windows(const Windows& w, int first, int image, int start, int end, const Scratch& s) {
+    const int count = end - start, rows = count * w.length, blocks = int(t_.blocks.size());
+    const std::int32_t* tokens = w.tokens + std::size_t(start) * w.length;
+    float *x = s.stream.get(), *packed = s.packed.get();
+    for (int i = 0; i < rows; ++i) std::copy_n(row(image, tokens[i]), pitch_, x + i * pitch_);
+    std::vector<const float*> own(rows);
+    for (int i = 0; i < rows; ++i) own[i] = qkv(image, tokens[i]);
+    for (int block = 0; block < blocks; ++block) {
+      const TowerBlock& b = t_.blocks[block];
+      const bool last = block + 1 == blocks;
+      const int step = last ? w.length : 1;  // in the last block nobody reads more than the class token
+      if (block > 0) {
+        project_windows(b, w.length, count, last, s);
+        for (int i = 0; i < rows; ++i) own[i] = packed + i * head_.pitch;
+      }
+      attend_windows(own.data(), w.length, count, last, s);
+      const int wanted = rows / step;
+      const auto add = [&](int i, int column, Vec v) {
+        float* at = x + i * step * pitch_ + column;
+        store(at, load(at) + v);
+      };
+      apply(b.proj, s.x.get(), s.x_pitch, wanted, s, add);
+      for (int i = 0; i < wanted; ++i)
+        normalise(x + i * step * pitch_, b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+      feed_forward(b, wanted, s, add);
+    }
+    float* out = w.out + (std::size_t(first + image) * w.count + start) * t_.width;
+    for (int i = 0; i < count; ++i) std::copy_n(x + i * w.length * pitch_, t_.width, out + std::size_t(i) * t_.width);
+  }
+
+  // Queries, keys and values of windows. only_first: queries of class tokens alone.
+  void project_windows(const TowerBlock& b, int length, int count, bool only_first, const Scratch& s) const {
+    const auto some = [&](int first, int last, int step) {
+      const int rows = count * length / step;
+      for (int i = 0; i < rows; ++i)
+        normalise(s.stream.get() + i * step * pitch_, b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+      float* to = s.packed.get() + first * kColumns;
+      apply(part_of(b.qkv, first, last), s.x.get(), s.x_pitch, rows, s,
+            [&](int i, int column, Vec v) { store(to + i * step * head_.pitch + column, v); });
+    };
+    const int panels = b.qkv.outputs / kColumns;
+    if (!only_first) return some(0, panels, 1);
+    some(0, int(pitch_) / kColumns, length);
+    some(t_.width / kColumns, panels, 1);
+  }
+
+  void attend_windows(const float* const* rows, int length, int count, bool only_first, const Scratch& s) const {
+    const Attention a{length, head_.width, head_.pitch, head_.scale};
+    std::vector<const float*> own(length);
+    const int queries = only_first ? 1 : length;
+    for (int window = 0; window < count; ++window)
+      for (int number = 0; number < t_.heads; ++number) {
+        for (int i = 0; i < length; ++i) own[i] = rows[window * length + i] + number * a.width;
+        attend_window(a, own.data(), queries, t_.width, s.turned.get(),
+                      s.x.get() + window * queries * s.x_pitch + number * a.width, s.x_pitch);
+      }
   }
 
   void embed(int first, int image, int start, const Scratch& s) {
@@ -799,7 +964,7 @@ class Forward {
       for (int c = 0; c < t_.width; ++c) x[c] += position[c];
       if (t_.pre_norm.weight) normalise(x, t_.pre_norm, t_.width, t_.eps, x);
     }
-    if (run_.depth > 0) project(0, image, start, count, s);
+    if (run_.depth > 0 || !run_.windows.empty()) project(0, image, start, count, s);
   }
 
   // Queries, keys and values of a block.
@@ -900,6 +1065,7 @@ class Forward {
   const Attention head_;
   const std::size_t pitch_, head_bytes_;
   const int group_, tile_, tiles_;
+  const std::vector<int> window_parts_;
   const Room<float> stream_, packed_;
   const Room<unsigned char> heads_;
   Barrier barrier_;

@@ -52,12 +52,21 @@ struct Tap {
   std::size_t image;       // floats from one image to the next
 };
 
+// Windows of an image's patches, and of each the class token behind the last block, of all that there are, as that of an
+// image that has no other patches.
+struct Windows {
+  int count, length;           // of an image; tokens of each, the class token first
+  const std::int32_t* tokens;  // [count, length], numbers of the image's
+  float* out;                  // [batch, count, width]
+};
+
 struct TowerRun {
   const float* images;  // [batch, 3, side, side]
   int batch, depth, threads;
   std::vector<Tap> taps;
   float* classes;   // [batch, width], class tokens behind the last of `depth` blocks; may be null
   bool only_first;  // of the last block nothing else is wanted
+  std::vector<Windows> windows;
 };
 
 void image_tower_portable(const Tower& tower, const TowerRun& run);

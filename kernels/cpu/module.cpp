@@ -290,6 +290,7 @@ void rank_sums(const Gram& distances, const NumberList& images, int first, int l
 
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<const std::int8_t, nb::c_contig, nb::device::cpu>;
+using WindowTokens = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Images = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using TokensOutput = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
@@ -330,21 +331,31 @@ class ImageTower {
 
   void forward(const Images& images, const std::vector<int>& taps, bool normed, const TokensOutput& tokens,
                const std::optional<FeaturesOutput>& patches, const std::optional<Output>& classes, int depth,
-               bool only_first, int threads, const std::string& instruction_set) const {
+               bool only_first, const std::vector<std::pair<WindowTokens, FeaturesOutput>>& windows, int threads,
+               const std::string& instruction_set) const {
     const std::size_t B = images.shape(0), side = std::size_t(tower_.patch) * tower_.grid;
     const std::size_t P = std::size_t(tower_.grid) * tower_.grid, C = tower_.width, L = taps.size();
     require(images.shape(1) == 3 && images.shape(2) == side && images.shape(3) == side, "images must be [B, 3, S, S]");
-    require(depth > 0 && std::size_t(depth) <= tower_.blocks.size(), "depth must be of the tower's blocks");
+    require(depth >= 0 && std::size_t(depth) <= tower_.blocks.size(), "depth must be of the tower's blocks");
     require(tokens.shape(0) == B && tokens.shape(1) == L && tokens.shape(2) == P && tokens.shape(3) == C,
             "tokens must be [B, taps, P, C]");
     require(!patches || (has_shape(*patches, B, P) && patches->shape(2) == C), "patches must be [B, P, C]");
     require(!classes || has_shape(*classes, B, C), "classes must be [B, C]");
     require(threads > 0, "there must be a thread");
-    zsad::TowerRun run{images.data(), int(B), depth, threads, {}, classes ? classes->data() : nullptr, only_first};
+    zsad::TowerRun run{images.data(), int(B), depth, threads, {}, classes ? classes->data() : nullptr, only_first, {}};
     for (std::size_t i = 0; i < L; ++i) {
       require(taps[i] >= 0 && taps[i] < depth, "taps must be below depth");
       run.taps.push_back({taps[i], normed, tokens.data() + i * P * C, L * P * C});
     }
+    for (const auto& [rows, out] : windows) {
+      require(has_shape(out, B, rows.shape(0)) && out.shape(2) == C && rows.shape(0) > 0 && rows.shape(1) > 0,
+              "of windows there must be [W, T'] tokens and [B, W, C]");
+      for (std::size_t i = 0; i < rows.size(); ++i)
+        require(rows.data()[i] >= 0 && std::size_t(rows.data()[i]) < tower_.front + P, "windows must be of tokens");
+      run.windows.push_back({int(rows.shape(0)), int(rows.shape(1)), rows.data(), out.data()});
+    }
+    require(windows.empty() || !tower_.cosine, "windows are not of rotary positions");
+    require((depth > 0 || !patches) && (depth > 0 || !classes), "without blocks there are neither patches nor classes");
     if (patches) run.taps.push_back({depth - 1, true, patches->data(), P * C});
     const auto kernel = image_towers.choose(instruction_set);
     nb::gil_scoped_release release;
@@ -433,10 +444,12 @@ NB_MODULE(_cpu, m) {
            "arrays"_a)
       .def_prop_ro("patches", &ImageTower::patches, "Patches of an image.")
       .def("forward", &ImageTower::forward, "images"_a, "taps"_a, "normed"_a, "tokens"_a, "patches"_a, "classes"_a,
-           "depth"_a, "only_first"_a, "threads"_a, "instruction_set"_a = "",
+           "depth"_a, "only_first"_a, "windows"_a, "threads"_a, "instruction_set"_a = "",
            "Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, "
            "through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes "
-           "[B, C], raw. only_first: of the last block only class tokens are wanted.");
+           "[B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens "
+           "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
+           "last of all blocks, [B, W, C], raw.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of "

@@ -14,7 +14,7 @@ from zsad.export.agreement import token_cosines
 from zsad.export.native_tower import NativeTower
 from zsad.export.native_weights import save_native_tower
 from zsad.export.onnx_export import export_onnx
-from zsad.export.options import NATIVE, ExportOptions
+from zsad.export.options import NATIVE, WINDOWS, ExportOptions
 from zsad.export.state_dict import CheckpointError
 from zsad.export.transformer import Block
 from zsad.export.vision_transformer import CLIP, DINOV2, DINOV3, VisionTransformer
@@ -72,23 +72,36 @@ def by_definition(vit: VisionTransformer, options: ExportOptions, images: np.nda
         centred = x - x.mean(axis=-1, keepdims=True)
         return centred / np.sqrt(centred.var(axis=-1, keepdims=True) + eps) * affine[0] + affine[1]
 
-    found: dict[str, list[Any]] = {"tokens": [], "embedding": [], "patches": []}
+    def through(x: np.ndarray, depth: int, angles: Any) -> list[np.ndarray]:
+        streams = [x]
+        for block in vit.blocks[:depth]:
+            kind = "swiglu" if gated else options.activation
+            streams.append(reference.transformer_block(streams[-1], vars(block), heads, kind, eps, angles))
+        return streams[1:]
+
+    def vector(x: np.ndarray) -> np.ndarray:
+        normed = norm(x[0], vit.class_norm)
+        return normed if vit.projection is None else normed @ vit.projection
+
+    found: dict[str, list[Any]] = {name: [] for name in ("tokens", "embedding", "patches", *WINDOWS)}
     for image in images.astype(np.float64):
         cells = image.reshape(3, grid, side, grid, side).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
         x = cells @ vit.patch_weight.reshape(vit.width, -1).T + (0 if vit.patch_bias is None else vit.patch_bias)
         positions = np.zeros((1 + grid * grid, vit.width)) if vit.architecture.rotary else vit.positions
         x = np.concatenate([vit.class_token[None] + positions[:1], vit.registers, x + positions[1:]])
         x = x if vit.pre_norm is None else norm(x, vit.pre_norm)
-        taps = []
-        for block in vit.blocks[: options.depth(len(vit.blocks))]:
-            kind = "swiglu" if gated else options.activation
-            x = reference.transformer_block(x, vars(block), heads, kind, eps, angles)
-            taps.append((norm(x, vit.norm) if vit.architecture.normed_taps else x)[front:])
+        for name, window in WINDOWS.items():
+            found[name].append([])
+            for y, x0 in np.ndindex(*2 * [grid - window + 1] if name in options.outputs else (0, 0)):
+                own = [front + row * grid + x0 + i for row in range(y, y + window) for i in range(window)]
+                found[name][-1].append(vector(through(x[[*range(front), *own]], len(vit.blocks), None)[-1]))
+        streams = through(x, options.depth(len(vit.blocks)), angles)
+        taps = [(norm(x, vit.norm) if vit.architecture.normed_taps else x)[front:] for x in streams]
         found["tokens"].append([taps[tap] for tap in options.taps])
-        found["patches"].append(norm(x, vit.norm)[front:])
-        vector = norm(x[0], vit.class_norm)
-        vector = vector if vit.projection is None else vector @ vit.projection
-        found["embedding"].append(vector if vit.projection is None else vector / np.linalg.norm(vector))
+        if streams:
+            found["patches"].append(norm(streams[-1], vit.norm)[front:])
+            whole = vector(streams[-1])
+            found["embedding"].append(whole if vit.projection is None else whole / np.linalg.norm(whole))
     return {name: np.array(found[name]) for name in options.outputs}
 
 
@@ -109,6 +122,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "only the class token behind the last block": ({"width": 48}, {"outputs": ("embedding",), "taps": ()}),
     "gated": ({"width": 48, "gated": True}, {"taps": (0, 2), "outputs": ("tokens",)}),
     "rotary": ({"width": 48, "architecture": DINOV3, "registers": 2}, {}),
+    "windows, registers": (
+        {"width": 40, "registers": 2},
+        {"outputs": ("tokens", "embedding", "windows_2", "windows_3"), "taps": (0,)},
+    ),
+    "windows alone": ({"width": 48}, {"outputs": ("windows_3",), "taps": ()}),
+    "windows of gated blocks": ({"width": 48, "gated": True}, {"outputs": ("tokens", "windows_2"), "taps": (1,)}),
     "clip": (
         {
             "width": 48,
@@ -117,7 +136,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "patch_bias": None,
             "projection": np.eye(48, 20, dtype=np.float32),
         },
-        {"activation": "quick_gelu"},
+        {"activation": "quick_gelu", "outputs": ("tokens", "embedding", "windows_2")},
     ),
 }
 
@@ -133,7 +152,7 @@ def test_a_tower_equals_the_definition(instruction_set: str, case: str, tmp_path
         found = ready.run(images)
         assert list(found) == list(options.outputs)
         for name, array in expected.items():
-            assert found[name].shape == array.shape
+            assert found[name].shape == array.shape, name
             assert found[name].dtype == np.float32
             assert found[name].shape[1:] == ready.outputs[name]
             if precision == "fp32":
@@ -167,7 +186,7 @@ def test_a_token_that_all_look_at_hides_none_of_the_others(instruction_set: str,
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_path: Path) -> None:
     images = random_images(5)
-    options = replace(OPTIONS, precision=precision, outputs=("tokens", "embedding", "patches"))
+    options = replace(OPTIONS, precision=precision, outputs=("tokens", "embedding", "patches", *WINDOWS))
     ready = native(random_tower(3, 48), options, tmp_path, threads=1)
     together = ready.run(images)
     for threads in (2, 7):
@@ -175,7 +194,7 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
         for found in (other.run(images), other.run(images[3:])):
             for name, array in found.items():
                 np.testing.assert_array_equal(array, together[name][-len(array) :])
-    assert [len(array) for array in ready.run(images[:0]).values()] == [0, 0, 0]
+    assert [len(array) for array in ready.run(images[:0]).values()] == 5 * [0]
 
 
 WITHOUT_THREADS = (
@@ -205,7 +224,6 @@ def test_one_thread_does_the_work_where_the_system_gives_no_more(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outputs": ("embedding", "windows_2")}, "windows_2 are not to be had natively; use --attention fused"),
         ({"precision": "fp16"}, "natively there are fp32 and int8 with heads up to 128 wide"),
         ({"image_size": 71}, "no multiple of the patch size"),
     ],
@@ -214,8 +232,6 @@ def test_what_is_not_to_be_had_natively_is_refused(
     random_dinov2: Any, workplace: None, change: dict[str, Any], message: str
 ) -> None:
     options = replace(ExportOptions((0, 1), 70, precision="int8", attention=NATIVE), **change)
-    if "windows_2" in options.outputs:
-        options = replace(options, taps=())
     with pytest.raises(CheckpointError, match=message):
         export_onnx(str(random_dinov2()), options)
 
