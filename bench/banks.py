@@ -47,7 +47,7 @@ from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.mutual_scoring import square_grid
 
 from .records import RESULTS, append, environment
-from .throughput import use_random_weights
+from .untrained import use_random_weights
 
 Array = NDArray[np.float32]
 

@@ -52,7 +52,8 @@ from zsad.kernels.machine import available_cores
 from zsad.kernels.mutual_scoring import square_grid
 
 from .records import RESULTS, append, environment
-from .throughput import PAUSE, use_random_weights
+from .throughput import PAUSE
+from .untrained import use_random_weights
 
 Array = NDArray[np.float32]
 

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from zsad.engine.config import load_config
+from zsad.engine.config import Config, load_config
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.networks.build import graph_options
 from zsad.engine.networks.network import GraphRequest
@@ -30,6 +30,7 @@ from .records import RESULTS
 
 FILE = RESULTS / "products.jsonl"
 LINEAR, ATTENTION = "linear layers", "attention products"  # with weights, and of activations alone
+ROWS = {"clipseg_decoder": "prompt", "sam_masks": "point"}  # graph → what its rows are, where they are no images
 SMALL = 1024  # values of a constant that shapes may depend on
 
 
@@ -44,6 +45,11 @@ class Products:
     rows: int  # of the batch that it was counted for: what rows share counts once
     flops_per_row: float
     weights: int  # values
+
+
+def image_requests(config: Config) -> list[GraphRequest]:
+    """Return the graphs that run on every image."""
+    return [request for request in graph_requests(config) if not request.on_demand]
 
 
 def row_count(request: GraphRequest, batch_size: int) -> int:

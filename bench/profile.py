@@ -35,9 +35,11 @@ from zsad.export.onnx_export import export_onnx
 from zsad.export.transformer_graph import IR_VERSION, OPSET
 from zsad.kernels.machine import available_cores
 
-from .products import ATTENTION, LINEAR, classed_products, plain_options, row_count
+from .products import ATTENTION, LINEAR, ROWS, classed_products, image_requests, plain_options, row_count
 from .records import append
-from .throughput import ROWS, image_requests, in_precision, measure_run, product_peak, replaced, runtimes
+from .runs import measure_run
+from .runtimes import in_precision, product_peak, runtimes
+from .untrained import replaced
 
 SIDE = 4096  # of the products that peaks are measured with
 COPIED = 1 << 25  # values that each core copies, more than caches hold

@@ -27,71 +27,46 @@ both sizes; of SAM's mask decoder all for every point.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from zsad.engine.category_pass import CategoryJob, run_category
-from zsad.engine.config import Config, ConfigError, NetworkPrecision, load_config
-from zsad.engine.demo import draw_demo
-from zsad.engine.images.categories import Category
-from zsad.engine.images.folders import scan
-from zsad.engine.images.loader import Batch
-from zsad.engine.methods.foreground import Stages
-from zsad.engine.methods.method import Group, Scored, graph_requests, method_class
+from zsad.engine.config import Config, load_config
+from zsad.engine.methods.method import method_class
 from zsad.engine.networks.build import graph_options, graph_precision, load_networks
 from zsad.engine.networks.network import Graph, GraphRequest
 from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.engine.presets.names import preset_names
-from zsad.engine.text.vectors import TextVectors
-from zsad.engine.workplace import Options, Workplace, set_up
 from zsad.export.adopt import ReadyGraph
 from zsad.export.agreement import check_agreement, run_graph, sample_rows
 from zsad.export.builders import read_builder
 from zsad.export.checkpoints import find_checkpoint
 from zsad.export.onnx_export import export_onnx
-from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cuda.device import Device
-from zsad.kernels.machine import available_cores, peak_memory
+from zsad.kernels.machine import available_cores
 
 from .graph_memory import graph_memory
-from .mutual_scoring_cuda import peak_flops
-from .products import count_products, plain_options, row_count
-from .random_weights import write_random
+from .products import ROWS, count_products, image_requests, plain_options, row_count
+from .profile import profile
 from .records import RESULTS, append, environment
-from .scenes import draw_scenes, stand_ins
-from .towers import SHAPES, write_random_heads
+from .runs import measure_run, print_run
+from .runtimes import in_precision, product_peak, runtimes
+from .untrained import replaced, use_random_weights
 
-RANDOM = "random"
-ROWS = {"clipseg_decoder": "prompt", "sam_masks": "point"}  # graph → what its rows are, where they are no images
-FINDERS = ("foreground", "masks")  # stages within what a method does with an image
-CPU_PRECISIONS: Mapping[str, tuple[NetworkPrecision, ...]] = {
-    "onnxruntime": ("fp32", "int8"),
-    "openvino": ("fp32", "int8", "bf16"),
-    "native": ("fp32", "int8"),
-}
-# Whose rate is the peak on a CPU: a large product, and a linear layer of a ViT-L.
-PEAK_SHAPES = ((4096, 4096, 4096), (1370, 1024, 4096))  # rows, depth, columns
 SCENES = 3  # by default, of presets that look for objects: on a CPU an image takes tens of seconds
-Forward = Callable[..., Any]  # device, type → the network in PyTorch
-
-
 # Seconds before each run: threads of the library before it, PyTorch's above all, go on spinning for a while and would
 # take a core from the next.
 PAUSE = 0.5
+Forward = Callable[..., Any]  # device, type → the network in PyTorch
 
 
 @dataclass(frozen=True)
@@ -103,113 +78,6 @@ class Variant:
     run: Callable[[], Mapping[str, Any]]  # returns the outputs when they are complete
     fetch: Callable[[Any], NDArray[Any]]  # brings one to the host
     library: str = ""  # of zsad's runtimes
-
-
-def use_random_weights(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
-    """Replace checkpoints that are not here by random ones of the same shape; also return what each one is."""
-    weights, changed = {}, {}
-    for name, spec in config.specs.items():
-        try:
-            find_checkpoint(spec.checkpoint)
-            weights[name] = spec.checkpoint
-        except CheckpointError:
-            path = folder / f"{spec.checkpoint}-random.safetensors"
-            write_random(spec.checkpoint, path)
-            changed[name] = spec.model_copy(update={"checkpoint": str(path)})
-            weights[name] = f"{RANDOM}, of the shape of {spec.checkpoint}"
-        print(f"weights of {name}: {weights[name]}")
-    finders = {name: spec for name, spec in changed.items() if name not in config.networks}
-    update = {
-        "networks": {name: changed.get(name, spec) for name, spec in config.networks.items()},
-        "stages": config.stages.model_copy(update=finders),
-        "settings": _with_heads(config, folder),
-    }
-    return config.model_copy(update=update), weights
-
-
-def _with_heads(config: Config, folder: Path) -> Any:
-    """Return the method's settings, with random linear heads where it wants heads that are not here."""
-    head = getattr(config.settings, "head", None)
-    if head is None:
-        return config.settings
-    try:
-        find_checkpoint(head)
-    except CheckpointError:
-        (spec,) = config.networks.values()
-        shape, path = SHAPES[spec.checkpoint], folder / f"{head}-random.safetensors"
-        write_random_heads(len(spec.taps), shape.width, shape.projection, path)
-        print(f"linear heads: random, of the shape of {head}")
-        return config.settings.model_copy(update={"head": str(path)})
-    return config.settings
-
-
-@contextmanager
-def random_words() -> Iterator[None]:
-    """Give every prompt a random vector: random checkpoints have no text tower, which takes no part in a run's time."""
-
-    def of(vectors: TextVectors, network: str, prompts: Sequence[str]) -> NDArray[np.float32]:
-        graphs = vectors.networks[network].graphs
-        compared = graphs["image"].outputs["embedding"] if "image" in graphs else None
-        (dimension,) = (compared or graphs["clipseg_decoder"].inputs["conditions"]).shape
-        return np.random.default_rng(0).standard_normal((len(prompts), dimension), np.float32)
-
-    with patch.object(TextVectors, "of", of):
-        yield
-
-
-@contextmanager
-def replaced(weights: Mapping[str, str]) -> Iterator[None]:
-    """Replace what random weights cannot give: words' vectors, and the objects in an image."""
-    random = {name for name, kind in weights.items() if kind.startswith(RANDOM)}
-    with random_words() if random else nullcontext(), stand_ins(random):
-        yield
-
-
-def image_requests(config: Config) -> list[GraphRequest]:
-    """Return the graphs that run on every image."""
-    return [request for request in graph_requests(config) if not request.on_demand]
-
-
-def runtimes(device: str) -> Iterator[tuple[str, Runtime, NetworkPrecision]]:
-    """Yield every installed way to run a network on the device: name, runtime, precision."""
-    if device == "cpu":
-        for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO"), ("native", "native code")):
-            for precision in CPU_PRECISIONS[library]:
-                try:
-                    runtime = choose_runtime("cpu", library)
-                    runtime.network_precision(precision)
-                    yield f"{name} {precision}", runtime, precision
-                except ConfigError as error:
-                    print(f"{name} {precision}: not measured ({error})")
-        return
-    for library, name in (("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT-RTX"), ("onnxruntime", "ONNX Runtime")):
-        try:
-            runtime = choose_runtime(device, library)
-        except ConfigError as error:
-            print(f"{name}: not measured ({error})")
-            continue
-        if runtime.device is None:
-            print(f"{name}: not measured ({runtime.reason})")
-        else:
-            yield f"{name} fp16", runtime, "fp16"
-
-
-def product_peak(runtime: Runtime) -> Callable[[], float]:
-    """Return what measures the rate of large products, FLOP/s: fp32 on a CPU, fp16 with fp32 sums on a device."""
-    if runtime.devices:
-        return lambda: peak_flops(runtime.devices[0], repeats=1)
-    rng = np.random.default_rng(0)
-    factors = [tuple(rng.standard_normal(side, np.float32) for side in ((m, k), (k, n))) for m, k, n in PEAK_SHAPES]
-
-    def measure() -> float:
-        rates = []
-        for left, right in factors:
-            start = time.perf_counter()
-            np.matmul(left, right)
-            rates.append(2.0 * left.size * right.shape[1] / (time.perf_counter() - start))
-        return float(max(rates))
-
-    return measure
 
 
 def variants(
@@ -360,61 +228,6 @@ def print_network(image_size: int, row: str, rows: int, timed: Mapping[str, Any]
         )
 
 
-def forget_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can: Linux."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-class Clock:
-    """Seconds of the stages, each measured alone with the device idle before and after."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.device, self.seconds = runtime.device, dict[str, float]()
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        if self.device is not None:
-            self.device.synchronise()
-        start = time.perf_counter()
-        yield
-        if self.device is not None:
-            self.device.synchronise()
-        self.seconds[stage] = time.perf_counter() - start
-
-
-def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> tuple[dict[str, float], Stages | None]:
-    """Run every stage of a category by itself over all images; returns seconds by stage, and what was found in one."""
-    clock, count = Clock(runtime), len(category.images)
-    loader, method = workplace.loader, workplace.method
-
-    def batches(members: range) -> Iterator[Batch]:
-        return loader.batches(category.images, members, None, lambda *_: None)
-
-    with clock.measure("decode"):
-        for _ in batches(range(count)):
-            pass
-    method.start(Group(count, category.root.name))
-    workplace.timings.clear()
-    taken: list[Scored] = []
-    # Every batch runs on the input of the first one, so that nothing else is timed.
-    for first in batches(range(min(loader.batch_size, count))):
-        with clock.measure("networks"):
-            for start in range(0, count, loader.batch_size):
-                inputs = {recipe: images[: count - start] for recipe, images in first.inputs.items()}
-                indices = list(range(start, min(start + loader.batch_size, count)))
-                taken += method.take(Batch(indices, inputs, [], first.images[: count - start]))
-    spent = clock.seconds.pop("networks")
-    clock.seconds |= {stage: workplace.timings[stage] for stage in FINDERS if stage in workplace.timings}
-    clock.seconds["networks"] = spent - sum(workplace.timings.get(stage, 0) for stage in FINDERS)
-    with clock.measure("scoring"):
-        scored = list(method.finish(lambda *_: None))
-    if scored:
-        with clock.measure("rescoring"):
-            method.image_scores(scored)
-    return clock.seconds, taken[0].stages if taken else None
-
-
 def whole_runs(
     config: Config, runtime: Runtime, weights: Mapping[str, str], arguments: argparse.Namespace, record: Any
 ) -> None:
@@ -422,100 +235,6 @@ def whole_runs(
     measured = measure_run(config, runtime, arguments)
     print_run(config.preset, measured)
     append(arguments.output, {**record, "kind": "run", "preset": config.preset, "weights": dict(weights), **measured})
-
-
-def measure_run(config: Config, runtime: Runtime, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the stages alone and together."""
-    with tempfile.TemporaryDirectory() as folder:
-        (output := Path(folder) / "out").mkdir()
-        options = Options(output, batch_size=arguments.batch_size, strict=True)
-        workplace = set_up(config, runtime, options, {})
-        data = arguments.data or draw(config, arguments.images, Path(folder) / "data")
-        (category, *_) = scan(data).categories
-        category = replace(category, images=category.images[: arguments.images])
-
-        def run(images: int) -> tuple[float, float, dict[str, float]]:
-            part, start, busy = replace(category, images=category.images[:images]), time.perf_counter(), processors()
-            workplace.timings.clear()
-            run_category(CategoryJob(part, config, options), workplace, lambda *_: None)
-            return time.perf_counter() - start, processors() - busy, dict(workplace.timings)
-
-        run(1 if config.components else 2)  # warms up
-        alone, found = stages_alone(category, runtime, workplace)
-        forget_peak_memory()
-        together, busy, stages = run(len(category.images))
-        alone["write"] = stages["write"]  # nothing runs beside it
-        host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
-    return {
-        "runtime": runtime.describe(workplace.libraries),
-        "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
-        "image_size": config.image_size,
-        "decoder": config.decoder,
-        "images": len(category.images),
-        "batch": workplace.loader.batch_size,
-        "found": found and {"masks": len(found.parts), "tiles": len(found.tiles)},
-        "seconds_alone": alone,
-        "seconds_together": together,
-        "seconds_of_processors": busy,
-        "flops_of_pairs": flops_of_pairs(workplace, len(category.images)),
-        "overlap": sum(alone.values()) / together,
-        "peak_host_bytes": host,
-        "peak_device_bytes": device,
-    }
-
-
-def flops_of_pairs(workplace: Workplace, images: int) -> float:
-    """Return the operations of one product for each pair of images and layer, the least that comparing them takes."""
-    if not workplace.method.compares:
-        return 0.0
-    towers = [network.graphs["image"] for network in workplace.networks.values() if "image" in network.graphs]
-    shapes = [tower.outputs["tokens"].shape for tower in towers if "tokens" in tower.outputs]
-    return sum(images * (images - 1) / 2 * layers * 2.0 * patches**2 * width for layers, patches, width in shapes)
-
-
-def processors() -> float:
-    """Return the seconds that all processors together have worked for this process."""
-    spent = os.times()
-    return spent.user + spent.system
-
-
-def draw(config: Config, count: int, folder: Path) -> Path:
-    """Draw images for whole runs and return their folder."""
-    if config.components:
-        return draw_scenes(folder, count)
-    drawn = draw_demo(folder, count=count, defects=count // 4)
-    if config.decoder == "nvimgcodec":
-        for path in drawn.glob("**/test/*/*.png"):
-            Image.open(path).save(path.with_suffix(".jpg"))
-            path.unlink()
-    return drawn
-
-
-def print_run(preset: str, measured: Mapping[str, Any]) -> None:
-    """Print what was measured of whole runs."""
-    count, alone, together = (measured[key] for key in ("images", "seconds_alone", "seconds_together"))
-    host, device, found = (measured[key] for key in ("peak_host_bytes", "peak_device_bytes", "found"))
-    print(f"\nwhole runs: preset {preset}, {count} images, {measured['runtime']}, {measured['precision'][0]}")
-    for stage, value in alone.items():
-        print(f"  {stage:<12}{value:9.2f} s alone {1e3 * value / count:9.1f} ms per image")
-    print(
-        f"  together    {together:9.2f} s       {1e3 * together / count:9.1f} ms per image, "
-        f"{count / together:.2f} images/s, overlap efficiency {measured['overlap']:.2f}"
-    )
-    if found is not None:
-        print(f"  {found['tiles']} tiles in the first image, {found['masks']} masks that are parts of objects")
-    print(
-        f"  peak memory {host / 2**30:.2f} GiB"
-        + (f", on the device {device / 2**30:.2f} GiB" if device is not None else "")
-    )
-
-
-def in_precision(config: Config, precision: NetworkPrecision) -> Config:
-    """Return a configuration whose networks run in a precision, and its scoring in the nearest one that it has."""
-    settings = config.settings
-    if "precision" in type(settings).model_fields:
-        settings = settings.model_copy(update={"precision": "int8" if precision == "bf16" else precision})
-    return config.model_copy(update={"network_precision": precision, "settings": settings})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -552,8 +271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
         if arguments.profile:
-            from .profile import profile  # which runs what is here
-
             profile(config, weights, arguments, record)
             return 0
         if arguments.only != "runs":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zsad.bench import profile, throughput
+from zsad.bench import profile, runtimes, throughput
 from zsad.bench.products import ATTENTION, LINEAR
 from zsad.bench.profile import ACTIVATION, LAYOUT, NATIVE, NORMALISATION, OTHER, SOFTMAX, SUMS, WAITING, WHOLE_ATTENTION
 
@@ -57,7 +57,7 @@ def test_a_profile_of_tiny_networks(
     monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
     monkeypatch.setattr(profile, "SIDE", 64)
     monkeypatch.setattr(profile, "COPIED", 1000)
-    monkeypatch.setattr(throughput, "PEAK_SHAPES", ((64, 64, 64),))
+    monkeypatch.setattr(runtimes, "PEAK_SHAPES", ((64, 64, 64),))
     output = tmp_path / "out.jsonl"
     common = ["--config", str(tiny / "config.toml"), "--images", "4", "--repeats", "2", "--output", str(output)]
     assert throughput.main([*common, "--device", "cpu", "--profile"]) == 0

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from host_build import COMPILER, MISSING_COMPILER
 
-from zsad.bench import mutual_scoring_cuda, random_weights, throughput
+from zsad.bench import mutual_scoring_cuda, random_weights, runs, runtimes, throughput, towers, untrained
 from zsad.bench.scenes import PLACES
 from zsad.bench.towers import Shape
 from zsad.engine.config import load_config
 from zsad.engine.images.folders import scan
 from zsad.engine.methods.method import method_class
-from zsad.engine.networks import runtime as runtimes
+from zsad.engine.networks import runtime
 from zsad.export.linear_heads import read_linear_heads
 from zsad.export.state_dict import CheckpointError
 from zsad.export.vision_transformer import CLIP, DINOV2
@@ -28,11 +28,11 @@ STAGES = {"decode", "networks", "scoring", "rescoring", "write"}
 def _workplace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tiny / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(throughput, "PEAK_SHAPES", ((64, 64, 64), (30, 20, 40)))
+    monkeypatch.setattr(runtimes, "PEAK_SHAPES", ((64, 64, 64), (30, 20, 40)))
     monkeypatch.setattr(throughput, "PAUSE", 0.0)
     precisions = {"onnxruntime": ("fp32", "int8"), "openvino": ("int8",), "native": ("int8",)}
-    monkeypatch.setattr(throughput, "CPU_PRECISIONS", precisions)
-    monkeypatch.setattr(runtimes, "has_native_code", has_native_code)
+    monkeypatch.setattr(runtimes, "CPU_PRECISIONS", precisions)
+    monkeypatch.setattr(runtime, "has_native_code", has_native_code)
 
 
 @pytest.fixture
@@ -99,10 +99,10 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setitem(throughput.SHAPES, "dinov2-vitl14", Shape(DINOV2, 64, 2, stored_grid=5))
+    monkeypatch.setitem(towers.SHAPES, "dinov2-vitl14", Shape(DINOV2, 64, 2, stored_grid=5))
     config = load_config("challenge", overrides={"taps": (0, 1)}, method_of=method_class)
     only = config.model_copy(update={"networks": {"dinov2": config.networks["dinov2"]}})
-    replaced, weights = throughput.use_random_weights(only, tmp_path)
+    replaced, weights = untrained.use_random_weights(only, tmp_path)
     assert weights == {"dinov2": "random, of the shape of dinov2-vitl14"}
     assert "random, of the shape of dinov2-vitl14" in capsys.readouterr().out
     assert Path(replaced.networks["dinov2"].checkpoint).is_file()
@@ -110,8 +110,8 @@ def test_absent_weights_are_replaced_by_random_ones_and_named(
 
 def test_absent_heads_are_replaced_by_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setitem(throughput.SHAPES, "clip-vitl14-336", Shape(CLIP, 64, 2, projection=32))
-    config, _ = throughput.use_random_weights(load_config("april-gan", method_of=method_class), tmp_path)
+    monkeypatch.setitem(towers.SHAPES, "clip-vitl14-336", Shape(CLIP, 64, 2, projection=32))
+    config, _ = untrained.use_random_weights(load_config("april-gan", method_of=method_class), tmp_path)
     heads = read_linear_heads(Path(config.settings.head), 4, 64, 32)
     assert {weight.shape for weight, _ in heads} == {(32, 64)}
 
@@ -123,7 +123,7 @@ def test_whole_runs_of_text_guided_presets(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
     shape = Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
     checkpoint = load_config(name, method_of=method_class).networks["clip"].checkpoint
-    monkeypatch.setitem(throughput.SHAPES, checkpoint, shape)
+    monkeypatch.setitem(towers.SHAPES, checkpoint, shape)
     Path("tiny.toml").write_text("image_size = 48\n[networks.clip]\ntaps = [0, 1]\n")
     common = ["--preset", name, "--config", "tiny.toml", "--device", "cpu", "--images", "3", "--repeats", "1"]
     assert throughput.main([*common, "--output", "out.jsonl"]) == 0
@@ -157,7 +157,7 @@ def test_every_graph_and_whole_runs_of_vvv(
     """With random weights: IS-Net's and SAM's results are replaced by what scenes show."""
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "empty"))
     tower = Shape(CLIP, 64, 2, patch_size=16, stored_grid=3, projection=32)
-    monkeypatch.setitem(throughput.SHAPES, "clip-vitb16plus-240-e31", tower)
+    monkeypatch.setitem(towers.SHAPES, "clip-vitb16plus-240-e31", tower)
     states = {
         "clipseg-rd64-refined": random_weights.clipseg_state(48, 24, 16),
         "isnet-general-use": random_weights.isnet_state(8),
@@ -192,5 +192,5 @@ def test_every_graph_and_whole_runs_of_vvv(
 @pytest.mark.slow
 def test_images_for_the_gpu_s_decoder_are_drawn_as_jpeg_files(tmp_path: Path) -> None:
     config = load_config("small", overrides={"decoder": "nvimgcodec"}, method_of=method_class)
-    (category,) = scan(throughput.draw(config, 4, tmp_path / "drawn")).categories
+    (category,) = scan(runs.draw(config, 4, tmp_path / "drawn")).categories
     assert [image.path.suffix for image in category.images] == [".jpg"] * 4
