@@ -15,12 +15,13 @@ in memory for one set at a time. Masks and maps are compared at 256×256. Sectio
     planted        one defect at the same place in 5 to 40 % of a set's normal images
     banks          metrics of images scored by banks that keep all patches or few, and how many normal ones these reject
     feedback       what accepting false alarms and rejecting missed defects does to other images
+    precisions     image AUROC, pixel AP and patch scores of int8 networks beside fp32's; of preset small at 518 px
     verdicts       F1, false alarms and recall of rules for the bound, from the scores of whole sets and of parts
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from zsad.engine.evaluation.metrics import image_metrics
 from zsad.engine.images.categories import Category
 from zsad.engine.images.folders import NothingToScoreError, scan
 from zsad.engine.networks.runtime import choose_runtime
-from zsad.engine.scores.clean_references import clean_scores, fitting_blend, salient_features
+from zsad.engine.scores.clean_references import fitting_blend
 from zsad.engine.scores.image_scores import image_scores, rscin
 from zsad.engine.scores.verdicts import (
     distribution_bounds,
@@ -62,16 +63,17 @@ from .accuracy_batches import (
     Metrics,
     Reader,
     Scored,
+    clean_scored,
     defects,
     metrics_of,
     planted,
     read_set,
-    small_settings,
 )
 from .accuracy_feedback import FACTS as FEEDBACK
 from .accuracy_feedback import feedback
 from .accuracy_known import FACTS as KNOWN
 from .accuracy_known import bounds
+from .accuracy_precisions import precisions
 from .records import RESULTS, append, environment
 
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of image scores; maps have half, and all of it with 1
@@ -125,16 +127,7 @@ def clean_rows(batch: Batch, blends: Sequence[float]) -> Iterator[Scored]:
     """Yield what clean references say with each blend of the image score; maps have half of them, and all with 1."""
     degrees = tuple(degree for degree in SMALL_DEGREES if degree in batch.degrees)
     minima = np.stack([batch.minima(SMALL_TAPS, some).mean(axis=(0, 1)) for some in (degrees, degrees[:1])])
-    settings = small_settings()
-    rule = settings.clean_rule(None)
-    assert rule is not None
-    clean = clean_scores(minima, rule)
-    features = salient_features(batch.tokens_of(SMALL_TAPS)[np.arange(len(clean.salient)), :, clean.salient])
-    for blend in blends:
-        map_blend = 1.0 if blend == 1 else settings.map_blend
-        blended = replace(clean, rule=replace(clean.rule, image_blend=blend, map_blend=map_blend))
-        raw = blended.image_scores
-        yield Scored(rscin(raw, features, settings.salient_rscin), blended.patch_maps, raw)
+    return clean_scored(minima, batch.tokens_of(SMALL_TAPS), blends)
 
 
 def blend_name(blend: float) -> str:
@@ -408,6 +401,7 @@ SECTIONS: Mapping[str, Section] = {
     "planted": Section(planted_defects),
     "banks": Section(banks, facts=BANKS),
     "feedback": Section(feedback, facts=FEEDBACK),
+    "precisions": Section(precisions),
     "verdicts": Section(verdicts),
 }
 

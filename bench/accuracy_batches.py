@@ -1,6 +1,6 @@
 """Sets of images for `accuracy`: through the network once, compared with each other once, and then kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from zsad.engine.config import load_config
+from zsad.engine.config import Config, load_config
 from zsad.engine.evaluation.evaluate import labelled
 from zsad.engine.evaluation.masks import read_mask
 from zsad.engine.evaluation.metrics import image_metrics, pixel_metrics
@@ -23,6 +23,8 @@ from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.build import load_networks
 from zsad.engine.networks.network import run_in_parts
 from zsad.engine.networks.runtime import Runtime
+from zsad.engine.scores.clean_references import clean_scores, salient_features
+from zsad.engine.scores.image_scores import rscin
 from zsad.engine.scores.maps import upsample
 from zsad.kernels.mutual_scoring import MutualScoring, square_grid
 
@@ -34,6 +36,7 @@ Metrics = dict[str, float]
 TAPS, DEGREES = (2, 5, 8, 11), (1, 3, 5)  # of all rows together
 SMALL_TAPS, SMALL_DEGREES = (5, 8), (1, 3)  # of preset small
 INTERVAL = (0.0, 0.3)
+WITH_EMBEDDINGS = {"rscin": (1, 2, 3)}
 SIDE = 256  # of masks and maps when they are compared
 
 
@@ -77,16 +80,18 @@ class Reader:
 
     def __init__(self, checkpoint: str, image_size: int, runtime: Runtime) -> None:
         """Raises CheckpointError and ConfigError."""
-        overrides = {"taps": TAPS, "image_size": image_size, "degrees": DEGREES, "references": "all"}
-        overrides |= {"rscin": (1, 2, 3)}  # so that there are embeddings
-        preset = load_config("small", None, overrides, method_of=method_class)
-        (name, spec), *_ = preset.networks.items()
-        spec = spec.model_copy(update={"checkpoint": checkpoint})
-        config = preset.model_copy(update={"networks": {name: spec}})
-        network = load_networks(config, graph_requests(config), runtime, 8 if runtime.device else 1)[name]
-        self._graph, self._devices, self.image_size = network.graphs["image"], runtime.devices, image_size
+        self._checkpoint, self.image_size = checkpoint, image_size
+        config = self.config({"taps": TAPS, "degrees": DEGREES, "references": "all"} | WITH_EMBEDDINGS)
+        (network,) = load_networks(config, graph_requests(config), runtime, 8 if runtime.device else 1).values()
+        self._graph, self._devices = network.graphs["image"], runtime.devices
         self._arrays = (DeviceArrays if runtime.device else HostArrays)(runtime.devices, None)
         self._recipe = recipe(network.preprocessing, image_size)
+
+    def config(self, overrides: Mapping[str, Any]) -> Config:
+        """Return preset small with this checkpoint and size, and other values."""
+        preset = load_config("small", None, {"image_size": self.image_size, **overrides}, method_of=method_class)
+        ((name, spec),) = preset.networks.items()
+        return preset.model_copy(update={"networks": {name: spec.model_copy(update={"checkpoint": self._checkpoint})}})
 
     def tokens(self, images: Iterator[Image.Image]) -> tuple[Array, Array]:
         """Return tokens [N, L, P, C] and embeddings [N, D]."""
@@ -165,6 +170,23 @@ class Scored:
     images: Floats  # [N]
     maps: Floats  # [N, P]
     raw: Floats  # [N] before other images' scores join in
+
+
+def clean_scored(minima: Array, tokens: Array, blends: Sequence[float]) -> Iterator[Scored]:
+    """Yield what clean references say with each blend of the image score; maps have half of them, and all with 1.
+
+    minima: [2, N, P, N + K], means over all degrees and of the smallest alone; tokens: [N, l, P, C].
+    """
+    settings = small_settings()
+    rule = settings.clean_rule(None)
+    assert rule is not None
+    clean = clean_scores(minima, rule)
+    features = salient_features(tokens[np.arange(len(clean.salient)), :, clean.salient])
+    for blend in blends:
+        map_blend = 1.0 if blend == 1 else settings.map_blend
+        blended = replace(clean, rule=replace(clean.rule, image_blend=blend, map_blend=map_blend))
+        raw = blended.image_scores
+        yield Scored(rscin(raw, features, settings.salient_rscin), blended.patch_maps, raw)
 
 
 def metrics_of(images: ImageSet, scored: Scored, members: Sequence[int] | None = None) -> Metrics:

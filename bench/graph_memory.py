@@ -25,12 +25,11 @@ Inputs = Mapping[str, NDArray[Any]]
 def graph_memory(config: Config, request: GraphRequest, library: str, inputs: Inputs, rows: int) -> int:
     """Return by how many bytes a process grows at most that loads a graph on the CPU and runs it; rows: of inputs."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        grown: int = process.submit(_grown, config, request, library, inputs, rows).result()
-    return grown
+        return process.submit(_grown, config, request, library, inputs, rows).result()
 
 
 def _grown(config: Config, request: GraphRequest, library: str, inputs: Inputs, rows: int) -> int:
-    before = psutil.Process().memory_info().rss
+    before: int = psutil.Process().memory_info().rss
     networks = load_networks(config, [request], choose_runtime("cpu", library), rows)
     graph = networks[request.network].graphs[request.graph]
     for _ in range(PASSES):

@@ -57,6 +57,7 @@ ROWS = {
     "blend 0.75": "image blend 0.75",
     "clean": "`--references clean`: blends 1",
 }
+PRECISION_ROWS = {"small": "preset `small`", "maximum": "the maximum of the map"}
 PEERS = {
     "reference": "the steps of the published code in PyTorch, nothing written",
     "zsad": "zsad, from files to report",
@@ -479,6 +480,24 @@ def windows_table() -> str:
     )
 
 
+def precisions_table() -> str:
+    record = accuracy("precisions")
+    rows = []
+    for name, found in record["sets"].items():
+        for row, ways in found["rows"].items():
+            exact = ways["fp32"]
+            for way, values in ways.items():
+                both = [f"{100 * values[key]:.2f}" if key in values else "–" for key in ("image_auroc", "pixel_ap")]
+                moved = 100 * (values["image_auroc"] - exact["image_auroc"])
+                alike = f"{values['correlation']:.5f}" if "correlation" in values else "–"
+                rows.append([f"`{name}`", PRECISION_ROWS[row], way, *both, f"{moved:+.2f}", alike])
+    pairs = ", ".join(f"{100 * found['pair']:.3f} on `{name}`" for name, found in record["sets"].items())
+    head = ["", "", "network", "I-AUROC", "P-AP", "moved by", "patch scores correlate with fp32's at"]
+    return (
+        f"In percent; two images that change places move I-AUROC by {pairs}; {about(record)}:\n\n{table(head, rows)}"
+    )
+
+
 def contamination_table() -> str:
     record = accuracy("contamination")
     sets, rows = record["sets"], []
@@ -804,6 +823,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "peers": peers_table,
     "planted": planted_table,
     "pooling": pooling_table,
+    "precisions": precisions_table,
     "profile": profile_table,
     "published": published_table,
     "report": report_table,
@@ -821,7 +841,7 @@ def made(make: Callable[[], str]) -> str:
     """Return a table, or that there is none since nothing was recorded."""
     try:
         return make()
-    except FileNotFoundError:
+    except (FileNotFoundError, StopIteration):
         return "Nothing is on record yet."
 
 

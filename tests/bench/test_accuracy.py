@@ -166,6 +166,12 @@ def test_every_section_is_recorded(
     assert list(windows) == ["None", "8", "4", "2"]
     assert windows["None"]["all"] == windows["8"]["all"] == methods["masked"]["all"]  # there are 5 × 5 patches
     assert windows["None"] != windows["2"]
+    precisions = records["precisions"]["sets"]["masked"]
+    assert precisions["pair"] == round(1 / (11 * 6), 6)
+    ways = precisions["rows"]["maximum"]
+    assert {"fp32", "ONNX Runtime int8"} <= set(ways)
+    assert all(found.get("correlation", 1) > 0.9 for found in ways.values())
+    assert set(ways["fp32"]) == {"image_auroc", "pixel_ap"}
     known = records["known"]["sets"]["bare"]
     assert list(known) == ["0", "1", "4"]  # of eleven normal images five are drawn
     assert {len(values) for values in known["4"].values()} == {3}

@@ -118,6 +118,7 @@ def test_what_was_never_recorded_is_said() -> None:
         raise FileNotFoundError
 
     assert tables.made(none) == "Nothing is on record yet."
+    assert tables.made(lambda: next(iter([]))) == "Nothing is on record yet."
 
 
 def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: list[Mapping[str, Any]]) -> None:
@@ -129,6 +130,15 @@ def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: li
     lines = tables.bounds_table().splitlines()
     assert "| `nut` | 20 | 5.0 | 0 % | 3.0 (2.0 to 4.0) | – |" in lines
     assert "| `nut` | 20 | 5.0 | 40 % | 3.0 (2.0 to 4.0) | 50.0 |" in lines
+
+
+def test_what_int8_moves_is_told_with_what_two_images_move(records: list[Mapping[str, Any]]) -> None:
+    ways = {"fp32": {"image_auroc": 0.9}, "native code int8": {"image_auroc": 0.898, "correlation": 0.99951}}
+    about = {"section": "precisions", "checkpoint": "net", "image_size": 518, "images": {"nut": [60, 40]}}
+    records.append({**ENVIRONMENT, **about, "sets": {"nut": {"rows": {"small": ways}, "pair": 1 / 2400}}})
+    text = tables.precisions_table()
+    assert "0.042 on `nut`" in text
+    assert "| `nut` | preset `small` | native code int8 | 89.80 | – | -0.20 | 0.99951 |" in text.splitlines()
 
 
 def test_runs_say_how_many_tiles_there_were(records: list[Mapping[str, Any]]) -> None:
