@@ -52,7 +52,8 @@
 namespace zsad {
 namespace {
 
-// Columns: kLanes right patches x 4 codes. Sums: as many int32 sums.
+// Columns: kLanes right patches x 4 codes. Sums: as many int32 sums. Floats: as many products, scales or terms; the bits
+// of `larger` tell which are larger, the lowest bit is the first one's.
 #if defined(__AVX512VNNI__)
 
 constexpr int kLanes = 16;
@@ -63,6 +64,7 @@ constexpr int kRows = 8, kMaxPanels = 3;
 #endif
 using Columns = __m512i;
 using Sums = __m512i;
+using Floats = __m512;
 
 inline Columns load_columns(const std::int8_t* codes) { return _mm512_loadu_si512(codes); }
 inline Sums first_sums(std::int32_t offset) { return _mm512_set1_epi32(offset); }
@@ -70,11 +72,15 @@ inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
   // Not the intrinsic: GCC 12 then spills the accumulators.
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(right), "v"(_mm512_set1_epi32(left_quad)));
 }
-inline void store_scaled(Sums sums, float left_scale, const float* right_scales, float left_term,
-                         const float* right_terms, float* out) {
-  const __m512 scales = _mm512_mul_ps(_mm512_set1_ps(left_scale), _mm512_loadu_ps(right_scales));
-  const __m512 terms = _mm512_add_ps(_mm512_set1_ps(left_term), _mm512_loadu_ps(right_terms));
-  _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scales, terms));
+inline Floats load_floats(const float* values) { return _mm512_loadu_ps(values); }
+inline void store_floats(float* out, Floats values) { _mm512_storeu_ps(out, values); }
+inline Floats scaled(Sums sums, float left_scale, Floats right_scales, float left_term, Floats right_terms) {
+  const __m512 scales = _mm512_mul_ps(_mm512_set1_ps(left_scale), right_scales);
+  const __m512 terms = _mm512_add_ps(_mm512_set1_ps(left_term), right_terms);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scales, terms);
+}
+inline std::uint64_t larger(Floats values, float least) {
+  return _mm512_cmp_ps_mask(values, _mm512_set1_ps(least), _CMP_GT_OQ);
 }
 
 #elif defined(__AVX2__)
@@ -82,6 +88,7 @@ inline void store_scaled(Sums sums, float left_scale, const float* right_scales,
 constexpr int kLanes = 8, kRows = 4, kMaxPanels = 1;
 using Columns = __m256i;
 using Sums = __m256i;
+using Floats = __m256;
 
 inline Columns load_columns(const std::int8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -92,11 +99,15 @@ inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
       _mm256_maddubs_epi16(_mm256_abs_epi8(right), _mm256_sign_epi8(_mm256_set1_epi32(left_quad), right));
   sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-inline void store_scaled(Sums sums, float left_scale, const float* right_scales, float left_term,
-                         const float* right_terms, float* out) {
-  const __m256 scales = _mm256_mul_ps(_mm256_set1_ps(left_scale), _mm256_loadu_ps(right_scales));
-  const __m256 terms = _mm256_add_ps(_mm256_set1_ps(left_term), _mm256_loadu_ps(right_terms));
-  _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scales, terms));
+inline Floats load_floats(const float* values) { return _mm256_loadu_ps(values); }
+inline void store_floats(float* out, Floats values) { _mm256_storeu_ps(out, values); }
+inline Floats scaled(Sums sums, float left_scale, Floats right_scales, float left_term, Floats right_terms) {
+  const __m256 scales = _mm256_mul_ps(_mm256_set1_ps(left_scale), right_scales);
+  const __m256 terms = _mm256_add_ps(_mm256_set1_ps(left_term), right_terms);
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scales, terms);
+}
+inline std::uint64_t larger(Floats values, float least) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(values, _mm256_set1_ps(least), _CMP_GT_OQ)));
 }
 
 #else
@@ -105,6 +116,9 @@ constexpr int kLanes = 16, kRows = 1, kMaxPanels = 1;
 using Columns = const std::int8_t*;
 struct Sums {
   std::int32_t lane[kLanes];
+};
+struct Floats {
+  float lane[kLanes];
 };
 
 inline Columns load_columns(const std::int8_t* codes) { return codes; }
@@ -115,10 +129,24 @@ inline void add_products(Sums& sums, std::int32_t left_quad, Columns right) {
   for (int lane = 0; lane < kLanes; ++lane)
     for (int c = 0; c < kQuad; ++c) sums.lane[lane] += std::int32_t(left[c]) * right[lane * kQuad + c];
 }
-inline void store_scaled(const Sums& sums, float left_scale, const float* right_scales, float left_term,
-                         const float* right_terms, float* out) {
+inline Floats load_floats(const float* values) {
+  Floats loaded;
+  std::memcpy(loaded.lane, values, sizeof loaded.lane);
+  return loaded;
+}
+inline void store_floats(float* out, const Floats& values) { std::memcpy(out, values.lane, sizeof values.lane); }
+inline Floats scaled(const Sums& sums, float left_scale, const Floats& right_scales, float left_term,
+                     const Floats& right_terms) {
+  Floats out;
   for (int lane = 0; lane < kLanes; ++lane)
-    out[lane] = float(sums.lane[lane]) * (left_scale * right_scales[lane]) + (left_term + right_terms[lane]);
+    out.lane[lane] =
+        float(sums.lane[lane]) * (left_scale * right_scales.lane[lane]) + (left_term + right_terms.lane[lane]);
+  return out;
+}
+inline std::uint64_t larger(const Floats& values, float least) {
+  std::uint64_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= std::uint64_t(values.lane[lane] > least) << lane;
+  return found;
 }
 
 #endif
@@ -139,6 +167,19 @@ struct Image {
         codes(reinterpret_cast<const std::int8_t*>(image.data + image.layout.codes)) {}
 };
 
+// Scales and mean terms of Vectors * kLanes right patches.
+template <int Vectors>
+struct Terms {
+  Floats scales[Vectors], mean_terms[Vectors];
+
+  Terms(const Image& right, int q) {
+    for (int j = 0; j < Vectors; ++j) {
+      scales[j] = load_floats(right.scales + q + j * kLanes);
+      mean_terms[j] = load_floats(right.mean_terms + q + j * kLanes);
+    }
+  }
+};
+
 #if defined(__AMX_INT8__)
 
 constexpr int kTileQuads = 16;
@@ -149,20 +190,55 @@ std::size_t prepared_bytes(const Int8Layout& layout) {
   return (std::size_t(layout.quads) + kTileQuads - 1) / kTileQuads * kTileBytes;
 }
 
+// Quads [16, 16] with rows and columns exchanged.
+void transpose(__m512i (&rows)[kTileQuads]) {
+  __m512i pairs[kTileQuads], quads[kTileQuads];
+  ZSAD_UNROLL
+  for (int i = 0; i < kTileQuads; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  ZSAD_UNROLL
+  for (int i = 0; i < kTileQuads; i += 4) {
+    quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  ZSAD_UNROLL
+  for (int j = 0; j < 4; ++j) {  // lane l of quads[4 i + j] is column 4 l + j of rows 4 i ... 4 i + 3
+    const __m512i even_above = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
+    const __m512i even_below = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512i odd_above = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
+    const __m512i odd_below = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even_above, even_below, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(even_above, even_below, 0xdd);
+    rows[12 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0xdd);
+  }
+}
+
 // Tiles of left patches are [16 patches, 16 quads]: the transpose of a panel's 16 quads.
 const std::int8_t* prepare_rows(const std::int8_t* codes, int panels, const Int8Layout& layout, std::int8_t* room) {
-  std::memset(room, 0, panels * prepared_bytes(layout));
-  const __m512i to = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                        _mm512_set1_epi32(kTileQuads));
+  std::int8_t* tile = room;
   for (int i = 0; i < panels; ++i)
-    for (int k = 0; k < layout.quads; ++k, codes += kPanel * kQuad) {
-      std::int8_t* tile = room + i * prepared_bytes(layout) + k / kTileQuads * kTileBytes + k % kTileQuads * kQuad;
-      _mm512_i32scatter_epi32(tile, to, _mm512_loadu_si512(codes), kQuad);
+    for (int k = 0; k < layout.quads; k += kTileQuads) {
+      __m512i quads[kTileQuads];
+      ZSAD_UNROLL
+      for (int j = 0; j < kTileQuads; ++j) {
+        const bool there = k + j < layout.quads;
+        quads[j] = there ? _mm512_loadu_si512(codes) : _mm512_setzero_si512();
+        codes += there * kPanel * kQuad;
+      }
+      transpose(quads);
+      ZSAD_UNROLL
+      for (int j = 0; j < kTileQuads; ++j, tile += kPanel * kQuad) _mm512_storeu_si512(tile, quads[j]);
     }
   return room;
 }
 const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const Int8Layout& layout, std::int8_t* room) {
   const std::size_t bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
+  if (bytes == prepared) return codes;
   for (int j = 0; j < panels; ++j) {
     std::memcpy(room + j * prepared, codes + j * bytes, bytes);
     std::memset(room + j * prepared + bytes, 0, prepared - bytes);
@@ -170,13 +246,16 @@ const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const I
   return room;
 }
 
-// Products of kRows left patches from p on with Panels panels of right patches from `panel` on, into row i at
-// out + i * stride. rows, columns: the prepared panels of both; layout: the left one's.
 template <int Panels>
-void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
-                    const std::int8_t* rows, const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
-  alignas(64) std::int32_t sums[kRows][Panels * kPanel];
-  const std::size_t bytes = prepared_bytes(layout);
+struct TileSums {
+  alignas(64) std::int32_t of[kRows][Panels * kPanel];
+};
+
+// Sums of products of kRows left patches with Panels panels of right ones, from `rows` and `columns`, prepared panels of
+// so many bytes.
+template <int Panels>
+void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, TileSums<Panels>& sums) {
+  constexpr std::size_t kSumsBytes = sizeof sums.of[0];
   asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
   _tile_zero(0);
   _tile_zero(1);
@@ -194,18 +273,35 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
       _tile_dpbssd(3, 5, 7);
     }
   }
-  _tile_stored(0, sums[0], sizeof sums[0]);
-  _tile_stored(1, sums[kPanel], sizeof sums[0]);
+  _tile_stored(0, sums.of[0], kSumsBytes);
+  _tile_stored(1, sums.of[kPanel], kSumsBytes);
   if (Panels == 2) {
-    _tile_stored(2, sums[0] + kPanel, sizeof sums[0]);
-    _tile_stored(3, sums[kPanel] + kPanel, sizeof sums[0]);
+    _tile_stored(2, sums.of[0] + kPanel, kSumsBytes);
+    _tile_stored(3, sums.of[kPanel] + kPanel, kSumsBytes);
   }
-  for (int i = 0; i < std::min(kRows, layout.patches - p); ++i)
-    for (int j = 0; j < Panels; ++j) {
-      const int q = panel * kPanel + j * kLanes;
-      store_scaled(_mm512_load_si512(sums[i] + j * kPanel), left.scales[p + i], right.scales + q,
-                   left.mean_terms[p + i], right.mean_terms + q, out + i * stride + j * kLanes);
+}
+
+// Products of the left patches from p up to `end`, whose prepared panels `rows` are, with Panels panels of right patches
+// from `panel` on, prepared ones too; `out` takes those of one left patch after the other. layout: the left one's.
+template <int Panels, typename Rows>
+void multiply_panels(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel,
+                     const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
+  const std::size_t bytes = prepared_bytes(layout);
+  const Terms<Panels> terms(right, panel * kPanel);
+  TileSums<Panels> sums[2];
+  multiply_tiles(rows, columns, bytes, sums[0]);
+  for (int turn = 0; p < end; p += kRows, turn ^= 1) {
+    rows += kRows / kPanel * bytes;
+    // First the next ones' tiles, which are multiplied while vectors scale the sums before them.
+    if (p + kRows < end) multiply_tiles(rows, columns, bytes, sums[turn ^ 1]);
+    for (int i = 0; i < std::min(kRows, end - p); ++i) {
+      Floats products[Panels];
+      for (int j = 0; j < Panels; ++j)
+        products[j] = scaled(_mm512_load_si512(sums[turn].of[i] + j * kPanel), left.scales[p + i], terms.scales[j],
+                             left.mean_terms[p + i], terms.mean_terms[j]);
+      out.template take<Panels>(p + i, panel * kPanel, products);
     }
+  }
 }
 
 #else
@@ -225,9 +321,9 @@ const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const I
 #endif
 }
 
-template <int Panels>
+template <int Panels, typename Rows>
 void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
-                    const std::int8_t* rows, const std::int8_t* columns, float* out, std::ptrdiff_t stride) {
+                    const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
   const std::size_t panel_bytes = layout.panel_bytes();
   rows += p % kPanel * kQuad;
   Sums sums[kRows][Panels * kVectors];
@@ -251,50 +347,65 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
     rows += kPanel * kQuad;
     columns += kPanel * kQuad;
   }
+  const Terms<Panels * kVectors> terms(right, panel * kPanel);
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     if (p + i == layout.patches) return;
+    Floats products[Panels * kVectors];
     ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j) {
-      const int q = panel * kPanel + j * kLanes;
-      store_scaled(sums[i][j], left.scales[p + i], right.scales + q, left.mean_terms[p + i], right.mean_terms + q,
-                   out + i * stride + j * kLanes);
-    }
+    for (int j = 0; j < Panels * kVectors; ++j)
+      products[j] = scaled(sums[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
+    out.template take<Panels * kVectors>(p + i, panel * kPanel, products);
   }
+}
+
+// Products of the left patches from p up to `end`, whose prepared panels `rows` are.
+template <int Panels, typename Rows>
+void multiply_panels(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel,
+                     const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
+  const int first = p;
+  for (; p < end; p += kRows)
+    multiply_block<Panels>(left, right, layout, p, panel, rows + (p - first) / kPanel * prepared_bytes(layout), columns,
+                           out);
 }
 
 #endif
 
-// Where the products of a block go: into the Gram.
+// Where the products of a left patch with those from a column on go: into the Gram.
 struct GramRows {
   float* gram;
   std::ptrdiff_t stride;
 
-  template <int Panels>
-  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, const std::int8_t* rows,
-            const std::int8_t* columns) {
-    multiply_block<Panels>(left, right, layout, p, panel, rows, columns, gram + p * stride + panel * kPanel, stride);
+  template <int Vectors>
+  void take(int row, int column, const Floats* products) {
+    for (int j = 0; j < Vectors; ++j) store_floats(gram + row * stride + column + j * kLanes, products[j]);
   }
 };
 
 // Or those that are large enough among the largest, and the Gram is never written.
 struct KeptRows {
   const Kept& kept;
-  float products[kRows][kMaxPanels * kPanel];
+  float* least;  // the smallest that is kept of every row
 
-  template <int Panels>
-  void fill(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel, const std::int8_t* rows,
-            const std::int8_t* columns) {
-    constexpr int kColumns = Panels * kPanel;
-    multiply_block<Panels>(left, right, layout, p, panel, rows, columns, products[0], kMaxPanels * kPanel);
-    const int first = panel * kPanel, last = std::min(first + kColumns, kept.columns);
-    for (int i = 0; i < std::min(kRows, layout.patches - p); ++i) {
-      const float least = smallest(kept, p + i);
-      int larger = 0;
-#pragma omp simd reduction(| : larger)
-      for (int c = 0; c < kColumns; ++c) larger |= products[i][c] > least;
-      if (larger) raise(kept, p + i, products[i], first, last);
+  template <int Vectors>
+  void take(int row, int column, const Floats* products) {
+    std::uint64_t found = 0;
+    for (int j = 0; j < Vectors; ++j) found |= larger(products[j], least[row]) << j * kLanes;
+    if (found) raise_by<Vectors>(row, column, products, found);
+  }
+
+ private:
+  template <int Vectors>
+  void raise_by(int row, int column, const Floats* products, std::uint64_t found) {
+    const int columns = kept.columns - column;
+    if (columns < Vectors * kLanes) found &= (std::uint64_t(1) << std::max(columns, 0)) - 1;
+    float values[Vectors * kLanes];
+    for (int j = 0; j < Vectors; ++j) store_floats(values + j * kLanes, products[j]);
+    for (; found; found &= found - 1) {
+      const int c = __builtin_ctzll(found);
+      raise(kept, row, values + c, column + c, column + c + 1);
     }
+    least[row] = smallest(kept, row);
   }
 };
 
@@ -303,7 +414,7 @@ constexpr std::size_t kBlockBytes = 512 << 10;
 
 // apart: how far from a left patch's number those of the right patches go; the blocks are then as high as half of that.
 template <typename Rows>
-void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows out) {
+void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows& out) {
   const Image a(left), b(right);
   const Int8Layout& layout = left.layout;
   const std::size_t panel_bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
@@ -323,8 +434,8 @@ void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows out
     const int end = std::min(last * kPanel - 1 + std::min(apart, patches), patches - 1) / kPanel + 1;
     const auto pass = [&](auto panels) {
       const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
-      for (int p = first * kPanel; p < std::min(last * kPanel, layout.patches); p += kRows)
-        out.template fill<panels>(a, b, layout, p, panel, rows + (p / kPanel - first) * prepared, columns);
+      multiply_panels<panels>(a, b, layout, first * kPanel, std::min(last * kPanel, layout.patches), panel, rows, columns,
+                              out);
       panel += panels;
     };
     while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
@@ -401,11 +512,16 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
 
 void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* gram,
                                             std::ptrdiff_t stride, int apart) {
-  multiply(left, right, apart, GramRows{gram, stride});
+  GramRows rows{gram, stride};
+  multiply(left, right, apart, rows);
 }
 
 void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, const Kept& kept) {
-  multiply(left, right, std::numeric_limits<int>::max(), KeptRows{kept, {}});
+  static thread_local std::vector<float> least;
+  least.clear();
+  for (int p = 0; p < left.layout.patches; ++p) least.push_back(smallest(kept, p));
+  KeptRows rows{kept, least.data()};
+  multiply(left, right, std::numeric_limits<int>::max(), rows);
 }
 
 }  // namespace zsad
