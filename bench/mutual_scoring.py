@@ -1,7 +1,6 @@
 """Time of mutual scoring per image pair and layer, against the reference's arithmetic and the bare product.
 
     python -m zsad.bench.mutual_scoring [--channels 1024] [--degrees 1,3,5] [--images 12] [--refcheck] [--output FILE]
-    python -m zsad.bench.mutual_scoring --scaling [--group-size 100]
     python -m zsad.bench.mutual_scoring --references [--images 200] [--side 20] [--channels 384] [--degrees 1,3]
 
 All variants run in turn in one process on the same features, so that they see the same machine; medians and the medians
@@ -32,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from zsad.engine.category_pass import deal_groups
 from zsad.engine.config import load_config
 from zsad.engine.methods.method import method_class
 from zsad.engine.methods.musc import Settings
@@ -233,43 +231,6 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(times) / statistics.median(others)
 
 
-def scale(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Time whole batches of growing size, as one batch and in groups, and append one record."""
-    validate(arguments.side, arguments.channels, arguments.degrees)
-    if arguments.refcheck:
-        return
-    size = arguments.group_size
-    seconds: dict[str, dict[int, float]] = {"one batch": {}, f"groups of {size}": {}}
-    tokens = make_tokens(800, arguments.side, arguments.channels)
-    for name, counts, group_size in (
-        ("one batch", (25, 50, 100, 200, 400), None),
-        (f"groups of {size}", (200, 400, 800), size),
-    ):
-        for count in counts:
-            start = time.perf_counter()
-            for group in deal_groups(count, group_size, seed=0):
-                mutual_scores(tokens[group], (arguments.side, arguments.side), arguments.degrees, INTERVAL)
-            seconds[name][count] = time.perf_counter() - start
-            print(f"{name:<16} N {count:4d} {1e3 * seconds[name][count] / count:9.1f} ms per image")
-    batch = seconds["one batch"]
-    exponent = float(np.polyfit(np.log(list(batch)), np.log(list(batch.values())), 1)[0])
-    per_image = [value / count for count, value in seconds[f"groups of {size}"].items()]
-    spread = max(per_image) / min(per_image) - 1
-    print(f"one batch: time grows as N^{exponent:.2f}; groups: time per image varies by {100 * spread:.1f} %")
-    append(
-        arguments.output,
-        {
-            **record,
-            "patches": arguments.side**2,
-            "channels": arguments.channels,
-            "degrees": list(arguments.degrees),
-            "seconds": seconds,
-            "exponent": exponent,
-            "group_spread": spread,
-        },
-    )
-
-
 def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time what clean references add to scoring a batch of two layers, and append one record."""
     side, images = arguments.side, arguments.images
@@ -316,27 +277,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zsad.bench.mutual_scoring", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 for whole batches)")
+    parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 with --references)")
     parser.add_argument("--channels", type=int, help="(default 1024; 384 with --references)")
     parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--images", type=int, help="(default 12; 200 with --references)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--scaling", action="store_true", help="time whole batches of growing size instead")
-    instead.add_argument("--references", action="store_true", help="time what clean references add instead")
-    parser.add_argument("--group-size", type=int, default=100, help="with --scaling (default %(default)s)")
+    parser.add_argument("--references", action="store_true", help="time what clean references add instead")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
     arguments = parser.parse_args(argv)
     small = arguments.references
-    arguments.side = arguments.side or (20 if arguments.scaling or small else 37)
+    arguments.side = arguments.side or (20 if small else 37)
     arguments.channels = arguments.channels or (384 if small else 1024)
     arguments.degrees = arguments.degrees or ([1, 3] if small else [1, 3, 5])
     arguments.images = arguments.images or (200 if small else 12)
-    name = "clean_references" if small else "mutual_scoring_scaling" if arguments.scaling else "mutual_scoring"
+    name = "clean_references" if small else "mutual_scoring"
     arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
     record = environment("zsad.bench.mutual_scoring", argv, ["numpy", "torch", "zsad"])
-    (references if small else scale if arguments.scaling else compare)(arguments, record)
+    (references if small else compare)(arguments, record)
     return 0
 
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.workplace import Options, Workplace, set_up
-from zsad.kernels.machine import peak_memory
 
+from .memory import forget_peak_memory, peak_resident
 from .scenes import draw_scenes
 
 FINDERS = ("foreground", "masks")  # stages within what a method does with an image
@@ -50,7 +50,7 @@ def measure_run(config: Config, runtime: Runtime, arguments: argparse.Namespace)
         forget_peak_memory()
         together, busy, stages = run(len(category.images))
         alone["write"] = stages["write"]  # nothing runs beside it
-        host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
+        host, device = peak_resident(), None if runtime.device is None else runtime.device.used_bytes()
     return {
         "runtime": runtime.describe(workplace.libraries),
         "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],
@@ -116,12 +116,6 @@ def stages_alone(category: Category, runtime: Runtime, workplace: Workplace) -> 
         with clock.measure("rescoring"):
             method.image_scores(scored)
     return clock.seconds, taken[0].stages if taken else None
-
-
-def forget_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can: Linux."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def flops_of_pairs(workplace: Workplace, images: int) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .growth import exponent
 from .profile import peak_text, profile_rows
 from .published import METRICS, read_published
 from .records import RESULTS
@@ -200,21 +201,6 @@ def mutual_scoring_table() -> str:
         head = ["", "time", "times the floor", "times faster than the reference"]
         blocks.append(f"{caption}; {where(record)}:\n\n" + table(head, rows))
     return "\n\n".join(blocks)
-
-
-def scaling_table() -> str:
-    record = read("mutual_scoring_scaling.jsonl")[-1]
-    rows = [
-        [name, count, f"{1e3 * seconds / int(count):.0f} ms"]
-        for name, series in record["seconds"].items()
-        for count, seconds in series.items()
-    ]
-    caption = (
-        f"Mutual scoring of whole batches, one layer, P {record['patches']}, C {record['channels']}: as one batch the "
-        f"time grows as N^{record['exponent']:.2f}; in groups the time per image varies by "
-        f"{100 * record['group_spread']:.0f} %; {where(record)}:"
-    )
-    return f"{caption}\n\n" + table(["scored as", "images", "time per image"], rows)
 
 
 def nearest_table() -> str:
@@ -493,9 +479,7 @@ def precisions_table() -> str:
                 rows.append([f"`{name}`", PRECISION_ROWS[row], way, *both, f"{moved:+.2f}", alike])
     pairs = ", ".join(f"{100 * found['pair']:.3f} on `{name}`" for name, found in record["sets"].items())
     head = ["", "", "network", "I-AUROC", "P-AP", "moved by", "patch scores correlate with fp32's at"]
-    return (
-        f"In percent; two images that change places move I-AUROC by {pairs}; {about(record)}:\n\n{table(head, rows)}"
-    )
+    return f"In percent; two images that change places move I-AUROC by {pairs}; {about(record)}:\n\n{table(head, rows)}"
 
 
 def contamination_table() -> str:
@@ -651,6 +635,23 @@ def archive_table() -> str:
         f"{where(record)}"
     )
     return f"{caption}:\n\n" + table(["images", "processors' time per image", "peak memory"], rows)
+
+
+def growth_table() -> str:
+    record = read("growth.jsonl")[-1]
+    seconds, memory = record["seconds"], record["memory_bytes"]
+    rows = []
+    for count in next(iter(seconds.values())):
+        each = [[1e3 * seconds[way][count] / int(count), memory[way][count] / 2**20] for way in seconds]
+        rows.append([f"{int(count):,}", *(cell for ms, mb in each for cell in (f"{ms:.2f} ms", f"{mb:.0f} MB"))])
+    powers = [f"N^{exponent(series[way]):.2f}" for way in seconds for series in (seconds, memory)]
+    rows.append(["time and memory of all of them grow as", *powers])
+    caption = (
+        f"Images of {record['patches']} patches compared with each other at once and in groups, and with a bank; C "
+        f"{record['channels']}, degrees {', '.join(map(str, record['degrees']))}, one layer; {where(record)}"
+    )
+    head = ["images", *(cell for way in seconds for cell in (f"{way}: per image", "memory"))]
+    return f"{caption}:\n\n" + table(head, rows)
 
 
 def peers_table() -> str:
@@ -812,6 +813,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "cluster": cluster_table,
     "contamination": contamination_table,
     "feedback": feedback_table,
+    "growth": growth_table,
     "headline": headline_table,
     "known": known_table,
     "metrics": metrics_table,
@@ -829,7 +831,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "report": report_table,
     "roofline": roofline_table,
     "runs": runs_table,
-    "scaling": scaling_table,
     "startup": startup_table,
     "tiles": tiles_table,
     "verdicts": verdicts_table,

@@ -54,7 +54,7 @@ from zsad.export.onnx_export import export_onnx
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.machine import available_cores
 
-from .graph_memory import graph_memory
+from .memory import graph_memory
 from .products import ROWS, count_products, image_requests, plain_options, row_count
 from .profile import profile
 from .records import RESULTS, append, environment

@@ -24,17 +24,11 @@ def test_what_clean_references_add_is_a_stage_of_its_own(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--references", "--scaling"])
-def test_validating_times_nothing(option: str, tmp_path: Path) -> None:
+def test_validating_times_nothing(tmp_path: Path) -> None:
     file = tmp_path / "found.jsonl"
     shape = ["--images", "11", "--side", "4", "--channels", "16"]
-    assert benchmark.main([option, "--refcheck", *shape, "--output", str(file)]) == 0
+    assert benchmark.main(["--references", "--refcheck", *shape, "--output", str(file)]) == 0
     assert not file.exists()
-
-
-def test_one_of_two_benchmarks_is_asked_for() -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(["--references", "--scaling"])
 
 
 @pytest.mark.slow

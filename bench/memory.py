@@ -1,8 +1,9 @@
-"""What a graph takes in memory, in a process of its own: its library, its weights and passes over a batch."""
+"""What was resident at most; and what a graph takes, in a process of its own: library, weights, passes over a batch."""
 
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ def _grown(config: Config, request: GraphRequest, library: str, inputs: Inputs, 
     graph = networks[request.network].graphs[request.graph]
     for _ in range(PASSES):
         graph.run(inputs)
-    return _peak() - before
+    return peak_resident() - before
 
 
-def _peak() -> int:
+def forget_peak_memory() -> None:
+    """Let peaks count from now on, where the system can: Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_resident() -> int:
     """Return the most that was resident; what Linux tells of a process otherwise begins with who started it."""
     if sys.platform != "linux":
         return peak_memory()
