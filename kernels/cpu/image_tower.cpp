@@ -58,7 +58,11 @@ constexpr int kLanes = 4, kRows = 2, kMaxPanels = 1;
 constexpr int kVectors = kColumns / kLanes;  // of a panel
 constexpr int kQueries = 32;                 // whose logits are there at a time
 constexpr int kTile = 32;                    // what numbers of rows are filled up to: those of two AMX tiles
-constexpr int kWindowRows = 128;             // of windows that go through the blocks at once
+#if defined(__AMX_INT8__)
+constexpr int kParts = 3, kDepth = 1024;  // bfloat16 numbers that make a float, and inputs that are split at a time
+#else
+constexpr int kParts = 0, kDepth = 0;
+#endif
 constexpr float kLog2E = 1.44269504f;
 constexpr float kHidden = -1e30f;
 
@@ -364,6 +368,8 @@ struct Scratch {
   Room<float> steps, lows;
 
   Room<float> stream, packed, turned;  // of windows
+  Room<Code> row_parts, panel_parts;   // in bfloat16
+  Room<float> sums;
 
   Scratch(const Tower& t, int tile, int window_rows, int window_length)
       : x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
@@ -379,7 +385,10 @@ struct Scratch {
         lows(tile),
         stream(window_rows * up(t.width, kColumns)),
         packed(window_rows * up(3 * t.width, kColumns)),
-        turned(up(window_length, kLanes) * (t.width / t.heads + window_length)) {}
+        turned(up(window_length, kLanes) * (t.width / t.heads + window_length)),
+        row_parts(std::size_t(kParts) * up(tile, kTile) * kDepth * 2),
+        panel_parts(std::size_t(kParts) * 2 * kColumns * kDepth * 2),
+        sums(kParts ? up(tile, kTile) * up(std::max<std::size_t>(widest(t), 3 * t.width), 2 * kColumns) : 0) {}
 
  private:
   static std::size_t widest(const Tower& t) {
@@ -389,12 +398,176 @@ struct Scratch {
   }
 };
 
+#if defined(__AMX_INT8__)
+
+// A float is the sum of three bfloat16 numbers, exactly: of the first 8 bits of its mantissa, the next 8 and the last.
+inline void split(__m512 x, __m512i (&parts)[kParts]) {
+  const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(int(0xFFFF0000)));
+  ZSAD_UNROLL
+  for (int part = 0; part < kParts; ++part) {
+    const __m512 own = _mm512_and_ps(x, upper);
+    parts[part] = _mm512_castps_si512(own);
+    x = _mm512_sub_ps(x, own);
+  }
+}
+
+// Rows [count, inputs] as tiles [parts, rows / 16, steps, 16, 32], filled up with zeros.
+void split_rows(const float* x, std::size_t pitch, int count, int inputs, Code* out) {
+  const int steps = (inputs + 31) / 32;
+  const std::size_t part_bytes = up(count, kTile) / 16 * steps * 1024;
+  alignas(64) static const struct Odd {
+    std::uint16_t word[32];
+    Odd() {
+      for (int i = 0; i < 32; ++i) word[i] = std::uint16_t(2 * i + 1);
+    }
+  } odd;
+  const __m512i words = _mm512_load_si512(odd.word);
+  for (int row = 0; row < count; ++row)
+    for (int step = 0; step < steps; ++step) {
+      const int left = inputs - 32 * step;
+      const float* at = x + row * pitch + 32 * step;
+      __m512i first[kParts], second[kParts];
+      split(_mm512_maskz_loadu_ps(left < 16 ? __mmask16((1u << left) - 1) : __mmask16(0xFFFF), at), first);
+      split(_mm512_maskz_loadu_ps(left < 32 ? __mmask16((1u << std::max(left - 16, 0)) - 1) : __mmask16(0xFFFF), at + 16),
+            second);
+      Code* to = out + (std::size_t(row / 16) * steps + step) * 1024 + row % 16 * 64;
+      for (int part = 0; part < kParts; ++part)
+        _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
+    }
+}
+
+// A panel's weights [inputs, 16] as tiles [parts, steps, 16 pairs, 16, 2], parts `part_bytes` apart.
+void split_panel(const float* weights, int inputs, std::size_t part_bytes, Code* out) {
+  const int pairs = int(up(inputs, 32)) / 2;
+  for (int pair = 0; pair < pairs; ++pair) {
+    __m512i even[kParts], odd[kParts];
+    split(2 * pair < inputs ? _mm512_loadu_ps(weights + 2 * pair * kColumns) : _mm512_setzero_ps(), even);
+    split(2 * pair + 1 < inputs ? _mm512_loadu_ps(weights + (2 * pair + 1) * kColumns) : _mm512_setzero_ps(), odd);
+    for (int part = 0; part < kParts; ++part)
+      _mm512_store_si512(out + part * part_bytes + pair * 64,
+                         _mm512_or_si512(_mm512_srli_epi32(even[part], 16), odd[part]));
+  }
+}
+
+// Weights that are fetched into the second-level cache, some at each step of the products before theirs: processors
+// come late for what is split in so short a time.
+struct Ahead {
+  const float* panel;
+  std::size_t pitch;  // from one panel to the next
+  int inputs, panels, lines, at = 0;
+
+  void step() {
+    for (int i = 0; i < lines && panels > 0; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(panel + at * kColumns), _MM_HINT_T1);
+      if (++at < inputs) continue;
+      at = 0;
+      panel += pitch;
+      --panels;
+    }
+  }
+};
+
+// Adds to 32 rows of 16 * Panels sums, 32 floats apart, or begins them.
+template <int Panels>
+inline void part_block(const Code* rows, std::size_t row_part, const Code* panels, std::size_t panel_part, int steps,
+                       bool begin, Ahead& ahead, float* sums) {
+  constexpr std::size_t kStride = 2 * kColumns * sizeof(float);
+  const std::size_t half = std::size_t(steps) * 1024;
+  asm volatile("" ::: "memory");
+  if (begin) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + 16 * 2 * kColumns, kStride);
+    if (Panels == 2) {
+      _tile_loadd(2, sums + kColumns, kStride);
+      _tile_loadd(3, sums + 16 * 2 * kColumns + kColumns, kStride);
+    }
+  }
+#define ZSAD_ROWS(part)                                            \
+  _tile_loadd(4, rows + (part) * row_part + k * 1024, 64);         \
+  _tile_loadd(5, rows + (part) * row_part + half + k * 1024, 64);
+#define ZSAD_PANELS(part)                                          \
+  _tile_loadd(6, panels + (part) * panel_part + k * 1024, 64);     \
+  if (Panels == 2) { _tile_loadd(7, panels + (part) * panel_part + half + k * 1024, 64); }
+#define ZSAD_MULTIPLY                                              \
+  _tile_dpbf16ps(0, 4, 6);                                         \
+  _tile_dpbf16ps(1, 5, 6);                                         \
+  if (Panels == 2) {                                               \
+    _tile_dpbf16ps(2, 4, 7);                                       \
+    _tile_dpbf16ps(3, 5, 7);                                       \
+  }
+  for (std::size_t k = 0; k < std::size_t(steps); ++k) {
+    ahead.step();
+    ZSAD_ROWS(0) ZSAD_PANELS(2) ZSAD_MULTIPLY
+    ZSAD_PANELS(1) ZSAD_MULTIPLY
+    ZSAD_ROWS(1) ZSAD_MULTIPLY
+    ZSAD_PANELS(0) ZSAD_MULTIPLY
+    ZSAD_ROWS(2) ZSAD_MULTIPLY
+    ZSAD_ROWS(0) ZSAD_MULTIPLY
+  }
+#undef ZSAD_ROWS
+#undef ZSAD_PANELS
+#undef ZSAD_MULTIPLY
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + 16 * 2 * kColumns, kStride);
+  if (Panels == 2) {
+    _tile_stored(2, sums + kColumns, kStride);
+    _tile_stored(3, sums + 16 * 2 * kColumns + kColumns, kStride);
+  }
+  asm volatile("" ::: "memory");
+}
+
+// As multiply_floats, by products of parts, so many inputs at a time as fit the second-level cache.
+template <typename Finish>
+void multiply_parts(const float* x, std::size_t pitch, int count, const Linear& layer, const Scratch& s,
+                    const Finish& finish) {
+  const int depth = layer.inputs, panels = layer.outputs / kColumns, chunks = (depth + kDepth - 1) / kDepth;
+  const int most = int(up((depth + chunks - 1) / chunks, 32));
+  for (int from = 0; from < depth; from += most) {
+    const int inputs = std::min(most, depth - from), steps = (inputs + 31) / 32;
+    const std::size_t row_part = up(count, kTile) / 16 * steps * 1024, panel_part = 2 * std::size_t(steps) * 1024;
+    split_rows(x + from, pitch, count, inputs, s.row_parts.get());
+    for (int panel = 0; panel < panels; panel += 2) {
+      const int some = std::min(2, panels - panel);
+      for (int i = 0; i < some; ++i)
+        split_panel(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
+                    s.panel_parts.get() + std::size_t(i) * steps * 1024);
+      const int blocks = (count + kTile - 1) / kTile, next = std::min(2, panels - panel - 2);
+      Ahead ahead{layer.weights + (std::size_t(panel + 2) * depth + from) * kColumns, std::size_t(depth) * kColumns,
+                  inputs, next, (2 * inputs + blocks * steps - 1) / (blocks * steps)};
+      for (int row = 0; row < count; row += kTile) {
+        const Code* rows = s.row_parts.get() + std::size_t(row / 16) * steps * 1024;
+        float* sums = s.sums.get();
+        if (chunks > 1) sums += (std::size_t(panel / 2) * blocks + row / kTile) * kTile * 2 * kColumns;
+        if (some == 2)
+          part_block<2>(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, ahead, sums);
+        else
+          part_block<1>(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, ahead, sums);
+        if (from + most < depth) continue;
+        for (int i = 0; i < std::min(kTile, count - row); ++i)
+          for (int j = 0; j < some * kColumns; j += kLanes)
+            finish(row + i, panel * kColumns + j, load(sums + i * 2 * kColumns + j));
+      }
+    }
+  }
+}
+
+#endif
+
 template <typename Finish>
 void apply(const Linear& layer, const float* x, std::size_t pitch, int count, const Scratch& s, const Finish& finish) {
   const int panels = layer.outputs / kColumns;
   if (layer.weights) {
-    multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels,
-                    [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); });
+    const auto add = [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); };
+#if defined(__AMX_INT8__)
+    multiply_parts(x, pitch, count, layer, s, add);
+#else
+    multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels, add);
+#endif
     return;
   }
   for (int i = 0; i < count; ++i)
@@ -806,13 +979,21 @@ class Forward {
     return std::clamp((8 * run_.threads + tiles - 1) / tiles, 1, std::max(run_.batch, 1));
   }
 
-  // A tile reads all weights of a block; the last threads wait for the others.
+  // A tile reads all weights of a block, whose parts in bfloat16 take time of their own; the last threads wait for the
+  // others.
+  double tile_cost(int rows, int tiles) const {
+    return double((tiles + run_.threads - 1) / run_.threads) * (rows + (in_parts() ? 96 : 6));
+  }
+
+  int most_rows() const { return (in_parts() ? 8 : 4) * kTile; }
+
+  bool in_parts() const { return kParts && !t_.int8; }
+
   int rows_at_once() const {
     int best = kTile;
     double least = 0;
-    for (int rows = kTile; rows <= 4 * kTile; rows += kTile) {
-      const int tiles = group_ * ((tokens_ + rows - 1) / rows);
-      const double cost = double((tiles + run_.threads - 1) / run_.threads) * (rows + 6);
+    for (int rows = kTile; rows <= most_rows(); rows += kTile) {
+      const double cost = tile_cost(rows, group_ * ((tokens_ + rows - 1) / rows));
       if (rows == kTile || cost < least) best = rows, least = cost;
     }
     return best;
@@ -822,8 +1003,14 @@ class Forward {
   std::vector<int> parts_of_windows() const {
     std::vector<int> parts;
     for (const Windows& w : run_.windows) {
-      const int least = (w.count * w.length + kWindowRows - 1) / kWindowRows;
-      parts.push_back(std::min(w.count, int(up(least, run_.threads))));
+      int best = w.count;
+      double least = 0;
+      for (int number = 1; number <= w.count; ++number) {
+        const int rows = int(up((w.count + number - 1) / number * w.length, kTile));
+        const double cost = tile_cost(rows, group_ * number);
+        if (rows <= most_rows() && (least == 0 || cost < least)) best = number, least = cost;
+      }
+      parts.push_back(best);
     }
     return parts;
   }

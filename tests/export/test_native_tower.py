@@ -29,7 +29,9 @@ SETS = _cpu.instruction_sets("image_tower")
 OPTIONS = ExportOptions((0, 1), 70, outputs=("tokens", "embedding"), attention=NATIVE, heads=2)
 
 
-def random_tower(seed: int, width: int, registers: int = 0, gated: bool = False, **own: Any) -> VisionTransformer:
+def random_tower(
+    seed: int, width: int, registers: int = 0, gated: bool = False, hidden: int = 0, **own: Any
+) -> VisionTransformer:
     """Three blocks of patches 10 pixels wide; keys share a large vector, and a channel is far larger than others."""
     rng = np.random.default_rng(seed)
 
@@ -40,7 +42,7 @@ def random_tower(seed: int, width: int, registers: int = 0, gated: bool = False,
     def norm() -> tuple[np.ndarray, np.ndarray]:
         return tuple(rng.normal(1, 0.3, size=width).astype(np.float32) for _ in range(2))
 
-    hidden = 2 * width + 6
+    hidden = hidden or 2 * width + 6
     blocks = [
         Block(norm(), affine(3 * width, width), affine(width, width), norm(), affine(hidden * (1 + gated), width),
               affine(width, hidden))
@@ -126,6 +128,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"width": 40, "registers": 2},
         {"outputs": ("tokens", "embedding", "windows_2", "windows_3"), "taps": (0,)},
     ),
+    "layers of many inputs": ({"width": 40, "hidden": 2100}, {"taps": (1, 2)}),
     "windows alone": ({"width": 48}, {"outputs": ("windows_3",), "taps": ()}),
     "windows of gated blocks": ({"width": 48, "gated": True}, {"outputs": ("tokens", "windows_2"), "taps": (1,)}),
     "clip": (
