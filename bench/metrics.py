@@ -30,12 +30,14 @@ from PIL import Image
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from zsad.engine.evaluation.metrics import aupro, pixel_metrics
+from zsad.kernels.machine import available_cores
 
 from .records import RESULTS, append, environment
 
 STEPS = 200
 LIMIT = 0.3
 OWN_REPEATS = 5
+SMALL = 64  # side of the maps of the run that tells what all but the pixels takes
 
 
 def make_maps(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -163,21 +165,24 @@ def peak_of_evaluation(root: Path, *options: str) -> tuple[int, float, dict[str,
 def measure_memory(count: int, size: int) -> dict[str, Any]:
     """Peak memory of `zsad-eval` without and with a limit; raises SystemExit where its metrics differ."""
     with tempfile.TemporaryDirectory(prefix="zsad-bench-") as folder:
-        few, many = Path(folder, "few"), Path(folder, "many")
-        write_results(few, 4, 64)
+        small, many = Path(folder, "small"), Path(folder, "many")
+        write_results(small, count, SMALL)
         write_results(many, count, size)
-        idle, _, _ = peak_of_evaluation(few)
+        idle, _, _ = peak_of_evaluation(small, "--memory-limit", "1MB")
         in_memory, in_memory_s, expected = peak_of_evaluation(many)
         limited, limited_s, found = peak_of_evaluation(many, "--memory-limit", "1MB")
     compare(found, expected, 1e-12)
-    print(f"peak memory of zsad-eval, {count} maps of {size}x{size}; of its libraries {idle / 2**20:.0f} MB")
+    workers = available_cores()
+    print(f"peak memory of zsad-eval, {count} maps of {size}x{size}; of {SMALL}x{SMALL} {idle / 2**20:.0f} MB")
     for name, peak, seconds in (("in memory", in_memory, in_memory_s), ("beyond the limit", limited, limited_s)):
-        maps = (peak - idle) / (4 * size * size)
-        print(f"  {name:<16} {peak / 2**20:6.0f} MB, {maps:6.1f} maps more than the libraries, {seconds:.1f} s")
+        maps = (peak - idle) / (4 * size * size) / workers
+        print(f"  {name:<16} {peak / 2**20:6.0f} MB, {maps:6.1f} maps more per worker, {seconds:.1f} s")
     return {
         "maps": count,
         "size": size,
-        "libraries_bytes": idle,
+        "workers": workers,
+        "small_size": SMALL,
+        "small_bytes": idle,
         "in_memory_bytes": in_memory,
         "in_memory_s": in_memory_s,
         "limited_bytes": limited,

@@ -149,14 +149,15 @@ def metrics_table() -> str:
 
 def metrics_memory_table() -> str:
     record = read("metrics_memory.jsonl")[-1]
-    libraries, size = record["libraries_bytes"], record["size"]
+    size, small = record["size"], record["small_size"]
     rows = []
     for name, key in (("in memory", "in_memory"), ("beyond `--memory-limit`", "limited")):
         peak = record[f"{key}_bytes"]
-        maps = (peak - libraries) / (4 * size * size)
+        maps = (peak - record["small_bytes"]) / (4 * size * size) / record["workers"]
         rows.append([name, f"{peak / 2**20:.0f} MB", f"{maps:.1f}"])
     caption = f"Peak memory of `zsad-eval` with {record['maps']} maps of {size}×{size}; {where(record)}"
-    return f"{caption}:\n\n" + table(["", "peak memory", "without the libraries, in maps"], rows)
+    head = ["", "peak memory", f"more than as many of {small}×{small}, in maps for each worker"]
+    return f"{caption}:\n\n" + table(head, rows)
 
 
 def mutual_scoring_cuda_table(file: str = "mutual_scoring_cuda.jsonl") -> str:

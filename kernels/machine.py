@@ -1,6 +1,7 @@
 """The machine that the work runs on: its cores and memory, its cache, temporary arrays, and how long what took."""
 
 import atexit
+import ctypes
 import errno
 import logging
 import math
@@ -40,6 +41,7 @@ def stopwatch(timings: Timings, stage: str) -> Iterator[None]:
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 PROCESSORS = Path("/proc/cpuinfo")
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 _most_cores: list[int] = []  # what `use_cores` has said
@@ -155,6 +157,20 @@ def default_memory_limit() -> int:
 def default_disk_limit() -> int:
     """Return the bytes that temporary files may take: what is free on their disk, less a tenth."""
     return int(0.9 * shutil.disk_usage(tempfile.gettempdir()).free)
+
+
+def tell_allocator(option: int, value: int) -> None:
+    """Call the C library's mallopt, where it has one."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(option, value)
+
+
+def return_memory_at_once() -> None:
+    """From now on give arrays of 1 MB and more back to the system as soon as nothing holds them.
+
+    glibc keeps what has been freed for the thread that has freed it, up to twice the largest array.
+    """
+    tell_allocator(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """Runs a command in a child where `ulimit -v` bounds its memory: libraries that get none crash in ways of their own."""
 
-import ctypes
 import os
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 
 from zsad.engine.address_space import is_scarcity, said_scarcity
+from zsad.kernels.machine import tell_allocator
 
 INTERRUPTED, USAGE = 130, 2  # exit codes
 THREAD_STACK = 2 << 20  # bytes of address space; eight are usual
@@ -71,8 +70,7 @@ def _divert_libraries(file: int) -> None:
 def _save_address_space() -> None:
     """Give threads small stacks, and one heap to share: glibc keeps 64 MB of addresses for each thread's own."""
     threading.stack_size(THREAD_STACK)
-    with suppress(AttributeError, OSError):  # other C libraries have no such heaps
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+    tell_allocator(M_ARENA_MAX, 1)
 
 
 def _end_with_parent(held: int) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, TypeGuard
 
 from zsad.engine.images.stored import ImageError
-from zsad.kernels.machine import available_cores, default_memory_limit
+from zsad.kernels.machine import available_cores, default_memory_limit, return_memory_at_once
 
 from .metrics import SATURATED, STRICT, curve_metrics, pixel_metrics, split_pixels
 from .pixels import Pixels, Source
@@ -28,6 +29,7 @@ Warn = Callable[[str | ImageError], None]
 Protocol = Literal["official", "paper"]
 
 PAPER_STEPS = 200
+AT_ONCE = 256  # images that wait for a thread, each of which takes a KB or two then
 # Beside those of today's, whose limit of AUPRO is free: MVTec AD 2's, MVTec LOCO's, and two that see images one by one.
 STRICT_METRICS = (*STRICT, AUPIMO, SEGMENTATION_F1)
 
@@ -116,6 +118,7 @@ class ComparedPixels:
 
     def _measure_on_disk(self, held: dict[int, Pixels], waiting: Iterator[int]) -> dict[str, float]:
         """Metrics of the images that are held, which are let go, and of those that wait."""
+        return_memory_at_once()
         connected = self._how.strict and self._source.gives_regions
         with tempfile.TemporaryFile(prefix="zsad-") as file, _full_disk_named():
             sample = Spilled(file)
@@ -133,8 +136,9 @@ class ComparedPixels:
                 spill(number)
             pool = ThreadPoolExecutor(available_cores())
             try:
-                for number, error in pool.map(spill, waiting):
-                    self._is_usable(error, number)
+                while numbers := list(islice(waiting, AT_ONCE)):
+                    for number, error in pool.map(spill, numbers):
+                        self._is_usable(error, number)
             finally:
                 pool.shutdown(cancel_futures=True)
             self.anomalous = sample.positive_count > 0

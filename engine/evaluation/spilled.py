@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from .metrics import GIVEN, FloatArray, Piece, Split
 
 # Positives that a range has, about; every how many-th score of a run stays in memory, to find those of a range; scores
-# that are counted at once. Together a few MB, and a byte for every 1000 pixels.
-RANGE, STRIDE, POSITIVE_STRIDE, BATCH = 2**16, 4096, 64, 2**16
+# that are counted at once; positives that are handed on at once, since metrics take several numbers for each. Together
+# a few MB, and some bytes for every 1000 pixels.
+RANGE, STRIDE, POSITIVE_STRIDE, BATCH, PIECE = 2**16, 4096, 128, 2**16, 2**13
 
 
 class _Column:
     """Numbers in a file, in the order in which they were given."""
+
+    __slots__ = ("_descriptor", "_start", "dtype", "size")  # there are several for each image
 
     def __init__(self, file: BinaryIO, values: NDArray[Any]) -> None:
         self._descriptor, self._start = file.fileno(), file.seek(0, os.SEEK_END)
@@ -42,6 +45,8 @@ class _Column:
 
 class _Scores(_Column):
     """Ascending scores."""
+
+    __slots__ = ("ends", "every", "stride")
 
     def __init__(self, file: BinaryIO, values: FloatArray, stride: int) -> None:
         super().__init__(file, values)
@@ -62,7 +67,7 @@ class _Scores(_Column):
             yield self.read(first, min(first + BATCH, stop))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     """The pixels of one image, ascending."""
 
@@ -127,16 +132,18 @@ class Spilled:
                 start, stop = run.negatives.first_above(low), negative_stops[index]
                 negative_stops[index] = start
                 total += stop - start
-                for part in run.negatives.parts(start, stop) if values.size else ():
-                    tally.add(part)
+                for scores in run.negatives.parts(start, stop) if values.size else ():
+                    tally.add(scores)
             above, at_least = tally.result()
-            if values.size:
+            reached = found + np.cumsum(counts[::-1])[::-1]
+            for first in range(0, values.size, PIECE):
+                part = slice(first, first + PIECE)
                 yield Piece(
-                    counts,
-                    weights,
-                    found + np.cumsum(counts[::-1])[::-1],
-                    (beyond + above) / self.negative_count,
-                    (beyond + at_least) / self.negative_count,
+                    counts[part],
+                    {kind: of[part] for kind, of in weights.items()},
+                    reached[part],
+                    (beyond + above[part]) / self.negative_count,
+                    (beyond + at_least[part]) / self.negative_count,
                 )
             beyond += total
             found += int(counts.sum())

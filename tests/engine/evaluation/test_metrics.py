@@ -149,6 +149,14 @@ def test_aupro_weighs_regions_alike_and_joins_diagonal_neighbours() -> None:
     assert aupro([mask], [found]) == pytest.approx(0.5)
 
 
+def test_more_regions_than_small_numbers_count() -> None:
+    masks = np.zeros((1, 520, 520), np.uint8)
+    masks[:, ::2, ::2] = 1  # 67,600 regions
+    maps = masks.astype(np.float32)
+    maps[0, 0, 0] = 0  # one is found last, with all that is normal
+    assert aupro(masks, maps) == pytest.approx(1 - 1 / 67_600 + 0.5 * 0.3 / 67_600, abs=1e-9)
+
+
 def test_steps_approach_the_exact_curve_where_it_reaches_the_limit() -> None:
     masks, maps = random_images(2, 8, 6)
     # The variant rescales by the range its own points cover, so it converges to the exact area only to that range.
