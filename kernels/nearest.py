@@ -69,7 +69,8 @@ class Nearest:
         read = partial(_read, "vector", bank)
         self._search: _Search
         if device == "cpu":
-            self._search = cpu.Search(vectors, channels, k, precision, read, memory_limit)
+            held = cpu.Held.of(bank) if precision == "int8" else None
+            self._search = cpu.Search(vectors, channels, k, precision, read, memory_limit, held)
         else:
             opened = open_device(device) if isinstance(device, str) else device
             self._search = cuda.Search(opened, vectors, channels, k, precision, read, memory_limit)

@@ -52,8 +52,8 @@
 namespace zsad {
 namespace {
 
-// Columns: kLanes right patches x 4 codes. Sums: as many int32 sums. Floats: as many products, scales or terms; the bits
-// of `larger` tell which are larger, the lowest bit is the first one's.
+// Columns: kLanes right patches x 4 codes. Sums: as many int32 sums. Floats: as many products, scales or terms. Bits of
+// `larger` tell which are larger, the lowest one of the first.
 #if defined(__AVX512VNNI__)
 
 constexpr int kLanes = 16;
@@ -251,8 +251,8 @@ struct TileSums {
   alignas(64) std::int32_t of[kRows][Panels * kPanel];
 };
 
-// Sums of products of kRows left patches with Panels panels of right ones, from `rows` and `columns`, prepared panels of
-// so many bytes.
+// Sums of products of kRows left patches with Panels panels of right ones. rows, columns: prepared panels of so many
+// bytes.
 template <int Panels>
 void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, TileSums<Panels>& sums) {
   constexpr std::size_t kSumsBytes = sizeof sums.of[0];
@@ -281,8 +281,8 @@ void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::si
   }
 }
 
-// Products of the left patches from p up to `end`, whose prepared panels `rows` are, with Panels panels of right patches
-// from `panel` on, prepared ones too; `out` takes those of one left patch after the other. layout: the left one's.
+// Products of the left patches from p up to `end` with Panels panels of right patches from `panel` on; `out` takes those
+// of one left patch after the other. rows, columns: the prepared panels of both; layout: the left one's.
 template <int Panels, typename Rows>
 void multiply_panels(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel,
                      const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
@@ -354,7 +354,8 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
     Floats products[Panels * kVectors];
     ZSAD_UNROLL
     for (int j = 0; j < Panels * kVectors; ++j)
-      products[j] = scaled(sums[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
+      products[j] =
+          scaled(sums[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
     out.template take<Panels * kVectors>(p + i, panel * kPanel, products);
   }
 }
@@ -385,7 +386,7 @@ struct GramRows {
 // Or those that are large enough among the largest, and the Gram is never written.
 struct KeptRows {
   const Kept& kept;
-  float* least;  // the smallest that is kept of every row
+  float* least;  // of every row: products up to it are not taken
 
   template <int Vectors>
   void take(int row, int column, const Floats* products) {

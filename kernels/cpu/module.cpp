@@ -220,15 +220,19 @@ void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram
 }
 
 void int8_running_top(const Bytes& left, const Bytes& right, int columns, int first, const Output& values,
-                      const NumbersOutput& indices, const std::string& instruction_set) {
+                      const NumbersOutput& indices, const std::string& instruction_set,
+                      const std::optional<Vector>& margins, int wanted) {
   const std::size_t P = values.shape(0), K = values.shape(1);
   require(K > 0 && has_shape(indices, P, K), "values and indices must be [P, K]");
+  require(wanted > 0 && std::size_t(wanted) <= K, "wanted must be 1 to K");
+  require(!margins || margins->shape(0) == P, "margins must be [P]");
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   const Int8Pair pair = int8_pair(left, P, right, bytes_per_patch ? right.shape(0) / bytes_per_patch : 0);
   require(columns > 0 && columns <= pair.right.layout.patches, "right must have room for the columns");
   const auto run = int8_running_tops.choose(instruction_set);
-  const zsad::Kept kept{first, columns, int(K), values.data(), indices.data()};
+  const zsad::Kept kept{first,          columns, int(K), values.data(), indices.data(), wanted,
+                        margins ? margins->data() : nullptr};
   nb::gil_scoped_release release;
   run(pair.left, pair.right, kept);
 }
@@ -239,7 +243,7 @@ void running_top(const Gram& products, int first, const Output& values, const Nu
   require(products.stride(1) == 1 || products.shape(1) < 2, "products must be [P, Q] with contiguous rows");
   require(K > 0 && has_shape(values, P, K) && has_shape(indices, P, K), "values and indices must be [P, K]");
   const auto run = running_tops.choose(instruction_set);
-  const zsad::Kept kept{first, int(products.shape(1)), int(K), values.data(), indices.data()};
+  const zsad::Kept kept{first, int(products.shape(1)), int(K), values.data(), indices.data(), int(K), nullptr};
   const zsad::RunningTop arguments{products.data(), products.stride(0), int(P), kept};
   nb::gil_scoped_release release;
   run(arguments);
@@ -467,8 +471,9 @@ NB_MODULE(_cpu, m) {
         "instruction_set"_a = "",
         "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
-        "instruction_set"_a = "",
-        "running_top by the products of two quantised images, without a Gram; right has room for as many columns.");
+        "instruction_set"_a = "", "margins"_a = nb::none(), "wanted"_a = 1,
+        "running_top by the products of two quantised images, without a Gram; right has room for as many columns. With "
+        "margins [P] only products larger than the wanted-th largest so far less its row's margin are taken.");
   m.def("jpeg_scan_damage", &jpeg_scan_damage, "content"_a, "rows"_a, "columns"_a,
         "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
         "over, 3 a part is missing, 4 no such code.");

@@ -1,7 +1,7 @@
 """Nearest neighbours on a CPU: products of chunks, and a pass that keeps the best of every query.
 
-unit vectors [Q, C] → chunk by chunk of the bank: product, running best [Q, K] of each worker → candidates [Q, K]
-→ measured again in fp32, one vector with another → the k best
+unit vectors [Q, C] → chunk by chunk of the bank: product, running best [Q, K] of each of G runs of chunks
+→ candidates [Q, G · K] → those near enough to the best measured again in fp32, one vector with another → the k best
 
 Of the matrix [Q, M] every worker has the products of one chunk of queries with one of the bank. Chunks have the same
 shape whatever the memory limit, and what is handed back was measured without them, so that results do not depend on it.
@@ -35,6 +35,8 @@ Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vect
 
 QUERY_ROWS, BANK_ROWS = 1536, 1024  # rows of a product: few enough for the cache, many enough to be worth packing
 LEAST_QUERY_ROWS = 256  # with which a product still reaches four fifths of its speed
+RUNS = 2  # pieces of work for each worker at least, where there is as much
+UNIT_GAP = 0.01  # of the square of a length from 1: what is stored in fp16 or int8 is that near
 ALIGNED_ROWS = 16  # to which chunks are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
 MEAN_ROWS = 1024  # from which int8 takes the mean vector of the bank
@@ -51,12 +53,38 @@ class Best:
     numbers: Indices  # [n, K]
     first: int  # number of the chunk's first vector in the bank
     columns: int  # its vectors
+    wanted: int  # k
+    margins: Array | None  # [n], less than the k-th largest by which a product is of no use; None: not known
+
+
+@dataclass(frozen=True)
+class Held:
+    """Vectors in memory of lengths near 1, or zero."""
+
+    vectors: Array  # [M, C]
+    inverse: Array  # [M] inverse lengths; anything for zero vectors
+
+    @staticmethod
+    def of(vectors: NDArray[Any]) -> "Held | None":
+        """Return vectors [M, C] so; None where they are elsewhere or of other lengths."""
+        if isinstance(vectors, np.memmap) or not vectors.flags.c_contiguous:
+            return None
+        squares = np.empty(len(vectors))
+        for at in _runs(len(vectors), BANK_ROWS):
+            np.einsum("nc,nc->n", vectors[at], vectors[at], dtype=np.float64, out=squares[at])
+        if not ((np.abs(squares - 1) < UNIT_GAP) | (squares == 0)).all():
+            return None
+        return Held(vectors, (1 / np.sqrt(np.where(squares > 0, squares, 1))).astype(np.float32))
 
 
 class Product(Protocol):
     """How chunks of unit vectors are multiplied."""
 
     spare: int  # candidates beyond k
+
+    @property
+    def query_rows(self) -> int:
+        """Return how many queries a product has at most."""
 
     @staticmethod
     def chunk_bytes(rows: int, channels: int) -> int:
@@ -80,6 +108,10 @@ class Fp32Product:
 
     spare = 4  # for cosines that differ by less than its rounding
 
+    @property
+    def query_rows(self) -> int:
+        return QUERY_ROWS
+
     @staticmethod
     def chunk_bytes(rows: int, channels: int) -> int:
         return 4 * rows * channels
@@ -101,7 +133,8 @@ class Int8Product:
     Rounding to steps of s moves the product with a vector of length r by a deviation of s · r / √12.
     """
 
-    spare = 15
+    spare = 47  # of banks of tens of thousands of patches up to 45 were within two errors of the nearest
+    query_rows = 352  # so few that each may meet the whole bank in one run, of which the fewest become candidates
 
     def __init__(self, mean: Array) -> None:
         self.mean = mean  # [C]
@@ -123,7 +156,16 @@ class Int8Product:
         return codes
 
     def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
-        _cpu.int8_running_top(left, right, best.columns, best.first, best.values, best.numbers)
+        _cpu.int8_running_top(
+            left,
+            right,
+            best.columns,
+            best.first,
+            best.values,
+            best.numbers,
+            margins=best.margins,
+            wanted=best.wanted,
+        )
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
         scales, lengths = _scales_and_lengths(left, rows)
@@ -143,10 +185,18 @@ class Search:
     """Searches a bank of unit vectors on the CPU."""
 
     def __init__(
-        self, vectors: int, channels: int, k: int, precision: str, read: Read, memory_limit: int | None
+        self,
+        vectors: int,
+        channels: int,
+        k: int,
+        precision: str,
+        read: Read,
+        memory_limit: int | None,
+        held: Held | None = None,
     ) -> None:
         """Prepare the bank, where that fits into the limit beside the work; else it is read again for every search.
 
+        held: the bank itself where it can be measured as it is, without reading it; of int8 only.
         precision: "fp32", which "auto" stands for, or "int8". Raises ValueError where it is not to be had, MemoryError
         for a limit below the least, and what `read` raises.
         """
@@ -163,6 +213,7 @@ class Search:
         self._product = self._exact if self.precision == "fp32" else Int8Product(self._mean())
         self._chunks: list[NDArray[Any]] | None = None
         self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
+        self._held = held if self.precision == "int8" else None
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             if self._product is self._exact:
                 self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
@@ -207,7 +258,7 @@ class Search:
         with _workers() as pool:
             for first in range(0, count, group):
                 at = slice(first, min(first + group, count))
-                queries = self._units(pool, at, read)
+                queries = self._unit_queries(pool, at, read)
                 doubtful = self._search(pool, self._product, queries, cosines[at], indices[at])
                 if self._product is not self._exact and doubtful.any():
                     rows = np.flatnonzero(doubtful)
@@ -216,7 +267,7 @@ class Search:
                     cosines[first + rows], indices[first + rows] = again
         return cosines, indices
 
-    def _units(self, pool: ThreadPoolExecutor, queries: slice, read: Read) -> Array:
+    def _unit_queries(self, pool: ThreadPoolExecutor, queries: slice, read: Read) -> Array:
         """Return the unit vectors of a run of queries [n, C]."""
         first, count = queries.start, queries.stop - queries.start
         units = aligned_empty((count, self._channels), np.float32)
@@ -236,31 +287,38 @@ class Search:
         indices: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
-        chunks = _runs(len(queries), self._query_rows(len(queries)))
+        chunks = _runs(len(queries), self._query_rows(product, len(queries)))
         prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), chunks))
         values, numbers = self._candidates(pool, product, chunks, prepared)
-        errors = np.concatenate(
-            [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, chunks, strict=True)]
-        )
-        # At least k vectors reach the k-th candidate less its error, so that only these can be among the k nearest.
-        worth = values + errors[:, None] >= values[:, self._k - 1, None] - errors[:, None]
+        errors = self._errors(product, chunks, prepared)
         doubtful = np.zeros(len(queries), np.bool_)
 
         def finish(at: slice) -> None:
-            exact = self._measure(queries[at], numbers[at], worth[at])
-            order = np.lexsort((numbers[at], -exact))[:, : self._k]
-            cosines[at] = np.take_along_axis(exact, order, axis=1)
-            indices[at] = np.take_along_axis(numbers[at], order, axis=1)
-            if values.shape[1] < self._vectors:
-                doubtful[at] = values[at, -1] + errors[at] >= cosines[at, -1]
+            found, of_found = (
+                np.concatenate(values[:, at], axis=1),
+                np.concatenate(numbers[:, at], axis=1),
+            )  # [n, G · K]
+            # At least k vectors reach the k-th candidate less its error: only these can be among the k nearest.
+            kth = np.partition(found, -self._k, axis=1)[:, -self._k]
+            worth = found + errors[at, None] >= (kth - errors[at])[:, None]
+            of_worth = _compact(of_found, worth)
+            cosines[at], indices[at] = largest(self._measure(queries[at], of_worth), of_worth, self._k)
+            if values.shape[2] < self._vectors:  # else nothing was left out
+                doubtful[at] = values[:, at, -1].max(axis=0) + errors[at] >= cosines[at, -1]
             np.clip(cosines[at], -1, 1, out=cosines[at])
 
         list(pool.map(finish, _shares(len(queries))))
         return doubtful
 
-    def _query_rows(self, queries: int) -> int:
+    def _errors(self, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]) -> Array:
+        """Return by how much the products of each query with the bank may be off, [Q]."""
+        return np.concatenate(
+            [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, chunks, strict=True)]
+        )
+
+    def _query_rows(self, product: Product, queries: int) -> int:
         """Return the queries of a product: fewer where otherwise workers would have nothing to do."""
-        size = min(QUERY_ROWS, queries)
+        size = min(product.query_rows, queries)
         while size > LEAST_QUERY_ROWS and self._chunk_count * -(-queries // size) < 4 * available_cores():
             size = -(-size // 2)
         return size
@@ -268,57 +326,95 @@ class Search:
     def _candidates(
         self, pool: ThreadPoolExecutor, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]
     ) -> tuple[Array, Indices]:
-        """Return the K largest products of every query, descending, and their numbers, both [Q, K]."""
-        kept = min(self._k + product.spare, self._vectors)
-        resident = self._chunks if product is self._product else None
-        everything = range(len(chunks))
-        # Workers take what comes next and so see the bank in its order, which settles ties. A chunk that has to be
-        # prepared first meets all queries at once.
-        shares = [range(i, i + 1) for i in everything] if resident is not None else [everything]
-        work = deque((chunk, share) for chunk in range(self._chunk_count) for share in shares)
+        """Return the K largest products of every query with each of G runs of chunks, and their numbers, [G, Q, K].
 
-        def scan(_: int) -> tuple[Array, Indices]:
-            queries = chunks[-1].stop
-            values, numbers = np.full((queries, kept), LOWEST, np.float32), np.full((queries, kept), -1, np.int32)
+        They descend; where there are fewer, lowest floats and numbers −1 are behind them. What is left out is at most
+        as large as the last of them, or further than two errors from the k-th.
+        """
+        queries, kept = chunks[-1].stop, min(self._k + product.spare, self._vectors)
+        resident = self._chunks if product is self._product else None
+        # Once the whole bank was seen; before that what is known of errors is no bound.
+        margins = 2 * self._errors(product, chunks, prepared) if resident is not None else None
+        # A chunk that has to be prepared first meets all queries at once.
+        shares = [[i] for i in range(len(chunks))] if resident is not None else [list(range(len(chunks)))]
+        runs = _runs(self._chunk_count, -(-self._chunk_count // -(-RUNS * available_cores() // len(shares))))
+        values = np.full((len(runs), queries, kept), LOWEST, np.float32)
+        numbers = np.full(values.shape, -1, np.int32)
+        work = deque((run, share) for share in shares for run in range(len(runs)))
+
+        def scan(_: int) -> None:
             products = aligned_empty((QUERY_ROWS, chunk_rows(self._vectors)), np.float32)
             while True:
                 try:
-                    chunk, share = work.popleft()
+                    run, share = work.popleft()
                 except IndexError:
-                    return values, numbers
-                bank = self._prepared(product, chunk) if resident is None else resident[chunk]
-                first = chunk * BANK_ROWS
-                count = min(BANK_ROWS, self._vectors - first)
-                for i in share:
-                    at = chunks[i]
-                    best = Best(values[at], numbers[at], first, count)
-                    product.raise_best(prepared[i], bank, products[: at.stop - at.start], best)
+                    return
+                for chunk in range(self._chunk_count)[runs[run]]:
+                    bank = self._prepared(product, chunk) if resident is None else resident[chunk]
+                    first = chunk * BANK_ROWS
+                    for at in (chunks[i] for i in share):
+                        of_rows = None if margins is None else margins[at]
+                        count = min(BANK_ROWS, self._vectors - first)
+                        best = Best(values[run, at], numbers[run, at], first, count, self._k, of_rows)
+                        product.raise_best(prepared[chunks.index(at)], bank, products[: at.stop - at.start], best)
 
         try:
-            found = list(pool.map(scan, range(available_cores())))
+            list(pool.map(scan, range(available_cores())))
         except BaseException:  # Ctrl-C included: do not start what is still to do
             work.clear()
             raise
-        values, numbers = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-        order = np.lexsort((numbers, -values))[:, :kept]
-        return np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+        return values, numbers
 
-    def _measure(self, queries: Array, numbers: Indices, worth: NDArray[np.bool_]) -> Array:
-        """Return the cosines [Q, K] of those candidates that are worth it, the lowest float for the others."""
+    def _measure(self, queries: Array, numbers: Indices) -> Array:
+        """Return the cosines [Q, K] of candidates, the lowest float for those of number −1."""
         cosines = np.full(numbers.T.shape, LOWEST, np.float32)
-        places = np.where(worth, numbers, np.int32(-1))
+        places = np.ascontiguousarray(numbers.T)
+        if self._held is not None:
+            measure(queries, self._held.vectors, 0, places, cosines)
+            scaled: Array = cosines.T * np.where(numbers < 0, 1, self._held.inverse[numbers])
+            return scaled
         if self._bank is not None:
-            measure(queries, self._bank, 0, np.ascontiguousarray(places.T), cosines)
+            measure(queries, self._bank, 0, places, cosines)
             return np.ascontiguousarray(cosines.T)
-        rows, position = np.unique(numbers[worth], return_inverse=True)
-        places[worth] = position
-        places = np.ascontiguousarray(places.T)
+        met = np.zeros(self._vectors + 1, np.bool_)
+        met[places] = True  # those of −1 are the last
+        (rows,) = np.nonzero(met[:-1])
+        position = np.full(len(met), -1, np.int32)
+        position[rows] = np.arange(len(rows), dtype=np.int32)
+        places = position[places]
         units = np.empty((min(MEASURED_ROWS, len(rows)), self._channels), np.float32)
         for first in range(0, len(rows), MEASURED_ROWS):
             part = rows[first : first + MEASURED_ROWS]
             self._read(part, units[: len(part)])
             measure(queries, units[: len(part)], first, places, cosines)
         return np.ascontiguousarray(cosines.T)
+
+
+def _compact(numbers: Indices, worth: NDArray[np.bool_]) -> Indices:
+    """Return the numbers [Q, K] that are worth it at the beginning of their rows, [Q, fewer], and −1 behind them."""
+    counts = np.count_nonzero(worth, axis=1)
+    out = np.full((len(numbers), counts.max(initial=0)), -1, np.int32)
+    out[np.arange(out.shape[1]) < counts[:, None]] = numbers[worth]
+    return out
+
+
+def largest(values: Array, numbers: Indices, k: int) -> tuple[Array, Indices]:
+    """Return the k largest of every row of values [Q, K], which are overwritten, and their numbers, both [Q, k].
+
+    They descend; of equal values the lower number comes first.
+    """
+    best, of_best, rows = (
+        np.empty((len(values), k), np.float32),
+        np.empty((len(values), k), np.int32),
+        np.arange(len(values)),
+    )
+    for rank in range(k):
+        best[:, rank] = values.max(axis=1)
+        equal = np.where(values == best[:, rank, None], numbers, np.iinfo(np.int32).max)
+        at = equal.argmin(axis=1)
+        of_best[:, rank] = equal[rows, at]
+        values[rows, at] = LOWEST
+    return best, of_best
 
 
 def has_native_kernels() -> bool:
@@ -430,7 +526,7 @@ def _query_bytes(channels: int, k: int, precision: str) -> int:
     units = 4 * channels
     codes = 0 if precision == "fp32" else Int8Product.chunk_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
     again = 0 if precision == "fp32" else units  # the doubtful are searched again in fp32
-    return units + codes + again + (k + kind.spare) * (32 * available_cores() + 48)
+    return units + codes + again + (k + kind.spare) * (48 * available_cores() + 48)
 
 
 def _runs(count: int, size: int) -> list[slice]:

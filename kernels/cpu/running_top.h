@@ -1,15 +1,20 @@
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace zsad {
 
-// The largest products of every row so far, and the chunk of columns that may raise them.
+// The largest products of every row so far, and the chunk of columns that may raise them. With margins only products
+// larger than the `wanted`-th largest so far less its row's margin are taken.
 struct Kept {
   int first, columns;     // number of the chunk's first column among all of them, and how many the chunk has
   int count;              // K
   float* values;          // [rows, K] in and out: descending; before the first chunk the lowest float
   std::int32_t* indices;  // [rows, K] in and out: their columns
+  int wanted;             // up to K
+  const float* margins;   // [rows], or none
 };
 
 // One chunk of products on its way into the best of every row.
@@ -27,8 +32,11 @@ void running_top_avx512(const RunningTop&);
 // Of every instruction set its own.
 namespace {
 
+// Products up to this one are not taken.
 inline float smallest(const Kept& kept, int row) {
-  return kept.values[std::size_t(row) * kept.count + kept.count - 1];
+  const float* values = kept.values + std::size_t(row) * kept.count;
+  if (!kept.margins) return values[kept.count - 1];
+  return std::max(values[kept.count - 1], values[kept.wanted - 1] - kept.margins[row]);
 }
 
 // Raise the largest of a row by its products with the columns begin, begin + 1, ..., end - 1 of the chunk.
@@ -37,12 +45,13 @@ inline void raise(const Kept& kept, int row, const float* products, int begin, i
   std::int32_t* indices = kept.indices + std::size_t(row) * kept.count;
   for (int c = begin; c < end; ++c) {
     const float value = products[c - begin];
-    int at = kept.count - 1;
-    if (!(value > values[at])) continue;
-    for (; at > 0 && values[at - 1] < value; --at) {
-      values[at] = values[at - 1];
-      indices[at] = indices[at - 1];
-    }
+    if (!(value > smallest(kept, row))) continue;
+    int at = 0;
+#pragma omp simd reduction(+ : at)
+    for (int k = 0; k < kept.count; ++k) at += values[k] >= value;
+    const std::size_t moved = kept.count - 1 - at;
+    std::memmove(values + at + 1, values + at, moved * sizeof *values);
+    std::memmove(indices + at + 1, indices + at, moved * sizeof *indices);
     values[at] = value;
     indices[at] = kept.first + c;
   }

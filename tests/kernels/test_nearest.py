@@ -138,6 +138,18 @@ def test_neighbours_that_int8_cannot_tell_apart(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bank_in_memory_of_lengths_near_one(precision: str) -> None:
+    # int8 measures it as it is; unlike a bank of other lengths it is not read and normalised again.
+    x, y = vectors(13, 400, 40, 9), vectors(14, 1500, 40, 9)
+    y /= np.linalg.norm(y.astype(np.float64), axis=1, keepdims=True)
+    near = y * np.random.default_rng(15).uniform(0.997, 1.003, (1500, 1)).astype(np.float32)
+    y[7] = near[7] = 0
+    for bank in (near, 2 * near):
+        check(Nearest(bank, 3, precision).search(x), x, y, 3)
+        np.testing.assert_array_equal(Nearest(bank, 3, precision).search(y[7:8])[1], [[0, 1, 2]])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_zero_vectors_have_cosine_zero(precision: str) -> None:
     x, y = vectors(7, 4, 16), -np.abs(vectors(8, 6, 16))
     x[1:] = np.abs(x[1:])

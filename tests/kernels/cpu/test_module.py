@@ -392,6 +392,28 @@ def test_int8_running_top(instruction_set: str, patches: int, columns: int, chan
     np.testing.assert_array_equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+def test_int8_running_top_takes_what_is_within_a_margin_of_the_best(instruction_set: str) -> None:
+    left, right = make_pair(18, 37, 50)[0], make_pair(19, 133, 50)[0]
+    codes = [quantise(x, instruction_set) for x in (left, right)]
+    gram = arrays.aligned_empty((37, 144), np.float32)[:, :133]
+    comparers._cpu.int8_multiply(*codes, gram, instruction_set=instruction_set)
+    second = np.sort(gram, axis=1)[:, -2]
+    margins = np.linspace(0, np.ptp(gram) / 2, 37, dtype=np.float32)
+    values, indices = np.full((37, 133), np.finfo(np.float32).min, np.float32), np.full((37, 133), -1, np.int32)
+    comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, instruction_set, margins=margins, wanted=2)
+    assert (np.diff(values, axis=1) <= 0).all()
+    for row, numbers in enumerate(indices):
+        found = numbers[numbers >= 0] - 7
+        np.testing.assert_array_equal(values[row, : len(found)], gram[row, found])
+        assert set(np.flatnonzero(gram[row] > second[row] - margins[row])) <= set(found)
+    assert (indices[0] < 0).any()
+    with pytest.raises(ValueError, match=r"margins must be \[P\]"):
+        comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, margins=margins[1:])
+    with pytest.raises(ValueError, match="wanted must be 1 to K"):
+        comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, margins=margins, wanted=134)
+
+
 def test_int8_running_top_refuses_what_does_not_fit() -> None:
     codes = quantise(np.zeros((20, 8), np.float32), "")
     values, indices = np.zeros((20, 4), np.float32), np.zeros((20, 4), np.int32)
