@@ -21,8 +21,12 @@ def tail(count: int, number: int, above: int, normal: int, defects: float = 0.0)
     for others in range(count if defects else min(count, 1)):  # defects among the images
         left = number - others
         weight = comb(number, others) * defects**others * (1 - defects) ** left
-        terms = (comb(left, k) * exp(_log_beta(k + a, left - k + b) - whole) for k in range(count - others))
-        below += weight * sum(terms)
+        # By logarithms: of a thousand images binomial coefficients are beyond any floating-point number.
+        of_all = lgamma(left + 1) - lgamma(left + a + b) - whole
+        below += weight * sum(
+            exp(of_all - lgamma(k + 1) - lgamma(left - k + 1) + lgamma(k + a) + lgamma(left - k + b))
+            for k in range(count - others)
+        )
     return 1 - below
 
 

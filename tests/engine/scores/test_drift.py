@@ -16,6 +16,12 @@ def test_the_tail_is_that_of_what_a_bank_knows(above: int, normal: int) -> None:
     assert tail(25, WINDOW, 0, 10**7, 0.1) == pytest.approx(certain, abs=1e-4)
 
 
+def test_the_tail_of_many_images() -> None:
+    for count in (10, 3000, 5000):
+        expected = stats.betabinom.sf(count - 1, 5000, 4, 26)
+        assert tail(count, 5000, 3, 29) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("normal", [20, 99, 250])
 def test_chance_goes_beyond_the_limit_as_rarely_as_is_said_whatever_the_bank(normal: int) -> None:
     rng, draws = np.random.default_rng(2), 200_000
