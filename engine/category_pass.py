@@ -220,6 +220,7 @@ class CategoryPass:
         self.failures: dict[int, str] = {}  # why images have no score, by their number
         self.stages: dict[int, Stages] = {}  # of images whose foreground the method knows nothing of, by their number
         self.seconds: dict[int, float] = {}  # that images took which are about to be written, by their number
+        self.pixels: dict[int, NDArray[np.uint8]] = {}  # of such, where the loader keeps them
         self.notes = [*self.category.notes, *references.notes]
         self.failed_references: list[Failure] = []
         self.readable_references = 0
@@ -340,6 +341,8 @@ class CategoryPass:
                 share = (time.perf_counter() - begun) / len(batch.indices)
                 took = zip(batch.indices, batch.seconds or repeat(0.0), strict=False)
                 self.seconds.update((index, read + share) for index, read in took if answered)
+                if answered:
+                    self.pixels.update(zip(batch.indices, batch.images, strict=False))
                 yield from answered
             if method.compares:
                 readable += batch.indices
@@ -510,6 +513,7 @@ class CategoryPass:
             self.noticed.damaged.get(image.index),
             image.p_value,
             self.seconds.pop(image.index, None),
+            self.pixels.pop(image.index, None),
         )
 
     def _bounds(self, writer: CategoryWriter, scores: NDArray[np.float64], results: Results | None) -> Bounds | None:

@@ -37,6 +37,7 @@ from zsad.engine.results.stream import Stream
 from zsad.engine.scores.drift import Drift
 from zsad.engine.scores.verdicts import Bounds
 from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image_memory
+from zsad.kernels.cpu.nearest import one_blas_thread
 from zsad.kernels.files import printable, written_whole
 
 from .category_pass import NO_ROOM, CategoryJob, CategoryPass, how_to_write
@@ -111,6 +112,7 @@ def watch(folder: Path, config: Config, runtime: Runtime, options: Options, list
     category = Category(name + "_" * (name in RESERVED_NAMES), folder, (), {}, ())
     with claimed(options.output, (), resume=True):
         workplace = Workplaces(config, runtime, options).of({})
+        workplace = replace(workplace, loader=replace(workplace.loader, keep_images=True))  # for overlays
         known = Known()
         with Stream(options.output / category.name, known) as stream, Arrivals(folder, options.output, known) as files:
             if stream.latest.scored or stream.latest.failed:
@@ -224,7 +226,8 @@ class Watching:
             return self._with_room(lambda: self._files.write(image, result, last_try))
 
         limits = replace(job.options.limits, bytes=image_memory(self._runtime, job.options))
-        with limited(limits), Ahead(write, loader.workers, 2 * loader.workers, loader.memory_limit, "write") as ahead:
+        ahead = Ahead(write, loader.workers, 2 * loader.workers, loader.memory_limit, "write")
+        with limited(limits), one_blas_thread(), ahead:  # maps are too small for several
             for result in scoring.results(job.config.bit_depth):
                 file = files[result.index]
                 if file.young and result.note is not None:  # damage may be that its end is not there yet

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -111,13 +112,26 @@ def network_input(image: Image.Image | NDArray[np.uint8], recipe: Recipe) -> NDA
     size = recipe.size
     if recipe.resampling == "unfiltered":
         # As IS-Net's code has its images: whole numbers again.
-        resized = np.floor(bilinear(np.asarray(image), (size, size)))
+        values = _normalised(np.floor(bilinear(np.asarray(image), (size, size))), recipe)
     else:
         whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        resized = np.asarray(_square(whole, recipe), np.float32)
-    resized /= np.float32(255)
+        levels = np.asarray(_square(whole, recipe))
+        values = np.asarray(cv2.LUT(levels, _normalised_levels(recipe)), np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _normalised(values: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32]:
+    """Normalise values from 0 to 255, [..., 3]."""
     mean, deviation = np.asarray(recipe.mean, np.float32), np.asarray(recipe.deviation, np.float32)
-    return np.ascontiguousarray(((resized - mean) / deviation).transpose(2, 0, 1))
+    normalised: NDArray[np.float32] = (values / np.float32(255) - mean) / deviation
+    return normalised
+
+
+@lru_cache
+def _normalised_levels(recipe: Recipe) -> NDArray[np.float32]:
+    """Return what each of 256 levels is when it is normalised, [256, 1, 3]."""
+    levels = np.repeat(np.arange(256, dtype=np.float32)[:, None, None], 3, axis=2)
+    return _normalised(levels, recipe)
 
 
 def _square(image: Image.Image, recipe: Recipe) -> Image.Image:

@@ -9,6 +9,7 @@ A bank of tiles is given tiles for images (tiled.py). It says distances of these
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cpu.nearest import fast_precision
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.files import printable
+from zsad.kernels.machine import available_cores
 from zsad.kernels.mutual_scoring import square_grid
 from zsad.kernels.nearest import Nearest
 
@@ -273,7 +275,9 @@ class Memory:
 
     def units(self, tokens: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Return the features [P, C] of tokens [L, P, C] by taps, then degrees."""
-        return [units for layer in tokens for units in unit_features(layer, square_grid(len(layer)), self._degrees)]
+        with ThreadPoolExecutor(min(available_cores(), len(tokens))) as pool:
+            found = pool.map(lambda layer: unit_features(layer, square_grid(len(layer)), self._degrees), tokens)
+            return [units for of_layer in found for units in of_layer]
 
     def measured(
         self, units: Sequence[NDArray[np.float32]]

@@ -57,6 +57,7 @@ class Result:
     note: str | None = None  # what the user should know of the file
     p_value: float | None = None  # share of normal images that score as high
     seconds: float | None = None  # that reading it and the networks have taken, of methods that judge each by itself
+    pixels: NDArray[np.uint8] | None = None  # [H, W, 3] RGB, where they are still there; else they are read again
 
 
 class Written(NamedTuple):
@@ -115,7 +116,7 @@ class ImageFiles:
         self, result: Result, image: InputImage, record: ImageRecord
     ) -> tuple[ImageRecord, int, Mapping[str, str]]:
         """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
-        (height, width), small, mask = self._picture(image, result.stages)
+        (height, width), small, mask = self._picture(image, result)
         key = image.key
         thumbnails: dict[str, str] = {}
         record = replace(record, width=width, height=height)
@@ -147,13 +148,15 @@ class ImageFiles:
         return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
 
     def _picture(
-        self, image: InputImage, stages: Stages | None
+        self, image: InputImage, result: Result
     ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
         """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
-        rgb = pixels(decode(image.path, self._bit_depth))  # [H, W, 3]
+        rgb = result.pixels  # [H, W, 3]
+        if rgb is None:
+            rgb = pixels(decode(image.path, self._bit_depth))
         height, width, _ = rgb.shape
         small = np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
-        return (height, width), small, self._mask(rgb[:, :, ::-1], stages)
+        return (height, width), small, self._mask(rgb[:, :, ::-1], result.stages)
 
     def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
         """Return which pixels [H, W] of an image are no background; None: all of them."""

@@ -10,10 +10,11 @@ import io
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from .records import Failure, ImageRecord
 
 SHOWN = 200  # the last images, which the page shows
 PAUSE = 1.0  # seconds from mark to mark at least
+MOST_FLUSHES = 12  # files whose content is waited for at a time
 MARK = b"[]\n"
 
 # Of the table of scores; an image has no rank, since others follow.
@@ -72,6 +74,7 @@ class Stream:
         self._scores = Growing(folder / SCORES, _csv([_COLUMNS]))
         self._regions = Growing(folder / REGIONS, _csv([REGION_COLUMNS]))
         self._unsettled, self._files, self._next_mark = False, set[str](), 0.0  # of images since the last mark
+        self._marked = False  # by a mark that may not be on disk itself
         self._recover()
 
     def __enter__(self) -> "Stream":
@@ -80,6 +83,7 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # of a full disk, say
             self.settle(at_once=True)
+            self.settle()
         for file in (self._scores, self._regions, self._journal):
             file.close()
 
@@ -107,18 +111,26 @@ class Stream:
         self.latest.failed += 1
 
     def settle(self, at_once: bool = False) -> None:
-        """Wait until all that was added is on disk, where the last time was a while ago or it has to be `at_once`."""
-        if not self._unsettled or (not at_once and time.monotonic() < self._next_mark):
+        """Wait until all that was added is on disk, where the last time was a while ago or it has to be `at_once`.
+
+        The mark itself follows with the next call.
+        """
+        if not self._unsettled:
+            if self._marked:  # nobody is waiting for it
+                self._journal.flush()
+                self._marked = False
+            return
+        if not at_once and time.monotonic() < self._next_mark:
             return
         files = {self.folder / file for file in self._files}
-        with ThreadPoolExecutor(8) as pool:  # several at once, which takes a tenth of the time
-            for _ in pool.map(_flush_if_there, [*files, *{path.parent for path in files}, self.folder]):
+        places = [*files, *{path.parent for path in files}, self.folder]
+        flushes: list[Callable[[], None]] = [partial(_flush_if_there, place) for place in places]
+        flushes += [self._scores.flush, self._regions.flush, self._journal.flush]
+        with ThreadPoolExecutor(min(len(flushes), MOST_FLUSHES)) as pool:
+            for _ in pool.map(lambda flush: flush(), flushes):  # at once, which takes a tenth of the time
                 pass
-        self._scores.flush()
-        self._regions.flush()
         self._journal.append(MARK)
-        self._journal.flush()
-        self._unsettled, self._next_mark = False, time.monotonic() + PAUSE
+        self._unsettled, self._marked, self._next_mark = False, True, time.monotonic() + PAUSE
         self._files.clear()
 
     def _note(self, arrival: Arrival, record: ImageRecord | None, reason: str | None) -> None:

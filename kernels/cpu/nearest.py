@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -541,8 +541,14 @@ def _shares(count: int) -> list[slice]:
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Yield as many threads as there are cores, each of which multiplies by itself."""
-    with ThreadPoolExecutor(available_cores()) as pool, _libraries().limit(limits=1, user_api="blas"):
+    with ThreadPoolExecutor(available_cores()) as pool, one_blas_thread():
         yield pool
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Return a context in which BLAS makes every product in the thread that asks for it."""
+    limits: AbstractContextManager[Any] = _libraries().limit(limits=1, user_api="blas")
+    return limits
 
 
 _libraries = cache(ThreadpoolController)  # looks through all that is loaded
