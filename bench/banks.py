@@ -10,7 +10,9 @@ are: the nearer the patches of a bank are to each other, the more have to be mea
 
 With --watch `zsad-infer --watch` runs with a bank of the fewest of --images, thinned to --size. More arrive one by one,
 and between any two the network alone runs in this process; how long it takes from an image's arrival to its line
-is measured from outside.
+is measured from outside. Of that its own process tells the parts: reading the image, the network, pooling its tokens,
+searching the bank, drawing map and overlay, waiting for the disk. What is left, "told", is mostly until it knows of the
+image: at once only with the library watchfiles.
 
 Validates first: distances to a small bank against the float64 reference.
 """
@@ -32,15 +34,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from zsad.engine.commands.start import infer
 from zsad.engine.config import load_config
 from zsad.engine.demo import draw_demo, draw_image
 from zsad.engine.images.decode import network_input, recipe
-from zsad.engine.methods.bank import Memory
+from zsad.engine.images.loader import HostInputs
+from zsad.engine.methods.bank import BankMethod, Memory
 from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.methods.musc import Settings
 from zsad.engine.networks.build import load_networks
 from zsad.engine.networks.network import Network
 from zsad.engine.networks.runtime import choose_runtime
+from zsad.engine.results.image_files import ImageFiles
+from zsad.engine.results.stream import Stream
+from zsad.engine.watch import Told
 from zsad.kernels import reference
 from zsad.kernels.coverage import farthest_first, project
 from zsad.kernels.cpu.comparers import unit_features
@@ -52,6 +59,15 @@ from .untrained import use_random_weights
 Array = NDArray[np.float32]
 
 SHARES = (0.01, 0.1, 1.0)
+PAUSE = 0.3  # seconds between images that arrive: the page of those before is being written
+NETWORK = "network"
+PARTS: dict[str, tuple[type, str]] = {  # of a line
+    "image": (HostInputs, "read"),
+    "pool": (Memory, "units"),
+    "search": (Memory, "measured"),
+    "files": (ImageFiles, "write"),
+    "disk": (Stream, "settle"),
+}
 CHECKED, GAP = 2000, 2e-3  # patches of the bank that is validated; int8 products find the nearest, fp32 measures it
 
 
@@ -109,6 +125,33 @@ def measure(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
     return seconds
 
 
+def timed_infer() -> int:
+    """Run zsad-infer; with --watch each line of JSON has `parts`, the seconds of each, of one image at a time."""
+    laps = dict.fromkeys((*PARTS, NETWORK), 0.0)
+
+    def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            if part == "image":  # the first part
+                laps.update(dict.fromkeys(laps, 0.0))
+            start = time.perf_counter()
+            try:
+                return work(*arguments)
+            finally:
+                laps[part] += time.perf_counter() - start
+
+        return run
+
+    def with_parts(told: Told) -> str:
+        line = {**json.loads(as_it_is(told)), "parts": {**laps, NETWORK: laps[NETWORK] - laps["pool"] - laps["search"]}}
+        return json.dumps(line)
+
+    as_it_is = Told.to_json
+    Told.to_json = with_parts  # type: ignore[assignment, method-assign]
+    for part, (owner, name) in {**PARTS, NETWORK: (BankMethod, "_patch_scores")}.items():
+        setattr(owner, name, timed(part, getattr(owner, name)))
+    return infer()
+
+
 def sizes_of(images: Sequence[int], patches: int, size: int) -> dict[str, tuple[int, int]]:
     """Return by names the images that a bank is of, and its patches per tap and degree."""
     found = {f"{size} of {count} images": (count, min(size, count * patches)) for count in images}
@@ -117,9 +160,10 @@ def sizes_of(images: Sequence[int], patches: int, size: int) -> dict[str, tuple[
 
 
 def watched(arguments: argparse.Namespace, alone: Callable[[], Any]) -> dict[str, list[float]]:
-    """Return the seconds from an image's arrival to its line, and those of the network alone before it."""
-    start = [sys.executable, "-c", "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"]
+    """Return the seconds from an image's arrival to its line, by parts too, and of the network alone before it."""
+    start = [sys.executable, "-c", "import sys; from zsad.bench.banks import timed_infer; sys.exit(timed_infer())"]
     found: dict[str, list[float]] = {"network": [], "line": []}
+    found |= {f"line: {part}": [] for part in (*PARTS, NETWORK, "told")}
     with tempfile.TemporaryDirectory(prefix="zsad-bench-") as name:
         folder, bank = Path(name), Path(name, "part.zsad")
         good = draw_demo(folder / "good", count=min(arguments.images), defects=0) / "test" / "good"
@@ -137,12 +181,16 @@ def watched(arguments: argparse.Namespace, alone: Callable[[], Any]) -> dict[str
                 alone()
                 laps.append(time.perf_counter())
                 path.rename(folder / "in" / path.name)
-                if "score" not in json.loads(process.stdout.readline()):
+                line = json.loads(process.stdout.readline())
+                if "score" not in line:
                     raise SystemExit("an image that arrived has no score: nothing was timed")
                 laps.append(time.perf_counter())
                 if number:  # the first one waits for the command to start
-                    for key, seconds in zip(found, np.diff(laps).tolist(), strict=True):
+                    before, whole = np.diff(laps).tolist()
+                    parts = {**line["parts"], "told": whole - sum(line["parts"].values())}
+                    for key, seconds in zip(found, [before, whole, *parts.values()], strict=True):
                         found[key].append(seconds)
+                time.sleep(PAUSE)
             process.send_signal(signal.SIGTERM)
     return found
 
@@ -160,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, default=7, help="counted rounds (default %(default)s)")
     add("--output", type=Path, default=RESULTS / "banks.jsonl", help="JSON lines to append to")
     arguments = parser.parse_args(argv)
-    record = environment("zsad.bench.banks", argv, ["numpy", "onnxruntime", "zsad"])
+    record = environment("zsad.bench.banks", argv, ["numpy", "onnxruntime", "openvino", "watchfiles", "zsad"])
     overrides = {"image_size": arguments.image_size, "network_precision": arguments.precision}
     config = load_config(arguments.preset, None, overrides, method_of=method_class)
     with tempfile.TemporaryDirectory() as folder:
@@ -172,17 +220,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def arrive(network: Network, _: Any, arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:
+def arrive(network: Network, settings: Any, arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:
     """Measure images that arrive, and append a record."""
     if record["weights"] != network.checkpoint:
         raise SystemExit(
             f"--watch takes the real weights of {arguments.preset}: zsad-export --preset {arguments.preset}"
         )
-    graph, (image,) = network.graphs["image"], inputs_of(network, 1)
+    graph, (image, *others) = network.graphs["image"], inputs_of(network, 4)
+    validate([np.array(graph.run({"images": other})["tokens"][0]) for other in (image, *others)], settings.degrees)
     alone = partial(graph.run, {"images": image})
     seconds = watched(arguments, alone)
-    beyond = statistics.median(line - own for own, line in zip(*seconds.values(), strict=True))
-    print(f"network {1e3 * statistics.median(seconds['network']):.0f} ms, a line {1e3 * beyond:.0f} ms later than that")
+    beyond = statistics.median(line - own for own, line in zip(seconds["network"], seconds["line"], strict=True))
+    for name, times in seconds.items():
+        print(f"  {name:<24}{1e3 * statistics.median(times):8.1f} ms")
+    print(f"a line comes {1e3 * beyond:.0f} ms later than the network alone")
     append(arguments.output, {**record, "watch": True, "patches": arguments.size, "seconds": seconds})
 
 
