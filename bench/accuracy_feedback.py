@@ -69,7 +69,9 @@ def told(
     """Return a bank after feedback; masks: of images, where they are told."""
     additions, given = Additions(bank, kind, memories(bank, place)), list[Given]()
     for image in images:
-        new = Given(str(image), f"{image:064x}", dict.fromkeys(place.networks, tokens[image]), masks.get(image))
+        new = Given(
+            str(image), f"{image:064x}", dict.fromkeys(place.networks, tokens[image : image + 1]), masks.get(image)
+        )
         try:
             additions.add(new)
         except NothingToAddError:

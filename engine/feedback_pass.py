@@ -1,7 +1,7 @@
 """From images that users give back to a bank that knows them: false alarms as normal, missed defects as such.
 
-files → digests: what the bank has already → networks: tokens [L, P, C] of each → methods/bank_feedback.py → the bank's
-file, written whole
+files → digests: what the bank has already → networks: tokens [T, L, P, C] of each, of its tiles where the bank is of
+such → methods/bank_feedback.py → the bank's file, written whole
 """
 
 import logging
@@ -134,11 +134,6 @@ def give_back(
     bank cannot be written.
     """
     work = begin(path)
-    if tiling := work.bank.header.tiling:
-        raise BankError(
-            f"{path}: the bank is of tiles, and what users tell is of whole images; save it again, with false alarms "
-            f"among the known-good images: zsad-infer --reference GOOD/ --save-bank {path} {tiling.options}"
-        )
     chosen = _chosen(work, files)
     if any(chosen.values()):
         with limited(replace(options.limits, bytes=image_memory(runtime, options))):
@@ -249,19 +244,21 @@ def _add(
     with network_tokens(images, bank.header.bit_depth, workplace, report) as found:
         for index, reason in found.failures:
             work.fail(paths[index], reason)
-        for row, index in enumerate(found.indices):
+        rows = np.array(found.indices)
+        for index, size in found.images.items():
             path = paths[index]
-            tokens = {name: array[row] for name, array in found.tokens.items()}
-            image = Given(printable(path.name), files[path], tokens, masks.get(path))
+            first, last = np.searchsorted(rows, index), np.searchsorted(rows, index, side="right")
+            tokens = {name: array[first:last] for name, array in found.tokens.items()}
+            image = Given(printable(path.name), files[path], tokens, masks.get(path), size)
             try:
                 additions.add(image)
             except NothingToAddError as error:
                 work.fail(path, str(error))
                 continue
             given.append(image)
-            before.append(image_score(bank.header, known, tokens))
+            before.append(image_score(bank.header, known, image))
         if not given:
             return
         changed = additions.bank(given, before, datetime.now(timezone.utc).replace(microsecond=0))
         known = memories(changed, place)
-        work.bank = with_scores(changed, [image_score(changed.header, known, image.tokens) for image in given])
+        work.bank = with_scores(changed, [image_score(changed.header, known, image) for image in given])

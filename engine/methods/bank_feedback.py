@@ -1,7 +1,9 @@
 """What users say of images that a bank has scored: false alarms are normal from now on, missed defects are defects.
 
-an image's tokens [L, P, C] → those of its patches that tell something → a step of the bank, stored beside what was
+an image's tokens [T, L, P, C] → those of its patches that tell something → a step of the bank, stored beside what was
 there before → the bank's own images as they are now without themselves: scores and highest map values [n]
+
+Of a bank of whole images T is 1; of one of tiles they are those that the image is cut into.
 
 A step only adds, so that taking it back leaves what was there before, to the byte. Bounds are derived from the images
 that the bank was made from alone: those that users give back were picked for being odd, and would raise them.
@@ -20,6 +22,8 @@ from zsad.kernels.mutual_scoring import square_grid
 
 from .bank import Memory, Search, raised, raw_scores
 from .bank_file import Bank, Features, GivenImage, Header, Key, Kind, Step, keys_of
+from .tile_grid import stitched, tile_grid
+from .tiles import cut
 
 USUAL = 95  # percentile of the distances of the bank's own patches, up to which a patch has nothing to add
 COVERED = 0.5  # of a patch by a mask, from which on it is a part of the defect
@@ -37,14 +41,19 @@ class Given:
 
     name: str
     sha256: str
-    tokens: Mapping[str, NDArray[np.float32]]  # [L, P, C] by networks
+    tokens: Mapping[str, NDArray[np.float32]]  # [T, L, P, C] by networks
     mask: NDArray[np.float32] | None = None  # [h, w] in [0, 1], where a rejected one has its defect
+    size: tuple[int, int] = (0, 0)  # height and width, of an image that is cut
 
 
-def image_score(header: Header, memories: Mapping[str, Memory], tokens: Mapping[str, NDArray[np.float32]]) -> float:
+def image_score(header: Header, memories: Mapping[str, Memory], given: Given) -> float:
     """Return an image's score in [0, 1]."""
-    patches = {name: memories[name].distances(own)[None] for name, own in tokens.items()}
-    return float(header.image_scale.values(raw_scores(header, patches))[0])
+    patches = {name: np.stack([memories[name].distances(one) for one in own]) for name, own in given.tokens.items()}
+    if not header.tiling:
+        return float(header.image_scale.values(raw_scores(header, patches))[0])
+    maps = patches[header.map_network]
+    whole = stitched(given.size, header.tiling, maps.reshape(-1, *square_grid(maps.shape[1])))
+    return float(header.image_scale.values(np.array([float(whole.max())]))[0])
 
 
 class Additions:
@@ -59,7 +68,7 @@ class Additions:
     def add(self, given: Given) -> None:
         """Choose an image's patches; raises NothingToAddError."""
         chosen: dict[str, NDArray[np.intp]] = {}
-        units = {name: self._memories[name].units(tokens) for name, tokens in given.tokens.items()}
+        units = {name: _of_all_tiles(self._memories[name], tokens) for name, tokens in given.tokens.items()}
         for name, own in units.items():
             left = self._bank.header.room - self._taken(name)
             if left <= 0:
@@ -70,7 +79,7 @@ class Additions:
             if self._kind == "accept":
                 chosen[name] = self._odd(name, own, left)
             else:
-                chosen[name] = self._defect(name, own, given.mask)[:left]
+                chosen[name] = self._defect(name, own, given)[:left]
         if not any(map(len, chosen.values())):
             raise NothingToAddError(
                 f"none of its patches is more unusual than {USUAL} % of those of the bank's images, so that there is "
@@ -107,14 +116,24 @@ class Additions:
                 nearest[index] = nearer(nearest[index], np.sqrt(squared)[:, None])
         return np.array(taken, np.intp)
 
-    def _defect(self, network: str, units: Units, mask: NDArray[np.float32] | None) -> NDArray[np.intp]:
+    def _defect(self, network: str, units: Units, given: Given) -> NDArray[np.intp]:
         """Return patches in the mask, or without one those that decide the image's score; the most unusual first."""
         unusual = raised(self._memories[network].measured(units)[0], None, 0)
-        if mask is None:
-            return np.argsort(-unusual, kind="stable")[: max(1, round(TOP_FRACTION * len(unusual)))]
-        covered = patch_cover(mask, len(unusual))
+        patches = given.tokens[network].shape[2]
+        if given.mask is None:
+            return np.argsort(-unusual, kind="stable")[: max(1, round(TOP_FRACTION * patches))]
+        covered = self._cover(given.mask, given.size, patches)
         inside = np.flatnonzero((covered > 0) & (covered >= min(COVERED, covered.max())))  # small ones cover no half
         return inside[np.argsort(-unusual[inside], kind="stable")]
+
+    def _cover(self, mask: NDArray[np.float32], size: tuple[int, int], patches: int) -> NDArray[np.float32]:
+        """Return which part of each patch a mask [h, w] covers, [T · P] of all tiles, each of so many patches."""
+        if not (tiling := self._bank.header.tiling):
+            return patch_cover(mask, patches)
+        if mask.shape != size:
+            mask = np.asarray(cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA), np.float32)
+        boxes = tile_grid(size, tiling, square_grid(patches)[0]).boxes()
+        return np.concatenate([patch_cover(cut(mask, box), patches) for box in boxes])
 
     def bank(self, images: Sequence[Given], before: Sequence[float], when: datetime) -> Bank:
         """Return the bank with these additions; images: those that have added something, with the scores they had."""
@@ -143,6 +162,11 @@ def with_scores(bank: Bank, after: Sequence[float]) -> Bank:
     images = [image.model_copy(update={"after": score}) for image, score in zip(last.images, after, strict=True)]
     last = last.model_copy(update={"images": tuple(images)})
     return replace(bank, header=bank.header.model_copy(update={"feedback": (*steps, last)}))
+
+
+def _of_all_tiles(memory: Memory, tokens: NDArray[np.float32]) -> Units:
+    """Return the features [T · P, C] of tokens [T, L, P, C] by taps, then degrees."""
+    return [np.concatenate(parts) for parts in zip(*map(memory.units, tokens), strict=True)]
 
 
 def patch_cover(mask: NDArray[np.float32], patches: int) -> NDArray[np.float32]:

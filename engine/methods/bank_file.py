@@ -28,7 +28,7 @@ from zsad.kernels.files import parse_json, written_whole
 from zsad.kernels.machine import default_memory_limit
 from zsad.kernels.mutual_scoring import square_grid
 
-from .tile_grid import tile_grid
+from .tile_grid import stitched, tile_grid
 
 VERSION, VERSION_OF_TILES = 1, 2  # of the format; those who know the first alone cannot read banks of tiles
 SUFFIX = ".zsad"
@@ -237,14 +237,11 @@ class Bank:
 
     def whole_maps(self, patches: NDArray[np.floating[Any]]) -> Iterator[NDArray[np.float32]]:
         """Put the maps [P] of all tiles together to that of each of the bank's images; patches: [tiles, P]."""
-        grid, first = square_grid(patches.shape[1]), 0
+        (side, _), first = square_grid(patches.shape[1]), 0
         for height, width in self.sizes.tolist():
-            tiles = tile_grid((height, width), self.header.tiling, grid[0])
-            whole = np.zeros(tiles.size, np.float32)
-            for tile in range(len(tiles)):
-                tiles.add(whole, tile, patches[first + tile].reshape(grid).astype(np.float32))
-            first += len(tiles)
-            yield whole
+            last = first + len(tile_grid((height, width), self.header.tiling, side))
+            yield stitched((height, width), self.header.tiling, patches[first:last].reshape(-1, side, side))
+            first = last
 
     def added(self, kind: Kind, key: Key) -> NDArray[np.float32]:
         """Return the vectors [A, C] of all that was accepted, or rejected."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,15 @@ class TileGrid:
         cells = values if values.shape == wanted else bilinear(values, wanted)
         height, width = here.shape
         here += cells[:height, :width] * self.rows.weights[row, :height, None] * self.columns.weights[column, :width]
+
+
+def stitched(size: tuple[int, int], tiling: Tiling, maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Return the map of an image of a height and width, of those [T, g, g] of its tiles."""
+    grid = tile_grid(size, tiling, maps.shape[1])
+    whole = np.zeros(grid.size, np.float32)
+    for tile, values in enumerate(maps.astype(np.float32)):
+        grid.add(whole, tile, values)
+    return whole
 
 
 @dataclass(frozen=True)

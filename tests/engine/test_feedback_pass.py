@@ -111,6 +111,33 @@ def test_a_missed_defect_is_rejected_where_its_mask_is(tell: Callable[..., tuple
 
 
 @pytest.mark.slow
+def test_a_bank_of_tiles_learns_as_one_of_whole_images_does(
+    tell: Callable[..., tuple[int, Any, str]], tiny: Path
+) -> None:
+    options = ["--reference", "good", "--save-bank", "part.zsad", "--config", str(tiny / "config.toml")]
+    assert main([*options, "--tile", "50", "--device", "cpu", "-q"]) == 0  # 2 × 2 or 2 × 3 in each image
+    first = read_header(Path("part.zsad"))[1]
+    assert tell("--accept", "new/00.png", "-q")[0] == 0
+    (accepted,) = read_header(Path("part.zsad"))[0].feedback[0].images
+    assert accepted.after == pytest.approx(score_of("00.png")[0], abs=1e-6)
+    assert accepted.after < accepted.before
+    before = score_of("01.png")[0]
+    mask = Image.new("L", (194, 160))  # twice as large
+    ImageDraw.Draw(mask).rectangle((20, 20, 70, 80), 255)
+    mask.save("01_mask.png")
+    assert tell("--reject", "new/01.png", "new/02.png", "--masks", "01_mask.png", "-q")[0] == 0
+    in_mask, without = read_header(Path("part.zsad"))[0].feedback[1].images
+    assert in_mask.before == pytest.approx(before, abs=1e-6)
+    assert in_mask.after == pytest.approx(score_of("01.png")[0], abs=1e-6)
+    assert in_mask.after > in_mask.before
+    assert without.patches["dinov2"] == 1  # as of one tile
+    # The mark of 26 × 31 pixels lies in the first tile, of 50 pixels and 25 patches, and reaches into the next ones.
+    assert 8 <= in_mask.patches["dinov2"] <= 30
+    assert tell("--undo", "-q")[0] == tell("--undo", "-q")[0] == 0
+    assert read_header(Path("part.zsad"))[1] == first
+
+
+@pytest.mark.slow
 def test_what_cannot_be_done_is_a_line_each_and_the_others_are_done(
     tell: Callable[..., tuple[int, Any, str]],
 ) -> None:

@@ -52,12 +52,12 @@ def told(bank: Bank, kind: Kind, tokens: NDArray[np.float32], masks: Sequence[An
     additions, given, known = Additions(bank, kind, memories(bank, place())), [], memories(bank, place())
     for number, image in enumerate(tokens):
         digest = f"{len(bank.header.feedback)}{number}" * 32
-        given.append(Given(f"{number}.png", digest, {"dinov2": image}, None if masks is None else masks[number]))
+        given.append(Given(f"{number}.png", digest, {"dinov2": image[None]}, None if masks is None else masks[number]))
         additions.add(given[-1])
-    before = [image_score(bank.header, known, image.tokens) for image in given]
+    before = [image_score(bank.header, known, image) for image in given]
     changed = additions.bank(given, before, WHEN)
     known = memories(changed, place())
-    return with_scores(changed, [image_score(changed.header, known, image.tokens) for image in given])
+    return with_scores(changed, [image_score(changed.header, known, image) for image in given])
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_there_is_room_for_a_quarter_of_the_size() -> None:
     assert bank.header.room == 3
     additions, whole = Additions(bank, "reject", memories(bank, place())), np.ones((9, 9), np.float32)
     for number, room in enumerate((True, False)):
-        given = Given("a", f"{number}" * 64, {"dinov2": odd_tokens(2)[number]}, whole)
+        given = Given("a", f"{number}" * 64, {"dinov2": odd_tokens(2)[number : number + 1]}, whole)
         if room:
             additions.add(given)
             continue
