@@ -128,7 +128,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"width": 40, "registers": 2},
         {"outputs": ("tokens", "embedding", "windows_2", "windows_3"), "taps": (0,)},
     ),
-    "layers of many inputs": ({"width": 40, "hidden": 2100}, {"taps": (1, 2)}),
+    "layers of many inputs": ({"width": 40, "hidden": 1100}, {"taps": (1,)}),
     "windows alone": ({"width": 48}, {"outputs": ("windows_3",), "taps": ()}),
     "windows of gated blocks": ({"width": 48, "gated": True}, {"outputs": ("tokens", "windows_2"), "taps": (1,)}),
     "clip": (
@@ -159,7 +159,7 @@ def test_a_tower_equals_the_definition(instruction_set: str, case: str, tmp_path
             assert found[name].dtype == np.float32
             assert found[name].shape[1:] == ready.outputs[name]
             if precision == "fp32":
-                assert np.linalg.norm(found[name] - array) <= 3e-6 * np.linalg.norm(array)
+                assert np.linalg.norm(found[name] - array) <= 1e-6 * np.linalg.norm(array)
             else:
                 assert token_cosines(found[name], array).min() > 0.9985
                 assert np.linalg.norm(found[name] - array) <= 0.03 * np.linalg.norm(array)
