@@ -45,8 +45,10 @@
 // Accumulators live in registers only if the loops over them are unrolled early.
 #if defined(__GNUC__)
 #define ZSAD_UNROLL _Pragma("GCC unroll 16")
+#define ZSAD_NOINLINE __attribute__((noinline))
 #else
 #define ZSAD_UNROLL
+#define ZSAD_NOINLINE
 #endif
 
 namespace zsad {
@@ -387,6 +389,21 @@ struct GramRows {
 struct KeptRows {
   const Kept& kept;
   float* least;  // of every row: products up to it are not taken
+  int* counts;   // of every row: the entries that it has; with margins only
+
+  KeptRows(const Kept& kept, int rows) : kept(kept) {
+    static thread_local std::vector<float> room;
+    static thread_local std::vector<int> counted;
+    room.resize(rows);
+    counted.resize(rows);
+    least = room.data();
+    counts = counted.data();
+    for (int row = 0; row < rows; ++row) {
+      least[row] = smallest(kept, row);
+      const float* values = kept.values + std::size_t(row) * kept.count;
+      counts[row] = int(std::count_if(values, values + kept.count, [](float v) { return v > kLowest; }));
+    }
+  }
 
   template <int Vectors>
   void take(int row, int column, const Floats* products) {
@@ -396,17 +413,61 @@ struct KeptRows {
   }
 
  private:
+  static constexpr float kLowest = -std::numeric_limits<float>::max();
+
   template <int Vectors>
-  void raise_by(int row, int column, const Floats* products, std::uint64_t found) {
+  ZSAD_NOINLINE void raise_by(int row, int column, const Floats* products, std::uint64_t found) {
     const int columns = kept.columns - column;
     if (columns < Vectors * kLanes) found &= (std::uint64_t(1) << std::max(columns, 0)) - 1;
     float values[Vectors * kLanes];
     for (int j = 0; j < Vectors; ++j) store_floats(values + j * kLanes, products[j]);
     for (; found; found &= found - 1) {
       const int c = __builtin_ctzll(found);
-      raise(kept, row, values + c, column + c, column + c + 1);
+      if (kept.margins)
+        join(row, values[c], kept.first + column + c);
+      else
+        raise(kept, row, values + c, column + c, column + c + 1);
     }
-    least[row] = smallest(kept, row);
+    if (!kept.margins) least[row] = smallest(kept, row);
+  }
+
+  // Take a product among the entries of a row: the `wanted` largest come first, descending, the others as they come.
+  void join(int row, float value, std::int32_t index) {
+    if (!(value > least[row])) return;
+    float* values = kept.values + std::size_t(row) * kept.count;
+    std::int32_t* indices = kept.indices + std::size_t(row) * kept.count;
+    for (int at = 0; at < std::min(kept.wanted, counts[row]); ++at)
+      if (value > values[at]) {
+        std::swap(value, values[at]);
+        std::swap(index, indices[at]);
+      }
+    if (counts[row] >= kept.wanted) least[row] = values[kept.wanted - 1] - kept.margins[row];
+    if (counts[row] == kept.count && !make_room(row, values, indices, value)) return;
+    values[counts[row]] = value;
+    indices[counts[row]++] = index;
+  }
+
+  // Remove what is of no use by now from a full row, or else its smallest entry, if that is smaller than a value;
+  // returns whether there is room.
+  bool make_room(int row, float* values, std::int32_t* indices, float value) {
+    int left = kept.wanted, smallest = kept.wanted;
+    for (int k = kept.wanted; k < kept.count; ++k) {
+      if (values[k] < values[smallest]) smallest = k;
+      if (!(values[k] > least[row])) continue;
+      values[left] = values[k];
+      indices[left++] = indices[k];
+    }
+    if (left < kept.count) {
+      std::fill(values + left, values + kept.count, kLowest);
+      std::fill(indices + left, indices + kept.count, -1);
+      counts[row] = left;
+      return true;
+    }
+    if (kept.wanted == kept.count || !(value > values[smallest])) return false;
+    values[smallest] = values[kept.count - 1];
+    indices[smallest] = indices[kept.count - 1];
+    counts[row] = kept.count - 1;
+    return true;
   }
 };
 
@@ -435,8 +496,8 @@ void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows& ou
     const int end = std::min(last * kPanel - 1 + std::min(apart, patches), patches - 1) / kPanel + 1;
     const auto pass = [&](auto panels) {
       const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
-      multiply_panels<panels>(a, b, layout, first * kPanel, std::min(last * kPanel, layout.patches), panel, rows, columns,
-                              out);
+      const int end_of_rows = std::min(last * kPanel, layout.patches);
+      multiply_panels<panels>(a, b, layout, first * kPanel, end_of_rows, panel, rows, columns, out);
       panel += panels;
     };
     while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
@@ -518,10 +579,7 @@ void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Ima
 }
 
 void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, const Kept& kept) {
-  static thread_local std::vector<float> least;
-  least.clear();
-  for (int p = 0; p < left.layout.patches; ++p) least.push_back(smallest(kept, p));
-  KeptRows rows{kept, least.data()};
+  KeptRows rows(kept, left.layout.patches);
   multiply(left, right, std::numeric_limits<int>::max(), rows);
 }
 

@@ -304,7 +304,7 @@ class Search:
             of_worth = _compact(of_found, worth)
             cosines[at], indices[at] = largest(self._measure(queries[at], of_worth), of_worth, self._k)
             if values.shape[2] < self._vectors:  # else nothing was left out
-                doubtful[at] = values[:, at, -1].max(axis=0) + errors[at] >= cosines[at, -1]
+                doubtful[at] = values[:, at].min(axis=2).max(axis=0) + errors[at] >= cosines[at, -1]
             np.clip(cosines[at], -1, 1, out=cosines[at])
 
         list(pool.map(finish, _shares(len(queries))))
@@ -328,8 +328,8 @@ class Search:
     ) -> tuple[Array, Indices]:
         """Return the K largest products of every query with each of G runs of chunks, and their numbers, [G, Q, K].
 
-        They descend; where there are fewer, lowest floats and numbers −1 are behind them. What is left out is at most
-        as large as the last of them, or further than two errors from the k-th.
+        Where there are fewer, lowest floats and numbers −1 are behind them. What is left out is at most as large as the
+        smallest of them, or further than two errors from the k-th.
         """
         queries, kept = chunks[-1].stop, min(self._k + product.spare, self._vectors)
         resident = self._chunks if product is self._product else None

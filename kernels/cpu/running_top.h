@@ -7,7 +7,8 @@
 namespace zsad {
 
 // The largest products of every row so far, and the chunk of columns that may raise them. With margins only products
-// larger than the `wanted`-th largest so far less its row's margin are taken.
+// larger than the `wanted`-th largest so far less its row's margin are taken, and behind the `wanted` largest they come
+// in any order.
 struct Kept {
   int first, columns;     // number of the chunk's first column among all of them, and how many the chunk has
   int count;              // K
