@@ -59,6 +59,15 @@ ROWS = {
     "clean": "`--references clean`: blends 1",
 }
 PRECISION_ROWS = {"small": "preset `small`", "maximum": "the maximum of the map"}
+LINE_PARTS = {
+    "told": "until it is known of the image, and what is not told below",
+    "image": "decoding, and the network's input",
+    "network": "the network",
+    "pool": "pooling its tokens",
+    "search": "searching the bank",
+    "files": "map, overlay and thumbnails",
+    "disk": "waiting for the disk, at most once a second",
+}
 PEERS = {
     "reference": "the steps of the published code in PyTorch, nothing written",
     "zsad": "zsad, from files to report",
@@ -687,18 +696,32 @@ def bank_times_table() -> str:
         )
         head = ["", "patches per tap and degree", "time", "times the network's"]
         blocks.append(f"{caption}:\n\n" + table(head, rows))
-    rows = []
-    for record in {r["precision"]: r for r in records if r["watch"]}.values():
+    blocks += watched_blocks({r["precision"]: r for r in records if r["watch"]})
+    return "\n\n".join(blocks)
+
+
+def watched_blocks(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what lines of a watched folder take, and their parts where they are known; records: by precisions."""
+    rows, parts, blocks = [], dict[str, list[str]](), list[str]()
+    for record in records.values():
         alone, line = (record["seconds"][name] for name in ("network", "line"))
         beyond = statistics.median(whole - own for own, whole in zip(alone, line, strict=True))
         times = [f"{1e3 * value:.0f} ms" for value in (statistics.median(alone), statistics.median(line), beyond)]
         rows.append([record["precision"], str(record["patches"]), *times])
+        for part, said in LINE_PARTS.items():
+            if f"line: {part}" in record["seconds"]:
+                median = statistics.median(record["seconds"][f"line: {part}"])
+                parts.setdefault(said, []).append(f"{1e3 * median:.0f} ms")
     if rows:
         head = ["network", "patches per tap and degree", "network alone", "from arrival to line", "beyond the network"]
         blocks.append(
             f"Images that arrive one by one in a folder that is watched; {where(record)}:\n\n{table(head, rows)}"
         )
-    return "\n\n".join(blocks)
+    if parts:
+        known = [precision for precision, record in records.items() if "line: told" in record["seconds"]]
+        head = ["from arrival to line, medians", *known]
+        blocks.append(f"Of that, one after the other:\n\n{table(head, [[said, *ms] for said, ms in parts.items()])}")
+    return blocks
 
 
 def measured(rate: Mapping[str, float]) -> str:
