@@ -149,3 +149,15 @@ def test_runs_say_how_many_tiles_there_were(records: list[Mapping[str, Any]]) ->
     table = tables.runs_table()
     assert "preset `vvv`, 2 images at 240 px, 4 tiles each, a runtime, networks fp32: 0.05 images/s" in table
     assert "| masks | 15.0 s |\n| write | 250.0 ms |\n| all together | 20.0 s |" in table
+
+
+def test_a_watched_line_has_its_parts_where_they_are_known() -> None:
+    seconds = {"network": [0.25, 0.5], "line": [0.5, 0.75]}
+    parts = {f"line: {part}": [0.125] for part in tables.LINE_PARTS}
+    record = {**ENVIRONMENT, "precision": "fp32", "patches": 9, "seconds": seconds}
+    (whole,) = tables.watched_blocks({"fp32": record})
+    assert "| fp32 | 9 | 375 ms | 625 ms | 250 ms |" in whole
+    _, known = tables.watched_blocks({"fp32": record, "int8": {**record, "seconds": {**seconds, **parts}}})
+    assert "| from arrival to line, medians | int8 |" in known
+    assert known.count("| 125 ms |") == len(tables.LINE_PARTS)
+    assert tables.watched_blocks({}) == []
