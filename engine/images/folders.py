@@ -92,7 +92,8 @@ def scan(data: Location, exclude: Path | None = None) -> Dataset:
 def _read(data: Path, exclude: Path | None) -> Folder:
     hidden = os.path.realpath(exclude) if exclude is not None else None
     if not os.path.lexists(data):
-        raise NothingToScoreError(f"{data}: there is no such folder")
+        kind = "list" if data.suffix.lower() in SUFFIXES_OF_LISTS else "folder"
+        raise NothingToScoreError(f"{data}: there is no such {kind}")
     if not os.path.isdir(data):  # noqa: PTH112 - pathlib raises where a folder may not be entered
         raise NothingToScoreError(
             f"{data}: is a file, and folders of images are read; give {data.parent}/, a new folder with a copy of it, "

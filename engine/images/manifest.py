@@ -26,7 +26,7 @@ from .ground_truth import NO_MASKS, ImageMasks
 from .layouts import is_normal
 from .limits import ImageError
 from .names import marked, result_folder, shortened
-from .remote import Location, Remote, check_opens, is_url, location
+from .remote import Location, Remote, check_opens, is_url, location, open_remote, said
 
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 PATHS = ("path", "url", "image")  # what the column of files may be called; the first of these counts
@@ -284,10 +284,16 @@ def _rows(data: Location) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield from enumerate(rows, 1)
     except ManifestError as error:
         raise ManifestError(f"{data}: {error}") from None
+    except ImageError:  # which names it
+        raise
     except UnicodeDecodeError:
         raise ManifestError(f"{data}: is no UTF-8 text; save it as UTF-8") from None
     except (OSError, csv.Error) as error:
         raise ManifestError(f"{data}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except Exception as error:  # file systems have errors of their own
+        if isinstance(data, Path):
+            raise
+        raise ManifestError(f"{data}: cannot be fetched: {said(error)}") from None
 
 
 @contextmanager
@@ -298,13 +304,12 @@ def _opened(data: Location) -> Iterator[BinaryIO]:
             yield file
         return
     check_opens(data)
-    import fsspec  # only where a URL is given
-
     try:
-        with fsspec.open(data.url, "rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise ManifestError("there is no such file") from None
+        opened = open_remote(data)
+    except OSError as error:
+        raise ManifestError(error.strerror) from None
+    with opened as file:
+        yield file
 
 
 def _csv_rows(file: BinaryIO) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from zsad.export.libraries import install_command
 from zsad.kernels.files import file_sha256
@@ -22,6 +22,7 @@ from .limits import ImageError, check_bytes
 HEAD = 1 << 16  # bytes that are asked for first
 RECENT = 64 << 20  # bytes of whole files that are kept
 AT_ONCE = 32  # requests for facts of files, which mostly wait
+GONE = (404, 410)  # what HTTP servers say of files that there are not
 PLUG_INS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}  # by scheme
 
 Result = TypeVar("Result")
@@ -155,15 +156,25 @@ def _asked(file: Remote, ask: Callable[[Any, str], Any]) -> Any:
     """Return what a file system answers; raises OSError for whatever goes wrong, of which each has its own kind."""
     try:
         return ask(*_filesystem(file))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        why = error.__cause__  # fsspec says that of servers that cannot be reached or refuse, too
+        unreached = isinstance(why, OSError) and not isinstance(why, FileNotFoundError)
+        if why is not None and (unreached or getattr(why, "status", GONE[0]) not in GONE):
+            raise OSError(5, f"cannot be fetched: {said(why)}") from None
         raise FileNotFoundError(2, "there is no such file") from None
     except ImportError as error:
         raise OSError(5, _missing(file, error)) from None
     except Exception as error:
-        raise OSError(5, f"cannot be fetched: {_said(error)}") from None
+        raise OSError(5, f"cannot be fetched: {said(error)}") from None
 
 
-def _said(error: Exception) -> str:
+def open_remote(file: Remote) -> BinaryIO:
+    """Open a file of which parts are fetched as they are read; raises OSError where it cannot be opened."""
+    opened: BinaryIO = _asked(file, lambda system, path: system.open(path, "rb"))
+    return opened
+
+
+def said(error: BaseException) -> str:
     """Say what went wrong, without a URL that may have a signature."""
     text = " ".join(str(error).split()) or type(error).__name__
     return " ".join(word.split("?")[0] for word in text.split(" "))

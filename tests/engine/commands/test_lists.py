@@ -123,6 +123,21 @@ def test_a_list_at_a_url_names_files_beside_it(infer, tmp_path: Path) -> None:
     assert {path.name for path in Path("out/list/maps").iterdir()} == {"00.tiff", "01.tiff", "02.tiff"}
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:9/list.csv", "cannot be fetched: Cannot connect to host 127.0.0.1:9"),
+        ("{server}/nowhere.csv", "there is no such file"),
+        ("unheard://of/list.csv", "cannot be fetched: Protocol not known: unheard"),
+        ("nowhere.csv", "there is no such list"),
+    ],
+)
+def test_a_list_that_cannot_be_fetched_says_why(infer, server: str, capsys, url: str, said: str) -> None:
+    assert infer(url.format(server=server)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 def test_a_url_that_is_no_list_says_what_is_read(infer, capsys) -> None:
     assert infer("memory://images/") == 2
     assert "only lists are read (.csv" in capsys.readouterr().err
