@@ -17,6 +17,8 @@
 // Keys: where the caller also wants to know which patch won, the candidates carry their patch number in the lowest bits
 // of the mantissa while the maxima are taken (one logical operation per candidate), see gram_pass.h.
 //
+// A Gram of 8-bit products is approximate anyway: its pass has 16 bits where they are enough (narrow_pass.h).
+//
 // This file is compiled once per instruction set (ZSAD_TARGET); the loops are plain so that each compiler flag set
 // vectorises them its own way.
 //
@@ -24,12 +26,13 @@
 // that take the place of remainders it is 4.2 ms, and with keys 7.9 ms.
 #include "gram_pass.h"
 
+#include "buffer.h"
+#include "narrow_pass.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #define ZSAD_JOIN_(a, b) a##b
@@ -38,27 +41,9 @@
 namespace zsad {
 namespace {
 
-constexpr std::size_t kAlign = 64;
 constexpr int kLanes = 16;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(kAlign)); }
-};
-
-// Zero-initialised, 64-byte aligned floats.
-class Buffer {
- public:
-  explicit Buffer(std::size_t n)
-      : data_(static_cast<float*>(::operator new[](n * sizeof(float), std::align_val_t(kAlign)))) {
-    std::fill_n(data_.get(), n, 0.0f);
-  }
-  float* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<float[], AlignedDelete> data_;
-};
 
 // Patches [first, last).
 struct Span {
@@ -184,8 +169,8 @@ void add_horizontal(const float* s, const float* masks, int mask_stride, Span pa
 }
 
 // The masks of add_horizontal, `stride` floats apart.
-Buffer edge_masks(int reach, int P, int W, int stride) {
-  Buffer masks(std::size_t(2 * std::max(reach, 1)) * stride);
+Buffer<float> edge_masks(int reach, int P, int W, int stride) {
+  Buffer<float> masks(std::size_t(2 * std::max(reach, 1)) * stride);
   for (int d = 0; d < reach; ++d)
     for (int q = 0; q < P; ++q) {
       masks.get()[std::size_t(2 * d) * stride + q] = q % W > d ? 1.0f : 0.0f;
@@ -219,13 +204,13 @@ void filter_and_reduce(const GramPass& a) {
   const int H = a.rows, W = a.columns, P = H * W, stride = round_up(P, kLanes);
   const int reach = *std::max_element(a.degrees, a.degrees + a.degree_count) / 2;
 
-  Buffer zeros(stride);
-  std::vector<Buffer> rings;  // rings[k - 1]: the last 2k + 1 vertical sums of reach k
+  Buffer<float> zeros(stride);
+  std::vector<Buffer<float>> rings;  // rings[k - 1]: the last 2k + 1 vertical sums of reach k
   for (int k = 1; k <= reach; ++k) rings.emplace_back(std::size_t(2 * k + 1) * stride);
   const auto ring_row = [&](int k, int x) { return rings[k - 1].get() + std::size_t(x % (2 * k + 1)) * stride; };
 
-  const Buffer masks = edge_masks(reach, P, W, stride);
-  Buffer summed(stride + 2 * kLanes), filtered(std::size_t(stride) + 2 * kMaxReach * W + 2 * kLanes);
+  const Buffer<float> masks = edge_masks(reach, P, W, stride);
+  Buffer<float> summed(stride + 2 * kLanes), filtered(std::size_t(stride) + 2 * kMaxReach * W + 2 * kLanes);
   const RowWork work{H,
                      W,
                      stride,
@@ -278,6 +263,12 @@ void filter_and_reduce(const GramPass& a) {
 }  // namespace
 
 void ZSAD_JOIN(gram_pass_, ZSAD_TARGET)(const GramPass& a) {
+#if defined(__AVX512BW__)
+  if (a.keys && a.narrow) {
+    NarrowPass pass(a);
+    if (pass.fits()) return pass.run();
+  }
+#endif
   a.keys ? filter_and_reduce<true>(a) : filter_and_reduce<false>(a);
 }
 

@@ -123,7 +123,7 @@ bool has_shape(const A& array, std::size_t rows, std::size_t columns) {
 
 void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int>& degrees, const Matrix& inverse_left,
                const Matrix& inverse_right, const Output& best_left, const Output& best_right, bool keys,
-               std::optional<int> window, const std::string& instruction_set) {
+               std::optional<int> window, bool narrow, const std::string& instruction_set) {
   require(grid.first >= 1 && grid.second >= 1, "the grid needs at least one row and one column");
   const std::size_t P = std::size_t(grid.first) * grid.second, R = degrees.size();
   require(has_shape(gram, P, P) && gram.stride(1) == 1,
@@ -143,7 +143,7 @@ void gram_pass(const Gram& gram, std::pair<int, int> grid, const std::vector<int
   const zsad::GramPass arguments{
       gram.data(), gram.stride(0),      grid.first,           grid.second,      degrees.data(),
       int(R),      inverse_left.data(), inverse_right.data(), best_left.data(), best_right.data(),
-      keys,
+      keys,                narrow,
       std::min(window.value_or(std::numeric_limits<int>::max()), std::max(grid.first, grid.second))};
   nb::gil_scoped_release release;
   run(arguments);
@@ -455,9 +455,10 @@ NB_MODULE(_cpu, m) {
            "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
            "last of all blocks, [B, W, C], raw.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
-        "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "instruction_set"_a = "",
+        "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "narrow"_a = false, "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of "
-        "patches at most window rows and columns apart.");
+        "patches at most window rows and columns apart. narrow: of a Gram that is approximate, in 16 bits where these "
+        "are enough.");
   m.def("pool", &pool, "tokens"_a, "grid"_a, "degrees"_a, "zero_length"_a, "inverse"_a, "unit"_a = nb::none(),
         "instruction_set"_a = "",
         "Box-sum tokens [P, C] for every degree: inverse lengths [R, P] and, where wanted, unit features [R, P, C].");

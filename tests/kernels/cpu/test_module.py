@@ -73,6 +73,47 @@ def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> N
             np.testing.assert_allclose(chosen, rows.max(axis=1), atol=precision + 2e-6)
 
 
+@pytest.mark.parametrize("instruction_set", PASS_SETS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("grid", "degrees"), [((1, 1), [1]), ((2, 3), [3, 1]), ((7, 9), [1, 3, 5]), ((20, 17), [1, 9])])
+def test_narrow_keys_are_off_by_a_few_counts(
+    instruction_set: str, grid: tuple[int, int], degrees: list[int], offset: float
+) -> None:
+    pair = make_pair(16, grid[0] * grid[1], 64, offset)
+    pair[1][1:2] = 0
+    found = run_pass(pair, grid, degrees, keys=True, narrow=True, instruction_set=instruction_set)
+    for r, degree in enumerate(degrees):
+        cosines = cosines_by_definition(pair, grid, degree)
+        for keys, rows in zip((found[0][r], found[1][r]), (cosines, cosines.T), strict=True):
+            np.testing.assert_allclose(1 - keys, rows.max(axis=1), atol=3e-3)
+            chosen = np.take_along_axis(rows, winning_patches(keys, len(rows))[:, None], axis=1)[:, 0]
+            assert (rows.max(axis=1) - chosen).max() < 3e-3
+            assert np.abs(1 - keys - rows.max(axis=1)).mean() < 8e-4
+
+
+@pytest.mark.parametrize(
+    ("degrees", "length", "shared", "window"),
+    [([1, 3], 9.0, 1.0, None), ([3], 1.0, 1.0, None), ([1, 3], 1.0, 9.0, None), ([1, 3], 1.0, 1.0, 4)],
+)
+def test_what_sixteen_bits_cannot_hold_is_done_in_floats(
+    degrees: list[int], length: float, shared: float, window: int | None
+) -> None:
+    """Tokens of very unequal length; no single tokens that would bound sums; all of them alike; windows."""
+    pair = make_pair(17, 63, 64, shared)
+    pair[0][5] *= length
+    pair[1][40] *= length
+    options = {"keys": True, "window": window}
+    wide, narrow = (run_pass(pair, (7, 9), degrees, narrow=narrow, **options) for narrow in (False, True))
+    np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.skipif("avx512" not in PASS_SETS, reason="16 bits are for AVX-512 alone")
+def test_sixteen_bits_are_used_where_they_are_enough() -> None:
+    pair = make_pair(17, 63, 64, 1.0)
+    wide, narrow = (run_pass(pair, (7, 9), [1, 3], narrow=narrow, keys=True) for narrow in (False, True))
+    assert (wide[0] != narrow[0]).mean() > 0.5
+
+
 @pytest.mark.parametrize("keys", [False, True])
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
 @pytest.mark.parametrize(("grid", "degrees", "window"), [((5, 7), [1], 0), ((20, 17), [1, 3], 2), ((9, 30), [5, 9], 1)])
@@ -111,17 +152,18 @@ def test_keys_tell_close_neighbours_apart(instruction_set: str) -> None:
     np.testing.assert_allclose(chosen, cosines.max(axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize(("keys", "narrow"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
-def test_only_negative_cosines(instruction_set: str, keys: bool) -> None:
+def test_only_negative_cosines(instruction_set: str, keys: bool, narrow: bool) -> None:
     left, right = make_pair(3, 35, 8, offset=4.0)
     pair = [left, -right]
-    best_left, best_right = run_pass(pair, (5, 7), [1, 3, 5], keys=keys, instruction_set=instruction_set)
+    options = {"keys": keys, "narrow": narrow, "instruction_set": instruction_set}
+    best_left, best_right = run_pass(pair, (5, 7), [1, 3, 5], **options)
     for r, degree in enumerate([1, 3, 5]):
         cosines = cosines_by_definition(pair, (5, 7), degree)
         assert cosines.max() < 0
         for best, rows in ((best_left[r], cosines), (best_right[r], cosines.T)):
-            np.testing.assert_allclose(1 - best if keys else best, rows.max(axis=1), atol=1e-4 if keys else 2e-6)
+            np.testing.assert_allclose(1 - best if keys else best, rows.max(axis=1), atol=4e-4 if keys else 2e-6)
 
 
 @pytest.mark.parametrize("keys", [False, True])
