@@ -75,7 +75,9 @@ def test_keys_name_the_winners(instruction_set: str, grid: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("instruction_set", PASS_SETS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize(("grid", "degrees"), [((1, 1), [1]), ((2, 3), [3, 1]), ((7, 9), [1, 3, 5]), ((20, 17), [1, 9])])
+@pytest.mark.parametrize(
+    ("grid", "degrees"), [((1, 1), [1]), ((2, 3), [3, 1]), ((7, 9), [1, 3, 5]), ((20, 17), [1, 9])]
+)
 def test_narrow_keys_are_off_by_a_few_counts(
     instruction_set: str, grid: tuple[int, int], degrees: list[int], offset: float
 ) -> None:
