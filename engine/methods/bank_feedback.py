@@ -103,8 +103,12 @@ class Additions:
         for index, own in enumerate(units):
             if earlier := of_network[index]:  # of other images
                 nearest[index] = nearer(nearest[index], Search(np.concatenate(earlier), 1, "cpu").measured(own))
+        # What is not unusual now does not become so: with every patch that is taken the others are so the less.
+        odd = np.flatnonzero(raised(nearest, to_defects, memory.span) > bound)
+        nearest, units = [distances[odd] for distances in nearest], [own[odd] for own in units]
+        to_defects = None if to_defects is None else to_defects[odd]
         taken: list[int] = []
-        while len(taken) < min(most, len(units[0])):
+        while len(taken) < min(most, len(odd)):
             unusual = raised(nearest, to_defects, memory.span)
             unusual[taken] = -1
             worst = int(unusual.argmax())
@@ -114,7 +118,7 @@ class Additions:
             for index, own in enumerate(units):
                 squared = np.maximum(2 - 2 * (own @ own[worst]).astype(np.float64), 0)
                 nearest[index] = nearer(nearest[index], np.sqrt(squared)[:, None])
-        return np.array(taken, np.intp)
+        return odd[taken]
 
     def _defect(self, network: str, units: Units, given: Given) -> NDArray[np.intp]:
         """Return patches in the mask, or without one those that decide the image's score; the most unusual first."""
