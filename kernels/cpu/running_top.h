@@ -36,8 +36,7 @@ namespace {
 // Products up to this one are not taken.
 inline float smallest(const Kept& kept, int row) {
   const float* values = kept.values + std::size_t(row) * kept.count;
-  if (!kept.margins) return values[kept.count - 1];
-  return std::max(values[kept.count - 1], values[kept.wanted - 1] - kept.margins[row]);
+  return kept.margins ? values[kept.wanted - 1] - kept.margins[row] : values[kept.count - 1];
 }
 
 // Raise the largest of a row by its products with the columns begin, begin + 1, ..., end - 1 of the chunk.

@@ -458,6 +458,30 @@ def test_int8_running_top_takes_what_is_within_a_margin_of_the_best(instruction_
         comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, margins=margins, wanted=134)
 
 
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize("kept", [3, 8, 40])
+def test_int8_running_top_leaves_out_only_what_is_far_from_the_best_or_too_much(
+    instruction_set: str, kept: int
+) -> None:
+    left, right = make_pair(18, 200, 50)[0], make_pair(19, 600, 50)[0]
+    values = np.full((200, kept), np.finfo(np.float32).min, np.float32)
+    indices, products = np.full((200, kept), -1, np.int32), []
+    margins = np.linspace(0, 3, 200, dtype=np.float32)
+    for first in range(0, 600, 40):  # rows are full by then, of what was near the best that there was before
+        codes = [quantise(x, instruction_set) for x in (left, right[first : first + 40])]
+        gram = arrays.aligned_empty((200, 48), np.float32)[:, :40]
+        comparers._cpu.int8_multiply(*codes, gram, instruction_set=instruction_set)
+        products.append(gram)
+        comparers._cpu.int8_running_top(*codes, 40, first, values, indices, instruction_set, margins=margins, wanted=2)
+    every = np.concatenate(products, axis=1)
+    np.testing.assert_array_equal(values[:, :2], np.sort(every, axis=1)[:, :-3:-1])
+    assert (np.take_along_axis(every, indices.clip(0), axis=1) == values)[indices >= 0].all()
+    for row, numbers in enumerate(indices):
+        every[row, numbers[numbers >= 0]] = -np.inf  # what is left was left out
+    enough = np.maximum(values[:, 1] - margins, values.min(axis=1))
+    assert (every.max(axis=1) <= enough).all()
+
+
 def test_int8_running_top_refuses_what_does_not_fit() -> None:
     codes = quantise(np.zeros((20, 8), np.float32), "")
     values, indices = np.zeros((20, 4), np.float32), np.zeros((20, 4), np.int32)
