@@ -6,8 +6,8 @@
 //
 // A thread takes a tile of tokens through everything between two attentions: what it reads and writes stays in its
 // second-level cache, and the threads wait for each other only where all keys and values must be there: twice a block.
-// Threads live as long as a call and sleep while they wait. Windows, which wait for nothing, go through all blocks so many
-// at a time as make a tile; their first queries, keys and values are those of the image.
+// Threads live as long as a call and sleep while they wait. Windows, which wait for nothing, go through all blocks so
+// many at a time as make a tile; their first queries, keys and values are those of the image.
 //
 // Linear layers in int8: weights have a scale per output, activations are low + step * code with both of every token.
 // Attention beside int8 layers (queries and keys without the mean key, which no softmax sees):
@@ -427,9 +427,9 @@ void split_rows(const float* x, std::size_t pitch, int count, int inputs, Code* 
       const int left = inputs - 32 * step;
       const float* at = x + row * pitch + 32 * step;
       __m512i first[kParts], second[kParts];
-      split(_mm512_maskz_loadu_ps(left < 16 ? __mmask16((1u << left) - 1) : __mmask16(0xFFFF), at), first);
-      split(_mm512_maskz_loadu_ps(left < 32 ? __mmask16((1u << std::max(left - 16, 0)) - 1) : __mmask16(0xFFFF), at + 16),
-            second);
+      const auto some = [](int n) { return __mmask16(n < 16 ? (1u << std::max(n, 0)) - 1 : 0xFFFF); };
+      split(_mm512_maskz_loadu_ps(some(left), at), first);
+      split(_mm512_maskz_loadu_ps(some(left - 16), at + 16), second);
       Code* to = out + (std::size_t(row / 16) * steps + step) * 1024 + row % 16 * 64;
       for (int part = 0; part < kParts; ++part)
         _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
@@ -856,8 +856,8 @@ Linear part_of(const Linear& layer, int first, int last) {
 // A head of a window: what the first `count` of its tokens see of all of them, [count, width] in rows `out_pitch`
 // apart. rows: of each token its query, with keys and values `apart` floats behind. turned: room for a column of every
 // query's channels, [width, queries], and of weights [tokens, queries].
-void attend_window(const Attention& a, const float* const* rows, int count, std::size_t apart, float* turned, float* out,
-                   std::size_t out_pitch) {
+void attend_window(const Attention& a, const float* const* rows, int count, std::size_t apart, float* turned,
+                   float* out, std::size_t out_pitch) {
   const int filled = int(up(count, kLanes));
   float* weights = turned + std::size_t(a.width) * filled;
   for (int i = 0; i < count; ++i)
