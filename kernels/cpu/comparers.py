@@ -119,9 +119,8 @@ class GramOnce(Comparer):
         start = time.perf_counter()
         self.multiply(left.array, right.array, gram)
         seconds = time.perf_counter() - start
-        # Of products that are approximate the pass may be so too.
-        how = (self.keys, self.window, self.keys)
-        _cpu.gram_pass(gram, self.grid, self.degrees, left.inverse, right.inverse, *best, *how)
+        inverse, narrow = (left.inverse, right.inverse), self.keys  # of approximate products the pass may be so too
+        _cpu.gram_pass(gram, self.grid, self.degrees, *inverse, *best, self.keys, self.window, narrow)
         return seconds
 
 
