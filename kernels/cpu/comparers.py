@@ -119,8 +119,17 @@ class GramOnce(Comparer):
         start = time.perf_counter()
         self.multiply(left.array, right.array, gram)
         seconds = time.perf_counter() - start
-        inverse, narrow = (left.inverse, right.inverse), self.keys  # of approximate products the pass may be so too
-        _cpu.gram_pass(gram, self.grid, self.degrees, *inverse, *best, self.keys, self.window, narrow)
+        _cpu.gram_pass(
+            gram,
+            self.grid,
+            self.degrees,
+            left.inverse,
+            right.inverse,
+            *best,
+            keys=self.keys,
+            window=self.window,
+            narrow=self.keys,  # of approximate products the pass may be so too
+        )
         return seconds
 
 
