@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (gram_pass, image_tower, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
+    Instruction sets of a kernel (gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
     """
 
 WIDEST_HEAD: int = 128
@@ -66,6 +66,11 @@ def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), o
 def jpeg_scan_damage(content: bytes, rows: int, columns: int) -> int:
     """
     What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left over, 3 a part is missing, 4 no such code.
+    """
+
+def measured_best(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), device='cpu', writable=False)], numbers: Annotated[NDArray[numpy.int32], dict(shape=(None, None, None), device='cpu', writable=False)], errors: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, all: bool, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], doubtful: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Fill cosines [Q, k], descending, and indices [Q, k] with the vectors of bank [M, C], of these inverse lengths [M] or of 1, that are nearest to queries [Q, C] among the candidates of G runs: products values [G, Q, K], off by up to errors [Q], and numbers [G, Q, K], -1 for none. Of equal ones the lower number comes first. doubtful [Q]: whether a nearer one may be no candidate; never, where all are.
     """
 
 def rank_sums(distances: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], images: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int, sums: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:

@@ -20,6 +20,7 @@
 #include "image_tower.h"
 #include "int8_product.h"
 #include "jpeg_scans.h"
+#include "measured_best.h"
 #include "pooling.h"
 #include "rank_sums.h"
 #include "running_top.h"
@@ -90,6 +91,7 @@ class Variants {
 const auto gram_passes = ZSAD_VARIANTS(gram_pass, avx512, has_avx512);
 const auto poolings = ZSAD_VARIANTS(pooling, avx512, has_avx512);
 const auto winner_kernels = ZSAD_VARIANTS(winner_cosines, avx512, has_avx512);
+const auto best_measurers = ZSAD_VARIANTS(measured_best, avx512, has_avx512);
 const auto rank_summers = ZSAD_VARIANTS(rank_sums, avx512, has_avx512);
 const auto running_tops = ZSAD_VARIANTS(running_top, avx512, has_avx512);
 const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
@@ -108,6 +110,10 @@ using Features = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device:
 using NumbersOutput = nb::ndarray<std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using NumberList = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Candidates = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using CandidateNumbers = nb::ndarray<const std::int32_t, nb::ndim<3>, nb::device::cpu>;
+using IndicesOutput = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FlagsOutput = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -277,6 +283,36 @@ void winner_cosines(const Matrix& left, const Features& right, int first, const 
   run(arguments);
 }
 
+void measured_best(const Matrix& queries, const Candidates& values, const CandidateNumbers& numbers,
+                   const Vector& errors, const Matrix& bank, const std::optional<Vector>& inverse, bool all,
+                   const Output& cosines, const IndicesOutput& indices, const FlagsOutput& doubtful,
+                   const std::string& instruction_set) {
+  const std::size_t Q = queries.shape(0), C = queries.shape(1), M = bank.shape(0), k = cosines.shape(1);
+  const std::size_t G = values.shape(0), K = values.shape(2);
+  require(bank.shape(1) == C && (!inverse || inverse->shape(0) == M), "bank must be [M, C] and inverse [M]");
+  const auto lies = [&](const auto& candidates) {
+    return candidates.shape(0) == G && candidates.shape(1) == Q && candidates.shape(2) == K &&
+           (K < 2 || candidates.stride(2) == 1) && (Q < 2 || candidates.stride(1) == std::ptrdiff_t(K));
+  };
+  require(lies(values) && lies(numbers), "values and numbers must be [G, Q, K] with contiguous candidates of a run");
+  require(k > 0 && k <= K && cosines.shape(0) == Q && has_shape(indices, Q, k) && errors.shape(0) == Q &&
+              doubtful.shape(0) == Q,
+          "cosines and indices must be [Q, k] of k up to K, errors and doubtful [Q]");
+  for (std::size_t g = 0; g < G; ++g) {
+    const std::int32_t* of_run = numbers.data() + g * numbers.stride(0);
+    require(std::all_of(of_run, of_run + Q * K, [&](std::int32_t number) { return number < std::int64_t(M); }),
+            "numbers must be up to M - 1");
+  }
+  const auto run = best_measurers.choose(instruction_set);
+  const zsad::MeasuredBest arguments{
+      queries.data(),   int(Q),         int(C),      values.data(), numbers.data(),
+      int(G),           int(K),         values.stride(0), numbers.stride(0), errors.data(),
+      bank.data(),      inverse ? inverse->data() : nullptr, all, int(k), cosines.data(),
+      indices.data(),   doubtful.data()};
+  nb::gil_scoped_release release;
+  run(arguments);
+}
+
 void rank_sums(const Gram& distances, const NumberList& images, int first, int last, const DoublesOutput& sums,
                const std::string& instruction_set) {
   const std::size_t P = distances.shape(0), n = images.shape(0);
@@ -424,6 +460,7 @@ std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "pool") return poolings.names();
   if (kernel == "image_tower") return image_towers.names();
   if (kernel == "int8") return int8_multipliers.names();
+  if (kernel == "measured_best") return best_measurers.names();
   if (kernel == "rank_sums") return rank_summers.names();
   if (kernel == "running_top") return running_tops.names();
   if (kernel == "unit_vectors") return unit_makers.names();
@@ -438,8 +475,8 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, image_tower, pool, int8, rank_sums, running_top, unit_vectors, winner_cosines) "
-        "that build and processor share, fastest first.");
+        "Instruction sets of a kernel (gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, "
+        "unit_vectors, winner_cosines) that build and processor share, fastest first.");
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
   nb::class_<ImageTower>(m, "ImageTower", "A vision transformer's image tower over arrays that it keeps.")
       .def(nb::init<std::pair<int, int>, std::pair<int, int>, int, float, const std::string&, bool, int,
@@ -479,6 +516,12 @@ NB_MODULE(_cpu, m) {
   m.def("jpeg_scan_damage", &jpeg_scan_damage, "content"_a, "rows"_a, "columns"_a,
         "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
         "over, 3 a part is missing, 4 no such code.");
+  m.def("measured_best", &measured_best, "queries"_a, "values"_a, "numbers"_a, "errors"_a, "bank"_a, "inverse"_a,
+        "all"_a, "cosines"_a, "indices"_a, "doubtful"_a, "instruction_set"_a = "",
+        "Fill cosines [Q, k], descending, and indices [Q, k] with the vectors of bank [M, C], of these inverse lengths "
+        "[M] or of 1, that are nearest to queries [Q, C] among the candidates of G runs: products values [G, Q, K], off "
+        "by up to errors [Q], and numbers [G, Q, K], -1 for none. Of equal ones the lower number comes first. doubtful "
+        "[Q]: whether a nearer one may be no candidate; never, where all are.");
   m.def("rank_sums", &rank_sums, "distances"_a, "images"_a, "first"_a, "last"_a, "sums"_a, "instruction_set"_a = "",
         "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the "
         "images [n] add up to.");

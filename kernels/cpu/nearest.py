@@ -293,19 +293,18 @@ class Search:
         errors = self._errors(product, chunks, prepared)
         doubtful = np.zeros(len(queries), np.bool_)
 
+        bank, inverse = (self._bank, None) if self._held is None else (self._held.vectors, self._held.inverse)
+        every = values.shape[2] == self._vectors  # nothing was left out
+
         def finish(at: slice) -> None:
-            found, of_found = (
-                np.concatenate(values[:, at], axis=1),
-                np.concatenate(numbers[:, at], axis=1),
-            )  # [n, G · K]
-            # At least k vectors reach the k-th candidate less its error: only these can be among the k nearest.
-            kth = np.partition(found, -self._k, axis=1)[:, -self._k]
-            worth = found + errors[at, None] >= (kth - errors[at])[:, None]
-            of_worth = _compact(of_found, worth)
-            cosines[at], indices[at] = largest(self._measure(queries[at], of_worth), of_worth, self._k)
-            if values.shape[2] < self._vectors:  # else nothing was left out
-                doubtful[at] = values[:, at].min(axis=2).max(axis=0) + errors[at] >= cosines[at, -1]
-            np.clip(cosines[at], -1, 1, out=cosines[at])
+            found = queries[at], values[:, at], numbers[:, at], errors[at]
+            if has_native_kernels() and bank is not None:
+                _cpu.measured_best(*found, bank, inverse, every, cosines[at], indices[at], doubtful[at])
+            else:
+                self._finish(*found, cosines[at], indices[at])
+                if not every:
+                    doubtful[at] = values[:, at].min(axis=2).max(axis=0) + errors[at] >= cosines[at, -1]
+                np.clip(cosines[at], -1, 1, out=cosines[at])
 
         list(pool.map(finish, _shares(len(queries))))
         return doubtful
@@ -365,17 +364,20 @@ class Search:
             raise
         return values, numbers
 
+    def _finish(
+        self, queries: Array, values: Array, numbers: Indices, errors: Array, cosines: Array, indices: NDArray[np.int64]
+    ) -> None:
+        """Fill cosines and indices [Q, k] with the best of candidates [G, Q, K], whose vectors are read for it."""
+        found, of_found = np.concatenate(list(values), axis=1), np.concatenate(list(numbers), axis=1)  # [Q, G · K]
+        # At least k vectors reach the k-th candidate less its error: only these can be among the k nearest.
+        kth = np.partition(found, -self._k, axis=1)[:, -self._k]
+        of_worth = _compact(of_found, found + errors[:, None] >= (kth - errors)[:, None])
+        cosines[:], indices[:] = largest(self._measure(queries, of_worth), of_worth, self._k)
+
     def _measure(self, queries: Array, numbers: Indices) -> Array:
         """Return the cosines [Q, K] of candidates, the lowest float for those of number −1."""
         cosines = np.full(numbers.T.shape, LOWEST, np.float32)
         places = np.ascontiguousarray(numbers.T)
-        if self._held is not None:
-            measure(queries, self._held.vectors, 0, places, cosines)
-            scaled: Array = cosines.T * np.where(numbers < 0, 1, self._held.inverse[numbers])
-            return scaled
-        if self._bank is not None:
-            measure(queries, self._bank, 0, places, cosines)
-            return np.ascontiguousarray(cosines.T)
         met = np.zeros(self._vectors + 1, np.bool_)
         met[places] = True  # those of −1 are the last
         (rows,) = np.nonzero(met[:-1])

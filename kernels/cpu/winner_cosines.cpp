@@ -7,35 +7,12 @@
 // Compiled once per instruction set (ZSAD_TARGET).
 #include "winner_cosines.h"
 
+#include "dot.h"
+
 #define ZSAD_JOIN_(a, b) a##b
 #define ZSAD_JOIN(a, b) ZSAD_JOIN_(a, b)
 
-#if defined(__GNUC__)
-#define ZSAD_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define ZSAD_PREFETCH(address)
-#endif
-
 namespace zsad {
-namespace {
-
-constexpr std::size_t kLine = 16;  // floats
-
-float dot(const float* left, const float* right, const float* next, std::size_t channels) {
-  float lanes[kLine] = {};
-  std::size_t c = 0;
-  for (; c + kLine <= channels; c += kLine) {
-    ZSAD_PREFETCH(next + c);
-#pragma omp simd
-    for (std::size_t i = 0; i < kLine; ++i) lanes[i] += left[c + i] * right[c + i];
-  }
-  float sum = 0.0f;
-  for (float lane : lanes) sum += lane;
-  for (; c < channels; ++c) sum += left[c] * right[c];
-  return sum;
-}
-
-}  // namespace
 
 void ZSAD_JOIN(winner_cosines_, ZSAD_TARGET)(const WinnerCosines& a) {
   const std::size_t C = a.channels;

@@ -381,6 +381,44 @@ def test_winner_cosines_of_images_with_other_numbers_of_patches(instruction_set:
     np.testing.assert_allclose(cosines, (right[image, patch] * left).sum(axis=2), atol=1e-5)
 
 
+@pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("measured_best"))
+@pytest.mark.parametrize(("runs", "wanted", "all_"), [(1, 1, False), (2, 3, True), (3, 5, False)])
+def test_the_best_of_candidates_are_measured(instruction_set: str, runs: int, wanted: int, all_: bool) -> None:
+    rng = np.random.default_rng(18)
+    queries, bank = (rng.normal(size=(n, 37)) / 37**0.5 for n in (50, 90))
+    bank[45:] = bank[:45]  # of equal ones the lower number comes first
+    inverse = np.where(np.arange(90) % 45 < 20, 0.6, 1.0)
+    exact = queries @ (bank * inverse[:, None]).T
+    errors = rng.uniform(0.05, 0.2, 50)
+    others = np.delete(np.arange(90), [0, 45])
+    numbers = np.stack([rng.permutation(others)[: 8 * runs].reshape(runs, 8) for _ in range(50)], axis=1)
+    values = exact[np.arange(50)[:, None], numbers] + errors[:, None] * rng.uniform(-1, 1, numbers.shape)
+    numbers[:, :, 6:], values[:, :, 6:] = -1, np.finfo(np.float32).min
+    numbers[0, :25, 6:] = [0, 45]  # twins, in a run that is full
+    values[0, :25, 6:] = exact[:25, [0, 45]]
+
+    candidates = np.full((50, 90), -9.0)
+    for run in numbers:
+        rows, columns = np.nonzero(run >= 0)
+        candidates[rows, run[rows, columns]] = exact[rows, run[rows, columns]]
+    order = np.argsort(-candidates.round(9), axis=1, kind="stable")[:, :wanted]
+    best = np.take_along_axis(candidates, order, axis=1)
+    cosines, indices = np.empty((50, wanted), np.float32), np.empty((50, wanted), np.int64)
+    doubtful, floats = np.empty(50, np.bool_), [x.astype(np.float32) for x in (queries, values, errors, bank, inverse)]
+    arguments = (*floats[:2], numbers.astype(np.int32), *floats[2:], all_, cosines, indices, doubtful)
+    comparers._cpu.measured_best(*arguments, instruction_set)
+    np.testing.assert_allclose(cosines, best.clip(-1, 1), atol=1e-6)
+    np.testing.assert_array_equal(indices, order)
+    missed = values.min(axis=2).max(axis=0) + errors >= best[:, -1]
+    np.testing.assert_array_equal(doubtful, missed & (not all_))
+    assert missed.any()
+    assert not missed.all()
+    with pytest.raises(ValueError, match="up to M - 1"):
+        comparers._cpu.measured_best(*arguments[:4], floats[3][:44], None, *arguments[6:])
+    with pytest.raises(ValueError, match=r"\[G, Q, K\]"):
+        comparers._cpu.measured_best(*arguments[:2], arguments[2][:, 1:], *arguments[3:])
+
+
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
 @pytest.mark.parametrize(("left", "right"), [(1, 40), (20, 1), (9, 100), (33, 16)])
 def test_int8_product_of_different_numbers_of_patches(instruction_set: str, left: int, right: int) -> None:
