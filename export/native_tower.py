@@ -42,7 +42,8 @@ class NativeTower:
             len(sizes),
             {**arrays, **sizes},
         )
-        self._depth, self._how = (facts["depth"], facts["only_first"]), (threads or available_cores(), instruction_set)
+        self._depth = facts["depth"], facts["only_first"]
+        self._how = threads or available_cores(), instruction_set
         self._taps, self._normed = facts["taps"], facts["normed"]
         self._windows: dict[str, NDArray[np.int32]] = {
             name: arrays[name + ".tokens"] for name in WINDOWS if name in self.outputs
@@ -70,14 +71,17 @@ class NativeTower:
             images, self._taps, self._normed, grid_tokens, patches, classes, *self._depth, own, *self._how
         )
         if classes is not None:
-            vectors = self._vectors(classes)
+            vectors = self._vectors(classes[:, None])[:, 0]
             lengths = 1 if self._projection is None else np.linalg.norm(vectors, axis=1, keepdims=True)
             outputs["embedding"] = np.asarray(vectors / lengths, np.float32)
         outputs |= {name: self._vectors(raw) for name, (_, raw) in windows.items()}
         return {name: outputs[name] for name in self.outputs}
 
     def _vectors(self, classes: Array) -> Array:
-        """The class tokens [..., C] normed, and projected where there is a projection: [..., D]."""
+        """The class tokens [B, N, C] normed, and projected where there is a projection: [B, N, D].
+
+        That is a product for each image, whose last bits would depend on the others in one for all.
+        """
         centred = classes - classes.mean(axis=-1, keepdims=True)
         weight, bias = self._norm
         deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(self._eps))

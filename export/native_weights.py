@@ -68,9 +68,10 @@ def tower_arrays(vit: VisionTransformer, options: ExportOptions, exact: Collecti
     if vit.architecture.rotary:
         angles = vit.angles(vit.attention_heads(options.heads), grid)
         arrays |= {"cosine": np.cos(angles).astype(np.float32), "sine": np.sin(angles).astype(np.float32)}
-    for output, rows in _windows(vit, options).items():
+    windows = _windows(vit, options)
+    for output, rows in windows.items():
         arrays[output + ".tokens"] = rows.astype(np.int32)
-    depth = len(vit.blocks) if _windows(vit, options) else options.depth(len(vit.blocks))
+    depth = len(vit.blocks) if windows else options.depth(len(vit.blocks))
     for index, block in enumerate(vit.blocks[:depth]):
         arrays |= _block(block, f"block{index}", options.precision == "int8", exact)
     return arrays
@@ -117,11 +118,12 @@ def save_native_tower(
     gated = len(vit.blocks[0].fc1[1]) == 2 * vit.blocks[0].fc2[0].shape[1]
     size, grid = options.image_size, options.image_size // vit.patch_size
     dimension = vit.width if vit.projection is None else vit.projection.shape[1]
+    arrays = {name: np.ascontiguousarray(array) for name, array in tower_arrays(vit, options, exact).items()}
     outputs = {
         "tokens": [len(options.taps), grid * grid, vit.width],
         "embedding": [dimension],
         "patches": [grid * grid, vit.width],
-        **{name: [len(rows), dimension] for name, rows in _windows(vit, options).items()},
+        **{name: [len(arrays[name + ".tokens"]), dimension] for name in WINDOWS if name in options.outputs},
     }
     facts = {
         "inputs": {"images": [3, size, size]},
@@ -138,5 +140,4 @@ def save_native_tower(
         "taps": list(options.taps),
         "exact": list(exact),
     }
-    arrays = {name: np.ascontiguousarray(array) for name, array in tower_arrays(vit, options, exact).items()}
     path.write_bytes(save(arrays, metadata={**metadata, "tower": json.dumps(facts)}))  # with the usual rights

@@ -190,7 +190,8 @@ def test_a_token_that_all_look_at_hides_none_of_the_others(instruction_set: str,
 def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_path: Path) -> None:
     images = random_images(5)
     options = replace(OPTIONS, precision=precision, outputs=("tokens", "embedding", "patches", *WINDOWS))
-    ready = native(random_tower(3, 48), options, tmp_path, threads=1)
+    projection = np.random.default_rng(4).normal(size=(48, 20)).astype(np.float32)
+    ready = native(random_tower(3, 48, projection=projection), options, tmp_path, threads=1)
     together = ready.run(images)
     for threads in (2, 7):
         other = NativeTower(tmp_path / "tower", threads=threads)
@@ -200,14 +201,19 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
     assert [len(array) for array in ready.run(images[:0]).values()] == 5 * [0]
 
 
-WITHOUT_THREADS = (
-    "import resource, sys, numpy, psutil\n"
-    "from zsad.export.native_tower import NativeTower\n"
-    "tower, images = NativeTower(sys.argv[1], threads=3), numpy.load(sys.argv[2])\n"
-    "room = psutil.Process().memory_info().vms + (256 << 20)\n"
-    "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
-    "numpy.save(sys.argv[3], tower.run(images)['tokens'])"
-)
+WITHOUT_THREADS = """
+import resource, sys, threading, numpy, psutil
+from zsad.export.native_tower import NativeTower
+tower, images = NativeTower(sys.argv[1], threads=3), numpy.load(sys.argv[2])
+room = psutil.Process().memory_info().vms + (256 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    numpy.save(sys.argv[3], tower.run(images)["tokens"])
+else:
+    sys.exit("there was room for another thread's stack")
+"""
 
 
 @pytest.mark.slow
@@ -217,7 +223,9 @@ def test_one_thread_does_the_work_where_the_system_gives_no_more(tmp_path: Path)
     expected = native(random_tower(3, 48), OPTIONS, tmp_path, threads=1).run(images)["tokens"]
 
     def with_large_stacks() -> None:
-        resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+        most = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        stack = 1 << 30 if most == resource.RLIM_INFINITY else min(1 << 30, most)
+        resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
 
     files = [tmp_path / name for name in ("tower", "images.npy", "tokens.npy")]
     subprocess.run([sys.executable, "-c", WITHOUT_THREADS, *files], check=True, preexec_fn=with_large_stacks)
