@@ -254,9 +254,10 @@ struct TileSums {
 };
 
 // Sums of products of kRows left patches with Panels panels of right ones. rows, columns: prepared panels of so many
-// bytes.
-template <int Panels>
-void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, TileSums<Panels>& sums) {
+// bytes. between: what vectors do while tiles are multiplied, called once for kTileBytes of them.
+template <int Panels, typename Between>
+void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, TileSums<Panels>& sums,
+                    Between between) {
   constexpr std::size_t kSumsBytes = sizeof sums.of[0];
   asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
   _tile_zero(0);
@@ -274,6 +275,7 @@ void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::si
       _tile_dpbssd(2, 4, 7);
       _tile_dpbssd(3, 5, 7);
     }
+    between();
   }
   _tile_stored(0, sums.of[0], kSumsBytes);
   _tile_stored(1, sums.of[kPanel], kSumsBytes);
@@ -291,18 +293,31 @@ void multiply_panels(const Image& left, const Image& right, const Int8Layout& la
   const std::size_t bytes = prepared_bytes(layout);
   const Terms<Panels> terms(right, panel * kPanel);
   TileSums<Panels> sums[2];
-  multiply_tiles(rows, columns, bytes, sums[0]);
+  const int share = int((kRows * kTileBytes + bytes - 1) / bytes);
+  // The panels that come next, of which each turn fetches its share.
+  const char* following = reinterpret_cast<const char*>(columns) + Panels * bytes;
+  const int lines = int(Panels * (kTileBytes / kLine) * kRows / std::max(kRows, end - p - kRows) + 1);
+  multiply_tiles(rows, columns, bytes, sums[0], [] {});
   for (int turn = 0; p < end; p += kRows, turn ^= 1) {
+    const int count = std::min(kRows, end - p);
+    int i = 0;
+    const auto scale = [&](int until) {
+      for (; i < until; ++i) {
+        Floats products[Panels];
+        for (int j = 0; j < Panels; ++j)
+          products[j] = scaled(_mm512_load_si512(sums[turn].of[i] + j * kPanel), left.scales[p + i], terms.scales[j],
+                               left.mean_terms[p + i], terms.mean_terms[j]);
+        out.template take<Panels>(p + i, panel * kPanel, products);
+      }
+    };
     rows += kRows / kPanel * bytes;
-    // First the next ones' tiles, which are multiplied while vectors scale the sums before them.
-    if (p + kRows < end) multiply_tiles(rows, columns, bytes, sums[turn ^ 1]);
-    for (int i = 0; i < std::min(kRows, end - p); ++i) {
-      Floats products[Panels];
-      for (int j = 0; j < Panels; ++j)
-        products[j] = scaled(_mm512_load_si512(sums[turn].of[i] + j * kPanel), left.scales[p + i], terms.scales[j],
-                             left.mean_terms[p + i], terms.mean_terms[j]);
-      out.template take<Panels>(p + i, panel * kPanel, products);
-    }
+    // Sums are scaled in shares, each beside some of the next ones' tiles: a processor looks only so far ahead.
+    if (p + kRows < end)
+      multiply_tiles(rows, columns, bytes, sums[turn ^ 1], [&] {
+        for (int line = 0; line < lines; ++line, following += kLine) _mm_prefetch(following, _MM_HINT_T1);
+        scale(std::min(count, i + share));
+      });
+    scale(count);
   }
 }
 

@@ -1,6 +1,6 @@
 // The nearest of a bank, of candidates that approximate products have chosen.
 //
-//   worth[p]      = candidates whose product reaches the k-th largest of query p less both their errors, and, once k are
+//   worth[p]      = candidates whose product reaches the k-th largest of query p less both errors and, once k are
 //                   measured, the k-th largest cosine less their own
 //   cosines[p, :] = the k largest of queries[p] . bank[number] * inverse[number] over worth[p], from -1 to 1
 //   doubtful[p]   = whether the smallest product of a full run, and with it what the run has left out, reaches the k-th

@@ -9,12 +9,12 @@ shape whatever the memory limit, and what is handed back was measured without th
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,13 @@ except ImportError:  # installed without a working compiler
 
 Indices = NDArray[np.int32]
 Rows = slice | NDArray[np.integer[Any]]
+T = TypeVar("T")
+R = TypeVar("R")
 Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
 
 QUERY_ROWS, BANK_ROWS = 1536, 1024  # rows of a product: few enough for the cache, many enough to be worth packing
 LEAST_QUERY_ROWS = 256  # with which a product still reaches four fifths of its speed
-RUNS = 2  # pieces of work for each worker at least, where there is as much
+RUNS = 2  # pieces of work for each of several workers at least, where there is as much
 UNIT_GAP = 0.01  # of the square of a length from 1: what is stored in fp16 or int8 is that near
 ALIGNED_ROWS = 16  # to which chunks are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
@@ -134,7 +136,7 @@ class Int8Product:
     """
 
     spare = 47  # of banks of tens of thousands of patches up to 45 were within two errors of the nearest
-    query_rows = 352  # so few that each may meet the whole bank in one run, of which the fewest become candidates
+    query_rows = 704  # whose codes stay in the second-level cache; fewer would read the bank more often
 
     def __init__(self, mean: Array) -> None:
         self.mean = mean  # [C]
@@ -181,6 +183,26 @@ def _scales_and_lengths(codes: NDArray[np.uint8], rows: int) -> tuple[Array, Arr
     return scales, np.sqrt(np.maximum(1 - 2 * mean_terms, 0))
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Threads that share what is to do, or without a pool the one that asks for it."""
+
+    count: int
+    pool: ThreadPoolExecutor | None
+
+    @property
+    def pieces(self) -> int:
+        """Return how many pieces of work keep all of them busy."""
+        return 1 if self.pool is None else RUNS * self.count
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return what a function makes of items, in their order."""
+        return list(map(function, items) if self.pool is None else self.pool.map(function, items))
+
+
+ALONE = Workers(1, None)
+
+
 class Search:
     """Searches a bank of unit vectors on the CPU."""
 
@@ -217,10 +239,8 @@ class Search:
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             if self._product is self._exact:
                 self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
-            with _workers() as pool:
-                self._chunks = list(
-                    pool.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
-                )
+            with _workers() as workers:
+                self._chunks = self._all_prepared(workers)
 
     @property
     def _chunk_count(self) -> int:
@@ -232,6 +252,19 @@ class Search:
         self._read(rows, units)
         mean: Array = units.mean(axis=0)
         return mean
+
+    def _all_prepared(self, workers: Workers) -> list[NDArray[Any]]:
+        if self._bank is not None:
+            return workers.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
+        # One array, for which the system may have large pages.
+        size = self._product.chunk_bytes(chunk_rows(self._vectors), self._channels)
+        codes = aligned_empty((self._chunk_count, size), np.uint8)
+
+        def fill(chunk: int) -> None:
+            codes[chunk] = self._prepared(self._product, chunk)
+
+        workers.map(fill, range(self._chunk_count))
+        return list(codes)
 
     def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
@@ -255,41 +288,56 @@ class Search:
         per_query = _query_bytes(self._channels, self._k, self.precision)
         free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
         group = max(1, free // per_query // QUERY_ROWS) * QUERY_ROWS
-        with _workers() as pool:
+        with _workers() as workers:
             for first in range(0, count, group):
-                at = slice(first, min(first + group, count))
-                queries = self._unit_queries(pool, at, read)
-                doubtful = self._search(pool, self._product, queries, cosines[at], indices[at])
+                doubtful = self._first_search(workers, slice(first, min(first + group, count)), read, cosines, indices)
                 if self._product is not self._exact and doubtful.any():
-                    rows = np.flatnonzero(doubtful)
-                    again = cosines[first + rows], indices[first + rows]
-                    self._search(pool, self._exact, queries[rows], *again)
-                    cosines[first + rows], indices[first + rows] = again
+                    rows = first + np.flatnonzero(doubtful)
+                    again, units = (cosines[rows], indices[rows]), self._unit_queries(workers, rows, len(rows), read)
+                    self._search(workers, self._exact, units, *again)
+                    cosines[rows], indices[rows] = again
         return cosines, indices
 
-    def _unit_queries(self, pool: ThreadPoolExecutor, queries: slice, read: Read) -> Array:
-        """Return the unit vectors of a run of queries [n, C]."""
-        first, count = queries.start, queries.stop - queries.start
+    def _first_search(
+        self, workers: Workers, queries: slice, read: Read, cosines: Array, indices: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Search for a run of queries; returns for which of them a nearer vector may have been missed."""
+
+        def search(at: slice, workers: Workers) -> NDArray[np.bool_]:
+            units = self._unit_queries(workers, at, at.stop - at.start, read)
+            return self._search(workers, self._product, units, cosines[at], indices[at])
+
+        count = queries.stop - queries.start
+        parts = -(-count // self._product.query_rows)
+        if self._chunks is None or parts < workers.count:
+            return search(queries, workers)
+        # As many for each worker, which from the first step to the last need not wait for the others.
+        parts = -(-parts // workers.count) * workers.count
+        shares = [slice(queries.start + at.start, queries.start + at.stop) for at in _runs(count, -(-count // parts))]
+        return np.concatenate(workers.map(lambda at: search(at, ALONE), shares))
+
+    def _unit_queries(self, workers: Workers, rows: Rows, count: int, read: Read) -> Array:
+        """Return the unit vectors of so many queries [n, C]."""
         units = aligned_empty((count, self._channels), np.float32)
 
         def fill(at: slice) -> None:
-            read(slice(first + at.start, first + at.stop), units[at])
+            read(slice(rows.start + at.start, rows.start + at.stop) if isinstance(rows, slice) else rows[at], units[at])
 
-        list(pool.map(fill, _shares(count)))
+        workers.map(fill, _shares(count, workers.count))
         return units
 
     def _search(
         self,
-        pool: ThreadPoolExecutor,
+        workers: Workers,
         product: Product,
         queries: Array,
         cosines: Array,
         indices: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
-        chunks = _runs(len(queries), self._query_rows(product, len(queries)))
-        prepared = list(pool.map(lambda at: product.prepare(queries[at], is_bank=False), chunks))
-        values, numbers = self._candidates(pool, product, chunks, prepared)
+        chunks = _runs(len(queries), self._query_rows(workers, product, len(queries)))
+        prepared = workers.map(lambda at: product.prepare(queries[at], is_bank=False), chunks)
+        values, numbers = self._candidates(workers, product, chunks, prepared)
         errors = self._errors(product, chunks, prepared)
         doubtful = np.zeros(len(queries), np.bool_)
 
@@ -306,7 +354,7 @@ class Search:
                     doubtful[at] = values[:, at].min(axis=2).max(axis=0) + errors[at] >= cosines[at, -1]
                 np.clip(cosines[at], -1, 1, out=cosines[at])
 
-        list(pool.map(finish, _shares(len(queries))))
+        workers.map(finish, _shares(len(queries), workers.count))
         return doubtful
 
     def _errors(self, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]) -> Array:
@@ -315,15 +363,15 @@ class Search:
             [product.errors(codes, at.stop - at.start) for codes, at in zip(prepared, chunks, strict=True)]
         )
 
-    def _query_rows(self, product: Product, queries: int) -> int:
+    def _query_rows(self, workers: Workers, product: Product, queries: int) -> int:
         """Return the queries of a product: fewer where otherwise workers would have nothing to do."""
         size = min(product.query_rows, queries)
-        while size > LEAST_QUERY_ROWS and self._chunk_count * -(-queries // size) < 4 * available_cores():
+        while size > LEAST_QUERY_ROWS and self._chunk_count * -(-queries // size) < 2 * workers.pieces:
             size = -(-size // 2)
         return size
 
     def _candidates(
-        self, pool: ThreadPoolExecutor, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]
+        self, workers: Workers, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]
     ) -> tuple[Array, Indices]:
         """Return the K largest products of every query with each of G runs of chunks, and their numbers, [G, Q, K].
 
@@ -336,7 +384,7 @@ class Search:
         margins = 2 * self._errors(product, chunks, prepared) if resident is not None else None
         # A chunk that has to be prepared first meets all queries at once.
         shares = [[i] for i in range(len(chunks))] if resident is not None else [list(range(len(chunks)))]
-        runs = _runs(self._chunk_count, -(-self._chunk_count // -(-RUNS * available_cores() // len(shares))))
+        runs = _runs(self._chunk_count, -(-self._chunk_count // -(-workers.pieces // len(shares))))
         values = np.full((len(runs), queries, kept), LOWEST, np.float32)
         numbers = np.full(values.shape, -1, np.int32)
         work = deque((run, share) for share in shares for run in range(len(runs)))
@@ -358,7 +406,7 @@ class Search:
                         product.raise_best(prepared[chunks.index(at)], bank, products[: at.stop - at.start], best)
 
         try:
-            list(pool.map(scan, range(available_cores())))
+            workers.map(scan, range(workers.count))
         except BaseException:  # Ctrl-C included: do not start what is still to do
             work.clear()
             raise
@@ -535,16 +583,16 @@ def _runs(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _shares(count: int) -> list[slice]:
-    """Divide queries among the workers."""
-    return _runs(count, -(-count // available_cores()))
+def _shares(count: int, workers: int) -> list[slice]:
+    """Divide queries among workers."""
+    return _runs(count, -(-count // workers))
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Yield as many threads as there are cores, each of which multiplies by itself."""
+def _workers() -> Iterator[Workers]:
+    """Yield as many workers as there are cores, each of which multiplies by itself."""
     with ThreadPoolExecutor(available_cores()) as pool, one_blas_thread():
-        yield pool
+        yield Workers(available_cores(), pool)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
