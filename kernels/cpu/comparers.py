@@ -140,8 +140,8 @@ class Int8GramOnce(GramOnce):
     Gram with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
     product per degree would take longer than the pass that it saves. The pass returns keys: 1 − cosine, with the
     winner's patch number in the lowest bits of the mantissa, which costs no memory and next to no time. With AVX-512
-    the pass adds up in 16 bits where the tokens' lengths allow it, which adds about 1e-4 to that error.
-    `measure_winners` then replaces what was selected by exact cosines of unit features.
+    the pass adds up in 16 bits where the tokens' lengths allow it, which adds typically 1e-4 to that error, and at
+    most a few 1e-3. `measure_winners` then replaces what was selected by exact cosines of unit features.
     """
 
     description = "one int8 product for all degrees, its winners measured in fp32"

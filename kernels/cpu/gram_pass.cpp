@@ -265,8 +265,8 @@ void filter_and_reduce(const GramPass& a) {
 void ZSAD_JOIN(gram_pass_, ZSAD_TARGET)(const GramPass& a) {
 #if defined(__AVX512BW__)
   if (a.keys && a.narrow) {
-    NarrowPass pass(a);
-    if (pass.fits()) return pass.run();
+    const narrow::Counting counting(a);
+    if (counting.enough()) return narrow::Pass(a, counting).run();
   }
 #endif
   a.keys ? filter_and_reduce<true>(a) : filter_and_reduce<false>(a);

@@ -27,7 +27,8 @@ struct GramPass {
   float* best_left;            // [R, P] out: largest cosine of each left patch with any right patch, or its key
   float* best_right;           // [R, P] out: largest cosine of each right patch with any left patch, or its key
   bool keys;                   // keys instead of cosines; P at most kMaxKeyPatches
-  bool narrow;                 // with keys: the Gram is approximate, and 16 bits will do where they are enough
+  bool narrow;                 // with keys: the Gram is approximate, and 16 bits will do where they are enough; then
+                               // inverse lengths must be those of the very tokens whose products are in the Gram
   int window;  // rows and columns that q lies away from p at most; max(rows, columns) and more: any number.
                // Of the Gram only those entries are read with at most window + 2 * reach rows between p and q, where
                // reach is half of the largest degree.

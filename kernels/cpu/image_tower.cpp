@@ -16,24 +16,25 @@
 //               byte is a row of its own to the product
 //   others      fp32
 // Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
-// avx512amx their products are sums of six products in bfloat16, of the three parts that make a float exactly: those
-// left out are 2^-24 of the whole, as what fp32 rounds away.
+// avx512amx their products are sums of six products in bfloat16, of the three parts that make a float exactly (but for
+// what bfloat16 takes for zero: bits below 2^-126, so that floats below about 2^-103 lose some). Those left out are
+// 2^-24 of the whole in the mean, as what fp32 rounds away, and at worst 2^-20.
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
 // all give the same integers; exp and erf are polynomials, alike everywhere.
 #include "image_tower.h"
 
 #include "amx.h"
+#include "buffer.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 
@@ -90,24 +91,6 @@ inline float largest(Vec v) {
   return m;
 }
 constexpr std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-
-// Zeros on a cache line.
-template <typename T>
-class Room {
- public:
-  explicit Room(std::size_t size)
-      : data_(static_cast<T*>(::operator new(std::max<std::size_t>(size, 1) * sizeof(T), kLine))) {
-    std::memset(static_cast<void*>(data_.get()), 0, size * sizeof(T));
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kLine); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // 2^x for x up to 126, to 3e-6 with degree 4 and 8e-8 with 5.
 template <int Degree>
@@ -363,13 +346,14 @@ void quantise(const float* x, int n, Code* codes, float& step, float& low) {
 // What a thread works with, beside the tile's tokens.
 struct Scratch {
   std::size_t x_pitch, hidden_pitch, code_pitch, key_pitch;
-  Room<float> x, hidden, logits;
-  Room<Code> codes, weights;
-  Room<float> steps, lows;
+  Buffer<float> x, hidden, logits;
+  Buffer<Code> codes, weights;
+  Buffer<float> steps, lows;
 
-  Room<float> stream, packed, turned;  // of windows
-  Room<Code> row_parts, panel_parts;   // in bfloat16
-  Room<float> sums;
+  Buffer<float> stream, packed, turned;             // of windows
+  Buffer<const float*> window_tokens, head_tokens;  // where their queries begin, and those of a window's head
+  Buffer<Code> row_parts, panel_parts;   // in bfloat16
+  Buffer<float> sums;
 
   Scratch(const Tower& t, int tile, int window_rows, int window_length)
       : x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
@@ -386,9 +370,11 @@ struct Scratch {
         stream(window_rows * up(t.width, kColumns)),
         packed(window_rows * up(3 * t.width, kColumns)),
         turned(up(window_length, kLanes) * (t.width / t.heads + window_length)),
+        window_tokens(window_rows),
+        head_tokens(window_length),
         row_parts(std::size_t(kParts) * up(tile, kTile) * kDepth * 2),
         panel_parts(std::size_t(kParts) * 2 * kColumns * kDepth * 2),
-        sums(kParts ? up(tile, kTile) * up(std::max<std::size_t>(widest(t), 3 * t.width), 2 * kColumns) : 0) {}
+        sums(kParts ? sums_at_once(t, up(tile, kTile)) : 0) {}
 
  private:
   static std::size_t widest(const Tower& t) {
@@ -396,11 +382,23 @@ struct Scratch {
     for (const TowerBlock& block : t.blocks) most = std::max<std::size_t>(most, block.fc1.outputs);
     return up(most, kColumns);
   }
+
+  // Layers whose inputs are split in several turns keep all their sums; others those of one block.
+  static std::size_t sums_at_once(const Tower& t, std::size_t rows) {
+    std::size_t most = kTile;
+    const auto take = [&](const Linear& layer) {
+      if (layer.weights && layer.inputs > kDepth) most = std::max(most, rows * ((layer.outputs + 31) / 32));
+    };
+    take(t.patches);
+    for (const TowerBlock& b : t.blocks)
+      for (const Linear* layer : {&b.qkv, &b.proj, &b.fc1, &b.fc2}) take(*layer);
+    return most * 2 * kColumns;
+  }
 };
 
 #if defined(__AMX_INT8__)
 
-// A float is the sum of three bfloat16 numbers, exactly: of the first 8 bits of its mantissa, the next 8 and the last.
+// A float is the sum of three bfloat16 numbers: of the first 8 bits of its mantissa, the next 8 and the last.
 inline void split(__m512 x, __m512i (&parts)[kParts]) {
   const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(int(0xFFFF0000)));
   ZSAD_UNROLL
@@ -411,7 +409,8 @@ inline void split(__m512 x, __m512i (&parts)[kParts]) {
   }
 }
 
-// Rows [count, inputs] as tiles [parts, rows / 16, steps, 16, 32], filled up with zeros.
+// Rows [count, inputs] as tiles [parts, rows / 16, steps, 16, 32], inputs filled up with zeros. Rows from `count` on
+// are left from the call before: their products go nowhere.
 void split_rows(const float* x, std::size_t pitch, int count, int inputs, Code* out) {
   const int steps = (inputs + 31) / 32;
   const std::size_t part_bytes = up(count, kTile) / 16 * steps * 1024;
@@ -633,10 +632,10 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   const PackedHead packed(a);
   Half* k = reinterpret_cast<Half*>(room);
   Half* v = reinterpret_cast<Half*>(room + packed.key_bytes);
-  std::vector<float> mean(a.width);
+  float mean[kMaxHead] = {};
   for (int t = 0; t < a.tokens; ++t)
     for (int c = 0; c < a.width; ++c) mean[c] += keys[t * a.pitch + c];
-  for (float& m : mean) m /= float(a.tokens);
+  for (int c = 0; c < a.width; ++c) mean[c] /= float(a.tokens);
   alignas(64) Half row[kMaxHead] = {};
   const __m512i to = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
   for (int t = 0; t < a.tokens; ++t) {
@@ -713,13 +712,13 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   std::int8_t* v = reinterpret_cast<std::int8_t*>(room + packed.values);
   float *scales = reinterpret_cast<float*>(room + packed.scales), *sums = reinterpret_cast<float*>(room + packed.sums);
   float* value_scales = reinterpret_cast<float*>(room + packed.value_scales);
-  std::vector<float> mean(a.width), most(a.width), row(a.width);
+  float mean[kMaxHead] = {}, most[kMaxHead] = {}, row[kMaxHead];
   for (int t = 0; t < a.tokens; ++t)
     for (int c = 0; c < a.width; ++c) {
       mean[c] += keys[t * a.pitch + c];
       most[c] = std::max(most[c], std::fabs(values[t * a.pitch + c]));
     }
-  for (float& m : mean) m /= float(a.tokens);
+  for (int c = 0; c < a.width; ++c) mean[c] /= float(a.tokens);
   const int quads = (a.width + kCodes - 1) / kCodes;
   for (int t = 0; t < a.tokens; ++t) {
     float top = 0.0f;
@@ -965,7 +964,7 @@ class Forward {
     others.reserve(run_.threads);
     try {
       for (int i = 1; i < run_.threads; ++i) others.emplace_back([this, i] { work(*scratch_[i]); });
-    } catch (const std::system_error&) {  // the system gives no more, as where the address space is bounded
+    } catch (const std::exception&) {  // neither threads nor memory for more, as where the address space is bounded
       barrier_.go_on_without(run_.threads - 1 - int(others.size()));
     }
     work(*scratch_[0]);
@@ -1075,7 +1074,7 @@ class Forward {
     const std::int32_t* tokens = w.tokens + std::size_t(start) * w.length;
     float *x = s.stream.get(), *packed = s.packed.get();
     for (int i = 0; i < rows; ++i) std::copy_n(row(image, tokens[i]), pitch_, x + i * pitch_);
-    std::vector<const float*> own(rows);
+    const float** own = s.window_tokens.get();
     for (int i = 0; i < rows; ++i) own[i] = qkv(image, tokens[i]);
     for (int block = 0; block < blocks; ++block) {
       const TowerBlock& b = t_.blocks[block];
@@ -1085,7 +1084,7 @@ class Forward {
         project_windows(b, w.length, count, last, s);
         for (int i = 0; i < rows; ++i) own[i] = packed + i * head_.pitch;
       }
-      attend_windows(own.data(), w.length, count, last, s);
+      attend_windows(own, w.length, count, last, s);
       const int wanted = rows / step;
       const auto add = [&](int i, int column, Vec v) {
         float* at = x + i * step * pitch_ + column;
@@ -1118,12 +1117,12 @@ class Forward {
 
   void attend_windows(const float* const* rows, int length, int count, bool only_first, const Scratch& s) const {
     const Attention a{length, head_.width, head_.pitch, head_.scale};
-    std::vector<const float*> own(length);
+    const float** own = s.head_tokens.get();
     const int queries = only_first ? 1 : length;
     for (int window = 0; window < count; ++window)
       for (int number = 0; number < t_.heads; ++number) {
         for (int i = 0; i < length; ++i) own[i] = rows[window * length + i] + number * a.width;
-        attend_window(a, own.data(), queries, t_.width, s.turned.get(),
+        attend_window(a, own, queries, t_.width, s.turned.get(),
                       s.x.get() + window * queries * s.x_pitch + number * a.width, s.x_pitch);
       }
   }
@@ -1253,8 +1252,8 @@ class Forward {
   const std::size_t pitch_, head_bytes_;
   const int group_, tile_, tiles_;
   const std::vector<int> window_parts_;
-  const Room<float> stream_, packed_;
-  const Room<unsigned char> heads_;
+  const Buffer<float> stream_, packed_;
+  const Buffer<unsigned char> heads_;
   Barrier barrier_;
   std::vector<std::atomic<int>> next_;  // of each phase: what no thread has taken
   std::vector<std::unique_ptr<Scratch>> scratch_;

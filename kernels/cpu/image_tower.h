@@ -52,8 +52,8 @@ struct Tap {
   std::size_t image;       // floats from one image to the next
 };
 
-// Windows of an image's patches, and of each the class token behind the tower's last block, as that of an image that has
-// no other patches.
+// Windows of an image's patches, and of each the class token behind the tower's last block, as that of an image that
+// has no other patches.
 struct Windows {
   int count, length;           // of an image; tokens of each, the class token first
   const std::int32_t* tokens;  // [count, length], numbers of the image's

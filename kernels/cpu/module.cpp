@@ -338,7 +338,8 @@ using TokensOutput = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::c
 class ImageTower {
  public:
   ImageTower(std::pair<int, int> width_and_heads, std::pair<int, int> patch_and_grid, int front, float eps,
-             const std::string& activation, bool int8, int blocks, const nb::typed<nb::dict, nb::str, nb::object>& arrays)
+             const std::string& activation, bool int8, int blocks,
+             const nb::typed<nb::dict, nb::str, nb::object>& arrays)
       : arrays_(arrays) {
     std::tie(tower_.width, tower_.heads) = width_and_heads;
     std::tie(tower_.patch, tower_.grid) = patch_and_grid;
@@ -511,8 +512,8 @@ NB_MODULE(_cpu, m) {
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "", "margins"_a = nb::none(), "wanted"_a = 1,
         "running_top by the products of two quantised images, without a Gram; right has room for as many columns. With "
-        "margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which behind those come in any "
-        "order.");
+        "margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which "
+        "behind those come in any order.");
   m.def("jpeg_scan_damage", &jpeg_scan_damage, "content"_a, "rows"_a, "columns"_a,
         "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
         "over, 3 a part is missing, 4 no such code.");

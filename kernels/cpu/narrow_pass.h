@@ -3,10 +3,11 @@
 //
 // Entries become counts, so many that no sum overflows: |entry| is at most the longest left token times the longest
 // right one. The box filters of degree n are four sums of n, over rows and columns of the grid on both sides. After the
-// first two counts are divided by n, after the third by what the longest features leave, so that rounding stays below a
-// count or two. Inverse lengths are counts too, relative to the largest. What is then largest is so up to a few counts;
-// `fits` tells whether a cosine of 1 has enough of them, which tokens of very unequal length do not have, and whether
-// cosines differ by more than counts do, which they do not where all tokens share a few huge channels.
+// first two counts are divided by n, after the third by what the longest features leave. Inverse lengths become counts,
+// relative to the largest. What is then largest is so up to a few counts, typically 1e-4 of a cosine and at most a few
+// 1e-3: `Counting` tells whether a cosine of 1 has enough of them, which tokens of very unequal length do not have, and
+// whether cosines differ by more than counts do, which they do not where all tokens share a few huge channels. All of
+// it takes inverse lengths to be those of the very tokens that the Gram multiplied: of others sums overflow.
 //
 // With AVX-512 alone: other instruction sets gain nothing over the pass in floats.
 #if defined(__AVX512BW__)
@@ -24,6 +25,7 @@
 
 namespace zsad {
 namespace {
+namespace narrow {
 
 typedef std::int16_t Count;
 typedef __m512i Counts;
@@ -39,37 +41,101 @@ inline Counts all(Count x) { return _mm512_set1_epi16(x); }
 inline Counts sum(Counts a, Counts b) { return _mm512_add_epi16(a, b); }
 inline Counts scaled_by(Counts a, Counts b) { return _mm512_mulhrs_epi16(a, b); }  // a * b / 32768, rounded
 
-class NarrowPass {
+// What is worth how many counts.
+class Counting {
  public:
-  explicit NarrowPass(const GramPass& a)
+  // Of one degree.
+  struct Sums {
+    Count share, last;  // of 32768: what is left of the first two sums, and of the third
+    float one;          // counts of a product of 1 after all sums
+    bool enough;
+  };
+
+  explicit Counting(const GramPass& a)
+      : a_(a), patches_(a.rows * a.columns), reach_(*std::max_element(a.degrees, a.degrees + a.degree_count) / 2) {
+    const int* one = std::find(a.degrees, a.degrees + a.degree_count, 1);
+    if (one == a.degrees + a.degree_count || a.window < std::max(a.rows, a.columns)) return;
+    const std::size_t single = std::size_t(one - a.degrees) * patches_;
+    const float *left = a.inverse_left + single, *right = a.inverse_right + single;
+    if (spread(left, right) < kLeastSpread) return;
+    scale_ = kMostCounts / float(2 * reach_ + 1) / (length(left).longest * length(right).longest);
+    enough_ = true;
+    for (int r = 0; r < a.degree_count; ++r) enough_ = enough_ && sums(r).enough;
+  }
+
+  // Whether the whole Gram is wanted, and counts are enough.
+  bool enough() const { return enough_; }
+  float scale() const { return scale_; }  // of entries of the Gram
+  int reach() const { return reach_; }    // half of the largest degree
+
+  Sums sums(int r) const {
+    const std::size_t first = std::size_t(r) * patches_;
+    const Lengths left = length(a_.inverse_left + first), right = length(a_.inverse_right + first);
+    Sums sums{0, 0, scale_, false};
+    if (const int reach = a_.degrees[r] / 2) {
+      sums.share = Count(std::lround(32768.0 / (2 * reach + 1)));
+      const float shared = scale_ * sums.share * sums.share / (32768.0f * 32768.0f);
+      sums.last = Count(std::min(32767.0f, 32768.0f * kMostCounts / (shared * (left.longest * right.longest))));
+      sums.one = shared * sums.last / 32768.0f;
+    }
+    sums.enough = left.shortest * right.shortest * sums.one >= kLeastCounts;
+    return sums;
+  }
+
+ private:
+  struct Lengths {
+    float longest, shortest;  // of those that are not zero
+  };
+
+  Lengths length(const float* inverse) const {
+    constexpr float kLarge = std::numeric_limits<float>::max();
+    float least = kLarge, most = 0;
+#pragma omp simd reduction(min : least) reduction(max : most)
+    for (int p = 0; p < patches_; ++p) {
+      least = std::min(least, inverse[p] > 0 ? inverse[p] : kLarge);
+      most = std::max(most, inverse[p]);
+    }
+    return most > 0 ? Lengths{1.0f / least, 1.0f / most} : Lengths{1.0f, 1.0f};
+  }
+
+  // The mean of 1 - cosine of single tokens, over a few of the Gram's entries; 0 where they are all of zero tokens.
+  float spread(const float* inverse_left, const float* inverse_right) const {
+    float total = 0;
+    int count = 0;
+    for (int p = 0; p < patches_; ++p) {
+      const int q = int((std::int64_t(p) * 7919 + patches_ / 2) % patches_);  // not p again, whatever their number
+      const float inverse = inverse_left[p] * inverse_right[q];
+      if (!(inverse > 0)) continue;
+      total += 1.0f - a_.gram[std::ptrdiff_t(p) * a_.gram_stride + q] * inverse;
+      ++count;
+    }
+    return count ? total / float(count) : 0.0f;
+  }
+
+  const GramPass& a_;
+  const int patches_, reach_;
+  float scale_ = 0;
+  bool enough_ = false;
+};
+
+class Pass {
+ public:
+  Pass(const GramPass& a, const Counting& counting)
       : a_(a),
         H_(a.rows),
         W_(a.columns),
         P_(H_ * W_),
         stride_((P_ + kCounts - 1) / kCounts * kCounts),
         margin_(kMaxReach * W_ / kCounts * kCounts + kCounts),
-        reach_(*std::max_element(a.degrees, a.degrees + a.degree_count) / 2),
+        reach_(counting.reach()),
         mask_(index_mask(P_)),
+        scale_(counting.scale()),
         zeros_(stride_),
-        grams_(std::size_t(2 * reach_ + 1) * W_ * stride_),
+        grams_(std::size_t(std::min(2 * reach_ + 1, H_)) * W_ * stride_),
         summed_(stride_ + 2 * kCounts),
-        filtered_(stride_ + 2 * margin_) {}
-
-  // Whether the whole Gram is wanted, and counts are enough.
-  bool fits() {
-    const int* one = std::find(a_.degrees, a_.degrees + a_.degree_count, 1);
-    if (one == a_.degrees + a_.degree_count || a_.window < std::max(H_, W_)) return false;
-    const std::size_t single = std::size_t(one - a_.degrees) * P_;
-    if (spread(a_.inverse_left + single, a_.inverse_right + single) < kLeastSpread) return false;
-    const float longest = length(a_.inverse_left + single).longest * length(a_.inverse_right + single).longest;
-    scale_ = kMostCounts / float(2 * reach_ + 1) / longest;
-    for (int r = 0; r < a_.degree_count; ++r) {
-      const std::size_t first = std::size_t(r) * P_;
-      const Lengths left = length(a_.inverse_left + first), right = length(a_.inverse_right + first);
-      degrees_.emplace_back(*this, r, left.longest * right.longest);
-      if (!(left.shortest * right.shortest * degrees_.back().one >= kLeastCounts)) return false;
-    }
-    return true;
+        filtered_(stride_ + 2 * margin_) {
+    degrees_.reserve(a.degree_count);
+    for (int r = 0; r < a.degree_count; ++r) degrees_.emplace_back(*this, r, counting.sums(r));
   }
 
   void run() {
@@ -82,36 +148,20 @@ class NarrowPass {
   }
 
  private:
-  struct Lengths {
-    float longest, shortest;  // of those that are not zero
-  };
-
-  // The mean of 1 - cosine of single tokens, over a few of the Gram's entries.
-  float spread(const float* inverse_left, const float* inverse_right) const {
-    float total = 0;
-    for (int p = 0; p < P_; ++p) {
-      const int q = int(std::int64_t(p) * 7919 % P_);
-      total += 1.0f - a_.gram[std::ptrdiff_t(p) * a_.gram_stride + q] * inverse_left[p] * inverse_right[q];
-    }
-    return total / float(P_);
-  }
-
   // What one degree needs beside the Gram.
   struct Degree {
     int r, reach;
-    Count share, last;                   // of 32768: what is left of the first two sums, and of the third
-    float one;                           // counts of a product of 1 after all sums
+    Counting::Sums sums;
     float most_left, most_right;         // the largest inverse lengths
     Buffer<Count> left, right;           // inverse lengths, relative to these; right: filled up with zeros
     Buffer<Count> masks;                 // [2 * reach, stride]: which neighbours lie in the same grid row
     Buffer<Count> ring;                  // [degree, stride]: the last sums over rows of the grid
     Buffer<Count> best, numbers;         // [stride] of right patches: counts, and left patches
 
-    // longest: the product of the longest features of both sides
-    Degree(const NarrowPass& pass, int number, float longest)
+    Degree(const Pass& pass, int number, const Counting::Sums& own)
         : r(number),
           reach(pass.a_.degrees[number] / 2),
-          share(reach ? Count(std::lround(32768.0 / (2 * reach + 1))) : 0),
+          sums(own),
           most_left(largest(pass.a_.inverse_left + std::size_t(r) * pass.P_, pass.P_)),
           most_right(largest(pass.a_.inverse_right + std::size_t(r) * pass.P_, pass.P_)),
           left(pass.stride_),
@@ -122,9 +172,6 @@ class NarrowPass {
           numbers(pass.stride_) {
       const float *inverse_left = pass.a_.inverse_left + std::size_t(r) * pass.P_;
       const float *inverse_right = pass.a_.inverse_right + std::size_t(r) * pass.P_;
-      const float shared = pass.scale_ * share * share / (32768.0f * 32768.0f);
-      last = Count(std::min(32767.0f, 32768.0f * kMostCounts / (shared * longest)));
-      one = reach ? shared * last / 32768.0f : pass.scale_;
       std::fill_n(best.get(), pass.stride_, kNone);
       const float by_left = 32767.0f / most_left, by_right = 32767.0f / most_right;
 #pragma omp simd
@@ -146,17 +193,6 @@ class NarrowPass {
   static float largest(const float* inverse, int n) {
     const float most = *std::max_element(inverse, inverse + n);
     return most > 0 ? most : 1.0f;
-  }
-
-  Lengths length(const float* inverse) const {
-    constexpr float kLarge = std::numeric_limits<float>::max();
-    float least = kLarge, most = 0;
-#pragma omp simd reduction(min : least) reduction(max : most)
-    for (int p = 0; p < P_; ++p) {
-      least = std::min(least, inverse[p] > 0 ? inverse[p] : kLarge);
-      most = std::max(most, inverse[p]);
-    }
-    return most > 0 ? Lengths{1.0f / least, 1.0f / most} : Lengths{1.0f, 1.0f};
   }
 
   Count* gram_row(int y, int x) {
@@ -206,12 +242,12 @@ class NarrowPass {
     for (int x = 0; x < W_ + K; ++x) {
       if (x < W_) {
         for (int d = -K; d <= K; ++d) rows[d + K] = gram_row(y + d, x);
-        add_rows<kDegree>(rows, degree.share, ring_row(x));
+        add_rows<kDegree>(rows, degree.sums.share, ring_row(x));
       }
       const int centre = x - K;
       if (centre < 0) continue;
       for (int d = -K; d <= K; ++d) rows[d + K] = ring_row(centre + d);
-      add_rows<kDegree>(rows, degree.share, summed_.get() + kCounts);
+      add_rows<kDegree>(rows, degree.sums.share, summed_.get() + kCounts);
       add_columns<K>(degree);
       reduce<K>(filtered_.get() + margin_, y * W_ + centre, degree);
     }
@@ -234,7 +270,7 @@ class NarrowPass {
   void add_columns(const Degree& degree) {
     const Count *s = summed_.get() + kCounts, *masks = degree.masks.get();
     Count* out = filtered_.get() + margin_;
-    const Counts shares = all(degree.last);
+    const Counts shares = all(degree.sums.last);
     for (int q = 0; q < stride_; q += kCounts) {
       Counts total = load(s + q);
       for (int d = 0; d < K; ++d) {
@@ -289,7 +325,7 @@ class NarrowPass {
   }
 
   float key(Count counts, float inverse, const Degree& degree, std::uint32_t number) const {
-    const float cosine = counts * (32768.0f / 32767.0f) * inverse / degree.one;
+    const float cosine = counts * (32768.0f / 32767.0f) * inverse / degree.sums.one;
     const float distance = std::max(1.0f - cosine, 0.0f);
     std::uint32_t bits;
     std::memcpy(&bits, &distance, sizeof bits);
@@ -302,11 +338,12 @@ class NarrowPass {
   const GramPass& a_;
   const int H_, W_, P_, stride_, margin_, reach_;
   const std::uint32_t mask_;
+  const float scale_;
   const Buffer<Count> zeros_, grams_, summed_, filtered_;
-  float scale_ = 0;  // of entries of the Gram
   std::vector<Degree> degrees_;
 };
 
+}  // namespace narrow
 }  // namespace
 }  // namespace zsad
 #endif

@@ -74,6 +74,7 @@ class Sizes:
     references: int = 0
     returned_in_memory: bool = True
     windowed: bool = False  # patches meet only those near their own place
+    neighbour_rows: int = 0  # rows of the Gram that a pass keeps in 16 bits beside it (int8; 0 for fp32)
 
     @property
     def scored(self) -> int:
@@ -81,7 +82,7 @@ class Sizes:
 
     def plan(self, rows: int, chunk: int, workers: int, minima_in_memory: bool) -> Plan:
         """Count what a plan takes; `rows` or `chunk` may be 0, for what is left without them."""
-        gram = FLOAT_BYTES * self.patches**2
+        gram = (FLOAT_BYTES * self.patches + 2 * self.neighbour_rows) * self.patches
         row = FLOAT_BYTES * self.images * self.degrees * self.patches  # minima of one image
         loading = 2 * self.image_bytes  # the image being normalised, in its source and its float32 form
         # Scores, a layer's scores, flags of zero features.

@@ -49,13 +49,21 @@ class Scoring:
         return plan_mutual_scoring(self._sizes(images, references, returned), memory_limit)
 
     def _sizes(self, images: int, references: int, returned: ReturnedMinima) -> Sizes:
-        task, remeasured, compared = self._task, 0, images + references
+        task, remeasured, neighbour_rows, compared = self._task, 0, 0, images + references
         if self._comparer is Int8GramOnce:
             first, last = task.ranks(compared)
             remeasured = compared - 1 if returned.measured else last - first
+            neighbour_rows = min(max(task.degrees), task.grid[0]) * task.grid[1]
         sizes = compared, task.patches, task.channels, len(task.degrees)
-        windowed = task.window is not None
-        return Sizes(*sizes, self._comparer, remeasured, returned.bytes, references, windowed=windowed)
+        return Sizes(
+            *sizes,
+            self._comparer,
+            remeasured,
+            returned.bytes,
+            references,
+            windowed=task.window is not None,
+            neighbour_rows=neighbour_rows,
+        )
 
     def run(
         self,

@@ -195,7 +195,7 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
     together = ready.run(images)
     for threads in (2, 7):
         other = NativeTower(tmp_path / "tower", threads=threads)
-        for found in (other.run(images), other.run(images[3:])):
+        for found in (other.run(images), other.run(images[3:]), other.run(images[4:])):
             for name, array in found.items():
                 np.testing.assert_array_equal(array, together[name][-len(array) :])
     assert [len(array) for array in ready.run(images[:0]).values()] == 5 * [0]

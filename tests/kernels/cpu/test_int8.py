@@ -171,3 +171,5 @@ def test_the_plan_counts_the_winners() -> None:
     exact = plan_mutual_scoring(Sizes(100, 1369, 1024, 3), 1 << 34)
     measured = plan_mutual_scoring(Sizes(100, 1369, 1024, 3, remeasured_ranks=29), 1 << 34)
     assert measured.peak_bytes - exact.peak_bytes >= 100 * 29 * 1369 * 12  # image, patch and cosine in 4 bytes each
+    narrow = plan_mutual_scoring(Sizes(100, 1369, 1024, 3, neighbour_rows=5 * 37), 1 << 34)
+    assert narrow.peak_bytes - exact.peak_bytes == exact.workers * 5 * 37 * 1369 * 2
