@@ -9,8 +9,8 @@
 namespace zsad {
 namespace {  // compiled for several instruction sets, of which none may take another's place
 
-// Whether the processor has tiles, int8 and bfloat16 products of them, and AVX-512 BF16, and Linux has given this process
-// leave to use them, which it is asked for here: its threads, present and future, have it from then on.
+// Whether the processor has tiles, int8 and bfloat16 products of them, and AVX-512 BF16, and Linux has given this
+// process leave to use them, which it is asked for here: its threads, present and future, have it from then on.
 inline bool may_use_amx() {
   constexpr unsigned kTiles = 13u << 22;  // AMX-BF16, AMX-TILE and AMX-INT8
   constexpr unsigned kBfloat16 = 1u << 5;

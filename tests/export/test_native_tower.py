@@ -205,7 +205,7 @@ WITHOUT_THREADS = """
 import resource, sys, threading, numpy, psutil
 from zsad.export.native_tower import NativeTower
 tower, images = NativeTower(sys.argv[1], threads=3), numpy.load(sys.argv[2])
-room = psutil.Process().memory_info().vms + (256 << 20)
+room = psutil.Process().memory_info().vms + resource.getrlimit(resource.RLIMIT_STACK)[0] // 4
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
 try:
     threading.Thread(target=print).start()
