@@ -1,5 +1,7 @@
 """Nearest neighbours by cosine in a bank of vectors, for methods that remember what good images look like."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -91,18 +93,34 @@ class Nearest:
         needed = cpu.needed if device == "cpu" else cuda.needed
         return needed(vectors, channels, k, precision, resident)
 
-    def search(self, queries: NDArray[Any]) -> tuple[Array, NDArray[np.int64]]:
+    def search(self, queries: NDArray[Any], workers: cpu.Workers | None = None) -> tuple[Array, NDArray[np.int64]]:
         """Find the k nearest vectors of the bank to each of the queries [Q, C], float32 of any length.
 
         Returns cosines [Q, k] float32, descending, and indices [Q, k] int64; of equal cosines the lower index comes
         first. Raises ValueError for queries that do not fit the bank or are not finite.
+
+        workers: threads of the CPU that several searches share.
         """
         _check("queries", queries)
         if queries.shape[1] != self._channels:
             raise ValueError(f"queries must have the {self._channels} channels of the bank, not {queries.shape[1]}")
         if not len(queries):
             return np.empty((0, self._k), np.float32), np.empty((0, self._k), np.int64)
-        return self._search.search(len(queries), partial(_read, "query", queries))
+        read = partial(_read, "query", queries)
+        if isinstance(self._search, cpu.Search):
+            return self._search.search(len(queries), read, workers)
+        return self._search.search(len(queries), read)
+
+
+def search_all(banks: Sequence[Nearest], queries: Sequence[NDArray[Any]]) -> list[tuple[Array, NDArray[np.int64]]]:
+    """Search each of several banks for queries of its own; see `Nearest.search`.
+
+    On a CPU side by side: no processor waits while others end a search.
+    """
+    if not all(isinstance(bank._search, cpu.Search) for bank in banks):
+        return [bank.search(own) for bank, own in zip(banks, queries, strict=True)]
+    with cpu.all_workers() as workers, ThreadPoolExecutor(len(banks)) as asking:
+        return list(asking.map(lambda bank, own: bank.search(own, workers), banks, queries))
 
 
 def _check(what: str, vectors: NDArray[Any]) -> None:

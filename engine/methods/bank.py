@@ -44,7 +44,7 @@ from zsad.kernels.cuda.device import Device
 from zsad.kernels.files import printable
 from zsad.kernels.machine import available_cores
 from zsad.kernels.mutual_scoring import square_grid
-from zsad.kernels.nearest import Nearest
+from zsad.kernels.nearest import Nearest, search_all
 
 from .bank_file import AGAIN, SUFFIX, Bank, BankError, Header, keys_of, read_bank, read_header
 from .method import Group, JudgesEach, Place, Scored
@@ -286,11 +286,14 @@ class Memory:
 
         Beside them the mean distances [P] to the nearest of a defect, None where the bank has no defects.
         """
-        nearest = [search.measured(own) for search, own in zip(self._searches, units, strict=True)]
-        if not self._defects:
-            return nearest, None
-        found = [search.measured(own)[:, 0] for search, own in zip(self._defects, units, strict=True)]
-        return nearest, np.mean(found, axis=0)
+        searches = [*self._searches, *self._defects]
+        asked = [*units, *units] if self._defects else list(units)
+        found = search_all([search.nearest for search in searches], asked)
+        distances = [
+            search.distances(own, cosines) for search, own, (cosines, _) in zip(searches, asked, found, strict=True)
+        ]
+        nearest, to_defects = distances[: len(units)], distances[len(units) :]
+        return nearest, np.mean([own[:, 0] for own in to_defects], axis=0) if to_defects else None
 
 
 def raised(
@@ -328,7 +331,7 @@ class Search:
         self._with_zero = not vectors.any(axis=1).all()
         if memory_limit is not None:
             memory_limit = max(memory_limit, self.least(len(vectors), vectors.shape[1], neighbours, device))
-        self._nearest = Nearest(vectors, neighbours, self._precision(device), device, memory_limit)
+        self.nearest = Nearest(vectors, neighbours, self._precision(device), device, memory_limit)
 
     @classmethod
     def least(cls, vectors: int, channels: int, neighbours: int, device: Device | Literal["cpu"]) -> int:
@@ -341,11 +344,14 @@ class Search:
         return fast_precision() if device == "cpu" else "auto"
 
     def measured(self, units: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the distances [P, k] of unit features [P, C] to the nearest, ascending.
+        """Return the distances [P, k] of unit features [P, C] to the nearest, ascending."""
+        return self.distances(units, self.nearest.search(units)[0])
+
+    def distances(self, units: NDArray[np.float32], cosines: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the distances [P, k] of unit features [P, C] that have these cosines [P, k] with the nearest.
 
         A feature without direction is at distance 1 from every other, and at 0 from such.
         """
-        cosines, _ = self._nearest.search(units)  # [P, k]
         squared = np.maximum(2 - 2 * cosines.astype(np.float64), 0)
         if self._with_zero:
             squared = np.minimum(squared, 1)

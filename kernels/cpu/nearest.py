@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar
@@ -239,7 +239,7 @@ class Search:
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             if self._product is self._exact:
                 self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
-            with _workers() as workers:
+            with all_workers() as workers:
                 self._chunks = self._all_prepared(workers)
 
     @property
@@ -278,17 +278,17 @@ class Search:
         units[count:] = 0
         return product.prepare(units, is_bank=True)
 
-    def search(self, count: int, read: Read) -> tuple[Array, NDArray[np.int64]]:
+    def search(self, count: int, read: Read, workers: Workers | None = None) -> tuple[Array, NDArray[np.int64]]:
         """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
 
-        read: fills an array [n, C] with the unit vectors of n of them.
+        read: fills an array [n, C] with the unit vectors of n of them. workers: those that several searches share.
         """
         cosines, indices = np.empty((count, self._k), np.float32), np.empty((count, self._k), np.int64)
         resident = sum(chunk.nbytes for chunk in self._chunks or ())
         per_query = _query_bytes(self._channels, self._k, self.precision)
         free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
         group = max(1, free // per_query // QUERY_ROWS) * QUERY_ROWS
-        with _workers() as workers:
+        with all_workers() if workers is None else nullcontext(workers) as workers:
             for first in range(0, count, group):
                 doubtful = self._first_search(workers, slice(first, min(first + group, count)), read, cosines, indices)
                 if self._product is not self._exact and doubtful.any():
@@ -589,7 +589,7 @@ def _shares(count: int, workers: int) -> list[slice]:
 
 
 @contextmanager
-def _workers() -> Iterator[Workers]:
+def all_workers() -> Iterator[Workers]:
     """Yield as many workers as there are cores, each of which multiplies by itself."""
     with ThreadPoolExecutor(available_cores()) as pool, one_blas_thread():
         yield Workers(available_cores(), pool)

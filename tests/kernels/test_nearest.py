@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zsad.kernels import reference
 from zsad.kernels.cpu import nearest as cpu
-from zsad.kernels.nearest import Nearest
+from zsad.kernels.nearest import Nearest, search_all
 
 PRECISIONS = ["fp32"] if cpu._cpu is None else ["fp32", "int8"]
 GAP = 1e-6  # of cosines, up to which neighbours may change places
@@ -176,6 +176,18 @@ def test_neither_bank_nor_queries_are_changed(precision: str) -> None:
     Nearest(y, 1, precision).search(x)
     np.testing.assert_array_equal(x, copies[0])
     np.testing.assert_array_equal(y, copies[1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_several_banks_side_by_side(precision: str) -> None:
+    # Of so many queries that each worker has its own, of fewer, and of none.
+    queries = [vectors(16, count, 24, 4) for count in (1600, 40, 0)]
+    banks = [Nearest(vectors(17 + k, 1100 * k, 24, 4), k, precision) for k in (1, 2, 3)]
+    for found, bank, own in zip(search_all(banks, queries), banks, queries, strict=True):
+        for got, want in zip(found, bank.search(own), strict=True):
+            np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="query 7 is not finite"):
+        search_all(banks, [*queries[:2], np.where(np.arange(9)[:, None] == 7, np.inf, queries[0][:9])])
 
 
 def test_no_queries_find_nothing() -> None:
