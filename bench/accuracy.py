@@ -15,7 +15,7 @@ in memory for one set at a time. Masks and maps are compared at 256×256. Sectio
     planted        one defect at the same place in 5 to 40 % of a set's normal images
     banks          metrics of images scored by banks that keep all patches or few, and how many normal ones these reject
     feedback       what accepting false alarms and rejecting missed defects does to other images
-    precisions     image AUROC, pixel AP and patch scores of int8 networks beside fp32's; of preset small at 518 px
+    precisions     image AUROC, pixel AP and patch scores of int8 networks beside fp32's, at the image size
     verdicts       F1, false alarms and recall of rules for the bound, from the scores of whole sets and of parts
 """
 

@@ -3,8 +3,8 @@
     python -m zsad.bench.growth [--counts 50 100 … 3200] [--side 6] [--group-size 100] [--bank 5000]
 
 Tokens of images of 84 pixels, one layer, each way over ever more of the same images. Kept are seconds, and by how much
-the process grew at most meanwhile; printed also the powers of the number of images that fit them. With 3,200 images it
-takes three minutes on two cores. Validates first, as `zsad.bench.mutual_scoring` does.
+the process grew at most meanwhile; printed also the powers of the number of images that fit them. Validates first, as
+`zsad.bench.mutual_scoring` does.
 """
 
 import argparse
@@ -34,8 +34,10 @@ Series = Mapping[str, float]  # by the number of images, as JSON has it
 
 def exponent(series: Series) -> float:
     """Return the power of the number of images that fits what was measured."""
-    counts = np.log([int(count) for count in series])
-    return float(np.polyfit(counts, np.log(np.maximum(list(series.values()), 1)), 1)[0])
+    counts, values = np.array([(int(count), value) for count, value in series.items()]).T
+    if not values.all():  # as where memory did not grow at all
+        return 0.0 if not values.any() else float("nan")
+    return float(np.polyfit(np.log(counts), np.log(values), 1)[0])
 
 
 def in_groups(tokens: Array, side: int, degrees: Sequence[int], size: int | None) -> None:

@@ -112,7 +112,8 @@ def watch(folder: Path, config: Config, runtime: Runtime, options: Options, list
     category = Category(name + "_" * (name in RESERVED_NAMES), folder, (), {}, ())
     with claimed(options.output, (), resume=True):
         workplace = Workplaces(config, runtime, options).of({})
-        workplace = replace(workplace, loader=replace(workplace.loader, keep_images=True))  # for overlays
+        if workplace.loader.batch_size == 1:  # of more the images of batches would lie beside the limit
+            workplace = replace(workplace, loader=replace(workplace.loader, keep_images=True))  # for overlays
         known = Known()
         with Stream(options.output / category.name, known) as stream, Arrivals(folder, options.output, known) as files:
             if stream.latest.scored or stream.latest.failed:
@@ -227,7 +228,7 @@ class Watching:
 
         limits = replace(job.options.limits, bytes=image_memory(self._runtime, job.options))
         ahead = Ahead(write, loader.workers, 2 * loader.workers, loader.memory_limit, "write")
-        with limited(limits), one_blas_thread(), ahead:  # maps are too small for several
+        with limited(limits), one_blas_thread(), ahead:  # each map is drawn by one thread
             for result in scoring.results(job.config.bit_depth):
                 file = files[result.index]
                 if file.young and result.note is not None:  # damage may be that its end is not there yet

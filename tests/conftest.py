@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from host_build import HostDevice
 from host_tensorrt import HostEngine, loaded
+from hypothesis import settings
 
 from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.networks import runtime as runtimes
@@ -21,6 +22,10 @@ from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
 from zsad.kernels.cuda.device import Device, DeviceError, open_device
 from zsad.kernels.machine import available_cores
+
+# On a busy machine anything may take long.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Reference arrays and real images live outside the repository; tests that need them are skipped where they are absent.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

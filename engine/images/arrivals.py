@@ -333,7 +333,7 @@ class Signals:
                     self._root,
                     watch_filter=None,
                     debounce=50,
-                    step=1,
+                    step=5,
                     rust_timeout=250,
                     stop_event=stop,
                     raise_interrupt=False,

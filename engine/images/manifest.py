@@ -289,9 +289,9 @@ def _rows(data: Location) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except UnicodeDecodeError:
         raise ManifestError(f"{data}: is no UTF-8 text; save it as UTF-8") from None
     except (OSError, csv.Error) as error:
-        raise ManifestError(f"{data}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise ManifestError(f"{data}: cannot be read ({getattr(error, 'strerror', None) or said(error)})") from None
     except Exception as error:  # file systems have errors of their own
-        if isinstance(data, Path):
+        if isinstance(data, Path) or isinstance(error, MemoryError):
             raise
         raise ManifestError(f"{data}: cannot be fetched: {said(error)}") from None
 

@@ -157,9 +157,11 @@ def _asked(file: Remote, ask: Callable[[Any, str], Any]) -> Any:
     try:
         return ask(*_filesystem(file))
     except FileNotFoundError as error:
-        why = error.__cause__  # fsspec says that of servers that cannot be reached or refuse, too
+        # fsspec says that of servers that cannot be reached, refuse or break off, too.
+        why = error.__cause__
         unreached = isinstance(why, OSError) and not isinstance(why, FileNotFoundError)
-        if why is not None and (unreached or getattr(why, "status", GONE[0]) not in GONE):
+        answered = type(why).__module__.partition(".")[0] == "aiohttp" and getattr(why, "status", None) not in GONE
+        if why is not None and (unreached or answered):
             raise OSError(5, f"cannot be fetched: {said(why)}") from None
         raise FileNotFoundError(2, "there is no such file") from None
     except ImportError as error:

@@ -127,7 +127,7 @@ class Stream:
         flushes: list[Callable[[], None]] = [partial(_flush_if_there, place) for place in places]
         flushes += [self._scores.flush, self._regions.flush, self._journal.flush]
         with ThreadPoolExecutor(min(len(flushes), MOST_FLUSHES)) as pool:
-            for _ in pool.map(lambda flush: flush(), flushes):  # at once, which takes a tenth of the time
+            for _ in pool.map(lambda flush: flush(), flushes):  # at once: the disk takes many in the time of one
                 pass
         self._journal.append(MARK)
         self._unsettled, self._marked, self._next_mark = False, True, time.monotonic() + PAUSE

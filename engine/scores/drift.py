@@ -1,7 +1,7 @@
 """Whether more images are rejected than chance explains: the line has changed, or the bank no longer fits it."""
 
 from collections import deque
-from math import comb, exp, lgamma
+from math import exp, lgamma, log, log1p
 
 WINDOW = 200  # images that are looked at, the last ones
 LEAST = 20  # images before anything is said
@@ -18,12 +18,12 @@ def tail(count: int, number: int, above: int, normal: int, defects: float = 0.0)
     """
     a, b = 1 + above, max(normal - above, 1)
     whole, below = _log_beta(a, b), 0.0
+    # By logarithms: of a thousand images binomial coefficients are beyond any floating-point number.
     for others in range(count if defects else min(count, 1)):  # defects among the images
         left = number - others
-        weight = comb(number, others) * defects**others * (1 - defects) ** left
-        # By logarithms: of a thousand images binomial coefficients are beyond any floating-point number.
-        of_all = lgamma(left + 1) - lgamma(left + a + b) - whole
-        below += weight * sum(
+        weight = others * log(defects) + left * log1p(-defects) if defects else 0.0
+        of_all = weight + lgamma(number + 1) - lgamma(others + 1) - lgamma(left + a + b) - whole
+        below += sum(
             exp(of_all - lgamma(k + 1) - lgamma(left - k + 1) + lgamma(k + a) + lgamma(left - k + b))
             for k in range(count - others)
         )

@@ -229,7 +229,14 @@ def test_a_file_that_changes_while_it_is_scored_is_scored_as_it_is_then(
 
 
 @pytest.mark.slow
-def test_what_is_moved_away_or_deleted_stops_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "note"),
+    [(1, None), (2, "no map, the file has changed: no longer there")],
+    ids=["kept", "read again"],
+)
+def test_what_is_moved_away_or_deleted_stops_nothing(
+    made: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, note: str | None
+) -> None:
     put(made, 0, "a.png")
     write = ImageFiles.write
 
@@ -240,9 +247,10 @@ def test_what_is_moved_away_or_deleted_stops_nothing(made: Path, monkeypatch: py
 
     monkeypatch.setattr(ImageFiles, "write", gone)
     line = Line(2, {1: lambda: put(made, 1, "b.png")})
-    assert line.run() == ["a.png", "b.png"]
+    assert line.run(batch_size=batch_size) == ["a.png", "b.png"]
     assert line.told[0].record is not None
-    assert line.told[0].record.note == "no map, the file has changed: no longer there"
+    assert line.told[0].record.note == note
+    assert Path("out/in", line.told[0].record.map).is_file() == (note is None)
 
 
 @pytest.mark.parametrize(

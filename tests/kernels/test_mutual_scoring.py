@@ -72,7 +72,7 @@ def test_golden_aggregation(golden: Path, name: str, degrees, side: int) -> None
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     images=st.integers(2, 9),
@@ -264,7 +264,7 @@ def test_a_window_as_large_as_the_grid_is_none(precision: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:mutual scoring runs on NumPy alone")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     grid=st.tuples(st.integers(1, 8), st.integers(1, 8)),

@@ -104,7 +104,7 @@ def test_memory_stays_within_the_limit(precision: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), k=st.integers(1, 5), clusters=st.sampled_from([0, 3]))
 def test_a_permuted_bank_permutes_the_indices(precision: str, seed: int, k: int, clusters: int) -> None:
     x, y = vectors(seed, 30, 24, clusters), vectors(seed + 1, 150, 24, clusters)

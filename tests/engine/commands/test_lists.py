@@ -2,12 +2,14 @@
 
 import csv
 import json
+import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,12 @@ def infer(tiny: Path) -> Callable[..., int]:
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+    def send_head(self) -> Any:
+        if self.path != "/breaks-off.csv":
+            return super().send_head()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return None
 
 
 @pytest.fixture
@@ -128,6 +136,7 @@ def test_a_list_at_a_url_names_files_beside_it(infer, tmp_path: Path) -> None:
     [
         ("http://127.0.0.1:9/list.csv", "cannot be fetched: Cannot connect to host 127.0.0.1:9"),
         ("{server}/nowhere.csv", "there is no such file"),
+        ("{server}/breaks-off.csv", "cannot be fetched: Server disconnected"),
         ("unheard://of/list.csv", "cannot be fetched: Protocol not known: unheard"),
         ("nowhere.csv", "there is no such list"),
     ],

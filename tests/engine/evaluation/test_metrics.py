@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from clip_checkpoints import text_arrays
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -73,7 +73,6 @@ any_scores = st.lists(
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(scores_with_ties | any_scores)
 def test_image_metrics_equal_sklearn(pairs: list[tuple[int, float]]) -> None:
     labels, scores = np.array([label for label, _ in pairs]), np.array([float(score) for _, score in pairs])
@@ -85,7 +84,6 @@ def test_image_metrics_equal_sklearn(pairs: list[tuple[int, float]]) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(any_scores, st.sampled_from([np.float32, np.float64]))
 def test_counts_are_exact_for_any_scale(pairs: list[tuple[int, float]], dtype: type[np.floating[Any]]) -> None:
     values = np.array([value for role, value in pairs if role == 0], np.float32)
@@ -121,7 +119,6 @@ def test_exact_aupro_equals_brute_force(decimals: int, limit: float) -> None:
     assert aupro(masks, maps, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
 def test_exact_aupro_equals_brute_force_with_ties_at_the_limit(seed: int, limit: float) -> None:
     rng = np.random.default_rng(seed)

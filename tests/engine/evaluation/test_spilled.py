@@ -18,7 +18,7 @@ from zsad.engine.evaluation.spilled import Spilled
 def many_small_ranges() -> object:
     """Ranges of a few scores, so that small maps have many."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("RANGE", 8), ("STRIDE", 4), ("POSITIVE_STRIDE", 2), ("BATCH", 5)):
+        for name, size in (("RANGE", 8), ("STRIDE", 4), ("POSITIVE_STRIDE", 2), ("BATCH", 5), ("PIECE", 3)):
             patch.setattr(spilled, name, size)
         yield
 

@@ -595,7 +595,7 @@ def test_bilinear_equals_pytorch_up_to_the_last_bit(size: tuple[int, int]) -> No
     assert (np.floor(found) != np.floor(expected)).mean() < 2e-5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -75,7 +75,7 @@ names = st.text("aA.~/é ", min_size=1, max_size=5).map(lambda text: f"{text}.pn
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(names, names.map("memory://b/{}".format), names.map("/f/{}".format)), min_size=1))
 def test_no_two_images_share_a_name_and_none_is_lost(tmp_path: Path, paths: list[str]) -> None:
     (category,) = read_manifest(listed(tmp_path / "list.jsonl", [{"path": path} for path in paths]), ())

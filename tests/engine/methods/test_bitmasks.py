@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from zsad.engine.methods.bitmasks import Box, overlap, pack, union
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(height=st.integers(1, 20), width=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
 def test_bits_say_what_the_masks_say(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ def stitched(grid: TileGrid, values: np.ndarray) -> np.ndarray:
     return found
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sizes, tilings, st.none() | st.integers(1, 37))
 def test_tiles_cover_an_image_and_put_it_together_again(
     size: tuple[int, int], tiling: Tiling, cells: int | None

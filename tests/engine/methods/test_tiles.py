@@ -43,7 +43,7 @@ def first_pixels(labels: NDArray[np.int32]) -> list[int]:
     return list(first[numbers > 0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),
@@ -73,7 +73,7 @@ def test_components_of_any_foreground(height: int, width: int, share: float, lea
         assert tile.box.y0 <= box.y0 < box.y1 <= tile.box.y1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),

@@ -20,6 +20,8 @@ def test_the_tail_of_many_images() -> None:
     for count in (10, 3000, 5000):
         expected = stats.betabinom.sf(count - 1, 5000, 4, 26)
         assert tail(count, 5000, 3, 29) == pytest.approx(expected, abs=1e-6)
+    certain = stats.binom.sf(149, 1500, 0.1)  # defects alone
+    assert tail(150, 1500, 0, 10**8, 0.1) == pytest.approx(certain, abs=1e-3)
 
 
 @pytest.mark.parametrize("normal", [20, 99, 250])

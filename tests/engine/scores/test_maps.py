@@ -19,7 +19,7 @@ def test_golden_pixel_maps(golden: Path, name: str, side: int, size: int) -> Non
         np.testing.assert_allclose(upsample(patch_scores.reshape(side, side), (size, size)), expected, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
 def test_upsampling_interpolates_between_aligned_corners(shape, size) -> None:
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
