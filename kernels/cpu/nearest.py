@@ -83,6 +83,7 @@ class Product(Protocol):
     """How chunks of unit vectors are multiplied."""
 
     spare: int  # candidates beyond k
+    written: bool  # whether products go into the room for them
 
     @property
     def query_rows(self) -> int:
@@ -98,7 +99,7 @@ class Product(Protocol):
     def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
         """Raise the best of the rows of `left` by the rows of `right`, two prepared chunks.
 
-        products: room for [rows of left, rows of right].
+        products: room for [rows of left, rows of right] where they are written.
         """
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
@@ -109,6 +110,7 @@ class Fp32Product:
     """A product by BLAS."""
 
     spare = 4  # for cosines that differ by less than its rounding
+    written = True
 
     @property
     def query_rows(self) -> int:
@@ -136,6 +138,7 @@ class Int8Product:
     """
 
     spare = 47  # of banks of tens of thousands of patches up to 45 were within two errors of the nearest
+    written = False
     query_rows = 704  # whose codes stay in the second-level cache; fewer would read the bank more often
 
     def __init__(self, mean: Array) -> None:
@@ -390,7 +393,7 @@ class Search:
         work = deque((run, share) for share in shares for run in range(len(runs)))
 
         def scan(_: int) -> None:
-            products = aligned_empty((QUERY_ROWS, chunk_rows(self._vectors)), np.float32)
+            products = aligned_empty((QUERY_ROWS if product.written else 0, chunk_rows(self._vectors)), np.float32)
             while True:
                 try:
                     run, share = work.popleft()

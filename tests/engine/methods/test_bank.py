@@ -171,6 +171,10 @@ class Products:
     def search(self, queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
         return (queries @ self._vectors.T).max(axis=1, keepdims=True), None
 
+    @staticmethod
+    def search_all(banks: Sequence[Products], queries: Sequence[NDArray[np.float32]]) -> list[Any]:
+        return [bank.search(own) for bank, own in zip(banks, queries, strict=True)]
+
 
 @pytest.mark.parametrize(
     ("size", "precision"),
@@ -199,6 +203,7 @@ def test_making_a_bank_takes_no_more_memory_than_is_planned_and_tells_how_far_it
 @pytest.mark.parametrize("size", [10_000, 36, 18])  # all patches, a fifth, a tenth
 def test_false_alarms_are_what_was_asked_for(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zsad.engine.methods.bank.Nearest", Products)
+    monkeypatch.setattr("zsad.engine.methods.bank.search_all", Products.search_all)
     splits, count, held, share = int(os.environ.get("ZSAD_SPLITS", "150")), 20, 40, 0.1
     pool, rng, making = make_tokens(400, 5)[:, :1], np.random.default_rng(6), Making(size=size)
     alarms, promised = 0, 2 / (count + 1)  # ranks 20 and 21 of 21
