@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps beside its numbers."""
+"""What every benchmark prints and keeps beside its numbers, and how tables read it."""
 
 import importlib.metadata
 import json
@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from zsad.kernels.machine import processor
 
 # Relative to the current folder: benchmarks are run from a clone, whose committed results they extend.
 RESULTS = Path("bench") / "results"
+results = ContextVar("results", default=RESULTS)  # the folder that tables are made from
+
+Record = Mapping[str, Any]
+
+
+class NothingRecordedError(Exception):
+    """There is no record that a table could be made of."""
 
 
 def environment(module: str, argv: Sequence[str] | None, packages: Sequence[str]) -> dict[str, Any]:
@@ -61,3 +69,17 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run[0] + (" with changes" if run[1] else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def read(file: str) -> list[Record]:
+    """Return the records of a results file, oldest first."""
+    return [json.loads(line) for line in (results.get() / file).read_text(encoding="utf-8").splitlines()]
+
+
+def where(record: Record) -> str:
+    return f"{record['cpu']}, {record['cores']} cores, commit {record['commit'][:8]}, `{record['command']}`"

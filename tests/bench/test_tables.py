@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from zsad.bench import tables
+from zsad.bench import tables, tables_accuracy
 
 ENVIRONMENT = {"date": "now", "cpu": "a processor", "cores": 2, "commit": "0123456789", "command": "measure"}
 
@@ -20,7 +20,8 @@ def graph(name: str, **values: Any) -> Mapping[str, Any]:
 def records(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
     """What a results file holds, to be filled."""
     found: list[Mapping[str, Any]] = []
-    monkeypatch.setattr(tables, "read", lambda file: found)
+    for module in (tables, tables_accuracy):
+        monkeypatch.setattr(module, "read", lambda file: found)
     return found
 
 
@@ -71,7 +72,7 @@ def test_banks_are_told_by_size_and_by_what_they_reject(records: list[Mapping[st
     }
     about = {"section": "banks", "checkpoint": "net", "image_size": 280, "images": {"nut": [60, 40]}}
     records.append({**ENVIRONMENT, **about, "splits": 200, "drawn": 20, "sets": {"nut": found}})
-    lines = tables.banks_table().splitlines()
+    lines = tables_accuracy.banks_table().splitlines()
     assert "| `nut` | 10 % | 1200 | 91.2 | 30.0 | – |" in lines
     assert "| `nut` | 10 % | 10 | 9.5 | 9.1 (8.4 to 9.9) |" in lines
 
@@ -113,12 +114,14 @@ def test_workers_are_told_beside_a_process(records: list[Mapping[str, Any]]) -> 
     assert "| a local Ray of two workers | 7.0 s | 25.0 s |" in text.splitlines()
 
 
-def test_what_was_never_recorded_is_said() -> None:
+def test_what_was_never_recorded_is_said(records: list[Mapping[str, Any]]) -> None:
+    records.append({"section": "windows"})
+    assert tables.made(tables_accuracy.pooling_table) == "Nothing is on record yet."
+
     def none() -> str:
         raise FileNotFoundError
 
     assert tables.made(none) == "Nothing is on record yet."
-    assert tables.made(lambda: next(iter([]))) == "Nothing is on record yet."
 
 
 def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: list[Mapping[str, Any]]) -> None:
@@ -127,7 +130,7 @@ def test_bounds_of_known_good_images_are_told_with_what_they_promise(records: li
     found = {"known": 20, "promised": 0.05, "shares": rates}
     about = {"section": "bounds", "checkpoint": "net", "image_size": 280, "images": {"nut": [60, 40]}}
     records.append({**ENVIRONMENT, **about, "splits": 200, "sets": {"nut": found}})
-    lines = tables.bounds_table().splitlines()
+    lines = tables_accuracy.bounds_table().splitlines()
     assert "| `nut` | 20 | 5.0 | 0 % | 3.0 (2.0 to 4.0) | – |" in lines
     assert "| `nut` | 20 | 5.0 | 40 % | 3.0 (2.0 to 4.0) | 50.0 |" in lines
 
@@ -136,7 +139,7 @@ def test_what_int8_moves_is_told_with_what_two_images_move(records: list[Mapping
     ways = {"fp32": {"image_auroc": 0.9}, "native code int8": {"image_auroc": 0.898, "correlation": 0.99951}}
     about = {"section": "precisions", "checkpoint": "net", "image_size": 518, "images": {"nut": [60, 40]}}
     records.append({**ENVIRONMENT, **about, "sets": {"nut": {"rows": {"small": ways}, "pair": 1 / 2400}}})
-    text = tables.precisions_table()
+    text = tables_accuracy.precisions_table()
     assert "0.042 on `nut`" in text
     assert "| `nut` | preset `small` | native code int8 | 89.80 | – | -0.20 | 0.99951 |" in text.splitlines()
 
