@@ -402,11 +402,12 @@ class Search:
                 for chunk in range(self._chunk_count)[runs[run]]:
                     bank = self._prepared(product, chunk) if resident is None else resident[chunk]
                     first = chunk * BANK_ROWS
-                    for at in (chunks[i] for i in share):
+                    count = min(BANK_ROWS, self._vectors - first)
+                    for i in share:
+                        at = chunks[i]
                         of_rows = None if margins is None else margins[at]
-                        count = min(BANK_ROWS, self._vectors - first)
                         best = Best(values[run, at], numbers[run, at], first, count, self._k, of_rows)
-                        product.raise_best(prepared[chunks.index(at)], bank, products[: at.stop - at.start], best)
+                        product.raise_best(prepared[i], bank, products[: at.stop - at.start], best)
 
         try:
             workers.map(scan, range(workers.count))
@@ -421,7 +422,7 @@ class Search:
         """Fill cosines and indices [Q, k] with the best of candidates [G, Q, K], whose vectors are read for it."""
         found, of_found = np.concatenate(list(values), axis=1), np.concatenate(list(numbers), axis=1)  # [Q, G · K]
         # At least k vectors reach the k-th candidate less its error: only these can be among the k nearest.
-        kth = np.partition(found, -self._k, axis=1)[:, -self._k]
+        kth = np.partition(found, -self._k, axis=1)[:, -self._k].copy()
         of_worth = _compact(of_found, found + errors[:, None] >= (kth - errors)[:, None])
         cosines[:], indices[:] = largest(self._measure(queries, of_worth), of_worth, self._k)
 
@@ -579,7 +580,8 @@ def _query_bytes(channels: int, k: int, precision: str) -> int:
     units = 4 * channels
     codes = 0 if precision == "fp32" else Int8Product.chunk_bytes(ALIGNED_ROWS, channels) // ALIGNED_ROWS
     again = 0 if precision == "fp32" else units  # the doubtful are searched again in fp32
-    return units + codes + again + (k + kind.spare) * (48 * available_cores() + 48)
+    # Each run of chunks has candidates; where they are merged without native code, 40 bytes more are held for each.
+    return units + codes + again + (k + kind.spare) * (RUNS * available_cores() * (8 + 40) + 48)
 
 
 def _runs(count: int, size: int) -> list[slice]:

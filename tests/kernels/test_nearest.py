@@ -144,6 +144,8 @@ def test_a_bank_in_memory_of_lengths_near_one(precision: str) -> None:
     y /= np.linalg.norm(y.astype(np.float64), axis=1, keepdims=True)
     near = y * np.random.default_rng(15).uniform(0.997, 1.003, (1500, 1)).astype(np.float32)
     y[7] = near[7] = 0
+    assert cpu.Held.of(near) is not None
+    assert cpu.Held.of(2 * near) is None
     for bank in (near, 2 * near):
         check(Nearest(bank, 3, precision).search(x), x, y, 3)
         np.testing.assert_array_equal(Nearest(bank, 3, precision).search(y[7:8])[1], [[0, 1, 2]])
