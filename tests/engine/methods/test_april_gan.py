@@ -1,5 +1,6 @@
 """APRIL-GAN through zsad-infer, against what the published implementation gave."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from zsad.engine.commands.infer import main
 from zsad.engine.results.records import CategoryRecord
+from zsad.kernels.cpu.native import has_native_code
 
 LAYERS = 4
 CLASSES = 2
@@ -93,6 +95,17 @@ def test_few_shot(april: Callable[..., Path], shots: int) -> None:
     record, _ = records(found)[0]
     assert len(record.references) == shots
     assert record.scale == (0.0, 8.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_native_code(), reason="installed without a compiler: the native code is not there")
+def test_few_shot_in_native_code(april: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsad.engine.networks.runtime.has_native_code", has_native_code)
+    golden = text_arrays("april")
+    found = april("resized", "--runtime", "native", references=2)
+    np.testing.assert_allclose(scores(found), golden["few2_image_score"], atol=1e-5)
+    np.testing.assert_allclose(2 * LAYERS * maps(found), golden["few2_combined_map"], atol=2e-5)
+    assert "native" in json.loads(Path("out/run.json").read_text())["runtime"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from PIL import Image
 from zsad.engine.commands.infer import main
 from zsad.engine.methods.winclip import aggregated
 from zsad.engine.results.records import CategoryRecord
+from zsad.kernels.cpu.native import has_native_code
 
 COUNT = 6
 
@@ -85,6 +86,17 @@ def test_few_shot(winclip: Callable[..., Path], name: str, variant: str, share: 
     np.testing.assert_allclose(maps(found), share * golden[f"few{shots}_map"], atol=1e-5)
     record = json.loads((found / "category.json").read_text())
     assert len(record["references"]) == shots
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_native_code(), reason="installed without a compiler: the native code is not there")
+def test_few_shot_in_native_code(winclip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsad.engine.networks.runtime.has_native_code", has_native_code)
+    golden = text_arrays("winclip_anomalib")
+    found = winclip("resized", "--runtime", "native", references=2)
+    np.testing.assert_allclose(scores(found), golden["few2_image_score"], atol=1e-5)
+    np.testing.assert_allclose(maps(found), golden["few2_map"], atol=1e-5)
+    assert "native" in json.loads(Path("out/run.json").read_text())["runtime"]
 
 
 @pytest.mark.slow
