@@ -40,6 +40,7 @@ def test_rates_are_what_was_counted_between_their_ends(monkeypatch: pytest.Monke
     assert rates(0, 20, 0.05)["promised"] == pytest.approx(1 / 21, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_normal_images_that_are_alike_are_rarely_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy_banks, "SPLITS", 3)
     monkeypatch.setattr(accuracy_banks, "DRAWN", 6)

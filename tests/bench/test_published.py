@@ -159,6 +159,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         published.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
+@pytest.mark.slow
 def test_errors_of_a_run_are_messages(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/tile").mkdir(parents=True)

@@ -287,6 +287,7 @@ def test_an_image_that_makes_the_networks_fail_is_named_and_the_others_are_score
     assert Line(1, also=0.2).run(device=device) == ["7.png"]
 
 
+@pytest.mark.slow
 def test_what_fails_for_all_images_ends_it_and_they_are_scored_by_the_next_run(
     made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

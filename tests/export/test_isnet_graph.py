@@ -101,6 +101,7 @@ def test_it_is_exported(empty_cache: Path, tmp_path: Path, precision: str, oracl
     assert (facts["architecture"], facts["image_size"], facts["checkpoint_sha256"]) == ("isnet", "128", model.sha256)
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,7 @@ def test_clipseg(torchvision: None, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=close)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_heads_are_those_of_every_tower_of_open_clip(torchvision: None) -> None:
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip")

@@ -34,6 +34,7 @@ def with_outliers(checkpoint: Path, file: Path, channels: int = 1) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_layer_behind_outlier_channels_is_found(random_dinov2: Callable[..., Path], tmp_path: Path) -> None:
     plain = read_vision_transformer(random_dinov2())
     outliers = read_vision_transformer(with_outliers(random_dinov2(), tmp_path / "outliers.safetensors"))

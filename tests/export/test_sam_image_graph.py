@@ -81,6 +81,7 @@ def test_rows_and_columns_are_not_mixed_up(run: Run, tmp_path: Path, attention: 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_mobile_sam_equals_timm(run: Run, torchvision: None, mobile: Path) -> None:
     import torch

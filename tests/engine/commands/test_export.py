@@ -64,6 +64,7 @@ def test_want_of_memory_is_one_line(
     assert line.endswith("take a smaller --image-size")
 
 
+@pytest.mark.slow
 def test_loudness(command: list[str], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for option in ("-q", "--image-size=70", "-v"):

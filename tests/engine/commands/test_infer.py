@@ -111,6 +111,7 @@ def check_whole(output: Path) -> None:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_everything_of_a_run(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(5, "bolt/test/good/"), "bolt/test/bent/00.png")
     (tmp_path / "data/bolt/ground_truth/bent").mkdir(parents=True)
@@ -212,6 +213,7 @@ def spoil(data: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_bad_files_are_named_and_the_rest_scored(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = draw(tmp_path / "data", *numbered(4))
     assert infer("data", "--output", "clean") == 0
@@ -232,6 +234,7 @@ def test_bad_files_are_named_and_the_rest_scored(infer, tmp_path: Path, capsys: 
     assert "already finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_strict_stops_at_the_first_bad_file(infer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", *numbered(3, "a/"), *numbered(3, "b/"), *numbered(3, "c/"))
     (tmp_path / "data/b/01.png").write_bytes(b"")
@@ -254,6 +257,7 @@ def test_only_bad_files_keep_their_reasons(infer, tmp_path: Path, capsys: pytest
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_one_failing_category_does_not_stop_the_others(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +296,7 @@ def test_a_want_of_address_space_is_one_line(
     )
 
 
+@pytest.mark.slow
 def test_an_unreadable_folder_is_a_failure_now_and_when_resumed(
     infer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +336,7 @@ def test_a_mask_that_cannot_be_read_costs_no_scores(infer, tmp_path: Path, conte
     assert Path("out/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_metrics_leave_out_the_old_results_of_a_category_that_fails_now(infer, tmp_path: Path) -> None:
     for name in ("a", "b"):
         draw(tmp_path / "data" / name, *numbered(3, "test/good/"), "test/bent/0.png")
@@ -421,6 +427,7 @@ def test_a_path_that_gets_too_long_costs_one_map_only(infer, tmp_path: Path) -> 
 # The output folder
 
 
+@pytest.mark.slow
 def test_output_inside_the_data_twice(infer, tmp_path: Path, monkeypatch, capsys) -> None:
     draw(tmp_path / "data", *numbered(3))
     monkeypatch.chdir(tmp_path / "data")
@@ -852,6 +859,7 @@ def read_array(node: dict[str, Any]) -> NDArray[Any]:
     return array
 
 
+@pytest.mark.slow
 def test_the_challenge_format(infer, tmp_path: Path) -> None:
     draw(tmp_path / "data", *numbered(3, "flat/"))
     draw(tmp_path / "data", *numbered(3, "bolt/test/good/"), "bolt/test/bent/007.png")

@@ -119,6 +119,7 @@ def test_exact_aupro_equals_brute_force(decimals: int, limit: float) -> None:
     assert aupro(masks, maps, limit) == pytest.approx(brute_force_aupro(masks, maps, limit), abs=1e-12)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
 def test_exact_aupro_equals_brute_force_with_ties_at_the_limit(seed: int, limit: float) -> None:
     rng = np.random.default_rng(seed)

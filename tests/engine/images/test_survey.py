@@ -106,6 +106,7 @@ def test_which_files_may_be_of_a_camera_of_16_bits(tmp_path: Path, name: str, de
     assert survey([tmp_path / name], lambda: None) == Survey({30: 1}, deep)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = iter(range(10**9))
     monkeypatch.setattr(surveys, "read_header", lambda path: Header(4000, 200 + next(sides) % 300, 1, False))

@@ -144,6 +144,7 @@ def test_bounds_are_conformal_and_say_what_they_promise(tmp_path: Path) -> None:
     assert few.accept < few.reject  # five times as many as are rejected, a tenth at most
 
 
+@pytest.mark.slow
 def test_verdicts_of_small_banks_and_of_other_pictures_are_remarked_on(tmp_path: Path) -> None:
     for images in (18, 19):
         write_bank(tmp_path / f"{images}.zsad", built(make_tokens(images), size=20))
@@ -242,6 +243,7 @@ def test_a_bank_that_was_cut_short_is_refused(bank_file: Path, left: int) -> Non
         read_bank(bank_file)
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_noticed(bank_file: Path) -> None:
     whole = bytearray(bank_file.read_bytes())
     for place in np.random.default_rng(0).integers(0, len(whole), 200).tolist():
@@ -337,6 +339,7 @@ def test_a_run_that_cuts_otherwise_than_the_bank_is_refused(
     assert method_of(tmp_path / "part.zsad", **cut).cells == 3
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     bank = built(make_tokens(5), size=20)
     key = next(iter(bank.features))

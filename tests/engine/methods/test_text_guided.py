@@ -72,6 +72,7 @@ def test_names_by_folder(tiny: list[str]) -> None:
     assert [image.raw_score for image in one.images] == [image.raw_score for image in two.images]
 
 
+@pytest.mark.slow
 def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     touch_images(Path.cwd(), "good/bolt/5.png", "good/nut/broken.png", seed=10)
     Path("good/nut/broken.png").write_bytes(b"no picture")
@@ -134,6 +135,7 @@ def test_other_words_are_other_results(tiny: list[str], capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("bolt: already finished") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_split_is_no_name_of_an_object(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     touch_images(Path.cwd(), "sets/bolt/test/0.png", "sets/bolt/test/1.png", "sets/bolt/test/bent/1.png")
     assert main(["sets/bolt/test", *tiny[1:]]) == 0

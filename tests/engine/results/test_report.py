@@ -272,6 +272,7 @@ def test_histogram_counts_and_chooses(page: Any) -> None:
     assert find(page, "#count").text == "150 of 155 images"
 
 
+@pytest.mark.slow
 def test_panels_tell_metrics_failures_and_run(page: Any) -> None:
     metrics = find(page, "[data-testid=categories]").text
     assert "AUROC" in metrics
@@ -313,6 +314,7 @@ def test_hostile_names_are_shown_as_they_are(page: Any) -> None:
         find(page, "#view-close").click()
 
 
+@pytest.mark.slow
 def test_undecodable_name_opens(browser: Any, tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", make_run(1), [make_category("a", [make_image(UNDECODABLE, 0.5, 1)])])
     browser.get((tmp_path / "report.html").as_uri())
