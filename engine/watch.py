@@ -84,7 +84,7 @@ class Told:
 class Listener:
     """Who watches."""
 
-    going_on: Callable[[], bool]  # says no once the end is asked for
+    going_on: Callable[[], bool]  # says no once the end is asked for; threads may ask at once
     tell: Callable[[Told], None]  # is told of each image once its results are written
 
 

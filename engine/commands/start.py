@@ -75,7 +75,7 @@ class Interrupts:
 
 def _loading(frame: FrameType | None) -> bool:
     """Tell whether a frame belongs to an import that a command has begun."""
-    while frame is not None and frame.f_globals is not globals():
+    while frame is not None and frame.f_code is not _run.__code__:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back

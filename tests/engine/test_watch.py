@@ -386,7 +386,7 @@ def test_a_disk_that_is_really_full(made: Path, tmp_path: Path) -> None:
         def clear() -> None:
             nonlocal removed
             if time.monotonic() - begun > 3 and not removed:
-                ballast.unlink()
+                ballast.unlink(missing_ok=True)  # threads that wait for room may ask at once
                 removed = True
 
         line = Line(GOOD, always=clear)
@@ -497,8 +497,7 @@ def test_options_that_do_not_go_with_it_are_named(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_prints_a_line_for_each_image_and_ends_cleanly(made: Path, number: signal.Signals) -> None:
     put(made, GOOD, "a.png")
-    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    start += "from zsad.engine.commands.start import infer; sys.exit(infer())"
+    start = "import sys; from zsad.engine.commands.start import infer; sys.exit(infer())"
     command = [sys.executable, "-c", start, "--watch", "in", "--bank", "part.zsad", "--device", "cpu"]
     for options, name, begins in ((["--json"], "a.png", '{"path": "a.png", "score": 0.'), ([], "b.png", "0.")):
         put(made, GOOD, name)

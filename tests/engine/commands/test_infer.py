@@ -51,11 +51,7 @@ def infer(tiny: Path) -> Callable[..., int]:
 
 def start(tiny: Path, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Run the command in a process of its own."""
-    # A background job, as tests may be, starts its children with SIGINT ignored.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from zsad.engine.commands.infer import main; sys.exit(main())"
-    )
+    code = "import sys; from zsad.engine.commands.infer import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments), "--config", str(tiny / "config.toml")], **options
     )
@@ -840,13 +836,9 @@ def test_an_interrupt_inside_a_finalizer_is_not_lost(infer, many: Path, monkeypa
         InterruptedFinalizer()
         return write(*arguments)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        monkeypatch.setattr(CategoryPass, "write", interrupted)
-        assert infer(many, "-q") == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(CategoryPass, "write", interrupted)
+    assert infer(many, "-q") == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Options

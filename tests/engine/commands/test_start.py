@@ -1,5 +1,6 @@
 """Signals as commands take them, also while they start."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def test_what_is_sent_while_a_command_ends_reaches_nobody() -> None:
 def interrupt(command: str, module: str, then: str, *options: str) -> tuple[int, str, str]:
     """Run a command with Ctrl-C at the import of a module, which then does as `then` says."""
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import signal, sys\n"
         "class Finder:\n"
         "    def find_spec(name, *_):\n"
         f"        if name == {module!r}:\n"
@@ -126,6 +127,29 @@ def test_an_interrupted_library_is_not_called_missing(tiny: Path) -> None:
     options = ("--config", str(tiny / "config.toml"), "--runtime", "onnxruntime")
     ended = interrupt("infer", "onnxruntime", failure, *options)
     assert ended == (130, "", "zsad-infer: interrupted\n")
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_an_interrupt_within_an_interrupt_does_not_reach_a_library_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A thread that takes long to start may send what it is to send before the one that started it goes on."""
+    (tmp_path / "interrupted.py").write_text("import signal; signal.raise_signal(signal.SIGINT); loaded = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    sent: list[int] = []
+
+    class Early(threading.Timer):
+        def start(self) -> None:
+            sent.append(len(sent))
+            if len(sent) < 3:
+                self.function(*self.args)
+                signal.getsignal(signal.SIGINT)  # gets on, so that what was sent is noticed
+
+    with Interrupts() as interrupts:
+        monkeypatch.setattr(threading, "Timer", Early)
+        assert importlib.import_module("interrupted").loaded
+        assert interrupts.seen
+    assert sent == [0, 1, 2]
 
 
 @pytest.mark.parametrize("waited_for", [False, True])
