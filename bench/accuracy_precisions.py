@@ -1,8 +1,8 @@
 """What int8 networks change, as zsad's own code and ONNX Runtime run them: a section of `accuracy`.
 
 Images go through the graph of preset small in int8, and are compared and scored as with fp32: as the preset does it,
-and by the plain maximum of the map. Where the native code is
-there, int8 products choose the nearest patches of both, and fp32 measures them.
+and by the plain maximum of the map. Where the native code is there, int8 products choose the nearest patches of both,
+and fp32 measures them.
 """
 
 from collections.abc import Iterator, Mapping

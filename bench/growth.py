@@ -23,8 +23,9 @@ from zsad.engine.category_pass import deal_groups
 from zsad.engine.methods.bank import Memory
 from zsad.kernels import mutual_scores
 from zsad.kernels.cpu.comparers import unit_features
+from zsad.kernels.machine import peak_memory
 
-from .memory import forget_peak_memory, peak_resident
+from .memory import forget_peak_memory
 from .mutual_scoring import INTERVAL, make_tokens, validate
 from .records import RESULTS, append, environment
 
@@ -34,10 +35,11 @@ Series = Mapping[str, float]  # by the number of images, as JSON has it
 
 def exponent(series: Series) -> float:
     """Return the power of the number of images that fits what was measured."""
-    counts, values = np.array([(int(count), value) for count, value in series.items()]).T
-    if not values.all():  # as where memory did not grow at all
-        return 0.0 if not values.any() else float("nan")
-    return float(np.polyfit(np.log(counts), np.log(values), 1)[0])
+    known = [(int(count), value) for count, value in series.items() if value]  # for few images memory may not grow
+    if len(known) < 2:
+        return 0.0
+    counts, values = np.log(known).T
+    return float(np.polyfit(counts, values, 1)[0])
 
 
 def in_groups(tokens: Array, side: int, degrees: Sequence[int], size: int | None) -> None:
@@ -65,7 +67,7 @@ def measured(run: Callable[[], None]) -> tuple[float, int]:
     forget_peak_memory()
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     run()
-    return time.perf_counter() - start, max(peak_resident() - before, 0)
+    return time.perf_counter() - start, max(peak_memory() - before, 0)
 
 
 def grow(arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
-"""What was resident at most; and what a graph takes, in a process of its own: library, weights, passes over a batch."""
+"""What a graph takes in memory, in a process of its own: its library, its weights and passes over a batch."""
 
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -18,8 +17,6 @@ from zsad.engine.networks.runtime import choose_runtime
 from zsad.kernels.machine import peak_memory
 
 PASSES = 3
-
-
 Inputs = Mapping[str, NDArray[Any]]
 
 
@@ -35,17 +32,10 @@ def _grown(config: Config, request: GraphRequest, library: str, inputs: Inputs, 
     graph = networks[request.network].graphs[request.graph]
     for _ in range(PASSES):
         graph.run(inputs)
-    return peak_resident() - before
+    return peak_memory() - before
 
 
 def forget_peak_memory() -> None:
     """Let peaks count from now on, where the system can: Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_resident() -> int:
-    """Return the most that was resident; what Linux tells of a process otherwise begins with who started it."""
-    if sys.platform != "linux":
-        return peak_memory()
-    return 1024 * int(Path("/proc/self/status").read_text("ascii").split("VmHWM:")[1].split()[0])

@@ -141,14 +141,10 @@ def write_results(root: Path, count: int, size: int) -> None:
     (root / "out/part/scores.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-# The peak that Linux tells of a process begins with that of the one that started it; /proc does not.
-PEAK_OF_EVALUATION = """import sys
-from pathlib import Path
-from zsad.engine.commands.evaluate import main
+PEAK_OF_EVALUATION = """from zsad.engine.commands.evaluate import main
 from zsad.kernels.machine import peak_memory
-code, status = main(), Path("/proc/self/status")
-lines = status.read_text().splitlines() if status.exists() else []
-print(*[1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")] or [peak_memory()])
+code = main()
+print(peak_memory())
 raise SystemExit(code)"""
 
 

@@ -22,8 +22,9 @@ from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.method import Group, Scored
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.workplace import Options, Workplace, set_up
+from zsad.kernels.machine import peak_memory
 
-from .memory import forget_peak_memory, peak_resident
+from .memory import forget_peak_memory
 from .scenes import draw_scenes
 
 FINDERS = ("foreground", "masks")  # stages within what a method does with an image
@@ -50,7 +51,7 @@ def measure_run(config: Config, runtime: Runtime, arguments: argparse.Namespace)
         forget_peak_memory()
         together, busy, stages = run(len(category.images))
         alone["write"] = stages["write"]  # nothing runs beside it
-        host, device = peak_resident(), None if runtime.device is None else runtime.device.used_bytes()
+        host, device = peak_memory(), None if runtime.device is None else runtime.device.used_bytes()
     return {
         "runtime": runtime.describe(workplace.libraries),
         "precision": [workplace.record["network_precision"], workplace.record["settings"].get("precision")],

@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import errno
+import signal
 import tempfile
 import types
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from zsad.export.onnx_export import ExportedModel
 from zsad.export.state_dict import CheckpointError
 from zsad.export.tensorrt_engine import LoadedEngine
 from zsad.export.vision_transformer import DINOV2, DINOV2_REGISTERS
+from zsad.kernels.cpu.native import has_native_code
 from zsad.kernels.cuda.device import Device, DeviceError, open_device
 from zsad.kernels.machine import available_cores
 
@@ -31,6 +33,12 @@ settings.load_profile("patient")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure() -> None:
+    """A background job is started with Ctrl-C ignored, and so would be the commands that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for a comparison of libraries on its graphs, whose outcome no test should depend on.
@@ -40,6 +48,14 @@ def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
     real = runtimes.find_spec
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
     monkeypatch.setattr(runtimes, "has_native_code", lambda: False)
+
+
+@pytest.fixture
+def native_code(_one_library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code may run image towers."""
+    if not has_native_code():
+        pytest.skip("installed without a compiler: the native code is not there")
+    monkeypatch.setattr(runtimes, "has_native_code", has_native_code)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -285,8 +285,8 @@ void multiply_tiles(const std::int8_t* rows, const std::int8_t* columns, std::si
   }
 }
 
-// Products of the left patches from p up to `end` with Panels panels of right patches from `panel` on; `out` takes those
-// of one left patch after the other. rows, columns: the prepared panels of both; layout: the left one's.
+// Products of the left patches from p up to `end` with Panels panels of right patches from `panel` on; `out` takes
+// those of one left patch after the other. rows, columns: the prepared panels of both; layout: the left one's.
 template <int Panels, typename Rows>
 void multiply_panels(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel,
                      const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
@@ -415,6 +415,7 @@ struct KeptRows {
     counts = counted.data();
     for (int row = 0; row < rows; ++row) {
       least[row] = smallest(kept, row);
+      if (!kept.margins) continue;
       const float* values = kept.values + std::size_t(row) * kept.count;
       counts[row] = int(std::count_if(values, values + kept.count, [](float v) { return v > kLowest; }));
     }
@@ -465,9 +466,9 @@ struct KeptRows {
   // Remove what is of no use by now from a full row, or else its smallest entry, if that is smaller than a value;
   // returns whether there is room.
   bool make_room(int row, float* values, std::int32_t* indices, float value) {
-    int left = kept.wanted, smallest = kept.wanted;
+    int left = kept.wanted, last = kept.wanted;  // the smallest
     for (int k = kept.wanted; k < kept.count; ++k) {
-      if (values[k] < values[smallest]) smallest = k;
+      if (values[k] < values[last]) last = k;
       if (!(values[k] > least[row])) continue;
       values[left] = values[k];
       indices[left++] = indices[k];
@@ -478,9 +479,9 @@ struct KeptRows {
       counts[row] = left;
       return true;
     }
-    if (kept.wanted == kept.count || !(value > values[smallest])) return false;
-    values[smallest] = values[kept.count - 1];
-    indices[smallest] = indices[kept.count - 1];
+    if (kept.wanted == kept.count || !(value > values[last])) return false;
+    values[last] = values[kept.count - 1];
+    indices[last] = indices[kept.count - 1];
     counts[row] = kept.count - 1;
     return true;
   }

@@ -521,8 +521,8 @@ NB_MODULE(_cpu, m) {
         "all"_a, "cosines"_a, "indices"_a, "doubtful"_a, "instruction_set"_a = "",
         "Fill cosines [Q, k], descending, and indices [Q, k] with the vectors of bank [M, C], of these inverse lengths "
         "[M] or of 1, that are nearest to queries [Q, C] among the candidates of G runs: products values [G, Q, K], "
-        "off by up to errors [Q], and numbers [G, Q, K], -1 for none. Of equal ones the lower number comes first. doubtful "
-        "[Q]: whether a nearer one may be no candidate; never, where all are.");
+        "off by up to errors [Q], and numbers [G, Q, K], -1 for none. Of equal ones the lower number comes first. "
+        "doubtful [Q]: whether a nearer one may be no candidate; never, where all are.");
   m.def("rank_sums", &rank_sums, "distances"_a, "images"_a, "first"_a, "last"_a, "sums"_a, "instruction_set"_a = "",
         "Fill sums [P] with what the ranks first ... last - 1 of distances [P, N], none of them negative, to the "
         "images [n] add up to.");

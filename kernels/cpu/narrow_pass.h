@@ -48,7 +48,7 @@ class Counting {
   struct Sums {
     Count share, last;  // of 32768: what is left of the first two sums, and of the third
     float one;          // counts of a product of 1 after all sums
-    bool enough;
+    float most_left, most_right;  // the largest inverse lengths
   };
 
   explicit Counting(const GramPass& a)
@@ -58,34 +58,37 @@ class Counting {
     const std::size_t single = std::size_t(one - a.degrees) * patches_;
     const float *left = a.inverse_left + single, *right = a.inverse_right + single;
     if (spread(left, right) < kLeastSpread) return;
-    scale_ = kMostCounts / float(2 * reach_ + 1) / (length(left).longest * length(right).longest);
+    scale_ = kMostCounts / float(2 * reach_ + 1) / (length(left).longest() * length(right).longest());
     enough_ = true;
-    for (int r = 0; r < a.degree_count; ++r) enough_ = enough_ && sums(r).enough;
+    for (int r = 0; r < a.degree_count; ++r) add_sums(r);
   }
 
   // Whether the whole Gram is wanted, and counts are enough.
   bool enough() const { return enough_; }
   float scale() const { return scale_; }  // of entries of the Gram
   int reach() const { return reach_; }    // half of the largest degree
-
-  Sums sums(int r) const {
-    const std::size_t first = std::size_t(r) * patches_;
-    const Lengths left = length(a_.inverse_left + first), right = length(a_.inverse_right + first);
-    Sums sums{0, 0, scale_, false};
-    if (const int reach = a_.degrees[r] / 2) {
-      sums.share = Count(std::lround(32768.0 / (2 * reach + 1)));
-      const float shared = scale_ * sums.share * sums.share / (32768.0f * 32768.0f);
-      sums.last = Count(std::min(32767.0f, 32768.0f * kMostCounts / (shared * (left.longest * right.longest))));
-      sums.one = shared * sums.last / 32768.0f;
-    }
-    sums.enough = left.shortest * right.shortest * sums.one >= kLeastCounts;
-    return sums;
-  }
+  const Sums& sums(int r) const { return sums_[r]; }
 
  private:
   struct Lengths {
-    float longest, shortest;  // of those that are not zero
+    float least, most;  // inverse, of those that are not zero
+    float longest() const { return 1.0f / least; }
+    float shortest() const { return 1.0f / most; }
   };
+
+  void add_sums(int r) {
+    const std::size_t first = std::size_t(r) * patches_;
+    const Lengths left = length(a_.inverse_left + first), right = length(a_.inverse_right + first);
+    Sums sums{0, 0, scale_, left.most, right.most};
+    if (const int reach = a_.degrees[r] / 2) {
+      sums.share = Count(std::lround(32768.0 / (2 * reach + 1)));
+      const float shared = scale_ * sums.share * sums.share / (32768.0f * 32768.0f);
+      sums.last = Count(std::min(32767.0f, 32768.0f * kMostCounts / (shared * (left.longest() * right.longest()))));
+      sums.one = shared * sums.last / 32768.0f;
+    }
+    enough_ = enough_ && left.shortest() * right.shortest() * sums.one >= kLeastCounts;
+    sums_.push_back(sums);
+  }
 
   Lengths length(const float* inverse) const {
     constexpr float kLarge = std::numeric_limits<float>::max();
@@ -95,7 +98,7 @@ class Counting {
       least = std::min(least, inverse[p] > 0 ? inverse[p] : kLarge);
       most = std::max(most, inverse[p]);
     }
-    return most > 0 ? Lengths{1.0f / least, 1.0f / most} : Lengths{1.0f, 1.0f};
+    return most > 0 ? Lengths{least, most} : Lengths{1.0f, 1.0f};
   }
 
   // The mean of 1 - cosine of single tokens, over a few of the Gram's entries; 0 where they are all of zero tokens.
@@ -116,6 +119,7 @@ class Counting {
   const int patches_, reach_;
   float scale_ = 0;
   bool enough_ = false;
+  std::vector<Sums> sums_;
 };
 
 class Pass {
@@ -152,7 +156,6 @@ class Pass {
   struct Degree {
     int r, reach;
     Counting::Sums sums;
-    float most_left, most_right;         // the largest inverse lengths
     Buffer<Count> left, right;           // inverse lengths, relative to these; right: filled up with zeros
     Buffer<Count> masks;                 // [2 * reach, stride]: which neighbours lie in the same grid row
     Buffer<Count> ring;                  // [degree, stride]: the last sums over rows of the grid
@@ -162,8 +165,6 @@ class Pass {
         : r(number),
           reach(pass.a_.degrees[number] / 2),
           sums(own),
-          most_left(largest(pass.a_.inverse_left + std::size_t(r) * pass.P_, pass.P_)),
-          most_right(largest(pass.a_.inverse_right + std::size_t(r) * pass.P_, pass.P_)),
           left(pass.stride_),
           right(pass.stride_),
           masks(std::size_t(2 * reach) * pass.stride_),
@@ -173,7 +174,7 @@ class Pass {
       const float *inverse_left = pass.a_.inverse_left + std::size_t(r) * pass.P_;
       const float *inverse_right = pass.a_.inverse_right + std::size_t(r) * pass.P_;
       std::fill_n(best.get(), pass.stride_, kNone);
-      const float by_left = 32767.0f / most_left, by_right = 32767.0f / most_right;
+      const float by_left = 32767.0f / sums.most_left, by_right = 32767.0f / sums.most_right;
 #pragma omp simd
       for (int p = 0; p < pass.P_; ++p) {
         left.get()[p] = Count(std::int32_t(inverse_left[p] * by_left + 0.5f));
@@ -189,11 +190,6 @@ class Pass {
       }
     }
   };
-
-  static float largest(const float* inverse, int n) {
-    const float most = *std::max_element(inverse, inverse + n);
-    return most > 0 ? most : 1.0f;
-  }
 
   Count* gram_row(int y, int x) {
     if (y < 0 || y >= H_ || x < 0 || x >= W_) return zeros_.get();
@@ -312,14 +308,14 @@ class Pass {
     for (int i = 1; i < kCounts; ++i)
       if (bests[i] > bests[lane]) lane = i;
     const std::size_t at = std::size_t(degree.r) * P_ + p;
-    a_.best_left[at] = key(bests[lane], degree.most_right * a_.inverse_left[at], degree,
+    a_.best_left[at] = key(bests[lane], degree.sums.most_right * a_.inverse_left[at], degree,
                            std::uint32_t(numbers[lane] * kCounts + lane));
   }
 
   void finish(const Degree& degree) const {
     for (int q = 0; q < P_; ++q) {
       const std::size_t at = std::size_t(degree.r) * P_ + q;
-      a_.best_right[at] = key(degree.best.get()[q], degree.most_left * a_.inverse_right[at], degree,
+      a_.best_right[at] = key(degree.best.get()[q], degree.sums.most_left * a_.inverse_right[at], degree,
                               std::uint32_t(std::uint16_t(degree.numbers.get()[q])));
     }
   }

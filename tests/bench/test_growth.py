@@ -11,6 +11,7 @@ from zsad.bench import growth, tables
 def test_the_power_that_fits() -> None:
     assert growth.exponent({str(n): 1e-5 * n**1.5 for n in (50, 100, 400)}) == pytest.approx(1.5)
     assert growth.exponent({"50": 0, "100": 0}) == 0  # nothing was added
+    assert growth.exponent({"50": 0, "100": 3, "200": 6, "400": 12}) == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from PIL import Image
 
 from zsad.engine.commands.infer import main
 from zsad.engine.results.records import CategoryRecord
-from zsad.kernels.cpu.native import has_native_code
 
 LAYERS = 4
 CLASSES = 2
@@ -85,26 +84,27 @@ def test_zero_shot(april: Callable[..., Path], kind: str) -> None:
         np.testing.assert_allclose(LAYERS * maps(found), golden["zero_map"], atol=1e-5)
 
 
+def check_few_shot(found: Path, shots: int) -> None:
+    golden = text_arrays("april")
+    np.testing.assert_allclose(scores(found), golden[f"few{shots}_image_score"], atol=1e-5)
+    np.testing.assert_allclose(2 * LAYERS * maps(found), golden[f"few{shots}_combined_map"], atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_few_shot(april: Callable[..., Path], shots: int) -> None:
-    golden = text_arrays("april")
     found = april("resized", references=shots)
-    np.testing.assert_allclose(scores(found), golden[f"few{shots}_image_score"], atol=1e-5)
-    np.testing.assert_allclose(2 * LAYERS * maps(found), golden[f"few{shots}_combined_map"], atol=2e-5)
+    check_few_shot(found, shots)
     record, _ = records(found)[0]
     assert len(record.references) == shots
     assert record.scale == (0.0, 8.0)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_native_code(), reason="installed without a compiler: the native code is not there")
-def test_few_shot_in_native_code(april: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsad.engine.networks.runtime.has_native_code", has_native_code)
-    golden = text_arrays("april")
+@pytest.mark.usefixtures("native_code")
+def test_few_shot_in_native_code(april: Callable[..., Path]) -> None:
     found = april("resized", "--runtime", "native", references=2)
-    np.testing.assert_allclose(scores(found), golden["few2_image_score"], atol=1e-5)
-    np.testing.assert_allclose(2 * LAYERS * maps(found), golden["few2_combined_map"], atol=2e-5)
+    check_few_shot(found, 2)
     assert "native" in json.loads(Path("out/run.json").read_text())["runtime"]
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from zsad.engine.commands.infer import main
 from zsad.engine.methods.winclip import aggregated
 from zsad.engine.results.records import CategoryRecord
-from zsad.kernels.cpu.native import has_native_code
 
 COUNT = 6
 
@@ -74,28 +73,29 @@ def test_the_object_is_named(winclip: Callable[..., Path]) -> None:
     np.testing.assert_allclose(maps(found), golden["second_zero_map"], atol=1e-5)
 
 
+def check_few_shot(found: Path, name: str, share: float, shots: int) -> None:
+    golden = text_arrays(name)
+    np.testing.assert_allclose(scores(found), golden[f"few{shots}_image_score"], atol=1e-5)
+    np.testing.assert_allclose(maps(found), share * golden[f"few{shots}_map"], atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shots", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("name", "variant", "share"), [("winclip_anomalib", "anomalib", 1.0), ("winclip_acc", "acc", 0.5)]
 )
 def test_few_shot(winclip: Callable[..., Path], name: str, variant: str, share: float, shots: int) -> None:
-    golden = text_arrays(name)
     found = winclip("resized", "--variant", variant, references=shots)
-    np.testing.assert_allclose(scores(found), golden[f"few{shots}_image_score"], atol=1e-5)
-    np.testing.assert_allclose(maps(found), share * golden[f"few{shots}_map"], atol=1e-5)
+    check_few_shot(found, name, share, shots)
     record = json.loads((found / "category.json").read_text())
     assert len(record["references"]) == shots
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_native_code(), reason="installed without a compiler: the native code is not there")
-def test_few_shot_in_native_code(winclip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsad.engine.networks.runtime.has_native_code", has_native_code)
-    golden = text_arrays("winclip_anomalib")
+@pytest.mark.usefixtures("native_code")
+def test_few_shot_in_native_code(winclip: Callable[..., Path]) -> None:
     found = winclip("resized", "--runtime", "native", references=2)
-    np.testing.assert_allclose(scores(found), golden["few2_image_score"], atol=1e-5)
-    np.testing.assert_allclose(maps(found), golden["few2_map"], atol=1e-5)
+    check_few_shot(found, "winclip_anomalib", 1.0, 2)
     assert "native" in json.loads(Path("out/run.json").read_text())["runtime"]
 
 
