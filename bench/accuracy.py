@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.mixture import GaussianMixture
 
 from zsad.engine.config import ConfigError
 from zsad.engine.evaluation.metrics import image_metrics
@@ -313,6 +312,8 @@ def compared_rows(batch: Batch, image_size: int) -> dict[str, Scored]:
 
 def two_gaussians(logs: Floats) -> float:
     """Return the lowest score that more probably belongs to the higher of two normal distributions."""
+    from sklearn.mixture import GaussianMixture  # takes long to import
+
     mixture = GaussianMixture(2, random_state=0, n_init=3).fit(logs[:, None])
     low, high = np.sort(mixture.means_[:, 0]).tolist()
     line = np.linspace(low, high, 1001)

@@ -27,7 +27,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from zsad.engine.evaluation.metrics import aupro, pixel_metrics
 from zsad.kernels.machine import available_cores
@@ -58,6 +57,8 @@ def make_maps(count: int, size: int, seed: int = 0) -> tuple[NDArray[np.uint8], 
 
 def aupro_loop(masks: NDArray[np.uint8], maps: NDArray[np.float32], steps: int = STEPS, limit: float = LIMIT) -> float:
     """AUPRO as the references compute it: every threshold visits every image and labels its regions anew."""
+    from sklearn.metrics import auc  # takes long to import
+
     overlaps, rates = [], []
     normal_pixels = np.count_nonzero(masks == 0)
     for threshold in np.arange(maps.min(), maps.max(), (maps.max() - maps.min()) / steps):
@@ -79,12 +80,14 @@ def aupro_loop(masks: NDArray[np.uint8], maps: NDArray[np.float32], steps: int =
 
 
 def classification_sklearn(masks: NDArray[np.uint8], maps: NDArray[np.float32]) -> dict[str, float]:
+    from sklearn import metrics
+
     truth, score = masks.ravel(), maps.ravel()
-    precision, recall, _ = precision_recall_curve(truth, score)
+    precision, recall, _ = metrics.precision_recall_curve(truth, score)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
     return {
-        "auroc": float(roc_auc_score(truth, score)),
-        "ap": float(average_precision_score(truth, score)),
+        "auroc": float(metrics.roc_auc_score(truth, score)),
+        "ap": float(metrics.average_precision_score(truth, score)),
         "f1": float(f1.max()),
     }
 

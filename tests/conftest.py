@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import errno
+import os
 import signal
 import tempfile
 import types
@@ -12,6 +13,7 @@ import pytest
 from host_build import HostDevice
 from host_tensorrt import HostEngine, loaded
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 from zsad.bench.towers import Shape, write_random_checkpoint
 from zsad.engine.networks import runtime as runtimes
@@ -34,7 +36,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure() -> None:
-    """A background job is started with Ctrl-C ignored, and so would be the commands that tests interrupt."""
+    """Let tests share a machine, and be run in the background."""
+    # Workers of pytest-xdist keep all cores busy; threads of BLAS would only wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    threadpool_limits(int(os.environ["OPENBLAS_NUM_THREADS"]), "blas")
+    # A background job is started with Ctrl-C ignored, and so would be the commands that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -12,11 +12,11 @@ import pytest
 from zsad.bench import peers
 from zsad.kernels import reference
 
-torch = pytest.importorskip("torch", reason="the published steps are in PyTorch")
 pytestmark = pytest.mark.torch
 
 
 def test_the_steps_are_those_of_the_reference() -> None:
+    torch = pytest.importorskip("torch", reason="the published steps are in PyTorch")
     tokens = np.random.default_rng(0).normal(size=(6, 2, 25, 12)).astype(np.float32)
     published = object.__new__(peers.Published)
     published._torch, published._settings = torch, SimpleNamespace(degrees=(1, 3), interval=(0.0, 0.3))  # type: ignore[assignment]
@@ -29,6 +29,7 @@ def test_the_steps_are_those_of_the_reference() -> None:
 def test_whole_runs_are_compared(
     random_dinov2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("torch", reason="the published steps are in PyTorch")
     monkeypatch.setenv("ZSAD_CACHE", str(tmp_path / "cache"))
     weights, output = str(random_dinov2(width=64, depth=12)), tmp_path / "out.jsonl"
 

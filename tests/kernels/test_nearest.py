@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ def test_memory_limits_and_chunks_change_nothing(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_memory_stays_within_the_limit(precision: str) -> None:
-    tracemalloc = pytest.importorskip("tracemalloc")
     x, y = vectors(3, 3000, 96), vectors(4, 4000, 96)
     for resident in (False, True):
         limit = Nearest.needed(4000, 96, 5, precision, resident=resident)

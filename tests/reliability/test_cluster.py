@@ -1,7 +1,6 @@
 """A run on a real Ray of two workers gives what a run in one process gives, whatever is killed on the way."""
 
 import hashlib
-import importlib
 import json
 import os
 import shlex
@@ -24,11 +23,9 @@ from runs import draw
 
 from zsad.engine.commands.infer import main
 
-ray: Any = importlib.import_module("ray") if find_spec("ray") else None
-
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(ray is None, reason="Ray is not installed: pip install 'zsad[ray]'"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'zsad[ray]'"),
     pytest.mark.usefixtures("workplace"),
 ]
 
@@ -54,6 +51,8 @@ def deadly() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray of two processors on this machine; yields its address."""
+    import ray
+
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests to import
     os.environ["RAY_AUTH_MODE"] = "disabled"  # else only this process may use it
     context = ray.init(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +13,25 @@ from zsad.engine.commands.evaluate import main as evaluate
 from zsad.engine.commands.infer import main
 from zsad.engine.results import parquet
 
-pandas, duckdb = pytest.importorskip("pandas"), pytest.importorskip("duckdb")
-pytest.importorskip("pyarrow")
-
-pytestmark = pytest.mark.slow  # of the libraries
+pytestmark = pytest.mark.slow  # of the libraries, which also take long to import
 
 
 @pytest.fixture(autouse=True)
 def _workplace(workplace: None) -> None:
     """Every test here runs the tiny network in a folder of its own."""
+    pytest.importorskip("pyarrow")
+
+
+@pytest.fixture
+def pandas() -> Any:
+    return pytest.importorskip("pandas")
 
 
 @pytest.mark.parametrize(("name", "most"), [("parquet", 0), ("parquet-8bit", 255), ("parquet-16bit", 65535)])
-def test_readers_get_what_is_on_record(tiny: Path, tmp_path: Path, monkeypatch, name: str, most: int) -> None:
+def test_readers_get_what_is_on_record(
+    pandas: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, most: int
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
     for category in ("007", "a b"):
         (draw(tmp_path / "data" / category, 12) / "broken.png").write_bytes(b"no image")
     monkeypatch.setattr(parquet, "ROWS", 3)
@@ -56,7 +63,7 @@ def test_readers_get_what_is_on_record(tiny: Path, tmp_path: Path, monkeypatch, 
     assert evaluate(["out", str(tmp_path / "data"), "--check", name]) == 1
 
 
-def test_seconds_are_of_each_image_where_it_is_scored_by_itself(tiny: Path, tmp_path: Path) -> None:
+def test_seconds_are_of_each_image_where_it_is_scored_by_itself(pandas: Any, tiny: Path, tmp_path: Path) -> None:
     good, data = draw(tmp_path / "good", 5), draw(tmp_path / "data", 4)
     config = ("--config", str(tiny / "config.toml"), "-q")
     assert main(["--reference", str(good), "--save-bank", "part.zsad", *config]) == 0

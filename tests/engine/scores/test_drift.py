@@ -1,14 +1,22 @@
 """Drift: chance is not called one, too many rejected images are, once, and once that it is over."""
 
+import importlib
+from typing import Any
+
 import numpy as np
 import pytest
-from scipy import stats
 
 from zsad.engine.scores.drift import BEGINS, LEAST, WINDOW, Drift, tail
 
 
+@pytest.fixture(scope="module")
+def stats() -> Any:
+    """SciPy's distributions, which take long to import."""
+    return importlib.import_module("scipy.stats")
+
+
 @pytest.mark.parametrize(("above", "normal"), [(0, 99), (4, 30)])
-def test_the_tail_is_that_of_what_a_bank_knows(above: int, normal: int) -> None:
+def test_the_tail_is_that_of_what_a_bank_knows(stats: Any, above: int, normal: int) -> None:
     for count in (0, 1, 5, 50):
         expected = stats.betabinom.sf(count - 1, WINDOW, 1 + above, normal - above)
         assert tail(count, WINDOW, above, normal) == pytest.approx(expected, abs=1e-9)
@@ -16,7 +24,7 @@ def test_the_tail_is_that_of_what_a_bank_knows(above: int, normal: int) -> None:
     assert tail(25, WINDOW, 0, 10**7, 0.1) == pytest.approx(certain, abs=1e-4)
 
 
-def test_the_tail_of_many_images() -> None:
+def test_the_tail_of_many_images(stats: Any) -> None:
     for count in (10, 3000, 5000):
         expected = stats.betabinom.sf(count - 1, 5000, 4, 26)
         assert tail(count, 5000, 3, 29) == pytest.approx(expected, abs=1e-6)
@@ -25,7 +33,7 @@ def test_the_tail_of_many_images() -> None:
 
 
 @pytest.mark.parametrize("normal", [20, 99, 250])
-def test_chance_goes_beyond_the_limit_as_rarely_as_is_said_whatever_the_bank(normal: int) -> None:
+def test_chance_goes_beyond_the_limit_as_rarely_as_is_said_whatever_the_bank(stats: Any, normal: int) -> None:
     rng, draws = np.random.default_rng(2), 200_000
     ranks = normal - int(0.01 * (normal + 1))  # the bound is so many of the bank's images from the lowest
     rates = rng.beta(normal + 1 - max(ranks, 1), max(ranks, 1), draws)  # of good images above it, bank by bank
