@@ -5,7 +5,7 @@ import os
 import signal
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,21 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def _one_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for a comparison of libraries on its graphs, whose outcome no test should depend on.
+@pytest.fixture(scope="session", autouse=True)
+def _one_library() -> Iterator[None]:
+    """Nothing waits for a comparison of libraries on its graphs, whose outcome no test should depend on.
 
-    Those that want OpenVINO or native code ask for it.
+    Tests that want OpenVINO or native code ask for it; commands in processes of their own name a runtime.
     """
     real = runtimes.find_spec
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
-    monkeypatch.setattr(runtimes, "has_native_code", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else real(name))
+        patch.setattr(runtimes, "has_native_code", lambda: False)
+        yield
 
 
 @pytest.fixture
-def native_code(_one_library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native code may run image towers."""
     if not has_native_code():
         pytest.skip("installed without a compiler: the native code is not there")

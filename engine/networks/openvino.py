@@ -1,6 +1,7 @@
 """Graphs on OpenVINO, on a CPU."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ PRECISIONS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}  # of a graph -> wha
 GROUP = 32  # channels of a token that share a scale in front of an int8 layer; one for all takes a quarter longer
 
 
+@cache
+def _core() -> Any:
+    """Return OpenVINO, which lives as long as the process.
+
+    On processors with AMX it gives the thread that starts it another stack for signals, and takes it back in whichever
+    thread lets go of it: the first Ctrl-C in the one that it is taken from would then be a crash.
+    """
+    return import_openvino().Core()
+
+
 def compiled(path: Path, precision: str, **settings: object) -> tuple[Any, Any]:
     """Return an ONNX file as OpenVINO reads it, and as it compiles it for this processor.
 
@@ -27,7 +38,7 @@ def compiled(path: Path, precision: str, **settings: object) -> tuple[Any, Any]:
     """
     openvino = import_openvino()
     try:
-        core = openvino.Core()
+        core = _core()
         read = core.read_model(str(path))
         made = core.compile_model(
             read,

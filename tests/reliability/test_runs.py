@@ -35,11 +35,17 @@ def draw_data(folder: Path) -> None:
         draw(folder / "data" / name, IMAGES // 2)
 
 
+def words(tiny: Path) -> list[str]:
+    """Return the arguments of a run over a small network."""
+    runtime = ["--device", "cpu", "--runtime", "onnxruntime"]  # else each process would find out which is faster
+    return ["data", "--config", str(tiny / "config.toml"), *runtime, "--threshold", "auto", "-q"]
+
+
 @pytest.fixture
 def arguments(tiny: Path, tmp_path: Path) -> list[str]:
-    """A run over a small network, whose graph is in the cache, and a folder `data`."""
+    """Those, beside a folder `data`."""
     draw_data(tmp_path)
-    return ["data", "--config", str(tiny / "config.toml"), "--device", "cpu", "--threshold", "auto", "-q"]
+    return words(tiny)
 
 
 @pytest.fixture
@@ -67,8 +73,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("ZSAD_CACHE", str(tiny / "cache"))
         patch.delenv("ZSAD_WEIGHTS", raising=False)
         patch.chdir(folder)
-        config = ["--config", str(tiny / "config.toml"), "--device", "cpu"]
-        assert main(["data", *config, "--threshold", "auto", "-q", "--output", "whole"]) == 0
+        assert main([*words(tiny), "--output", "whole"]) == 0
     return folder / "whole"
 
 

@@ -49,11 +49,15 @@ def infer(tiny: Path) -> Callable[..., int]:
     return lambda *arguments: main([*map(str, arguments), "--config", str(tiny / "config.toml")])
 
 
+ONE_LIBRARY = ("--device", "cpu", "--runtime", "onnxruntime")  # as in this process, where nothing is compared
+
+
 def start(tiny: Path, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Run the command in a process of its own."""
     code = "import sys; from zsad.engine.commands.infer import main; sys.exit(main())"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments), "--config", str(tiny / "config.toml")], **options
+        [sys.executable, "-c", code, *map(str, arguments), "--config", str(tiny / "config.toml"), *ONE_LIBRARY],
+        **options,
     )
 
 

@@ -1,5 +1,7 @@
 """Graphs on OpenVINO, and which graphs it runs."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +66,27 @@ def test_fp32_is_fp32_whatever_the_processor_could_do_and_no_thread_is_pinned(
     assert model.get_property("INFERENCE_NUM_THREADS") == available_cores()
     assert not model.get_property("ENABLE_CPU_PINNING")
     assert model.get_property("NUM_STREAMS") == 1
+
+
+INTERRUPTED = """
+import signal, sys, threading
+from pathlib import Path
+from zsad.engine.networks.openvino import compiled
+held = [compiled(Path(sys.argv[1]), "fp32")]
+thread = threading.Thread(target=held.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_an_interrupt_is_no_crash_once_another_thread_has_let_go_of_a_graph(exact: ExportedModel) -> None:
+    command = [sys.executable, "-X", "faulthandler", "-c", INTERRUPTED, str(exact.path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr
 
 
 @needs_openvino
