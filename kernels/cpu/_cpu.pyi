@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first.
+    Instruction sets of a kernel (fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
     """
 
 WIDEST_HEAD: int = 128
@@ -31,6 +31,14 @@ class ImageTower:
         """
         Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens [W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the last of all blocks, [B, W, C], raw.
         """
+
+def fp32_product_bytes(rows: int, columns: int, channels: int) -> int:
+    """What a thread keeps for such products."""
+
+def fp32_product(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')]) -> None:
+    """
+    Fill out [P, Q] with the dot products of left [P, C] with right [Q, C], as exactly as fp32; ValueError where the processor has no tiles.
+    """
 
 def gram_pass(gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)], grid: tuple[int, int], degrees: Sequence[int], inverse_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], keys: bool = False, window: int | None = None, narrow: bool = False, instruction_set: str = '') -> None:
     """

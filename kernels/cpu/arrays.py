@@ -1,4 +1,4 @@
-"""Arrays of mutual scoring on a CPU: memory that vector loads like, and tokens made into features by NumPy."""
+"""Arrays on a CPU: memory that vector loads like, products, and tokens made into features by NumPy."""
 
 import math
 from typing import Any
@@ -8,9 +8,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from zsad.kernels.reference import LAYER_NORM_EPS, ZERO_NORM
 
+try:
+    from . import _cpu
+except ImportError:  # installed without a working compiler
+    _cpu = None  # type: ignore[assignment]
+
 Array = NDArray[np.float32]
 
 CACHE_LINE = 64
+HAS_TILES = _cpu is not None and bool(_cpu.instruction_sets("fp32_product"))
+LEAST_TILED = 32  # rows for which splitting the other side pays
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -25,6 +32,19 @@ def empty_gram(patches: int) -> Array:
     """Allocate a Gram [P, P] whose rows are filled up to whole cache lines, and with them to whole panels of int8."""
     floats = CACHE_LINE // 4
     return aligned_empty((patches, -(-patches // floats) * floats), np.float32)[:, :patches]
+
+
+def multiply(left: Array, right: Array, out: Array) -> None:
+    """Fill out [P, Q] with the dot products of left [P, C] and right [Q, C] in fp32, each array of contiguous rows."""
+    if HAS_TILES and min(out.shape) >= LEAST_TILED:
+        _cpu.fp32_product(left, right, out)
+    else:
+        np.matmul(left, right.T, out=out)
+
+
+def product_bytes(rows: int, columns: int, channels: int) -> int:
+    """Return what a thread keeps for products [rows, columns] beside them."""
+    return _cpu.fp32_product_bytes(rows, columns, channels) if HAS_TILES else 0
 
 
 def layer_normalise(tokens: Array) -> Array:

@@ -1,6 +1,6 @@
 """How a CPU finds the best cosines of image pairs at every degree.
 
-    GramOnce          one fp32 product (BLAS) serves all degrees, and the native pass reduces the Gram
+    GramOnce          one fp32 product serves all degrees, and the native pass reduces the Gram
     Int8GramOnce      the same from an int8 product, which only chooses the winners; they are measured again in fp32
     ProductPerDegree  NumPy alone: a product for each degree, and features per degree
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from zsad.kernels.reference import ZERO_NORM
 
-from .arrays import Array, box_sum, inverse_lengths, layer_normalise
+from .arrays import Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
 
 try:
     from . import _cpu
@@ -69,6 +69,11 @@ class Comparer(ABC):
     def layout(patches: int, channels: int, degrees: int) -> Layout:
         """Return shape and type of one image's features."""
 
+    @staticmethod
+    def product_bytes(patches: int, channels: int) -> int:
+        """Return what each worker keeps for products beside the Gram."""
+        return 0
+
     @classmethod
     def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
         """Return what an image's features take at most, without their inverse lengths."""
@@ -106,6 +111,10 @@ class GramOnce(Comparer):
     def layout(patches: int, channels: int, degrees: int) -> Layout:
         return (patches, channels), np.float32
 
+    @staticmethod
+    def product_bytes(patches: int, channels: int) -> int:
+        return product_bytes(patches, patches, channels)
+
     def prepare(self, tokens: Array, features: Features) -> None:
         features.array[:] = layer_normalise(tokens)
         _cpu.pool(features.array, self.grid, self.degrees, ZERO_NORM, features.inverse)
@@ -113,7 +122,7 @@ class GramOnce(Comparer):
     def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
         """Fill gram [P, P], as far as it is read, with the products of two images' features."""
         for rows, columns in self.blocks:
-            np.matmul(left[rows], right[columns].T, out=gram[rows, columns])
+            multiply(left[rows], right[columns], gram[rows, columns])
 
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         start = time.perf_counter()
@@ -154,6 +163,10 @@ class Int8GramOnce(GramOnce):
     @staticmethod
     def layout(patches: int, channels: int, degrees: int) -> Layout:
         return (_cpu.int8_bytes(patches, channels),), np.uint8
+
+    @staticmethod
+    def product_bytes(patches: int, channels: int) -> int:
+        return 0
 
     @classmethod
     def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:

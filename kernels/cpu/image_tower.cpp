@@ -16,16 +16,14 @@
 //               byte is a row of its own to the product
 //   others      fp32
 // Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
-// avx512amx their products are sums of six products in bfloat16, of the three parts that make a float exactly (but for
-// what bfloat16 takes for zero: bits below 2^-126, so that floats below about 2^-103 lose some). Those left out are
-// 2^-24 of the whole in the mean, as what fp32 rounds away, and at worst 2^-20.
+// avx512amx their products are sums of products of bfloat16 parts (float_parts.h).
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
 // all give the same integers; exp and erf are polynomials, alike everywhere.
 #include "image_tower.h"
 
-#include "amx.h"
 #include "buffer.h"
+#include "float_parts.h"
 
 #include <algorithm>
 #include <atomic>
@@ -60,7 +58,7 @@ constexpr int kVectors = kColumns / kLanes;  // of a panel
 constexpr int kQueries = 32;                 // whose logits are there at a time
 constexpr int kTile = 32;                    // what numbers of rows are filled up to: those of two AMX tiles
 #if defined(__AMX_INT8__)
-constexpr int kParts = 3, kDepth = 1024;  // bfloat16 numbers that make a float, and inputs that are split at a time
+constexpr int kDepth = 1024;  // inputs that are split at a time
 #else
 constexpr int kParts = 0, kDepth = 0;
 #endif
@@ -398,43 +396,6 @@ struct Scratch {
 
 #if defined(__AMX_INT8__)
 
-// A float is the sum of three bfloat16 numbers: of the first 8 bits of its mantissa, the next 8 and the last.
-inline void split(__m512 x, __m512i (&parts)[kParts]) {
-  const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(int(0xFFFF0000)));
-  ZSAD_UNROLL
-  for (int part = 0; part < kParts; ++part) {
-    const __m512 own = _mm512_and_ps(x, upper);
-    parts[part] = _mm512_castps_si512(own);
-    x = _mm512_sub_ps(x, own);
-  }
-}
-
-// Rows [count, inputs] as tiles [parts, rows / 16, steps, 16, 32], inputs filled up with zeros. Rows from `count` on
-// are left from the call before: their products go nowhere.
-void split_rows(const float* x, std::size_t pitch, int count, int inputs, Code* out) {
-  const int steps = (inputs + 31) / 32;
-  const std::size_t part_bytes = up(count, kTile) / 16 * steps * 1024;
-  alignas(64) static const struct Odd {
-    std::uint16_t word[32];
-    Odd() {
-      for (int i = 0; i < 32; ++i) word[i] = std::uint16_t(2 * i + 1);
-    }
-  } odd;
-  const __m512i words = _mm512_load_si512(odd.word);
-  for (int row = 0; row < count; ++row)
-    for (int step = 0; step < steps; ++step) {
-      const int left = inputs - 32 * step;
-      const float* at = x + row * pitch + 32 * step;
-      __m512i first[kParts], second[kParts];
-      const auto some = [](int n) { return __mmask16(n < 16 ? (1u << std::max(n, 0)) - 1 : 0xFFFF); };
-      split(_mm512_maskz_loadu_ps(some(left), at), first);
-      split(_mm512_maskz_loadu_ps(some(left - 16), at + 16), second);
-      Code* to = out + (std::size_t(row / 16) * steps + step) * 1024 + row % 16 * 64;
-      for (int part = 0; part < kParts; ++part)
-        _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
-    }
-}
-
 // A panel's weights [inputs, 16] as tiles [parts, steps, 16 pairs, 16, 2], parts `part_bytes` apart.
 void split_panel(const float* weights, int inputs, std::size_t part_bytes, Code* out) {
   const int pairs = int(up(inputs, 32)) / 2;
@@ -455,7 +416,7 @@ struct Ahead {
   std::size_t pitch;  // from one panel to the next
   int inputs, panels, lines, at = 0;
 
-  void step() {
+  void operator()() {
     for (int i = 0; i < lines && panels > 0; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(panel + at * kColumns), _MM_HINT_T1);
       if (++at < inputs) continue;
@@ -466,86 +427,31 @@ struct Ahead {
   }
 };
 
-// Adds to 32 rows of 16 * Panels sums, 32 floats apart, or begins them.
-template <int Panels>
-inline void part_block(const Code* rows, std::size_t row_part, const Code* panels, std::size_t panel_part, int steps,
-                       bool begin, Ahead& ahead, float* sums) {
-  constexpr std::size_t kStride = 2 * kColumns * sizeof(float);
-  const std::size_t half = std::size_t(steps) * 1024;
-  asm volatile("" ::: "memory");
-  if (begin) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, kStride);
-    _tile_loadd(1, sums + 16 * 2 * kColumns, kStride);
-    if (Panels == 2) {
-      _tile_loadd(2, sums + kColumns, kStride);
-      _tile_loadd(3, sums + 16 * 2 * kColumns + kColumns, kStride);
-    }
-  }
-#define ZSAD_ROWS(part)                                            \
-  _tile_loadd(4, rows + (part) * row_part + k * 1024, 64);         \
-  _tile_loadd(5, rows + (part) * row_part + half + k * 1024, 64);
-#define ZSAD_PANELS(part)                                          \
-  _tile_loadd(6, panels + (part) * panel_part + k * 1024, 64);     \
-  if (Panels == 2) { _tile_loadd(7, panels + (part) * panel_part + half + k * 1024, 64); }
-#define ZSAD_MULTIPLY                                              \
-  _tile_dpbf16ps(0, 4, 6);                                         \
-  _tile_dpbf16ps(1, 5, 6);                                         \
-  if (Panels == 2) {                                               \
-    _tile_dpbf16ps(2, 4, 7);                                       \
-    _tile_dpbf16ps(3, 5, 7);                                       \
-  }
-  for (std::size_t k = 0; k < std::size_t(steps); ++k) {
-    ahead.step();
-    ZSAD_ROWS(0) ZSAD_PANELS(2) ZSAD_MULTIPLY
-    ZSAD_PANELS(1) ZSAD_MULTIPLY
-    ZSAD_ROWS(1) ZSAD_MULTIPLY
-    ZSAD_PANELS(0) ZSAD_MULTIPLY
-    ZSAD_ROWS(2) ZSAD_MULTIPLY
-    ZSAD_ROWS(0) ZSAD_MULTIPLY
-  }
-#undef ZSAD_ROWS
-#undef ZSAD_PANELS
-#undef ZSAD_MULTIPLY
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + 16 * 2 * kColumns, kStride);
-  if (Panels == 2) {
-    _tile_stored(2, sums + kColumns, kStride);
-    _tile_stored(3, sums + 16 * 2 * kColumns + kColumns, kStride);
-  }
-  asm volatile("" ::: "memory");
-}
-
 // As multiply_floats, by products of parts, so many inputs at a time as fit the second-level cache.
 template <typename Finish>
-void multiply_parts(const float* x, std::size_t pitch, int count, const Linear& layer, const Scratch& s,
+void multiply_split(const float* x, std::size_t pitch, int count, const Linear& layer, const Scratch& s,
                     const Finish& finish) {
   const int depth = layer.inputs, panels = layer.outputs / kColumns, chunks = (depth + kDepth - 1) / kDepth;
   const int most = int(up((depth + chunks - 1) / chunks, 32));
   for (int from = 0; from < depth; from += most) {
-    const int inputs = std::min(most, depth - from), steps = (inputs + 31) / 32;
-    const std::size_t row_part = up(count, kTile) / 16 * steps * 1024, panel_part = 2 * std::size_t(steps) * 1024;
+    const int inputs = std::min(most, depth - from), steps = int(steps_of(inputs));
+    const std::size_t row_part = part_bytes_of(count, steps), panel_part = 2 * steps * kTileBytes;
     split_rows(x + from, pitch, count, inputs, s.row_parts.get());
     for (int panel = 0; panel < panels; panel += 2) {
       const int some = std::min(2, panels - panel);
       for (int i = 0; i < some; ++i)
         split_panel(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
-                    s.panel_parts.get() + std::size_t(i) * steps * 1024);
+                    s.panel_parts.get() + i * steps * kTileBytes);
       const int blocks = (count + kTile - 1) / kTile, next = std::min(2, panels - panel - 2);
       Ahead ahead{layer.weights + (std::size_t(panel + 2) * depth + from) * kColumns, std::size_t(depth) * kColumns,
                   inputs, next, (2 * inputs + blocks * steps - 1) / (blocks * steps)};
       for (int row = 0; row < count; row += kTile) {
-        const Code* rows = s.row_parts.get() + std::size_t(row / 16) * steps * 1024;
+        const Code* rows = s.row_parts.get() + row / kTileRows * steps * kTileBytes;
         float* sums = s.sums.get();
         if (chunks > 1) sums += (std::size_t(panel / 2) * blocks + row / kTile) * kTile * 2 * kColumns;
-        if (some == 2)
-          part_block<2>(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, ahead, sums);
-        else
-          part_block<1>(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, ahead, sums);
+        const std::size_t pitch = 2 * kColumns * sizeof(float);
+        const auto multiply = some == 2 ? multiply_parts<2, Ahead> : multiply_parts<1, Ahead>;
+        multiply(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, sums, pitch, ahead);
         if (from + most < depth) continue;
         for (int i = 0; i < std::min(kTile, count - row); ++i)
           for (int j = 0; j < some * kColumns; j += kLanes)
@@ -563,7 +469,7 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
   if (layer.weights) {
     const auto add = [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); };
 #if defined(__AMX_INT8__)
-    multiply_parts(x, pitch, count, layer, s, add);
+    multiply_split(x, pitch, count, layer, s, add);
 #else
     multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels, add);
 #endif

@@ -184,40 +184,12 @@ struct Terms {
 
 #if defined(__AMX_INT8__)
 
-constexpr int kTileQuads = 16;
+constexpr int kTileQuads = kTileRows;
 constexpr std::size_t kTileBytes = kTileQuads * kPanel * kQuad;
 
 // Bytes of a panel whose quads are filled up with zeros to whole tiles.
 std::size_t prepared_bytes(const Int8Layout& layout) {
   return (std::size_t(layout.quads) + kTileQuads - 1) / kTileQuads * kTileBytes;
-}
-
-// Quads [16, 16] with rows and columns exchanged.
-void transpose(__m512i (&rows)[kTileQuads]) {
-  __m512i pairs[kTileQuads], quads[kTileQuads];
-  ZSAD_UNROLL
-  for (int i = 0; i < kTileQuads; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  ZSAD_UNROLL
-  for (int i = 0; i < kTileQuads; i += 4) {
-    quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  ZSAD_UNROLL
-  for (int j = 0; j < 4; ++j) {  // lane l of quads[4 i + j] is column 4 l + j of rows 4 i ... 4 i + 3
-    const __m512i even_above = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
-    const __m512i even_below = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
-    const __m512i odd_above = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd);
-    const __m512i odd_below = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
-    rows[j] = _mm512_shuffle_i32x4(even_above, even_below, 0x88);
-    rows[4 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0x88);
-    rows[8 + j] = _mm512_shuffle_i32x4(even_above, even_below, 0xdd);
-    rows[12 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0xdd);
-  }
 }
 
 // Tiles of left patches are [16 patches, 16 quads]: the transpose of a panel's 16 quads.

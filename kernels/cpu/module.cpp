@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "fp32_product.h"
 #include "gram_pass.h"
 #include "image_tower.h"
 #include "int8_product.h"
@@ -99,6 +100,11 @@ const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
+const auto fp32_products = [] {
+  Variants<void (*)(const zsad::Fp32Product&)> v;
+  ZSAD_IF_X86(ZSAD_IF_AMX(v.add(has_avx512amx(), "avx512amx", zsad::fp32_product_avx512amx);))
+  return v;
+}();
 
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -241,6 +247,18 @@ void int8_running_top(const Bytes& left, const Bytes& right, int columns, int fi
                         margins ? margins->data() : nullptr};
   nb::gil_scoped_release release;
   run(pair.left, pair.right, kept);
+}
+
+void fp32_product(const Gram& left, const Gram& right, const GramOutput& out) {
+  const std::size_t P = left.shape(0), Q = right.shape(0), C = left.shape(1);
+  require(right.shape(1) == C && has_shape(out, P, Q), "left, right and out must be [P, C], [Q, C] and [P, Q]");
+  const auto has_rows = [](const auto& array) { return array.stride(1) == 1 || array.shape(1) < 2; };
+  require(has_rows(left) && has_rows(right) && has_rows(out), "rows must be contiguous");
+  const auto run = fp32_products.choose("");
+  const zsad::Fp32Product arguments{left.data(), right.data(), left.stride(0), right.stride(0), int(P),
+                                    int(Q),      int(C),       out.data(),     out.stride(0)};
+  nb::gil_scoped_release release;
+  run(arguments);
 }
 
 void running_top(const Gram& products, int first, const Output& values, const NumbersOutput& indices,
@@ -459,6 +477,7 @@ bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wa
 std::vector<std::string> instruction_sets(const std::string& kernel) {
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
+  if (kernel == "fp32_product") return fp32_products.names();
   if (kernel == "image_tower") return image_towers.names();
   if (kernel == "int8") return int8_multipliers.names();
   if (kernel == "measured_best") return best_measurers.names();
@@ -476,8 +495,9 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, "
-        "unit_vectors, winner_cosines) that build and processor share, fastest first.");
+        "Instruction sets of a kernel (fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, "
+        "running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has "
+        "one for processors with tiles only.");
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
   nb::class_<ImageTower>(m, "ImageTower", "A vision transformer's image tower over arrays that it keeps.")
       .def(nb::init<std::pair<int, int>, std::pair<int, int>, int, float, const std::string&, bool, int,
@@ -492,6 +512,13 @@ NB_MODULE(_cpu, m) {
            "[B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens "
            "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
            "last of all blocks, [B, W, C], raw.");
+  m.def(
+      "fp32_product_bytes",
+      [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,
+      "columns"_a, "channels"_a, "What a thread keeps for such products.");
+  m.def("fp32_product", &fp32_product, "left"_a, "right"_a, "out"_a,
+        "Fill out [P, Q] with the dot products of left [P, C] with right [Q, C], as exactly as fp32; ValueError where "
+        "the processor has no tiles.");
   m.def("gram_pass", &gram_pass, "gram"_a, "grid"_a, "degrees"_a, "inverse_left"_a, "inverse_right"_a, "best_left"_a,
         "best_right"_a, "keys"_a = false, "window"_a = nb::none(), "narrow"_a = false, "instruction_set"_a = "",
         "Box-filter one Gram for every degree and take the maxima of both directions, as cosines or as keys, of "

@@ -22,7 +22,7 @@ from threadpoolctl import ThreadpoolController
 
 from zsad.kernels.machine import available_cores, default_memory_limit
 
-from .arrays import Array, aligned_empty
+from .arrays import Array, aligned_empty, multiply, product_bytes
 
 try:
     from . import _cpu
@@ -107,7 +107,7 @@ class Product(Protocol):
 
 
 class Fp32Product:
-    """A product by BLAS."""
+    """A product in fp32."""
 
     spare = 4  # for cosines that differ by less than its rounding
     written = True
@@ -124,7 +124,7 @@ class Fp32Product:
         return units
 
     def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
-        np.matmul(left, right.T, out=products)
+        multiply(left, right, products)
         running_top(products[:, : best.columns], best.first, best.values, best.numbers)
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
@@ -568,7 +568,7 @@ def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) 
 def _worker_bytes(vectors: int, channels: int, precision: str) -> int:
     """Count what all workers hold, however many the queries are."""
     rows = chunk_rows(vectors)
-    products = 4 * QUERY_ROWS * rows
+    products = 4 * QUERY_ROWS * rows + product_bytes(QUERY_ROWS, rows, channels)
     chunk = 4 * rows * channels + (Int8Product.chunk_bytes(rows, channels) if precision == "int8" else 0)
     read = 8 * max(rows, MEASURED_ROWS) * channels  # rows of the bank, and their unit vectors to be measured
     return available_cores() * (products + chunk + read)

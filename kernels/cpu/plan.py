@@ -95,7 +95,7 @@ class Sizes:
         at_once = min(max((gram + loading) // max(selecting, 1), 1), self.patches)
         sides = 1 if chunk >= self.images else 2
         peak = always + sides * chunk * self.image_bytes + workers * max(gram + loading, at_once * selecting)
-        peak += rows * row * minima_in_memory
+        peak += rows * row * minima_in_memory + workers * self.comparer.product_bytes(self.patches, self.channels)
         return Plan(
             images=self.images,
             references=self.references,
