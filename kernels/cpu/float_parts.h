@@ -1,8 +1,8 @@
 #pragma once
-// Products of floats by AMX: each float is the sum of three bfloat16 numbers, and a product of two floats that of the six
-// products of their parts which are not too small. The sums are as exact as those of fp32: what is left out is 2^-24 of
-// the whole in the mean, as what fp32 rounds away, and at worst 2^-20. Bits below 2^-126 are zero to bfloat16, so that
-// floats below about 2^-103 lose some.
+// Products of floats by AMX: each float is the sum of three bfloat16 numbers, and a product of two floats that of the
+// six products of their parts which are not too small. The sums are as exact as those of fp32: what is left out is
+// 2^-24 of the whole in the mean, as what fp32 rounds away, and at worst 2^-20. Bits below 2^-126 are zero to bfloat16,
+// so that floats below about 2^-103 lose some.
 
 #if defined(__AMX_INT8__)
 #include "amx.h"
@@ -14,9 +14,9 @@
 namespace zsad {
 namespace {
 
-constexpr int kParts = 3;            // bfloat16 numbers that make a float
-constexpr int kPairRows = 2 * kTileRows;   // of both sides of a block of products
-constexpr int kStep = 32;            // channels that one instruction multiplies
+constexpr int kParts = 3;                 // bfloat16 numbers that make a float
+constexpr int kPairRows = 2 * kTileRows;  // of both sides of a block of products
+constexpr int kStep = 32;                 // channels that one instruction multiplies
 constexpr std::size_t kTileBytes = 1024;
 
 inline std::size_t steps_of(int channels) { return (channels + kStep - 1) / kStep; }
@@ -37,8 +37,8 @@ inline void split(__m512 x, __m512i (&parts)[kParts]) {
   }
 }
 
-// Rows [count, channels] as tiles [parts, rows / 16, steps, 16, 32], channels filled up with zeros. Rows from `count` on
-// are left as they were: their products go nowhere.
+// Rows [count, channels] as tiles [parts, rows / 16, steps, 16, 32], channels filled up with zeros. Rows from `count`
+// on are left as they were: their products go nowhere.
 inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
   const std::size_t steps = steps_of(channels), part_bytes = part_bytes_of(count, steps);
   alignas(64) static const struct Odd {
@@ -62,8 +62,8 @@ inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int chan
     }
 }
 
-// Adds to products [32, 16 * Panels], rows `pitch` bytes apart, or begins them. rows: two tiles of each step, the second
-// ones behind all of the first, parts `row_part` apart; panels: as many of columns [16 pairs, 16, 2], likewise.
+// Adds to products [32, 16 * Panels], rows `pitch` bytes apart, or begins them. rows: two tiles of each step, the
+// second ones behind all of the first, parts `row_part` apart; panels: as many of columns [16 pairs, 16, 2], likewise.
 // between: what is done beside each step.
 template <int Panels, typename Between>
 inline void multiply_parts(const std::uint8_t* rows, std::size_t row_part, const std::uint8_t* panels,

@@ -2,8 +2,8 @@
 //
 //   out[p, q] = left[p] . right[q], as sums of products of bfloat16 parts (float_parts.h)
 //
-// Of the left side so many rows are split at a time as stay in the second-level cache while the right ones, split before,
-// pass by. Every product is the sum of the same numbers in the same order, wherever it lies.
+// Of the left side so many rows are split at a time as stay in the second-level cache while the right ones, split
+// before, pass by. Every product is the sum of the same numbers in the same order, wherever it lies.
 #include "fp32_product.h"
 
 #include "float_parts.h"
