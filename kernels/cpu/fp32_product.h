@@ -17,10 +17,10 @@ void fp32_product_avx512amx(const Fp32Product&);
 
 // How much of such a product is split at a time.
 struct Fp32Split {
-  static constexpr int kFill = 32;                        // what all numbers are filled up to
-  static constexpr std::size_t kNumber = 6;               // bytes of a float's parts
+  static constexpr int kFill = 32;           // what all numbers are filled up to
+  static constexpr std::size_t kNumber = 6;  // bytes of a float's parts
   static constexpr int kMostChannels = 1024, kMostColumns = 1024;
-  static constexpr std::size_t kMostBytes = 960 << 10;    // of rows, to stay in the second-level cache
+  static constexpr std::size_t kMostBytes = 960 << 10;  // of rows, to stay in the second-level cache
 
   int channels, rows, columns;
 

@@ -449,9 +449,9 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
         const Code* rows = s.row_parts.get() + row / kTileRows * steps * kTileBytes;
         float* sums = s.sums.get();
         if (chunks > 1) sums += (std::size_t(panel / 2) * blocks + row / kTile) * kTile * 2 * kColumns;
-        const std::size_t pitch = 2 * kColumns * sizeof(float);
+        const std::size_t bytes = 2 * kColumns * sizeof(float);  // of a row of sums
         const auto multiply = some == 2 ? multiply_parts<2, Ahead> : multiply_parts<1, Ahead>;
-        multiply(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, sums, pitch, ahead);
+        multiply(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, sums, bytes, ahead);
         if (from + most < depth) continue;
         for (int i = 0; i < std::min(kTile, count - row); ++i)
           for (int j = 0; j < some * kColumns; j += kLanes)
