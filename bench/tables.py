@@ -420,9 +420,10 @@ def startup_table() -> str:
                     "–" if ratio is None else f"{ratio:.2f}",
                 ]
             )
+    places = "; ".join(dict.fromkeys(map(where, latest.values())))  # rows may be of several commits
     caption = (
         f"A second run of `zsad-infer` with preset `{record['preset']}` at {record['image_size']} px, from the start "
-        f"of the process to its end, medians of rounds in turn; {where(record)}"
+        f"of the process to its end, medians of rounds in turn; {places}"
     )
     head = ["", "", "in all", "the networks alone", "beyond them", "this commit is faster by"]
     return f"{caption}:\n\n" + table(head, rows)
