@@ -2,10 +2,10 @@
 
     python -m zsad.bench.startup [--images 60] [--against COMMIT] [--precision int8] [--rounds 5]
 
-Each round runs `zsad-infer` over drawn images in a process of its own, with a cache that an earlier run has filled, and
-the network over as many images in this process, where it has run before. What a process takes beyond that is
-starting, reading, scoring, writing and ending. With --against another commit takes its turns in the same rounds; both
-are then installed into temporary folders and run from these.
+Each round runs `zsad-infer` over a folder of drawn images, without ground truth, in a process of its own, with a cache
+that an earlier run has filled, and the network over as many images in this process, where it has run before. What a
+process takes beyond that is starting, reading, scoring, writing and ending. With --against another commit takes its
+turns in the same rounds; both are then installed into temporary folders and run from these.
 """
 
 import argparse
@@ -52,6 +52,16 @@ def installed(commit: str | None) -> Iterator[Path]:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
         subprocess.run([*install, str(folder / "packages"), str(source)], check=True)
         yield folder / "packages"
+
+
+def parts(folder: Path, images: int) -> Path:
+    """Draw as many images into one folder, a quarter of them defective, and return it."""
+    drawn = draw_demo(folder / "drawn", count=images, defects=max(1, images // 4))
+    data = folder / "data"
+    data.mkdir()
+    for number, image in enumerate(sorted((drawn / "test").rglob("*.png"))):
+        image.rename(data / f"{number:03d}.png")
+    return data
 
 
 def process(packages: Path | None, data: Path, output: Path, precision: str) -> Callable[[], tuple[float, float]]:
@@ -137,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = environment("zsad.bench.startup", argv, ["numpy", "onnxruntime"])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zsad-bench-")))
-        data = draw_demo(folder / "data", count=arguments.images, defects=max(1, arguments.images // 4)).parent
+        data = parts(folder, arguments.images)
         commits: dict[str, Path | None] = {"here": None}
         if arguments.against is not None:
             commits["here"] = stack.enter_context(installed(None))

@@ -1,14 +1,15 @@
 """Image towers that zsad's own native code runs on a CPU, from the files that `native_weights.py` writes."""
 
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
-from zsad.kernels.cpu.arrays import aligned_empty
+from zsad.kernels.cpu.arrays import CACHE_LINE, aligned_empty
 from zsad.kernels.cpu.native import _cpu
 from zsad.kernels.machine import available_cores
 
@@ -16,22 +17,22 @@ from .options import WINDOWS
 
 Array = NDArray[np.float32]
 
+TYPES = {"F32": np.float32, "I32": np.int32, "I8": np.int8}  # of the arrays, as safetensors calls them
+
 
 class NativeTower:
     """An image tower, ready to run. inputs, outputs: their shapes, without the batch."""
 
     def __init__(self, path: Path, threads: int | None = None, instruction_set: str = "") -> None:
         """threads: as many as there are cores, if not given. instruction_set: the best that there is."""
-        with safe_open(str(path), framework="numpy") as file:
-            facts = json.loads(file.metadata()["tower"])
-            arrays = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, no mapping
+        facts, arrays = _mapped(path)
         self.inputs, self.outputs = (
             {name: tuple(shape) for name, shape in facts[end].items()} for end in ("inputs", "outputs")
         )
         self._norm = arrays["class_norm.weight"], arrays["class_norm.bias"]
         self._projection: Array | None = arrays.get("projection")
         self._eps, self._width = facts["eps"], facts["width_and_heads"][0]
-        sizes = {name: int(array[0]) for name, array in arrays.items() if name.endswith(".hidden")}
+        sizes = {f"block{index}.hidden": hidden for index, hidden in enumerate(facts["hidden"])}
         self._tower = _cpu.ImageTower(
             tuple(facts["width_and_heads"]),
             tuple(facts["patch_and_grid"]),
@@ -87,6 +88,21 @@ class NativeTower:
         deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(self._eps))
         normed: Array = centred / deviation * weight + bias
         return normed if self._projection is None else normed @ self._projection
+
+
+def _mapped(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return what a file says of its tower, and the arrays where they lie in the file, mapped into memory."""
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    facts = json.loads(header.pop("__metadata__")["tower"])
+    arrays = {}
+    for name, array in header.items():
+        size, offset = math.prod(array["shape"]), start + array["data_offsets"][0]
+        found = np.frombuffer(content, TYPES[array["dtype"]], size, offset).reshape(array["shape"])
+        arrays[name] = _aligned(found) if offset % CACHE_LINE else found
+    return facts, arrays
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:

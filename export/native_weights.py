@@ -1,7 +1,10 @@
-"""Weights of image towers as zsad's own native code for CPUs wants them, in a safetensors file."""
+"""Weights of image towers as zsad's own native code for CPUs wants them, in a safetensors file.
+
+Its header is filled up so that arrays begin on cache lines: they are used where they are mapped into memory.
+"""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from zsad.kernels.cpu.arrays import CACHE_LINE
 from zsad.kernels.cpu.native import _cpu
 
 from .options import IMAGE_OUTPUTS, WINDOWS, ExportOptions
@@ -68,11 +72,9 @@ def tower_arrays(vit: VisionTransformer, options: ExportOptions, exact: Collecti
     if vit.architecture.rotary:
         angles = vit.angles(vit.attention_heads(options.heads), grid)
         arrays |= {"cosine": np.cos(angles).astype(np.float32), "sine": np.sin(angles).astype(np.float32)}
-    windows = _windows(vit, options)
-    for output, rows in windows.items():
+    for output, rows in _windows(vit, options).items():
         arrays[output + ".tokens"] = rows.astype(np.int32)
-    depth = len(vit.blocks) if windows else options.depth(len(vit.blocks))
-    for index, block in enumerate(vit.blocks[:depth]):
+    for index, block in enumerate(_blocks(vit, options)):
         arrays |= _block(block, f"block{index}", options.precision == "int8", exact)
     return arrays
 
@@ -83,13 +85,17 @@ def _windows(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArra
     return {name: window_tokens(grid, side, front) for name, side in WINDOWS.items() if name in options.outputs}
 
 
+def _blocks(vit: VisionTransformer, options: ExportOptions) -> Sequence[Block]:
+    """Those that something is wanted of: windows are read behind the last."""
+    return vit.blocks if _windows(vit, options) else vit.blocks[: options.depth(len(vit.blocks))]
+
+
 def _norm(norm: Affine, name: str) -> Packed:
     return {name + ".weight": norm[0], name + ".bias": norm[1]}
 
 
 def _block(block: Block, name: str, int8: bool, exact: Collection[str]) -> Packed:
     arrays = {**_norm(block.norm1, name + ".norm1"), **_norm(block.norm2, name + ".norm2")}
-    arrays[name + ".hidden"] = np.array([block.fc2[0].shape[1]], np.int32)
     for layer in LINEAR_LAYERS:
         own, affine = f"{name}.{layer}", getattr(block, layer)
         arrays |= pack_codes(affine, own) if int8 and own not in exact else pack_floats(affine, own)
@@ -134,10 +140,15 @@ def save_native_tower(
         "eps": vit.architecture.norm_eps,
         "activation": "swiglu" if gated else options.activation,
         "int8": options.precision == "int8",
+        "hidden": [block.fc2[0].shape[1] for block in _blocks(vit, options)],
         "depth": depth,
         "only_first": depth == last + 1 and last not in options.taps and "patches" not in options.outputs,
         "normed": vit.architecture.normed_taps,
         "taps": list(options.taps),
         "exact": list(exact),
     }
-    path.write_bytes(save(arrays, metadata={**metadata, "tower": json.dumps(facts)}))  # with the usual rights
+    content = save(arrays, metadata={**metadata, "tower": json.dumps(facts)})
+    start = 8 + int.from_bytes(content[:8], "little")  # the header's length, the header, the arrays
+    fill = -start % CACHE_LINE
+    header = (start - 8 + fill).to_bytes(8, "little") + content[8:start] + b" " * fill
+    path.write_bytes(header + content[start:])  # with the usual rights

@@ -125,6 +125,8 @@ def _start(command: str, module: str) -> int:
 
 
 def _run(command: str, module: str) -> int:
+    # Looking for plugins, of which zsad has none, reads what every installed package says of itself.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         with Interrupts():
             code: int = import_module(f"{__package__}.{module}").main()

@@ -1,5 +1,6 @@
 """Image towers in native code, in every instruction set of this machine, against plain float64 NumPy."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from zsad.export.agreement import token_cosines
 from zsad.export.native_tower import NativeTower
@@ -201,10 +203,21 @@ def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_
     assert [len(array) for array in ready.run(images[:0]).values()] == 5 * [0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_arrays_are_used_where_they_lie_in_the_file(precision: str, tmp_path: Path) -> None:
+    native(random_tower(3, 48), replace(OPTIONS, precision=precision), tmp_path)
+    content = (tmp_path / "tower").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__")
+    assert not [name for name, array in header.items() if (start + array["data_offsets"][0]) % 64]
+    assert load(content).keys() == header.keys()
+
+
 WITHOUT_THREADS = """
-import resource, sys, threading, numpy, psutil
+import pathlib, resource, sys, threading, numpy, psutil
 from zsad.export.native_tower import NativeTower
-tower, images = NativeTower(sys.argv[1], threads=3), numpy.load(sys.argv[2])
+tower, images = NativeTower(pathlib.Path(sys.argv[1]), threads=3), numpy.load(sys.argv[2])
 room = psutil.Process().memory_info().vms + resource.getrlimit(resource.RLIMIT_STACK)[0] // 4
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
 try:
