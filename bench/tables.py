@@ -429,6 +429,23 @@ def startup_table() -> str:
     return f"{caption}:\n\n" + table(head, rows)
 
 
+def batches_table() -> str:
+    latest = {(r["network"], r["image_size"]): r for r in read("batches.jsonl")}
+    parts = []
+    for record in latest.values():
+        columns = list(next(iter(record["seconds"].values())))
+        rows = [
+            [name, *(f"{1e3 * statistics.median(own[way]):.0f} ms" for way in columns)]
+            for name, own in record["seconds"].items()
+        ]
+        caption = (
+            f"An image of {record['image_size']} px through a network ({record['weights']}), by images per call and "
+            f"threads; {where(record)}"
+        )
+        parts.append(f"{caption}:\n\n" + table(["", *columns], rows))
+    return "\n\n".join(parts)
+
+
 def references_table() -> str:
     record = read("clean_references.jsonl")[-1]
     median = {name: statistics.median(times) for name, times in record["seconds"].items()}
@@ -583,6 +600,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "archive": archive_table,
     "bank times": bank_times_table,
     "banks": banks_table,
+    "batches": batches_table,
     "bounds": bounds_table,
     "clean references": references_table,
     "cluster": cluster_table,

@@ -104,6 +104,15 @@ def test_starting_is_told_beside_another_commit(records: list[Mapping[str, Any]]
     assert "| 2 images, fp32 | commit 01234567 | 3.10 s | 1.00 s | 2.10 s | 2.00 |" in lines
 
 
+def test_batches_and_threads_are_told_side_by_side(records: list[Mapping[str, Any]]) -> None:
+    seconds = {"native code int8": {"one thread": [0.3, 0.31, 0.32], "2 threads, batch 1": [0.15, 0.16, 0.17]}}
+    found = {"network": "dinov2", "weights": "dinov2-vits14", "preset": "small", "image_size": 518}
+    records.append({**ENVIRONMENT, **found, "seconds": seconds})
+    lines = tables.batches_table().splitlines()
+    assert lines[2] == "|  | one thread | 2 threads, batch 1 |"
+    assert lines[4] == "| native code int8 | 310 ms | 160 ms |"
+
+
 def test_workers_are_told_beside_a_process(records: list[Mapping[str, Any]]) -> None:
     runs = {"process": [{"start_s": 1.0, "score_s": 30.0}], "workers": [{"start_s": 7.0, "score_s": 25.0}]}
     about = {"categories": 4, "images": 64, "side": 280, "group_size": 32}
