@@ -66,9 +66,9 @@ def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), orde
     Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.
     """
 
-def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], columns: int, first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '', margins: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, wanted: int = 1) -> None:
+def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], columns: int, first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '', margins: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, wanted: int = 1) -> None:
     """
-    running_top by the products of two quantised images, without a Gram; right has room for as many columns. With margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which behind those come in any order.
+    running_top by the products of a quantised image with several [N, bytes] of as many patches each, without a Gram; right has room for as many columns. With margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which behind those come in any order.
     """
 
 def jpeg_scan_damage(content: bytes, rows: int, columns: int) -> int:

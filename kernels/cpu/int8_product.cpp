@@ -370,6 +370,7 @@ struct GramRows {
   void take(int row, int column, const Floats* products) {
     for (int j = 0; j < Vectors; ++j) store_floats(gram + row * stride + column + j * kLanes, products[j]);
   }
+  void begin(int) {}
 };
 
 // Or those that are large enough among the largest, and the Gram is never written.
@@ -377,8 +378,9 @@ struct KeptRows {
   const Kept& kept;
   float* least;  // of every row: products up to it are not taken
   int* counts;   // of every row: the entries that it has; with margins only
+  int before;    // columns of the right images before this one
 
-  KeptRows(const Kept& kept, int rows) : kept(kept) {
+  KeptRows(const Kept& kept, int rows) : kept(kept), before(0) {
     static thread_local std::vector<float> room;
     static thread_local std::vector<int> counted;
     room.resize(rows);
@@ -393,11 +395,14 @@ struct KeptRows {
     }
   }
 
+  // The right image that begins at this column of all is next.
+  void begin(int column) { before = column; }
+
   template <int Vectors>
   void take(int row, int column, const Floats* products) {
     std::uint64_t found = 0;
     for (int j = 0; j < Vectors; ++j) found |= larger(products[j], least[row]) << j * kLanes;
-    if (found) raise_by<Vectors>(row, column, products, found);
+    if (found) raise_by<Vectors>(row, before + column, products, found);
   }
 
  private:
@@ -462,10 +467,11 @@ struct KeptRows {
 // Left patches that stay in the second-level cache while the right panels stream past them.
 constexpr std::size_t kBlockBytes = 512 << 10;
 
-// apart: how far from a left patch's number those of the right patches go; the blocks are then as high as half of that.
+// right: the first of so many images of one layout that lie one behind the other. apart: how far from a left patch's
+// number those of the right patches go; the blocks are then as high as half of that.
 template <typename Rows>
-void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows& out) {
-  const Image a(left), b(right);
+void multiply(const Int8Image& left, const Int8Image& right, int count, int apart, Rows& out) {
+  const Image a(left);
   const Int8Layout& layout = left.layout;
   const std::size_t panel_bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
   const int fitting = int(std::max<std::size_t>(1, kBlockBytes / (2 * prepared))) * 2;  // panels
@@ -479,17 +485,21 @@ void multiply(const Int8Image& left, const Int8Image& right, int apart, Rows& ou
   for (int first = 0; first < layout.panels; first += block) {
     const int last = std::min(first + block, layout.panels);
     const std::int8_t* rows = prepare_rows(a.codes + first * panel_bytes, last - first, layout, row_room);
-    int panel = std::max(0, first * kPanel - apart) / kPanel;
     const int patches = right.layout.patches;
     const int end = std::min(last * kPanel - 1 + std::min(apart, patches), patches - 1) / kPanel + 1;
-    const auto pass = [&](auto panels) {
-      const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
-      const int end_of_rows = std::min(last * kPanel, layout.patches);
-      multiply_panels<panels>(a, b, layout, first * kPanel, end_of_rows, panel, rows, columns, out);
-      panel += panels;
-    };
-    while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
-    while (panel < end) pass(std::integral_constant<int, 1>());
+    for (int image = 0; image < count; ++image) {
+      const Image b({right.data + image * right.layout.bytes, right.layout});
+      int panel = std::max(0, first * kPanel - apart) / kPanel;
+      const auto pass = [&](auto panels) {
+        const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
+        const int end_of_rows = std::min(last * kPanel, layout.patches);
+        multiply_panels<panels>(a, b, layout, first * kPanel, end_of_rows, panel, rows, columns, out);
+        panel += panels;
+      };
+      out.begin(image * patches);
+      while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
+      while (panel < end) pass(std::integral_constant<int, 1>());
+    }
   }
 }
 
@@ -563,12 +573,12 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
 void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* gram,
                                             std::ptrdiff_t stride, int apart) {
   GramRows rows{gram, stride};
-  multiply(left, right, apart, rows);
+  multiply(left, right, 1, apart, rows);
 }
 
-void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, const Kept& kept) {
+void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, int count, const Kept& kept) {
   KeptRows rows(kept, left.layout.patches);
-  multiply(left, right, std::numeric_limits<int>::max(), rows);
+  multiply(left, right, count, std::numeric_limits<int>::max(), rows);
 }
 
 }  // namespace zsad

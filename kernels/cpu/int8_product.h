@@ -50,10 +50,11 @@ void int8_multiply_avx2(const Int8Image&, const Int8Image&, float*, std::ptrdiff
 void int8_multiply_avx512vnni(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t, int);
 void int8_multiply_avx512amx(const Int8Image&, const Int8Image&, float*, std::ptrdiff_t, int);
 
-// The same products go into the largest of every left patch instead of a Gram; kept.columns is at most Q.
-void int8_running_top_portable(const Int8Image& left, const Int8Image& right, const Kept& kept);
-void int8_running_top_avx2(const Int8Image&, const Int8Image&, const Kept&);
-void int8_running_top_avx512vnni(const Int8Image&, const Int8Image&, const Kept&);
-void int8_running_top_avx512amx(const Int8Image&, const Int8Image&, const Kept&);
+// The same products go into the largest of every left patch instead of a Gram. right: the first of `count` images of as
+// many patches each, one behind the other; kept.columns, of all of them, is at most count * Q.
+void int8_running_top_portable(const Int8Image& left, const Int8Image& right, int count, const Kept& kept);
+void int8_running_top_avx2(const Int8Image&, const Int8Image&, int, const Kept&);
+void int8_running_top_avx512vnni(const Int8Image&, const Int8Image&, int, const Kept&);
+void int8_running_top_avx512amx(const Int8Image&, const Int8Image&, int, const Kept&);
 
 }  // namespace zsad

@@ -122,6 +122,7 @@ using IndicesOutput = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::d
 using FlagsOutput = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Chunks = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void require(bool holds, const std::string& message) {
@@ -202,13 +203,14 @@ struct Int8Pair {
 };
 
 // left: a quantised image of P patches; right: one of Q, and the channels of both.
-Int8Pair int8_pair(const Bytes& left, std::size_t P, const Bytes& right, std::size_t Q) {
+// right: so many bytes, of Q patches.
+Int8Pair int8_pair(const Bytes& left, std::size_t P, const std::uint8_t* right, std::size_t bytes, std::size_t Q) {
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   // What is not header is codes, so the size tells the channels, rounded up to whole quads.
   const std::size_t channels = std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes;
-  const Int8Pair pair{{left.data(), layout_of(P, channels)}, {right.data(), layout_of(Q, channels)}};
-  require(left.shape(0) == pair.left.layout.bytes && right.shape(0) == pair.right.layout.bytes,
+  const Int8Pair pair{{left.data(), layout_of(P, channels)}, {right, layout_of(Q, channels)}};
+  require(left.shape(0) == pair.left.layout.bytes && bytes == pair.right.layout.bytes,
           "left and right must have int8_bytes(P, C) and int8_bytes(Q, C) bytes for P and Q patches");
   return pair;
 }
@@ -216,7 +218,7 @@ Int8Pair int8_pair(const Bytes& left, std::size_t P, const Bytes& right, std::si
 void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, std::optional<int> apart,
                    const std::string& instruction_set) {
   const std::size_t P = gram.shape(0), Q = gram.shape(1);
-  const Int8Pair pair = int8_pair(left, P, right, Q);
+  const Int8Pair pair = int8_pair(left, P, right.data(), right.shape(0), Q);
   const std::ptrdiff_t room = std::ptrdiff_t(pair.right.layout.panels) * zsad::kPanel;
   require(gram.stride(1) == 1 && (P == 1 || gram.stride(0) >= room),
           "gram must be [P, Q] with contiguous rows, each with room for Q rounded up to " +
@@ -231,7 +233,7 @@ void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram
   std::copy_n(row.begin(), Q, gram.data());
 }
 
-void int8_running_top(const Bytes& left, const Bytes& right, int columns, int first, const Output& values,
+void int8_running_top(const Bytes& left, const Chunks& right, int columns, int first, const Output& values,
                       const NumbersOutput& indices, const std::string& instruction_set,
                       const std::optional<Vector>& margins, int wanted) {
   const std::size_t P = values.shape(0), K = values.shape(1);
@@ -240,13 +242,15 @@ void int8_running_top(const Bytes& left, const Bytes& right, int columns, int fi
   require(!margins || margins->shape(0) == P, "margins must be [P]");
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
-  const Int8Pair pair = int8_pair(left, P, right, bytes_per_patch ? right.shape(0) / bytes_per_patch : 0);
-  require(columns > 0 && columns <= pair.right.layout.patches, "right must have room for the columns");
+  const std::size_t count = right.shape(0), bytes = right.shape(1);
+  const Int8Pair pair = int8_pair(left, P, right.data(), bytes, bytes_per_patch ? bytes / bytes_per_patch : 0);
+  const std::size_t room = count * pair.right.layout.patches;
+  require(columns > 0 && std::size_t(columns) <= room, "right must have room for the columns");
   const auto run = int8_running_tops.choose(instruction_set);
   const zsad::Kept kept{first,          columns, int(K), values.data(), indices.data(), wanted,
                         margins ? margins->data() : nullptr};
   nb::gil_scoped_release release;
-  run(pair.left, pair.right, kept);
+  run(pair.left, pair.right, int(count), kept);
 }
 
 void fp32_product(const Gram& left, const Gram& right, const GramOutput& out) {
@@ -538,9 +542,9 @@ NB_MODULE(_cpu, m) {
         "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "", "margins"_a = nb::none(), "wanted"_a = 1,
-        "running_top by the products of two quantised images, without a Gram; right has room for as many columns. With "
-        "margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which "
-        "behind those come in any order.");
+        "running_top by the products of a quantised image with several [N, bytes] of as many patches each, without a "
+        "Gram; right has room for as many columns. With margins [P] only products larger than the wanted-th largest so "
+        "far less its row's margin are taken, which behind those come in any order.");
   m.def("jpeg_scan_damage", &jpeg_scan_damage, "content"_a, "rows"_a, "columns"_a,
         "What is wrong with the scans of a progressive JPEG of this size: 0 nothing, 1 bits end early, 2 bits are left "
         "over, 3 a part is missing, 4 no such code.");

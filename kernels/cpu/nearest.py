@@ -36,6 +36,7 @@ R = TypeVar("R")
 Read = Callable[[Rows, Array], None]  # fills an array [n, C] with the unit vectors of n rows of the bank
 
 QUERY_ROWS, BANK_ROWS = 1536, 1024  # rows of a product: few enough for the cache, many enough to be worth packing
+CHUNKS_AT_ONCE = 64  # of the bank that queries pass by in one call, which Ctrl-C has to wait for
 LEAST_QUERY_ROWS = 256  # with which a product still reaches four fifths of its speed
 RUNS = 2  # pieces of work for each of several workers at least, where there is as much
 UNIT_GAP = 0.01  # of the square of a length from 1: what is stored in fp16 or int8 is that near
@@ -49,12 +50,12 @@ ERROR_DEVIATIONS = 6.0  # of an int8 product's error, which one product in 10^9 
 
 @dataclass(frozen=True)
 class Best:
-    """The largest products of some queries, and the chunk of the bank that may raise them."""
+    """The largest products of some queries, and the chunks of the bank that may raise them."""
 
     values: Array  # [n, K]
     numbers: Indices  # [n, K]
-    first: int  # number of the chunk's first vector in the bank
-    columns: int  # its vectors
+    first: int  # number of the chunks' first vector in the bank
+    columns: int  # their vectors
     wanted: int  # k
     margins: Array | None  # [n], less than the k-th largest by which a product is of no use; None: not known
 
@@ -97,9 +98,9 @@ class Product(Protocol):
         """Return unit vectors [rows, C] as `multiply` takes them."""
 
     def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
-        """Raise the best of the rows of `left` by the rows of `right`, two prepared chunks.
+        """Raise the best of the rows of a prepared chunk by the rows of several [n, ...].
 
-        products: room for [rows of left, rows of right] where they are written.
+        products: room for [rows of left, rows of one of them] where they are written.
         """
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
@@ -124,8 +125,9 @@ class Fp32Product:
         return units
 
     def raise_best(self, left: NDArray[Any], right: NDArray[Any], products: Array, best: Best) -> None:
-        multiply(left, right, products)
-        running_top(products[:, : best.columns], best.first, best.values, best.numbers)
+        for chunk, at in zip(right, _runs(best.columns, BANK_ROWS), strict=True):
+            multiply(left, chunk, products)
+            running_top(products[:, : at.stop - at.start], best.first + at.start, best.values, best.numbers)
 
     def errors(self, left: NDArray[Any], rows: int) -> Array:
         return np.full(rows, FP32_ERROR, np.float32)
@@ -236,7 +238,7 @@ class Search:
             )
         self._exact: Product = Fp32Product()
         self._product = self._exact if self.precision == "fp32" else Int8Product(self._mean())
-        self._chunks: list[NDArray[Any]] | None = None
+        self._chunks: NDArray[Any] | None = None  # prepared, one behind the other
         self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
         self._held = held if self.precision == "int8" else None
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
@@ -256,9 +258,10 @@ class Search:
         mean: Array = units.mean(axis=0)
         return mean
 
-    def _all_prepared(self, workers: Workers) -> list[NDArray[Any]]:
+    def _all_prepared(self, workers: Workers) -> NDArray[Any]:
         if self._bank is not None:
-            return workers.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
+            workers.map(lambda chunk: self._prepared(self._product, chunk), range(self._chunk_count))
+            return self._bank.reshape(self._chunk_count, -1, self._channels)
         # One array, for which the system may have large pages.
         size = self._product.chunk_bytes(chunk_rows(self._vectors), self._channels)
         codes = aligned_empty((self._chunk_count, size), np.uint8)
@@ -267,7 +270,7 @@ class Search:
             codes[chunk] = self._prepared(self._product, chunk)
 
         workers.map(fill, range(self._chunk_count))
-        return list(codes)
+        return codes
 
     def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
@@ -287,7 +290,7 @@ class Search:
         read: fills an array [n, C] with the unit vectors of n of them. workers: those that several searches share.
         """
         cosines, indices = np.empty((count, self._k), np.float32), np.empty((count, self._k), np.int64)
-        resident = sum(chunk.nbytes for chunk in self._chunks or ())
+        resident = 0 if self._chunks is None else self._chunks.nbytes
         per_query = _query_bytes(self._channels, self._k, self.precision)
         free = self._limit - resident - _worker_bytes(self._vectors, self._channels, self.precision)
         group = max(1, free // per_query // QUERY_ROWS) * QUERY_ROWS
@@ -340,8 +343,11 @@ class Search:
         """Fill cosines and indices [Q, k]; returns for which queries a nearer vector may have been missed, [Q]."""
         chunks = _runs(len(queries), self._query_rows(workers, product, len(queries)))
         prepared = workers.map(lambda at: product.prepare(queries[at], is_bank=False), chunks)
-        values, numbers = self._candidates(workers, product, chunks, prepared)
-        errors = self._errors(product, chunks, prepared)
+        # Once the whole bank was seen; before that what is known of errors is no bound.
+        errors = None if self._resident(product) is None else self._errors(product, chunks, prepared)
+        values, numbers = self._candidates(workers, product, chunks, prepared, errors)
+        if errors is None:
+            errors = self._errors(product, chunks, prepared)
         doubtful = np.zeros(len(queries), np.bool_)
 
         bank, inverse = (self._bank, None) if self._held is None else (self._held.vectors, self._held.inverse)
@@ -360,6 +366,10 @@ class Search:
         workers.map(finish, _shares(len(queries), workers.count))
         return doubtful
 
+    def _resident(self, product: Product) -> NDArray[Any] | None:
+        """Return the whole bank as a product takes it, where that is held."""
+        return self._chunks if product is self._product else None
+
     def _errors(self, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]) -> Array:
         """Return by how much the products of each query with the bank may be off, [Q]."""
         return np.concatenate(
@@ -374,23 +384,28 @@ class Search:
         return size
 
     def _candidates(
-        self, workers: Workers, product: Product, chunks: list[slice], prepared: list[NDArray[Any]]
+        self,
+        workers: Workers,
+        product: Product,
+        chunks: list[slice],
+        prepared: list[NDArray[Any]],
+        errors: Array | None,
     ) -> tuple[Array, Indices]:
         """Return the K largest products of every query with each of G runs of chunks, and their numbers, [G, Q, K].
 
         Where there are fewer, lowest floats and numbers −1 are behind them. What is left out is at most as large as the
-        smallest of them, or further than two errors from the k-th.
+        smallest of them, or further than two errors [Q], if these are known, from the k-th.
         """
         queries, kept = chunks[-1].stop, min(self._k + product.spare, self._vectors)
-        resident = self._chunks if product is self._product else None
-        # Once the whole bank was seen; before that what is known of errors is no bound.
-        margins = 2 * self._errors(product, chunks, prepared) if resident is not None else None
+        resident = self._resident(product)
+        margins = None if errors is None else 2 * errors
         # A chunk that has to be prepared first meets all queries at once.
         shares = [[i] for i in range(len(chunks))] if resident is not None else [list(range(len(chunks)))]
         runs = _runs(self._chunk_count, -(-self._chunk_count // -(-workers.pieces // len(shares))))
         values = np.full((len(runs), queries, kept), LOWEST, np.float32)
         numbers = np.full(values.shape, -1, np.int32)
         work = deque((run, share) for share in shares for run in range(len(runs)))
+        at_once = 1 if resident is None else CHUNKS_AT_ONCE
 
         def scan(_: int) -> None:
             products = aligned_empty((QUERY_ROWS if product.written else 0, chunk_rows(self._vectors)), np.float32)
@@ -399,14 +414,14 @@ class Search:
                     run, share = work.popleft()
                 except IndexError:
                     return
-                for chunk in range(self._chunk_count)[runs[run]]:
-                    bank = self._prepared(product, chunk) if resident is None else resident[chunk]
-                    first = chunk * BANK_ROWS
-                    count = min(BANK_ROWS, self._vectors - first)
+                for first in range(runs[run].start, runs[run].stop, at_once):
+                    some = slice(first, min(first + at_once, runs[run].stop))
+                    bank = self._prepared(product, first)[None] if resident is None else resident[some]
+                    begin, end = some.start * BANK_ROWS, min(some.stop * BANK_ROWS, self._vectors)
                     for i in share:
                         at = chunks[i]
                         of_rows = None if margins is None else margins[at]
-                        best = Best(values[run, at], numbers[run, at], first, count, self._k, of_rows)
+                        best = Best(values[run, at], numbers[run, at], begin, end - begin, self._k, of_rows)
                         product.raise_best(prepared[i], bank, products[: at.stop - at.start], best)
 
         try:

@@ -474,7 +474,7 @@ def test_int8_running_top(instruction_set: str, patches: int, columns: int, chan
     indices = np.full((patches, kept), -1, np.int32)
     expected = values.copy(), indices.copy()
     for first in (10, 10 + columns):  # the second time nothing is larger
-        comparers._cpu.int8_running_top(*codes, columns, first, values, indices, instruction_set)
+        comparers._cpu.int8_running_top(codes[0], codes[1][None], columns, first, values, indices, instruction_set)
         comparers._cpu.running_top(gram[:, :columns], first, *expected)
     np.testing.assert_array_equal(values, expected[0])
     np.testing.assert_array_equal(indices, expected[1])
@@ -489,7 +489,8 @@ def test_int8_running_top_takes_what_is_within_a_margin_of_the_best(instruction_
     second = np.sort(gram, axis=1)[:, -2]
     margins = np.linspace(0, np.ptp(gram) / 2, 37, dtype=np.float32)
     values, indices = np.full((37, 133), np.finfo(np.float32).min, np.float32), np.full((37, 133), -1, np.int32)
-    comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, instruction_set, margins=margins, wanted=2)
+    quantised = codes[0], codes[1][None]
+    comparers._cpu.int8_running_top(*quantised, 133, 7, values, indices, instruction_set, margins=margins, wanted=2)
     np.testing.assert_array_equal(values[:, :2], np.sort(gram, axis=1)[:, :-3:-1])
     for row, numbers in enumerate(indices):
         found = numbers[numbers >= 0] - 7
@@ -497,9 +498,9 @@ def test_int8_running_top_takes_what_is_within_a_margin_of_the_best(instruction_
         assert set(np.flatnonzero(gram[row] > second[row] - margins[row])) <= set(found)
     assert (indices[0] < 0).any()
     with pytest.raises(ValueError, match=r"margins must be \[P\]"):
-        comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, margins=margins[1:])
+        comparers._cpu.int8_running_top(*quantised, 133, 7, values, indices, margins=margins[1:])
     with pytest.raises(ValueError, match="wanted must be 1 to K"):
-        comparers._cpu.int8_running_top(*codes, 133, 7, values, indices, margins=margins, wanted=134)
+        comparers._cpu.int8_running_top(*quantised, 133, 7, values, indices, margins=margins, wanted=134)
 
 
 @pytest.mark.parametrize("instruction_set", INT8_SETS)
@@ -516,7 +517,8 @@ def test_int8_running_top_leaves_out_only_what_is_far_from_the_best_or_too_much(
         gram = arrays.aligned_empty((200, 48), np.float32)[:, :40]
         comparers._cpu.int8_multiply(*codes, gram, instruction_set=instruction_set)
         products.append(gram)
-        comparers._cpu.int8_running_top(*codes, 40, first, values, indices, instruction_set, margins=margins, wanted=2)
+        top = codes[0], codes[1][None], 40, first, values, indices
+        comparers._cpu.int8_running_top(*top, instruction_set, margins=margins, wanted=2)
     every = np.concatenate(products, axis=1)
     np.testing.assert_array_equal(values[:, :2], np.sort(every, axis=1)[:, :-3:-1])
     assert (np.take_along_axis(every, indices.clip(0), axis=1) == values)[indices >= 0].all()
@@ -526,16 +528,37 @@ def test_int8_running_top_leaves_out_only_what_is_far_from_the_best_or_too_much(
     assert (every.max(axis=1) <= enough).all()
 
 
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_int8_running_top_takes_several_chunks_as_one_after_the_other(
+    instruction_set: str, margin: float | None
+) -> None:
+    left, right = make_pair(18, 50, 40)[0], make_pair(19, 96, 40)[0]
+    codes, *chunks = (quantise(x, instruction_set) for x in (left, *np.split(right, 3)))
+    margins = None if margin is None else np.full(50, margin, np.float32)
+
+    def best() -> tuple[np.ndarray, np.ndarray]:
+        return np.full((50, 9), np.finfo(np.float32).min, np.float32), np.full((50, 9), -1, np.int32)
+
+    together, apart = best(), best()
+    comparers._cpu.int8_running_top(codes, np.stack(chunks), 90, 5, *together, instruction_set, margins=margins)
+    for number, chunk in enumerate(chunks):
+        columns, first = min(32, 90 - 32 * number), 5 + 32 * number
+        comparers._cpu.int8_running_top(codes, chunk[None], columns, first, *apart, instruction_set, margins=margins)
+    for found, expected in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_int8_running_top_refuses_what_does_not_fit() -> None:
     codes = quantise(np.zeros((20, 8), np.float32), "")
     values, indices = np.zeros((20, 4), np.float32), np.zeros((20, 4), np.int32)
     for arguments, message in (
-        ((codes, codes, 33, 0, values, indices), "room for the columns"),
-        ((codes, codes, 0, 0, values, indices), "room for the columns"),
-        ((codes, codes[:-64], 20, 0, values, indices), "int8_bytes"),
-        ((codes, codes[:0], 20, 0, values, indices), "at least one patch"),
-        ((codes, codes, 20, 0, values, indices[1:]), r"\[P, K\]"),
-        ((codes, codes, 20, 0, values[:0], indices[:0]), "at least one patch"),
+        ((codes, codes[None], 33, 0, values, indices), "room for the columns"),
+        ((codes, codes[None], 0, 0, values, indices), "room for the columns"),
+        ((codes, codes[None, :-64], 20, 0, values, indices), "int8_bytes"),
+        ((codes, codes[None, :0], 20, 0, values, indices), "at least one patch"),
+        ((codes, codes[None], 20, 0, values, indices[1:]), r"\[P, K\]"),
+        ((codes, codes[None], 20, 0, values[:0], indices[:0]), "at least one patch"),
     ):
         with pytest.raises(ValueError, match=message):
             comparers._cpu.int8_running_top(*arguments)
