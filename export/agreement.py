@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.logger import G_LOGGER
+from polygraphy.util import array as polygraphy_arrays
 
 from .libraries import import_onnxruntime, install_command
 from .options import Shape
@@ -26,6 +27,9 @@ LARGE_IMAGE = 1000  # pixels per side from which on networks are compared on two
 # values in half precision are further away.
 SHARES = ("foreground",)
 LARGEST_DEVIATION = {"fp32": 1e-4, "fp16": 1e-2}
+
+# Polygraphy asks whether arrays are PyTorch's, and would import it for that where it is installed, which takes seconds.
+polygraphy_arrays.is_torch = lambda _: False
 
 
 def sample_images(image_size: int) -> Array:

@@ -2,8 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from zsad.bench.random_weights import clipseg_state, write_states
+
+
+@pytest.fixture(scope="session")
+def published_clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIPSeg of the published shape, of half a gigabyte; its towers are those of ViT-B/16."""
+    return write_states(tmp_path_factory.mktemp("published") / "clipseg.safetensors", clipseg_state())
 
 
 @pytest.fixture(scope="session")

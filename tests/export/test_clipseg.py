@@ -7,7 +7,6 @@ import pytest
 from clipseg_checkpoints import original_decoder
 from safetensors.numpy import load_file, save_file
 
-from zsad.bench.random_weights import clipseg_state, write_states
 from zsad.export.clipseg import ClipSegDecoder, read_clipseg_decoder
 from zsad.export.state_dict import CheckpointError
 
@@ -42,8 +41,8 @@ def test_both_names_are_read_alike(tiny: dict[str, np.ndarray], tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_sizes_of_the_published_decoder(tmp_path: Path) -> None:
-    decoder = read_clipseg_decoder(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
+def test_sizes_of_the_published_decoder(published_clipseg: Path) -> None:
+    decoder = read_clipseg_decoder(published_clipseg)
     assert (decoder.width, decoder.token_width, decoder.dimension, decoder.patch_size) == (64, 768, 512, 16)
 
 

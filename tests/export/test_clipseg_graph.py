@@ -11,7 +11,6 @@ import pytest
 from clipseg_checkpoints import openai_image_tower, original_decoder
 from safetensors.numpy import load_file, save_file
 
-from zsad.bench.random_weights import clipseg_state, write_states
 from zsad.export.agreement import run_graph
 from zsad.export.builders import read_builder
 from zsad.export.onnx_export import export_onnx
@@ -197,10 +196,13 @@ def test_half_precision_is_read_by_tensorrt(checkpoint: Path, options: GraphOpti
 
 
 @pytest.mark.long
-def test_the_published_shape_agrees(empty_cache: Path, tmp_path: Path) -> None:
-    checkpoint = str(write_states(tmp_path / "clipseg.safetensors", clipseg_state()))
-    image = export_onnx(checkpoint, ClipSegImageOptions(precision="fp16"))
-    segmentation = export_onnx(checkpoint, ClipSegDecoderOptions(precision="fp16"))
+def test_the_published_shape_agrees(
+    empty_cache: Path, published_clipseg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsad.export.agreement.LARGE_IMAGE", 352)  # two images are enough
+    checkpoint = str(published_clipseg)
+    image = export_onnx(checkpoint, ClipSegImageOptions(precision="fp16", attention="standard"))
+    segmentation = export_onnx(checkpoint, ClipSegDecoderOptions(precision="fp16", attention="standard"))
     assert image.inputs == {"images": (None, 3, 352, 352)}
     assert segmentation.inputs == {"activations": (3, 485, 768), "conditions": (None, 512)}
     assert image.agreement.startswith("fp16")

@@ -202,15 +202,24 @@ def test_a_graph_that_computes_something_else_is_not_written(
 @pytest.mark.long
 @pytest.mark.torch
 def test_a_vit_b_equals_pytorch(run: Run, tmp_path: Path) -> None:
-    """At its size, with the first quarter of its blocks: the others repeat them."""
+    """At its size, with two of its blocks: the others repeat them."""
     pytest.importorskip("torch", reason="compares with PyTorch")
-    checkpoint = write_states(tmp_path / "vit_b.safetensors", sam_encoder_state(768, [14, 14, 64], 64, 64))
+    checkpoint = write_states(tmp_path / "vit_b.safetensors", sam_encoder_state(768, [14, 64], 64, 64))
     images = sample_images(1024)
     forward = read_builder(checkpoint, SamImageOptions()).forward()
     expected = forward.fetch(forward(forward.tensor(images))["embedding"])
     found = run(checkpoint, SamImageOptions(), images)
     assert found.shape == (1, 256, 64, 64)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sam", "mobile"])
+def test_the_published_widths_agree_in_half_precision(empty_cache: Path, tmp_path: Path, kind: str) -> None:
+    """As TensorRT gets them, of a small image; of ViT-B two blocks."""
+    state = sam_encoder_state(768, [14, 16], 64, 16) if kind == "sam" else tiny_encoder_state()
+    checkpoint = str(write_states(tmp_path / f"{kind}.safetensors", state, mask_decoder_state()))
+    assert export_onnx(checkpoint, SamImageOptions(256, "fp16", "standard")).agreement.startswith("fp16")
 
 
 @pytest.mark.slow

@@ -562,20 +562,28 @@ def test_tensorrt_rtx_builds_windows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert fingerprint["engine_bytes"] > 2 * 12 * 12 * 64**2  # weights in fp16, once for all three sequences
 
 
+@pytest.fixture
+def uncompared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are not compared with what they are made of, which the tests of each graph do, and takes longest."""
+    monkeypatch.setattr("zsad.export.onnx_export._expected", lambda *_: ("nothing", {}))
+    monkeypatch.setattr("zsad.export.onnx_export._run", lambda *_: {})
+
+
 @pytest.mark.long
 @needs_rtx
-def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the published shape; its towers are those of ViT-B/16."""
-    checkpoint = write_states(tmp_path / "clipseg.safetensors", clipseg_state())
+@pytest.mark.usefixtures("uncompared")
+def test_tensorrt_rtx_builds_clipseg(
+    published_clipseg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     profiles = {
         "clipseg_image": {"images": [[1, 3, 352, 352], [1, 3, 352, 352], [4, 3, 352, 352]]},
         "clipseg_decoder": {"activations": [[3, 485, 768]] * 3, "conditions": [[1, 512], [19, 512], [32, 512]]},
     }
     for (graph, profile), batch in zip(profiles.items(), ("1,1,4", "1,19,32"), strict=True):
         engine = tmp_path / f"{graph}.engine"
-        arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx"]
+        arguments = ["--checkpoint", str(published_clipseg), "--graph", graph, "--target", "tensorrt-rtx"]
         assert main([*arguments, "--batch", batch, "--output", str(engine)]) == 0
-        assert "fp16 against" in capsys.readouterr().err
+        capsys.readouterr()
         fingerprint = json.loads((tmp_path / f"{graph}.engine.json").read_text())
         assert fingerprint["profile"] == profile
         assert main(shlex.split(fingerprint["command"])[1:]) == 0
@@ -584,13 +592,14 @@ def test_tensorrt_rtx_builds_clipseg(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.long
 @needs_rtx
+@pytest.mark.usefixtures("uncompared")
 def test_tensorrt_rtx_builds_isnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the published shape, at a quarter of the published side: building takes as long, comparing a sixteenth."""
+    """In the published shape, at a quarter of the published side."""
     checkpoint = write_states(tmp_path / "isnet.safetensors", isnet_state())
     arguments = ["--checkpoint", str(checkpoint), "--graph", "isnet", "--image-size", "256", "--target", "tensorrt-rtx"]
     arguments += ["--batch", "1,1,2", "--compute-capability", "8.9"]
     assert main([*arguments, "--output", str(tmp_path / "isnet.engine")]) == 0
-    assert "fp16 against" in capsys.readouterr().err
+    capsys.readouterr()
     fingerprint = json.loads((tmp_path / "isnet.engine.json").read_text())
     assert fingerprint["profile"] == {"images": [[1, 3, 256, 256], [1, 3, 256, 256], [2, 3, 256, 256]]}
     assert fingerprint["engine_bytes"] > 2 * 43_000_000
@@ -617,6 +626,7 @@ def test_tensorrt_rtx_reads_the_types_of_isnet(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @needs_rtx
+@pytest.mark.usefixtures("uncompared")
 @pytest.mark.parametrize(
     ("kind", "graph", "weights"),
     [
@@ -632,7 +642,7 @@ def test_tensorrt_rtx_builds_sam_at_its_size(
     checkpoint = write_states(tmp_path / f"{kind}.safetensors", encoder, mask_decoder_state())
     arguments = ["--checkpoint", str(checkpoint), "--graph", graph, "--target", "tensorrt-rtx", "--batch", "1,1,64"]
     assert main([*arguments, "--output", str(tmp_path / "sam.engine")]) == 0
-    assert "fp16 against" in capsys.readouterr().err
+    capsys.readouterr()
     fingerprint = json.loads((tmp_path / "sam.engine.json").read_text())
     assert 2 * weights < fingerprint["engine_bytes"] < 3 * (2 * weights)
     shapes = {"images": [1, 3, 1024, 1024]} if graph == "sam_image" else {"points": [1, 2]}
