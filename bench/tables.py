@@ -61,7 +61,7 @@ LINE_PARTS = {
     "network": "the network",
     "pool": "pooling its tokens",
     "search": "searching the bank",
-    "files": "map, overlay and thumbnails",
+    "files": "map and overlay",
     "disk": "waiting for the disk, at most once a second",
 }
 PEERS = {

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,6 @@ from zsad.engine.images.arrivals import Arrival, Arrivals, Known
 from zsad.engine.images.categories import Category, counted
 from zsad.engine.images.folders import RESERVED_NAMES, NothingToScoreError
 from zsad.engine.images.limits import limited
-from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.names import shortened
 from zsad.engine.images.references import References
 from zsad.engine.images.tree import REPORT, RUN
@@ -28,7 +28,8 @@ from zsad.engine.methods.bank import BankMethod, Settings, bank_settings
 from zsad.engine.methods.method import Group
 from zsad.engine.methods.tiled import TiledBank
 from zsad.engine.networks.runtime import Runtime
-from zsad.engine.results.image_files import ImageFiles, Result, Written, judged, rounded
+from zsad.engine.results.drawing import thumbnails_of
+from zsad.engine.results.image_files import ImageFiles, Pictures, Result, Written, bytes_to_write, judged, rounded
 from zsad.engine.results.output import check_there, claimed
 from zsad.engine.results.records import CategoryRecord, ImageRecord
 from zsad.engine.results.report import write_report
@@ -143,7 +144,8 @@ class Watching:
         self._stream, self._arrivals, self._listener = stream, arrivals, listener
         config = job.config
         writing = how_to_write(config, job.options, workplace)
-        self._files = ImageFiles(stream.folder, writing, config.bit_depth)
+        self._pool = ThreadPoolExecutor(1, "draw")
+        self._files = ImageFiles(stream.folder, writing, config.bit_depth, self._pool)
         self._started, self._before = Started(), stream.latest.scored
         self._full = False  # the disk
         self._bank = _Bank(Path(config.settings.bank))  # type: ignore[attr-defined]
@@ -234,17 +236,17 @@ class Watching:
                 if file.young and result.note is not None:  # damage may be that its end is not there yet
                     self._arrivals.put_back(file)
                     continue
-                size = held_bytes(file.image.path) + result.map.nbytes
-                for done, (written, thumbnails) in chain(ahead.put(result, size), ahead.ready()):
-                    self._keep(files[done.index], written, thumbnails, start)
+                size = bytes_to_write(file.image, result)
+                for done, (written, pictures) in chain(ahead.put(result, size), ahead.ready()):
+                    self._keep(files[done.index], written, pictures, start)
                 if not self._listener.going_on():
                     break
-            for done, (written, thumbnails) in ahead.rest():
-                self._keep(files[done.index], written, thumbnails, start)
+            for done, (written, pictures) in ahead.rest():
+                self._keep(files[done.index], written, pictures, start)
         for index, reason in scoring.failures.items():
             self._refuse(files[index], reason, start)
 
-    def _keep(self, file: Arrival, written: Written, thumbnails: dict[str, str], start: float) -> None:
+    def _keep(self, file: Arrival, written: Written, pictures: Pictures, start: float) -> None:
         """Take an image's results into the tables and tell of them, unless the file is another one by now."""
         if self._arrivals.version(file) not in (file.version, None):
             self._arrivals.put_back(file)
@@ -252,9 +254,11 @@ class Watching:
         record = rounded(judged(self._stream.folder, written, self._bounds))
         if written.failure is not None:
             record = replace(record, note=written.failure.reason)
+        thumbnails: dict[str, str] = {}
         self._with_room(lambda: self._stream.add(file, record, thumbnails))
         self._with_room(self._stream.settle)
         self._listener.tell(Told(file.relative, time.perf_counter() - start, record))
+        thumbnails |= thumbnails_of(pictures)  # which only the page shows
         note = self._drift.follow(record.verdict == "reject")
         if note is not None:
             log.warning("%s", note)

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from zsad.engine.images.ahead import Ahead
 from zsad.engine.images.categories import Category, InputImage
-from zsad.engine.images.loader import held_bytes
 from zsad.engine.images.remote import stamps
 from zsad.engine.images.stored import read_map
 from zsad.engine.images.tree import RECORD, REGIONS, SCORED, SCORES
 from zsad.kernels.files import as_cell, parse_json, written_whole
 
+from .drawing import thumbnails_of
 from .growing import Growing
-from .image_files import ImageFiles, Result, Writing, Written, judged, rounded
+from .image_files import ImageFiles, Result, Writing, Written, bytes_to_write, judged, rounded
 from .output import JOURNAL, UNFINISHED, flush_all, left_folder, move_into_place, own_folder
 from .rayan import read_challenge, with_score
 from .records import CategoryRecord, Failure, ImageRecord, ImageRecords, write_record
@@ -140,7 +140,7 @@ class CategoryWriter:
     def write(self, result: Result) -> None:
         """Queue the files of an image."""
         self.scale = result.scale
-        size = held_bytes(self._images[result.index].path) + result.map.nbytes
+        size = bytes_to_write(self._images[result.index], result)
         for _, (written, thumbnails) in chain(self._ahead.put(result, size), self._ahead.ready()):
             self._keep(written, thumbnails)
 
@@ -237,10 +237,16 @@ class CategoryWriter:
     def _write_image(self, result: Result, last_try: bool) -> tuple[Written, str]:
         """Write an image's files; returns what is kept of it, and the line of its thumbnails."""
         start = time.perf_counter()
-        written, thumbnails = self._files.write(self._images[result.index], result, last_try)
+        written, pictures = self._files.write(self._images[result.index], result, last_try)
+        try:
+            shown = thumbnails_of(pictures)
+        except MemoryError:
+            if not last_try:
+                raise
+            shown = {}
         if result.seconds is not None:
             self._seconds[result.index] = result.seconds + time.perf_counter() - start
-        return written, json.dumps([written.record.path, thumbnails]) + "\n" if thumbnails else ""
+        return written, json.dumps([written.record.path, shown]) + "\n" if shown else ""
 
 
 class _Known:

@@ -1,7 +1,8 @@
 """Pictures of results: overlays at one colour scale, thumbnails, JPEG."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from zsad.engine.methods.foreground import Stages
 OVERLAY_SIDE = 1024  # pixels at most, so that large images do not make large reports
 THUMBNAIL_SIDE = 256
 FOREGROUND_COLOUR = (80, 220, 80)  # BGR
+STRIP = 2**13  # pixels that are blended at once: what is between stays in the cache
 
 
 def draw_overlay(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -21,10 +23,20 @@ def draw_overlay(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray
     The colour scale is fixed, the opacity grows with the score.
     """
     resized = cv2.resize(scores, bgr.shape[1::-1], interpolation=cv2.INTER_AREA).astype(np.float32, copy=False)
-    scores = np.clip(resized, 0, 1)
-    colours = cv2.applyColorMap((scores * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
-    opacity = (0.12 + 0.58 * scores)[:, :, None]
-    return (bgr * (1 - opacity) + colours * opacity).astype(np.uint8)
+    drawn, rows = np.empty_like(bgr), max(1, STRIP // bgr.shape[1])
+    for top in range(0, len(bgr), rows):
+        strip = slice(top, top + rows)
+        here = np.clip(resized[strip], 0, 1)
+        colours = cv2.applyColorMap((here * 255).astype(np.uint8), _turbo())
+        opacity = (0.12 + 0.58 * here)[:, :, None]
+        drawn[strip] = (bgr[strip] * (1 - opacity) + colours * opacity).astype(np.uint8)
+    return drawn
+
+
+@cache
+def _turbo() -> NDArray[np.uint8]:
+    """Return the colours [256, 1, 3] BGR of the scale, which OpenCV makes anew for every picture."""
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO).astype(np.uint8, copy=False)
 
 
 def draw_stages(bgr: NDArray[np.uint8], stages: Stages) -> NDArray[np.uint8]:
@@ -77,6 +89,11 @@ def _png(image: NDArray[np.uint8]) -> bytes:
     done, encoded = cv2.imencode(".png", image)
     assert done
     return bytes(encoded)
+
+
+def thumbnails_of(pictures: Mapping[str, NDArray[np.uint8]]) -> dict[str, str]:
+    """Return small versions of BGR images [h, w, 3] by name."""
+    return {name: thumbnail(picture) for name, picture in pictures.items()}
 
 
 def thumbnail(image: NDArray[np.uint8]) -> str:

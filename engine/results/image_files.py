@@ -2,10 +2,11 @@
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,19 +15,22 @@ from PIL import Image
 from zsad.engine.config import Tiling
 from zsad.engine.images.categories import InputImage
 from zsad.engine.images.decode import decode, pixels
-from zsad.engine.images.stored import ImageError, read_map
+from zsad.engine.images.loader import held_bytes
+from zsad.engine.images.stored import BYTES_PER_PIXEL, ImageError, read_map
 from zsad.engine.methods.bitmasks import union
 from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.tile_grid import tile_grid
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Bounds, Region, find_regions
 
-from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures, thumbnail
+from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures
 from .formats import Format
 from .rayan import ENDING, SIDE, challenge_json
 from .records import Failure, ImageRecord
 
 Background = Literal["none", "colour", "stages"]
+Pictures = Mapping[str, NDArray[np.uint8]]  # [h, w, 3] BGR each, by name
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,12 @@ class Written(NamedTuple):
 class ImageFiles:
     """Writes the files of images into a category's folder, which is there."""
 
-    def __init__(self, folder: Path, writing: Writing, bit_depth: int | None) -> None:
-        """bit_depth: of grey values in 16-bit files."""
-        self._folder, self._writing, self._bit_depth = folder, writing, bit_depth
+    def __init__(self, folder: Path, writing: Writing, bit_depth: int | None, beside: Executor | None = None) -> None:
+        """bit_depth: of grey values in 16-bit files. beside: what draws overlays while maps are written."""
+        self._folder, self._writing, self._bit_depth, self._beside = folder, writing, bit_depth, beside
 
-    def write(self, image: InputImage, result: Result, last_try: bool) -> tuple[Written, Mapping[str, str]]:
-        """Write an image's files; returns what is kept of it, and thumbnails as data URIs by name.
+    def write(self, image: InputImage, result: Result, last_try: bool) -> tuple[Written, Pictures]:
+        """Write an image's files; returns what is kept of it, and pictures to make thumbnails of.
 
         Raises OSError, and MemoryError unless it is the last try.
         """
@@ -87,9 +91,9 @@ class ImageFiles:
         )
         facts = None if result.facts is None else np.asarray(result.facts).tolist()
         try:
-            record, least_area, thumbnails = self._draw(result, image, record)
+            record, least_area, pictures = self._draw(result, image, record)
             record = replace(record, sizes=record.sizes_in(self._folder))
-            return Written(result.index, record, facts, least_area), thumbnails
+            return Written(result.index, record, facts, least_area), pictures
         except MemoryError as error:
             if not last_try:
                 raise
@@ -112,13 +116,13 @@ class ImageFiles:
             except OSError:  # of a file system without links
                 shutil.copyfile(folder / file, target)
 
-    def _draw(
-        self, result: Result, image: InputImage, record: ImageRecord
-    ) -> tuple[ImageRecord, int, Mapping[str, str]]:
-        """Draw an image's files; returns its record, the least area of a region in pixels, and thumbnails."""
-        (height, width), small, mask = self._picture(image, result)
-        key = image.key
-        thumbnails: dict[str, str] = {}
+    def _draw(self, result: Result, image: InputImage, record: ImageRecord) -> tuple[ImageRecord, int, Pictures]:
+        """Draw an image's files; returns its record, the least area of a region in pixels, and pictures."""
+        rgb = result.pixels  # [H, W, 3]
+        if rgb is None:
+            rgb = pixels(decode(image.path, self._bit_depth))
+        (height, width, _), mask = rgb.shape, self._mask(rgb[:, :, ::-1], result.stages)
+        key, pictures = image.key, dict[str, NDArray[np.uint8]]()
         record = replace(record, width=width, height=height)
         shortest = min(height, width)
         seen = (shortest / height, shortest / width) if self._writing.middle_square else (1.0, 1.0)
@@ -129,15 +133,14 @@ class ImageFiles:
         if "zsad" in self._writing.formats:
             scores = pixel_map(result.map, (height, width), result.scale, mask, seen, covered)  # [H, W]
             record = replace(record, map=f"maps/{key}.tiff", overlay_file=f"overlays/{key}.jpg")
-            Image.fromarray(scores).save(self._path(record.map), format="TIFF")
-            overlay = draw_overlay(small, scores)
-            self._path(record.overlay_file).write_bytes(jpeg(overlay, 90))
-            thumbnails = {"image": thumbnail(small), "overlay": thumbnail(overlay)}
-            if result.stages is not None:
-                thumbnails["stages"] = thumbnail(draw_stages(small, result.stages))
+            overlay_file, map_file = self._path(record.overlay_file), self._path(record.map)
+            pictures = self._at_once(
+                lambda: _with_overlay(_small(rgb), scores, result.stages, overlay_file),
+                lambda: Image.fromarray(scores).save(map_file, format="TIFF"),
+            )
         if self._writing.keep_stages and result.stages is not None:
             files = []
-            for name, encoded in stage_pictures(small, result.stages):
+            for name, encoded in stage_pictures(pictures.get("image", _small(rgb)), result.stages):
                 files.append(f"stages/{key}-{name}")
                 self._path(files[-1]).write_bytes(encoded)
             record = replace(record, stage_files=files)
@@ -145,18 +148,19 @@ class ImageFiles:
             scores = pixel_map(result.map, (SIDE, SIDE), result.scale, mask, seen, covered)
             record = replace(record, json_file=f"{key}{ENDING}")
             self._path(record.json_file).write_text(challenge_json(result.score, scores))
-        return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), thumbnails
+        return record, int(height * seen[0] * width * seen[1] / result.map.size / 4), pictures
 
-    def _picture(
-        self, image: InputImage, result: Result
-    ) -> tuple[tuple[int, int], NDArray[np.uint8], NDArray[np.bool_] | None]:
-        """Return an image's height and width, itself at the overlays' size [h, w, 3] BGR, and its mask."""
-        rgb = result.pixels  # [H, W, 3]
-        if rgb is None:
-            rgb = pixels(decode(image.path, self._bit_depth))
-        height, width, _ = rgb.shape
-        small = np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
-        return (height, width), small, self._mask(rgb[:, :, ::-1], result.stages)
+    def _at_once(self, first: Callable[[], Done], second: Callable[[], Any]) -> Done:
+        """Do two things, beside each other where there is a thread for it; returns what the first one does."""
+        if self._beside is None:
+            second()
+            return first()
+        beside = self._beside.submit(first)
+        try:
+            second()
+        finally:
+            wait([beside])
+        return beside.result()
 
     def _mask(self, bgr: NDArray[np.uint8], stages: Stages | None) -> NDArray[np.bool_] | None:
         """Return which pixels [H, W] of an image are no background; None: all of them."""
@@ -173,6 +177,30 @@ class ImageFiles:
             for folder in reversed(Path(relative).parents[:-1]):
                 (self._folder / folder).mkdir(exist_ok=True)
         return path
+
+
+def bytes_to_write(image: InputImage, result: Result) -> int:
+    """Return what an image and its results take while they are written."""
+    if result.pixels is None:
+        return held_bytes(image.path) + int(result.map.nbytes)
+    height, width, _ = result.pixels.shape
+    return BYTES_PER_PIXEL * height * width + int(result.map.nbytes)
+
+
+def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an image [H, W, 3] at the overlays' size, [h, w, 3] BGR."""
+    return np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
+
+
+def _with_overlay(
+    small: NDArray[np.uint8], scores: NDArray[np.float32], stages: Stages | None, path: Path
+) -> dict[str, NDArray[np.uint8]]:
+    """Write a map [H, W] over an image [h, w, 3]; returns the pictures that are shown of it by name."""
+    pictures = {"image": small, "overlay": draw_overlay(small, scores)}
+    path.write_bytes(jpeg(pictures["overlay"], 90))
+    if stages is not None:
+        pictures["stages"] = draw_stages(small, stages)
+    return pictures
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

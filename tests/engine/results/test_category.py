@@ -231,9 +231,10 @@ def test_next_to_nothing_is_held_of_an_image(
     here = "./" * 1500
 
     def draw(*arguments: Any) -> Any:
-        return replace(arguments[-1], map=here + "thumbnails.jsonl"), 1, {"image": "x" * 4000}
+        return replace(arguments[-1], map=here + "thumbnails.jsonl"), 1, {}
 
     monkeypatch.setattr(ImageFiles, "_draw", draw)
+    monkeypatch.setattr("zsad.engine.results.category.thumbnails_of", lambda _: {"image": "x" * 4000})
 
     def peak(images: int) -> int:
         many = replace(category, images=category.images[:1] * images)
