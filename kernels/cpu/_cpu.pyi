@@ -66,6 +66,11 @@ def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), orde
     Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.
     """
 
+def int8_nearest(left: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], best_left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Fill best_left [R, P] and best_right [R, Q] with keys of the nearest in the other image, by the products of R pairs of quantised images of unit vectors, [R, int8_bytes(P, C)] and [R, int8_bytes(Q, C)], without a Gram.
+    """
+
 def int8_running_top(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], columns: int, first: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '', margins: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, wanted: int = 1) -> None:
     """
     running_top by the products of a quantised image with several [N, bytes] of as many patches each, without a Gram; right has room for as many columns. With margins [P] only products larger than the wanted-th largest so far less its row's margin are taken, which behind those come in any order.

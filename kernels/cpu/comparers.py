@@ -1,8 +1,9 @@
 """How a CPU finds the best cosines of image pairs at every degree.
 
-    GramOnce          one fp32 product serves all degrees, and the native pass reduces the Gram
-    Int8GramOnce      the same from an int8 product, which only chooses the winners; they are measured again in fp32
-    ProductPerDegree  NumPy alone: a product for each degree, and features per degree
+    GramOnce              one fp32 product serves all degrees, and the native pass reduces the Gram
+    Int8GramOnce          the same from an int8 product, which only chooses the winners; they are measured again in fp32
+    Int8ProductPerDegree  where tiles are multiplied: an int8 product per degree, without a Gram; winners as before
+    ProductPerDegree      NumPy alone: a product for each degree, and features per degree
 
 With a window patches are compared with those near their own place only. Products further apart are left out where that
 is simple: those of grid rows that no patch of a strip of grid rows meets, not even through its neighbourhood.
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from zsad.kernels.reference import ZERO_NORM
 
-from .arrays import Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
+from .arrays import HAS_TILES, Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
 
 try:
     from . import _cpu
@@ -142,15 +143,45 @@ class GramOnce(Comparer):
         return seconds
 
 
-class Int8GramOnce(GramOnce):
-    """Gram-once with an int8 product, which only chooses the winners; their distances are measured again in fp32.
+class Int8(Comparer):
+    """Int8 products only choose the winners; their distances are measured again in fp32.
 
-    Tokens are quantised around the layer's mean token with one scale each. The int32 sums, scaled back, are an fp32
-    Gram with a cosine error of a few 1e-4, so that one product and the same pass still serve every degree: a
-    product per degree would take longer than the pass that it saves. The pass returns keys: 1 − cosine, with the
-    winner's patch number in the lowest bits of the mantissa, which costs no memory and next to no time. With AVX-512
-    the pass adds up in 16 bits where the tokens' lengths allow it, which adds typically 1e-4 to that error, and at
-    most a few 1e-3. `measure_winners` then replaces what was selected by exact cosines of unit features.
+    Vectors are quantised around their mean in the layer with one scale each, which leaves a cosine error of a few 1e-4.
+    What comparing finds are keys: 1 − cosine, with the winner's patch number in the lowest bits of the mantissa, which
+    costs no memory and next to no time. `measure_winners` then replaces what was selected by exact cosines of unit
+    features.
+    """
+
+    @classmethod
+    def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
+        codes = super().feature_bytes(patches, channels, degrees)
+        return max(codes, 4 * patches * channels)  # the unit features of one degree take the place of the codes
+
+    def prepare_unit(self, degree: int) -> Prepare:
+        """Return what fills the unit features [P, C] of one degree and their inverse lengths [1, P]."""
+
+        def prepare(tokens: Array, features: Features) -> None:
+            normalised = layer_normalise(tokens)
+            _cpu.pool(normalised, self.grid, [degree], ZERO_NORM, features.inverse, features.array[None])
+
+        return prepare
+
+    def measure_winners(self, left: Array, right: Array, first: int, winners: Winners) -> None:
+        """Fill in the exact cosines of those winners whose image is among the resident ones.
+
+        left: [P, C] and right: [B, P, C], unit features of one image and of the images from number `first` on;
+        winners: of the left image's patches.
+        """
+        _cpu.winner_cosines(left, right, first, winners.image, winners.patch, winners.cosines)
+
+
+class Int8GramOnce(Int8, GramOnce):
+    """Gram-once with an int8 product.
+
+    The int32 sums of tokens' codes, scaled back, are an fp32 Gram, so that one product and the same pass still serve
+    every degree: where products are not much faster than the pass, one per degree would take longer than the pass that
+    it saves. With AVX-512 the pass adds up in 16 bits where the tokens' lengths allow it, which adds typically 1e-4 to
+    the error of a cosine, and at most a few 1e-3.
     """
 
     description = "one int8 product for all degrees, its winners measured in fp32"
@@ -168,41 +199,54 @@ class Int8GramOnce(GramOnce):
     def product_bytes(patches: int, channels: int) -> int:
         return 0
 
-    @classmethod
-    def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
-        codes = super().feature_bytes(patches, channels, degrees)
-        return max(codes, 4 * patches * channels)  # the unit features of one degree take the place of the codes
-
     def start_layer(self, tokens: Array) -> None:
-        # Any vector gives the same products up to rounding, and a mean over some images leaves little to round.
-        sample = tokens[:: -(-len(tokens) // MEAN_IMAGES)]
-        self.mean = np.mean([layer_normalise(np.asarray(image)).mean(axis=0) for image in sample], axis=0)
+        self.mean = np.mean([layer_normalise(image).mean(axis=0) for image in _sample(tokens)], axis=0)
 
     def prepare(self, tokens: Array, features: Features) -> None:
         normalised = layer_normalise(tokens)
         _cpu.pool(normalised, self.grid, self.degrees, ZERO_NORM, features.inverse)
         _cpu.int8_quantise(normalised, self.mean, features.array)
 
-    def prepare_unit(self, degree: int) -> Prepare:
-        """Return what fills the unit features [P, C] of one degree and their inverse lengths [1, P]."""
-
-        def prepare(tokens: Array, features: Features) -> None:
-            normalised = layer_normalise(tokens)
-            _cpu.pool(normalised, self.grid, [degree], ZERO_NORM, features.inverse, features.array[None])
-
-        return prepare
-
     def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
         apart = None if self.rows_apart is None else (self.rows_apart + 1) * self.grid[1] - 1
         _cpu.int8_multiply(left, right, gram, apart)
 
-    def measure_winners(self, left: Array, right: Array, first: int, winners: Winners) -> None:
-        """Fill in the exact cosines of those winners whose image is among the resident ones.
 
-        left: [P, C] and right: [B, P, C], unit features of one image and of the images from number `first` on;
-        winners: of the left image's patches.
-        """
-        _cpu.winner_cosines(left, right, first, winners.image, winners.patch, winners.cosines)
+class Int8ProductPerDegree(Int8):
+    """An int8 product of unit features per degree, which is never written: both maxima are taken as it comes.
+
+    Where the processor multiplies tiles such a product takes less time than the pass that it saves.
+    """
+
+    description = "an int8 product per degree, its winners measured in fp32"
+
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
+        super().__init__(grid, degrees, window)
+        self.means: Array = np.zeros((0, 0), np.float32)  # [R, C] of the present layer
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (degrees, _cpu.int8_bytes(patches, channels)), np.uint8
+
+    @staticmethod
+    def product_bytes(patches: int, channels: int) -> int:
+        return 4 * patches * (channels + 16)  # unit features before they are quantised; the best of 16 lanes so far
+
+    def start_layer(self, tokens: Array) -> None:
+        images = [unit_features(image, self.grid, self.degrees).mean(axis=1) for image in _sample(tokens)]
+        self.means = np.mean(images, axis=0)
+
+    def prepare(self, tokens: Array, features: Features) -> None:
+        normalised = layer_normalise(tokens)
+        unit = np.empty((1, *tokens.shape), np.float32)
+        for r, degree in enumerate(self.degrees):
+            _cpu.pool(normalised, self.grid, [degree], ZERO_NORM, features.inverse[r : r + 1], unit)
+            _cpu.int8_quantise(unit[0], self.means[r], features.array[r])
+
+    def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
+        start = time.perf_counter()
+        _cpu.int8_nearest(left.array, right.array, *best)
+        return time.perf_counter() - start
 
 
 class ProductPerDegree(Comparer):
@@ -259,6 +303,14 @@ def gram_blocks(grid: tuple[int, int], reach: int | None) -> list[tuple[slice, s
     return strips(grid, reach, grid[0] if reach is None or 2 * reach >= grid[0] else max(reach, 3))
 
 
+def _sample(tokens: Array) -> list[Array]:
+    """Return the images [P, C] of a layer that int8 takes the mean of.
+
+    Any vector gives the same products up to rounding, and a mean over some images leaves little to round.
+    """
+    return [np.asarray(image) for image in tokens[:: -(-len(tokens) // MEAN_IMAGES)]]
+
+
 def unit_features(tokens: Array, grid: tuple[int, int], degrees: Sequence[int]) -> Array:
     """Return what is compared of one layer of an image: features of unit length, [R, P, C], from tokens [P, C].
 
@@ -285,7 +337,7 @@ def native_pass_covers(degrees: Sequence[int]) -> bool:
     return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
 
 
-def choose_comparer(precision: str, degrees: Sequence[int], patches: int) -> type[Comparer]:
+def choose_comparer(precision: str, degrees: Sequence[int], patches: int, window: int | None = None) -> type[Comparer]:
     """Choose the fastest comparer that this installation has for these degrees.
 
     precision: "fp32", or "int8", which pays on processors with AVX-512 VNNI. Raises ValueError for another one, where
@@ -305,4 +357,4 @@ def choose_comparer(precision: str, degrees: Sequence[int], patches: int) -> typ
         raise ValueError(
             f"precision int8 takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; use precision fp32"
         )
-    return Int8GramOnce
+    return Int8ProductPerDegree if HAS_TILES and window is None else Int8GramOnce

@@ -27,6 +27,7 @@
 #include "gram_pass.h"
 
 #include "buffer.h"
+#include "keys.h"
 #include "narrow_pass.h"
 
 #include <algorithm>
@@ -62,21 +63,6 @@ struct Runs {
   const Span* begin() const { return run; }
   const Span* end() const { return run + 2; }
 };
-
-inline float with_index(float value, std::uint32_t index_mask, std::uint32_t index) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits = (bits & ~index_mask) | index;
-  std::memcpy(&value, &bits, sizeof bits);
-  return value;
-}
-
-// The key of a winner, from its cosine - 1 that carries the patch number.
-inline float to_key(float value, std::uint32_t index_mask) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return with_index(std::max(-value, 0.0f), index_mask, bits & index_mask);
-}
 
 // The right patches that a left one meets: those of some grid rows and columns.
 struct Window {
@@ -114,7 +100,6 @@ float reduce_span(const float* t, int W, std::uint32_t index_mask, const Row& ro
     for (int d = 1; d <= K; ++d) s += t[q - d * W] + t[q + d * W];
     float left = s * inverse_left, right = s * inverse_right[q];
     if (Keys) {
-      // In the low bits of a cosine near 1 the patch number would cost what tells winners apart; here it does not.
       const float below_one = left * inverse_right[q] - 1.0f;
       right = with_index(below_one, index_mask, std::uint32_t(q));
       left = with_index(below_one, index_mask, index);

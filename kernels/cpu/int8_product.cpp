@@ -1,4 +1,4 @@
-// Gram from int8 codes: an approximation that is good enough to find winners, at a fraction of the fp32 product.
+// Products from int8 codes: an approximation that is good enough to find winners, at a fraction of the fp32 product.
 //
 //   u[p]       = orthogonal transform of x[p] - mean
 //   scale[p]   = max over c of |u[p, c]| / 127;   code[p, c] = round(u[p, c] / scale[p])
@@ -27,6 +27,10 @@
 #include "int8_product.h"
 
 #include "amx.h"
+#include "buffer.h"
+#include "gram_pass.h"
+#include "keys.h"
+#include "transpose.h"
 
 #include <algorithm>
 #include <cmath>
@@ -503,15 +507,215 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
   }
 }
 
-// Walsh-Hadamard transform of kPanel tokens at a time, t: [channels, kPanel], a power of two of channels.
-void walsh_hadamard(float* t, int channels) {
-  for (int half = 1; half < channels; half *= 2)
-    for (int first = 0; first < channels; first += 2 * half)
-      for (int i = first * kPanel; i < (first + half) * kPanel; ++i) {
-        const float a = t[i], b = t[i + half * kPanel];
-        t[i] = a + b;
-        t[i + half * kPanel] = a - b;
+#if defined(__AMX_INT8__)
+
+constexpr int kColumns = 2 * kPanel;            // right patches of a block, which has kRows left ones
+constexpr std::size_t kStripBytes = 192 << 10;  // left patches that the right ones stream past
+
+// Finds the nearest of both sides block by block.
+class Nearest {
+ public:
+  Nearest(const Int8Image& left, const Int8Image& right)
+      : left_mask_(index_mask(left.layout.patches)),
+        right_mask_(index_mask(right.layout.patches)),
+        left_(left, kRows, -1.0f),  // cosines - 1 are compared
+        right_(right, kColumns, 0.0f),
+        rows_(left_.scales.size() * kLanes),
+        columns_(right_.scales.size()) {
+    std::fill_n(rows_.get(), left_.scales.size() * kLanes, kFar);
+    std::fill_n(columns_.get(), right_.scales.size(), kFar);
+  }
+
+  int rows() const { return int(left_.scales.size()); }
+  int columns() const { return int(right_.scales.size()); }
+
+  // Rows [from, until) of the products of the left patches from p with the right ones from q on.
+  void take(const TileSums<2>& sums, int p, int q, int from, int until) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i left_mask = _mm512_set1_epi32(left_mask_), right_mask = _mm512_set1_epi32(right_mask_);
+    const float *left_scales = left_.scales.data(), *left_terms = left_.terms.data();
+    float *rows = rows_.get(), *columns = columns_.get() + q;
+    __m512 scales[2], terms[2], best[2];
+    __m512i numbers[2];
+    ZSAD_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      scales[j] = _mm512_loadu_ps(right_.scales.data() + q + j * kLanes);
+      terms[j] = _mm512_loadu_ps(right_.terms.data() + q + j * kLanes);
+      best[j] = _mm512_loadu_ps(columns + j * kLanes);
+      numbers[j] = _mm512_add_epi32(lanes, _mm512_set1_epi32(q + j * kLanes));
+    }
+    for (int i = from; i < until; ++i) {
+      const __m512i number = _mm512_set1_epi32(p + i);
+      __m512 of_left[2];
+      ZSAD_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const __m512 below_one = scaled(_mm512_load_si512(sums.of[i] + j * kLanes), left_scales[p + i], scales[j],
+                                        left_terms[p + i], terms[j]);
+        of_left[j] = with_numbers(below_one, right_mask, numbers[j]);
+        best[j] = _mm512_max_ps(best[j], with_numbers(below_one, left_mask, number));
       }
+      float* row = rows + std::size_t(p + i) * kLanes;
+      _mm512_storeu_ps(row, _mm512_max_ps(_mm512_loadu_ps(row), _mm512_max_ps(of_left[0], of_left[1])));
+    }
+    ZSAD_UNROLL
+    for (int j = 0; j < 2; ++j) _mm512_storeu_ps(columns + j * kLanes, best[j]);
+  }
+
+  void finish(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) const {
+    for (int p = 0; p < left.layout.patches; ++p)
+      best_left[p] = to_key(_mm512_reduce_max_ps(_mm512_loadu_ps(rows_.get() + std::size_t(p) * kLanes)), right_mask_);
+    for (int q = 0; q < right.layout.patches; ++q) best_right[q] = to_key(columns_.get()[q], left_mask_);
+  }
+
+ private:
+  static constexpr float kFar = -1e30f;  // of what fills blocks up, which is nobody's nearest
+
+  struct Side {
+    std::vector<float> scales, terms;
+
+    Side(const Int8Image& image, int block, float shift) {
+      const Image of(image);
+      const int patches = image.layout.patches, filled = (patches + block - 1) / block * block;
+      scales.assign(of.scales, of.scales + patches);
+      scales.resize(filled);
+      for (int p = 0; p < filled; ++p) terms.push_back(p < patches ? of.mean_terms[p] + shift : kFar);
+    }
+  };
+
+  static __m512 with_numbers(__m512 values, __m512i mask, __m512i numbers) {
+    constexpr int kExceptOr = 0xba;  // values & ~mask | numbers
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(values), mask, numbers, kExceptOr));
+  }
+
+  const std::uint32_t left_mask_, right_mask_;
+  const Side left_, right_;
+  Buffer<float> rows_;     // [left patches, kLanes]: the best among every kLanes-th right patch
+  Buffer<float> columns_;  // of right patches
+};
+
+// Panels of a right image in whole blocks and tiles: where they lie, or else in a room.
+const std::int8_t* filled_columns(const Int8Image& right, int columns, std::vector<std::int8_t>& room) {
+  const Image image(right);
+  const std::size_t bytes = prepared_bytes(right.layout);
+  const int panels = right.layout.panels;
+  if (columns == panels * kPanel && bytes == right.layout.panel_bytes()) return image.codes;
+  room.resize(std::max(room.size(), columns / kPanel * bytes + kLine));
+  std::int8_t* filled = room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
+  for (int panel = 0; panel < panels; ++panel) {
+    const std::int8_t* codes = image.codes + panel * right.layout.panel_bytes();
+    std::memcpy(filled + panel * bytes, codes, right.layout.panel_bytes());
+    std::memset(filled + panel * bytes + right.layout.panel_bytes(), 0, bytes - right.layout.panel_bytes());
+  }
+  std::memset(filled + panels * bytes, 0, (columns / kPanel - panels) * bytes);
+  return filled;
+}
+
+// Vectors look through the products of a block while tiles multiply the next.
+void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
+  // Fresh memory would take as long as the products.
+  static thread_local std::vector<std::int8_t> row_room, column_room;
+  const Int8Layout& layout = left.layout;
+  const std::size_t bytes = prepared_bytes(layout);
+  Nearest nearest(left, right);
+  const int panels = nearest.rows() / kPanel, share = int((kRows * kTileBytes + bytes - 1) / bytes);
+  const int strip = std::min(panels, int(std::max<std::size_t>(1, kStripBytes / (2 * bytes))) * 2);
+  row_room.resize(std::max(row_room.size(), strip * bytes + kLine));
+  std::int8_t* rows = row_room.data() + (-reinterpret_cast<std::uintptr_t>(row_room.data())) % kLine;
+  const std::int8_t* columns = filled_columns(right, nearest.columns(), column_room);
+  TileSums<2> sums[2];
+  int turn = 0, before_p = 0, before_q = 0, through = kRows;  // the block before, and its rows that are looked through
+  const Tiles tiles;
+  for (int first = 0; first < panels; first += strip) {
+    const int count = std::min(strip, panels - first), there = std::min(count, layout.panels - first);
+    prepare_rows(Image(left).codes + first * layout.panel_bytes(), there, layout, rows);
+    std::memset(rows + there * bytes, 0, (count - there) * bytes);
+    const int lines = int(kColumns * kTileBytes / kPanel / kLine) / count + 1;
+    for (int q = 0; q < nearest.columns(); q += kColumns) {
+      const std::int8_t* block = columns + q / kPanel * bytes;
+      const char* following = reinterpret_cast<const char*>(block) + 2 * bytes;  // of which each turn fetches its share
+      for (int panel = 0; panel < count; panel += 2) {
+        multiply_tiles(rows + panel * bytes, block, bytes, sums[turn], [&] {
+          for (int line = 0; line < lines; ++line, following += kLine) _mm_prefetch(following, _MM_HINT_T0);
+          const int until = std::min(kRows, through + share);
+          nearest.take(sums[turn ^ 1], before_p, before_q, through, until);
+          through = until;
+        });
+        nearest.take(sums[turn ^ 1], before_p, before_q, through, kRows);
+        before_p = (first + panel) * kPanel, before_q = q, through = 0, turn ^= 1;
+      }
+    }
+  }
+  nearest.take(sums[turn ^ 1], before_p, before_q, through, kRows);
+  nearest.finish(left, right, best_left, best_right);
+}
+
+#else
+
+// The nearest of both sides, as candidates for keys: where products go when the Gram is never written.
+struct NearestRows {
+  int patches;  // of the right image
+  std::uint32_t left_mask, right_mask;
+  float *rows, *columns;  // of the left and of the right patches, the best so far
+
+  template <int Vectors>
+  void take(int row, int column, const Floats* products) {
+    float values[Vectors * kLanes], best = rows[row];
+    for (int j = 0; j < Vectors; ++j) store_floats(values + j * kLanes, products[j]);
+    const int count = std::min(Vectors * kLanes, patches - column);
+    float* __restrict found = columns + column;
+    const std::uint32_t left = row, right = column, left_bits = left_mask, right_bits = right_mask;
+#pragma omp simd reduction(max : best)
+    for (int i = 0; i < count; ++i) {
+      const float below_one = values[i] - 1.0f;
+      const float of_left = with_index(below_one, right_bits, right + std::uint32_t(i));
+      const float of_right = with_index(below_one, left_bits, left);
+      best = of_left > best ? of_left : best;
+      found[i] = of_right > found[i] ? of_right : found[i];
+    }
+    rows[row] = best;
+  }
+};
+
+void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
+  const int P = left.layout.patches, Q = right.layout.patches;
+  constexpr float kLowest = -std::numeric_limits<float>::max();
+  std::fill_n(best_left, P, kLowest);
+  std::fill_n(best_right, Q, kLowest);
+  NearestRows rows{Q, index_mask(P), index_mask(Q), best_left, best_right};
+  multiply(left, right, std::numeric_limits<int>::max(), rows);
+  for (int p = 0; p < P; ++p) best_left[p] = to_key(best_left[p], rows.right_mask);
+  for (int q = 0; q < Q; ++q) best_right[q] = to_key(best_right[q], rows.left_mask);
+}
+
+#endif
+
+// Walsh-Hadamard transform of kPanel tokens at a time, t: [channels, kPanel], a power of two of channels. Two of its
+// stages in one go halve what is read and written.
+void walsh_hadamard(float* t, int channels) {
+  int half = 1;
+  for (; 2 * half < channels; half *= 4)
+    for (int first = 0; first < channels; first += 4 * half) {
+      const int apart = half * kPanel;
+      float *__restrict t0 = t + first * kPanel, *__restrict t1 = t0 + apart, *__restrict t2 = t1 + apart,
+                      *__restrict t3 = t2 + apart;
+#pragma omp simd
+      for (int i = 0; i < apart; ++i) {
+        const float a = t0[i] + t1[i], b = t0[i] - t1[i], c = t2[i] + t3[i], d = t2[i] - t3[i];
+        t0[i] = a + c;
+        t1[i] = b + d;
+        t2[i] = a - c;
+        t3[i] = b - d;
+      }
+    }
+  if (half < channels) {
+    float *__restrict t0 = t, *__restrict t1 = t + half * kPanel;
+#pragma omp simd
+    for (int i = 0; i < half * kPanel; ++i) {
+      const float a = t0[i], b = t1[i];
+      t0[i] = a + b;
+      t1[i] = a - b;
+    }
+  }
   const float unit = 1.0f / std::sqrt(float(channels));
   for (int i = 0; i < channels * kPanel; ++i) t[i] *= unit;
 }
@@ -528,24 +732,56 @@ void transform(float* t, int channels) {
   walsh_hadamard(t + (channels - block) * kPanel, block);
 }
 
+// Tokens [count, C] less the mean, as [C, kPanel]; those beyond `count` are zeros.
+void centre(const float* tokens, const float* mean, int count, int C, float* out) {
+  int c = 0;
+#if defined(__AVX512F__)
+  if (count == kPanel)
+    for (; c + kPanel <= C; c += kPanel) {
+      const __m512 means = _mm512_loadu_ps(mean + c);
+      __m512i rows[kPanel];
+      ZSAD_UNROLL
+      for (int i = 0; i < kPanel; ++i)
+        rows[i] = _mm512_castps_si512(_mm512_sub_ps(_mm512_loadu_ps(tokens + std::size_t(i) * C + c), means));
+      transpose(rows);
+      ZSAD_UNROLL
+      for (int j = 0; j < kPanel; ++j) _mm512_storeu_si512(out + (c + j) * kPanel, rows[j]);
+    }
+#endif
+  for (; c < C; ++c)
+    for (int i = 0; i < kPanel; ++i)
+      out[c * kPanel + i] = i < count ? tokens[std::size_t(i) * C + c] - mean[c] : 0.0f;
+}
+
+// The codes of a quad of channels, values: [kQuad, kPanel]; sums: of codes, added to.
+void pack(const float* values, const float* inverse, std::int32_t* sums, std::int8_t* codes) {
+  std::uint32_t quads[kPanel];
+#pragma omp simd
+  for (int i = 0; i < kPanel; ++i) {
+    const auto code = [&](int c) { return std::int32_t(std::nearbyint(values[c * kPanel + i] * inverse[i])); };
+    const std::int32_t a = code(0), b = code(1), c = code(2), d = code(3);
+    sums[i] += a + b + c + d;
+    quads[i] = (std::uint32_t(a) & 255u) | (std::uint32_t(b) & 255u) << 8 | (std::uint32_t(c) & 255u) << 16 |
+               std::uint32_t(d) << 24;
+  }
+  std::memcpy(codes, quads, sizeof quads);
+}
+
 }  // namespace
 
 void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* mean, const Int8Layout& layout,
                                             unsigned char* out) {
   const int C = layout.channels;
-  std::vector<float> transposed(std::size_t(C) * kPanel);
+  std::vector<float> transposed(std::size_t(layout.quads) * kQuad * kPanel);  // filled up with zeros
   float* scales = reinterpret_cast<float*>(out);
   std::int32_t* offsets = reinterpret_cast<std::int32_t*>(out + layout.offsets);
   std::int8_t* codes = reinterpret_cast<std::int8_t*>(out + layout.codes);
   float* mean_terms = reinterpret_cast<float*>(out + layout.mean_terms);
   float half_square = 0.0f;
   for (int c = 0; c < C; ++c) half_square += 0.5f * mean[c] * mean[c];
-  std::fill_n(codes, layout.panel_bytes() * layout.panels, std::int8_t(0));
   for (int panel = 0; panel < layout.panels; ++panel, codes += layout.panel_bytes()) {
     const int first = panel * kPanel, count = std::min(kPanel, layout.patches - first);
-    std::fill(transposed.begin(), transposed.end(), 0.0f);
-    for (int i = 0; i < count; ++i)
-      for (int c = 0; c < C; ++c) transposed[c * kPanel + i] = tokens[std::size_t(first + i) * C + c] - mean[c];
+    centre(tokens + std::size_t(first) * C, mean, count, C, transposed.data());
     float* terms = mean_terms + first;
     std::fill_n(terms, kPanel, half_square);
     for (int c = 0; c < C; ++c)
@@ -560,12 +796,8 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
       inverse[i] = largest[i] > 0 ? 127.0f / largest[i] : 0.0f;
     }
     std::int32_t sums[kPanel] = {};
-    for (int c = 0; c < C; ++c)
-      for (int i = 0; i < kPanel; ++i) {
-        const std::int32_t code = std::int32_t(std::nearbyint(transposed[c * kPanel + i] * inverse[i]));
-        sums[i] += code;
-        codes[(c / kQuad * kPanel + i) * kQuad + c % kQuad] = std::int8_t(code);
-      }
+    for (int quad = 0; quad < layout.quads; ++quad)
+      pack(transposed.data() + quad * kQuad * kPanel, inverse, sums, codes + quad * kQuad * kPanel);
     for (int i = 0; i < kPanel; ++i) offsets[first + i] = -128 * sums[i];
   }
 }
@@ -579,6 +811,11 @@ void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Ima
 void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, int count, const Kept& kept) {
   KeptRows rows(kept, left.layout.patches);
   multiply(left, right, count, std::numeric_limits<int>::max(), rows);
+}
+
+void ZSAD_JOIN(int8_nearest_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, float* best_left,
+                                           float* best_right) {
+  find_nearest(left, right, best_left, best_right);
 }
 
 }  // namespace zsad

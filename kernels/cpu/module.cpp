@@ -99,6 +99,7 @@ const auto unit_makers = ZSAD_VARIANTS(unit_vectors, avx512, has_avx512);
 const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
+const auto int8_nearest_finders = ZSAD_INT8_VARIANTS(int8_nearest);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 const auto fp32_products = [] {
   Variants<void (*)(const zsad::Fp32Product&)> v;
@@ -202,23 +203,39 @@ struct Int8Pair {
   zsad::Int8Image left, right;
 };
 
-// left: a quantised image of P patches; right: one of Q, and the channels of both.
-// right: so many bytes, of Q patches.
-Int8Pair int8_pair(const Bytes& left, std::size_t P, const std::uint8_t* right, std::size_t bytes, std::size_t Q) {
+// left: a quantised image of P patches, in so many bytes; right: one of Q, and the channels of both.
+Int8Pair int8_pair(const std::uint8_t* left, std::size_t left_bytes, std::size_t P, const std::uint8_t* right,
+                   std::size_t right_bytes, std::size_t Q) {
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
-  const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
+  const std::size_t bytes_per_patch = padded ? left_bytes / padded : 0;
   // What is not header is codes, so the size tells the channels, rounded up to whole quads.
   const std::size_t channels = std::max(bytes_per_patch, zsad::kHeaderBytes) - zsad::kHeaderBytes;
-  const Int8Pair pair{{left.data(), layout_of(P, channels)}, {right, layout_of(Q, channels)}};
-  require(left.shape(0) == pair.left.layout.bytes && bytes == pair.right.layout.bytes,
+  const Int8Pair pair{{left, layout_of(P, channels)}, {right, layout_of(Q, channels)}};
+  require(left_bytes == pair.left.layout.bytes && right_bytes == pair.right.layout.bytes,
           "left and right must have int8_bytes(P, C) and int8_bytes(Q, C) bytes for P and Q patches");
   return pair;
+}
+
+void int8_nearest(const Chunks& left, const Chunks& right, const Output& best_left, const Output& best_right,
+                  const std::string& instruction_set) {
+  const std::size_t R = left.shape(0), P = best_left.shape(1), Q = best_right.shape(1);
+  require(right.shape(0) == R && best_left.shape(0) == R && best_right.shape(0) == R,
+          "left, right, best_left and best_right must have a row for each degree");
+  require(std::max(P, Q) <= zsad::kMaxKeyPatches, "more patches than a key can name");
+  const auto run = int8_nearest_finders.choose(instruction_set);
+  std::vector<Int8Pair> pairs;
+  for (std::size_t r = 0; r < R; ++r)
+    pairs.push_back(int8_pair(left.data() + r * left.shape(1), left.shape(1), P, right.data() + r * right.shape(1),
+                              right.shape(1), Q));
+  nb::gil_scoped_release release;
+  for (std::size_t r = 0; r < R; ++r)
+    run(pairs[r].left, pairs[r].right, best_left.data() + r * P, best_right.data() + r * Q);
 }
 
 void int8_multiply(const Bytes& left, const Bytes& right, const GramOutput& gram, std::optional<int> apart,
                    const std::string& instruction_set) {
   const std::size_t P = gram.shape(0), Q = gram.shape(1);
-  const Int8Pair pair = int8_pair(left, P, right.data(), right.shape(0), Q);
+  const Int8Pair pair = int8_pair(left.data(), left.shape(0), P, right.data(), right.shape(0), Q);
   const std::ptrdiff_t room = std::ptrdiff_t(pair.right.layout.panels) * zsad::kPanel;
   require(gram.stride(1) == 1 && (P == 1 || gram.stride(0) >= room),
           "gram must be [P, Q] with contiguous rows, each with room for Q rounded up to " +
@@ -243,7 +260,8 @@ void int8_running_top(const Bytes& left, const Chunks& right, int columns, int f
   const std::size_t padded = (P + zsad::kPanel - 1) / zsad::kPanel * zsad::kPanel;
   const std::size_t bytes_per_patch = padded ? left.shape(0) / padded : 0;
   const std::size_t count = right.shape(0), bytes = right.shape(1);
-  const Int8Pair pair = int8_pair(left, P, right.data(), bytes, bytes_per_patch ? bytes / bytes_per_patch : 0);
+  const std::size_t Q = bytes_per_patch ? bytes / bytes_per_patch : 0;
+  const Int8Pair pair = int8_pair(left.data(), left.shape(0), P, right.data(), bytes, Q);
   const std::size_t room = count * pair.right.layout.patches;
   require(columns > 0 && std::size_t(columns) <= room, "right must have room for the columns");
   const auto run = int8_running_tops.choose(instruction_set);
@@ -540,6 +558,9 @@ NB_MODULE(_cpu, m) {
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "apart"_a = nb::none(),
         "instruction_set"_a = "",
         "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");
+  m.def("int8_nearest", &int8_nearest, "left"_a, "right"_a, "best_left"_a, "best_right"_a, "instruction_set"_a = "",
+        "Fill best_left [R, P] and best_right [R, Q] with keys of the nearest in the other image, by the products of R "
+        "pairs of quantised images of unit vectors, [R, int8_bytes(P, C)] and [R, int8_bytes(Q, C)], without a Gram.");
   m.def("int8_running_top", &int8_running_top, "left"_a, "right"_a, "columns"_a, "first"_a, "values"_a, "indices"_a,
         "instruction_set"_a = "", "margins"_a = nb::none(), "wanted"_a = 1,
         "running_top by the products of a quantised image with several [N, bytes] of as many patches each, without a "

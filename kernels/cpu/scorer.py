@@ -27,7 +27,7 @@ from zsad.kernels.task import Task, not_finite
 
 from .arrays import Array, aligned_empty, box_sum, empty_gram
 from .averages import rank_sums
-from .comparers import Features, Int8GramOnce, Layout, Prepare, Winners, winning_patches
+from .comparers import Features, Int8, Layout, Prepare, Winners, winning_patches
 from .plan import Plan
 
 Report = Callable[[int], None]  # is told how many image pairs were compared
@@ -123,7 +123,7 @@ class Scorer:
     def select(self, rows: range) -> None:
         """Add the mean distances of the rows over the chosen ranks and the degrees to the scores, hand back minima."""
         self.zeros = _zero_near(self.usable, self.task)
-        averages = self._remeasured(rows) if isinstance(self.comparer, Int8GramOnce) else self._selected(rows)
+        averages = self._remeasured(rows) if isinstance(self.comparer, Int8) else self._selected(rows)
         self.scores[rows.start : rows.stop] += averages / self.task.layers
 
     def _hold(self, layout: Layout, degrees: int | None = None) -> None:
@@ -204,7 +204,7 @@ class Scorer:
     def _remeasured(self, rows: range) -> NDArray[np.float64]:
         """Turn keys into mean distances over the chosen ranks and the degrees, [rows, P], all of them measured."""
         comparer, (runs, outside) = self.comparer, self._runs(rows)
-        assert isinstance(comparer, Int8GramOnce)
+        assert isinstance(comparer, Int8)
         self._hold(((self.task.patches, self.task.channels), np.float32), 1)
         total = np.zeros((len(rows), self.task.patches))
 

@@ -19,7 +19,7 @@ from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task
 
 from .arrays import Array
-from .comparers import Int8GramOnce, choose_comparer, native_pass_covers
+from .comparers import Int8, Int8GramOnce, choose_comparer, native_pass_covers
 from .plan import Plan, Sizes, least_bytes, plan_mutual_scoring
 from .scorer import Scorer, runs_of
 
@@ -33,7 +33,7 @@ class Scoring:
         """precision: "fp32", which "auto" stands for, or "int8"; raises ValueError where it is not to be had."""
         self._task = task
         self.precision = "fp32" if precision == "auto" else precision
-        self._comparer = choose_comparer(self.precision, task.degrees, task.patches)
+        self._comparer = choose_comparer(self.precision, task.degrees, task.patches, task.window)
 
     def check(self, tokens: Any) -> None:
         if tokens.dtype != np.float32:
@@ -50,9 +50,10 @@ class Scoring:
 
     def _sizes(self, images: int, references: int, returned: ReturnedMinima) -> Sizes:
         task, remeasured, neighbour_rows, compared = self._task, 0, 0, images + references
-        if self._comparer is Int8GramOnce:
+        if issubclass(self._comparer, Int8):
             first, last = task.ranks(compared)
             remeasured = compared - 1 if returned.measured else last - first
+        if self._comparer is Int8GramOnce:
             neighbour_rows = min(max(task.degrees), task.grid[0]) * task.grid[1]
         sizes = compared, task.patches, task.channels, len(task.degrees)
         return Sizes(

@@ -1,5 +1,7 @@
 """Mutual scoring with int8 products against fp32 and the float64 reference."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,12 @@ def vit_like_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], 
         tokens[image] = view.transpose(1, 0, 2) + rng.normal(scale=0.3, size=tokens.shape[1:])
     scale = np.where(np.arange(channels) % 97 == 5, 6.0, 1.0)
     return ((tokens + rng.normal(size=channels)) * scale).astype(np.float32)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["gram once", "product per degree"])
+def comparer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare in both ways, of which the processor has one taken."""
+    monkeypatch.setattr(comparers, "HAS_TILES", request.param)
 
 
 SHAPES = [
@@ -64,8 +72,9 @@ def test_scores_equal_fp32(images: int, layers: int, grid, channels: int, degree
 def test_every_instruction_set_gives_the_same_scores(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = vit_like_tokens(2, 6, 1, (7, 8), 100)
     expected = mutual_scores(tokens, (7, 8), precision="int8")
-    multiply = comparers._cpu.int8_multiply
-    monkeypatch.setattr(comparers._cpu, "int8_multiply", lambda *a: multiply(*a, instruction_set=instruction_set))
+    for name in ("int8_multiply", "int8_nearest"):
+        kernel = partial(getattr(comparers._cpu, name), instruction_set=instruction_set)
+        monkeypatch.setattr(comparers._cpu, name, kernel)
     np.testing.assert_allclose(mutual_scores(tokens, (7, 8), precision="int8"), expected, atol=5e-4)
 
 
@@ -126,7 +135,7 @@ def test_every_plan_gives_the_same_scores() -> None:
     tokens = vit_like_tokens(6, 11, 2, (6, 6), 48)
     expected = mutual_scores(tokens, precision="int8")
     plans = []
-    for limit in (50_000, 80_000, 200_000, 400_000):
+    for limit in (70_000, 90_000, 200_000, 400_000):
         scores = mutual_scores(tokens, precision="int8", memory_limit=limit, on_plan=plans.append)
         np.testing.assert_array_equal(scores, expected)
     assert len({plan.chunk for plan in plans}) > 1

@@ -434,6 +434,47 @@ def test_int8_product_of_different_numbers_of_patches(instruction_set: str, left
     np.testing.assert_allclose(gram, x @ y.T, atol=1.0)
 
 
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize(("left", "right"), [(1, 1), (1, 40), (20, 1), (16, 33), (70, 50), (100, 129)])
+@pytest.mark.parametrize("channels", [1, 50, 64, 384])
+def test_int8_nearest(instruction_set: str, left: int, right: int, channels: int) -> None:
+    degrees, names = 2, ("left", "right")
+    numbers = {"left": left, "right": right}
+    codes, grams = {name: [] for name in names}, []
+    for degree in range(degrees):
+        mean = 0.1 * make_pair(30 + degree, 1, channels)[0][0]
+        for seed, name in enumerate(names):
+            x = make_pair(20 + 2 * degree + seed, numbers[name], channels)[0]
+            codes[name].append(quantise(x / np.linalg.norm(x, axis=1, keepdims=True), instruction_set, mean))
+        grams.append(np.empty((left, 144), np.float32)[:, :right])
+        pair = codes["left"][-1], codes["right"][-1]
+        comparers._cpu.int8_multiply(*pair, grams[-1], instruction_set=instruction_set)
+    best = {name: np.full((degrees, numbers[name]), np.nan, np.float32) for name in names}
+    stacked = [np.stack(codes[name]) for name in names]
+    comparers._cpu.int8_nearest(*stacked, best["left"], best["right"], instruction_set)
+    for degree, gram in enumerate(grams):
+        for name, cosines in (("left", gram), ("right", gram.T)):
+            keys = best[name][degree]
+            winners = winning_patches(keys, cosines.shape[1])
+            numbered = int(comparers._cpu.index_mask(cosines.shape[1])).bit_length()
+            rounding = 2.0 ** (numbered + 1 - 23)  # of keys, whose lowest bits are a number
+            nearest = np.maximum(1 - cosines.max(axis=1), 0)
+            np.testing.assert_allclose(keys, nearest, atol=1e-6, rtol=rounding)
+            chosen = np.maximum(1 - cosines[np.arange(len(cosines)), winners], 0)
+            np.testing.assert_allclose(chosen, nearest, atol=1e-6, rtol=2 * rounding)
+
+
+def test_int8_nearest_refuses_what_does_not_fit() -> None:
+    codes = np.stack([quantise(np.zeros((20, 8), np.float32), "")] * 2)
+    best = np.zeros((2, 20), np.float32)
+    with pytest.raises(ValueError, match="a row for each degree"):
+        comparers._cpu.int8_nearest(codes, codes, best, best[:1])
+    with pytest.raises(ValueError, match="int8_bytes"):
+        comparers._cpu.int8_nearest(codes, codes[:, 1:].copy(), best, best)
+    with pytest.raises(ValueError, match="than a key can name"):
+        comparers._cpu.int8_nearest(codes, codes, np.zeros((2, 65537), np.float32), best)
+
+
 @pytest.mark.parametrize("instruction_set", comparers._cpu.instruction_sets("running_top"))
 @pytest.mark.parametrize("columns", [1, 63, 64, 200])
 @pytest.mark.parametrize("kept", [1, 4, 47])
