@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, own in seconds.items():
                 times = ", ".join(f"{way}: {1e3 * statistics.median(values):.0f} ms" for way, values in own.items())
                 print(f"  {name}, an image, {times}")
-            facts = {"network": request.network, "weights": weights[request.network], "preset": config.preset}
-            facts["image_size"] = config.specs[request.network].side
+            facts: dict[str, Any] = {"network": request.network, "weights": weights[request.network]}
+            facts |= {"preset": config.preset, "image_size": config.specs[request.network].side}
             append(arguments.output, {**record, **facts, "seconds": seconds})
     return 0
 

@@ -30,7 +30,7 @@ from zsad.engine.networks.runtime import Runtime, choose_runtime
 from zsad.export.agreement import sample_rows
 from zsad.export.builders import read_builder
 from zsad.export.checkpoints import find_checkpoint
-from zsad.export.native_tower import NativeTower
+from zsad.export.native_tower import PARTS, NativeTower
 from zsad.export.onnx_export import export_onnx
 from zsad.export.transformer_graph import IR_VERSION, OPSET
 from zsad.kernels.machine import available_cores
@@ -46,10 +46,10 @@ COPIED = 1 << 25  # values that each core copies, more than caches hold
 WHOLE_ATTENTION = "attention in one operator"
 SOFTMAX, NORMALISATION, ACTIVATION = "softmax", "normalisation", "activation"
 SUMS, LAYOUT, OTHER, WAITING = "sums", "layout", "other", "waiting"
-NATIVE = "all of it, in native code"  # which tells no times of its parts
 CLASSES = (LINEAR, ATTENTION, WHOLE_ATTENTION, SOFTMAX, NORMALISATION, ACTIVATION, SUMS, LAYOUT, OTHER, WAITING)
 
 # Operators of ONNX, ONNX Runtime and OpenVINO. Matrix products are linear layers unless both sides are activations.
+NATIVE_PARTS = {"linear": LINEAR, "attention": ATTENTION}  # others are called as they are here
 PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "TransposeMatMul"}
 OPERATORS: Mapping[str, set[str]] = {
     LINEAR: {
@@ -157,6 +157,20 @@ def in_openvino(path: Path, precision: str, inputs: Mapping[str, NDArray[Any]], 
     return collected(found(), whole)
 
 
+def in_native_code(path: Path, inputs: Mapping[str, NDArray[Any]], repeats: int) -> dict[str, Class]:
+    """Return what each class of work takes in native code, a mean over several runs; bytes are not counted."""
+    tower, runs = NativeTower(path), list[NDArray[np.float64]]()
+
+    def run() -> None:
+        runs.append(np.zeros(len(PARTS)))
+        tower.run(inputs["images"], runs[-1])
+
+    whole = mean_seconds(run, repeats)
+    spent = dict(zip(PARTS, np.mean(runs[1:], axis=0), strict=True))
+    found = ((NATIVE_PARTS.get(part, part), part, value, 0.0) for part, value in spent.items() if part != WAITING)
+    return collected(found, whole)
+
+
 def fused_class(made_of: str) -> str:
     """Return the class of several operators that OpenVINO has made one of, by the names that they had."""
     if ".logits" in made_of:
@@ -256,15 +270,14 @@ def profile_graph(
     model = export_onnx(spec.checkpoint, graph_options(spec, request, precision, attention))
     inputs = sample_rows(model.inputs, rows)
     if library == "native":
-        tower = NativeTower(model.path)
-        classes = {NATIVE: Class(mean_seconds(lambda: tower.run(inputs["images"]), arguments.repeats))}
+        classes = in_native_code(model.path, inputs, arguments.repeats)
     elif library == "onnxruntime":
         classes = in_onnx_runtime(model.path, inputs, arguments.repeats)
     else:
         classes = in_openvino(model.path, precision, inputs, arguments.repeats)
     source = find_checkpoint(spec.checkpoint)[0]
     flops = classed_products(read_builder(source, plain_options(spec, request)), rows)
-    flops |= {WHOLE_ATTENTION: 0.0 if ATTENTION in classes else flops[ATTENTION], NATIVE: sum(flops.values())}
+    flops |= {WHOLE_ATTENTION: 0.0 if ATTENTION in classes else flops[ATTENTION]}
     return {
         "network": request.network,
         "graph": request.graph,
@@ -309,7 +322,7 @@ def _graph_rows(
 ) -> Iterator[tuple[str, str, str, str, str]]:
     prefix = "" if graph["graph"] == "image" else f"{graph['graph']}, one {graph['row']}: "
     for name, each in graph["classes"].items():
-        precision = graph["precision"] if name in (LINEAR, NATIVE) or graph["precision"] == "bf16" else "fp32"
+        precision = graph["precision"] if name == LINEAR or graph["precision"] == "bf16" else "fp32"
         share = each["seconds"] / whole if graph["row"] == "image" else float("nan")
         yield (
             f"{prefix}{name}",

@@ -17,6 +17,9 @@ from .options import WINDOWS
 
 Array = NDArray[np.float32]
 
+# What the time of a tower goes to: activations count with the layer before them, layout is whatever brings values into
+# the order and the codes that products want them in.
+PARTS: tuple[str, ...] = () if _cpu is None else tuple(_cpu.tower_parts())
 TYPES = {"F32": np.float32, "I32": np.int32, "I8": np.int8}  # of the arrays, as safetensors calls them
 
 
@@ -50,8 +53,11 @@ class NativeTower:
             name: arrays[name + ".tokens"] for name in WINDOWS if name in self.outputs
         }
 
-    def run(self, images: Array) -> dict[str, Array]:
-        """Return the outputs for images [B, 3, S, S]."""
+    def run(self, images: Array, seconds: NDArray[np.float64] | None = None) -> dict[str, Array]:
+        """Return the outputs for images [B, 3, S, S].
+
+        seconds: one for each of `PARTS`, which what a thread spends on it in the mean is added to.
+        """
         images = np.ascontiguousarray(images, np.float32)
         outputs = {
             name: np.empty((len(images), *shape), np.float32)
@@ -69,7 +75,7 @@ class NativeTower:
         }
         patches, own = outputs.get("patches"), list(windows.values())
         self._tower.forward(
-            images, self._taps, self._normed, grid_tokens, patches, classes, *self._depth, own, *self._how
+            images, self._taps, self._normed, grid_tokens, patches, classes, *self._depth, own, *self._how, seconds
         )
         if classes is not None:
             vectors = self._vectors(classes[:, None])[:, 0]

@@ -18,6 +18,9 @@ def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
 
 WIDEST_HEAD: int = 128
 
+def tower_parts() -> list[str]:
+    """What the threads of an image tower spend their time on."""
+
 class ImageTower:
     """A vision transformer's image tower over arrays that it keeps."""
 
@@ -27,9 +30,9 @@ class ImageTower:
     def patches(self) -> int:
         """Patches of an image."""
 
-    def forward(self, images: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], taps: Sequence[int], normed: bool, tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')] | None, classes: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None, depth: int, only_first: bool, windows: Sequence[tuple[Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]]], threads: int, instruction_set: str = '') -> None:
+    def forward(self, images: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], taps: Sequence[int], normed: bool, tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')] | None, classes: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None, depth: int, only_first: bool, windows: Sequence[tuple[Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]]], threads: int, instruction_set: str = '', seconds: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')] | None = None) -> None:
         """
-        Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens [W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the last of all blocks, [B, W, C], raw.
+        Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens [W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it in the mean is added to.
         """
 
 def fp32_product_bytes(rows: int, columns: int, channels: int) -> int:

@@ -26,7 +26,9 @@
 #include "float_parts.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
@@ -328,21 +330,73 @@ constexpr int kZero = 0;
 
 // x [n] becomes low + step * code.
 void quantise(const float* x, int n, Code* codes, float& step, float& low) {
+  typedef Code Codes __attribute__((vector_size(kLanes)));
   float least = x[0], most = x[0];
-#pragma omp simd reduction(min : least) reduction(max : most)
-  for (int c = 0; c < n; ++c) {
+  int c = 0;
+  if (n >= kLanes) {
+    Vec low_lanes = load(x), high_lanes = low_lanes;
+    for (c = kLanes; c + kLanes <= n; c += kLanes) {
+      low_lanes = smaller(low_lanes, load(x + c));
+      high_lanes = larger(high_lanes, load(x + c));
+    }
+    least = -largest(-low_lanes);
+    most = largest(high_lanes);
+  }
+  for (; c < n; ++c) {
     least = std::min(least, x[c]);
     most = std::max(most, x[c]);
   }
   step = (most - least) / 255.0f;
   const float inverse = step > 0 ? 1.0f / step : 0.0f;
-#pragma omp simd
-  for (int c = 0; c < n; ++c) codes[c] = Code(std::int32_t((x[c] - least) * inverse + 0.5f) ^ kZero);
+  for (c = 0; c + kLanes <= n; c += kLanes) {
+    const Ints rounded = __builtin_convertvector((load(x + c) - least) * inverse + 0.5f, Ints) ^ kZero;
+    const Codes some = __builtin_convertvector(rounded, Codes);
+    std::memcpy(codes + c, &some, sizeof some);
+  }
+  for (; c < n; ++c) codes[c] = Code(std::int32_t((x[c] - least) * inverse + 0.5f) ^ kZero);
   low = least + step * kZero;
 }
 
+// What a thread spends its time on, where somebody asks.
+class Clock {
+ public:
+  explicit Clock(bool wanted) : wanted_(wanted), since_(now()) {}
+  // Returns what it was until now.
+  Part turn(Part part) {
+    if (wanted_) {
+      const double until = now();
+      seconds[int(part_)] += until - since_;
+      since_ = until;
+    }
+    std::swap(part, part_);
+    return part;
+  }
+  std::array<double, kTowerParts> seconds{};
+
+ private:
+  static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+  const bool wanted_;
+  double since_;
+  Part part_ = Part::kWaiting;
+};
+
+// Counts the time of a scope to a part.
+class During {
+ public:
+  During(Clock& clock, Part part) : clock_(clock), before_(clock.turn(part)) {}
+  ~During() { clock_.turn(before_); }
+  During(const During&) = delete;
+
+ private:
+  Clock& clock_;
+  const Part before_;
+};
+
 // What a thread works with, beside the tile's tokens.
 struct Scratch {
+  mutable Clock clock;
   std::size_t x_pitch, hidden_pitch, code_pitch, key_pitch;
   Buffer<float> x, hidden, logits;
   Buffer<Code> codes, weights;
@@ -353,8 +407,9 @@ struct Scratch {
   Buffer<Code> row_parts, panel_parts;   // in bfloat16
   Buffer<float> sums;
 
-  Scratch(const Tower& t, int tile, int window_rows, int window_length)
-      : x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
+  Scratch(const Tower& t, int tile, int window_rows, int window_length, bool clocked)
+      : clock(clocked),
+        x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
         hidden_pitch(widest(t) + kColumns),
         code_pitch(up(std::max({t.width, t.patches.inputs, int(widest(t))}), kFill) + kFill),
         key_pitch(up(t.front + t.grid * t.grid, kFill) + kFill),
@@ -436,12 +491,15 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
   for (int from = 0; from < depth; from += most) {
     const int inputs = std::min(most, depth - from), steps = int(steps_of(inputs));
     const std::size_t row_part = part_bytes_of(count, steps), panel_part = 2 * steps * kTileBytes;
+    s.clock.turn(Part::kLayout);
     split_rows(x + from, pitch, count, inputs, s.row_parts.get());
     for (int panel = 0; panel < panels; panel += 2) {
       const int some = std::min(2, panels - panel);
+      s.clock.turn(Part::kLayout);
       for (int i = 0; i < some; ++i)
         split_panel(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
                     s.panel_parts.get() + i * steps * kTileBytes);
+      s.clock.turn(Part::kLinear);
       const int blocks = (count + kTile - 1) / kTile, next = std::min(2, panels - panel - 2);
       Ahead ahead{layer.weights + (std::size_t(panel + 2) * depth + from) * kColumns, std::size_t(depth) * kColumns,
                   inputs, next, (2 * inputs + blocks * steps - 1) / (blocks * steps)};
@@ -466,6 +524,7 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
 template <typename Finish>
 void apply(const Linear& layer, const float* x, std::size_t pitch, int count, const Scratch& s, const Finish& finish) {
   const int panels = layer.outputs / kColumns;
+  const During during(s.clock, Part::kLinear);
   if (layer.weights) {
     const auto add = [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); };
 #if defined(__AMX_INT8__)
@@ -475,8 +534,10 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
 #endif
     return;
   }
+  s.clock.turn(Part::kLayout);
   for (int i = 0; i < count; ++i)
     quantise(x + i * pitch, layer.inputs, s.codes.get() + i * s.code_pitch, s.steps.get()[i], s.lows.get()[i]);
+  s.clock.turn(Part::kLinear);
   multiply_codes(s.codes.get(), s.code_pitch, count, 1, layer.codes, up(layer.inputs, kFill) * kColumns, panels,
                  [&](int row, int column, Vec v) {
                    const Vec low = load(layer.sums + column) * s.lows.get()[row] + load(layer.bias + column);
@@ -484,7 +545,8 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
                  });
 }
 
-void normalise(const float* x, const Norm& norm, int width, float eps, float* out) {
+void normalise(const float* x, const Norm& norm, int width, float eps, float* out, Clock& clock) {
+  const During during(clock, Part::kNormalisation);
   float total = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int c = 0; c < width; ++c) total += x[c];
@@ -516,11 +578,13 @@ inline float top_logit(float* row, int tokens, std::size_t filled) {
 
 typedef std::uint16_t Half;
 
-inline Half half(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return Half((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+// At most 16 values, zeros behind them.
+inline Vec some(const float* x, int count) {
+  return count >= kLanes ? load(x) : (Vec)_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), x);
 }
+
+// 16 values rounded to bfloat16.
+inline __m256i halves(Vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
 // Keys [panels of 16, steps, 16 pairs, 16, 2] and values [panels of 16 channels, pairs of tokens, 16, 2] in bfloat16.
 struct PackedHead {
@@ -538,31 +602,44 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   const PackedHead packed(a);
   Half* k = reinterpret_cast<Half*>(room);
   Half* v = reinterpret_cast<Half*>(room + packed.key_bytes);
-  float mean[kMaxHead] = {};
+  const int vectors = (a.width + kLanes - 1) / kLanes;
+  Vec mean[kMaxHead / kLanes] = {};
   for (int t = 0; t < a.tokens; ++t)
-    for (int c = 0; c < a.width; ++c) mean[c] += keys[t * a.pitch + c];
-  for (int c = 0; c < a.width; ++c) mean[c] /= float(a.tokens);
+    for (int i = 0; i < vectors; ++i) mean[i] += some(keys + t * a.pitch + i * kLanes, a.width - i * kLanes);
+  for (int i = 0; i < vectors; ++i) mean[i] /= float(a.tokens);
   alignas(64) Half row[kMaxHead] = {};
   const __m512i to = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
   for (int t = 0; t < a.tokens; ++t) {
-    for (int c = 0; c < a.width; ++c) row[c] = half(keys[t * a.pitch + c] - mean[c]);
+    for (int i = 0; i < vectors; ++i) {
+      const Vec key = some(keys + t * a.pitch + i * kLanes, a.width - i * kLanes) - mean[i];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + i * kLanes), halves(key));
+    }
     for (int step = 0; step < packed.steps; ++step)
       _mm512_i32scatter_epi32(k + (std::size_t(t / 16 * packed.steps + step) * 256 + t % 16) * 2, to,
                               _mm512_load_si512(row + 32 * step), 4);
   }
   const std::size_t panel = up(a.tokens, kFill) * kColumns;
-  for (int t = 0; t < a.tokens; ++t)
-    for (int c = 0; c < a.width; ++c)
-      v[c / 16 * panel + std::size_t(t / 2) * 32 + c % 16 * 2 + t % 2] = half(values[t * a.pitch + c]);
+  for (int t = 0; t < a.tokens; t += 2)
+    for (int i = 0; i < vectors; ++i) {
+      const float* pair = values + t * a.pitch + i * kLanes;
+      const int width = a.width - i * kLanes;
+      const __m512i low = _mm512_cvtepu16_epi32(halves(some(pair, width)));
+      const __m512i high = _mm512_cvtepu16_epi32(halves(t + 1 < a.tokens ? some(pair + a.pitch, width) : Vec{}));
+      _mm512_storeu_si512(v + i * panel + std::size_t(t / 2) * 32,
+                          _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
 }
 
 // What `count` queries see, [count, width] in rows `out_pitch` apart.
 void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
             float* out, std::size_t out_pitch) {
+  const During during(s.clock, Part::kAttention);
   const PackedHead packed(a);
   alignas(64) Half q[kQueries][kMaxHead] = {};
   for (int i = 0; i < count; ++i)
-    for (int c = 0; c < a.width; ++c) q[i][c] = half(queries[i * a.pitch + c] * a.scale);
+    for (int c = 0; c < a.width; c += kLanes)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(q[i] + c),
+                         halves(some(queries + i * a.pitch + c, a.width - c) * a.scale));
   float* logits = s.logits.get();
   const std::size_t key_panel = packed.steps * 1024, filled = up(a.tokens, kFill);
   for (int first = 0; first < a.tokens; first += 2 * kColumns)
@@ -570,6 +647,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
                         s.key_pitch * sizeof(float));
   Half* weights = reinterpret_cast<Half*>(s.weights.get());
   float inverse[kQueries];
+  s.clock.turn(Part::kSoftmax);
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
     const float top = top_logit(row, a.tokens, filled);
@@ -582,6 +660,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
     }
     inverse[i] = 1.0f / sum(total);
   }
+  s.clock.turn(Part::kAttention);
   const unsigned char* values = room + packed.key_bytes;
   const std::size_t value_panel = filled * kColumns * sizeof(Half);
   for (int panel = 0; panel < packed.channels; panel += 2) {
@@ -656,6 +735,7 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
 
 void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
             float* out, std::size_t out_pitch) {
+  const During during(s.clock, Part::kAttention);
   const PackedHead packed(a);
   const std::int8_t *k = reinterpret_cast<const std::int8_t*>(room), *v = k + packed.values;
   const float* scales = reinterpret_cast<const float*>(room + packed.scales);
@@ -663,10 +743,12 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
   const float* value_scales = reinterpret_cast<const float*>(room + packed.value_scales);
   alignas(64) Code q[kQueries][kMaxHead] = {};
   float scaled[kMaxHead], steps[kQueries], lows[kQueries], inverse[kQueries];
+  s.clock.turn(Part::kLayout);
   for (int i = 0; i < count; ++i) {
     for (int c = 0; c < a.width; ++c) scaled[c] = queries[i * a.pitch + c] * a.scale;
     quantise(scaled, a.width, q[i], steps[i], lows[i]);
   }
+  s.clock.turn(Part::kAttention);
   float* logits = s.logits.get();
   const std::size_t filled = up(a.tokens, kFill);
   multiply_codes(q[0], sizeof q[0], count, 1, k, up(a.width, kCodes) * kColumns, (a.tokens + kColumns - 1) / kColumns,
@@ -675,6 +757,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
                    store(logits + row * s.key_pitch + column, sum * (load(scales + column) * steps[row]) + low);
                  });
   Code* weights = s.weights.get();
+  s.clock.turn(Part::kSoftmax);
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
     const float top = top_logit(row, a.tokens, filled);
@@ -688,6 +771,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
     }
     inverse[i] = 1.0f / sum((Vec)_mm512_cvtepi32_ps(total));
   }
+  s.clock.turn(Part::kAttention);
   multiply_codes(weights, s.key_pitch, count, 2, v, filled * kColumns, (a.width + kColumns - 1) / kColumns,
                  [&](int row, int column, Vec sum) {
                    const Vec values = sum * (load(value_scales + column) * inverse[row]);
@@ -715,6 +799,7 @@ void pack_float_head(const Attention& a, const float* keys, const float* values,
 
 void attend_floats(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
                    float* out, std::size_t out_pitch) {
+  const During during(s.clock, Part::kAttention);
   const float *k = reinterpret_cast<const float*>(room), *v = k + up(a.tokens, kColumns) * a.width;
   const std::size_t filled = up(a.tokens, kLanes);
   alignas(64) float q[kQueries][kMaxHead];
@@ -723,6 +808,7 @@ void attend_floats(const Attention& a, const float* queries, int count, const un
     for (int c = 0; c < a.width; ++c) q[i][c] = i < count ? queries[i * a.pitch + c] * a.scale : 0.0f;
   multiply_floats(q[0], kMaxHead, count, k, a.width, int(up(a.tokens, kColumns)) / kColumns,
                   [&](int row, int column, Vec v) { store(logits + row * s.key_pitch + column, v); });
+  s.clock.turn(Part::kSoftmax);
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
     const float top = top_logit(row, a.tokens, filled);
@@ -734,6 +820,7 @@ void attend_floats(const Attention& a, const float* queries, int count, const un
     }
     inverse[i] = 1.0f / sum(total);
   }
+  s.clock.turn(Part::kAttention);
   multiply_floats(logits, s.key_pitch, count, v, a.tokens, int(up(a.width, kColumns)) / kColumns,
                   [&](int row, int column, Vec v) {
                     const Vec values = v * inverse[row];
@@ -862,7 +949,7 @@ class Forward {
     }
     rows = int(up(rows, kTile));
     for (int i = 0; i < run.threads; ++i)
-      scratch_.push_back(std::make_unique<Scratch>(tower, std::max(tile_, rows), rows, length));
+      scratch_.push_back(std::make_unique<Scratch>(tower, std::max(tile_, rows), rows, length, run.seconds));
   }
 
   void run() {
@@ -875,6 +962,9 @@ class Forward {
     }
     work(*scratch_[0]);
     for (std::thread& other : others) other.join();
+    if (!run_.seconds) return;
+    for (const auto& s : scratch_)
+      for (int part = 0; part < kTowerParts; ++part) run_.seconds[part] += s->clock.seconds[part] / double(scratch_.size());
   }
 
  private:
@@ -935,26 +1025,28 @@ class Forward {
     return heads_.get() + (std::size_t(image) * t_.heads + number) * head_bytes_;
   }
 
-  // All threads: calls `part(number)` for the numbers below count, each in one thread, and waits until all are done.
-  template <typename Part>
-  void share(int& phase, int count, const Part& part) {
-    for (int i; (i = next_[phase].fetch_add(1)) < count;) part(i);
+  // All threads: calls `work(number)` for the numbers below count, each in one thread, and waits until all are done.
+  template <typename Work>
+  void share(int& phase, int count, const Scratch& s, const Work& work) {
+    for (int i; (i = next_[phase].fetch_add(1)) < count;) work(i);
     ++phase;
+    const During during(s.clock, Part::kWaiting);
     barrier_.wait();
   }
 
   void work(const Scratch& s) {
     [[maybe_unused]] const Tiles tiles;
+    const During during(s.clock, Part::kOther);
     int phase = 0;
     for (int first = 0; first < run_.batch; first += group_) {
       const int images = std::min(group_, run_.batch - first);
-      share(phase, images * tiles_, [&](int i) { embed(first, i / tiles_, i % tiles_ * tile_, s); });
+      share(phase, images * tiles_, s, [&](int i) { embed(first, i / tiles_, i % tiles_ * tile_, s); });
       if (!run_.windows.empty()) take_windows(phase, first, images, s);
       for (int block = 0; block < run_.depth; ++block) {
-        share(phase, images * t_.heads, [&](int i) { pack(i / t_.heads, i % t_.heads); });
+        share(phase, images * t_.heads, s, [&](int i) { pack(i / t_.heads, i % t_.heads, s); });
         const bool one = run_.only_first && block == run_.depth - 1;
         const int parts = one ? 1 : tiles_;
-        share(phase, images * parts, [&](int i) {
+        share(phase, images * parts, s, [&](int i) {
           pass(first, block, i / parts, i % parts * tile_, one, s);
         });
       }
@@ -964,7 +1056,7 @@ class Forward {
   void take_windows(int& phase, int first, int images, const Scratch& s) {
     int parts = 0;
     for (int each : window_parts_) parts += each;
-    share(phase, images * parts, [&](int i) {
+    share(phase, images * parts, s, [&](int i) {
       int part = i % parts;
       std::size_t kind = 0;
       while (part >= window_parts_[kind]) part -= window_parts_[kind++];
@@ -998,7 +1090,7 @@ class Forward {
       };
       apply(b.proj, s.x.get(), s.x_pitch, wanted, s, add);
       for (int i = 0; i < wanted; ++i)
-        normalise(x + i * step * pitch_, b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+        normalise(x + i * step * pitch_, b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch, s.clock);
       feed_forward(b, wanted, s, add);
     }
     float* out = w.out + (std::size_t(first + image) * w.count + start) * t_.width;
@@ -1010,7 +1102,7 @@ class Forward {
     const auto some = [&](int first, int last, int step) {
       const int rows = count * length / step;
       for (int i = 0; i < rows; ++i)
-        normalise(s.stream.get() + i * step * pitch_, b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+        normalise(s.stream.get() + i * step * pitch_, b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch, s.clock);
       float* to = s.packed.get() + first * kColumns;
       apply(part_of(b.qkv, first, last), s.x.get(), s.x_pitch, rows, s,
             [&](int i, int column, Vec v) { store(to + i * step * head_.pitch + column, v); });
@@ -1022,6 +1114,7 @@ class Forward {
   }
 
   void attend_windows(const float* const* rows, int length, int count, bool only_first, const Scratch& s) const {
+    const During during(s.clock, Part::kAttention);
     const Attention a{length, head_.width, head_.pitch, head_.scale};
     const float** own = s.head_tokens.get();
     const int queries = only_first ? 1 : length;
@@ -1054,7 +1147,7 @@ class Forward {
       float* x = row(image, start + i);
       const float* position = t_.positions + std::size_t(start + i) * t_.width;
       for (int c = 0; c < t_.width; ++c) x[c] += position[c];
-      if (t_.pre_norm.weight) normalise(x, t_.pre_norm, t_.width, t_.eps, x);
+      if (t_.pre_norm.weight) normalise(x, t_.pre_norm, t_.width, t_.eps, x, s.clock);
     }
     if (run_.depth > 0 || !run_.windows.empty()) project(0, image, start, count, s);
   }
@@ -1063,7 +1156,7 @@ class Forward {
   void project(int block, int image, int start, int count, const Scratch& s) {
     const TowerBlock& b = t_.blocks[block];
     for (int i = 0; i < count; ++i)
-      normalise(row(image, start + i), b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+      normalise(row(image, start + i), b.norm1, t_.width, t_.eps, s.x.get() + i * s.x_pitch, s.clock);
     apply(b.qkv, s.x.get(), s.x_pitch, count, s,
           [&](int i, int column, Vec v) { store(qkv(image, start + i) + column, v); });
     if (!t_.cosine) return;
@@ -1080,7 +1173,8 @@ class Forward {
       }
   }
 
-  void pack(int image, int number) {
+  void pack(int image, int number, const Scratch& s) {
+    const During during(s.clock, Part::kLayout);
     const float *keys = qkv(image, 0) + t_.width + number * head_.width, *values = keys + t_.width;
 #if defined(__AVX512VNNI__)
     if (t_.int8) return pack_head(head_, keys, values, head(image, number));
@@ -1111,7 +1205,7 @@ class Forward {
     };
     apply(b.proj, s.x.get(), s.x_pitch, count, s, add);
     for (int i = 0; i < count; ++i)
-      normalise(row(image, start + i), b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch);
+      normalise(row(image, start + i), b.norm2, t_.width, t_.eps, s.x.get() + i * s.x_pitch, s.clock);
     feed_forward(b, count, s, add);
     hand_out(first, block, image, start, count, s);
     if (block + 1 < run_.depth) project(block + 1, image, start, count, s);
@@ -1137,13 +1231,13 @@ class Forward {
     apply(b.fc2, hidden, s.hidden_pitch, count, s, add);
   }
 
-  void hand_out(int first, int block, int image, int start, int count, const Scratch&) const {
+  void hand_out(int first, int block, int image, int start, int count, const Scratch& s) const {
     for (const Tap& tap : run_.taps)
       if (tap.block == block)
         for (int i = std::max(0, t_.front - start); i < count; ++i) {
           float* out = tap.out + (first + image) * tap.image + std::size_t(start + i - t_.front) * t_.width;
           if (tap.normed)
-            normalise(row(image, start + i), t_.norm, t_.width, t_.eps, out);
+            normalise(row(image, start + i), t_.norm, t_.width, t_.eps, out, s.clock);
           else
             std::copy_n(row(image, start + i), t_.width, out);
         }

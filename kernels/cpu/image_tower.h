@@ -60,6 +60,11 @@ struct Windows {
   float* out;                  // [batch, count, width]
 };
 
+// What the threads of a tower spend their time on. Activations count with the layer whose outputs they are of; layout is
+// whatever brings values into the order and the codes or parts that products want them in.
+enum class Part { kLinear, kAttention, kSoftmax, kNormalisation, kLayout, kOther, kWaiting };
+constexpr int kTowerParts = int(Part::kWaiting) + 1;
+
 struct TowerRun {
   const float* images;  // [batch, 3, side, side]
   int batch, depth, threads;
@@ -67,6 +72,7 @@ struct TowerRun {
   float* classes;   // [batch, width], class tokens behind the last of `depth` blocks; may be null
   bool only_first;  // of the last block nothing else is wanted
   std::vector<Windows> windows;
+  double* seconds;  // [kTowerParts], which what a thread spends in the mean is added to; null where nobody asks
 };
 
 void image_tower_portable(const Tower& tower, const TowerRun& run);

@@ -372,6 +372,7 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<const std::int8_t, nb::c_contig, nb::device::cpu>;
 using WindowTokens = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Images = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Seconds = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using TokensOutput = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
 // An image tower and the arrays that it reads.
@@ -413,7 +414,7 @@ class ImageTower {
   void forward(const Images& images, const std::vector<int>& taps, bool normed, const TokensOutput& tokens,
                const std::optional<FeaturesOutput>& patches, const std::optional<Output>& classes, int depth,
                bool only_first, const std::vector<std::pair<WindowTokens, FeaturesOutput>>& windows, int threads,
-               const std::string& instruction_set) const {
+               const std::string& instruction_set, const std::optional<Seconds>& seconds) const {
     const std::size_t B = images.shape(0), side = std::size_t(tower_.patch) * tower_.grid;
     const std::size_t P = std::size_t(tower_.grid) * tower_.grid, C = tower_.width, L = taps.size();
     require(images.shape(1) == 3 && images.shape(2) == side && images.shape(3) == side, "images must be [B, 3, S, S]");
@@ -423,7 +424,9 @@ class ImageTower {
     require(!patches || (has_shape(*patches, B, P) && patches->shape(2) == C), "patches must be [B, P, C]");
     require(!classes || has_shape(*classes, B, C), "classes must be [B, C]");
     require(threads > 0, "there must be a thread");
-    zsad::TowerRun run{images.data(), int(B), depth, threads, {}, classes ? classes->data() : nullptr, only_first, {}};
+    require(!seconds || seconds->size() == zsad::kTowerParts, "seconds must have one value for each part");
+    zsad::TowerRun run{images.data(), int(B),     depth, threads, {}, classes ? classes->data() : nullptr,
+                       only_first,    {}, seconds ? seconds->data() : nullptr};
     for (std::size_t i = 0; i < L; ++i) {
       require(taps[i] >= 0 && taps[i] < depth, "taps must be below depth");
       run.taps.push_back({taps[i], normed, tokens.data() + i * P * C, L * P * C});
@@ -521,6 +524,12 @@ NB_MODULE(_cpu, m) {
         "running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has "
         "one for processors with tiles only.");
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
+  m.def(
+      "tower_parts",
+      [] {
+        return std::vector<std::string>{"linear", "attention", "softmax", "normalisation", "layout", "other", "waiting"};
+      },
+      "What the threads of an image tower spend their time on.");
   nb::class_<ImageTower>(m, "ImageTower", "A vision transformer's image tower over arrays that it keeps.")
       .def(nb::init<std::pair<int, int>, std::pair<int, int>, int, float, const std::string&, bool, int,
                     const nb::typed<nb::dict, nb::str, nb::object>&>(),
@@ -528,12 +537,13 @@ NB_MODULE(_cpu, m) {
            "arrays"_a)
       .def_prop_ro("patches", &ImageTower::patches, "Patches of an image.")
       .def("forward", &ImageTower::forward, "images"_a, "taps"_a, "normed"_a, "tokens"_a, "patches"_a, "classes"_a,
-           "depth"_a, "only_first"_a, "windows"_a, "threads"_a, "instruction_set"_a = "",
+           "depth"_a, "only_first"_a, "windows"_a, "threads"_a, "instruction_set"_a = "", "seconds"_a = nb::none(),
            "Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, "
            "through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes "
            "[B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens "
            "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
-           "last of all blocks, [B, W, C], raw.");
+           "last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it "
+           "in the mean is added to.");
   m.def(
       "fp32_product_bytes",
       [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,

@@ -8,7 +8,7 @@ import pytest
 
 from zsad.bench import profile, runtimes, throughput
 from zsad.bench.products import ATTENTION, LINEAR
-from zsad.bench.profile import ACTIVATION, LAYOUT, NATIVE, NORMALISATION, OTHER, SOFTMAX, SUMS, WAITING, WHOLE_ATTENTION
+from zsad.bench.profile import ACTIVATION, LAYOUT, NORMALISATION, OTHER, SOFTMAX, SUMS, WAITING, WHOLE_ATTENTION
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_a_profile_of_tiny_networks(
         (graph,) = record["graphs"]
         counted = {name: each["flops"] for name, each in graph["classes"].items() if each["flops"]}
         if record["variant"].startswith("native"):
-            assert counted == {NATIVE: linear + attention}
+            assert {LINEAR, ATTENTION, SOFTMAX, NORMALISATION, LAYOUT} <= set(graph["classes"])
         else:
             assert OTHER not in graph["classes"], graph["classes"][OTHER]
-            assert counted.pop(LINEAR) == linear
-            assert list(counted.values()) == [attention]
-            assert set(counted) <= {ATTENTION, WHOLE_ATTENTION}
+        assert counted.pop(LINEAR) == linear
+        assert list(counted.values()) == [attention]
+        assert set(counted) <= {ATTENTION, WHOLE_ATTENTION}
         assert record["flops_of_pairs"] == 6 * 2 * 2 * 25 * 25 * 48
         assert f"{record['variant']}: preset small at 70 px, 4 images" in printed
         for line in profile.profile_rows(record):
