@@ -657,6 +657,8 @@ struct NearestRows {
   std::uint32_t left_mask, right_mask;
   float *rows, *columns;  // of the left and of the right patches, the best so far
 
+  void begin(int) {}
+
   template <int Vectors>
   void take(int row, int column, const Floats* products) {
     float values[Vectors * kLanes], best = rows[row];
@@ -682,7 +684,7 @@ void find_nearest(const Int8Image& left, const Int8Image& right, float* best_lef
   std::fill_n(best_left, P, kLowest);
   std::fill_n(best_right, Q, kLowest);
   NearestRows rows{Q, index_mask(P), index_mask(Q), best_left, best_right};
-  multiply(left, right, std::numeric_limits<int>::max(), rows);
+  multiply(left, right, 1, std::numeric_limits<int>::max(), rows);
   for (int p = 0; p < P; ++p) best_left[p] = to_key(best_left[p], rows.right_mask);
   for (int q = 0; q < Q; ++q) best_right[q] = to_key(best_right[q], rows.left_mask);
 }
