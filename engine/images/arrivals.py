@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import stat
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -34,6 +33,8 @@ PART = 20
 MOST_WAITING = 10_000  # files that are kept in mind; others are met by the next look through the folder
 COARSE = 10**7  # nanoseconds; times that are multiples of it come from file systems that keep no finer ones
 MERGED = 4096  # new keys that are kept apart
+STEP = 2  # milliseconds after which the system is asked again whether there is something new
+LISTEN = 10  # milliseconds that it is listened for at least
 
 
 class Version(NamedTuple):
@@ -305,14 +306,16 @@ def _version(status: os.stat_result) -> Version:
 
 
 class Signals:
-    """What the system tells of changes in a folder, by the library watchfiles; without it, nothing."""
+    """What the system tells of changes in a folder, by the library watchfiles; without it, nothing.
+
+    It is asked while somebody waits, and keeps in mind what happens meanwhile: no thread looks for it, which would take
+    time from the networks.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._paths: dict[str, None] = {}
-        self._lock, self._told = threading.Lock(), threading.Event()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._changes: Iterator[Iterable[tuple[object, str]]] | None = None  # next ones; None: nobody tells of them
         self._missed = False
 
     def start(self) -> None:
@@ -324,44 +327,32 @@ class Signals:
             )
             return
         self.stop()
-        self._stop = threading.Event()
         self._missed = True  # what came before it tells
-
-        def follow(stop: threading.Event) -> None:
-            try:
-                for changes in watch(
-                    self._root,
-                    watch_filter=None,
-                    debounce=50,
-                    step=5,
-                    rust_timeout=250,
-                    stop_event=stop,
-                    raise_interrupt=False,
-                ):
-                    self._take(path for _, path in changes)
-            except Exception as error:  # too few inotify watches, or the folder is gone
-                log.warning("the system does not tell of new files (%s); looking for them every half second", error)
-
-        self._thread = threading.Thread(target=follow, args=(self._stop,), daemon=True, name="watch")
-        self._thread.start()
+        self._changes = watch(
+            self._root, watch_filter=None, debounce=50, step=STEP, rust_timeout=LISTEN, yield_on_timeout=True
+        )
+        self._listen()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(2)
-            self._thread = None
+        self._changes = None
 
     def telling(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._changes is not None
 
     def wait(self, seconds: float) -> None:
-        self._told.wait(seconds)
+        """Wait until there is something to look at, at most so long."""
+        end = time.monotonic() + seconds
+        while not (self._paths or self._missed) and (left := end - time.monotonic()) > 0:
+            if self._changes is None or left < LISTEN / 1000:
+                time.sleep(left)
+                return
+            self._listen()
 
     def changed(self) -> list[Path]:
         """Return the paths that were told of since the last call."""
-        with self._lock:
-            paths, self._paths = list(self._paths), {}
-            self._told.clear()
+        if not self._paths:
+            self._listen()
+        paths, self._paths = list(self._paths), {}
         return [Path(path) for path in paths]
 
     def missed(self) -> bool:
@@ -369,10 +360,15 @@ class Signals:
         missed, self._missed = self._missed, False
         return missed
 
-    def _take(self, paths: Iterable[str]) -> None:
-        with self._lock:
-            self._paths.update(dict.fromkeys(paths))
-            if len(self._paths) > MOST_WAITING:
-                self._paths.clear()
-                self._missed = True
-        self._told.set()
+    def _listen(self) -> None:
+        """Take what was told since the last time, or is told within a moment."""
+        if self._changes is None:
+            return
+        try:
+            self._paths.update((path, None) for _, path in next(self._changes, ()))
+        except Exception as error:  # too few inotify watches, or the folder is gone
+            log.warning("the system does not tell of new files (%s); looking for them every half second", error)
+            self._changes = None
+        if len(self._paths) > MOST_WAITING:
+            self._paths.clear()
+            self._missed = True

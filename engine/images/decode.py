@@ -115,8 +115,11 @@ def network_input(image: Image.Image | NDArray[np.uint8], recipe: Recipe) -> NDA
         values = _normalised(np.floor(bilinear(np.asarray(image), (size, size))), recipe)
     else:
         whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        levels = np.asarray(_square(whole, recipe))
-        values = np.asarray(cv2.LUT(levels, _normalised_levels(recipe)), np.float32)
+        planes = cv2.split(np.asarray(_square(whole, recipe)))
+        out = np.empty((3, size, size), np.float32)
+        for plane, table, values in zip(planes, _normalised_levels(recipe), out, strict=True):
+            cv2.LUT(plane, table, dst=values)
+        return out
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
@@ -129,9 +132,9 @@ def _normalised(values: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float
 
 @lru_cache
 def _normalised_levels(recipe: Recipe) -> NDArray[np.float32]:
-    """Return what each of 256 levels is when it is normalised, [256, 1, 3]."""
-    levels = np.repeat(np.arange(256, dtype=np.float32)[:, None, None], 3, axis=2)
-    return _normalised(levels, recipe)
+    """Return what each of 256 levels of each channel is when it is normalised, [3, 256]."""
+    levels = np.repeat(np.arange(256, dtype=np.float32)[:, None], 3, axis=1)
+    return np.ascontiguousarray(_normalised(levels, recipe).T)
 
 
 def _square(image: Image.Image, recipe: Recipe) -> Image.Image:

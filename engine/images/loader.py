@@ -74,6 +74,8 @@ class HostInputs:
         return {recipe: network_input(image, recipe) for recipe in self._recipes}  # [3, S, S] each
 
     def batch(self, images: Sequence[Any]) -> AbstractContextManager[Mapping[Recipe, Array]]:
+        if len(images) == 1:
+            return nullcontext({recipe: values[None] for recipe, values in images[0].items()})
         return nullcontext({recipe: np.stack([image[recipe] for image in images]) for recipe in self._recipes})
 
 
