@@ -30,7 +30,8 @@ from zsad.export.libraries import install_command
 from zsad.kernels.machine import available_cores
 
 from .course import Course
-from .worker import Ledger, Order, Outcome, Worker
+from .ledger import Ledger
+from .worker import Order, Outcome, Worker
 
 log = logging.getLogger("zsad")
 

@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -34,20 +33,6 @@ log = logging.getLogger("zsad")
 
 TRIES = 4  # at what a worker was at when it died: an image may be what kills it
 HANDED_ON = ("ZSAD_CACHE", "ZSAD_WEIGHTS")  # what decides where weights are looked for
-
-
-class Ledger:
-    """Counts how often calls were begun, in a process of its own, since workers may die of them.
-
-    Ray asks a worker again without end, also while its machine is gone and nobody has noticed.
-    """
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, call: str) -> int:
-        self._begun[call] += 1
-        return self._begun[call]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from runs import draw
 
 from zsad.engine.cluster import worker as workers
+from zsad.engine.cluster.ledger import Ledger
 from zsad.engine.commands.infer import main
 from zsad.kernels import machine
 
@@ -78,8 +79,8 @@ class StandIn(types.ModuleType):
 
     def remote(self, kind: type) -> Any:
         def options(**_: object) -> Any:
-            if kind is workers.Ledger:
-                self.ledger = workers.Ledger()
+            if kind is Ledger:
+                self.ledger = Ledger()
                 return types.SimpleNamespace(remote=lambda: LEDGER)
             return types.SimpleNamespace(remote=lambda order: self._placed(kind(order)))
 
