@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import tempfile
 import types
@@ -43,6 +44,26 @@ def pytest_configure() -> None:
     # A background job is started with Ctrl-C ignored, and so would be the commands that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+PASSED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep whether a test has passed."""
+    report: Any = yield
+    item.stash[PASSED] = report.passed and item.stash.get(PASSED, True)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Function) -> Iterator[None]:
+    """Remove the files of a test that has passed, once nothing stands in for what that takes: all write gigabytes."""
+    yield
+    folder = item.funcargs.get("tmp_path")
+    if folder is not None and item.stash.get(PASSED, False):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,9 +10,11 @@ from zsad.bench.random_weights import clipseg_state, write_states
 
 
 @pytest.fixture(scope="session")
-def published_clipseg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published_clipseg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A random CLIPSeg of the published shape, of half a gigabyte; its towers are those of ViT-B/16."""
-    return write_states(tmp_path_factory.mktemp("published") / "clipseg.safetensors", clipseg_state())
+    path = write_states(tmp_path_factory.mktemp("published") / "clipseg.safetensors", clipseg_state())
+    yield path
+    path.unlink()
 
 
 @pytest.fixture(scope="session")
