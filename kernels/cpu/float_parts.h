@@ -2,7 +2,8 @@
 // Products of floats by AMX: each float is the sum of three bfloat16 numbers, and a product of two floats that of the
 // six products of their parts which are not too small. The sums are as exact as those of fp32: what is left out is
 // 2^-24 of the whole in the mean, as what fp32 rounds away, and at worst 2^-20. Bits below 2^-126 are zero to bfloat16,
-// so that floats below about 2^-103 lose some.
+// so that floats below about 2^-103 lose some. Where so much is not asked for, two rounded parts and
+// the three larger products of them leave out 2^-15 of the whole at worst.
 
 #if defined(__AMX_INT8__)
 #include "amx.h"
@@ -14,7 +15,7 @@
 namespace zsad {
 namespace {
 
-constexpr int kParts = 3;                 // bfloat16 numbers that make a float
+constexpr int kParts = 3;                 // bfloat16 numbers that make a float, at most
 constexpr int kPairRows = 2 * kTileRows;  // of both sides of a block of products
 constexpr int kStep = 32;                 // channels that one instruction multiplies
 constexpr std::size_t kTileBytes = 1024;
@@ -26,12 +27,14 @@ inline std::size_t part_bytes_of(int rows, std::size_t steps) {
   return std::size_t(rows + kPairRows - 1) / kPairRows * 2 * steps * kTileBytes;
 }
 
-// The first 8 bits of a float's mantissa, the next 8 and the last.
-inline void split(__m512 x, __m512i (&parts)[kParts]) {
+// The first 8 bits of a float's mantissa, the next 8 and the last; of two parts each is rounded.
+template <int Parts>
+inline void split(__m512 x, __m512i (&parts)[Parts]) {
   const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(int(0xFFFF0000)));
   _Pragma("GCC unroll 3")
-  for (int part = 0; part < kParts; ++part) {
-    const __m512 own = _mm512_and_ps(x, upper);
+  for (int part = 0; part < Parts; ++part) {
+    const __m512i half = _mm512_set1_epi32(Parts == 2 ? 0x8000 : 0);  // of a part's last bit
+    const __m512 own = _mm512_and_ps(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), half)), upper);
     parts[part] = _mm512_castps_si512(own);
     x = _mm512_sub_ps(x, own);
   }
@@ -39,6 +42,7 @@ inline void split(__m512 x, __m512i (&parts)[kParts]) {
 
 // Rows [count, channels] as tiles [parts, rows / 16, steps, 16, 32], channels filled up with zeros. Rows from `count`
 // on are left as they were: their products go nowhere.
+template <int Parts = kParts>
 inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
   const std::size_t steps = steps_of(channels), part_bytes = part_bytes_of(count, steps);
   alignas(64) static const struct Odd {
@@ -52,12 +56,12 @@ inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int chan
     for (std::size_t step = 0; step < steps; ++step) {
       const int left = channels - int(kStep * step);
       const float* at = x + row * pitch + kStep * step;
-      __m512i first[kParts], second[kParts];
+      __m512i first[Parts], second[Parts];
       const auto some = [](int n) { return __mmask16(n < 16 ? (1u << std::max(n, 0)) - 1 : 0xFFFF); };
       split(_mm512_maskz_loadu_ps(some(left), at), first);
       split(_mm512_maskz_loadu_ps(some(left - 16), at + 16), second);
       std::uint8_t* to = out + (row / kTileRows * steps + step) * kTileBytes + row % kTileRows * 64;
-      for (int part = 0; part < kParts; ++part)
+      for (int part = 0; part < Parts; ++part)
         _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
     }
 }
@@ -65,7 +69,7 @@ inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int chan
 // Adds to products [32, 16 * Panels], rows `pitch` bytes apart, or begins them. rows: two tiles of each step, the
 // second ones behind all of the first, parts `row_part` apart; panels: as many of columns [16 pairs, 16, 2], likewise.
 // between: what is done beside each step.
-template <int Panels, typename Between>
+template <int Panels, int Parts = kParts, typename Between>
 inline void multiply_parts(const std::uint8_t* rows, std::size_t row_part, const std::uint8_t* panels,
                            std::size_t panel_part, std::size_t steps, bool begin, float* products, std::size_t pitch,
                            Between& between) {
@@ -101,6 +105,12 @@ inline void multiply_parts(const std::uint8_t* rows, std::size_t row_part, const
   }
   for (std::size_t k = 0; k < steps; ++k) {
     between();
+    if (Parts == 2) {
+      ZSAD_ROWS(1) ZSAD_PANELS(0) ZSAD_MULTIPLY
+      ZSAD_ROWS(0) ZSAD_MULTIPLY
+      ZSAD_PANELS(1) ZSAD_MULTIPLY
+      continue;
+    }
     ZSAD_ROWS(0) ZSAD_PANELS(2) ZSAD_MULTIPLY
     ZSAD_PANELS(1) ZSAD_MULTIPLY
     ZSAD_ROWS(1) ZSAD_MULTIPLY

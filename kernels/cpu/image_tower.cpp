@@ -16,7 +16,7 @@
 //               byte is a row of its own to the product
 //   others      fp32
 // Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
-// avx512amx their products are sums of products of bfloat16 parts (float_parts.h).
+// avx512amx their products are sums of products of bfloat16 parts (float_parts.h), of two beside int8 layers.
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
 // all give the same integers; exp and erf are polynomials, alike everywhere.
@@ -397,6 +397,7 @@ class During {
 // What a thread works with, beside the tile's tokens.
 struct Scratch {
   mutable Clock clock;
+  const bool int8;
   std::size_t x_pitch, hidden_pitch, code_pitch, key_pitch;
   Buffer<float> x, hidden, logits;
   Buffer<Code> codes, weights;
@@ -409,6 +410,7 @@ struct Scratch {
 
   Scratch(const Tower& t, int tile, int window_rows, int window_length, bool clocked)
       : clock(clocked),
+        int8(t.int8),
         x_pitch(up(std::max(t.width, t.patches.inputs), kColumns) + kColumns),
         hidden_pitch(widest(t) + kColumns),
         code_pitch(up(std::max({t.width, t.patches.inputs, int(widest(t))}), kFill) + kFill),
@@ -452,13 +454,14 @@ struct Scratch {
 #if defined(__AMX_INT8__)
 
 // A panel's weights [inputs, 16] as tiles [parts, steps, 16 pairs, 16, 2], parts `part_bytes` apart.
+template <int Parts>
 void split_panel(const float* weights, int inputs, std::size_t part_bytes, Code* out) {
   const int pairs = int(up(inputs, 32)) / 2;
   for (int pair = 0; pair < pairs; ++pair) {
-    __m512i even[kParts], odd[kParts];
+    __m512i even[Parts], odd[Parts];
     split(2 * pair < inputs ? _mm512_loadu_ps(weights + 2 * pair * kColumns) : _mm512_setzero_ps(), even);
     split(2 * pair + 1 < inputs ? _mm512_loadu_ps(weights + (2 * pair + 1) * kColumns) : _mm512_setzero_ps(), odd);
-    for (int part = 0; part < kParts; ++part)
+    for (int part = 0; part < Parts; ++part)
       _mm512_store_si512(out + part * part_bytes + pair * 64,
                          _mm512_or_si512(_mm512_srli_epi32(even[part], 16), odd[part]));
   }
@@ -483,7 +486,7 @@ struct Ahead {
 };
 
 // As multiply_floats, by products of parts, so many inputs at a time as fit the second-level cache.
-template <typename Finish>
+template <int Parts, typename Finish>
 void multiply_split(const float* x, std::size_t pitch, int count, const Linear& layer, const Scratch& s,
                     const Finish& finish) {
   const int depth = layer.inputs, panels = layer.outputs / kColumns, chunks = (depth + kDepth - 1) / kDepth;
@@ -492,12 +495,12 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
     const int inputs = std::min(most, depth - from), steps = int(steps_of(inputs));
     const std::size_t row_part = part_bytes_of(count, steps), panel_part = 2 * steps * kTileBytes;
     s.clock.turn(Part::kLayout);
-    split_rows(x + from, pitch, count, inputs, s.row_parts.get());
+    split_rows<Parts>(x + from, pitch, count, inputs, s.row_parts.get());
     for (int panel = 0; panel < panels; panel += 2) {
       const int some = std::min(2, panels - panel);
       s.clock.turn(Part::kLayout);
       for (int i = 0; i < some; ++i)
-        split_panel(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
+        split_panel<Parts>(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
                     s.panel_parts.get() + i * steps * kTileBytes);
       s.clock.turn(Part::kLinear);
       const int blocks = (count + kTile - 1) / kTile, next = std::min(2, panels - panel - 2);
@@ -508,7 +511,7 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
         float* sums = s.sums.get();
         if (chunks > 1) sums += (std::size_t(panel / 2) * blocks + row / kTile) * kTile * 2 * kColumns;
         const std::size_t bytes = 2 * kColumns * sizeof(float);  // of a row of sums
-        const auto multiply = some == 2 ? multiply_parts<2, Ahead> : multiply_parts<1, Ahead>;
+        const auto multiply = some == 2 ? multiply_parts<2, Parts, Ahead> : multiply_parts<1, Parts, Ahead>;
         multiply(rows, row_part, s.panel_parts.get(), panel_part, steps, from == 0, sums, bytes, ahead);
         if (from + most < depth) continue;
         for (int i = 0; i < std::min(kTile, count - row); ++i)
@@ -528,7 +531,9 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
   if (layer.weights) {
     const auto add = [&](int row, int column, Vec v) { finish(row, column, v + load(layer.bias + column)); };
 #if defined(__AMX_INT8__)
-    multiply_split(x, pitch, count, layer, s, add);
+    // Beside layers of 8 bits fewer do.
+    const auto multiply = s.int8 ? multiply_split<2, decltype(add)> : multiply_split<kParts, decltype(add)>;
+    multiply(x, pitch, count, layer, s, add);
 #else
     multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels, add);
 #endif
