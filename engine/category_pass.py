@@ -18,6 +18,7 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from zsad.engine.address_space import address_limit, is_scarcity
 from zsad.engine.config import Config
@@ -247,13 +248,12 @@ class CategoryPass:
         results = self.results(bit_depth)
         timings, options = self.workplace.timings, self.job.options
         writing = how_to_write(self.config, options, self.workplace)
-        # Results that depend on other images are written at the end: there is nothing to go on with before.
-        journal = None
-        if not self.method.compares:
-            settings, checkpoints = self.workplace.record, self.workplace.checkpoints
-            known = self.references.digests
-            journal = image_fingerprint(self.category.product, settings, checkpoints, options.written, known, bit_depth)
-        with CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer:
+        journal = self._journal(bit_depth)
+        # Where nothing else is under way, NumPy's own threads would only be in the way of those that write.
+        with (
+            threadpool_limits(1 if self.method.compares else None, user_api="blas"),
+            CategoryWriter(options.output, self.category, writing, bit_depth, journal, options.resume) as writer,
+        ):
             self.done = writer.done
             self.noticed.damaged.update(writer.notes)
             name = printable(self.category.name)
@@ -291,6 +291,17 @@ class CategoryPass:
         if self.ended is not None:
             self.ended.remove()
         return record
+
+    def _journal(self, bit_depth: int | None) -> str | None:
+        """Return what results of single images depend on, by which a later run goes on after them.
+
+        None where they depend on other images and are written at the end: there is nothing to go on with before.
+        """
+        if self.method.compares:
+            return None
+        settings, checkpoints, known = self.workplace.record, self.workplace.checkpoints, self.references.digests
+        written = self.job.options.written
+        return image_fingerprint(self.category.product, settings, checkpoints, written, known, bit_depth)
 
     def results(self, bit_depth: int | None) -> Iterable[Result]:
         """Score the images; returns what there is to write of each, as it comes or as a sequence of all."""
