@@ -4,7 +4,6 @@ data/<category>/… → folders: which images → category_pass: scores, maps, v
 evaluation and report of all of them
 """
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -35,7 +34,7 @@ from zsad.engine.results.source import Finished, Source
 from zsad.engine.scores.image_scores import FEW_IMAGES
 from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image_memory
 from zsad.kernels.files import printable, written_whole
-from zsad.kernels.machine import peak_memory, stopwatch
+from zsad.kernels.machine import peak_memory, stopwatch, zsad_version
 
 from .category_pass import CategoryJob, CategoryProgress, deal_groups, ignored_files, run_category
 from .plan import by_size, check_memory, check_references, plan, said_sides
@@ -159,7 +158,7 @@ def run_record(
     seconds, timings = time.perf_counter() - started.clock, setting.timings
     in_libraries = sum(timings.get(stage, 0.0) for stage in LIBRARY_STAGES)
     return RunRecord(
-        version=importlib.metadata.version("zsad"),
+        version=zsad_version(),
         preset=config.preset,
         method=config.method,
         device=setting.device,

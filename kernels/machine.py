@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import errno
+import importlib.metadata
 import logging
 import math
 import os
@@ -26,6 +27,12 @@ from numpy.typing import DTypeLike, NDArray
 log = logging.getLogger("zsad")
 
 Timings = MutableMapping[str, float]
+
+
+@cache  # finding it takes milliseconds
+def zsad_version() -> str:
+    """Return the version of zsad that is installed."""
+    return importlib.metadata.version("zsad")
 
 
 @contextmanager

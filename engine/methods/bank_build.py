@@ -14,7 +14,6 @@ What follows from additions is computed later, from the most unusual patches of 
 see bank_feedback.py.
 """
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from zsad.engine.config import Config, ConfigError
 from zsad.kernels.coverage import farthest_first, project, thinning_bytes
 from zsad.kernels.cpu.comparers import unit_features
 from zsad.kernels.cuda.device import Device
+from zsad.kernels.machine import zsad_version
 from zsad.kernels.mutual_scoring import square_grid
 
 from .bank import Search
@@ -80,7 +80,7 @@ def describe(config: Config, place: Place, making: Making, facts: Mapping[str, A
         tiled["tiling"] = config.tiling.model_copy(update={"tile_batches": "auto"})
     return Header(
         version=VERSION_OF_TILES if config.tiling else VERSION,
-        zsad=importlib.metadata.version("zsad"),
+        zsad=zsad_version(),
         preset=config.preset,
         networks={
             name: BankNetwork(spec=network.spec, sha256=network.sha256, precision=precision)

@@ -6,7 +6,6 @@ TensorRT, TensorRT-RTX or ONNX Runtime on a CUDA device; on a CPU ONNX Runtime, 
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -24,7 +23,7 @@ from zsad.export.libraries import (
     mixed_cuda,
 )
 from zsad.kernels.cpu.native import has_native_code
-from zsad.kernels.machine import processor
+from zsad.kernels.machine import processor, zsad_version
 
 from .onnx_runtime import try_provider
 
@@ -176,7 +175,7 @@ def _on_cpu(library: str, devices: "Sequence[Device]", reason: str) -> Runtime:
 def _version(library: str) -> str:
     """Return the version of a library that runs networks."""
     if library == "native":
-        return metadata.version("zsad")
+        return zsad_version()
     if library in TARGETS:
         return str(import_tensorrt(library).__version__)
     found = import_onnxruntime() if library == "onnxruntime" else import_openvino()

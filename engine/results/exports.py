@@ -5,7 +5,6 @@ categories' folders, so that a run that goes on after another makes them anew wi
 looks at them as their reader would.
 """
 
-import importlib.metadata
 import json
 import shutil
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zsad.engine.images.folders import Dataset
 from zsad.engine.images.tree import EXPORT, EXPORT_START, RUN
+from zsad.kernels.machine import zsad_version
 
 from .formats import Export
 from .output import OutputError, flush_all, move_into_place, own_folder
@@ -37,7 +37,7 @@ def export(name: Export, output: Path, source: Source) -> list[str]:
     staging.mkdir()
     try:
         lacking = writer(name)(staging, source)
-        facts: dict[str, Any] = {EXPORT_START: name, "version": importlib.metadata.version("zsad")}
+        facts: dict[str, Any] = {EXPORT_START: name, "version": zsad_version()}
         (staging / EXPORT).write_text(json.dumps({**facts, "lacking": lacking.counts}) + "\n")
         flush_all(staging)
         move_into_place(staging, final)

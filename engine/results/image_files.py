@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin  # noqa: F401 - Pillow loads all it knows to find the one for TIFF
 
 from zsad.engine.config import Tiling
 from zsad.engine.images.categories import InputImage
@@ -181,10 +181,10 @@ class ImageFiles:
 
 def bytes_to_write(image: InputImage, result: Result) -> int:
     """Return what an image and its results take while they are written."""
+    map_bytes: int = result.map.nbytes
     if result.pixels is None:
-        return held_bytes(image.path) + int(result.map.nbytes)
-    height, width, _ = result.pixels.shape
-    return BYTES_PER_PIXEL * height * width + int(result.map.nbytes)
+        return held_bytes(image.path) + map_bytes
+    return BYTES_PER_PIXEL * (result.pixels.size // 3) + map_bytes
 
 
 def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.metadata
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.tree import EXPORT, EXPORT_START, REPORT_FILES, is_export
 from zsad.engine.scores.verdicts import VERDICTS
 from zsad.kernels.files import written_whole
+from zsad.kernels.machine import zsad_version
 
 from .category import read_thumbnails
 from .output import flush_all, own_folder
@@ -181,7 +181,7 @@ def _new_folder(files: Path) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         # Says whose it is, so that nobody takes its pictures for images to be scored.
-        facts = {EXPORT_START: "report", "version": importlib.metadata.version("zsad")}
+        facts = {EXPORT_START: "report", "version": zsad_version()}
         (draft / EXPORT).write_text(json.dumps(facts) + "\n")
         draft.rename(files)  # raises OSError where there is something of others
     folder = next(folder for number in count(1) if not (folder := files / str(number)).exists())

@@ -1,7 +1,6 @@
 """Whether results of an earlier run are still valid."""
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from zsad.engine.images.categories import Category
 from zsad.engine.images.remote import stamps
 from zsad.engine.images.tree import RECORD, RUN, SCORES
 from zsad.kernels.files import parse_json
+from zsad.kernels.machine import zsad_version
 
 from .category import THUMBNAILS
 from .records import CategoryRecord, read_record
@@ -32,7 +32,7 @@ def fingerprint(
     references: sha256 of known-good images.
     """
     # Of one JSON list; its part on images is not held whole, since they may be a million.
-    digest = hashlib.sha256(f"[{json.dumps(importlib.metadata.version('zsad'))}, [".encode())
+    digest = hashlib.sha256(f"[{json.dumps(zsad_version())}, [".encode())
     found = stamps(image.path for image in category.images)
     for number, (image, (size, modified)) in enumerate(zip(category.images, found, strict=True)):
         file = json.dumps([str(image.relative), size, modified])
@@ -57,7 +57,7 @@ def image_fingerprint(
     """
     own = {key: value for key, value in config.items() if key not in OF_VERDICTS}
     own["settings"] = {key: value for key, value in config["settings"].items() if key not in OF_VERDICTS}
-    version = importlib.metadata.version("zsad")
+    version = zsad_version()
     everything = [version, product, own, dict(checkpoints), sorted(written), list(references), bit_depth]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
@@ -114,7 +114,7 @@ def why_again(
         AttributeError,
     ):  # no run ended there, or one of an old version
         return other
-    differing = _differing(before, _settings(importlib.metadata.version("zsad"), config, checkpoints))
+    differing = _differing(before, _settings(zsad_version(), config, checkpoints))
     if not differing:
         return "its images, its known-good images, --format or --keep-stages are others"
     return f"{other} ({', '.join(differing)})"
