@@ -50,9 +50,11 @@
 #if defined(__GNUC__)
 #define ZSAD_UNROLL _Pragma("GCC unroll 16")
 #define ZSAD_NOINLINE __attribute__((noinline))
+#define ZSAD_INLINE __attribute__((always_inline))
 #else
 #define ZSAD_UNROLL
 #define ZSAD_NOINLINE
+#define ZSAD_INLINE
 #endif
 
 namespace zsad {
@@ -509,88 +511,124 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
 
 #if defined(__AMX_INT8__)
 
-constexpr int kColumns = 2 * kPanel;            // right patches of a block, which has kRows left ones
-constexpr std::size_t kStripBytes = 192 << 10;  // left patches that the right ones stream past
+constexpr int kColumns = 2 * kPanel;  // right patches of a block, which has kRows left ones
 
-// Finds the nearest of both sides block by block.
+// Scales of one side's patches, and terms of cosine - 1, with what fills blocks up behind them.
+struct NearestSide {
+  static constexpr float kFar = -1e30f;  // of what fills blocks up, which is nobody's nearest
+  std::vector<float> scales, terms;
+
+  NearestSide(const Int8Image& image, int block, float shift) {
+    const Image of(image);
+    const int patches = image.layout.patches, filled = (patches + block - 1) / block * block;
+    scales.assign(of.scales, of.scales + patches);
+    scales.resize(filled);
+    terms.reserve(filled);
+    for (int p = 0; p < filled; ++p) terms.push_back(p < patches ? of.mean_terms[p] + shift : kFar);
+  }
+};
+
+// Finds the nearest of both sides block by block: vectors look through one while tiles multiply the next.
 class Nearest {
  public:
   Nearest(const Int8Image& left, const Int8Image& right)
       : left_mask_(index_mask(left.layout.patches)),
         right_mask_(index_mask(right.layout.patches)),
-        left_(left, kRows, -1.0f),  // cosines - 1 are compared
+        left_(left, kRows, -1.0f),
         right_(right, kColumns, 0.0f),
         rows_(left_.scales.size() * kLanes),
         columns_(right_.scales.size()) {
-    std::fill_n(rows_.get(), left_.scales.size() * kLanes, kFar);
-    std::fill_n(columns_.get(), right_.scales.size(), kFar);
+    std::fill_n(rows_.get(), left_.scales.size() * kLanes, NearestSide::kFar);
+    std::fill_n(columns_.get(), right_.scales.size(), NearestSide::kFar);
   }
 
   int rows() const { return int(left_.scales.size()); }
   int columns() const { return int(right_.scales.size()); }
 
-  // Rows [from, until) of the products of the left patches from p with the right ones from q on.
-  void take(const TileSums<2>& sums, int p, int q, int from, int until) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i left_mask = _mm512_set1_epi32(left_mask_), right_mask = _mm512_set1_epi32(right_mask_);
-    const float *left_scales = left_.scales.data(), *left_terms = left_.terms.data();
-    float *rows = rows_.get(), *columns = columns_.get() + q;
-    __m512 scales[2], terms[2], best[2];
-    __m512i numbers[2];
-    ZSAD_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      scales[j] = _mm512_loadu_ps(right_.scales.data() + q + j * kLanes);
-      terms[j] = _mm512_loadu_ps(right_.terms.data() + q + j * kLanes);
-      best[j] = _mm512_loadu_ps(columns + j * kLanes);
-      numbers[j] = _mm512_add_epi32(lanes, _mm512_set1_epi32(q + j * kLanes));
-    }
-    for (int i = from; i < until; ++i) {
-      const __m512i number = _mm512_set1_epi32(p + i);
-      __m512 of_left[2];
+  // Multiplies left patches from p with right ones from q on, whose prepared panels are `rows` and `columns`, and looks
+  // through the block before: Share of its rows beside each kTileBytes of a panel.
+  template <int Share>
+  void multiply(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, int p, int q) {
+    Look look(*this);
+    multiply_tiles(rows, columns, bytes, sums_[turn_ ^= 1], [&] {
+      if (look.left == 0) return;
       ZSAD_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const __m512 below_one = scaled(_mm512_load_si512(sums.of[i] + j * kLanes), left_scales[p + i], scales[j],
-                                        left_terms[p + i], terms[j]);
-        of_left[j] = with_numbers(below_one, right_mask, numbers[j]);
-        best[j] = _mm512_max_ps(best[j], with_numbers(below_one, left_mask, number));
-      }
-      float* row = rows + std::size_t(p + i) * kLanes;
-      _mm512_storeu_ps(row, _mm512_max_ps(_mm512_loadu_ps(row), _mm512_max_ps(of_left[0], of_left[1])));
-    }
-    ZSAD_UNROLL
-    for (int j = 0; j < 2; ++j) _mm512_storeu_ps(columns + j * kLanes, best[j]);
+      for (int i = 0; i < Share; ++i) look.row();
+    });
+    look.rest();
+    p_ = p, q_ = q, there_ = kRows;
   }
 
-  void finish(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) const {
+  void finish(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
+    Look(*this).rest();
     for (int p = 0; p < left.layout.patches; ++p)
-      best_left[p] = to_key(_mm512_reduce_max_ps(_mm512_loadu_ps(rows_.get() + std::size_t(p) * kLanes)), right_mask_);
+      best_left[p] = to_key(_mm512_reduce_max_ps(_mm512_load_ps(rows_.get() + std::size_t(p) * kLanes)), right_mask_);
     for (int q = 0; q < right.layout.patches; ++q) best_right[q] = to_key(columns_.get()[q], left_mask_);
   }
 
  private:
-  static constexpr float kFar = -1e30f;  // of what fills blocks up, which is nobody's nearest
-
-  struct Side {
-    std::vector<float> scales, terms;
-
-    Side(const Int8Image& image, int block, float shift) {
-      const Image of(image);
-      const int patches = image.layout.patches, filled = (patches + block - 1) / block * block;
-      scales.assign(of.scales, of.scales + patches);
-      scales.resize(filled);
-      for (int p = 0; p < filled; ++p) terms.push_back(p < patches ? of.mean_terms[p] + shift : kFar);
+  // The block before, row after row. All of it is in registers for as long as the block is looked through.
+  struct Look {
+    explicit Look(const Nearest& nearest)
+        : left_mask(_mm512_set1_epi32(nearest.left_mask_)),
+          right_mask(_mm512_set1_epi32(nearest.right_mask_)),
+          number(nearest.p_),
+          left(nearest.there_),
+          sums(nearest.sums_[nearest.turn_].of[0]),
+          scale(nearest.left_.scales.data() + number),
+          term(nearest.left_.terms.data() + number),
+          best_of_row(nearest.rows_.get() + std::size_t(number) * kLanes),
+          best_of_columns(nearest.columns_.get() + nearest.q_) {
+      const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      ZSAD_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int q = nearest.q_ + j * kLanes;
+        scales[j] = _mm512_loadu_ps(nearest.right_.scales.data() + q);
+        terms[j] = _mm512_loadu_ps(nearest.right_.terms.data() + q);
+        best[j] = _mm512_load_ps(best_of_columns + j * kLanes);
+        numbers[j] = _mm512_add_epi32(lanes, _mm512_set1_epi32(q));
+      }
     }
+
+    ZSAD_INLINE void row() {
+      const __m512i of_row = _mm512_set1_epi32(number++);
+      __m512 found[2];
+      ZSAD_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const __m512 below_one = scaled(_mm512_load_si512(sums + j * kLanes), *scale, scales[j], *term, terms[j]);
+        found[j] = with_numbers(below_one, right_mask, numbers[j]);
+        best[j] = _mm512_max_ps(best[j], with_numbers(below_one, left_mask, of_row));
+      }
+      _mm512_store_ps(best_of_row, _mm512_max_ps(_mm512_load_ps(best_of_row), _mm512_max_ps(found[0], found[1])));
+      sums += kColumns, best_of_row += kLanes, ++scale, ++term, --left;
+    }
+
+    ZSAD_INLINE void rest() {
+      while (left) row();
+      ZSAD_UNROLL
+      for (int j = 0; j < 2; ++j) _mm512_store_ps(best_of_columns + j * kLanes, best[j]);
+    }
+
+    static __m512 with_numbers(__m512 values, __m512i mask, __m512i numbers) {
+      constexpr int kExceptOr = 0xba;  // values & ~mask | numbers
+      return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(values), mask, numbers, kExceptOr));
+    }
+
+    const __m512i left_mask, right_mask;
+    int number, left;  // of left patches: the next one's, and how many are left
+    const std::int32_t* sums;
+    const float *scale, *term;
+    float *best_of_row, *best_of_columns;
+    __m512 scales[2], terms[2], best[2];
+    __m512i numbers[2];
   };
 
-  static __m512 with_numbers(__m512 values, __m512i mask, __m512i numbers) {
-    constexpr int kExceptOr = 0xba;  // values & ~mask | numbers
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(values), mask, numbers, kExceptOr));
-  }
-
   const std::uint32_t left_mask_, right_mask_;
-  const Side left_, right_;
-  Buffer<float> rows_;     // [left patches, kLanes]: the best among every kLanes-th right patch
-  Buffer<float> columns_;  // of right patches
+  const NearestSide left_, right_;
+  const Buffer<float> rows_;     // [left patches, kLanes]: the best among every kLanes-th right patch
+  const Buffer<float> columns_;  // of right patches
+  TileSums<2> sums_[2];          // of the block before and of the present one, in turn
+  int turn_ = 0, p_ = 0, q_ = 0, there_ = 0;  // the block before, if any
 };
 
 // Panels of a right image in whole blocks and tiles: where they lie, or else in a room.
@@ -610,42 +648,29 @@ const std::int8_t* filled_columns(const Int8Image& right, int columns, std::vect
   return filled;
 }
 
-// Vectors look through the products of a block while tiles multiply the next.
-void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
+template <int Share>
+void find_nearest(const Int8Image& left, const Int8Image& right, Nearest& nearest) {
   // Fresh memory would take as long as the products.
   static thread_local std::vector<std::int8_t> row_room, column_room;
   const Int8Layout& layout = left.layout;
   const std::size_t bytes = prepared_bytes(layout);
-  Nearest nearest(left, right);
-  const int panels = nearest.rows() / kPanel, share = int((kRows * kTileBytes + bytes - 1) / bytes);
-  const int strip = std::min(panels, int(std::max<std::size_t>(1, kStripBytes / (2 * bytes))) * 2);
-  row_room.resize(std::max(row_room.size(), strip * bytes + kLine));
+  row_room.resize(std::max(row_room.size(), 2 * bytes + kLine));
   std::int8_t* rows = row_room.data() + (-reinterpret_cast<std::uintptr_t>(row_room.data())) % kLine;
   const std::int8_t* columns = filled_columns(right, nearest.columns(), column_room);
-  TileSums<2> sums[2];
-  int turn = 0, before_p = 0, before_q = 0, through = kRows;  // the block before, and its rows that are looked through
   const Tiles tiles;
-  for (int first = 0; first < panels; first += strip) {
-    const int count = std::min(strip, panels - first), there = std::min(count, layout.panels - first);
-    prepare_rows(Image(left).codes + first * layout.panel_bytes(), there, layout, rows);
-    std::memset(rows + there * bytes, 0, (count - there) * bytes);
-    const int lines = int(kColumns * kTileBytes / kPanel / kLine) / count + 1;
-    for (int q = 0; q < nearest.columns(); q += kColumns) {
-      const std::int8_t* block = columns + q / kPanel * bytes;
-      const char* following = reinterpret_cast<const char*>(block) + 2 * bytes;  // of which each turn fetches its share
-      for (int panel = 0; panel < count; panel += 2) {
-        multiply_tiles(rows + panel * bytes, block, bytes, sums[turn], [&] {
-          for (int line = 0; line < lines; ++line, following += kLine) _mm_prefetch(following, _MM_HINT_T0);
-          const int until = std::min(kRows, through + share);
-          nearest.take(sums[turn ^ 1], before_p, before_q, through, until);
-          through = until;
-        });
-        nearest.take(sums[turn ^ 1], before_p, before_q, through, kRows);
-        before_p = (first + panel) * kPanel, before_q = q, through = 0, turn ^= 1;
-      }
-    }
+  for (int p = 0; p < nearest.rows(); p += kRows) {
+    const int panel = p / kPanel, there = std::min(2, layout.panels - panel);
+    prepare_rows(Image(left).codes + panel * layout.panel_bytes(), there, layout, rows);
+    std::memset(rows + there * bytes, 0, (2 - there) * bytes);
+    for (int q = 0; q < nearest.columns(); q += kColumns)
+      nearest.multiply<Share>(rows, columns + q / kPanel * bytes, bytes, p, q);
   }
-  nearest.take(sums[turn ^ 1], before_p, before_q, through, kRows);
+}
+
+void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
+  constexpr std::size_t kLong = 16 * kTileBytes;  // of a panel, beside which half as many rows at a time are enough
+  Nearest nearest(left, right);
+  prepared_bytes(left.layout) < kLong ? find_nearest<4>(left, right, nearest) : find_nearest<2>(left, right, nearest);
   nearest.finish(left, right, best_left, best_right);
 }
 
