@@ -74,8 +74,8 @@ def measured(data: Path, output: Path, options: Sequence[str]) -> dict[str, floa
 
 def per_call() -> float:
     """Return the seconds from asking a worker for nothing to its outcome, the median of many."""
-    from zsad.engine.cluster.team import AHEAD, LOCAL, connected
     from zsad.engine.cluster.ledger import Ledger
+    from zsad.engine.cluster.team import AHEAD, LOCAL, connected
 
     ray, _ = connected(LOCAL)
     ledger = ray.remote(Ledger).options(num_cpus=0).remote()

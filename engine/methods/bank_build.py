@@ -169,7 +169,7 @@ def remembered(
     for layer, degree in keys:
         units, key = _units(tokens, layer, degree), (taps[layer], degree)
         found[key] = _covering(np.arange(count), tokens.shape, units, making, chosen)
-        measured = _without_themselves(owners, tokens.shape, units, making, device, chosen, memory)
+        measured = _without_themselves(owners, tokens.shape, units, found[key], making, device, chosen, memory)
         distances[key] = measured.astype(np.float32)
         total += measured.mean(axis=2)
     chosen.all()
@@ -302,6 +302,7 @@ def _without_themselves(
     owners: NDArray[np.intp],
     shape: tuple[int, ...],
     units: Units,
+    everything: Features,
     making: Making,
     device: Device | Literal["cpu"],
     chosen: _Chosen,
@@ -309,7 +310,7 @@ def _without_themselves(
 ) -> NDArray[np.float64]:
     """Return the distances [n, P, k] of each image's patches to the nearest of a bank that was made without it.
 
-    owners, shape: see `remembered`; of an image in tiles all are left out.
+    owners, shape: see `remembered`; of an image in tiles all are left out. everything: the bank of all images.
     """
     (count, _, patches, _), images = shape, int(owners[-1]) + 1
     whole = making.size >= count * patches  # then it costs nothing to leave out one image alone
@@ -317,9 +318,13 @@ def _without_themselves(
     distances = np.empty((count, patches, making.neighbours))
     for fold in np.array_split(dealt, images if whole else min(images, FOLDS)):
         left_out = np.isin(owners, fold)
-        others = np.flatnonzero(~left_out)
-        part = making.size if whole else max(making.size * len(others) // count, making.neighbours)
-        covering = _covering(others, shape, units, replace(making, size=part), chosen).units()
+        if whole:
+            covering = everything.of(~left_out).units()
+            chosen.more(len(covering))
+        else:
+            others = np.flatnonzero(~left_out)
+            part = max(making.size * len(others) // count, making.neighbours)
+            covering = _covering(others, shape, units, replace(making, size=part), chosen).units()
         search = Search(covering, making.neighbours, device, memory)
         del covering
         for row in np.flatnonzero(left_out).tolist():

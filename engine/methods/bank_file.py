@@ -202,6 +202,11 @@ class Features:
         scales = np.maximum(np.abs(units).max(axis=1), np.finfo(np.float32).tiny) / np.float32(STEPS)
         return cls(np.rint(units / scales[:, None]).astype(np.int8), scales, images)
 
+    def of(self, members: NDArray[np.bool_]) -> "Features":
+        """Return those of some of the images; members: [n] by their numbers."""
+        rows = members[self.images]
+        return Features(self.vectors[rows], None if self.scales is None else self.scales[rows], self.images[rows])
+
     def units(self) -> NDArray[np.float32]:
         """Return the vectors [M, C] as they are compared, near unit length."""
         vectors = self.vectors.astype(np.float32, copy=False)

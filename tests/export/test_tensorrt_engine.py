@@ -562,13 +562,6 @@ def test_tensorrt_rtx_builds_windows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert fingerprint["engine_bytes"] > 2 * 12 * 12 * 64**2  # weights in fp16, once for all three sequences
 
 
-@pytest.fixture
-def uncompared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are not compared with what they are made of, which the tests of each graph do, and takes longest."""
-    monkeypatch.setattr("zsad.export.onnx_export._expected", lambda *_: ("nothing", {}))
-    monkeypatch.setattr("zsad.export.onnx_export._run", lambda *_: {})
-
-
 @pytest.mark.long
 @needs_rtx
 @pytest.mark.usefixtures("uncompared")

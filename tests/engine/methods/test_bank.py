@@ -25,7 +25,7 @@ from zsad.engine.config import ConfigError, load_config
 from zsad.engine.images import survey
 from zsad.engine.images.decode import decode
 from zsad.engine.images.loader import Batch
-from zsad.engine.methods.bank import BankMethod, Memory, bank_settings
+from zsad.engine.methods.bank import BankMethod, Memory, bank_settings, raised
 from zsad.engine.methods.bank_build import Making, check_making, needed, remembered
 from zsad.engine.methods.bank_file import Bank, BankError, Features, read_bank, write_bank
 from zsad.engine.methods.method import Group, Scored, method_class
@@ -33,6 +33,7 @@ from zsad.engine.methods.tile_grid import tile_grid
 from zsad.engine.scores.conformal import upper_bound
 from zsad.engine.scores.verdicts import Bounds
 from zsad.kernels import reference
+from zsad.kernels.cpu.comparers import unit_features
 
 GRID = (3, 3)
 
@@ -207,12 +208,14 @@ def test_false_alarms_are_what_was_asked_for(size: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("zsad.engine.methods.bank.search_all", Products.search_all)
     splits, count, held, share = int(os.environ.get("ZSAD_SPLITS", "150")), 20, 40, 0.1
     pool, rng, making = make_tokens(400, 5)[:, :1], np.random.default_rng(6), Making(size=size)
+    units = np.stack([unit_features(image[0], GRID, (1,))[0] for image in pool])  # [400, P, C]
     alarms, promised = 0, 2 / (count + 1)  # ranks 20 and 21 of 21
     for _ in range(splits):
         chosen = rng.choice(len(pool), count + held, replace=False)
         kept, own = remembered(pool[chosen[:count]], (0,), (1,), making, "cpu")
         memory = Memory([features.units() for features in kept.values()], (1,), 1, "cpu")
-        new = np.array([memory.distances(image).max() for image in pool[chosen[count:]]])
+        nearest, to_defects = memory.measured([np.concatenate(units[chosen[count:]])])
+        new = raised(nearest, to_defects, memory.span).reshape(held, -1).max(axis=1)
         alarms += int((new > upper_bound(own.maps.max(axis=1).astype(np.float64), share)[0]).sum())
     # Images of one split share their bound, so that they count for less than independent ones.
     deviation = np.sqrt(promised * (1 - promised) / (splits * held) * (1 + held / count))
