@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, TiffImagePlugin  # noqa: F401 - Pillow loads all it knows to find the one for TIFF
@@ -189,7 +190,7 @@ def bytes_to_write(image: InputImage, result: Result) -> int:
 
 def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return an image [H, W, 3] at the overlays' size, [h, w, 3] BGR."""
-    return np.ascontiguousarray(shrink(rgb, OVERLAY_SIDE)[:, :, ::-1])
+    return cv2.cvtColor(shrink(rgb, OVERLAY_SIDE), cv2.COLOR_RGB2BGR).astype(np.uint8, copy=False)
 
 
 def _with_overlay(

@@ -75,6 +75,7 @@ class Stream:
         self._regions = Growing(folder / REGIONS, _csv([REGION_COLUMNS]))
         self._unsettled, self._files, self._next_mark = False, set[str](), 0.0  # of images since the last mark
         self._marked = False  # by a mark that may not be on disk itself
+        self._pool = ThreadPoolExecutor(MOST_FLUSHES, "flush")
         self._recover()
 
     def __enter__(self) -> "Stream":
@@ -84,6 +85,7 @@ class Stream:
         with suppress(OSError):  # of a full disk, say
             self.settle(at_once=True)
             self.settle()
+        self._pool.shutdown()
         for file in (self._scores, self._regions, self._journal):
             file.close()
 
@@ -126,9 +128,8 @@ class Stream:
         places = [*files, *{path.parent for path in files}, self.folder]
         flushes: list[Callable[[], None]] = [partial(_flush_if_there, place) for place in places]
         flushes += [self._scores.flush, self._regions.flush, self._journal.flush]
-        with ThreadPoolExecutor(min(len(flushes), MOST_FLUSHES)) as pool:
-            for _ in pool.map(lambda flush: flush(), flushes):  # at once: the disk takes many in the time of one
-                pass
+        for _ in self._pool.map(lambda flush: flush(), flushes):  # at once: the disk takes many in the time of one
+            pass
         self._journal.append(MARK)
         self._unsettled, self._marked, self._next_mark = False, True, time.monotonic() + PAUSE
         self._files.clear()
