@@ -32,6 +32,7 @@ except ImportError:  # installed without a working compiler
 
 
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
+FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 
@@ -215,7 +216,8 @@ class Int8GramOnce(Int8, GramOnce):
 class Int8ProductPerDegree(Int8):
     """An int8 product of unit features per degree, which is never written: both maxima are taken as it comes.
 
-    Where the processor multiplies tiles such a product takes less time than the pass that it saves.
+    Where the processor multiplies tiles such a product takes less time than the pass that it saves, unless tokens are
+    long. A degree's features are rounded by themselves, so that means of many tokens are off as much as single tokens.
     """
 
     description = "an int8 product per degree, its winners measured in fp32"
@@ -337,7 +339,9 @@ def native_pass_covers(degrees: Sequence[int]) -> bool:
     return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
 
 
-def choose_comparer(precision: str, degrees: Sequence[int], patches: int, window: int | None = None) -> type[Comparer]:
+def choose_comparer(
+    precision: str, degrees: Sequence[int], patches: int, channels: int, window: int | None = None
+) -> type[Comparer]:
     """Choose the fastest comparer that this installation has for these degrees.
 
     precision: "fp32", or "int8", which pays on processors with AVX-512 VNNI. Raises ValueError for another one, where
@@ -357,4 +361,4 @@ def choose_comparer(precision: str, degrees: Sequence[int], patches: int, window
         raise ValueError(
             f"precision int8 takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; use precision fp32"
         )
-    return Int8ProductPerDegree if HAS_TILES and window is None else Int8GramOnce
+    return Int8ProductPerDegree if HAS_TILES and channels <= FEW_CHANNELS and window is None else Int8GramOnce

@@ -512,6 +512,7 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
 #if defined(__AMX_INT8__)
 
 constexpr int kColumns = 2 * kPanel;  // right patches of a block, which has kRows left ones
+constexpr int kTogether = 4;          // rows that are looked through together
 
 // Scales of one side's patches, and terms of cosine - 1, with what fills blocks up behind them.
 struct NearestSide {
@@ -546,14 +547,13 @@ class Nearest {
   int columns() const { return int(right_.scales.size()); }
 
   // Multiplies left patches from p with right ones from q on, whose prepared panels are `rows` and `columns`, and looks
-  // through the block before: Share of its rows beside each kTileBytes of a panel.
-  template <int Share>
+  // through the block before: some of its rows beside each kTileBytes of a panel.
   void multiply(const std::int8_t* rows, const std::int8_t* columns, std::size_t bytes, int p, int q) {
     Look look(*this);
     multiply_tiles(rows, columns, bytes, sums_[turn_ ^= 1], [&] {
       if (look.left == 0) return;
       ZSAD_UNROLL
-      for (int i = 0; i < Share; ++i) look.row();
+      for (int i = 0; i < kTogether; ++i) look.row();
     });
     look.rest();
     p_ = p, q_ = q, there_ = kRows;
@@ -648,10 +648,10 @@ const std::int8_t* filled_columns(const Int8Image& right, int columns, std::vect
   return filled;
 }
 
-template <int Share>
-void find_nearest(const Int8Image& left, const Int8Image& right, Nearest& nearest) {
+void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
   // Fresh memory would take as long as the products.
   static thread_local std::vector<std::int8_t> row_room, column_room;
+  Nearest nearest(left, right);
   const Int8Layout& layout = left.layout;
   const std::size_t bytes = prepared_bytes(layout);
   row_room.resize(std::max(row_room.size(), 2 * bytes + kLine));
@@ -663,14 +663,8 @@ void find_nearest(const Int8Image& left, const Int8Image& right, Nearest& neares
     prepare_rows(Image(left).codes + panel * layout.panel_bytes(), there, layout, rows);
     std::memset(rows + there * bytes, 0, (2 - there) * bytes);
     for (int q = 0; q < nearest.columns(); q += kColumns)
-      nearest.multiply<Share>(rows, columns + q / kPanel * bytes, bytes, p, q);
+      nearest.multiply(rows, columns + q / kPanel * bytes, bytes, p, q);
   }
-}
-
-void find_nearest(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right) {
-  constexpr std::size_t kLong = 16 * kTileBytes;  // of a panel, beside which half as many rows at a time are enough
-  Nearest nearest(left, right);
-  prepared_bytes(left.layout) < kLong ? find_nearest<4>(left, right, nearest) : find_nearest<2>(left, right, nearest);
   nearest.finish(left, right, best_left, best_right);
 }
 
@@ -835,7 +829,8 @@ void ZSAD_JOIN(int8_multiply_, ZSAD_TARGET)(const Int8Image& left, const Int8Ima
   multiply(left, right, 1, apart, rows);
 }
 
-void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, int count, const Kept& kept) {
+void ZSAD_JOIN(int8_running_top_, ZSAD_TARGET)(const Int8Image& left, const Int8Image& right, int count,
+                                               const Kept& kept) {
   KeptRows rows(kept, left.layout.patches);
   multiply(left, right, count, std::numeric_limits<int>::max(), rows);
 }

@@ -33,7 +33,7 @@ class Scoring:
         """precision: "fp32", which "auto" stands for, or "int8"; raises ValueError where it is not to be had."""
         self._task = task
         self.precision = "fp32" if precision == "auto" else precision
-        self._comparer = choose_comparer(self.precision, task.degrees, task.patches, task.window)
+        self._comparer = choose_comparer(self.precision, task.degrees, task.patches, task.channels, task.window)
 
     def check(self, tokens: Any) -> None:
         if tokens.dtype != np.float32:

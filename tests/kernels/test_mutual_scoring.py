@@ -101,7 +101,7 @@ def test_equals_reference(seed, images, layers, grid, channels, degrees, interva
 def smallest_limit(tokens: np.ndarray, degrees) -> int:
     """The limit under which only one image per chunk stays resident."""
     images, _, patches, channels = tokens.shape
-    comparer = comparers.choose_comparer("fp32", degrees, patches)
+    comparer = comparers.choose_comparer("fp32", degrees, patches, channels)
     low, high = 0, 1 << 40
     while high - low > 1:
         middle = (low + high) // 2

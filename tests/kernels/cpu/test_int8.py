@@ -173,7 +173,15 @@ def test_degrees_beyond_the_native_kernel_are_refused() -> None:
 @native
 def test_more_patches_than_a_key_can_name_are_refused() -> None:
     with pytest.raises(ValueError, match="65536 patches"):
-        comparers.choose_comparer("int8", [1], 257 * 256)
+        comparers.choose_comparer("int8", [1], 257 * 256, 8)
+
+
+@native
+def test_a_product_per_degree_takes_tiles_and_short_tokens_without_a_window() -> None:
+    short = comparers.Int8ProductPerDegree if comparers.HAS_TILES else comparers.Int8GramOnce
+    assert comparers.choose_comparer("int8", [1, 3], 16, 384) is short
+    assert comparers.choose_comparer("int8", [1, 3], 16, 1024) is comparers.Int8GramOnce
+    assert comparers.choose_comparer("int8", [1, 3], 16, 384, window=2) is comparers.Int8GramOnce
 
 
 def test_the_plan_counts_the_winners() -> None:
