@@ -132,7 +132,7 @@ def test_real_categories_beat_random_features_and_equal_the_oracle(real_data: Pa
 
 
 def test_demo_finds_the_planted_defects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--demo", "--output", str(tmp_path), "--image-size", "280", "--json", "-q"]) == 0
+    assert main(["--demo", "--output", str(tmp_path), "--image-size", "196", "--json", "-q"]) == 0
     run = json.loads(capsys.readouterr().out)
     metrics = run["metrics"]["categories"]["flange"]
     assert metrics["image_auroc"] > 0.9
