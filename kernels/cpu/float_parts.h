@@ -40,11 +40,14 @@ inline void split(__m512 x, __m512i (&parts)[Parts]) {
   }
 }
 
-// Rows [count, channels] as tiles [parts, rows / 16, steps, 16, 32], channels filled up with zeros. Rows from `count`
-// on are left as they were: their products go nowhere.
-template <int Parts = kParts>
-inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
-  const std::size_t steps = steps_of(channels), part_bytes = part_bytes_of(count, steps);
+// At most 16 floats, zeros behind them.
+inline __m512 some_floats(const float* x, int count) {
+  return _mm512_maskz_loadu_ps(__mmask16(count < 16 ? (1u << std::max(count, 0)) - 1 : 0xFFFF), x);
+}
+
+// Splits the 32 channels of a row's step, and stores its parts `part_bytes` apart.
+template <int Parts>
+inline void split_step(__m512 x, __m512 following, std::uint8_t* to, std::size_t part_bytes) {
   alignas(64) static const struct Odd {
     std::uint16_t word[32];
     Odd() {
@@ -52,18 +55,65 @@ inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int chan
     }
   } odd;
   const __m512i words = _mm512_load_si512(odd.word);
+  __m512i first[Parts], second[Parts];
+  split(x, first);
+  split(following, second);
+  for (int part = 0; part < Parts; ++part)
+    _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
+}
+
+// Where a row's step lies among tiles [rows / 16, steps, 16, 32].
+inline std::size_t step_at(int row, std::size_t step, std::size_t steps) {
+  return (row / kTileRows * steps + step) * kTileBytes + row % kTileRows * 64;
+}
+
+// Rows [count, channels] as tiles [parts, rows / 16, steps, 16, 32], channels filled up with zeros. Rows from `count`
+// on are left as they were: their products go nowhere.
+template <int Parts = kParts>
+inline void split_rows(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
+  const std::size_t steps = steps_of(channels), part_bytes = part_bytes_of(count, steps);
   for (int row = 0; row < count; ++row)
     for (std::size_t step = 0; step < steps; ++step) {
       const int left = channels - int(kStep * step);
       const float* at = x + row * pitch + kStep * step;
-      __m512i first[Parts], second[Parts];
-      const auto some = [](int n) { return __mmask16(n < 16 ? (1u << std::max(n, 0)) - 1 : 0xFFFF); };
-      split(_mm512_maskz_loadu_ps(some(left), at), first);
-      split(_mm512_maskz_loadu_ps(some(left - 16), at + 16), second);
-      std::uint8_t* to = out + (row / kTileRows * steps + step) * kTileBytes + row % kTileRows * 64;
-      for (int part = 0; part < Parts; ++part)
-        _mm512_store_si512(to + part * part_bytes, _mm512_permutex2var_epi16(first[part], words, second[part]));
+      split_step<Parts>(some_floats(at, left), some_floats(at + 16, left - 16), out + step_at(row, step, steps),
+                        part_bytes);
     }
+}
+
+// Columns [count, channels] as tiles [columns / 32, parts, 2, steps, 16 pairs, 16, 2].
+inline void split_columns(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
+  const std::size_t bytes = kParts * part_bytes_of(kPairRows, steps_of(channels));
+  for (int first = 0; first < count; first += kPairRows, out += bytes) {
+    split_rows(x + first * pitch, pitch, std::min(kPairRows, count - first), channels, out);
+    for (std::size_t at = 0; at < bytes; at += kTileBytes) {
+      __m512i rows[kTileRows];
+      _Pragma("GCC unroll 16")
+      for (int i = 0; i < kTileRows; ++i) rows[i] = _mm512_load_si512(out + at + i * 64);
+      transpose(rows);
+      _Pragma("GCC unroll 16")
+      for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(out + at + i * 64, rows[i]);
+    }
+  }
+}
+
+// A panel of at most 16 columns [channels, columns], rows `pitch` floats apart, as tiles [parts, steps, 16 pairs, 16,
+// 2], parts `part_bytes` apart.
+template <int Parts>
+inline void split_panel(const float* x, std::ptrdiff_t pitch, int columns, int channels, std::size_t part_bytes,
+                        std::uint8_t* out) {
+  const int pairs = int(steps_of(channels)) * kStep / 2;
+  for (int pair = 0; pair < pairs; ++pair) {
+    __m512i even[Parts], odd[Parts];
+    const auto row = [&](int i) {
+      return i < channels ? some_floats(x + i * pitch, columns) : _mm512_setzero_ps();
+    };
+    split(row(2 * pair), even);
+    split(row(2 * pair + 1), odd);
+    for (int part = 0; part < Parts; ++part)
+      _mm512_store_si512(out + part * part_bytes + pair * 64,
+                         _mm512_or_si512(_mm512_srli_epi32(even[part], 16), odd[part]));
+  }
 }
 
 // Adds to products [32, 16 * Panels], rows `pitch` bytes apart, or begins them. rows: two tiles of each step, the

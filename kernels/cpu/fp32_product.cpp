@@ -15,22 +15,6 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-// Columns [count, channels] as tiles [columns / 32, parts, 2, steps, 16 pairs, 16, 2].
-void split_columns(const float* x, std::ptrdiff_t pitch, int count, int channels, std::uint8_t* out) {
-  const std::size_t bytes = kParts * part_bytes_of(kPairRows, steps_of(channels));
-  for (int first = 0; first < count; first += kPairRows, out += bytes) {
-    split_rows(x + first * pitch, pitch, std::min(kPairRows, count - first), channels, out);
-    for (std::size_t at = 0; at < bytes; at += kTileBytes) {
-      __m512i rows[kTileRows];
-      _Pragma("GCC unroll 16")
-      for (int i = 0; i < kTileRows; ++i) rows[i] = _mm512_load_si512(out + at + i * kLine);
-      transpose(rows);
-      _Pragma("GCC unroll 16")
-      for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(out + at + i * kLine, rows[i]);
-    }
-  }
-}
-
 // Adds to products [rows, columns], or begins them.
 void multiply_block(const std::uint8_t* left, int rows, const std::uint8_t* right, int columns, std::size_t steps,
                     bool begin, float* out, std::ptrdiff_t pitch) {

@@ -427,7 +427,7 @@ struct Scratch {
         turned(up(window_length, kLanes) * (t.width / t.heads + window_length)),
         window_tokens(window_rows),
         head_tokens(window_length),
-        row_parts(std::size_t(kParts) * up(tile, kTile) * kDepth * 2),
+        row_parts(std::size_t(kParts) * std::max(up(tile, kTile) * kDepth, kParts ? kQueries * key_pitch : 0) * 2),
         panel_parts(std::size_t(kParts) * 2 * kColumns * kDepth * 2),
         sums(kParts ? sums_at_once(t, up(tile, kTile)) : 0) {}
 
@@ -452,20 +452,6 @@ struct Scratch {
 };
 
 #if defined(__AMX_INT8__)
-
-// A panel's weights [inputs, 16] as tiles [parts, steps, 16 pairs, 16, 2], parts `part_bytes` apart.
-template <int Parts>
-void split_panel(const float* weights, int inputs, std::size_t part_bytes, Code* out) {
-  const int pairs = int(up(inputs, 32)) / 2;
-  for (int pair = 0; pair < pairs; ++pair) {
-    __m512i even[Parts], odd[Parts];
-    split(2 * pair < inputs ? _mm512_loadu_ps(weights + 2 * pair * kColumns) : _mm512_setzero_ps(), even);
-    split(2 * pair + 1 < inputs ? _mm512_loadu_ps(weights + (2 * pair + 1) * kColumns) : _mm512_setzero_ps(), odd);
-    for (int part = 0; part < Parts; ++part)
-      _mm512_store_si512(out + part * part_bytes + pair * 64,
-                         _mm512_or_si512(_mm512_srli_epi32(even[part], 16), odd[part]));
-  }
-}
 
 // Weights that are fetched into the second-level cache, some at each step of the products before theirs: processors
 // come late for what is split in so short a time.
@@ -500,8 +486,8 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
       const int some = std::min(2, panels - panel);
       s.clock.turn(Part::kLayout);
       for (int i = 0; i < some; ++i)
-        split_panel<Parts>(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, inputs, panel_part,
-                    s.panel_parts.get() + i * steps * kTileBytes);
+        split_panel<Parts>(layer.weights + (std::size_t(panel + i) * depth + from) * kColumns, kColumns, kColumns,
+                           inputs, panel_part, s.panel_parts.get() + i * steps * kTileBytes);
       s.clock.turn(Part::kLinear);
       const int blocks = (count + kTile - 1) / kTile, next = std::min(2, panels - panel - 2);
       Ahead ahead{layer.weights + (std::size_t(panel + 2) * depth + from) * kColumns, std::size_t(depth) * kColumns,
@@ -583,11 +569,6 @@ inline float top_logit(float* row, int tokens, std::size_t filled) {
 
 typedef std::uint16_t Half;
 
-// At most 16 values, zeros behind them.
-inline Vec some(const float* x, int count) {
-  return count >= kLanes ? load(x) : (Vec)_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), x);
-}
-
 // 16 values rounded to bfloat16.
 inline __m256i halves(Vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
@@ -608,15 +589,16 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   Half* k = reinterpret_cast<Half*>(room);
   Half* v = reinterpret_cast<Half*>(room + packed.key_bytes);
   const int vectors = (a.width + kLanes - 1) / kLanes;
+  const auto part = [&](const float* x, int i) { return (Vec)some_floats(x + i * kLanes, a.width - i * kLanes); };
   Vec mean[kMaxHead / kLanes] = {};
   for (int t = 0; t < a.tokens; ++t)
-    for (int i = 0; i < vectors; ++i) mean[i] += some(keys + t * a.pitch + i * kLanes, a.width - i * kLanes);
+    for (int i = 0; i < vectors; ++i) mean[i] += part(keys + t * a.pitch, i);
   for (int i = 0; i < vectors; ++i) mean[i] /= float(a.tokens);
   alignas(64) Half row[kMaxHead] = {};
   const __m512i to = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
   for (int t = 0; t < a.tokens; ++t) {
     for (int i = 0; i < vectors; ++i) {
-      const Vec key = some(keys + t * a.pitch + i * kLanes, a.width - i * kLanes) - mean[i];
+      const Vec key = part(keys + t * a.pitch, i) - mean[i];
       _mm256_store_si256(reinterpret_cast<__m256i*>(row + i * kLanes), halves(key));
     }
     for (int step = 0; step < packed.steps; ++step)
@@ -626,10 +608,9 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   const std::size_t panel = up(a.tokens, kFill) * kColumns;
   for (int t = 0; t < a.tokens; t += 2)
     for (int i = 0; i < vectors; ++i) {
-      const float* pair = values + t * a.pitch + i * kLanes;
-      const int width = a.width - i * kLanes;
-      const __m512i low = _mm512_cvtepu16_epi32(halves(some(pair, width)));
-      const __m512i high = _mm512_cvtepu16_epi32(halves(t + 1 < a.tokens ? some(pair + a.pitch, width) : Vec{}));
+      const __m512i low = _mm512_cvtepu16_epi32(halves(part(values + t * a.pitch, i)));
+      const Vec next = t + 1 < a.tokens ? part(values + (t + 1) * a.pitch, i) : Vec{};
+      const __m512i high = _mm512_cvtepu16_epi32(halves(next));
       _mm512_storeu_si512(v + i * panel + std::size_t(t / 2) * 32,
                           _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
@@ -644,7 +625,7 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
   for (int i = 0; i < count; ++i)
     for (int c = 0; c < a.width; c += kLanes)
       _mm256_store_si256(reinterpret_cast<__m256i*>(q[i] + c),
-                         halves(some(queries + i * a.pitch + c, a.width - c) * a.scale));
+                         halves((Vec)some_floats(queries + i * a.pitch + c, a.width - c) * a.scale));
   float* logits = s.logits.get();
   const std::size_t key_panel = packed.steps * 1024, filled = up(a.tokens, kFill);
   for (int first = 0; first < a.tokens; first += 2 * kColumns)
@@ -787,7 +768,73 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
 
 #endif
 
-// The same in fp32: keys [panels, width, 16], values [panels of 16 channels, tokens, 16].
+// The same in fp32 by parts: keys [blocks of 32, parts, 2, steps, 16 pairs, 16, 2] and values [blocks of 32 channels,
+// parts, 2, steps of tokens, 16 pairs, 16, 2].
+#if defined(__AMX_INT8__)
+
+std::size_t block_bytes(std::size_t steps) { return kParts * 2 * steps * kTileBytes; }
+
+std::size_t blocks_of(int n) { return (n + 2 * kColumns - 1) / (2 * kColumns); }
+
+std::size_t float_key_bytes(const Attention& a) { return blocks_of(a.tokens) * block_bytes(steps_of(a.width)); }
+
+std::size_t float_head_bytes(const Attention& a) {
+  return float_key_bytes(a) + blocks_of(a.width) * block_bytes(steps_of(a.tokens));
+}
+
+void pack_float_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
+  split_columns(keys, a.pitch, a.tokens, a.width, room);
+  room += float_key_bytes(a);
+  const std::size_t steps = steps_of(a.tokens);
+  for (int c = 0; c < int(blocks_of(a.width)) * 2 * kColumns; c += kColumns)
+    split_panel<kParts>(values + std::min(c, a.width), a.pitch, a.width - c, a.tokens, 2 * steps * kTileBytes,
+                        room + c / (2 * kColumns) * block_bytes(steps) + c / kColumns % 2 * steps * kTileBytes);
+}
+
+void attend_floats(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
+                   float* out, std::size_t out_pitch) {
+  const During during(s.clock, Part::kLayout);
+  const std::size_t steps = steps_of(a.width), token_steps = steps_of(a.tokens), filled = token_steps * kStep;
+  alignas(64) float q[kQueries][kMaxHead];
+  for (int i = 0; i < count; ++i)
+    for (int c = 0; c < a.width; ++c) q[i][c] = queries[i * a.pitch + c] * a.scale;
+  std::uint8_t* const parts = s.row_parts.get();
+  split_rows(q[0], kMaxHead, count, a.width, parts);
+  s.clock.turn(Part::kAttention);
+  float *logits = s.logits.get(), inverse[kQueries];
+  const auto nothing = [] {};
+  for (std::size_t block = 0; block < blocks_of(a.tokens); ++block)
+    multiply_parts<2>(parts, 2 * steps * kTileBytes, room + block * block_bytes(steps), 2 * steps * kTileBytes, steps,
+                      true, logits + block * 2 * kColumns, s.key_pitch * sizeof(float), nothing);
+  s.clock.turn(Part::kSoftmax);
+  for (int i = 0; i < count; ++i) {
+    float* row = logits + i * s.key_pitch;
+    const float top = top_logit(row, a.tokens, filled);
+    Vec total = {};
+    for (std::size_t step = 0; step < token_steps; ++step) {
+      const Vec p = power_of_two<5>(load(row + step * kStep) - top);
+      const Vec following = power_of_two<5>(load(row + step * kStep + kLanes) - top);
+      total += p + following;
+      split_step<kParts>((__m512)p, (__m512)following, parts + step_at(i, step, token_steps),
+                         2 * token_steps * kTileBytes);
+    }
+    inverse[i] = 1.0f / sum(total);
+  }
+  s.clock.turn(Part::kAttention);
+  room += float_key_bytes(a);
+  for (int c = 0; c < a.width; c += 2 * kColumns, room += block_bytes(token_steps)) {
+    alignas(64) float mixed[kQueries][2 * kColumns];
+    multiply_parts<2>(parts, 2 * token_steps * kTileBytes, room, 2 * token_steps * kTileBytes, token_steps, true,
+                      mixed[0], sizeof mixed[0], nothing);
+    for (int i = 0; i < count; ++i)
+      for (int j = 0; j < std::min(2 * kColumns, a.width - c); ++j)
+        out[i * out_pitch + c + j] = mixed[i][j] * inverse[i];
+  }
+}
+
+#else
+
+// In fp32: keys [panels, width, 16], values [panels of 16 channels, tokens, 16].
 std::size_t float_head_bytes(const Attention& a) {
   return up((up(a.tokens, kColumns) * a.width + up(a.width, kColumns) * a.tokens) * sizeof(float), 64);
 }
@@ -833,6 +880,8 @@ void attend_floats(const Attention& a, const float* queries, int count, const un
                     if (width > 0) std::memcpy(out + row * out_pitch + column, &values, width * sizeof(float));
                   });
 }
+
+#endif
 
 // The panels of a linear layer from `first` until before `last`.
 Linear part_of(const Linear& layer, int first, int last) {
@@ -969,7 +1018,8 @@ class Forward {
     for (std::thread& other : others) other.join();
     if (!run_.seconds) return;
     for (const auto& s : scratch_)
-      for (int part = 0; part < kTowerParts; ++part) run_.seconds[part] += s->clock.seconds[part] / double(scratch_.size());
+      for (int part = 0; part < kTowerParts; ++part)
+        run_.seconds[part] += s->clock.seconds[part] / double(scratch_.size());
   }
 
  private:

@@ -60,8 +60,8 @@ struct Windows {
   float* out;                  // [batch, count, width]
 };
 
-// What the threads of a tower spend their time on. Activations count with the layer whose outputs they are of; layout is
-// whatever brings values into the order and the codes or parts that products want them in.
+// What the threads of a tower spend their time on. Activations count with the layer whose outputs they are of; layout
+// is whatever brings values into the order and the codes or parts that products want them in.
 enum class Part { kLinear, kAttention, kSoftmax, kNormalisation, kLayout, kOther, kWaiting };
 constexpr int kTowerParts = int(Part::kWaiting) + 1;
 

@@ -527,7 +527,8 @@ NB_MODULE(_cpu, m) {
   m.def(
       "tower_parts",
       [] {
-        return std::vector<std::string>{"linear", "attention", "softmax", "normalisation", "layout", "other", "waiting"};
+        return std::vector<std::string>{"linear", "attention", "softmax", "normalisation",
+                                        "layout", "other",     "waiting"};
       },
       "What the threads of an image tower spend their time on.");
   nb::class_<ImageTower>(m, "ImageTower", "A vision transformer's image tower over arrays that it keeps.")
