@@ -1,7 +1,6 @@
 """Nearest neighbours by cosine in a bank of vectors, for methods that remember what good images look like."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -119,7 +118,8 @@ def search_all(banks: Sequence[Nearest], queries: Sequence[NDArray[Any]]) -> lis
     """
     if not all(isinstance(bank._search, cpu.Search) for bank in banks):
         return [bank.search(own) for bank, own in zip(banks, queries, strict=True)]
-    with cpu.all_workers() as workers, ThreadPoolExecutor(len(banks)) as asking:
+    asking = cpu.standing_threads("ask", len(banks))
+    with cpu.all_workers() as workers:
         return list(asking.map(lambda bank, own: bank.search(own, workers), banks, queries))
 
 

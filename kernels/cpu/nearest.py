@@ -611,8 +611,17 @@ def _shares(count: int, workers: int) -> list[slice]:
 @contextmanager
 def all_workers() -> Iterator[Workers]:
     """Yield as many workers as there are cores, each of which multiplies by itself."""
-    with ThreadPoolExecutor(available_cores()) as pool, one_blas_thread():
-        yield Workers(available_cores(), pool)
+    with one_blas_thread():
+        yield Workers(available_cores(), standing_threads("work", available_cores()))
+
+
+@cache
+def standing_threads(name: str, count: int) -> ThreadPoolExecutor:
+    """Return threads that stay: what one image takes of them is not much longer than it takes to start some.
+
+    What they do must not wait for others of the same name.
+    """
+    return ThreadPoolExecutor(count, name)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
