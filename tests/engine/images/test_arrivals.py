@@ -297,3 +297,28 @@ def test_without_the_library_it_is_said_how_to_get_it(
     signals.start()
     assert not signals.telling()
     assert "pip install 'zsad[watch]'" in caplog.text
+
+
+def test_what_the_system_tells_is_taken_until_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def watch(root: Path, **_: Any) -> Iterator[set[tuple[int, str]]]:
+        yield set()
+        yield {(1, f"{root}/a.png"), (2, f"{root}/b.png")}
+        yield {(1, f"{root}/{number}.png") for number in range(3)}
+        raise RuntimeError("no space left on device about inotify watches")
+
+    monkeypatch.setitem(sys.modules, "watchfiles", type("watchfiles", (), {"watch": staticmethod(watch)}))
+    monkeypatch.setattr(module, "MOST_WAITING", 2)
+    signals = Signals(tmp_path)
+    signals.start()
+    assert signals.telling()
+    assert signals.missed()  # what came before
+    signals.wait(9)
+    assert sorted(signals.changed()) == [tmp_path / "a.png", tmp_path / "b.png"]
+    signals.wait(9)  # more than is kept in mind
+    assert signals.missed()
+    assert signals.changed() == []
+    assert not signals.telling()
+    assert "does not tell of new files (no space left" in caplog.text
+    signals.wait(0.01)

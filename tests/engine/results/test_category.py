@@ -5,6 +5,7 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,32 @@ def test_an_image_without_memory_is_tried_again(
         interrupted(category, tmp_path, 3)
     assert write(category, tmp_path) == ["01.png", "03.png"]
     assert files(tmp_path) == whole
+
+
+def test_an_overlay_drawn_beside_its_map_is_the_same(
+    category: Category, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = Result(0, 0.5, 0.5, np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4), (0.0, 1.0))
+    with ThreadPoolExecutor(1) as beside:
+        found = []
+        for name, threads in (("alone", None), ("beside", beside)):
+            (tmp_path / name).mkdir()
+            written, pictures = ImageFiles(tmp_path / name, WRITING, None, threads).write(
+                category.images[0], result, True
+            )
+            files = [(tmp_path / name / file).read_bytes() for file in written.record.files()]
+            found.append((written, {key: picture.tobytes() for key, picture in pictures.items()}, files))
+        assert found[0] == found[1]
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(image_files.Image.Image, "save", full)
+        (tmp_path / "full").mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            ImageFiles(tmp_path / "full", WRITING, None, beside).write(category.images[0], result, True)
+        (overlay,) = (tmp_path / "full" / "overlays").rglob("*.jpg")
+        assert overlay.read_bytes() == found[0][2][1]  # nobody is still at it
 
 
 @pytest.mark.slow
