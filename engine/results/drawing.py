@@ -28,8 +28,10 @@ def draw_overlay(bgr: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray
         strip = slice(top, top + rows)
         here = np.clip(resized[strip], 0, 1)
         colours = cv2.applyColorMap((here * 255).astype(np.uint8), _turbo())
-        opacity = (0.12 + 0.58 * here)[:, :, None]
-        drawn[strip] = (bgr[strip] * (1 - opacity) + colours * opacity).astype(np.uint8)
+        opacity = cv2.merge([0.12 + 0.58 * here] * 3)
+        below = cv2.multiply(bgr[strip], 1 - opacity, dtype=cv2.CV_32F)
+        above = cv2.multiply(colours, opacity, dtype=cv2.CV_32F)
+        drawn[strip] = cv2.add(below, above).astype(np.uint8)
     return drawn
 
 
