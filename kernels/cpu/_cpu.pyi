@@ -59,9 +59,9 @@ def index_mask(patches: int) -> int:
 def int8_bytes(patches: int, channels: int) -> int:
     """Size of a quantised image."""
 
-def int8_quantise(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], mean: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+def int8_quantise(tokens: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], mean: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '', near: bool = False) -> None:
     """
-    Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.
+    Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply. near: products of near tokens are to be the more exact, those of others may be less so.
     """
 
 def int8_multiply(left: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], gram: Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu')], apart: int | None = None, instruction_set: str = '') -> None:

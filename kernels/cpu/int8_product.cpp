@@ -5,6 +5,9 @@
 //   gram[p, q] = scale_left[p] * scale_right[q] * sum over c of code_left[p, c] * code_right[q, c]
 //                + mean_term_left[p] + mean_term_right[q],   mean_term[p] = mean . x[p] - |mean|^2 / 2
 //
+// Rounding leaves u = q + e, and of a product q[p] . e[q] + e[p] . q[q] is missing. Where near products are what counts,
+// u[p] . e[p] + u[q] . e[q], which is nothing on the mean, takes its place, as part of the mean terms: what is then
+// missing is in proportion to how far u[p] and u[q] are apart, and not to their length.
 // The mean is any vector that all images share. What the tokens of a layer have in common, a few huge channels above
 // all, then takes no part in the rounding: it tells no two patches apart and would drown what does.
 // The transform (Walsh-Hadamard over the first B channels and, where C is not B, the largest power of two up to C, once
@@ -774,16 +777,26 @@ void centre(const float* tokens, const float* mean, int count, int C, float* out
       out[c * kPanel + i] = i < count ? tokens[std::size_t(i) * C + c] - mean[c] : 0.0f;
 }
 
-// The codes of a quad of channels, values: [kQuad, kPanel]; sums: of codes, added to.
-void pack(const float* values, const float* inverse, std::int32_t* sums, std::int8_t* codes) {
+// What the codes of a panel's patches add up to, and the products of exact values with what rounding has left.
+struct CodeSums {
+  std::int32_t codes[kPanel] = {};
+  float left[kPanel] = {};
+};
+
+// The codes of a quad of channels, values: [kQuad, kPanel].
+void pack(const float* values, const float* inverse, CodeSums& sums, std::int8_t* codes) {
   std::uint32_t quads[kPanel];
 #pragma omp simd
   for (int i = 0; i < kPanel; ++i) {
-    const auto code = [&](int c) { return std::int32_t(std::nearbyint(values[c * kPanel + i] * inverse[i])); };
-    const std::int32_t a = code(0), b = code(1), c = code(2), d = code(3);
-    sums[i] += a + b + c + d;
-    quads[i] = (std::uint32_t(a) & 255u) | (std::uint32_t(b) & 255u) << 8 | (std::uint32_t(c) & 255u) << 16 |
-               std::uint32_t(d) << 24;
+    std::uint32_t quad = 0;
+    for (int c = 0; c < kQuad; ++c) {
+      const float exact = values[c * kPanel + i] * inverse[i], rounded = std::nearbyint(exact);
+      const std::int32_t code = std::int32_t(rounded);
+      sums.codes[i] += code;
+      sums.left[i] += exact * (exact - rounded);
+      quad |= (std::uint32_t(code) & 255u) << 8 * c;
+    }
+    quads[i] = quad;
   }
   std::memcpy(codes, quads, sizeof quads);
 }
@@ -791,7 +804,7 @@ void pack(const float* values, const float* inverse, std::int32_t* sums, std::in
 }  // namespace
 
 void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* mean, const Int8Layout& layout,
-                                            unsigned char* out) {
+                                            bool near, unsigned char* out) {
   const int C = layout.channels;
   std::vector<float> transposed(std::size_t(layout.quads) * kQuad * kPanel);  // filled up with zeros
   float* scales = reinterpret_cast<float*>(out);
@@ -816,10 +829,13 @@ void ZSAD_JOIN(int8_quantise_, ZSAD_TARGET)(const float* tokens, const float* me
       scales[first + i] = largest[i] / 127.0f;
       inverse[i] = largest[i] > 0 ? 127.0f / largest[i] : 0.0f;
     }
-    std::int32_t sums[kPanel] = {};
+    CodeSums sums;
     for (int quad = 0; quad < layout.quads; ++quad)
       pack(transposed.data() + quad * kQuad * kPanel, inverse, sums, codes + quad * kQuad * kPanel);
-    for (int i = 0; i < kPanel; ++i) offsets[first + i] = -128 * sums[i];
+    for (int i = 0; i < kPanel; ++i) {
+      offsets[first + i] = -128 * sums.codes[i];
+      if (near) terms[i] += scales[first + i] * scales[first + i] * sums.left[i];
+    }
   }
 }
 

@@ -29,11 +29,13 @@ struct Int8Layout {
 };
 
 // tokens: [P, C], layer-normed; mean: [C], the same for all images that are to be multiplied with each other;
+// near: products of tokens that lie near each other are to be the more exact, those of others may be less so;
 // out: a buffer of layout.bytes bytes, aligned to 4 bytes and best to a cache line.
-void int8_quantise_portable(const float* tokens, const float* mean, const Int8Layout& layout, unsigned char* out);
-void int8_quantise_avx2(const float*, const float*, const Int8Layout&, unsigned char*);
-void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, unsigned char*);
-void int8_quantise_avx512amx(const float*, const float*, const Int8Layout&, unsigned char*);
+void int8_quantise_portable(const float* tokens, const float* mean, const Int8Layout& layout, bool near,
+                            unsigned char* out);
+void int8_quantise_avx2(const float*, const float*, const Int8Layout&, bool, unsigned char*);
+void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, bool, unsigned char*);
+void int8_quantise_avx512amx(const float*, const float*, const Int8Layout&, bool, unsigned char*);
 
 // A quantised image as int8_multiply takes it.
 struct Int8Image {

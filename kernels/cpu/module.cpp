@@ -188,15 +188,15 @@ zsad::Int8Layout layout_of(std::size_t patches, std::size_t channels) {
   return zsad::Int8Layout(int(patches), int(channels));
 }
 
-void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& out,
-                   const std::string& instruction_set) {
+void int8_quantise(const Matrix& tokens, const Vector& mean, const BytesOutput& out, const std::string& instruction_set,
+                   bool near) {
   const auto layout = layout_of(tokens.shape(0), tokens.shape(1));
   require(mean.shape(0) == tokens.shape(1), "mean must be [C]");
   require(out.shape(0) == layout.bytes, "out must have int8_bytes(P, C) bytes");
   require(reinterpret_cast<std::uintptr_t>(out.data()) % sizeof(float) == 0, "out must be aligned to 4 bytes");
   const auto run = int8_quantisers.choose(instruction_set);
   nb::gil_scoped_release release;
-  run(tokens.data(), mean.data(), layout, out.data());
+  run(tokens.data(), mean.data(), layout, near, out.data());
 }
 
 struct Int8Pair {
@@ -564,8 +564,9 @@ NB_MODULE(_cpu, m) {
   m.def(
       "int8_bytes", [](std::size_t patches, std::size_t channels) { return layout_of(patches, channels).bytes; },
       "patches"_a, "channels"_a, "Size of a quantised image.");
-  m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "",
-        "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply.");
+  m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "", "near"_a = false,
+        "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply. near: products "
+        "of near tokens are to be the more exact, those of others may be less so.");
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "apart"_a = nb::none(),
         "instruction_set"_a = "",
         "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");

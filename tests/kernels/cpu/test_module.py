@@ -250,10 +250,10 @@ def test_pooling(instruction_set: str, grid: tuple[int, int], channels: int) -> 
             comparers._cpu.pool(*arguments, 0.0, inverse, unit)
 
 
-def quantise(x: np.ndarray, instruction_set: str, mean: np.ndarray | None = None) -> np.ndarray:
+def quantise(x: np.ndarray, instruction_set: str, mean: np.ndarray | None = None, near: bool = False) -> np.ndarray:
     codes = np.full(comparers._cpu.int8_bytes(*x.shape), 0xAA, np.uint8)
     mean = np.zeros(x.shape[1], np.float32) if mean is None else mean
-    comparers._cpu.int8_quantise(x, mean, codes, instruction_set)
+    comparers._cpu.int8_quantise(x, mean, codes, instruction_set, near)
     return codes
 
 
@@ -304,6 +304,23 @@ def test_a_common_mean_takes_no_part_in_the_rounding(instruction_set: str) -> No
     exact = (left + mean).astype(np.float64) @ (right + mean).T.astype(np.float64)
     error = np.abs(centred - left.astype(np.float64) @ right.T).max()
     np.testing.assert_allclose(gram, exact, atol=error + 1e-6 * exact.max())
+
+
+@pytest.mark.parametrize("instruction_set", INT8_SETS)
+@pytest.mark.parametrize("apart", [0.01, 0.1, 0.5])
+def test_products_of_near_tokens_are_off_in_proportion_to_how_far_they_are_apart(
+    instruction_set: str, apart: float
+) -> None:
+    x, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in make_pair(17, 100, 384))
+    pair, mean = (x, x + np.float32(apart) * other), 0.02 * make_pair(18, 1, 384)[0][0]
+    errors = []
+    for near in (False, True):
+        gram = empty_gram(100)
+        comparers._cpu.int8_multiply(
+            *(quantise(x, instruction_set, mean, near) for x in pair), gram, instruction_set=instruction_set
+        )
+        errors.append(np.std(np.diagonal(gram - pair[0].astype(np.float64) @ pair[1].T)))
+    assert errors[1] < 1.5 * apart * errors[0] + 3e-5  # and the product of what both roundings leave
 
 
 @pytest.mark.parametrize("channels", [6, 64, 200])
