@@ -148,9 +148,9 @@ class Int8(Comparer):
     """Int8 products only choose the winners; their distances are measured again in fp32.
 
     Vectors are quantised around their mean in the layer with one scale each, which leaves a cosine error of a few 1e-4,
-    the less the nearer two of them are. What comparing finds are keys: 1 − cosine, with the winner's patch number in the lowest bits of the mantissa, which
-    costs no memory and next to no time. `measure_winners` then replaces what was selected by exact cosines of unit
-    features.
+    the less the nearer two of them are. What comparing finds are keys: 1 − cosine, with the winner's patch number in
+    the lowest bits of the mantissa, which costs no memory and next to no time. `measure_winners` then replaces what was
+    selected by exact cosines of unit features.
     """
 
     @classmethod
@@ -206,9 +206,8 @@ class Int8GramOnce(Int8, GramOnce):
     def prepare(self, tokens: Array, features: Features) -> None:
         normalised = layer_normalise(tokens)
         _cpu.pool(normalised, self.grid, self.degrees, ZERO_NORM, features.inverse)
-        _cpu.int8_quantise(
-            normalised, self.mean, features.array, near=self.window is None
-        )  # near a place need not be near
+        near = self.window is None  # what is nearest within a window may be far
+        _cpu.int8_quantise(normalised, self.mean, features.array, near=near)
 
     def multiply(self, left: NDArray[Any], right: NDArray[Any], gram: Array) -> None:
         apart = None if self.rows_apart is None else (self.rows_apart + 1) * self.grid[1] - 1

@@ -5,7 +5,7 @@
 //   gram[p, q] = scale_left[p] * scale_right[q] * sum over c of code_left[p, c] * code_right[q, c]
 //                + mean_term_left[p] + mean_term_right[q],   mean_term[p] = mean . x[p] - |mean|^2 / 2
 //
-// Rounding leaves u = q + e, and of a product q[p] . e[q] + e[p] . q[q] is missing. Where near products are what counts,
+// Rounding leaves u = q + e, and of a product q[p] . e[q] + e[p] . q[q] is missing. Where near ones are what counts,
 // u[p] . e[p] + u[q] . e[q], which is nothing on the mean, takes its place, as part of the mean terms: what is then
 // missing is in proportion to how far u[p] and u[q] are apart, and not to their length.
 // The mean is any vector that all images share. What the tokens of a layer have in common, a few huge channels above

@@ -59,8 +59,8 @@ void int8_running_top_avx2(const Int8Image&, const Int8Image&, int, const Kept&)
 void int8_running_top_avx512vnni(const Int8Image&, const Int8Image&, int, const Kept&);
 void int8_running_top_avx512amx(const Int8Image&, const Int8Image&, int, const Kept&);
 
-// The same products, of unit vectors, go into keys (gram_pass.h) of both sides' nearest instead of a Gram: best_left [P]
-// and best_right [Q], both out; Q at most kMaxKeyPatches as is P.
+// The same products, of unit vectors, go into keys (gram_pass.h) of both sides' nearest instead of a Gram:
+// best_left [P] and best_right [Q], both out; P and Q at most kMaxKeyPatches.
 void int8_nearest_portable(const Int8Image& left, const Int8Image& right, float* best_left, float* best_right);
 void int8_nearest_avx2(const Int8Image&, const Int8Image&, float*, float*);
 void int8_nearest_avx512vnni(const Int8Image&, const Int8Image&, float*, float*);

@@ -565,8 +565,8 @@ NB_MODULE(_cpu, m) {
       "int8_bytes", [](std::size_t patches, std::size_t channels) { return layout_of(patches, channels).bytes; },
       "patches"_a, "channels"_a, "Size of a quantised image.");
   m.def("int8_quantise", &int8_quantise, "tokens"_a, "mean"_a, "out"_a, "instruction_set"_a = "", "near"_a = false,
-        "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply. near: products "
-        "of near tokens are to be the more exact, those of others may be less so.");
+        "Quantise layer-normed tokens [P, C] around a mean [C] that all images share, for int8_multiply. near: "
+        "products of near tokens are to be the more exact, those of others may be less so.");
   m.def("int8_multiply", &int8_multiply, "left"_a, "right"_a, "gram"_a, "apart"_a = nb::none(),
         "instruction_set"_a = "",
         "Fill the Gram [P, Q] of two quantised images, at least where patches' numbers are at most so far apart.");
