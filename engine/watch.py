@@ -40,7 +40,7 @@ from zsad.engine.results.stream import Stream
 from zsad.engine.scores.drift import Drift
 from zsad.engine.scores.verdicts import Bounds
 from zsad.engine.workplace import Options, Setting, Workplace, Workplaces, image_memory
-from zsad.kernels.cpu.nearest import one_blas_thread
+from zsad.kernels.cpu.nearest import kept_threads, one_blas_thread
 from zsad.kernels.files import printable, written_whole
 
 from .category_pass import NO_ROOM, CategoryJob, CategoryPass, how_to_write
@@ -125,7 +125,7 @@ def watch(folder: Path, config: Config, runtime: Runtime, options: Options, list
             job = CategoryJob(category, config, options)
             try:
                 watching = Watching(job, runtime, workplace, stream, files, listener)
-                with _without_garbage():
+                with kept_threads(), _without_garbage():
                     watching.until_the_end()
             except workplace.fatal as error:
                 raise OSError(f"the GPU failed ({error}); see nvidia-smi, or use --device cpu") from error
@@ -159,8 +159,8 @@ class Watching:
         self._stream, self._arrivals, self._listener = stream, arrivals, listener
         config = job.config
         writing = how_to_write(config, job.options, workplace)
-        self._pool = ThreadPoolExecutor(1, "draw")
-        self._files = ImageFiles(stream.folder, writing, config.bit_depth, self._pool)
+        self._drawing = ThreadPoolExecutor(1, "draw")
+        self._files = ImageFiles(stream.folder, writing, config.bit_depth, self._drawing)
         self._started, self._before = Started(), stream.latest.scored
         self._full = False  # the disk
         self._bank = _Bank(Path(config.settings.bank))  # type: ignore[attr-defined]
@@ -199,6 +199,8 @@ class Watching:
             self._write_page(waiting=False)
         except EndedError:
             log.error("the disk is still full; what has no score yet is scored by the next run")
+        finally:
+            self._drawing.shutdown()
         latest = self._stream.latest
         log.info("ended after %s, %d not scored", counted(latest.scored, "image"), latest.failed)
 

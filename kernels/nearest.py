@@ -118,8 +118,7 @@ def search_all(banks: Sequence[Nearest], queries: Sequence[NDArray[Any]]) -> lis
     """
     if not all(isinstance(bank._search, cpu.Search) for bank in banks):
         return [bank.search(own) for bank, own in zip(banks, queries, strict=True)]
-    asking = cpu.standing_threads("ask", len(banks))
-    with cpu.all_workers() as workers:
+    with cpu.all_workers() as workers, cpu.threads("ask", len(banks)) as asking:
         return list(asking.map(lambda bank, own: bank.search(own, workers), banks, queries))
 
 

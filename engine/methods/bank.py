@@ -38,7 +38,7 @@ from zsad.engine.scores.verdicts import Bounds
 from zsad.export.checkpoints import check_present, read_manifest
 from zsad.export.state_dict import CheckpointError
 from zsad.kernels.cpu.comparers import unit_features
-from zsad.kernels.cpu.nearest import fast_precision, standing_threads
+from zsad.kernels.cpu.nearest import fast_precision, threads
 from zsad.kernels.cuda.device import Device
 from zsad.kernels.files import printable
 from zsad.kernels.machine import available_cores
@@ -274,9 +274,9 @@ class Memory:
 
     def units(self, tokens: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Return the features [P, C] of tokens [L, P, C] by taps, then degrees."""
-        pool = standing_threads("work", available_cores())
-        found = pool.map(lambda layer: unit_features(layer, square_grid(len(layer)), self._degrees), tokens)
-        return [units for of_layer in found for units in of_layer]
+        with threads("work", available_cores()) as pool:
+            found = pool.map(lambda layer: unit_features(layer, square_grid(len(layer)), self._degrees), tokens)
+            return [units for of_layer in found for units in of_layer]
 
     def measured(
         self, units: Sequence[NDArray[np.float32]]

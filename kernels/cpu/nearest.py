@@ -611,17 +611,37 @@ def _shares(count: int, workers: int) -> list[slice]:
 @contextmanager
 def all_workers() -> Iterator[Workers]:
     """Yield as many workers as there are cores, each of which multiplies by itself."""
-    with one_blas_thread():
-        yield Workers(available_cores(), standing_threads("work", available_cores()))
+    with threads("work", available_cores()) as pool, one_blas_thread():
+        yield Workers(available_cores(), pool)
 
 
-@cache
-def standing_threads(name: str, count: int) -> ThreadPoolExecutor:
-    """Return threads that stay: what one image takes of them is not much longer than it takes to start some.
+@contextmanager
+def threads(name: str, count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield so many threads, which end with the context, or with that of `kept_threads` around it.
 
     What they do must not wait for others of the same name.
     """
-    return ThreadPoolExecutor(count, name)
+    if _kept is not None:
+        yield _kept.setdefault((name, count), ThreadPoolExecutor(count, name))  # which starts none before it has to
+        return
+    with ThreadPoolExecutor(count, name) as pool:
+        yield pool
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Keep threads for what follows: to start them takes a good part of the time that one image takes of them."""
+    global _kept
+    _kept, before = {}, _kept
+    try:
+        yield
+    finally:
+        _kept, kept = before, _kept
+        for pool in kept.values():
+            pool.shutdown()
+
+
+_kept: dict[tuple[str, int], ThreadPoolExecutor] | None = None
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,19 @@ def test_without_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(indices, np.arange(20)[:, None] + 20 * np.arange(7))
     with pytest.raises(ValueError, match="install a C\\+\\+17 compiler"):
         Nearest(y, precision="int8")
+
+
+def test_threads_are_kept_for_searches_while_somebody_asks_for_that() -> None:
+    bank = Nearest(np.eye(8, 4, dtype=np.float32) + 1)
+
+    def started() -> set[threading.Thread]:
+        search_all([bank, bank], [np.eye(4, dtype=np.float32)] * 2)
+        return {thread for thread in threading.enumerate() if thread.name.startswith(("work", "ask"))}
+
+    assert not started()
+    with cpu.kept_threads():
+        kept = started()
+        assert kept
+        assert started() >= kept
+    assert not any(thread.is_alive() for thread in kept)
+    assert not started()
