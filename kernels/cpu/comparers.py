@@ -233,7 +233,8 @@ class Int8ProductPerDegree(Int8):
 
     @staticmethod
     def product_bytes(patches: int, channels: int) -> int:
-        return 4 * patches * (channels + 16)  # unit features before they are quantised; the best of 16 lanes so far
+        # Unit features before they are quantised, codes that are filled up, and the best of 16 lanes so far.
+        return patches * (5 * channels + 4 * 16)
 
     def start_layer(self, tokens: Array) -> None:
         images = [unit_features(image, self.grid, self.degrees).mean(axis=1) for image in _sample(tokens)]
