@@ -52,13 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers == 1:
         return
-    kinds = [[item for item in items if bool(item.get_closest_marker("long")) == long] for long in (True, False)]
-    items[:] = [
-        item
-        for worker in range(workers)
-        for kind in kinds
-        for item in kind[len(kind) * worker // workers : len(kind) * (worker + 1) // workers]
-    ]
+    long = dict[Path, list[pytest.Item]]()
+    others = list[pytest.Item]()
+    for item in items:
+        (long.setdefault(item.path, []) if item.get_closest_marker("long") else others).append(item)
+    count, dealt = len(items), list[pytest.Item]()
+    for worker in range(workers):  # which of these gets its share of the items, as they stand
+        for tests in list(long.values())[worker::workers]:
+            dealt += tests
+        left = max(0, count * (worker + 1) // workers - len(dealt))
+        dealt, others = dealt + others[:left], others[left:]
+    items[:] = dealt + others
 
 
 PASSED = pytest.StashKey[bool]()
