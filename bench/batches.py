@@ -4,8 +4,8 @@
 
 Every image network of the preset in every runtime that is installed: with one thread; with a thread for each core, in
 batches; and as many networks as there are cores side by side, of one thread each. All take turns in the same rounds.
-What zsad does on a CPU, one image at once and a thread for each core, was chosen by this. Validates first: an image
-gives the same in every batch and with any number of threads.
+By itself zsad takes one image at once on a CPU, and a thread for each core. Validates first: an image gives the same in
+every batch and with any number of threads.
 """
 
 import argparse
