@@ -319,18 +319,23 @@ const std::int8_t* prepare_columns(const std::int8_t* codes, int panels, const I
 #endif
 }
 
-template <int Panels, typename Rows>
-void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
-                    const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
-  const std::size_t panel_bytes = layout.panel_bytes();
-  rows += p % kPanel * kQuad;
+template <int Panels>
+struct BlockSums {
+  Sums of[kRows][Panels * kVectors];
+};
+
+// Sums of products of kRows left patches, whose offsets come first, with Panels panels of right ones. A function of its
+// own, with nothing else that wants registers: GCC 12 then keeps the accumulators in them.
+template <int Panels>
+ZSAD_NOINLINE void sum_products(const std::int32_t* offsets, const std::int8_t* rows, const std::int8_t* columns,
+                                std::size_t panel_bytes, int quads, BlockSums<Panels>& out) {
   Sums sums[kRows][Panels * kVectors];
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j) sums[i][j] = first_sums(left.offsets[p + i]);
+    for (int j = 0; j < Panels * kVectors; ++j) sums[i][j] = first_sums(offsets[i]);
   }
-  for (int k = 0; k < layout.quads; ++k) {
+  for (int k = 0; k < quads; ++k) {
     Columns b[Panels * kVectors];
     ZSAD_UNROLL
     for (int j = 0; j < Panels * kVectors; ++j)
@@ -345,15 +350,26 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
     rows += kPanel * kQuad;
     columns += kPanel * kQuad;
   }
-  const Terms<Panels * kVectors> terms(right, panel * kPanel);
   ZSAD_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    ZSAD_UNROLL
+    for (int j = 0; j < Panels * kVectors; ++j) out.of[i][j] = sums[i][j];
+  }
+}
+
+template <int Panels, typename Rows>
+void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
+                    const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
+  BlockSums<Panels> sums;
+  sum_products<Panels>(left.offsets + p, rows + p % kPanel * kQuad, columns, layout.panel_bytes(), layout.quads, sums);
+  const Terms<Panels * kVectors> terms(right, panel * kPanel);
   for (int i = 0; i < kRows; ++i) {
     if (p + i == layout.patches) return;
     Floats products[Panels * kVectors];
     ZSAD_UNROLL
     for (int j = 0; j < Panels * kVectors; ++j)
       products[j] =
-          scaled(sums[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
+          scaled(sums.of[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
     out.template take<Panels * kVectors>(p + i, panel * kPanel, products);
   }
 }
