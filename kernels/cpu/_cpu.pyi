@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
+    Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
     """
 
 WIDEST_HEAD: int = 128
@@ -34,6 +34,19 @@ class ImageTower:
         """
         Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens [W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it in the mean is added to.
         """
+
+def bounds_bytes(vectors: int, head: int) -> int:
+    """Size of the bounds of so many vectors."""
+
+def bound_vectors(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+    """
+    Make the bounds of vectors u for bounded_nearest: heads [P, h] are the first coordinates of u - mean in an orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.
+    """
+
+def bounded_nearest(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], left_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], head: int, best_left: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> int:
+    """
+    Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many coordinates tell which, by one mean and basis.
+    """
 
 def fp32_product_bytes(rows: int, columns: int, channels: int) -> int:
     """What a thread keeps for such products."""

@@ -1,5 +1,6 @@
 """How a CPU finds the best cosines of image pairs at every degree.
 
+    Bounded               exact products of unit features, of which bounds from short codes leave few to be taken
     GramOnce              one fp32 product serves all degrees, and the native pass reduces the Gram
     Int8GramOnce          the same from an int8 product, which only chooses the winners; they are measured again in fp32
     Int8ProductPerDegree  where tiles are multiplied: an int8 product per degree, without a Gram; winners as before
@@ -8,13 +9,15 @@
 With a window patches are compared with those near their own place only. Products further apart are left out where that
 is simple: those of grid rows that no patch of a strip of grid rows meets, not even through its neighbourhood.
 
-The plan counts what a comparer takes (plan.py); a scorer prepares images and compares pairs through it (scorer.py).
+The plan counts what a comparer takes (plan.py); a scorer prepares images and compares pairs through it (scorer.py), all
+degrees in one turn or one in each.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +26,8 @@ from numpy.typing import NDArray
 
 from zsad.kernels.reference import ZERO_NORM
 
-from .arrays import HAS_TILES, Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
+from .arrays import CACHE_LINE, HAS_TILES, Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
+from .bounds import HEAD, Basis, least_channels, taken_share
 
 try:
     from . import _cpu
@@ -33,6 +37,9 @@ except ImportError:  # installed without a working compiler
 
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
+BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
+LEAST_BOUNDED = 10  # images from which finding a basis is worth it
+MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # share of products taken in full up to which bounds pay
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 
@@ -41,7 +48,7 @@ Layout = tuple[tuple[int, ...], type[np.generic]]
 class Features:
     """What comparing reads of one image."""
 
-    inverse: Array  # [R, P] inverse lengths, 0 for a zero feature
+    inverse: Array  # [R, P] inverse lengths of a turn's degrees, 0 for a zero feature
     array: NDArray[Any]  # as the comparer lays it out
 
 
@@ -66,6 +73,11 @@ class Comparer(ABC):
         """window: rows and columns that compared patches are apart at most; None: any number."""
         self.grid, self.degrees, self.window = grid, tuple(degrees), window
 
+    @property
+    def turns(self) -> list[slice]:
+        """The positions of the degrees that are prepared and compared together."""
+        return [slice(0, len(self.degrees))]
+
     @staticmethod
     @abstractmethod
     def layout(patches: int, channels: int, degrees: int) -> Layout:
@@ -85,16 +97,93 @@ class Comparer(ABC):
     def start_layer(self, tokens: Array) -> None:  # noqa: B027
         """Learn from the tokens [N, P, C] of a layer what `prepare` has to know about all of its images."""
 
+    def start_turn(self, degrees: slice) -> None:  # noqa: B027
+        """Prepare and compare what follows at these positions of the degrees."""
+
     @abstractmethod
     def prepare(self, tokens: Array, features: Features) -> None:
-        """Fill an image's features from its tokens [P, C]."""
+        """Fill an image's features of a turn from its tokens [P, C]."""
 
     @abstractmethod
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         """Fill best, the largest cosine [R, P] of each patch of left and right with a patch of the other image.
 
+        R: a turn's degrees.
+
         With int8 they are keys. gram: [P, P], for what the product leaves. Returns the seconds inside the product.
         """
+
+
+class Bounded(Comparer):
+    """Exact cosines of unit features, of which bounds leave few to be taken (bounds.py), a degree at a time.
+
+    Patches of one product lie close to a few dozen directions, and few pairs of them come near the nearest.
+    """
+
+    description = "few exact products, by bounds from short codes"
+
+    def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
+        super().__init__(grid, degrees, window)
+        self.bases: list[Basis] = []  # of the present layer's degrees
+        self.position = 0  # of the present turn's degree
+
+    @property
+    def turns(self) -> list[slice]:
+        return [slice(r, r + 1) for r in range(len(self.degrees))]
+
+    @staticmethod
+    def layout(patches: int, channels: int, degrees: int) -> Layout:
+        return (_unit_bytes(patches, channels) + _cpu.bounds_bytes(patches, HEAD),), np.uint8
+
+    @staticmethod
+    def product_bytes(patches: int, channels: int) -> int:
+        # Unit features less their mean, and heads, while they are prepared. Bounds of products take half of the memory
+        # that the plan has for a Gram.
+        return 4 * patches * (channels + 2 * HEAD)
+
+    def pays(self, tokens: Array, most_taken: float, pool: ThreadPoolExecutor) -> bool:
+        """Find bases for the tokens [N, P, C] of a layer, and tell whether their bounds leave few enough products."""
+        images = list(
+            pool.map(lambda image: unit_features(image, self.grid, self.degrees), _sample(tokens, BASIS_IMAGES))
+        )
+        step = max(1, len(images) * len(images[0][0]) // BASIS_ROWS)
+        self.bases = list(
+            pool.map(lambda at: Basis.of(np.concatenate([units[::step] for units in at])), zip(*images, strict=True))
+        )
+        return taken_share(self.bases[0], images[0][0], images[-1][0]) <= most_taken
+
+    def start_turn(self, degrees: slice) -> None:
+        self.position = degrees.start
+
+    def prepare(self, tokens: Array, features: Features) -> None:
+        units, bounds = self._parts(features, *tokens.shape)
+        _cpu.pool(
+            layer_normalise(tokens),
+            self.grid,
+            [self.degrees[self.position]],
+            ZERO_NORM,
+            features.inverse,
+            units[None],
+        )
+        self.bases[self.position].bound(units, bounds)
+
+    def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
+        start, patches = time.perf_counter(), best[0].shape[1]
+        channels = (len(left.array) - _cpu.bounds_bytes(patches, HEAD)) // (4 * patches)
+        (units, bounds), (others, of_others) = (self._parts(side, patches, channels) for side in (left, right))
+        _cpu.bounded_nearest(units, others, bounds, of_others, HEAD, best[0][0], best[1][0])
+        return time.perf_counter() - start
+
+    @staticmethod
+    def _parts(features: Features, patches: int, channels: int) -> tuple[Array, NDArray[np.uint8]]:
+        """Return the unit features [P, C] of an image and their bounds."""
+        units = features.array[: 4 * patches * channels].view(np.float32).reshape(patches, channels)
+        return units, features.array[_unit_bytes(patches, channels) :]
+
+
+def _unit_bytes(patches: int, channels: int) -> int:
+    """Return what unit features take in whole cache lines."""
+    return -(-4 * patches * channels // CACHE_LINE) * CACHE_LINE
 
 
 class GramOnce(Comparer):
@@ -307,12 +396,12 @@ def gram_blocks(grid: tuple[int, int], reach: int | None) -> list[tuple[slice, s
     return strips(grid, reach, grid[0] if reach is None or 2 * reach >= grid[0] else max(reach, 3))
 
 
-def _sample(tokens: Array) -> list[Array]:
-    """Return the images [P, C] of a layer that int8 takes the mean of.
+def _sample(tokens: Array, count: int = MEAN_IMAGES) -> list[Array]:
+    """Return up to so many images [P, C] of a layer, from all over it.
 
-    Any vector gives the same products up to rounding, and a mean over some images leaves little to round.
+    Any mean gives the same int8 products up to rounding, and one over some images leaves little to round.
     """
-    return [np.asarray(image) for image in tokens[:: -(-len(tokens) // MEAN_IMAGES)]]
+    return [np.asarray(image) for image in tokens[:: -(-len(tokens) // count)]]
 
 
 def unit_features(tokens: Array, grid: tuple[int, int], degrees: Sequence[int]) -> Array:
@@ -339,6 +428,13 @@ def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
 def native_pass_covers(degrees: Sequence[int]) -> bool:
     """Tell whether the native pass was built and has these degrees."""
     return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
+
+
+def bounds_may_pay(images: int, channels: int, comparer: type[Comparer], window: int | None) -> bool:
+    """Tell whether it is worth looking if bounds spare most products of a layer; comparer: what runs otherwise."""
+    if _cpu is None or window is not None or comparer is ProductPerDegree or comparer is Int8ProductPerDegree:
+        return False
+    return images >= LEAST_BOUNDED and channels >= least_channels()
 
 
 def choose_comparer(

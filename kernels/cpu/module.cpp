@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "bounded_nearest.h"
 #include "fp32_product.h"
 #include "gram_pass.h"
 #include "image_tower.h"
@@ -100,6 +101,8 @@ const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_nearest_finders = ZSAD_INT8_VARIANTS(int8_nearest);
+const auto bound_makers = ZSAD_INT8_VARIANTS(bound_vectors);
+const auto bounded_nearest_finders = ZSAD_INT8_VARIANTS(bounded_nearest);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 const auto fp32_products = [] {
   Variants<void (*)(const zsad::Fp32Product&)> v;
@@ -121,6 +124,7 @@ using Candidates = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
 using CandidateNumbers = nb::ndarray<const std::int32_t, nb::ndim<3>, nb::device::cpu>;
 using IndicesOutput = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FlagsOutput = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatsOutput = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Chunks = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -269,6 +273,41 @@ void int8_running_top(const Bytes& left, const Chunks& right, int columns, int f
                         margins ? margins->data() : nullptr};
   nb::gil_scoped_release release;
   run(pair.left, pair.right, int(count), kept);
+}
+
+zsad::BoundsLayout bounds_of(std::size_t vectors, std::size_t head) {
+  layout_of(vectors, head);
+  return zsad::BoundsLayout(int(vectors), int(head));
+}
+
+void bound_vectors(const Matrix& heads, const Vector& terms, const Vector& tails, const BytesOutput& out,
+                   const std::string& instruction_set) {
+  const std::size_t P = heads.shape(0);
+  const auto layout = bounds_of(P, heads.shape(1));
+  require(terms.shape(0) == P && tails.shape(0) == P, "terms and tails must be [P]");
+  require(out.shape(0) == layout.bytes, "out must have bounds_bytes(P, h) bytes");
+  require(reinterpret_cast<std::uintptr_t>(out.data()) % 64 == 0, "out must lie on a cache line");
+  const auto run = bound_makers.choose(instruction_set);
+  nb::gil_scoped_release release;
+  run({heads.data(), terms.data(), tails.data(), layout, out.data()});
+}
+
+std::int64_t bounded_nearest(const Matrix& left, const Matrix& right, const Bytes& left_bounds,
+                             const Bytes& right_bounds, int head, const FloatsOutput& best_left,
+                             const FloatsOutput& best_right, const std::string& instruction_set) {
+  const std::size_t P = left.shape(0), Q = right.shape(0), C = left.shape(1);
+  require(right.shape(1) == C && best_left.shape(0) == P && best_right.shape(0) == Q,
+          "left, right, best_left and best_right must be [P, C], [Q, C], [P] and [Q]");
+  require(head > 0, "head must be at least 1");
+  const auto of_left = bounds_of(P, head), of_right = bounds_of(Q, head);
+  require(left_bounds.shape(0) == of_left.bytes && right_bounds.shape(0) == of_right.bytes,
+          "bounds must have bounds_bytes(P, head) and bounds_bytes(Q, head) bytes");
+  const auto run = bounded_nearest_finders.choose(instruction_set);
+  const zsad::NearestPair arguments{{left.data(), left_bounds.data(), of_left},
+                                    {right.data(), right_bounds.data(), of_right},
+                                    int(C), best_left.data(), best_right.data()};
+  nb::gil_scoped_release release;
+  return run(arguments);
 }
 
 void fp32_product(const Gram& left, const Gram& right, const GramOutput& out) {
@@ -500,6 +539,7 @@ bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wa
 }
 
 std::vector<std::string> instruction_sets(const std::string& kernel) {
+  if (kernel == "bounded_nearest") return bounded_nearest_finders.names();
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
   if (kernel == "fp32_product") return fp32_products.names();
@@ -520,7 +560,7 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, "
+        "Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, "
         "running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has "
         "one for processors with tiles only.");
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
@@ -545,6 +585,17 @@ NB_MODULE(_cpu, m) {
            "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
            "last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it "
            "in the mean is added to.");
+  m.def(
+      "bounds_bytes", [](std::size_t vectors, std::size_t head) { return bounds_of(vectors, head).bytes; }, "vectors"_a,
+      "head"_a, "Size of the bounds of so many vectors.");
+  m.def("bound_vectors", &bound_vectors, "heads"_a, "terms"_a, "tails"_a, "out"_a, "instruction_set"_a = "",
+        "Make the bounds of vectors u for bounded_nearest: heads [P, h] are the first coordinates of u - mean in an "
+        "orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.");
+  m.def("bounded_nearest", &bounded_nearest, "left"_a, "right"_a, "left_bounds"_a, "right_bounds"_a, "head"_a,
+        "best_left"_a, "best_right"_a, "instruction_set"_a = "",
+        "Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of "
+        "right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many "
+        "coordinates tell which, by one mean and basis.");
   m.def(
       "fp32_product_bytes",
       [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,

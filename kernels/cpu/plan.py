@@ -1,10 +1,11 @@
 """Decides how mutual scoring runs on a CPU: what it keeps in memory and what it streams."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zsad.kernels.machine import available_cores, default_disk_limit
 
-from .comparers import Comparer, GramOnce
+from .comparers import Bounded, Comparer, GramOnce
 
 FLOAT_BYTES = 4
 ROW_CHUNKS = (8, 2, 1)  # images per chunk where most memory goes to the minima of a few rows
@@ -38,6 +39,7 @@ class Plan:
     minima_bytes: int
     returned_in_memory: bool  # what the caller gets back, else in a memory-mapped temporary file
     comparer: type[Comparer]
+    may_be_bounded: bool  # layers whose products bounds can spare are compared by these instead
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
@@ -75,10 +77,15 @@ class Sizes:
     returned_in_memory: bool = True
     windowed: bool = False  # patches meet only those near their own place
     neighbour_rows: int = 0  # rows of the Gram that a pass keeps in 16 bits beside it (int8; 0 for fp32)
+    may_be_bounded: bool = False
 
     @property
     def scored(self) -> int:
         return self.images - self.references
+
+    @property
+    def comparers(self) -> list[type[Comparer]]:
+        return [self.comparer, *[Bounded] * self.may_be_bounded]
 
     def plan(self, rows: int, chunk: int, workers: int, minima_in_memory: bool) -> Plan:
         """Count what a plan takes; `rows` or `chunk` may be 0, for what is left without them."""
@@ -95,7 +102,8 @@ class Sizes:
         at_once = min(max((gram + loading) // max(selecting, 1), 1), self.patches)
         sides = 1 if chunk >= self.images else 2
         peak = always + sides * chunk * self.image_bytes + workers * max(gram + loading, at_once * selecting)
-        peak += rows * row * minima_in_memory + workers * self.comparer.product_bytes(self.patches, self.channels)
+        sizes = self.patches, self.channels
+        peak += rows * row * minima_in_memory + workers * max(kind.product_bytes(*sizes) for kind in self.comparers)
         return Plan(
             images=self.images,
             references=self.references,
@@ -107,13 +115,14 @@ class Sizes:
             peak_bytes=peak,
             minima_bytes=rows * row,
             comparer=self.comparer,
+            may_be_bounded=self.may_be_bounded,
             returned_in_memory=self.returned_in_memory,
         )
 
     @property
     def image_bytes(self) -> int:
         """What stays resident of one image: features, inverse lengths, and the winners of one degree."""
-        features = self.comparer.feature_bytes(self.patches, self.channels, self.degrees)
+        features = feature_bytes(self.comparers, self.patches, self.channels, self.degrees)
         return features + FLOAT_BYTES * self.patches * (self.degrees + 3 * self.remeasured_ranks)
 
     def fits_disk(self, disk_limit: int | None) -> bool:
@@ -125,6 +134,11 @@ class Sizes:
         """Return the same with what is handed back in a temporary file, where the disk holds that."""
         fits = 0 < self.returned_bytes <= _free_disk(disk_limit)
         return replace(self, returned_in_memory=False) if fits else self
+
+
+def feature_bytes(comparers: Sequence[type[Comparer]], patches: int, channels: int, degrees: int) -> int:
+    """Return what one image's features take at most, whichever comparer they are for."""
+    return max(comparer.feature_bytes(patches, channels, degrees) for comparer in comparers)
 
 
 def _free_disk(disk_limit: int | None) -> int:

@@ -1,6 +1,6 @@
 """The arrays of mutual scoring on a CPU, and the threads that fill them.
 
-tokens → comparer.prepare → for one image against others: comparer.compare → select
+tokens → a turn of degrees: comparer.prepare → for one image against others: comparer.compare → all: select
 
 With int8 products the best cosines are approximate and come as keys that also name the winning patch. The ranks are
 selected by them, and only then are the winners of the selected ranks measured again from fp32 unit features: 30 % of
@@ -27,10 +27,10 @@ from zsad.kernels.task import Task, not_finite
 
 from .arrays import Array, aligned_empty, box_sum, empty_gram
 from .averages import rank_sums
-from .comparers import Features, Int8, Layout, Prepare, Winners, winning_patches
-from .plan import Plan
+from .comparers import MOST_TAKEN, Bounded, Comparer, Features, Int8, Layout, Prepare, Winners, winning_patches
+from .plan import Plan, feature_bytes
 
-Report = Callable[[int], None]  # is told how many image pairs were compared
+Report = Callable[[float], None]  # is told how many image pairs were compared
 
 
 class _Chunk:
@@ -88,12 +88,14 @@ class Scorer:
         """best: [rows, images, R, P] of any content, for the best cosines of some images, the rows, with all images."""
         self.pool, self.plan, self.task, self.returned, self.timings = pool, plan, task, returned, timings
         images, patches, degrees = plan.images, task.patches, len(task.degrees)
-        self.comparer = plan.comparer(task.grid, task.degrees, task.window)
+        self.comparer = self._otherwise = plan.comparer(task.grid, task.degrees, task.window)
+        self._bounded = Bounded(task.grid, task.degrees) if plan.may_be_bounded else None
         self.ranks = task.ranks(images)
         self.best = best
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
         self.scores = np.zeros((plan.scored, patches))
-        room = plan.comparer.feature_bytes(patches, task.channels, degrees)
+        comparers = [type(self.comparer), *([Bounded] if self._bounded else [])]
+        room = feature_bytes(comparers, patches, task.channels, degrees)
         sides = 1 if plan.chunk >= images else 2  # of a pair of chunks
         self.chunks = [_Chunk(plan.chunk, room, degrees, patches) for _ in range(sides)]
         self.lock = threading.Lock()
@@ -101,24 +103,36 @@ class Scorer:
     def start_layer(self, tokens: Array, layer: int) -> None:
         """Take the tokens [images, P, C] of a layer, which are read when they are compared."""
         self.tokens, self.layer = tokens, layer
+        self.comparer: Comparer = self._otherwise
+        if self._bounded is not None:
+            precision = "int8" if isinstance(self._otherwise, Int8) else "fp32"
+            if self._bounded.pays(tokens, MOST_TAKEN[precision], self.pool):
+                self.comparer = self._bounded
         self.comparer.start_layer(tokens)
 
     def compare(self, rows: range, report: Report) -> None:
         """Find the best cosines of the rows with all images: every pair once, chunk against chunk."""
-        self._hold(self.comparer.layout(self.task.patches, self.task.channels, len(self.task.degrees)))
+        for turn in self.comparer.turns:
+            self.comparer.start_turn(turn)
+            self._compare_turn(rows, turn, report)
+
+    def _compare_turn(self, rows: range, turn: slice, report: Report) -> None:
+        """Do so at a turn's degrees."""
+        degrees, turns = turn.stop - turn.start, len(self.comparer.turns)
+        self._hold(self.comparer.layout(self.task.patches, self.task.channels, degrees), degrees)
         own = threading.local()  # a Gram for each worker, gone before the ranks are selected
 
         def against(left: _Chunk, right: _Chunk) -> None:
             mine = range(len(left.own(rows)))
-            for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, own), mine):
-                report(pairs)
+            for pairs in self.pool.map(lambda i: self._compare_image(left, i, right, rows, turn, own), mine):
+                report(pairs / turns)
 
         runs, outside = self._runs(rows)
         for number, images in enumerate(runs):
-            left = self._load_features(0, images)
+            left = self._load_features(0, images, turn)
             against(left, left)
             for others in (*runs[number + 1 :], *outside):
-                against(left, self._load_features(1, others))
+                against(left, self._load_features(1, others, turn))
 
     def select(self, rows: range) -> None:
         """Add the mean distances of the rows over the chosen ranks and the degrees to the scores, hand back minima."""
@@ -126,9 +140,9 @@ class Scorer:
         averages = self._remeasured(rows) if isinstance(self.comparer, Int8) else self._selected(rows)
         self.scores[rows.start : rows.stop] += averages / self.task.layers
 
-    def _hold(self, layout: Layout, degrees: int | None = None) -> None:
+    def _hold(self, layout: Layout, degrees: int) -> None:
         for chunk in self.chunks:
-            chunk.hold(layout, len(self.task.degrees) if degrees is None else degrees)
+            chunk.hold(layout, degrees)
 
     def _load(self, side: int, images: range, prepare: Prepare) -> _Chunk:
         chunk = self.chunks[side]
@@ -136,9 +150,9 @@ class Scorer:
             chunk.load(images.start, self.tokens[images.start : images.stop], prepare, self.pool)
         return chunk
 
-    def _load_features(self, side: int, images: range) -> _Chunk:
+    def _load_features(self, side: int, images: range, turn: slice) -> _Chunk:
         chunk = self._load(side, images, self.comparer.prepare)
-        self.usable[images.start : images.stop] = chunk.inverse[: chunk.count] > 0
+        self.usable[images.start : images.stop, turn] = chunk.inverse[: chunk.count] > 0
         return chunk
 
     def _runs(self, rows: range) -> tuple[list[range], list[range]]:
@@ -148,18 +162,20 @@ class Scorer:
             return [range(images)], []
         return runs_of(rows, size), [*runs_of(range(rows.start), size), *runs_of(range(rows.stop, images), size)]
 
-    def _compare_image(self, left: _Chunk, i: int, right: _Chunk, rows: range, own: threading.local) -> int:
+    def _compare_image(
+        self, left: _Chunk, i: int, right: _Chunk, rows: range, turn: slice, own: threading.local
+    ) -> int:
         """Compare image i of the left chunk with the right chunk's images (only the later ones in its own chunk)."""
         if not hasattr(own, "gram"):
             own.gram = empty_gram(self.task.patches)
-            own.unwanted = np.empty(self.best.shape[2:], np.float32)
+            own.unwanted = np.empty(self.best.shape[2:], np.float32)[turn]
         start, product = time.perf_counter(), 0.0
         partners = range(i + 1 if left is right else 0, right.count)
         a = left.first + i
         for j in partners:
             b = right.first + j
-            low = left.of(i), self.best[a - rows.start, b]
-            high = right.of(j), self.best[b - rows.start, a] if b in rows else own.unwanted
+            low = left.of(i), self.best[a - rows.start, b, turn]
+            high = right.of(j), self.best[b - rows.start, a, turn] if b in rows else own.unwanted
             if b < a:  # one order of every pair, so that every plan rounds alike
                 low, high = high, low
             product += self.comparer.compare(low[0], high[0], own.gram, (low[1], high[1]))

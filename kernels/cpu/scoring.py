@@ -19,7 +19,7 @@ from zsad.kernels.minima import ReturnedMinima
 from zsad.kernels.task import Task
 
 from .arrays import Array
-from .comparers import Int8, Int8GramOnce, choose_comparer, native_pass_covers
+from .comparers import Int8, Int8GramOnce, bounds_may_pay, choose_comparer, native_pass_covers
 from .plan import Plan, Sizes, least_bytes, plan_mutual_scoring
 from .scorer import Scorer, runs_of
 
@@ -64,6 +64,7 @@ class Scoring:
             references,
             windowed=task.window is not None,
             neighbour_rows=neighbour_rows,
+            may_be_bounded=bounds_may_pay(compared, task.channels, self._comparer, task.window),
         )
 
     def run(
@@ -84,13 +85,13 @@ class Scoring:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        pairs_done, pairs = 0, task.layers * plan.comparisons()
+        pairs_done, pairs = 0.0, task.layers * plan.comparisons()
 
-        def report(done: int) -> None:
+        def report(done: float) -> None:
             nonlocal pairs_done
             pairs_done += done
             if progress is not None:
-                progress(pairs_done, pairs)
+                progress(round(pairs_done), pairs)
 
         shape = plan.rows, plan.images, len(task.degrees), task.patches
         blas_threads = max(1, available_cores() // plan.workers)

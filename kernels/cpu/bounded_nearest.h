@@ -1,0 +1,57 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "int8_product.h"
+
+namespace zsad {
+
+// Where the parts of the bounds of P unit vectors lie in their buffer, in bytes.
+struct BoundsLayout {
+  Int8Layout heads;
+  std::size_t rests, errors, longest, bytes;
+
+  BoundsLayout(int P, int h) : heads(P, h) {
+    const std::size_t padded = std::size_t(heads.panels) * kPanel;
+    rests = (heads.bytes + 63) / 64 * 64;      // float rests [panels, 16]: lengths of what the codes leave of a vector
+    errors = rests + sizeof(float) * padded;   // float errors [panels, 16]: lengths of what they leave of its head
+    longest = errors + sizeof(float) * padded; // float: at least the longest of the heads' codes
+    bytes = (longest + sizeof(float) + 63) / 64 * 64;
+  }
+};
+
+// heads: [P, h] the first h coordinates of vectors less a mean in an orthogonal basis; terms: [P] mean . u[p] -
+// |mean|^2 / 2; tails: [P] squares of what the coordinates leave; out: a buffer of layout.bytes bytes on a cache line.
+struct Bounding {
+  const float *heads, *terms, *tails;
+  BoundsLayout layout;
+  unsigned char* out;
+};
+
+void bound_vectors_portable(const Bounding&);
+void bound_vectors_avx2(const Bounding&);
+void bound_vectors_avx512vnni(const Bounding&);
+void bound_vectors_avx512amx(const Bounding&);
+
+// Unit vectors [P, C] of an image and their bounds.
+struct BoundedImage {
+  const float* units;
+  const unsigned char* bounds;
+  BoundsLayout layout;
+};
+
+// best_left: [P] out, the largest product of each left vector with a right one; best_right: [Q] out, the same of each
+// right one. left and right: bounds by the same mean, basis and h; channels: C of both.
+struct NearestPair {
+  BoundedImage left, right;
+  int channels;
+  float *best_left, *best_right;
+};
+
+// Both return how many products were taken in full.
+std::int64_t bounded_nearest_portable(const NearestPair&);
+std::int64_t bounded_nearest_avx2(const NearestPair&);
+std::int64_t bounded_nearest_avx512vnni(const NearestPair&);
+std::int64_t bounded_nearest_avx512amx(const NearestPair&);
+
+}  // namespace zsad
