@@ -168,6 +168,7 @@ class NearestRows : public AnyRows {
     for (int p = first; p < last; ++p) {
       Count* const bounds = row_of_bounds(p);
       std::fill(bounds + a_.right.layout.heads.patches, bounds + columns_, kNone);
+      if (p < columns_) bounds[p] = kNone;  // was the first guess
       const Count most = *std::max_element(bounds, bounds + columns_);
       const Wide mosts = all_counts(most > least_of(a_.best_left[p]) ? Count(most - 1) : kUnreached);
       search(p, [=](Wide counts, int q) {

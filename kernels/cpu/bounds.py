@@ -66,10 +66,10 @@ class Basis:
 
 
 def taken_share(basis: Basis, left: Array, right: Array) -> float:
-    """Estimate which share of the products of unit vectors [P, C] and [Q, C] bounds leave to be taken."""
+    """Estimate which share of the products of unit vectors [P, C] and [Q, C] bounds leave beside the largest of each."""
     rows = left[::SHARE_ROWS]
     nearest = (rows @ right.T).max(axis=1)
     (heads, terms, tails), (others, of_others, rests) = basis.coordinates(rows), basis.coordinates(right)
     bounds: NDArray[Any] = heads @ others.T
     bounds += terms[:, None] + of_others + np.sqrt(tails[:, None] * rests)
-    return float((bounds >= nearest[:, None]).mean())
+    return float((bounds >= nearest[:, None]).mean()) - 1 / len(right)

@@ -39,7 +39,7 @@ MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
 BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
 LEAST_BOUNDED = 10  # images from which finding a basis is worth it
-MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # share of products taken in full up to which bounds pay
+MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # estimated share of products up to which taking them by bounds pays
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 
