@@ -62,6 +62,7 @@ inline Counts counts_of(Floats bounds) {
 inline Counts load_counts(const Count* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store_counts(Count* p, Counts counts) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), counts); }
 inline Counts largest(Counts a, Counts b) { return _mm256_max_epi16(a, b); }
+inline Wide largest(Wide a, Wide b) { return _mm512_max_epi16(a, b); }
 inline Wide load_wide(const Count* p) { return _mm512_loadu_si512(p); }
 inline Wide all_counts(Count count) { return _mm512_set1_epi16(count); }
 inline std::uint64_t larger_counts(Wide a, Wide b) { return _mm512_cmpgt_epi16_mask(a, b); }
@@ -76,6 +77,7 @@ inline Counts counts_of(Floats bounds) {
 inline Counts load_counts(const Count* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline void store_counts(Count* p, Counts counts) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), counts); }
 inline Counts largest(Counts a, Counts b) { return _mm_max_epi16(a, b); }
+inline Wide largest(Wide a, Wide b) { return _mm256_max_epi16(a, b); }
 inline Wide load_wide(const Count* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Wide all_counts(Count count) { return _mm256_set1_epi16(count); }
 inline std::uint64_t larger_counts(Wide a, Wide b) {
@@ -119,6 +121,55 @@ inline std::uint64_t larger_counts(const Wide& a, const Wide& b) {
 #endif
 constexpr int kWide = sizeof(Wide) / sizeof(Count), kWord = 64;
 
+// The bounds of some left vectors with all right ones, [rows, columns], until products are taken in full.
+class BoundRows {
+ public:
+  BoundRows(int rows, int columns)
+      : columns_((columns + kWord - 1) / kWord * kWord), there_(columns), found_(columns_ / kWord) {
+    // Fresh memory would take as long as the products.
+    static thread_local std::vector<Count> kept;
+    kept.resize(std::max(kept.size(), std::size_t(rows) * columns_ + kLine / sizeof(Count)));
+    counts_ = kept.data() + (-reinterpret_cast<std::uintptr_t>(kept.data())) % kLine / sizeof(Count);
+  }
+
+  int columns() const { return columns_; }  // in whole words
+  Count* of(int row) { return counts_ + std::size_t(row) * columns_; }
+
+  // The largest of a row that is there.
+  Count largest_of(int row) {
+    Count* counts = of(row);
+    std::fill(counts + there_, counts + columns_, kNone);
+    Wide most = load_wide(counts);
+    for (int q = kWide; q < columns_; q += kWide) most = largest(most, load_wide(counts + q));
+    alignas(kLine) Count lanes[kWide];
+    std::memcpy(lanes, &most, sizeof most);
+    return *std::max_element(lanes, lanes + kWide);
+  }
+
+  // Call take(column, count) for those of a row that are wanted, by bits for a vector of counts from a column on.
+  template <typename Wanted, typename Take>
+  void each(int row, Wanted wanted, Take take) {
+    Count* const counts = of(row);
+    std::uint64_t* const found = found_.data();
+    for (int word = 0; word * kWord < columns_; ++word) {
+      std::uint64_t bits = 0;
+      for (int bit = 0; bit < kWord; bit += kWide)
+        bits |= wanted(load_wide(counts + word * kWord + bit), word * kWord + bit) << bit;
+      found[word] = bits;
+    }
+    for (std::size_t word = 0; word < found_.size(); ++word)
+      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) {
+        const int q = int(word) * kWord + __builtin_ctzll(bits);
+        take(q, counts[q]);
+      }
+  }
+
+ private:
+  const int columns_, there_;
+  Count* counts_;
+  std::vector<std::uint64_t> found_;  // bits of what is wanted of a row
+};
+
 // Where products of codes go: those whose bounds reach what is the nearest so far, of either side, are taken in full. Of
 // kMostRows left vectors at a time all bounds are there before that, and the largest ones come first: what they leave as
 // the nearest is hard to reach.
@@ -130,27 +181,25 @@ class NearestRows : public AnyRows {
       : a_(a),
         left_(a.left.bounds, a.left.layout),
         right_(a.right.bounds, a.right.layout),
-        columns_((a.right.layout.heads.patches + kWord - 1) / kWord * kWord),
-        bounds_(room(std::size_t(std::min(kMostRows, a.left.layout.heads.panels * kPanel)) * columns_)),
-        of_columns_(columns_),
-        reached_(columns_),
-        best_(columns_),
-        terms_(columns_),
-        found_(columns_ / kWord) {
+        bounds_(std::min(kMostRows, a.left.layout.heads.panels * kPanel), a.right.layout.heads.patches),
+        of_columns_(bounds_.columns()),
+        reached_(bounds_.columns()),
+        best_(bounds_.columns()),
+        terms_(bounds_.columns()) {
     const int P = a.left.layout.heads.patches, Q = a.right.layout.heads.patches;
     for (int q = 0; q < Q; ++q) terms_.get()[q] = right_.errors[q] * left_.longest + kSlack;
-    std::fill_n(best_.get(), columns_, kLowest);
-    std::fill_n(reached_.get(), columns_, Count(kNone));
+    std::fill_n(best_.get(), bounds_.columns(), kLowest);
+    std::fill_n(reached_.get(), bounds_.columns(), kNone);
+    std::fill_n(of_columns_.get(), bounds_.columns(), kNone);
     std::fill_n(a.best_left, P, kLowest);
     // Images of one product are alike: what is at the same place is a first guess.
-    for (int p = 0; p < std::min(P, Q); ++p) measure(p, p);
-    std::fill_n(of_columns_.get(), columns_, Count(kNone));
+    for (int p = 0; p < std::min(P, Q); ++p) take_in_full(p, p);
   }
 
   template <int Vectors>
   void take(int row, int column, const Floats* products) {
     const Floats term = all(left_.errors[row] * right_.longest), rest = all(left_.rests[row]);
-    Count *const bounds = row_of_bounds(row), *const of_columns = of_columns_.get();
+    Count *const bounds = bounds_.of(row % kMostRows), *const of_columns = of_columns_.get();
     ZSAD_UNROLL
     for (int j = 0; j < Vectors; ++j) {
       const int q = column + j * kLanes;
@@ -163,63 +212,42 @@ class NearestRows : public AnyRows {
 
   void end(int first, int last) {
     Count *const of_columns = of_columns_.get(), *const reached = reached_.get();
-    for (int q = 0; q < columns_; ++q)  // at least the largest, where that may be the nearest
+    for (int q = 0; q < bounds_.columns(); ++q)  // at least the largest, where that may be the nearest
       of_columns[q] = of_columns[q] > reached[q] ? Count(of_columns[q] - 1) : kUnreached;
     for (int p = first; p < last; ++p) {
-      Count* const bounds = row_of_bounds(p);
-      std::fill(bounds + a_.right.layout.heads.patches, bounds + columns_, kNone);
-      if (p < columns_) bounds[p] = kNone;  // was the first guess
-      const Count most = *std::max_element(bounds, bounds + columns_);
+      if (p < bounds_.columns()) bounds_.of(p % kMostRows)[p] = kNone;  // was the first guess
+      const Count most = bounds_.largest_of(p % kMostRows);
       const Wide mosts = all_counts(most > least_of(a_.best_left[p]) ? Count(most - 1) : kUnreached);
-      search(p, [=](Wide counts, int q) {
+      take_those(p, [=](Wide counts, int q) {
         return larger_counts(counts, mosts) | larger_counts(counts, load_wide(of_columns + q));
       });
     }
     for (int p = first; p < last; ++p) {
       const Wide least = all_counts(least_of(a_.best_left[p]));
-      search(p, [=](Wide counts, int q) {
+      take_those(p, [=](Wide counts, int q) {
         return larger_counts(counts, least) | larger_counts(counts, load_wide(reached + q));
       });
     }
-    std::fill_n(of_columns, columns_, Count(kNone));
+    std::fill_n(of_columns, bounds_.columns(), kNone);
   }
 
   std::int64_t finish() {
     std::copy_n(best_.get(), a_.right.layout.heads.patches, a_.best_right);
-    return measured_;
+    return taken_;
   }
 
  private:
-  Count* row_of_bounds(int row) { return bounds_ + std::size_t(row % kMostRows) * columns_; }
-
-  // Fresh memory would take as long as the products.
-  static Count* room(std::size_t counts) {
-    static thread_local std::vector<Count> kept;
-    kept.resize(std::max(kept.size(), counts + kLine / sizeof(Count)));
-    return kept.data() + (-reinterpret_cast<std::uintptr_t>(kept.data())) % kLine / sizeof(Count);
-  }
-
-  // Take the products of a left vector in full that are wanted by their bounds.
   template <typename Wanted>
-  void search(int p, Wanted wanted) {
-    Count* const bounds = row_of_bounds(p);
-    std::uint64_t* const found = found_.data();
-    for (int word = 0; word * kWord < columns_; ++word) {
-      std::uint64_t bits = 0;
-      for (int bit = 0; bit < kWord; bit += kWide)
-        bits |= wanted(load_wide(bounds + word * kWord + bit), word * kWord + bit) << bit;
-      found[word] = bits;
-    }
-    for (std::size_t word = 0; word < found_.size(); ++word)
-      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) {
-        const int q = int(word) * kWord + __builtin_ctzll(bits);
-        if (bounds[q] <= least_of(a_.best_left[p]) && bounds[q] <= reached_.get()[q]) continue;  // by now
-        bounds[q] = kNone;
-        measure(p, q);
-      }
+  void take_those(int p, Wanted wanted) {
+    Count* const bounds = bounds_.of(p % kMostRows);
+    bounds_.each(p % kMostRows, wanted, [&](int q, Count bound) {
+      if (bound <= least_of(a_.best_left[p]) && bound <= reached_.get()[q]) return;  // by now
+      bounds[q] = kNone;
+      take_in_full(p, q);
+    });
   }
 
-  void measure(int p, int q) {
+  void take_in_full(int p, int q) {
     const std::size_t C = a_.channels;
     const float *left = a_.left.units + p * C, *right = a_.right.units + q * C;
     const float product = dot(left, right, right, C);
@@ -228,17 +256,109 @@ class NearestRows : public AnyRows {
       best_.get()[q] = product;
       reached_.get()[q] = least_of(product);
     }
-    ++measured_;
+    ++taken_;
   }
 
   const NearestPair& a_;
   const Bounds left_, right_;
-  const int columns_;                         // in whole words
-  Count* const bounds_;                       // [kMostRows, columns] those of products that were not taken yet
+  BoundRows bounds_;
   const Buffer<Count> of_columns_, reached_;  // [columns] the largest of these rows; what has to be exceeded
   const Buffer<float> best_, terms_;          // [columns] the nearest so far, and what is added to bounds
-  std::vector<std::uint64_t> found_;          // bits of what is wanted of a row
-  std::int64_t measured_ = 0;
+  std::int64_t taken_ = 0;
+};
+
+// The same for the k nearest of the left vectors alone, chunk by chunk of a bank.
+class SearchRows : public AnyRows {
+ public:
+  static constexpr int kMostRows = 24 * kPanel;  // whose bounds with a chunk stay in the second-level cache
+
+  explicit SearchRows(const BankSearch& a)
+      : a_(a),
+        queries_(a.queries.bounds, a.queries.layout),
+        bounds_(kMostRows, a.layout.heads.patches),
+        terms_(std::size_t(a.layout.heads.panels) * kPanel),
+        reached_(a.queries.layout.heads.patches, kNone),
+        taken_(reached_.size()) {
+    const std::size_t all_kept = reached_.size() * a.wanted;
+    std::fill_n(a.cosines, all_kept, kLowest);
+    std::fill_n(a.indices, all_kept, std::numeric_limits<std::int64_t>::max());
+    std::fill_n(a.given_up, reached_.size(), false);
+  }
+
+  void start(int chunk) {
+    first_ = chunk * a_.layout.heads.patches;
+    chunk_ = Bounds(a_.bounds + chunk * a_.layout.bytes, a_.layout);
+    for (std::size_t q = 0; q < terms_.size(); ++q) terms_[q] = chunk_.errors[q] * queries_.longest + kSlack;
+  }
+
+  template <int Vectors>
+  void take(int row, int column, const Floats* products) {
+    const Floats term = all(queries_.errors[row] * chunk_.longest), rest = all(queries_.rests[row]);
+    Count* const bounds = bounds_.of(row % kMostRows);
+    ZSAD_UNROLL
+    for (int j = 0; j < Vectors; ++j) {
+      const int q = column + j * kLanes;
+      store_counts(bounds + q, counts_of(add_product(sum(products[j], sum(term, load_floats(terms_.data() + q))), rest,
+                                                     load_floats(chunk_.rests + q))));
+    }
+  }
+
+  void end(int first, int last) {
+    for (int p = first; p < last; ++p) {
+      const Count most = bounds_.largest_of(p % kMostRows);
+      if (most <= reached_[p]) continue;
+      const Wide mosts = all_counts(Count(most - 1));
+      take_those(p, [=](Wide counts, int) { return larger_counts(counts, mosts); });
+      const Wide least = all_counts(reached_[p]);
+      take_those(p, [=](Wide counts, int) { return larger_counts(counts, least); });
+    }
+  }
+
+  std::int64_t finish() const {
+    std::int64_t total = 0;
+    for (int taken : taken_) total += taken;
+    return total;
+  }
+
+ private:
+  template <typename Wanted>
+  void take_those(int p, Wanted wanted) {
+    Count* const bounds = bounds_.of(p % kMostRows);
+    bounds_.each(p % kMostRows, wanted, [&](int q, Count bound) {
+      if (bound <= reached_[p] || first_ + q >= a_.columns) return;
+      bounds[q] = kNone;
+      if (++taken_[p] > a_.most_taken) {
+        a_.given_up[p] = true;
+        reached_[p] = kUnreached;
+        return;
+      }
+      take_in_full(p, first_ + q);
+    });
+  }
+
+  void take_in_full(int p, std::int64_t index) {
+    const std::size_t C = a_.channels;
+    const float* vector = a_.bank + index * C;
+    float cosine = dot(a_.queries.units + p * C, vector, vector, C);
+    if (a_.inverse) cosine *= a_.inverse[index];
+    float* cosines = a_.cosines + std::size_t(p) * a_.wanted;
+    std::int64_t* indices = a_.indices + std::size_t(p) * a_.wanted;
+    for (int k = 0; k < a_.wanted; ++k)
+      if (cosine > cosines[k] || (cosine == cosines[k] && index < indices[k])) {
+        std::swap(cosine, cosines[k]);
+        std::swap(index, indices[k]);
+      }
+    reached_[p] = least_of(cosines[a_.wanted - 1]);
+  }
+
+  const BankSearch& a_;
+  const Bounds queries_;
+  Bounds chunk_ = queries_;
+  BoundRows bounds_;
+  std::vector<float> terms_;    // [columns] what is added to bounds
+  std::vector<Count> reached_;  // [P] what has to be exceeded
+  std::vector<int> taken_;      // [P]
+  int first_ = 0;               // index of the chunk's first vector
 };
 
 }  // namespace
@@ -288,6 +408,16 @@ std::int64_t ZSAD_JOIN(bounded_nearest_, ZSAD_TARGET)(const NearestPair& a) {
   NearestRows rows(a);
   multiply({a.left.bounds, a.left.layout.heads}, {a.right.bounds, a.right.layout.heads}, 1,
            std::numeric_limits<int>::max(), rows);
+  return rows.finish();
+}
+
+std::int64_t ZSAD_JOIN(bounded_search_, ZSAD_TARGET)(const BankSearch& a) {
+  SearchRows rows(a);
+  for (int chunk = 0; chunk < a.count; ++chunk) {
+    rows.start(chunk);
+    multiply({a.queries.bounds, a.queries.layout.heads}, {a.bounds + chunk * a.layout.bytes, a.layout.heads}, 1,
+             std::numeric_limits<int>::max(), rows);
+  }
   return rows.finish();
 }
 

@@ -48,10 +48,30 @@ struct NearestPair {
   float *best_left, *best_right;
 };
 
-// Both return how many products were taken in full.
+// The k nearest of a bank of vectors, `count` chunks of layout.heads.patches each, whose bounds lie one behind the other.
+// bank: [columns, C], of these inverse lengths [columns] or, where null, of 1; cosines, indices: [P, k] out, of equal
+// cosines the lower index first; given_up: [P] out, whether more than most_taken products would have been taken.
+struct BankSearch {
+  BoundedImage queries;
+  int channels;
+  const unsigned char* bounds;
+  BoundsLayout layout;
+  int count, columns;
+  const float *bank, *inverse;
+  int wanted, most_taken;
+  float* cosines;
+  std::int64_t* indices;
+  bool* given_up;
+};
+
+// All return how many products were taken in full.
 std::int64_t bounded_nearest_portable(const NearestPair&);
 std::int64_t bounded_nearest_avx2(const NearestPair&);
 std::int64_t bounded_nearest_avx512vnni(const NearestPair&);
 std::int64_t bounded_nearest_avx512amx(const NearestPair&);
+std::int64_t bounded_search_portable(const BankSearch&);
+std::int64_t bounded_search_avx2(const BankSearch&);
+std::int64_t bounded_search_avx512vnni(const BankSearch&);
+std::int64_t bounded_search_avx512amx(const BankSearch&);
 
 }  // namespace zsad

@@ -66,7 +66,7 @@ class Basis:
 
 
 def taken_share(basis: Basis, left: Array, right: Array) -> float:
-    """Estimate which share of the products of unit vectors [P, C] and [Q, C] bounds leave beside the largest of each."""
+    """Estimate the share of the products of unit vectors [P, C] and [Q, C] that bounds leave beside the largest ones."""
     rows = left[::SHARE_ROWS]
     nearest = (rows @ right.T).max(axis=1)
     (heads, terms, tails), (others, of_others, rests) = basis.coordinates(rows), basis.coordinates(right)

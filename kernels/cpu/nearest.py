@@ -5,6 +5,7 @@ unit vectors [Q, C] → chunk by chunk of the bank: product, running best [Q, K]
 
 Of the matrix [Q, M] every worker has the products of one chunk of queries with one of the bank. Chunks have the same
 shape whatever the memory limit, and what is handed back was measured without them, so that results do not depend on it.
+Where bounds spare most products of a bank in memory (bounds.py), the few others are measured at once instead.
 """
 
 import threading
@@ -23,6 +24,7 @@ from threadpoolctl import ThreadpoolController
 from zsad.kernels.machine import available_cores, default_memory_limit
 
 from .arrays import Array, aligned_empty, multiply, product_bytes
+from .bounds import HEAD, Basis, least_channels, taken_share
 
 try:
     from . import _cpu
@@ -43,6 +45,9 @@ UNIT_GAP = 0.01  # of the square of a length from 1: what is stored in fp16 or i
 ALIGNED_ROWS = 16  # to which chunks are filled up, so that products compute all columns alike
 MEASURED_ROWS = 1024  # vectors of the bank that a worker measures at a time
 MEAN_ROWS = 1024  # from which int8 takes the mean vector of the bank
+BASIS_ROWS = 2048  # from which the basis of bounds is found, and how many products they leave
+MOST_TAKEN = 0.01  # estimated share of products up to which taking them by bounds pays
+GIVEN_UP = 16  # a query that comes near more than this part of the bank meets all of it
 LOWEST = float(np.finfo(np.float32).min)
 FP32_ERROR = 2e-6  # of a cosine from an fp32 product; up to 5e-7 was seen at 2048 channels
 ERROR_DEVIATIONS = 6.0  # of an int8 product's error, which one product in 10^9 exceeds
@@ -241,21 +246,29 @@ class Search:
         self._chunks: NDArray[Any] | None = None  # prepared, one behind the other
         self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
         self._held = held if self.precision == "int8" else None
+        self._bounds: tuple[Basis, NDArray[np.uint8]] | None = None  # of chunks, [N, bytes]
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
-            if self._product is self._exact:
-                self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
             with all_workers() as workers:
-                self._chunks = self._all_prepared(workers)
+                if self._product is self._exact:
+                    self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
+                    self._chunks = self._all_prepared(workers)
+                self._bounds = self._all_bounded(workers)
+                if self._chunks is None and self._bounds is None:
+                    self._chunks = self._all_prepared(workers)
 
     @property
     def _chunk_count(self) -> int:
         return -(-self._vectors // BANK_ROWS)
 
-    def _mean(self) -> Array:
-        rows = np.arange(0, self._vectors, -(-self._vectors // MEAN_ROWS))
+    def _sample(self, count: int) -> Array:
+        """Return up to so many unit vectors of the bank, from all over it."""
+        rows = np.arange(0, self._vectors, -(-self._vectors // count))
         units = np.empty((len(rows), self._channels), np.float32)
         self._read(rows, units)
-        mean: Array = units.mean(axis=0)
+        return units
+
+    def _mean(self) -> Array:
+        mean: Array = self._sample(MEAN_ROWS).mean(axis=0)
         return mean
 
     def _all_prepared(self, workers: Workers) -> NDArray[Any]:
@@ -272,17 +285,38 @@ class Search:
         workers.map(fill, range(self._chunk_count))
         return codes
 
+    def _all_bounded(self, workers: Workers) -> tuple[Basis, NDArray[np.uint8]] | None:
+        """Return a basis and the bounds of a bank in memory, if they leave few products."""
+        in_memory = self._bank is not None or self._held is not None
+        if not (has_native_kernels() and in_memory and may_be_bounded(self._vectors, self._channels)):
+            return None
+        sample = self._sample(BASIS_ROWS)
+        basis = Basis.of(sample)
+        if taken_share(basis, sample[::2], sample[1::2]) > MOST_TAKEN:
+            return None
+        size = _cpu.bounds_bytes(BANK_ROWS, HEAD)
+        bounds = aligned_empty((self._chunk_count, size), np.uint8)
+
+        def fill(chunk: int) -> None:
+            basis.bound(self._units(chunk), bounds[chunk])
+
+        workers.map(fill, range(self._chunk_count))
+        return basis, bounds
+
     def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
         first = chunk * BANK_ROWS
+        into = self._bank[first : first + BANK_ROWS] if product is self._exact and self._bank is not None else None
+        return product.prepare(self._units(chunk, into), is_bank=True)
+
+    def _units(self, chunk: int, out: Array | None = None) -> Array:
+        """Return the unit vectors of a chunk of the bank; what is beyond its end is zero."""
+        first = chunk * BANK_ROWS
         count = min(BANK_ROWS, self._vectors - first)
-        if product is self._exact and self._bank is not None:
-            units = self._bank[first : first + BANK_ROWS]
-        else:
-            units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32)
+        units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32) if out is None else out
         self._read(slice(first, first + count), units[:count])
         units[count:] = 0
-        return product.prepare(units, is_bank=True)
+        return units
 
     def search(self, count: int, read: Read, workers: Workers | None = None) -> tuple[Array, NDArray[np.int64]]:
         """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
@@ -297,7 +331,8 @@ class Search:
         with all_workers() if workers is None else nullcontext(workers) as workers:
             for first in range(0, count, group):
                 doubtful = self._first_search(workers, slice(first, min(first + group, count)), read, cosines, indices)
-                if self._product is not self._exact and doubtful.any():
+                exact = self._product is self._exact and self._bounds is None
+                if not exact and doubtful.any():
                     rows = first + np.flatnonzero(doubtful)
                     again, units = (cosines[rows], indices[rows]), self._unit_queries(workers, rows, len(rows), read)
                     self._search(workers, self._exact, units, *again)
@@ -308,6 +343,14 @@ class Search:
         self, workers: Workers, queries: slice, read: Read, cosines: Array, indices: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Search for a run of queries; returns for which of them a nearer vector may have been missed."""
+        if self._bounds is not None:
+            shares = [
+                slice(queries.start + at.start, queries.start + at.stop)
+                for at in _shares(queries.stop - queries.start, workers.count)
+            ]
+            return np.concatenate(
+                workers.map(lambda at: self._bounded_search(at, read, cosines[at], indices[at]), shares)
+            )
 
         def search(at: slice, workers: Workers) -> NDArray[np.bool_]:
             units = self._unit_queries(workers, at, at.stop - at.start, read)
@@ -321,6 +364,38 @@ class Search:
         parts = -(-parts // workers.count) * workers.count
         shares = [slice(queries.start + at.start, queries.start + at.stop) for at in _runs(count, -(-count // parts))]
         return np.concatenate(workers.map(lambda at: search(at, ALONE), shares))
+
+    def _bounded_search(
+        self, queries: slice, read: Read, cosines: Array, indices: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Fill cosines and indices [n, k] of some queries; returns those that come near too much of the bank, [n]."""
+        assert self._bounds is not None
+        basis, of_bank = self._bounds
+        units = self._unit_queries(ALONE, queries, len(cosines), read)
+        bounds = aligned_empty((_cpu.bounds_bytes(len(units), HEAD),), np.uint8)
+        basis.bound(units, bounds)
+        given_up = np.empty(len(units), np.bool_)
+        bank, inverse = self._measured()
+        assert bank is not None
+        _cpu.bounded_search(
+            units,
+            bounds,
+            bank[: self._vectors],
+            inverse,
+            of_bank,
+            BANK_ROWS,
+            HEAD,
+            max(self._vectors // GIVEN_UP, self._k),
+            cosines,
+            indices,
+            given_up,
+        )
+        np.clip(cosines, -1, 1, out=cosines)
+        return given_up
+
+    def _measured(self) -> tuple[Array | None, Array | None]:
+        """Return what vectors are measured from, where that is in memory, and their inverse lengths; None: 1."""
+        return (self._bank, None) if self._held is None else (self._held.vectors, self._held.inverse)
 
     def _unit_queries(self, workers: Workers, rows: Rows, count: int, read: Read) -> Array:
         """Return the unit vectors of so many queries [n, C]."""
@@ -350,7 +425,7 @@ class Search:
             errors = self._errors(product, chunks, prepared)
         doubtful = np.zeros(len(queries), np.bool_)
 
-        bank, inverse = (self._bank, None) if self._held is None else (self._held.vectors, self._held.inverse)
+        bank, inverse = self._measured()
         every = values.shape[2] == self._vectors  # nothing was left out
 
         def finish(at: slice) -> None:
@@ -567,6 +642,11 @@ def chunk_rows(vectors: int) -> int:
     return min(BANK_ROWS, -(-vectors // ALIGNED_ROWS) * ALIGNED_ROWS)
 
 
+def may_be_bounded(vectors: int, channels: int) -> bool:
+    """Tell whether a bank is large enough for bounds of its products to pay."""
+    return vectors >= BASIS_ROWS and channels >= least_channels()
+
+
 def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) -> int:
     """Return the bytes that a search takes beside bank, queries and results, with one chunk of queries at a time.
 
@@ -576,7 +656,10 @@ def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) 
     kind = Fp32Product if precision == "fp32" else Int8Product
     total = _worker_bytes(vectors, channels, precision) + QUERY_ROWS * _query_bytes(channels, k, precision)
     if resident:
-        total += -(-vectors // BANK_ROWS) * kind.chunk_bytes(chunk_rows(vectors), channels)
+        chunk = kind.chunk_bytes(chunk_rows(vectors), channels)
+        if kind is Fp32Product and has_native_kernels() and may_be_bounded(vectors, channels):
+            chunk += _cpu.bounds_bytes(BANK_ROWS, HEAD)  # with int8, bounds are held instead of codes
+        total += -(-vectors // BANK_ROWS) * chunk
     return total
 
 
