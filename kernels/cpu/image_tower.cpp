@@ -86,9 +86,13 @@ inline float sum(Vec v) {
   return s;
 }
 inline float largest(Vec v) {
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_max_ps((__m512)v);  // with the loop GCC 12 keeps what loops before it gather in memory
+#else
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = std::max(m, v[i]);
   return m;
+#endif
 }
 constexpr std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
@@ -677,46 +681,61 @@ struct PackedHead {
   }
 };
 
+// At most 16 floats, zeros behind them.
+inline Vec some_floats(const float* x, int count) {
+  return (Vec)_mm512_maskz_loadu_ps(__mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), x);
+}
+
+inline __m512i rounded(Vec x) { return _mm512_cvtps_epi32((__m512)x); }
+
 void pack_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
   const PackedHead packed(a);
   std::int8_t* k = reinterpret_cast<std::int8_t*>(room);
   std::int8_t* v = reinterpret_cast<std::int8_t*>(room + packed.values);
   float *scales = reinterpret_cast<float*>(room + packed.scales), *sums = reinterpret_cast<float*>(room + packed.sums);
   float* value_scales = reinterpret_cast<float*>(room + packed.value_scales);
-  float mean[kMaxHead] = {}, most[kMaxHead] = {}, row[kMaxHead];
-  for (int t = 0; t < a.tokens; ++t)
-    for (int c = 0; c < a.width; ++c) {
-      mean[c] += keys[t * a.pitch + c];
-      most[c] = std::max(most[c], std::fabs(values[t * a.pitch + c]));
+  const int vectors = (a.width + kLanes - 1) / kLanes, quads = (a.width + kCodes - 1) / kCodes;
+  const auto part = [&](const float* x, int i) { return some_floats(x + i * kLanes, a.width - i * kLanes); };
+  Vec mean[kMaxHead / kLanes], inverse[kMaxHead / kLanes];
+  for (int i = 0; i < vectors; ++i) {
+    Vec total = {}, most = {};
+    for (int t = 0; t < a.tokens; ++t) {
+      total += part(keys + t * a.pitch, i);
+      most = larger(most, (Vec)_mm512_abs_ps((__m512)part(values + t * a.pitch, i)));
     }
-  for (int c = 0; c < a.width; ++c) mean[c] /= float(a.tokens);
-  const int quads = (a.width + kCodes - 1) / kCodes;
+    mean[i] = total / float(a.tokens);
+    inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
+    store(value_scales + i * kLanes, most / 127.0f);
+  }
   for (int t = 0; t < a.tokens; ++t) {
-    float top = 0.0f;
-    for (int c = 0; c < a.width; ++c) {
-      row[c] = keys[t * a.pitch + c] - mean[c];
-      top = std::max(top, std::fabs(row[c]));
+    Vec row[kMaxHead / kLanes], most = {};
+    for (int i = 0; i < vectors; ++i) {
+      row[i] = part(keys + t * a.pitch, i) - mean[i];
+      most = larger(most, (Vec)_mm512_abs_ps((__m512)row[i]));
     }
-    const float inverse = top > 0 ? 127.0f / top : 0.0f;
-    std::int32_t total = 0;
+    const float top = largest(most), to_codes = top > 0 ? 127.0f / top : 0.0f;
+    alignas(64) std::int32_t code[kMaxHead / kCodes];
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < vectors; ++i) {
+      const __m512i codes = rounded(row[i] * to_codes);
+      total = _mm512_add_epi32(total, codes);
+      _mm_store_si128(reinterpret_cast<__m128i*>(code + i * kLanes / kCodes), _mm512_cvtepi32_epi8(codes));
+    }
     std::int8_t* at = k + std::size_t(t / kColumns) * quads * kColumns * kCodes + t % kColumns * kCodes;
-    for (int c = 0; c < a.width; ++c) {
-      const std::int32_t code = std::int32_t(std::nearbyint(row[c] * inverse));
-      at[c / kCodes * kColumns * kCodes + c % kCodes] = std::int8_t(code);
-      total += code;
-    }
+    for (int quad = 0; quad < quads; ++quad) std::memcpy(at + quad * kColumns * kCodes, code + quad, kCodes);
     scales[t] = top / 127.0f;
-    sums[t] = scales[t] * float(total);
+    sums[t] = scales[t] * float(_mm512_reduce_add_epi32(total));
   }
   const std::size_t panel = up(a.tokens, kFill) * kColumns;
-  for (int c = 0; c < a.width; ++c) {
-    value_scales[c] = most[c] / 127.0f;
-    most[c] = most[c] > 0 ? 127.0f / most[c] : 0.0f;
-  }
-  for (int t = 0; t < a.tokens; ++t)
-    for (int c = 0; c < a.width; ++c)
-      v[c / kColumns * panel + std::size_t(t / kCodes) * kColumns * kCodes + c % kColumns * kCodes + t % kCodes] =
-          std::int8_t(std::nearbyint(values[t * a.pitch + c] * most[c]));
+  for (int t = 0; t < a.tokens; t += kCodes)
+    for (int i = 0; i < vectors; ++i) {
+      __m512i quad = _mm512_setzero_si512();
+      for (int j = 0; j < std::min(kCodes, a.tokens - t); ++j) {
+        const __m512i codes = rounded(part(values + (t + j) * a.pitch, i) * inverse[i]);
+        quad = _mm512_or_si512(quad, _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(255)), 8 * j));
+      }
+      _mm512_store_si512(v + i * panel + std::size_t(t) * kColumns, quad);
+    }
 }
 
 void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
