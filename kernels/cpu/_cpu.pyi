@@ -16,6 +16,8 @@ def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
     """
 
+GROUP: int = 48
+
 WIDEST_HEAD: int = 128
 
 def tower_parts() -> list[str]:
@@ -48,9 +50,9 @@ def bounded_nearest(left: Annotated[NDArray[numpy.float32], dict(shape=(None, No
     Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many coordinates tell which, by one mean and basis.
     """
 
-def bounded_search(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], query_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: int, head: int, most_taken: int, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], given_up: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> int:
+def bounded_search(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], query_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], reach: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, order: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: int, most_taken: int, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], given_up: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> int:
     """
-    Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths [M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. bounds: of chunks of `rows` vectors each, [N, bytes], of which those beyond M are never nearest. Of equal cosines the lower index comes first. given_up [P]: for which more than most_taken products would have been taken.
+    Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths [M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. order: [groups, GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: [P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes first. given_up [P]: for which more than most_taken products would have been taken.
     """
 
 def fp32_product_bytes(rows: int, columns: int, channels: int) -> int:

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #define ZSAD_JOIN_(a, b) a##b
@@ -267,79 +268,103 @@ class NearestRows : public AnyRows {
   std::int64_t taken_ = 0;
 };
 
-// The same for the k nearest of the left vectors alone, chunk by chunk of a bank.
-class SearchRows : public AnyRows {
+// The same for the k nearest of queries, block by block of these: a block meets the groups of a bank that may have one of
+// the nearest, those first that may come nearest.
+class SearchRows {
  public:
-  static constexpr int kMostRows = 24 * kPanel;  // whose bounds with a chunk stay in the second-level cache
-
   explicit SearchRows(const BankSearch& a)
       : a_(a),
         queries_(a.queries.bounds, a.queries.layout),
-        bounds_(kMostRows, a.layout.heads.patches),
-        terms_(std::size_t(a.layout.heads.panels) * kPanel),
-        reached_(a.queries.layout.heads.patches, kNone),
-        taken_(reached_.size()) {
-    const std::size_t all_kept = reached_.size() * a.wanted;
-    std::fill_n(a.cosines, all_kept, kLowest);
-    std::fill_n(a.indices, all_kept, std::numeric_limits<std::int64_t>::max());
-    std::fill_n(a.given_up, reached_.size(), false);
+        codes_({a.queries.bounds, a.queries.layout.heads}),
+        least_(a.queries.layout.heads.patches, kLowest),
+        taken_(least_.size()),
+        reach_(a.groups) {
+    std::fill_n(a.cosines, least_.size() * a.wanted, kLowest);
+    std::fill_n(a.indices, least_.size() * a.wanted, std::numeric_limits<std::int64_t>::max());
+    std::fill_n(a.given_up, least_.size(), false);
   }
 
-  void start(int chunk) {
-    first_ = chunk * a_.layout.heads.patches;
-    chunk_ = Bounds(a_.bounds + chunk * a_.layout.bytes, a_.layout);
-    for (std::size_t q = 0; q < terms_.size(); ++q) terms_[q] = chunk_.errors[q] * queries_.longest + kSlack;
+  std::int64_t run() {
+    const Int8Layout& heads = a_.queries.layout.heads;
+    std::int8_t* room = prepared_room(heads, heads.panels + 2 + kMaxPanels);
+    rows_ = prepare_rows(codes_.codes, heads.panels, heads, room);
+    column_room_ = room + (heads.panels + 2) * prepared_bytes(heads);
+    const Tiles tiles;
+    for (int p = 0; p < heads.patches; p += kRows) search(p, std::min(p + kRows, heads.patches));
+    return std::accumulate(taken_.begin(), taken_.end(), std::int64_t(0));
   }
 
   template <int Vectors>
   void take(int row, int column, const Floats* products) {
-    const Floats term = all(queries_.errors[row] * chunk_.longest), rest = all(queries_.rests[row]);
-    Count* const bounds = bounds_.of(row % kMostRows);
+    const Floats term = all(queries_.errors[row] * group_.longest + kSlack), rest = all(queries_.rests[row]);
+    const Floats least = all(least_[row]), longest = all(queries_.longest);
+    Floats bounds[Vectors];
+    std::uint64_t found = 0;
     ZSAD_UNROLL
     for (int j = 0; j < Vectors; ++j) {
       const int q = column + j * kLanes;
-      store_counts(bounds + q, counts_of(add_product(sum(products[j], sum(term, load_floats(terms_.data() + q))), rest,
-                                                     load_floats(chunk_.rests + q))));
+      bounds[j] = add_product(add_product(sum(products[j], term), longest, load_floats(group_.errors + q)), rest,
+                              load_floats(group_.rests + q));
+      found |= larger(bounds[j], least) << j * kLanes;
     }
-  }
-
-  void end(int first, int last) {
-    for (int p = first; p < last; ++p) {
-      const Count most = bounds_.largest_of(p % kMostRows);
-      if (most <= reached_[p]) continue;
-      const Wide mosts = all_counts(Count(most - 1));
-      take_those(p, [=](Wide counts, int) { return larger_counts(counts, mosts); });
-      const Wide least = all_counts(reached_[p]);
-      take_those(p, [=](Wide counts, int) { return larger_counts(counts, least); });
-    }
-  }
-
-  std::int64_t finish() const {
-    std::int64_t total = 0;
-    for (int taken : taken_) total += taken;
-    return total;
+    if (found) take_those<Vectors>(row, column, bounds, found);
   }
 
  private:
-  template <typename Wanted>
-  void take_those(int p, Wanted wanted) {
-    Count* const bounds = bounds_.of(p % kMostRows);
-    bounds_.each(p % kMostRows, wanted, [&](int q, Count bound) {
-      if (bound <= reached_[p] || first_ + q >= a_.columns) return;
-      bounds[q] = kNone;
-      if (++taken_[p] > a_.most_taken) {
-        a_.given_up[p] = true;
-        reached_[p] = kUnreached;
-        return;
-      }
-      take_in_full(p, first_ + q);
-    });
+  static constexpr int kFirst = 12;  // groups that come in the order of their reach
+
+  // Let the queries from p up to `end`, at most kRows, meet the groups that may have one of their nearest.
+  void search(int p, int end) {
+    for (int g = 0; g < a_.groups; ++g) reach_[g] = a_.reach[std::size_t(p) * a_.groups + g];
+    for (int row = p + 1; row < end; ++row) {
+      const float* reach = a_.reach + std::size_t(row) * a_.groups;
+      for (int g = 0; g < a_.groups; ++g) reach_[g] = std::max(reach_[g], reach[g]);
+    }
+    for (int first = 0; first < std::min(kFirst, a_.groups); ++first) {
+      const int g = int(std::max_element(reach_.begin(), reach_.end()) - reach_.begin());
+      meet(p, end, g);
+      reach_[g] = kLowest;
+    }
+    for (int g = 0; g < a_.groups; ++g)
+      if (reach_[g] > *std::min_element(least_.begin() + p, least_.begin() + end)) meet(p, end, g);
   }
 
-  void take_in_full(int p, std::int64_t index) {
+  void meet(int p, int end, int g) {
+    bool wanted = false;
+    for (int row = p; row < end; ++row) wanted |= a_.reach[std::size_t(row) * a_.groups + g] > least_[row];
+    if (!wanted) return;
+    const unsigned char* bounds = a_.bounds + g * a_.layout.bytes;
+    group_ = Bounds(bounds, a_.layout);
+    members_ = a_.order + g * kGroup;
+    const Int8Layout& heads = a_.queries.layout.heads;
+    multiply_rows(codes_, Image({bounds, a_.layout.heads}), heads, p, end, 0, a_.layout.heads.panels,
+                  rows_ + p / kPanel * prepared_bytes(heads), column_room_, *this);
+  }
+
+  // Take the products of a query with those found of a group in full, the largest bound first.
+  template <int Vectors>
+  ZSAD_NOINLINE void take_those(int p, int column, const Floats* bounds, std::uint64_t found) {
+    float values[Vectors * kLanes];
+    for (int j = 0; j < Vectors; ++j) store_floats(values + j * kLanes, bounds[j]);
+    int q = __builtin_ctzll(found);
+    for (std::uint64_t bits = found; bits; bits &= bits - 1)
+      if (values[__builtin_ctzll(bits)] > values[q]) q = __builtin_ctzll(bits);
+    for (;; q = __builtin_ctzll(found)) {
+      found &= ~(std::uint64_t(1) << q);
+      const std::int32_t next = members_[column + (found ? __builtin_ctzll(found) : q)];
+      if (values[q] > least_[p] && members_[column + q] >= 0) take_in_full(p, members_[column + q], std::max(next, 0));
+      if (!found) return;
+    }
+  }
+
+  void take_in_full(int p, std::int64_t index, std::int64_t next) {
+    if (++taken_[p] > a_.most_taken) {
+      a_.given_up[p] = true;
+      least_[p] = -kLowest;
+      return;
+    }
     const std::size_t C = a_.channels;
-    const float* vector = a_.bank + index * C;
-    float cosine = dot(a_.queries.units + p * C, vector, vector, C);
+    float cosine = dot(a_.queries.units + p * C, a_.bank + index * C, a_.bank + next * C, C);
     if (a_.inverse) cosine *= a_.inverse[index];
     float* cosines = a_.cosines + std::size_t(p) * a_.wanted;
     std::int64_t* indices = a_.indices + std::size_t(p) * a_.wanted;
@@ -348,17 +373,19 @@ class SearchRows : public AnyRows {
         std::swap(cosine, cosines[k]);
         std::swap(index, indices[k]);
       }
-    reached_[p] = least_of(cosines[a_.wanted - 1]);
+    least_[p] = cosines[a_.wanted - 1];
   }
 
   const BankSearch& a_;
   const Bounds queries_;
-  Bounds chunk_ = queries_;
-  BoundRows bounds_;
-  std::vector<float> terms_;    // [columns] what is added to bounds
-  std::vector<Count> reached_;  // [P] what has to be exceeded
-  std::vector<int> taken_;      // [P]
-  int first_ = 0;               // index of the chunk's first vector
+  const Image codes_;
+  const std::int8_t* rows_ = nullptr;  // prepared
+  std::int8_t* column_room_ = nullptr;
+  Bounds group_ = queries_;  // the present one
+  const std::int32_t* members_ = nullptr;
+  std::vector<float> least_;  // [P] the k-th nearest so far
+  std::vector<int> taken_;    // [P]
+  std::vector<float> reach_;  // [groups] that of the present block
 };
 
 }  // namespace
@@ -412,13 +439,7 @@ std::int64_t ZSAD_JOIN(bounded_nearest_, ZSAD_TARGET)(const NearestPair& a) {
 }
 
 std::int64_t ZSAD_JOIN(bounded_search_, ZSAD_TARGET)(const BankSearch& a) {
-  SearchRows rows(a);
-  for (int chunk = 0; chunk < a.count; ++chunk) {
-    rows.start(chunk);
-    multiply({a.queries.bounds, a.queries.layout.heads}, {a.bounds + chunk * a.layout.bytes, a.layout.heads}, 1,
-             std::numeric_limits<int>::max(), rows);
-  }
-  return rows.finish();
+  return SearchRows(a).run();
 }
 
 }  // namespace zsad

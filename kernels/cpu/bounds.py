@@ -7,13 +7,14 @@ where codes are the heads in 8 bits, and errors what that leaves of them. The na
 those products in full whose bounds reach the largest so far, so that its results are the largest of all exact products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array
+from .arrays import Array, aligned_empty
 
 try:
     from . import _cpu
@@ -23,6 +24,8 @@ except ImportError:  # installed without a working compiler
 HEAD = 64  # coordinates of a head: one tile of AMX, and few enough for the rest of the work to count
 SPARE, ROUNDS = 16, 2  # directions more than wanted, and rounds, by which the largest ones are found
 SHARE_ROWS = 8  # of so many patches one is looked at
+READ_ROWS = 1024  # of a bank at a time
+SLACK = 2e-5  # for rounding
 
 
 def least_channels() -> int:
@@ -65,8 +68,80 @@ class Basis:
         _cpu.bound_vectors(*self.coordinates(units), out)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """A bank of unit vectors in groups of those that lie near each other, and the bounds of their products."""
+
+    basis: Basis
+    order: NDArray[np.int32]  # [G, GROUP] the vectors of each group, −1 for none
+    bounds: NDArray[np.uint8]  # [G, bytes]
+    spheres: Array  # [G, HEAD + 4] what all of a group lie in, see `reach`
+
+    @staticmethod
+    def of(basis: Basis, vectors: int, read: Callable[[slice, Array], None], channels: int) -> "Groups":
+        """Group a bank of so many unit vectors; read: fills an array [n, C] with those of some rows."""
+        heads, terms, tails = np.empty((vectors, HEAD), np.float32), np.empty(vectors), np.empty(vectors)
+        units = np.empty((READ_ROWS, channels), np.float32)
+        for first in range(0, vectors, READ_ROWS):
+            at = slice(first, min(first + READ_ROWS, vectors))
+            read(at, units[: at.stop - first])
+            heads[at], terms[at], tails[at] = basis.coordinates(units[: at.stop - first])
+        groups = halved(heads, _cpu.GROUP)
+        order = np.full((len(groups), _cpu.GROUP), -1, np.int32)
+        bounds = aligned_empty((len(groups), _cpu.bounds_bytes(_cpu.GROUP, HEAD)), np.uint8)
+        spheres = np.empty((len(groups), HEAD + 4), np.float32)
+        for g, members in enumerate(groups):
+            order[g, : len(members)] = members
+            padded = np.resize(members, _cpu.GROUP)  # what fills up is never taken
+            coordinates = heads[padded], terms[padded].astype(np.float32), tails[padded].astype(np.float32)
+            _cpu.bound_vectors(*coordinates, bounds[g])
+            centre = heads[members].mean(axis=0)
+            radius = np.linalg.norm(heads[members] - centre, axis=1).max()
+            spheres[g] = *centre, radius, 1, terms[members].max() + SLACK, np.sqrt(tails[members].max())
+        return Groups(basis, order, bounds, spheres)
+
+    def reach(self, heads: Array, terms: Array, tails: Array) -> Array:
+        """Return at least the largest product of each query with a vector of each group, [n, G], from coordinates.
+
+        head · head' ≤ head · centre + |head| radius, and tail · tail' ≤ |tail| times the longest tail.
+        """
+        lengths = np.linalg.norm(heads, axis=1)
+        queries = np.column_stack([heads, lengths, terms, np.ones(len(heads), np.float32), np.sqrt(tails)])
+        reach: Array = queries @ self.spheres.T
+        return reach
+
+
+def grouped_bytes(vectors: int) -> int:
+    """Return what the groups of so many vectors hold, and take while they are made, beside the vectors."""
+    groups = -(-vectors // _cpu.GROUP)
+    held = groups * (_cpu.bounds_bytes(_cpu.GROUP, HEAD) + 4 * (HEAD + 4 + _cpu.GROUP))
+    return int(held + vectors * (3 * 4 * HEAD + 2 * 8))
+
+
+def halved(vectors: Array, size: int) -> list[NDArray[np.intp]]:
+    """Cut vectors [n, h] in halves along the direction in which they differ most, until parts have at most this size.
+
+    Parts that follow each other lie near each other, too.
+    """
+    parts, todo = [], [np.arange(len(vectors))]
+    while todo:
+        members = todo.pop()
+        if len(members) <= size:
+            parts.append(members)
+            continue
+        centred = vectors[members] - vectors[members].mean(axis=0)
+        direction = np.abs(centred).max(axis=0)
+        for _ in range(ROUNDS + 1):
+            direction = (centred @ direction) @ centred
+            direction /= max(float(np.linalg.norm(direction)), 1e-30)
+        middle = (len(members) // 2 + size - 1) // size * size  # all parts but one are full
+        at = np.argpartition(centred @ direction, middle)
+        todo += [members[at[middle:]], members[at[:middle]]]
+    return parts
+
+
 def taken_share(basis: Basis, left: Array, right: Array) -> float:
-    """Estimate the share of the products of unit vectors [P, C] and [Q, C] that bounds leave beside the largest ones."""
+    """Estimate the share of the products of unit vectors [P, C] and [Q, C] that bounds leave beside the largest."""
     rows = left[::SHARE_ROWS]
     nearest = (rows @ right.T).max(axis=1)
     (heads, terms, tails), (others, of_others, rests) = basis.coordinates(rows), basis.coordinates(right)

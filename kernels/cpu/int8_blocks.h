@@ -373,17 +373,38 @@ void multiply_block(const Image& left, const Image& right, const Int8Layout& lay
   }
 }
 
-// Products of the left patches from p up to `end`, whose prepared panels `rows` are.
+// Products of the left patches from p up to `end`; `rows` are their prepared panels, from that of p on.
 template <int Panels, typename Rows>
 void multiply_panels(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel,
                      const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
-  const int first = p;
+  const int first = p / kPanel * kPanel;
   for (; p < end; p += kRows)
     multiply_block<Panels>(left, right, layout, p, panel, rows + (p - first) / kPanel * prepared_bytes(layout), columns,
                            out);
 }
 
 #endif
+
+// Products of the left patches from p up to `end`, a multiple of kRows or all there are, with the right panels from
+// `panel` up to `last`. rows: the prepared panels of the left ones, from that of p on; room: for kMaxPanels right ones.
+template <typename Rows>
+void multiply_rows(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel, int last,
+                   const std::int8_t* rows, std::int8_t* room, Rows& out) {
+  const auto pass = [&](auto panels) {
+    const std::int8_t* columns = prepare_columns(right.codes + panel * layout.panel_bytes(), panels, layout, room);
+    multiply_panels<panels>(left, right, layout, p, end, panel, rows, columns, out);
+    panel += panels;
+  };
+  while (panel + kMaxPanels <= last) pass(std::integral_constant<int, kMaxPanels>());
+  while (panel < last) pass(std::integral_constant<int, 1>());
+}
+
+// Room for so many prepared panels, on a cache line. Fresh memory would take as long as the products.
+inline std::int8_t* prepared_room(const Int8Layout& layout, int panels) {
+  static thread_local std::vector<std::int8_t> room;
+  room.resize(std::max(room.size(), panels * prepared_bytes(layout) + kLine));
+  return room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
+}
 
 // Left patches that stay in the second-level cache while the right panels stream past them.
 constexpr std::size_t kBlockBytes = 512 << 10;
@@ -397,10 +418,7 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
   const std::size_t panel_bytes = layout.panel_bytes(), prepared = prepared_bytes(layout);
   const int fitting = int(std::max<std::size_t>(1, kBlockBytes / (2 * prepared))) * 2;  // panels
   const int block = std::min({fitting, apart / (4 * kPanel) * 2 + 2, Rows::kMostRows / kPanel});
-  // Fresh memory would take as long as the products.
-  static thread_local std::vector<std::int8_t> room;
-  room.resize(std::max(room.size(), (block + kMaxPanels) * prepared + kLine));
-  std::int8_t* row_room = room.data() + (-reinterpret_cast<std::uintptr_t>(room.data())) % kLine;
+  std::int8_t* row_room = prepared_room(layout, block + kMaxPanels);
   std::int8_t* column_room = row_room + block * prepared;
   const Tiles tiles;
   for (int first = 0; first < layout.panels; first += block) {
@@ -410,16 +428,9 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
     const int end = std::min(last * kPanel - 1 + std::min(apart, patches), patches - 1) / kPanel + 1;
     for (int image = 0; image < count; ++image) {
       const Image b({right.data + image * right.layout.bytes, right.layout});
-      int panel = std::max(0, first * kPanel - apart) / kPanel;
-      const auto pass = [&](auto panels) {
-        const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
-        const int end_of_rows = std::min(last * kPanel, layout.patches);
-        multiply_panels<panels>(a, b, layout, first * kPanel, end_of_rows, panel, rows, columns, out);
-        panel += panels;
-      };
       out.begin(image * patches);
-      while (panel + kMaxPanels <= end) pass(std::integral_constant<int, kMaxPanels>());
-      while (panel < end) pass(std::integral_constant<int, 1>());
+      multiply_rows(a, b, layout, first * kPanel, std::min(last * kPanel, layout.patches),
+                    std::max(0, first * kPanel - apart) / kPanel, end, rows, column_room, out);
     }
     out.end(first * kPanel, std::min(last * kPanel, layout.patches));
   }

@@ -311,28 +311,31 @@ std::int64_t bounded_nearest(const Matrix& left, const Matrix& right, const Byte
   return run(arguments);
 }
 
-std::int64_t bounded_search(const Matrix& queries, const Bytes& query_bounds, const Matrix& bank,
-                            const std::optional<Vector>& inverse, const Chunks& bounds, int rows, int head,
+std::int64_t bounded_search(const Matrix& queries, const Bytes& query_bounds, const Matrix& reach, const Matrix& bank,
+                            const std::optional<Vector>& inverse, const Numbers& order, const Chunks& bounds, int head,
                             int most_taken, const Output& cosines, const IndicesOutput& indices,
                             const FlagsOutput& given_up, const std::string& instruction_set) {
   const std::size_t P = queries.shape(0), C = queries.shape(1), M = bank.shape(0), k = cosines.shape(1);
-  const std::size_t count = bounds.shape(0);
+  const std::size_t groups = bounds.shape(0);
   require(bank.shape(1) == C && (!inverse || inverse->shape(0) == M), "bank must be [M, C] and inverse [M]");
   require(k > 0 && has_shape(cosines, P, k) && has_shape(indices, P, k) && given_up.shape(0) == P,
           "cosines and indices must be [P, k], given_up [P]");
-  require(head > 0 && rows > 0, "head and rows must be at least 1");
-  const auto layout = bounds_of(rows, head), of_queries = bounds_of(P, head);
+  require(head > 0 && most_taken > 0, "head and most_taken must be at least 1");
+  const auto layout = bounds_of(zsad::kGroup, head), of_queries = bounds_of(P, head);
   require(bounds.shape(1) == layout.bytes && query_bounds.shape(0) == of_queries.bytes,
-          "bounds must have bounds_bytes(rows, head) and bounds_bytes(P, head) bytes");
-  require(M > 0 && M <= count * rows && M + rows > count * rows, "bounds must be of as many vectors as the bank");
-  require(most_taken > 0, "most_taken must be at least 1");
+          "bounds must have bounds_bytes(GROUP, head) and bounds_bytes(P, head) bytes");
+  require(has_shape(reach, P, groups) && has_shape(order, groups, zsad::kGroup),
+          "reach must be [P, groups] and order [groups, GROUP]");
+  const auto in_bank = [&](std::int32_t index) { return index >= -1 && index < std::int64_t(M); };
+  require(std::all_of(order.data(), order.data() + order.size(), in_bank), "order must hold -1 to M - 1");
   const auto run = bounded_searches.choose(instruction_set);
   const zsad::BankSearch arguments{{queries.data(), query_bounds.data(), of_queries},
                                    int(C),
                                    bounds.data(),
                                    layout,
-                                   int(count),
-                                   int(M),
+                                   int(groups),
+                                   reach.data(),
+                                   order.data(),
                                    bank.data(),
                                    inverse ? inverse->data() : nullptr,
                                    int(k),
@@ -597,6 +600,7 @@ NB_MODULE(_cpu, m) {
         "Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, "
         "running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has "
         "one for processors with tiles only.");
+  m.attr("GROUP") = zsad::kGroup;
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
   m.def(
       "tower_parts",
@@ -630,12 +634,13 @@ NB_MODULE(_cpu, m) {
         "Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of "
         "right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many "
         "coordinates tell which, by one mean and basis.");
-  m.def("bounded_search", &bounded_search, "queries"_a, "query_bounds"_a, "bank"_a, "inverse"_a, "bounds"_a, "rows"_a,
-        "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "instruction_set"_a = "",
+  m.def("bounded_search", &bounded_search, "queries"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a, "order"_a,
+        "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "instruction_set"_a = "",
         "Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths "
-        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. bounds: of "
-        "chunks of `rows` vectors each, [N, bytes], of which those beyond M are never nearest. Of equal cosines the "
-        "lower index comes first. given_up [P]: for which more than most_taken products would have been taken.");
+        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. order: [groups, "
+        "GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: "
+        "[P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes "
+        "first. given_up [P]: for which more than most_taken products would have been taken.");
   m.def(
       "fp32_product_bytes",
       [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,

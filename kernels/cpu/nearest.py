@@ -24,7 +24,7 @@ from threadpoolctl import ThreadpoolController
 from zsad.kernels.machine import available_cores, default_memory_limit
 
 from .arrays import Array, aligned_empty, multiply, product_bytes
-from .bounds import HEAD, Basis, least_channels, taken_share
+from .bounds import HEAD, Basis, Groups, grouped_bytes, least_channels, taken_share
 
 try:
     from . import _cpu
@@ -246,14 +246,14 @@ class Search:
         self._chunks: NDArray[Any] | None = None  # prepared, one behind the other
         self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
         self._held = held if self.precision == "int8" else None
-        self._bounds: tuple[Basis, NDArray[np.uint8]] | None = None  # of chunks, [N, bytes]
+        self._groups: Groups | None = None  # where bounds spare most products
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             with all_workers() as workers:
                 if self._product is self._exact:
                     self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
                     self._chunks = self._all_prepared(workers)
-                self._bounds = self._all_bounded(workers)
-                if self._chunks is None and self._bounds is None:
+                self._groups = self._grouped()
+                if self._chunks is None and self._groups is None:
                     self._chunks = self._all_prepared(workers)
 
     @property
@@ -285,8 +285,8 @@ class Search:
         workers.map(fill, range(self._chunk_count))
         return codes
 
-    def _all_bounded(self, workers: Workers) -> tuple[Basis, NDArray[np.uint8]] | None:
-        """Return a basis and the bounds of a bank in memory, if they leave few products."""
+    def _grouped(self) -> Groups | None:
+        """Return a bank in memory in groups, if bounds leave few of its products."""
         in_memory = self._bank is not None or self._held is not None
         if not (has_native_kernels() and in_memory and may_be_bounded(self._vectors, self._channels)):
             return None
@@ -294,14 +294,7 @@ class Search:
         basis = Basis.of(sample)
         if taken_share(basis, sample[::2], sample[1::2]) > MOST_TAKEN:
             return None
-        size = _cpu.bounds_bytes(BANK_ROWS, HEAD)
-        bounds = aligned_empty((self._chunk_count, size), np.uint8)
-
-        def fill(chunk: int) -> None:
-            basis.bound(self._units(chunk), bounds[chunk])
-
-        workers.map(fill, range(self._chunk_count))
-        return basis, bounds
+        return Groups.of(basis, self._vectors, self._read, self._channels)
 
     def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
@@ -331,7 +324,7 @@ class Search:
         with all_workers() if workers is None else nullcontext(workers) as workers:
             for first in range(0, count, group):
                 doubtful = self._first_search(workers, slice(first, min(first + group, count)), read, cosines, indices)
-                exact = self._product is self._exact and self._bounds is None
+                exact = self._product is self._exact and self._groups is None
                 if not exact and doubtful.any():
                     rows = first + np.flatnonzero(doubtful)
                     again, units = (cosines[rows], indices[rows]), self._unit_queries(workers, rows, len(rows), read)
@@ -343,7 +336,7 @@ class Search:
         self, workers: Workers, queries: slice, read: Read, cosines: Array, indices: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Search for a run of queries; returns for which of them a nearer vector may have been missed."""
-        if self._bounds is not None:
+        if self._groups is not None:
             shares = [
                 slice(queries.start + at.start, queries.start + at.stop)
                 for at in _shares(queries.stop - queries.start, workers.count)
@@ -369,29 +362,23 @@ class Search:
         self, queries: slice, read: Read, cosines: Array, indices: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Fill cosines and indices [n, k] of some queries; returns those that come near too much of the bank, [n]."""
-        assert self._bounds is not None
-        basis, of_bank = self._bounds
+        assert self._groups is not None
         units = self._unit_queries(ALONE, queries, len(cosines), read)
+        heads, terms, tails = self._groups.basis.coordinates(units)
+        reach = self._groups.reach(heads, terms, tails)
+        order = np.argsort(reach.argmax(axis=1), kind="stable")  # queries that meet the same groups, side by side
+        units, heads, terms, tails, reach = (array[order] for array in (units, heads, terms, tails, reach))
         bounds = aligned_empty((_cpu.bounds_bytes(len(units), HEAD),), np.uint8)
-        basis.bound(units, bounds)
-        given_up = np.empty(len(units), np.bool_)
+        _cpu.bound_vectors(heads, terms, tails, bounds)
+        given_up, found = np.empty(len(units), np.bool_), (np.empty_like(cosines), np.empty_like(indices))
         bank, inverse = self._measured()
         assert bank is not None
-        _cpu.bounded_search(
-            units,
-            bounds,
-            bank[: self._vectors],
-            inverse,
-            of_bank,
-            BANK_ROWS,
-            HEAD,
-            max(self._vectors // GIVEN_UP, self._k),
-            cosines,
-            indices,
-            given_up,
-        )
-        np.clip(cosines, -1, 1, out=cosines)
-        return given_up
+        most = max(self._vectors // GIVEN_UP, self._k)
+        groups = self._groups.order, self._groups.bounds
+        _cpu.bounded_search(units, bounds, reach, bank, inverse, *groups, HEAD, most, *found, given_up)
+        doubtful = np.empty_like(given_up)
+        cosines[order], indices[order], doubtful[order] = np.clip(found[0], -1, 1), found[1], given_up
+        return doubtful
 
     def _measured(self) -> tuple[Array | None, Array | None]:
         """Return what vectors are measured from, where that is in memory, and their inverse lengths; None: 1."""
@@ -656,10 +643,9 @@ def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) 
     kind = Fp32Product if precision == "fp32" else Int8Product
     total = _worker_bytes(vectors, channels, precision) + QUERY_ROWS * _query_bytes(channels, k, precision)
     if resident:
-        chunk = kind.chunk_bytes(chunk_rows(vectors), channels)
+        total += -(-vectors // BANK_ROWS) * kind.chunk_bytes(chunk_rows(vectors), channels)
         if kind is Fp32Product and has_native_kernels() and may_be_bounded(vectors, channels):
-            chunk += _cpu.bounds_bytes(BANK_ROWS, HEAD)  # with int8, bounds are held instead of codes
-        total += -(-vectors // BANK_ROWS) * chunk
+            total += grouped_bytes(vectors)  # with int8 they are held instead of codes
     return total
 
 
