@@ -278,17 +278,22 @@ class SearchRows {
         codes_({a.queries.bounds, a.queries.layout.heads}),
         least_(a.queries.layout.heads.patches, kLowest),
         taken_(least_.size()),
-        reach_(a.groups) {
+        reach_(a.groups),
+        columns_(a.groups) {
     std::fill_n(a.cosines, least_.size() * a.wanted, kLowest);
     std::fill_n(a.indices, least_.size() * a.wanted, std::numeric_limits<std::int64_t>::max());
     std::fill_n(a.given_up, least_.size(), false);
   }
 
   std::int64_t run() {
-    const Int8Layout& heads = a_.queries.layout.heads;
-    std::int8_t* room = prepared_room(heads, heads.panels + 2 + kMaxPanels);
+    const Int8Layout &heads = a_.queries.layout.heads, &group = a_.layout.heads;
+    const std::size_t prepared = prepared_bytes(heads);
+    const int panels = (heads.patches + kRows - 1) / kRows * kRows / kPanel + 1;
+    std::int8_t* room = prepared_room(heads, panels + a_.groups * group.panels);
     rows_ = prepare_rows(codes_.codes, heads.panels, heads, room);
-    column_room_ = room + (heads.panels + 2) * prepared_bytes(heads);
+    for (int g = 0; g < a_.groups; ++g)
+      columns_[g] = prepare_columns(Image({group_bounds(g), group}).codes, group.panels, group,
+                                    room + (panels + g * group.panels) * prepared);
     const Tiles tiles;
     for (int p = 0; p < heads.patches; p += kRows) search(p, std::min(p + kRows, heads.patches));
     return std::accumulate(taken_.begin(), taken_.end(), std::int64_t(0));
@@ -315,9 +320,9 @@ class SearchRows {
 
   // Let the queries from p up to `end`, at most kRows, meet the groups that may have one of their nearest.
   void search(int p, int end) {
-    for (int g = 0; g < a_.groups; ++g) reach_[g] = a_.reach[std::size_t(p) * a_.groups + g];
+    for (int g = 0; g < a_.groups; ++g) reach_[g] = reach_of(p)[g];
     for (int row = p + 1; row < end; ++row) {
-      const float* reach = a_.reach + std::size_t(row) * a_.groups;
+      const float* reach = reach_of(row);
       for (int g = 0; g < a_.groups; ++g) reach_[g] = std::max(reach_[g], reach[g]);
     }
     for (int first = 0; first < std::min(kFirst, a_.groups); ++first) {
@@ -331,15 +336,20 @@ class SearchRows {
 
   void meet(int p, int end, int g) {
     bool wanted = false;
-    for (int row = p; row < end; ++row) wanted |= a_.reach[std::size_t(row) * a_.groups + g] > least_[row];
+    for (int row = p; row < end; ++row) wanted |= reach_of(row)[g] > least_[row];
     if (!wanted) return;
-    const unsigned char* bounds = a_.bounds + g * a_.layout.bytes;
-    group_ = Bounds(bounds, a_.layout);
+    group_ = Bounds(group_bounds(g), a_.layout);
     members_ = a_.order + g * kGroup;
     const Int8Layout& heads = a_.queries.layout.heads;
-    multiply_rows(codes_, Image({bounds, a_.layout.heads}), heads, p, end, 0, a_.layout.heads.panels,
-                  rows_ + p / kPanel * prepared_bytes(heads), column_room_, *this);
+    const Image group({group_bounds(g), a_.layout.heads});
+    each_panels(0, a_.layout.heads.panels, [&](int panel, auto panels) {
+      multiply_panels<panels>(codes_, group, heads, p, end, panel, rows_ + p / kPanel * prepared_bytes(heads),
+                              columns_[g] + panel * prepared_bytes(heads), *this);
+    });
   }
+
+  const unsigned char* group_bounds(int g) const { return a_.bounds + g * a_.layout.bytes; }
+  const float* reach_of(int p) const { return a_.reach + std::size_t(a_.queue[p]) * a_.groups; }
 
   // Take the products of a query with those found of a group in full, the largest bound first.
   template <int Vectors>
@@ -359,15 +369,15 @@ class SearchRows {
 
   void take_in_full(int p, std::int64_t index, std::int64_t next) {
     if (++taken_[p] > a_.most_taken) {
-      a_.given_up[p] = true;
+      a_.given_up[a_.queue[p]] = true;
       least_[p] = -kLowest;
       return;
     }
-    const std::size_t C = a_.channels;
-    float cosine = dot(a_.queries.units + p * C, a_.bank + index * C, a_.bank + next * C, C);
+    const std::size_t C = a_.channels, query = a_.queue[p];
+    float cosine = dot(a_.queries.units + query * C, a_.bank + index * C, a_.bank + next * C, C);
     if (a_.inverse) cosine *= a_.inverse[index];
-    float* cosines = a_.cosines + std::size_t(p) * a_.wanted;
-    std::int64_t* indices = a_.indices + std::size_t(p) * a_.wanted;
+    float* cosines = a_.cosines + query * a_.wanted;
+    std::int64_t* indices = a_.indices + query * a_.wanted;
     for (int k = 0; k < a_.wanted; ++k)
       if (cosine > cosines[k] || (cosine == cosines[k] && index < indices[k])) {
         std::swap(cosine, cosines[k]);
@@ -380,12 +390,12 @@ class SearchRows {
   const Bounds queries_;
   const Image codes_;
   const std::int8_t* rows_ = nullptr;  // prepared
-  std::int8_t* column_room_ = nullptr;
   Bounds group_ = queries_;  // the present one
   const std::int32_t* members_ = nullptr;
   std::vector<float> least_;  // [P] the k-th nearest so far
   std::vector<int> taken_;    // [P]
   std::vector<float> reach_;  // [groups] that of the present block
+  std::vector<const std::int8_t*> columns_;  // [groups] prepared
 };
 
 }  // namespace

@@ -51,12 +51,13 @@ struct NearestPair {
 constexpr int kGroup = 3 * kPanel;  // vectors of a bank that lie near each other
 
 // The k nearest of a bank of vectors, which lies in groups of kGroup vectors each; their bounds are one behind the other.
-// queries: best in an order in which those that follow each other are alike; reach: [P, groups] at least the largest
-// product of a query with a vector of a group; bank: [M, C], of these inverse lengths [M] or, where null, of 1; order:
+// queries: their units, and bounds in the order of queue, [P], best one in which those that follow each other are alike;
+// reach: [P, groups] at least the largest product of a query with a vector of a group; bank: [M, C], of these inverse lengths [M] or, where null, of 1; order:
 // [groups, kGroup] the vectors of each group, -1 for none; cosines, indices: [P, k] out, of equal cosines the lower index
 // first; given_up: [P] out, whether more than most_taken products would have been taken.
 struct BankSearch {
   BoundedImage queries;
+  const std::int32_t* queue;
   int channels;
   const unsigned char* bounds;
   BoundsLayout layout;

@@ -57,11 +57,12 @@ class Basis:
 
     def coordinates(self, units: Array) -> tuple[Array, Array, Array]:
         """Return of unit vectors [n, C] the heads [n, HEAD], terms [n] and squares of the tails' lengths [n]."""
-        centred = units - self.mean
-        heads: Array = centred @ self.directions
-        terms = units @ self.mean - self.mean @ self.mean / 2
-        tails = np.einsum("nc,nc->n", centred, centred) - np.einsum("nh,nh->n", heads, heads)
-        return heads, terms, np.maximum(tails, 0)
+        heads: Array = units @ self.directions
+        heads -= self.mean @ self.directions
+        along, square = units @ self.mean, float(self.mean @ self.mean)
+        tails = np.einsum("nc,nc->n", units, units)  # of u − mean: |u|² − 2 u · mean + |mean|², less the head
+        tails -= 2 * along - square + np.einsum("nh,nh->n", heads, heads)
+        return heads, along - square / 2, np.maximum(tails, 0)
 
     def bound(self, units: Array, out: NDArray[np.uint8]) -> None:
         """Fill out with the bounds of unit vectors [n, C], in bytes."""

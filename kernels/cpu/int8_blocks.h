@@ -385,18 +385,11 @@ void multiply_panels(const Image& left, const Image& right, const Int8Layout& la
 
 #endif
 
-// Products of the left patches from p up to `end`, a multiple of kRows or all there are, with the right panels from
-// `panel` up to `last`. rows: the prepared panels of the left ones, from that of p on; room: for kMaxPanels right ones.
-template <typename Rows>
-void multiply_rows(const Image& left, const Image& right, const Int8Layout& layout, int p, int end, int panel, int last,
-                   const std::int8_t* rows, std::int8_t* room, Rows& out) {
-  const auto pass = [&](auto panels) {
-    const std::int8_t* columns = prepare_columns(right.codes + panel * layout.panel_bytes(), panels, layout, room);
-    multiply_panels<panels>(left, right, layout, p, end, panel, rows, columns, out);
-    panel += panels;
-  };
-  while (panel + kMaxPanels <= last) pass(std::integral_constant<int, kMaxPanels>());
-  while (panel < last) pass(std::integral_constant<int, 1>());
+// Call pass(panel, panels) for the right panels from `panel` up to `last`, as many at a time as go through at once.
+template <typename Pass>
+void each_panels(int panel, int last, Pass pass) {
+  for (; panel + kMaxPanels <= last; panel += kMaxPanels) pass(panel, std::integral_constant<int, kMaxPanels>());
+  for (; panel < last; ++panel) pass(panel, std::integral_constant<int, 1>());
 }
 
 // Room for so many prepared panels, on a cache line. Fresh memory would take as long as the products.
@@ -429,8 +422,11 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
     for (int image = 0; image < count; ++image) {
       const Image b({right.data + image * right.layout.bytes, right.layout});
       out.begin(image * patches);
-      multiply_rows(a, b, layout, first * kPanel, std::min(last * kPanel, layout.patches),
-                    std::max(0, first * kPanel - apart) / kPanel, end, rows, column_room, out);
+      each_panels(std::max(0, first * kPanel - apart) / kPanel, end, [&](int panel, auto panels) {
+        const std::int8_t* columns = prepare_columns(b.codes + panel * panel_bytes, panels, layout, column_room);
+        multiply_panels<panels>(a, b, layout, first * kPanel, std::min(last * kPanel, layout.patches), panel, rows,
+                                columns, out);
+      });
     }
     out.end(first * kPanel, std::min(last * kPanel, layout.patches));
   }

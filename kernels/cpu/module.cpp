@@ -311,7 +311,8 @@ std::int64_t bounded_nearest(const Matrix& left, const Matrix& right, const Byte
   return run(arguments);
 }
 
-std::int64_t bounded_search(const Matrix& queries, const Bytes& query_bounds, const Matrix& reach, const Matrix& bank,
+std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, const Bytes& query_bounds,
+                            const Matrix& reach, const Matrix& bank,
                             const std::optional<Vector>& inverse, const Numbers& order, const Chunks& bounds, int head,
                             int most_taken, const Output& cosines, const IndicesOutput& indices,
                             const FlagsOutput& given_up, const std::string& instruction_set) {
@@ -326,10 +327,14 @@ std::int64_t bounded_search(const Matrix& queries, const Bytes& query_bounds, co
           "bounds must have bounds_bytes(GROUP, head) and bounds_bytes(P, head) bytes");
   require(has_shape(reach, P, groups) && has_shape(order, groups, zsad::kGroup),
           "reach must be [P, groups] and order [groups, GROUP]");
+  const auto is_query = [&](std::int32_t query) { return query >= 0 && query < std::int64_t(P); };
+  require(queue.shape(0) == P && std::all_of(queue.data(), queue.data() + P, is_query),
+          "queue must be [P] and hold 0 to P - 1");
   const auto in_bank = [&](std::int32_t index) { return index >= -1 && index < std::int64_t(M); };
   require(std::all_of(order.data(), order.data() + order.size(), in_bank), "order must hold -1 to M - 1");
   const auto run = bounded_searches.choose(instruction_set);
   const zsad::BankSearch arguments{{queries.data(), query_bounds.data(), of_queries},
+                                   queue.data(),
                                    int(C),
                                    bounds.data(),
                                    layout,
@@ -634,10 +639,11 @@ NB_MODULE(_cpu, m) {
         "Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of "
         "right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many "
         "coordinates tell which, by one mean and basis.");
-  m.def("bounded_search", &bounded_search, "queries"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a, "order"_a,
-        "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "instruction_set"_a = "",
+  m.def("bounded_search", &bounded_search, "queries"_a, "queue"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a,
+        "order"_a, "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "instruction_set"_a = "",
         "Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths "
-        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. order: [groups, "
+        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. query_bounds: in "
+        "the order of queue [P], best one in which those that follow each other are alike; order: [groups, "
         "GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: "
         "[P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes "
         "first. given_up [P]: for which more than most_taken products would have been taken.");

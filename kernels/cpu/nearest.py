@@ -366,19 +366,29 @@ class Search:
         units = self._unit_queries(ALONE, queries, len(cosines), read)
         heads, terms, tails = self._groups.basis.coordinates(units)
         reach = self._groups.reach(heads, terms, tails)
-        order = np.argsort(reach.argmax(axis=1), kind="stable")  # queries that meet the same groups, side by side
-        units, heads, terms, tails, reach = (array[order] for array in (units, heads, terms, tails, reach))
+        queue = np.argsort(reach.argmax(axis=1), kind="stable")  # queries that meet the same groups follow each other
         bounds = aligned_empty((_cpu.bounds_bytes(len(units), HEAD),), np.uint8)
-        _cpu.bound_vectors(heads, terms, tails, bounds)
-        given_up, found = np.empty(len(units), np.bool_), (np.empty_like(cosines), np.empty_like(indices))
+        _cpu.bound_vectors(heads[queue], terms[queue], tails[queue], bounds)
+        given_up = np.empty(len(units), np.bool_)
         bank, inverse = self._measured()
         assert bank is not None
-        most = max(self._vectors // GIVEN_UP, self._k)
-        groups = self._groups.order, self._groups.bounds
-        _cpu.bounded_search(units, bounds, reach, bank, inverse, *groups, HEAD, most, *found, given_up)
-        doubtful = np.empty_like(given_up)
-        cosines[order], indices[order], doubtful[order] = np.clip(found[0], -1, 1), found[1], given_up
-        return doubtful
+        _cpu.bounded_search(
+            units,
+            queue.astype(np.int32),
+            bounds,
+            reach,
+            bank[: self._vectors],
+            inverse,
+            self._groups.order,
+            self._groups.bounds,
+            HEAD,
+            max(self._vectors // GIVEN_UP, self._k),
+            cosines,
+            indices,
+            given_up,
+        )
+        np.clip(cosines, -1, 1, out=cosines)
+        return given_up
 
     def _measured(self) -> tuple[Array | None, Array | None]:
         """Return what vectors are measured from, where that is in memory, and their inverse lengths; None: 1."""
