@@ -6,8 +6,10 @@ from numpy.typing import NDArray
 
 from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu import comparers
+from zsad.kernels.cpu import nearest as cpu_nearest
 from zsad.kernels.cpu.arrays import aligned_empty
-from zsad.kernels.cpu.bounds import HEAD, Basis, taken_share
+from zsad.kernels.cpu.bounds import HEAD, Basis, Groups, halved, taken_share
+from zsad.kernels.nearest import Nearest
 
 INSTRUCTION_SETS = [] if comparers._cpu is None else comparers._cpu.instruction_sets("bounded_nearest")
 pytestmark = pytest.mark.skipif(comparers._cpu is None, reason="installed without a compiler: bounds are native code")
@@ -126,3 +128,93 @@ def test_fewer_images_are_compared_by_all_products() -> None:
     tokens = tokens_of("alike", comparers.LEAST_BOUNDED, 12 * 12, 256)
     few = mutual_scores(tokens[:-1], (12, 12), (1, 3))
     np.testing.assert_allclose(few, reference.mutual_scores(tokens[:-1], (12, 12), (1, 3), (0.0, 0.3)), atol=2e-6)
+
+
+def by_all_products(bank: Array, queries: Array, k: int) -> tuple[NDArray[np.floating], NDArray[np.intp]]:
+    cosines = unit(queries).astype(np.float64) @ unit(bank).T
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(cosines, order, axis=1), order
+
+
+def is_grouped(search: Nearest) -> bool:
+    return isinstance(search._search, cpu_nearest.Search) and search._search._groups is not None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("vectors", "queries", "k"), [(2048, 1, 1), (2500, 333, 1), (5000, 130, 5)])
+def test_the_nearest_of_a_bank_are_those_of_all_products(precision: str, vectors: int, queries: int, k: int) -> None:
+    bank, asked = near_planes(1, vectors, 256), near_planes(2, queries, 256)
+    search = Nearest(bank, k, precision)
+    assert is_grouped(search)
+    cosines, indices = search.search(asked)
+    expected, _ = by_all_products(bank, asked, k)
+    np.testing.assert_allclose(cosines, expected, atol=1e-6)
+    np.testing.assert_allclose(np.einsum("qc,qkc->qk", asked, bank[indices]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_instruction_set_finds_the_same(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, asked = near_planes(1, 3000, 256), near_planes(2, 101, 256)
+    expected = Nearest(bank, 3, "int8").search(asked)
+    for name in ("bound_vectors", "bounded_search"):
+        kernel = getattr(comparers._cpu, name)
+        monkeypatch.setattr(comparers._cpu, name, lambda *a, kernel=kernel: kernel(*a, instruction_set=instruction_set))
+    cosines, indices = Nearest(bank, 3, "int8").search(asked)
+    np.testing.assert_allclose(cosines, expected[0], atol=1e-6)
+    np.testing.assert_array_equal(indices, expected[1])
+
+
+def test_of_equal_vectors_the_lower_index_comes_first() -> None:
+    bank = near_planes(1, 3000, 256)
+    bank[2500:2600] = bank[100:200]
+    bank[7] = 0
+    _, indices = Nearest(bank, 2, "int8").search(bank[2500:2600])
+    np.testing.assert_array_equal(indices, np.column_stack([np.arange(100, 200), np.arange(2500, 2600)]))
+
+
+def test_queries_far_from_everything_meet_all_of_the_bank() -> None:
+    bank = near_planes(1, 3000, 256)
+    far = np.concatenate([near_planes(2, 20, 256), -bank[:20], unit(np.random.default_rng(3).normal(size=(20, 256)))])
+    search = Nearest(bank, 1, "int8")
+    given_up = np.zeros(len(far), bool)
+    assert is_grouped(search)
+    bounded = search._search._bounded_search
+
+    def watched(queries, *arguments):
+        given_up[queries] = bounded(queries, *arguments)
+        return given_up[queries]
+
+    search._search._bounded_search = watched
+    cosines, _ = search.search(far)
+    np.testing.assert_allclose(cosines, by_all_products(bank, far, 1)[0], atol=1e-6)
+    assert given_up.any()
+    assert not given_up[:20].any()
+
+
+def test_vectors_of_many_directions_are_not_grouped() -> None:
+    bank = unit(np.random.default_rng(1).normal(size=(3000, 256)))
+    assert not is_grouped(Nearest(bank, 1, "int8"))
+    assert not is_grouped(Nearest(near_planes(1, 2000, 256), 1, "int8"))  # few are searched at once
+
+
+def test_halves_hold_everything_once() -> None:
+    vectors = np.random.default_rng(1).normal(size=(1000, 8)).astype(np.float32)
+    parts = halved(vectors, 48)
+    assert all(0 < len(part) <= 48 for part in parts)
+    assert len(parts) == -(-1000 // 48)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
+    assert [len(part) for part in halved(np.ones((100, 8), np.float32), 48)] == [48, 48, 4]
+
+
+def test_no_product_with_a_group_exceeds_its_reach() -> None:
+    bank, asked = near_planes(1, 1000, 256, noise=0.3), near_planes(2, 100, 256, noise=0.3)
+    asked[3] = 0
+
+    def read(at: slice, out: Array) -> None:
+        out[:] = bank[at]
+
+    groups = Groups.of(Basis.of(bank[::2]), len(bank), read, 256)
+    reach = groups.reach(*groups.basis.coordinates(asked))
+    products = asked @ bank.T
+    for members, of_group in zip(groups.order, reach.T, strict=True):
+        assert (products[:, members[members >= 0]].max(axis=1) <= of_group).all()
