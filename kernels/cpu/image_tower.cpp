@@ -12,8 +12,8 @@
 // Linear layers in int8: weights have a scale per output, activations are low + step * code with both of every token.
 // Attention beside int8 layers (queries and keys without the mean key, which no softmax sees):
 //   avx512amx   both products in bfloat16 by tiles, weights rounded to bfloat16
-//   avx512vnni  codes of queries, keys (a scale per token) and values (per channel); weights in 16 bits, whose second
-//               byte is a row of its own to the product
+//   avx512vnni  codes of queries, keys (a scale per token), values (per channel) and weights (per query, so fine that
+//               rounding changes 1/32 of all weights at most; what is too large for a byte is multiplied beside it)
 //   others      fp32
 // Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
 // avx512amx their products are sums of products of bfloat16 parts (float_parts.h), of two beside int8 layers.
@@ -37,6 +37,7 @@
 #include <mutex>
 #include <thread>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -45,6 +46,7 @@
 #define ZSAD_JOIN_(a, b) a##b
 #define ZSAD_JOIN(a, b) ZSAD_JOIN_(a, b)
 #define ZSAD_UNROLL _Pragma("GCC unroll 24")
+#define ZSAD_INLINE __attribute__((always_inline))
 
 namespace zsad {
 namespace {
@@ -94,15 +96,21 @@ inline float largest(Vec v) {
   return m;
 #endif
 }
+// Calls `work` with 0, 1, ... as constants: GCC 12 keeps arrays in registers where their indices are constants from the
+// start, not where it unrolls loops first.
+template <typename Work, int... I>
+ZSAD_INLINE inline void each(const Work& work, std::integer_sequence<int, I...>) {
+  (work(std::integral_constant<int, I>()), ...);
+}
+template <int N, typename Work>
+ZSAD_INLINE inline void each(const Work& work) {
+  each(work, std::make_integer_sequence<int, N>());
+}
 constexpr std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
-// 2^x for x up to 126, to 3e-6 with degree 4 and 8e-8 with 5.
+// 2^f for f between -0.5 and 0.5, to 3e-6 with degree 4 and 8e-8 with 5.
 template <int Degree>
-inline Vec power_of_two(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-  x = larger(x, splat(-125.0f));
-  const Vec shifted = x + kRound, f = x - (shifted - kRound);
-  const Ints whole = (Ints)shifted - 0x4B400000;
+inline Vec power_of_fraction(Vec f) {
   Vec p;
   if constexpr (Degree == 4) {
     p = splat(0.00956051f) * f + 0.05591704f;
@@ -116,7 +124,17 @@ inline Vec power_of_two(Vec x) {
     p = p * f + 0.6931469492f;
     p = p * f + 1.0000000710f;
   }
-  return (Vec)((Ints)p + (whole << 23));
+  return p;
+}
+
+// 2^x for x up to 126.
+template <int Degree>
+inline Vec power_of_two(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+  x = larger(x, splat(-125.0f));
+  const Vec shifted = x + kRound;
+  const Ints whole = (Ints)shifted - 0x4B400000;
+  return (Vec)((Ints)power_of_fraction<Degree>(x - (shifted - kRound)) + (whole << 23));
 }
 
 // x / 2 * (1 + erf(x / sqrt 2)); 2^(-a q(a)) is erfc(a) to 2.5e-7, q fitted on [0, 4].
@@ -268,55 +286,55 @@ inline void add_products(Sums& sums, std::int32_t quad, Columns right) {
 }
 #endif
 
+// Rows, `pitch` bytes apart, by panels, `panel_pitch` bytes apart, of which `bytes` count. `finish(row, sums)` is given
+// the sums of a row.
+template <int Rows, int Panels, typename Finish>
+ZSAD_INLINE inline void code_products(const Code* x, std::size_t pitch, const std::int8_t* panel,
+                                      std::size_t panel_pitch, std::size_t bytes, const Finish& finish) {
+  Sums sums[Rows][Panels * kVectors] = {};
+  for (std::size_t at = 0; at < bytes; at += kColumns * kCodes, x += kCodes) {
+    decltype(load_columns(panel)) b[Panels * kVectors];
+    each<Panels * kVectors>([&](auto j) ZSAD_INLINE {
+      b[j] = load_columns(panel + j / kVectors * panel_pitch + at + j % kVectors * kLanes * kCodes);
+    });
+    each<Rows>([&](auto i) ZSAD_INLINE {
+      std::int32_t quad;
+      std::memcpy(&quad, x + i * pitch, sizeof quad);
+      each<Panels * kVectors>([&](auto j) ZSAD_INLINE { add_products(sums[i][j], quad, b[j]); });
+    });
+  }
+  each<Rows>([&](auto i) ZSAD_INLINE { finish(i, sums[i]); });
+}
+
 template <int Panels>
 inline void code_block(const Code* x, std::size_t pitch, const std::int8_t* panel, std::size_t panel_bytes,
                        std::int32_t* out) {
-  Sums sums[kRows][Panels * kVectors] = {};
-  for (std::size_t at = 0; at < panel_bytes; at += kColumns * kCodes, x += kCodes) {
-    decltype(load_columns(panel)) b[Panels * kVectors];
-    ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j)
-      b[j] = load_columns(panel + j / kVectors * panel_bytes + at + j % kVectors * kLanes * kCodes);
-    ZSAD_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      std::int32_t quad;
-      std::memcpy(&quad, x + i * pitch, sizeof quad);
-      ZSAD_UNROLL
-      for (int j = 0; j < Panels * kVectors; ++j) add_products(sums[i][j], quad, b[j]);
-    }
-  }
-  ZSAD_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j)
-      std::memcpy(out + i * kBlockPanels * kColumns + j * kLanes, &sums[i][j], kLanes * sizeof *out);
-  }
+  code_products<kRows, Panels>(x, pitch, panel, panel_bytes, panel_bytes, [&](int i, const auto& sums) ZSAD_INLINE {
+    each<Panels * kVectors>([&](auto j) ZSAD_INLINE {
+      std::memcpy(out + i * kBlockPanels * kColumns + j * kLanes, &sums[j], kLanes * sizeof *out);
+    });
+  });
 }
 
 #endif
 
-// x: codes [count * parts, panel_bytes / 16] in rows `pitch` apart, with room for whole blocks; of two parts the first
-// counts 256 times. `finish` is given the sums as floats.
+// x: codes [count, panel_bytes / 16] in rows `pitch` apart, with room for whole blocks. `finish` is given the sums as
+// floats.
 template <typename Finish>
-void multiply_codes(const Code* x, std::size_t pitch, int count, int parts, const std::int8_t* codes,
-                    std::size_t panel_bytes, int panels, const Finish& finish) {
+void multiply_codes(const Code* x, std::size_t pitch, int count, const std::int8_t* codes, std::size_t panel_bytes,
+                    int panels, const Finish& finish) {
   constexpr int kPitch = kBlockPanels * kColumns;
   alignas(64) std::int32_t block[kBlockRows * kPitch];
   int panel = 0;
-  const auto floats = [&](int row, int column) {
-    Ints sums;
-    std::memcpy(&sums, block + row * kPitch + column, sizeof sums);
-    return __builtin_convertvector(sums, Vec);
-  };
   const auto pass = [&](auto width) {
     constexpr int kPanels = width;
-    for (int row = 0; row < count * parts; row += kBlockRows) {
+    for (int row = 0; row < count; row += kBlockRows) {
       code_block<kPanels>(x + row * pitch, pitch, codes + panel * panel_bytes, panel_bytes, block);
-      for (int i = 0; i < std::min(kBlockRows, count * parts - row); i += parts)
+      for (int i = 0; i < std::min(kBlockRows, count - row); ++i)
         for (int j = 0; j < kPanels * kColumns; j += kLanes) {
-          Vec sums = floats(i, j);
-          if (parts == 2) sums = sums * 256.0f + floats(i + 1, j);
-          finish((row + i) / parts, panel * kColumns + j, sums);
+          Ints sums;
+          std::memcpy(&sums, block + i * kPitch + j, sizeof sums);
+          finish(row + i, panel * kColumns + j, __builtin_convertvector(sums, Vec));
         }
     }
     panel += kPanels;
@@ -533,7 +551,7 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
   for (int i = 0; i < count; ++i)
     quantise(x + i * pitch, layer.inputs, s.codes.get() + i * s.code_pitch, s.steps.get()[i], s.lows.get()[i]);
   s.clock.turn(Part::kLinear);
-  multiply_codes(s.codes.get(), s.code_pitch, count, 1, layer.codes, up(layer.inputs, kFill) * kColumns, panels,
+  multiply_codes(s.codes.get(), s.code_pitch, count, layer.codes, up(layer.inputs, kFill) * kColumns, panels,
                  [&](int row, int column, Vec v) {
                    const Vec low = load(layer.sums + column) * s.lows.get()[row] + load(layer.bias + column);
                    finish(row, column, v * (load(layer.scales + column) * s.steps.get()[row]) + low);
@@ -667,7 +685,8 @@ void attend(const Attention& a, const float* queries, int count, const unsigned 
 #elif defined(__AVX512VNNI__)
 
 // Codes of keys [panels, quads, 16, 4] and values [panels of 16 channels, quads of tokens, 16, 4], their scales, and
-// sums of keys.
+// sums of keys' codes. Of every 16 quads of values each fourth comes first, then those behind it, and so on: packing
+// leaves weights in that order.
 struct PackedHead {
   std::size_t values, scales, sums, value_scales, bytes;
 
@@ -684,6 +703,10 @@ struct PackedHead {
 // At most 16 floats, zeros behind them.
 inline Vec some_floats(const float* x, int count) {
   return (Vec)_mm512_maskz_loadu_ps(__mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), x);
+}
+
+inline void store_some(float* to, Vec x, int count) {
+  _mm512_mask_storeu_ps(to, __mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), (__m512)x);
 }
 
 inline __m512i rounded(Vec x) { return _mm512_cvtps_epi32((__m512)x); }
@@ -707,10 +730,11 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
     inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
     store(value_scales + i * kLanes, most / 127.0f);
   }
-  for (int t = 0; t < a.tokens; ++t) {
+  for (int t = 0; t < int(up(a.tokens, kColumns)); ++t) {
+    const float* key = keys + std::min(t, a.tokens - 1) * a.pitch;  // the last one fills up: it tops no logits
     Vec row[kMaxHead / kLanes], most = {};
     for (int i = 0; i < vectors; ++i) {
-      row[i] = part(keys + t * a.pitch, i) - mean[i];
+      row[i] = part(key, i) - mean[i];
       most = larger(most, (Vec)_mm512_abs_ps((__m512)row[i]));
     }
     const float top = largest(most), to_codes = top > 0 ? 127.0f / top : 0.0f;
@@ -724,7 +748,7 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
     std::int8_t* at = k + std::size_t(t / kColumns) * quads * kColumns * kCodes + t % kColumns * kCodes;
     for (int quad = 0; quad < quads; ++quad) std::memcpy(at + quad * kColumns * kCodes, code + quad, kCodes);
     scales[t] = top / 127.0f;
-    sums[t] = scales[t] * float(_mm512_reduce_add_epi32(total));
+    sums[t] = float(_mm512_reduce_add_epi32(total));
   }
   const std::size_t panel = up(a.tokens, kFill) * kColumns;
   for (int t = 0; t < a.tokens; t += kCodes)
@@ -734,55 +758,178 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
         const __m512i codes = rounded(part(values + (t + j) * a.pitch, i) * inverse[i]);
         quad = _mm512_or_si512(quad, _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(255)), 8 * j));
       }
-      _mm512_store_si512(v + i * panel + std::size_t(t) * kColumns, quad);
+      const std::size_t place = t / kFill * kFill + t % kColumns * kCodes + t % kFill / kColumns * kCodes;
+      _mm512_store_si512(v + i * panel + place * kColumns, quad);
     }
+}
+
+constexpr int kMixedPanels = 2;  // of values, multiplied with kRows rows of weights
+constexpr int kBlockKeys = 128, kExcessRows = 4, kExcessPanels = 4;
+constexpr float kRounded = 1.0f / 32;  // of all weights: what rounding them to bytes changes at most
+
+// Calls `pass(panels, first)` with `Most` panels at a time, or with the last ones alone; their number is a constant.
+template <int Most, typename Pass>
+inline void by_panels(int panels, const Pass& pass) {
+  int panel = 0;
+  for (; panel + Most <= panels; panel += Most) pass(std::integral_constant<int, Most>(), panel);
+  for (; panel < panels; ++panel) pass(std::integral_constant<int, 1>(), panel);
+}
+
+struct Queries {
+  alignas(64) Code codes[kQueries][kMaxHead] = {};
+  float steps[kQueries] = {}, zeros[kQueries] = {};  // value = (code + zero) * step
+  alignas(64) Vec tops[kQueries];                    // of their logits
+};
+
+// Logits [kQueries, tokens] in steps of their queries.
+void find_logits(const Attention& a, Queries& q, int count, const unsigned char* room, float* logits,
+                 std::size_t pitch) {
+  const PackedHead packed(a);
+  const std::int8_t* k = reinterpret_cast<const std::int8_t*>(room);
+  const float* scales = reinterpret_cast<const float*>(room + packed.scales);
+  const float* sums = reinterpret_cast<const float*>(room + packed.sums);
+  const std::size_t panel_bytes = up(a.width, kCodes) * kColumns;
+  std::fill_n(q.tops, kQueries, splat(kHidden));
+  by_panels<kMaxPanels>((a.tokens + kColumns - 1) / kColumns, [&](auto panels, int panel) {
+    const int first = panel * kColumns;
+    for (int row = 0; row < count; row += kRows)
+      code_products<kRows, panels>(
+          q.codes[row], kMaxHead, k + panel * panel_bytes, panel_bytes, panel_bytes,
+          [&](int i, const auto& products) ZSAD_INLINE {
+            float* to = logits + (row + i) * pitch + first;
+            const Vec zero = splat(q.zeros[row + i]);
+            Vec top = q.tops[row + i];
+            each<panels>([&](auto j) ZSAD_INLINE {
+              const Vec sum = (Vec)_mm512_cvtepi32_ps(products[j]) + zero * load(sums + first + j * kLanes);
+              const Vec logit = sum * load(scales + first + j * kLanes);
+              top = larger(top, logit);
+              store(to + j * kLanes, logit);
+            });
+            q.tops[row + i] = top;
+          });
+  });
+}
+
+// Weights of a query's keys in 16 bits, the largest 65535; their sum.
+float weigh(const float* logits, float step, float top, std::size_t filled, std::uint16_t* weights) {
+  const Vec steps = splat(step), shift = splat(16.0f - top * step);
+  const auto weight = [&](std::size_t t) ZSAD_INLINE {
+    const Vec x = load(logits + t) * steps + shift;
+    const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return rounded((Vec)_mm512_scalef_ps((__m512)power_of_fraction<4>(x - whole), (__m512)whole));
+  };
+  __m512i total = _mm512_setzero_si512();
+  for (std::size_t t = 0; t < filled; t += 2 * kLanes) {
+    const __m512i first = weight(t), second = weight(t + kLanes);
+    total = _mm512_add_epi32(total, _mm512_add_epi32(first, second));
+    _mm512_store_si512(weights + t, _mm512_packus_epi32(first, second));
+  }
+  return _mm512_reduce_add_ps(_mm512_cvtepi32_ps(total));
+}
+
+// Weights of a block of keys that bytes do not hold: of each query that has such, what they count in 256.
+struct Excess {
+  alignas(64) Code codes[kQueries + kExcessRows][kBlockKeys] = {};
+  int query[kQueries + kExcessRows] = {};
+  int count = 0;
+};
+
+// Brings the weights of a block into bytes, `first` keys behind where their rows of 16 bits begin.
+void narrow(std::uint16_t* weights, std::size_t pitch, int count, const int* shifts, std::size_t first, int keys,
+            Excess& excess) {
+  const __m512i byte = _mm512_set1_epi16(255);
+  excess.count = 0;
+  for (int i = 0; i < count; ++i) {
+    std::uint16_t* row = weights + i * pitch;
+    Code *low = reinterpret_cast<Code*>(row) + first, *high = excess.codes[excess.count];
+    const __m512i half = _mm512_set1_epi16(short((1 << shifts[i]) >> 1));
+    const __m128i by = _mm_cvtsi32_si128(shifts[i]);
+    const auto shifted = [&](const std::uint16_t* some) ZSAD_INLINE {
+      return _mm512_srl_epi16(_mm512_adds_epu16(_mm512_load_si512(some), half), by);
+    };
+    __m512i all = _mm512_setzero_si512();
+    for (int t = 0; t < keys; t += kFill) {
+      const __m512i a = shifted(row + first + t), b = shifted(row + first + t + kFill / 2);
+      _mm512_store_si512(low + t, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
+      _mm512_store_si512(high + t, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
+      all = _mm512_or_si512(all, _mm512_or_si512(a, b));
+    }
+    excess.query[excess.count] = i;
+    excess.count += _mm512_cmpgt_epu16_mask(all, byte) != 0;
+  }
+}
+
+// What queries see: their weights by the values, [count, width] in rows `out_pitch` apart.
+void mix(const Attention& a, std::uint16_t* weights, std::size_t pitch, int count, const float* totals,
+         const unsigned char* room, float* out, std::size_t out_pitch) {
+  const PackedHead packed(a);
+  const std::int8_t* v = reinterpret_cast<const std::int8_t*>(room + packed.values);
+  const float* value_scales = reinterpret_cast<const float*>(room + packed.value_scales);
+  const std::size_t filled = up(a.tokens, kFill), panel_pitch = filled * kColumns;
+  const int panels = (a.width + kColumns - 1) / kColumns;
+  int shifts[kQueries] = {};
+  for (int i = 0; i < count; ++i)
+    while (shifts[i] < 8 && float(a.tokens << shifts[i]) <= totals[i] * kRounded) ++shifts[i];
+  alignas(64) float mixed[kQueries][kMaxHead] = {};
+  Excess excess;
+  for (std::size_t first = 0; first < filled; first += kBlockKeys) {
+    const int keys = int(std::min<std::size_t>(kBlockKeys, filled - first));
+    narrow(weights, pitch, count, shifts, first, keys, excess);
+    for (int row = 0; row < excess.count; row += kExcessRows)
+      by_panels<kExcessPanels>(panels, [&](auto some, int panel) {
+        code_products<kExcessRows, some>(
+            excess.codes[row], kBlockKeys, v + panel * panel_pitch + first * kColumns, panel_pitch, keys * kColumns,
+            [&](int i, const auto& sums) ZSAD_INLINE {
+              if (row + i >= excess.count) return;
+              float* to = mixed[excess.query[row + i]] + panel * kColumns;
+              each<some>([&](auto j) ZSAD_INLINE {
+                store(to + j * kLanes, load(to + j * kLanes) + (Vec)_mm512_cvtepi32_ps(sums[j]));
+              });
+            });
+      });
+  }
+  const Code* rows = reinterpret_cast<const Code*>(weights);
+  for (int row = 0; row < count; row += kRows)
+    by_panels<kMixedPanels>(panels, [&](auto some, int panel) {
+      code_products<kRows, some>(
+          rows + row * 2 * pitch, 2 * pitch, v + panel * panel_pitch, panel_pitch, panel_pitch,
+          [&](int i, const auto& sums) ZSAD_INLINE {
+            if (row + i >= count) return;
+            const float unit = float(1 << shifts[row + i]) / totals[row + i];
+            each<some>([&](auto j) ZSAD_INLINE {
+              const int column = (panel + j) * kColumns;
+              const Vec all = (Vec)_mm512_cvtepi32_ps(sums[j]) + load(mixed[row + i] + column) * 256.0f;
+              store_some(out + (row + i) * out_pitch + column, all * (load(value_scales + column) * unit),
+                         a.width - column);
+            });
+          });
+    });
 }
 
 void attend(const Attention& a, const float* queries, int count, const unsigned char* room, const Scratch& s,
             float* out, std::size_t out_pitch) {
-  const During during(s.clock, Part::kAttention);
-  const PackedHead packed(a);
-  const std::int8_t *k = reinterpret_cast<const std::int8_t*>(room), *v = k + packed.values;
-  const float* scales = reinterpret_cast<const float*>(room + packed.scales);
-  const float* sums = reinterpret_cast<const float*>(room + packed.sums);
-  const float* value_scales = reinterpret_cast<const float*>(room + packed.value_scales);
-  alignas(64) Code q[kQueries][kMaxHead] = {};
-  float scaled[kMaxHead], steps[kQueries], lows[kQueries], inverse[kQueries];
-  s.clock.turn(Part::kLayout);
+  const During during(s.clock, Part::kLayout);
+  Queries q;
   for (int i = 0; i < count; ++i) {
-    for (int c = 0; c < a.width; ++c) scaled[c] = queries[i * a.pitch + c] * a.scale;
-    quantise(scaled, a.width, q[i], steps[i], lows[i]);
+    float step, low;
+    quantise(queries + i * a.pitch, a.width, q.codes[i], step, low);
+    step = step > 0 ? step : 1.0f;
+    q.zeros[i] = low / step;
+    q.steps[i] = step * a.scale;
   }
   s.clock.turn(Part::kAttention);
-  float* logits = s.logits.get();
-  const std::size_t filled = up(a.tokens, kFill);
-  multiply_codes(q[0], sizeof q[0], count, 1, k, up(a.width, kCodes) * kColumns, (a.tokens + kColumns - 1) / kColumns,
-                 [&](int row, int column, Vec sum) {
-                   const Vec low = load(sums + column) * lows[row];
-                   store(logits + row * s.key_pitch + column, sum * (load(scales + column) * steps[row]) + low);
-                 });
-  Code* weights = s.weights.get();
+  float *logits = s.logits.get(), totals[kQueries];
+  find_logits(a, q, count, room, logits, s.key_pitch);
   s.clock.turn(Part::kSoftmax);
+  std::uint16_t* weights = reinterpret_cast<std::uint16_t*>(s.weights.get());
+  const std::size_t filled = up(a.tokens, kFill);
   for (int i = 0; i < count; ++i) {
     float* row = logits + i * s.key_pitch;
-    const float top = top_logit(row, a.tokens, filled);
-    Code *first = weights + 2 * i * s.key_pitch, *second = first + s.key_pitch;
-    __m512i total = _mm512_setzero_si512();
-    for (std::size_t t = 0; t < filled; t += kLanes) {
-      const __m512i code = _mm512_cvtps_epi32((__m512)(power_of_two<4>(load(row + t) - top) * 65535.0f));
-      total = _mm512_add_epi32(total, code);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(first + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(second + t), _mm512_cvtepi32_epi8(code));
-    }
-    inverse[i] = 1.0f / sum((Vec)_mm512_cvtepi32_ps(total));
+    std::fill(row + a.tokens, row + filled, kHidden);
+    totals[i] = weigh(row, q.steps[i], largest(q.tops[i]), filled, weights + i * s.key_pitch);
   }
   s.clock.turn(Part::kAttention);
-  multiply_codes(weights, s.key_pitch, count, 2, v, filled * kColumns, (a.width + kColumns - 1) / kColumns,
-                 [&](int row, int column, Vec sum) {
-                   const Vec values = sum * (load(value_scales + column) * inverse[row]);
-                   std::memcpy(out + row * out_pitch + column, &values,
-                               std::min(kLanes, a.width - column) * sizeof(float));
-                 });
+  mix(a, weights, s.key_pitch, count, totals, room, out, out_pitch);
 }
 
 #endif
