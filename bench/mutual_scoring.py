@@ -1,6 +1,7 @@
 """Time of mutual scoring per image pair and layer, against the reference's arithmetic and the bare product.
 
     python -m zsad.bench.mutual_scoring [--channels 1024] [--degrees 1,3,5] [--images 12] [--refcheck] [--output FILE]
+    python -m zsad.bench.mutual_scoring --preset small [--images 40]
     python -m zsad.bench.mutual_scoring --references [--images 200] [--side 20] [--channels 384] [--degrees 1,3]
 
 All variants run in turn in one process on the same features, so that they see the same machine; medians and the medians
@@ -13,6 +14,9 @@ of the round-by-round ratios are kept:
     floor       one bare product per pair and layer, on as many threads as zsad uses
     floor int8  the same of int8 codes, which lie ready: what is beyond it is the pass, preparing and measuring again
 
+Tokens are random ones around a smooth structure, which have no directions in common; with `--preset` those
+of a preset's network for its first tap, over drawn images. How many products bounds spare hangs on them.
+
 What clean references cost beyond that is a stage of its own, with `--references`: scoring two layers as preset `small`
 does, without them, with the minima that are handed back for them, and what follows from these.
 
@@ -21,6 +25,7 @@ Validates first: the scores of every variant against the float64 reference.
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,19 +37,26 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from zsad.engine.config import load_config
-from zsad.engine.methods.method import method_class
+from zsad.engine.methods.method import graph_requests, method_class
 from zsad.engine.methods.musc import Settings
+from zsad.engine.networks.build import load_networks
+from zsad.engine.networks.runtime import choose_runtime
 from zsad.engine.scores.clean_references import clean_scores
 from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu.arrays import aligned_empty, box_sum, empty_gram, inverse_lengths, layer_normalise
 from zsad.kernels.cpu.native import _cpu
 from zsad.kernels.machine import available_cores
+from zsad.kernels.mutual_scoring import square_grid
 
+from .banks import inputs_of
 from .records import RESULTS, append, environment
+from .untrained import use_random_weights
 
 Array = NDArray[np.float32]
 
 INTERVAL = (0.0, 0.3)
+IMAGE_SIZE = 518  # of a network's tokens
+CHECKED_IMAGES, CHECKED_SIDE = 12, 16  # of a network's tokens that are validated, the corner of their grid
 # Largest deviation of a patch score from float64 that is accepted before anything is timed.
 TOLERANCE = {"reference": 1e-3, "product": 1e-4, "zsad": 1e-4, "zsad int8": 2e-3}
 
@@ -163,9 +175,20 @@ def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Call
     return found
 
 
-def validate(side: int, channels: int, degrees: Sequence[int]) -> dict[str, float]:
-    """Compare every variant with the float64 reference on four images; SystemExit where one is off."""
-    tokens = make_tokens(4, side, channels, seed=1)
+def network_tokens(preset: str, images: int) -> tuple[Array, Sequence[int], dict[str, Any]]:
+    """Return the first tap of drawn images, [N, 1, P, C], the degrees of a preset, and what a record says of both."""
+    config = load_config(preset, None, {"image_size": IMAGE_SIZE}, method_of=method_class)
+    assert isinstance(config.settings, Settings)
+    with tempfile.TemporaryDirectory() as folder:
+        config, weights = use_random_weights(config, Path(folder))
+        ((name, network),) = load_networks(config, graph_requests(config), choose_runtime("cpu"), 1).items()
+    graph = network.graphs["image"]
+    tokens = [np.array(graph.run({"images": image})["tokens"][:, :1]) for image in inputs_of(network, images)]
+    return np.concatenate(tokens), config.settings.degrees, {"preset": preset, "weights": weights[name]}
+
+
+def validate(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, float]:
+    """Compare every variant with the float64 reference on a few images; SystemExit where one is off."""
     expected = reference.mutual_scores(tokens, (side, side), degrees, INTERVAL)
     deviations = {}
     for name, run in variants(tokens, side, degrees).items():
@@ -181,11 +204,18 @@ def validate(side: int, channels: int, degrees: Sequence[int]) -> dict[str, floa
 
 def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time all variants in turn and append one record."""
-    side, degrees = arguments.side, arguments.degrees
-    deviations = validate(side, arguments.channels, degrees)
+    side, degrees, of_tokens = arguments.side, arguments.degrees, {}
+    if arguments.preset:
+        tokens, degrees, of_tokens = network_tokens(arguments.preset, arguments.images)
+        side, few = square_grid(tokens.shape[2])[0], min(CHECKED_SIDE, square_grid(tokens.shape[2])[0])
+        corners = tokens[:CHECKED_IMAGES].reshape(-1, 1, side, side, tokens.shape[3])[:, :, :few, :few]
+        deviations = validate(corners.reshape(len(corners), 1, few * few, -1), few, degrees)
+    else:
+        tokens = make_tokens(arguments.images, side, arguments.channels)
+        deviations = validate(make_tokens(4, side, arguments.channels, seed=1), side, degrees)
     if arguments.refcheck:
         return
-    tokens = make_tokens(arguments.images, side, arguments.channels)
+    channels = tokens.shape[3]
     runs = variants(tokens, side, degrees)
     pairs = arguments.images * (arguments.images - 1) // 2
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -197,9 +227,9 @@ def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
             run()
             if repeat:  # the first round warms up
                 milliseconds[name].append(1e3 * (time.perf_counter() - start) / pairs)
-    useful = 2 * side**4 * arguments.channels  # one product per pair and layer
+    useful = 2 * side**4 * channels  # one product per pair and layer
     median = {name: statistics.median(times) for name, times in milliseconds.items()}
-    print(f"\nP {side**2}, C {arguments.channels}, degrees {degrees}, {arguments.images} images; per pair and layer:")
+    print(f"\nP {side**2}, C {channels}, degrees {degrees}, {arguments.images} images; per pair and layer:")
     for name, value in median.items():
         against = f"{median['reference'] / value:7.1f} × reference" if "reference" in median else ""
         print(
@@ -213,8 +243,9 @@ def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         arguments.output,
         {
             **record,
+            **of_tokens,
             "patches": side**2,
-            "channels": arguments.channels,
+            "channels": channels,
             "degrees": list(degrees),
             "images": arguments.images,
             "ms_per_pair_and_layer": milliseconds,
@@ -234,7 +265,7 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
 def references(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time what clean references add to scoring a batch of two layers, and append one record."""
     side, images = arguments.side, arguments.images
-    validate(side, arguments.channels, arguments.degrees)
+    validate(make_tokens(4, side, arguments.channels, seed=1), side, arguments.degrees)
     if arguments.refcheck:
         return
     settings = load_config("small", method_of=method_class).settings
@@ -280,8 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, help="side of the patch grid (default 37; 20 with --references)")
     parser.add_argument("--channels", type=int, help="(default 1024; 384 with --references)")
     parser.add_argument("--degrees", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--images", type=int, help="(default 12; 200 with --references)")
+    parser.add_argument("--images", type=int, help="(default 12; 40 with --preset; 200 with --references)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
+    parser.add_argument("--preset", help="whose network tokens are of, with its degrees (default: random tokens)")
     parser.add_argument("--references", action="store_true", help="time what clean references add instead")
     parser.add_argument("--refcheck", action="store_true", help="validate only, time nothing")
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
@@ -290,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.side = arguments.side or (20 if small else 37)
     arguments.channels = arguments.channels or (384 if small else 1024)
     arguments.degrees = arguments.degrees or ([1, 3] if small else [1, 3, 5])
-    arguments.images = arguments.images or (200 if small else 12)
+    arguments.images = arguments.images or (200 if small else 40 if arguments.preset else 12)
     name = "clean_references" if small else "mutual_scoring"
     arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
     record = environment("zsad.bench.mutual_scoring", argv, ["numpy", "torch", "zsad"])

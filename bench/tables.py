@@ -92,7 +92,9 @@ def place(record: Record) -> str:
 def headline_table() -> str:
     """Three numbers of the README: scoring, whole runs, metrics."""
     scoring = next(
-        r for r in reversed(read("mutual_scoring.jsonl")) if (r["channels"], r["degrees"]) == (1024, [1, 3, 5])
+        r
+        for r in reversed(read("mutual_scoring.jsonl"))
+        if (r["channels"], r["degrees"], r.get("preset")) == (1024, [1, 3, 5], None)
     )
     median = {name: statistics.median(times) for name, times in scoring["ms_per_pair_and_layer"].items()}
     rates = {
@@ -173,9 +175,11 @@ def mutual_scoring_cuda_table(file: str = "mutual_scoring_cuda.jsonl") -> str:
 
 
 def mutual_scoring_table() -> str:
-    latest = {(r["patches"], r["channels"], tuple(r["degrees"])): r for r in read("mutual_scoring.jsonl")}
+    latest = {
+        (r.get("preset", ""), r["patches"], r["channels"], tuple(r["degrees"])): r for r in read("mutual_scoring.jsonl")
+    }
     blocks = []
-    for (patches, channels, degrees), record in sorted(latest.items(), reverse=True):
+    for (preset, patches, channels, degrees), record in sorted(latest.items(), reverse=True):
         median = {name: statistics.median(times) for name, times in record["ms_per_pair_and_layer"].items()}
         rows = [
             [
@@ -186,7 +190,9 @@ def mutual_scoring_table() -> str:
             ]
             for name, value in median.items()
         ]
-        caption = f"Per image pair and layer, P {patches}, C {channels}, degrees {', '.join(map(str, degrees))}"
+        tokens = f"tokens of {record['weights']} over {record['images']} drawn images" if preset else "random tokens"
+        caption = f"Per image pair and layer, {tokens}, P {patches}, C {channels}, "
+        caption += f"degrees {', '.join(map(str, degrees))}"
         head = ["", "time", "times the floor", "times faster than the reference"]
         blocks.append(f"{caption}; {where(record)}:\n\n" + table(head, rows))
     return "\n\n".join(blocks)

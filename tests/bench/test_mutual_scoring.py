@@ -39,3 +39,12 @@ def test_int8_has_its_own_product_beside_it(tmp_path: Path, capsys: pytest.Captu
     times = json.loads(file.read_text())["ms_per_pair_and_layer"]
     assert ("floor int8" in times) == ("zsad int8" in times)
     assert ("times its own product" in capsys.readouterr().out) == ("zsad int8" in times)
+
+
+@pytest.mark.slow
+def test_tokens_may_be_those_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "IMAGE_SIZE", 56)
+    file = tmp_path / "found.jsonl"
+    assert benchmark.main(["--preset", "small", "--images", "3", "--repeats", "1", "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert (record["preset"], record["patches"], record["channels"], record["degrees"]) == ("small", 16, 384, [1, 3])
