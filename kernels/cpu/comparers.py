@@ -141,16 +141,26 @@ class Bounded(Comparer):
         # that the plan has for a Gram.
         return 4 * patches * (channels + 2 * HEAD)
 
+    @staticmethod
+    def basis_bytes(patches: int, channels: int, degrees: int) -> int:
+        """Return what finding the bases of a layer takes at most."""
+        rows = BASIS_ROWS + BASIS_IMAGES  # features of all degrees, twice while they are put together, and centred
+        features = (2 * degrees + 1) * rows + 4 * channels
+        # Two images are looked at, with the bounds of a part of their products.
+        return 4 * (channels * (features + 2 * degrees * patches) + patches * patches // 4)
+
     def pays(self, tokens: Array, most_taken: float, pool: ThreadPoolExecutor) -> bool:
         """Find bases for the tokens [N, P, C] of a layer, and tell whether their bounds leave few enough products."""
-        images = list(
-            pool.map(lambda image: unit_features(image, self.grid, self.degrees), _sample(tokens, BASIS_IMAGES))
-        )
-        step = max(1, len(images) * len(images[0][0]) // BASIS_ROWS)
-        self.bases = list(
-            pool.map(lambda at: Basis.of(np.concatenate([units[::step] for units in at])), zip(*images, strict=True))
-        )
-        return taken_share(self.bases[0], images[0][0], images[-1][0]) <= most_taken
+        images = _sample(tokens, BASIS_IMAGES)
+        step = max(1, len(images) * tokens.shape[1] // BASIS_ROWS)
+
+        def some(image: Array) -> Array:
+            return unit_features(image, self.grid, self.degrees)[:, ::step].copy()  # [R, p, C]
+
+        rows = np.concatenate(list(pool.map(some, images)), axis=1)
+        self.bases = list(pool.map(Basis.of, rows))
+        first, last = (unit_features(images[at], self.grid, self.degrees[:1])[0] for at in (0, -1))
+        return taken_share(self.bases[0], first, last) <= most_taken
 
     def start_turn(self, degrees: slice) -> None:
         self.position = degrees.start

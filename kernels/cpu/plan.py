@@ -96,6 +96,8 @@ class Sizes:
         always = self.returned_bytes * self.returned_in_memory
         flags = 2 if self.windowed else 1
         always += self.patches * (self.scored * (8 + 8) + flags * self.images * self.degrees)
+        if self.may_be_bounded:
+            always += Bounded.basis_bytes(self.patches, self.channels, self.degrees)
         # Selecting the ranks of a patch takes a copy of its minima and temporaries, with int8 64-bit positions and one
         # degree at a time. It may take what comparing takes.
         selecting = FLOAT_BYTES * self.images * max(3 * self.degrees, 6 if self.remeasured_ranks else 0)

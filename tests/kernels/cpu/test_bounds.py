@@ -109,7 +109,7 @@ def test_every_plan_gives_the_same_scores() -> None:
     tokens[3, :, 40] = 0  # a patch without direction
     whole, minima = mutual_scores(tokens, (12, 12), (1, 3), references=2, return_minima="each")
     plans = []
-    for limit in (8.0, 3.0, 2.0, 1.5):
+    for limit in (20.0, 15.0, 14.0, 13.5):
         scores, others = mutual_scores(
             tokens,
             (12, 12),
