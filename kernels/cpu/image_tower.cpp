@@ -16,7 +16,8 @@
 //               rounding changes 1/32 of all weights at most; what is too large for a byte is multiplied beside it)
 //   others      fp32
 // Windows have so few tokens that their attention is in fp32 everywhere. With fp32 layers everything is fp32; on
-// avx512amx their products are sums of products of bfloat16 parts (float_parts.h), of two beside int8 layers.
+// avx512amx their products are sums of products of bfloat16 parts (float_parts.h), of two beside int8 layers, where
+// avx512vnni multiplies codes of 16 bits.
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
 // all give the same integers; exp and erf are polynomials, alike everywhere.
@@ -286,9 +287,17 @@ inline void add_products(Sums& sums, std::int32_t quad, Columns right) {
 }
 #endif
 
+// Calls `pass(panels, first)` with `Most` panels at a time, or with the last ones alone; their number is a constant.
+template <int Most, typename Pass>
+inline void by_panels(int panels, const Pass& pass) {
+  int panel = 0;
+  for (; panel + Most <= panels; panel += Most) pass(std::integral_constant<int, Most>(), panel);
+  for (; panel < panels; ++panel) pass(std::integral_constant<int, 1>(), panel);
+}
+
 // Rows, `pitch` bytes apart, by panels, `panel_pitch` bytes apart, of which `bytes` count. `finish(row, sums)` is given
 // the sums of a row.
-template <int Rows, int Panels, typename Finish>
+template <int Rows, int Panels, auto Add = add_products, typename Finish>
 ZSAD_INLINE inline void code_products(const Code* x, std::size_t pitch, const std::int8_t* panel,
                                       std::size_t panel_pitch, std::size_t bytes, const Finish& finish) {
   Sums sums[Rows][Panels * kVectors] = {};
@@ -300,7 +309,7 @@ ZSAD_INLINE inline void code_products(const Code* x, std::size_t pitch, const st
     each<Rows>([&](auto i) ZSAD_INLINE {
       std::int32_t quad;
       std::memcpy(&quad, x + i * pitch, sizeof quad);
-      each<Panels * kVectors>([&](auto j) ZSAD_INLINE { add_products(sums[i][j], quad, b[j]); });
+      each<Panels * kVectors>([&](auto j) ZSAD_INLINE { Add(sums[i][j], quad, b[j]); });
     });
   }
   each<Rows>([&](auto i) ZSAD_INLINE { finish(i, sums[i]); });
@@ -440,7 +449,7 @@ struct Scratch {
         x(tile * x_pitch),
         hidden(tile * hidden_pitch),
         logits(kQueries * key_pitch),
-        codes(tile * code_pitch),
+        codes(2 * tile * code_pitch),  // of 16 bits too
         weights(2 * kQueries * key_pitch),
         steps(tile),
         lows(tile),
@@ -451,7 +460,7 @@ struct Scratch {
         head_tokens(window_length),
         row_parts(std::size_t(kParts) * std::max(up(tile, kTile) * kDepth, kParts ? kQueries * key_pitch : 0) * 2),
         panel_parts(std::size_t(kParts) * 2 * kColumns * kDepth * 2),
-        sums(kParts ? sums_at_once(t, up(tile, kTile)) : 0) {}
+        sums(kParts ? sums_at_once(t, up(tile, kTile)) : up(tile, kTile) * kMaxPanels * kColumns) {}
 
  private:
   static std::size_t widest(const Tower& t) {
@@ -530,6 +539,88 @@ void multiply_split(const float* x, std::size_t pitch, int count, const Linear& 
   }
 }
 
+#elif defined(__AVX512VNNI__)
+
+// Layers that int8 towers keep exact take codes of 16 bits: 15 of an activation, 12 of a weight, so that sums over so
+// many inputs fit 32 bits.
+constexpr int kPairInputs = 64;
+constexpr float kLeftCodes = 16383.0f, kRightCodes = 2047.0f;
+
+inline void add_pairs(Sums& sums, std::int32_t pair, Sums right) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(_mm512_set1_epi32(pair)), "v"(right));
+}
+
+// At most 16 floats, zeros behind them.
+inline Vec some_floats(const float* x, int count) {
+  return (Vec)_mm512_maskz_loadu_ps(__mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), x);
+}
+inline void store_some(float* to, Vec x, int count) {
+  _mm512_mask_storeu_ps(to, __mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), (__m512)x);
+}
+inline __m512i rounded(Vec x) { return _mm512_cvtps_epi32((__m512)x); }
+inline Vec absolute(Vec x) { return (Vec)_mm512_abs_ps((__m512)x); }
+
+// x [n] becomes step * code, also some floats behind it; returns the step.
+float code_row(const float* x, int n, std::int16_t* codes) {
+  Vec most = {};
+  for (int c = 0; c < n; c += kLanes) most = larger(most, absolute(some_floats(x + c, n - c)));
+  const float step = largest(most) / kLeftCodes, inverse = step > 0 ? 1.0f / step : 0.0f;
+  for (int c = 0; c < n; c += kLanes)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + c),
+                       _mm512_cvtsepi32_epi16(rounded(some_floats(x + c, n - c) * inverse)));
+  return step;
+}
+
+// Weights [inputs, 16] become codes [pairs, 16, 2] with a step for each column; returns the steps.
+Vec code_columns(const float* weights, int inputs, std::int16_t* codes) {
+  Vec most = {};
+  for (int k = 0; k < inputs; ++k) most = larger(most, absolute(load(weights + k * kColumns)));
+  const Vec inverse = most > 0.0f ? kRightCodes / most : 0.0f;
+  for (int k = 0; k < inputs; k += 2) {
+    const __m512i even = rounded(load(weights + k * kColumns) * inverse);
+    const __m512i odd = k + 1 < inputs ? rounded(load(weights + (k + 1) * kColumns) * inverse) : __m512i{};
+    _mm512_store_si512(codes + k * kColumns, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16)));
+  }
+  return most / kRightCodes;
+}
+
+// As multiply_floats, by these codes.
+template <typename Finish>
+void multiply_pairs(const float* x, std::size_t pitch, int count, const Linear& layer, const Scratch& s,
+                    const Finish& finish) {
+  const int depth = layer.inputs;
+  const std::size_t row_bytes = 2 * s.code_pitch;
+  Code* rows = s.codes.get();
+  s.clock.turn(Part::kLayout);
+  for (int i = 0; i < count; ++i)
+    s.steps.get()[i] = code_row(x + i * pitch, depth, reinterpret_cast<std::int16_t*>(rows + i * row_bytes));
+  s.clock.turn(Part::kLinear);
+  by_panels<kMaxPanels>(layer.outputs / kColumns, [&](auto panels, int panel) {
+    alignas(64) std::int16_t columns[panels][kPairInputs * kColumns];
+    float* sums = s.sums.get();
+    std::fill_n(sums, up(count, kRows) * panels * kColumns, 0.0f);
+    for (int from = 0; from < depth; from += kPairInputs) {
+      const int inputs = std::min(kPairInputs, depth - from);
+      Vec steps[panels];
+      each<panels>([&](auto j) ZSAD_INLINE {
+        steps[j] = code_columns(layer.weights + (std::size_t(panel + j) * depth + from) * kColumns, inputs, columns[j]);
+      });
+      for (int row = 0; row < count; row += kRows)
+        code_products<kRows, panels, add_pairs>(
+            rows + row * row_bytes + from * 2, row_bytes, reinterpret_cast<const std::int8_t*>(columns),
+            sizeof columns[0], up(inputs, 2) * 2 * kColumns, [&](int i, const auto& products) ZSAD_INLINE {
+              float* to = sums + (row + i) * panels * kColumns;
+              each<panels>([&](auto j) ZSAD_INLINE {
+                store(to + j * kLanes, load(to + j * kLanes) + (Vec)_mm512_cvtepi32_ps(products[j]) * steps[j]);
+              });
+            });
+    }
+    for (int i = 0; i < count; ++i)
+      for (int j = 0; j < panels; ++j)
+        finish(i, (panel + j) * kColumns, load(sums + (i * panels + j) * kColumns) * s.steps.get()[i]);
+  });
+}
+
 #endif
 
 template <typename Finish>
@@ -543,6 +634,9 @@ void apply(const Linear& layer, const float* x, std::size_t pitch, int count, co
     const auto multiply = s.int8 ? multiply_split<2, decltype(add)> : multiply_split<kParts, decltype(add)>;
     multiply(x, pitch, count, layer, s, add);
 #else
+#if defined(__AVX512VNNI__)
+    if (s.int8) return multiply_pairs(x, pitch, count, layer, s, add);
+#endif
     multiply_floats(x, pitch, count, layer.weights, layer.inputs, panels, add);
 #endif
     return;
@@ -700,17 +794,6 @@ struct PackedHead {
   }
 };
 
-// At most 16 floats, zeros behind them.
-inline Vec some_floats(const float* x, int count) {
-  return (Vec)_mm512_maskz_loadu_ps(__mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), x);
-}
-
-inline void store_some(float* to, Vec x, int count) {
-  _mm512_mask_storeu_ps(to, __mmask16(count < 16 ? (1u << count) - 1 : 0xFFFF), (__m512)x);
-}
-
-inline __m512i rounded(Vec x) { return _mm512_cvtps_epi32((__m512)x); }
-
 void pack_head(const Attention& a, const float* keys, const float* values, unsigned char* room) {
   const PackedHead packed(a);
   std::int8_t* k = reinterpret_cast<std::int8_t*>(room);
@@ -724,7 +807,7 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
     Vec total = {}, most = {};
     for (int t = 0; t < a.tokens; ++t) {
       total += part(keys + t * a.pitch, i);
-      most = larger(most, (Vec)_mm512_abs_ps((__m512)part(values + t * a.pitch, i)));
+      most = larger(most, absolute(part(values + t * a.pitch, i)));
     }
     mean[i] = total / float(a.tokens);
     inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
@@ -735,7 +818,7 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
     Vec row[kMaxHead / kLanes], most = {};
     for (int i = 0; i < vectors; ++i) {
       row[i] = part(key, i) - mean[i];
-      most = larger(most, (Vec)_mm512_abs_ps((__m512)row[i]));
+      most = larger(most, absolute(row[i]));
     }
     const float top = largest(most), to_codes = top > 0 ? 127.0f / top : 0.0f;
     alignas(64) std::int32_t code[kMaxHead / kCodes];
@@ -766,14 +849,6 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
 constexpr int kMixedPanels = 2;  // of values, multiplied with kRows rows of weights
 constexpr int kBlockKeys = 128, kExcessRows = 4, kExcessPanels = 4;
 constexpr float kRounded = 1.0f / 32;  // of all weights: what rounding them to bytes changes at most
-
-// Calls `pass(panels, first)` with `Most` panels at a time, or with the last ones alone; their number is a constant.
-template <int Most, typename Pass>
-inline void by_panels(int panels, const Pass& pass) {
-  int panel = 0;
-  for (; panel + Most <= panels; panel += Most) pass(std::integral_constant<int, Most>(), panel);
-  for (; panel < panels; ++panel) pass(std::integral_constant<int, 1>(), panel);
-}
 
 struct Queries {
   alignas(64) Code codes[kQueries][kMaxHead] = {};
@@ -813,7 +888,7 @@ void find_logits(const Attention& a, Queries& q, int count, const unsigned char*
 // Weights of a query's keys in 16 bits, the largest 65535; their sum.
 float weigh(const float* logits, float step, float top, std::size_t filled, std::uint16_t* weights) {
   const Vec steps = splat(step), shift = splat(16.0f - top * step);
-  const auto weight = [&](std::size_t t) ZSAD_INLINE {
+  const auto weight = [&](std::size_t t) {
     const Vec x = load(logits + t) * steps + shift;
     const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return rounded((Vec)_mm512_scalef_ps((__m512)power_of_fraction<4>(x - whole), (__m512)whole));
