@@ -326,7 +326,10 @@ class SearchRows {
       for (int g = 0; g < a_.groups; ++g) reach_[g] = std::max(reach_[g], reach[g]);
     }
     for (int first = 0; first < std::min(kFirst, a_.groups); ++first) {
-      const int g = int(std::max_element(reach_.begin(), reach_.end()) - reach_.begin());
+      float furthest = kLowest;
+#pragma omp simd reduction(max : furthest)
+      for (int g = 0; g < a_.groups; ++g) furthest = std::max(furthest, reach_[g]);
+      const int g = int(std::find(reach_.begin(), reach_.end(), furthest) - reach_.begin());
       meet(p, end, g);
       reach_[g] = kLowest;
     }
