@@ -365,13 +365,24 @@ void quantise(const float* x, int n, Code* codes, float& step, float& low) {
   float least = x[0], most = x[0];
   int c = 0;
   if (n >= kLanes) {
-    Vec low_lanes = load(x), high_lanes = low_lanes;
-    for (c = kLanes; c + kLanes <= n; c += kLanes) {
-      low_lanes = smaller(low_lanes, load(x + c));
-      high_lanes = larger(high_lanes, load(x + c));
+    constexpr int kChains = 4;  // of which none waits for the others
+    Vec low_lanes[kChains], high_lanes[kChains];
+    each<kChains>([&](auto i) ZSAD_INLINE { low_lanes[i] = high_lanes[i] = load(x); });
+    for (; c + kChains * kLanes <= n; c += kChains * kLanes)
+      each<kChains>([&](auto i) ZSAD_INLINE {
+        low_lanes[i] = smaller(low_lanes[i], load(x + c + i * kLanes));
+        high_lanes[i] = larger(high_lanes[i], load(x + c + i * kLanes));
+      });
+    for (; c + kLanes <= n; c += kLanes) {
+      low_lanes[0] = smaller(low_lanes[0], load(x + c));
+      high_lanes[0] = larger(high_lanes[0], load(x + c));
     }
-    least = -largest(-low_lanes);
-    most = largest(high_lanes);
+    each<kChains>([&](auto i) ZSAD_INLINE {
+      low_lanes[0] = smaller(low_lanes[0], low_lanes[i]);
+      high_lanes[0] = larger(high_lanes[0], high_lanes[i]);
+    });
+    least = -largest(-low_lanes[0]);
+    most = largest(high_lanes[0]);
   }
   for (; c < n; ++c) {
     least = std::min(least, x[c]);
@@ -802,16 +813,16 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
   float* value_scales = reinterpret_cast<float*>(room + packed.value_scales);
   const int vectors = (a.width + kLanes - 1) / kLanes, quads = (a.width + kCodes - 1) / kCodes;
   const auto part = [&](const float* x, int i) { return some_floats(x + i * kLanes, a.width - i * kLanes); };
-  Vec mean[kMaxHead / kLanes], inverse[kMaxHead / kLanes];
-  for (int i = 0; i < vectors; ++i) {
-    Vec total = {}, most = {};
-    for (int t = 0; t < a.tokens; ++t) {
-      total += part(keys + t * a.pitch, i);
-      most = larger(most, absolute(part(values + t * a.pitch, i)));
+  Vec mean[kMaxHead / kLanes] = {}, most[kMaxHead / kLanes] = {}, inverse[kMaxHead / kLanes];
+  for (int t = 0; t < a.tokens; ++t)
+    for (int i = 0; i < vectors; ++i) {
+      mean[i] += part(keys + t * a.pitch, i);
+      most[i] = larger(most[i], absolute(part(values + t * a.pitch, i)));
     }
-    mean[i] = total / float(a.tokens);
-    inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
-    store(value_scales + i * kLanes, most / 127.0f);
+  for (int i = 0; i < vectors; ++i) {
+    mean[i] /= float(a.tokens);
+    inverse[i] = most[i] > 0.0f ? 127.0f / most[i] : 0.0f;
+    store(value_scales + i * kLanes, most[i] / 127.0f);
   }
   for (int t = 0; t < int(up(a.tokens, kColumns)); ++t) {
     const float* key = keys + std::min(t, a.tokens - 1) * a.pitch;  // the last one fills up: it tops no logits

@@ -188,6 +188,23 @@ def test_a_token_that_all_look_at_hides_none_of_the_others(instruction_set: str,
     assert token_cosines(found["tokens"], expected).min() > 0.9998
 
 
+@pytest.mark.parametrize("sharpness", [0.1, 1, 3])
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_weights_of_hundreds_of_keys_are_small_and_large(
+    instruction_set: str, sharpness: float, tmp_path: Path
+) -> None:
+    """From queries that see all keys nearly alike to those that see few of them."""
+    positions = np.random.default_rng(6).normal(size=(1 + 17 * 17, 48)).astype(np.float32)
+    vit = random_tower(7, 48, positions=positions)
+    weight, bias = (part.copy() for part in vit.blocks[0].qkv)
+    weight[:48], bias[:48] = weight[:48] * sharpness, bias[:48] * sharpness
+    vit = replace(vit, blocks=[replace(vit.blocks[0], qkv=(weight, bias)), *vit.blocks[1:]])
+    options = replace(OPTIONS, image_size=170, taps=(0,), outputs=("tokens",), precision="int8")
+    images = np.random.default_rng(5).normal(size=(1, 3, 170, 170)).astype(np.float32)
+    found = native(vit, options, tmp_path, instruction_set=instruction_set).run(images)["tokens"]
+    assert token_cosines(found, by_definition(vit, options, images)["tokens"]).min() > 0.9999
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_images_are_independent_of_the_batch_and_of_threads(precision: str, tmp_path: Path) -> None:
     images = random_images(5)
