@@ -341,6 +341,7 @@ class SearchRows {
     bool wanted = false;
     for (int row = p; row < end; ++row) wanted |= reach_of(row)[g] > least_[row];
     if (!wanted) return;
+    g_ = g;
     group_ = Bounds(group_bounds(g), a_.layout);
     members_ = a_.order + g * kGroup;
     const Int8Layout& heads = a_.queries.layout.heads;
@@ -364,20 +365,36 @@ class SearchRows {
       if (values[__builtin_ctzll(bits)] > values[q]) q = __builtin_ctzll(bits);
     for (;; q = __builtin_ctzll(found)) {
       found &= ~(std::uint64_t(1) << q);
-      const std::int32_t next = members_[column + (found ? __builtin_ctzll(found) : q)];
-      if (values[q] > least_[p] && members_[column + q] >= 0) take_in_full(p, members_[column + q], std::max(next, 0));
+      if (values[q] > least_[p] && members_[column + q] >= 0) take_in_full(p, column + q);
       if (!found) return;
     }
   }
 
-  void take_in_full(int p, std::int64_t index, std::int64_t next) {
+  // What takes longest is to read the vector, which takes half of that in 16 bits.
+  float product(const float* query, int member) const {
+    const std::size_t C = a_.channels;
+#if defined(__AVX512F__)
+    if (a_.halves) {
+      const std::uint16_t* vector = a_.halves + (std::size_t(g_) * kGroup + member) * C;
+      Sums64 sums;
+      for (std::size_t c = 0; c < C; c += Sums64::kCount) sums.add(query + c, vector + c);
+      return sums.total();
+    }
+#endif
+    const float* vector = a_.bank + std::size_t(members_[member]) * C;
+    return dot(query, vector, vector, C);
+  }
+
+  // member: of the present group.
+  void take_in_full(int p, int member) {
     if (++taken_[p] > a_.most_taken) {
       a_.given_up[a_.queue[p]] = true;
       least_[p] = -kLowest;
       return;
     }
-    const std::size_t C = a_.channels, query = a_.queue[p];
-    float cosine = dot(a_.queries.units + query * C, a_.bank + index * C, a_.bank + next * C, C);
+    const std::size_t query = a_.queue[p];
+    std::int64_t index = members_[member];
+    float cosine = product(a_.queries.units + query * a_.channels, member);
     if (a_.inverse) cosine *= a_.inverse[index];
     float* cosines = a_.cosines + query * a_.wanted;
     std::int64_t* indices = a_.indices + query * a_.wanted;
@@ -394,6 +411,7 @@ class SearchRows {
   const Image codes_;
   const std::int8_t* rows_ = nullptr;  // prepared
   Bounds group_ = queries_;  // the present one
+  int g_ = 0;                // its number
   const std::int32_t* members_ = nullptr;
   std::vector<float> least_;  // [P] the k-th nearest so far
   std::vector<int> taken_;    // [P]

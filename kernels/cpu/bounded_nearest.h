@@ -52,7 +52,8 @@ constexpr int kGroup = 3 * kPanel;  // vectors of a bank that lie near each othe
 
 // The k nearest of a bank of vectors, which lies in groups of kGroup vectors each; their bounds are one behind the other.
 // queries: their units, and bounds in the order of queue, [P], best one in which those that follow each other are alike;
-// reach: [P, groups] at least the largest product of a query with a vector of a group; bank: [M, C], of these inverse lengths [M] or, where null, of 1; order:
+// reach: [P, groups] at least the largest product of a query with a vector of a group; halves: [groups, kGroup, C] the
+// vectors of the groups where 16-bit floats are exactly these, with AVX-512 alone, or null; bank: [M, C], of these inverse lengths [M] or, where null, of 1; order:
 // [groups, kGroup] the vectors of each group, -1 for none; cosines, indices: [P, k] out, of equal cosines the lower index
 // first; given_up: [P] out, whether more than most_taken products would have been taken.
 struct BankSearch {
@@ -64,6 +65,7 @@ struct BankSearch {
   int groups;
   const float* reach;
   const std::int32_t* order;
+  const std::uint16_t* halves;
   const float *bank, *inverse;
   int wanted, most_taken;
   float* cosines;

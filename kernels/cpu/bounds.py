@@ -101,6 +101,21 @@ class Groups:
             spheres[g] = *centre, radius, 1, terms[members].max() + SLACK, np.sqrt(tails[members].max())
         return Groups(basis, order, bounds, spheres)
 
+    def halves(self, vectors: Array) -> NDArray[np.uint16] | None:
+        """Return the bits of a bank's vectors [M, C] in groups, [G · GROUP, C], if 16-bit floats are exactly these.
+
+        None also where the native code has no use for them.
+        """
+        if vectors.shape[1] % 64 or not _cpu.instruction_sets("bounded_nearest")[0].startswith("avx512"):
+            return None
+        halves = aligned_empty((self.order.size, vectors.shape[1]), np.float16)
+        for first in range(0, self.order.size, READ_ROWS):
+            rows = vectors[np.maximum(self.order.reshape(-1)[first : first + READ_ROWS], 0)]
+            halves[first : first + READ_ROWS] = rows
+            if not np.array_equal(halves[first : first + READ_ROWS], rows):
+                return None
+        return halves.view(np.uint16)
+
     def reach(self, heads: Array, terms: Array, tails: Array) -> Array:
         """Return at least the largest product of each query with a vector of each group, [n, G], from coordinates.
 
@@ -112,11 +127,12 @@ class Groups:
         return reach
 
 
-def grouped_bytes(vectors: int) -> int:
+def grouped_bytes(vectors: int, channels: int) -> int:
     """Return what the groups of so many vectors hold, and take while they are made, beside the vectors."""
     groups = -(-vectors // _cpu.GROUP)
     held = groups * (_cpu.bounds_bytes(_cpu.GROUP, HEAD) + 4 * (HEAD + 4 + _cpu.GROUP))
-    return int(held + vectors * (3 * 4 * HEAD + 2 * 8))
+    halves = 2 * groups * _cpu.GROUP * channels + 4 * READ_ROWS * channels
+    return int(held + halves + vectors * (3 * 4 * HEAD + 2 * 8))
 
 
 def halved(vectors: Array, size: int) -> list[NDArray[np.intp]]:

@@ -127,6 +127,7 @@ using IndicesOutput = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::d
 using FlagsOutput = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatsOutput = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Chunks = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using BytesOutput = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -315,7 +316,8 @@ std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, cons
                             const Matrix& reach, const Matrix& bank,
                             const std::optional<Vector>& inverse, const Numbers& order, const Chunks& bounds, int head,
                             int most_taken, const Output& cosines, const IndicesOutput& indices,
-                            const FlagsOutput& given_up, const std::string& instruction_set) {
+                            const FlagsOutput& given_up, const std::optional<Halves>& halves,
+                            const std::string& instruction_set) {
   const std::size_t P = queries.shape(0), C = queries.shape(1), M = bank.shape(0), k = cosines.shape(1);
   const std::size_t groups = bounds.shape(0);
   require(bank.shape(1) == C && (!inverse || inverse->shape(0) == M), "bank must be [M, C] and inverse [M]");
@@ -327,6 +329,8 @@ std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, cons
           "bounds must have bounds_bytes(GROUP, head) and bounds_bytes(P, head) bytes");
   require(has_shape(reach, P, groups) && has_shape(order, groups, zsad::kGroup),
           "reach must be [P, groups] and order [groups, GROUP]");
+  require(!halves || (has_shape(*halves, groups * zsad::kGroup, C) && C % 64 == 0),
+          "halves must be [groups * GROUP, C], of a multiple of 64 channels");
   const auto is_query = [&](std::int32_t query) { return query >= 0 && query < std::int64_t(P); };
   require(queue.shape(0) == P && std::all_of(queue.data(), queue.data() + P, is_query),
           "queue must be [P] and hold 0 to P - 1");
@@ -341,6 +345,7 @@ std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, cons
                                    int(groups),
                                    reach.data(),
                                    order.data(),
+                                   halves ? halves->data() : nullptr,
                                    bank.data(),
                                    inverse ? inverse->data() : nullptr,
                                    int(k),
@@ -640,13 +645,15 @@ NB_MODULE(_cpu, m) {
         "right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many "
         "coordinates tell which, by one mean and basis.");
   m.def("bounded_search", &bounded_search, "queries"_a, "queue"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a,
-        "order"_a, "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "instruction_set"_a = "",
+        "order"_a, "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "halves"_a = nb::none(),
+        "instruction_set"_a = "",
         "Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths "
         "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. query_bounds: in "
         "the order of queue [P], best one in which those that follow each other are alike; order: [groups, "
         "GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: "
         "[P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes "
-        "first. given_up [P]: for which more than most_taken products would have been taken.");
+        "first. given_up [P]: for which more than most_taken products would have been taken. halves: [groups * GROUP, C] "
+        "bits of 16-bit floats that are exactly the groups' vectors; read with AVX-512.");
   m.def(
       "fp32_product_bytes",
       [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,

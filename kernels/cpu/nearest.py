@@ -247,12 +247,15 @@ class Search:
         self._bank: Array | None = None  # all unit vectors, where chunks are parts of them
         self._held = held if self.precision == "int8" else None
         self._groups: Groups | None = None  # where bounds spare most products
+        self._halves: NDArray[np.uint16] | None = None  # of their vectors, where these are 16-bit floats
         if needed(vectors, channels, k, precision, resident=True) <= self._limit:
             with all_workers() as workers:
                 if self._product is self._exact:
                     self._bank = aligned_empty((self._chunk_count * chunk_rows(vectors), channels), np.float32)
                     self._chunks = self._all_prepared(workers)
                 self._groups = self._grouped()
+                bank, _ = self._measured()
+                self._halves = None if self._groups is None or bank is None else self._groups.halves(bank)
                 if self._chunks is None and self._groups is None:
                     self._chunks = self._all_prepared(workers)
 
@@ -386,6 +389,7 @@ class Search:
             cosines,
             indices,
             given_up,
+            self._halves,
         )
         np.clip(cosines, -1, 1, out=cosines)
         return given_up
@@ -654,8 +658,8 @@ def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) 
     total = _worker_bytes(vectors, channels, precision) + QUERY_ROWS * _query_bytes(channels, k, precision)
     if resident:
         total += -(-vectors // BANK_ROWS) * kind.chunk_bytes(chunk_rows(vectors), channels)
-        if kind is Fp32Product and has_native_kernels() and may_be_bounded(vectors, channels):
-            total += grouped_bytes(vectors)  # with int8 they are held instead of codes
+        if has_native_kernels() and may_be_bounded(vectors, channels):
+            total += grouped_bytes(vectors, channels)
     return total
 
 

@@ -172,6 +172,30 @@ def test_of_equal_vectors_the_lower_index_comes_first() -> None:
     np.testing.assert_array_equal(indices, np.column_stack([np.arange(100, 200), np.arange(2500, 2600)]))
 
 
+def test_vectors_of_16_bit_floats_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = near_planes(1, 3000, 256).astype(np.float16).astype(np.float32)  # as banks are stored
+    asked = near_planes(2, 101, 256)
+    found = Nearest(bank, 3, "int8").search(asked)
+    np.testing.assert_allclose(found[0], by_all_products(bank, asked, 3)[0], atol=1e-6)
+    monkeypatch.setattr(Groups, "halves", lambda *_: None)
+    for one, other in zip(found, Nearest(bank, 3, "int8").search(asked), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_vectors_of_16_bit_floats_are_held_so() -> None:
+    bank = near_planes(1, 3000, 256)
+    search = Nearest(bank, 1, "int8")._search
+    assert isinstance(search, cpu_nearest.Search)
+    assert search._groups is not None
+    assert search._halves is None
+    halves = search._groups.halves(bank.astype(np.float16).astype(np.float32))
+    if INSTRUCTION_SETS[0].startswith("avx512"):
+        assert halves is not None
+        order = search._groups.order.reshape(-1)
+        there = order >= 0
+        np.testing.assert_array_equal(halves.view(np.float16)[there], bank.astype(np.float16)[order[there]])
+
+
 def test_queries_far_from_everything_meet_all_of_the_bank() -> None:
     bank = near_planes(1, 3000, 256)
     far = np.concatenate([near_planes(2, 20, 256), -bank[:20], unit(np.random.default_rng(3).normal(size=(20, 256)))])
