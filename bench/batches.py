@@ -81,12 +81,16 @@ def check(found: Sequence[Way], precision: str) -> None:
 
 
 def measure(found: Mapping[str, Sequence[Way]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds that an image takes each way in each runtime, of rounds in which all run in turn."""
+    """Return the seconds that an image takes each way in each runtime, of rounds in which all run in turn.
+
+    Each round another way is first: after a pause a processor does not run at its full clock at once.
+    """
     seconds: dict[str, dict[str, list[float]]] = {name: {way.name: [] for way in own} for name, own in found.items()}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, own in found.items():
             time.sleep(PAUSE)
-            for way in own:
+            first = number % len(own)
+            for way in (*own[first:], *own[:first]):
                 start = time.perf_counter()
                 way.run()
                 seconds[name][way.name].append((time.perf_counter() - start) / way.images)

@@ -39,7 +39,9 @@ MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
 BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
 LEAST_BOUNDED = 10  # images from which finding a basis is worth it
-MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # estimated share of products up to which taking them by bounds pays
+# Nanoseconds of a Zen 4 core for a pair of patches: of a whole product per channel, of its pass per degree, of a bound, and
+# per channel where the estimated share of products taken in full is 1. Others differ little in proportion.
+WHOLE, PASS, BOUND, TAKEN = {"fp32": 0.017, "int8": 0.0045}, 0.45, 0.75, 0.9
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 
@@ -149,7 +151,7 @@ class Bounded(Comparer):
         # Two images are looked at, with the bounds of a part of their products.
         return 4 * (channels * (features + 2 * degrees * patches) + patches * patches // 4)
 
-    def pays(self, tokens: Array, most_taken: float, pool: ThreadPoolExecutor) -> bool:
+    def pays(self, tokens: Array, most: float, pool: ThreadPoolExecutor) -> bool:
         """Find bases for the tokens [N, P, C] of a layer, and tell whether their bounds leave few enough products."""
         images = _sample(tokens, BASIS_IMAGES)
         step = max(1, len(images) * tokens.shape[1] // BASIS_ROWS)
@@ -160,7 +162,7 @@ class Bounded(Comparer):
         rows = np.concatenate(list(pool.map(some, images)), axis=1)
         self.bases = list(pool.map(Basis.of, rows))
         first, last = (unit_features(images[at], self.grid, self.degrees[:1])[0] for at in (0, -1))
-        return taken_share(self.bases[0], first, last) <= most_taken
+        return taken_share(self.bases[0], first, last) <= most
 
     def start_turn(self, degrees: slice) -> None:
         self.position = degrees.start
@@ -438,6 +440,12 @@ def winning_patches(keys: Array, patches: int) -> NDArray[np.int32]:
 def native_pass_covers(degrees: Sequence[int]) -> bool:
     """Tell whether the native pass was built and has these degrees."""
     return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
+
+
+def most_taken(precision: str, channels: int, degrees: int) -> float:
+    """Return the estimated share of products up to which taking these in full by bounds takes less than a Gram."""
+    gram = WHOLE[precision] * channels + PASS * degrees
+    return (gram / degrees - BOUND) / (TAKEN * channels)
 
 
 def bounds_may_pay(images: int, channels: int, comparer: type[Comparer], window: int | None) -> bool:

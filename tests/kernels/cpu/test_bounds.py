@@ -77,8 +77,16 @@ def test_directions_are_orthogonal_and_carry_most() -> None:
 
 def test_the_share_of_products_tells_vectors_of_one_kind_from_others() -> None:
     alike, others = near_planes(7, 400, 384), unit(np.random.default_rng(8).normal(size=(400, 384)))
-    assert taken_share(Basis.of(alike), alike[:200], alike[200:]) < comparers.MOST_TAKEN["fp32"]
+    assert taken_share(Basis.of(alike), alike[:200], alike[200:]) < comparers.most_taken("fp32", 384, 2)
     assert taken_share(Basis.of(others), others[:200], others[200:]) > 0.5
+
+
+def test_a_dear_product_makes_bounds_pay_sooner() -> None:
+    for channels, degrees in ((384, 2), (1024, 3)):
+        assert comparers.most_taken("fp32", channels, degrees) > comparers.most_taken("int8", channels, degrees) > 0
+    assert comparers.most_taken("int8", 384, 1) > comparers.most_taken(
+        "int8", 384, 4
+    )  # each degree has bounds of its own
 
 
 def tokens_of(kind: str, images: int, patches: int, channels: int) -> Array:
