@@ -38,10 +38,8 @@ except ImportError:  # installed without a working compiler
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
 BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
-LEAST_BOUNDED = 10  # images from which finding a basis is worth it
-# Nanoseconds of a Zen 4 core for a pair of patches: of a whole product per channel, of its pass per degree, of a bound, and
-# per channel where the estimated share of products taken in full is 1. Others differ little in proportion.
-WHOLE, PASS, BOUND, TAKEN = {"fp32": 0.017, "int8": 0.0045}, 0.45, 0.75, 0.9
+LEAST_BOUNDED = {"fp32": 10, "int8": 24}  # images from which finding a basis is worth it
+MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # estimated share of products up to which taking them by bounds pays
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 
@@ -442,17 +440,12 @@ def native_pass_covers(degrees: Sequence[int]) -> bool:
     return _cpu is not None and max(degrees) <= _cpu.MAX_DEGREE
 
 
-def most_taken(precision: str, channels: int, degrees: int) -> float:
-    """Return the estimated share of products up to which taking these in full by bounds takes less than a Gram."""
-    gram = WHOLE[precision] * channels + PASS * degrees
-    return (gram / degrees - BOUND) / (TAKEN * channels)
-
-
 def bounds_may_pay(images: int, channels: int, comparer: type[Comparer], window: int | None) -> bool:
     """Tell whether it is worth looking if bounds spare most products of a layer; comparer: what runs otherwise."""
     if _cpu is None or window is not None or comparer is ProductPerDegree or comparer is Int8ProductPerDegree:
         return False
-    return images >= LEAST_BOUNDED and channels >= least_channels()
+    precision = "int8" if issubclass(comparer, Int8) else "fp32"
+    return images >= LEAST_BOUNDED[precision] and channels >= least_channels()
 
 
 def choose_comparer(

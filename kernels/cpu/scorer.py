@@ -27,7 +27,7 @@ from zsad.kernels.task import Task, not_finite
 
 from .arrays import Array, aligned_empty, box_sum, empty_gram
 from .averages import rank_sums
-from .comparers import Bounded, Comparer, Features, Int8, Layout, Prepare, Winners, most_taken, winning_patches
+from .comparers import MOST_TAKEN, Bounded, Comparer, Features, Int8, Layout, Prepare, Winners, winning_patches
 from .plan import Plan, feature_bytes
 
 Report = Callable[[float], None]  # is told how many image pairs were compared
@@ -106,8 +106,7 @@ class Scorer:
         self.comparer: Comparer = self._otherwise
         if self._bounded is not None:
             precision = "int8" if isinstance(self._otherwise, Int8) else "fp32"
-            most = most_taken(precision, self.task.channels, len(self.task.degrees))
-            if self._bounded.pays(tokens, most, self.pool):
+            if self._bounded.pays(tokens, MOST_TAKEN[precision], self.pool):
                 self.comparer = self._bounded
         self.comparer.start_layer(tokens)
 

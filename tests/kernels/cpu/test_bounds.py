@@ -77,16 +77,8 @@ def test_directions_are_orthogonal_and_carry_most() -> None:
 
 def test_the_share_of_products_tells_vectors_of_one_kind_from_others() -> None:
     alike, others = near_planes(7, 400, 384), unit(np.random.default_rng(8).normal(size=(400, 384)))
-    assert taken_share(Basis.of(alike), alike[:200], alike[200:]) < comparers.most_taken("fp32", 384, 2)
+    assert taken_share(Basis.of(alike), alike[:200], alike[200:]) < comparers.MOST_TAKEN["fp32"]
     assert taken_share(Basis.of(others), others[:200], others[200:]) > 0.5
-
-
-def test_a_dear_product_makes_bounds_pay_sooner() -> None:
-    for channels, degrees in ((384, 2), (1024, 3)):
-        assert comparers.most_taken("fp32", channels, degrees) > comparers.most_taken("int8", channels, degrees) > 0
-    assert comparers.most_taken("int8", 384, 1) > comparers.most_taken(
-        "int8", 384, 4
-    )  # each degree has bounds of its own
 
 
 def tokens_of(kind: str, images: int, patches: int, channels: int) -> Array:
@@ -104,7 +96,7 @@ def test_scores_are_those_of_the_reference(kind: str, precision: str, monkeypatc
     bounded = []
     pays = comparers.Bounded.pays
     monkeypatch.setattr(comparers.Bounded, "pays", lambda *a: bounded.append(pays(*a)) or bounded[-1])
-    tokens = tokens_of(kind, comparers.LEAST_BOUNDED, 12 * 11, 256)
+    tokens = tokens_of(kind, comparers.LEAST_BOUNDED[precision], 12 * 11, 256)
     scores = mutual_scores(tokens, (12, 11), (1, 3), precision=precision)
     assert bounded == [kind == "alike"] * 2  # once for each layer
     expected = reference.mutual_scores(tokens, (12, 11), (1, 3), (0.0, 0.3))
@@ -133,7 +125,7 @@ def test_every_plan_gives_the_same_scores() -> None:
 
 
 def test_fewer_images_are_compared_by_all_products() -> None:
-    tokens = tokens_of("alike", comparers.LEAST_BOUNDED, 12 * 12, 256)
+    tokens = tokens_of("alike", comparers.LEAST_BOUNDED["fp32"], 12 * 12, 256)
     few = mutual_scores(tokens[:-1], (12, 12), (1, 3))
     np.testing.assert_allclose(few, reference.mutual_scores(tokens[:-1], (12, 12), (1, 3), (0.0, 0.3)), atol=2e-6)
 
