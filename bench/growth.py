@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=RESULTS / "growth.jsonl", help="JSON lines to append to (default %(default)s)")
     arguments = parser.parse_args(argv)
     record = environment("zsad.bench.growth", argv, ["numpy", "zsad"])
-    validate(arguments.side, arguments.channels, arguments.degrees)
+    validate(make_tokens(4, arguments.side, arguments.channels, seed=1), arguments.side, arguments.degrees)
     grow(arguments, record)
     return 0
 

@@ -178,13 +178,14 @@ def variants(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, Call
 def network_tokens(preset: str, images: int) -> tuple[Array, Sequence[int], dict[str, Any]]:
     """Return the first tap of drawn images, [N, 1, P, C], the degrees of a preset, and what a record says of both."""
     config = load_config(preset, None, {"image_size": IMAGE_SIZE}, method_of=method_class)
-    assert isinstance(config.settings, Settings)
+    settings = config.settings
+    assert isinstance(settings, Settings)
     with tempfile.TemporaryDirectory() as folder:
         config, weights = use_random_weights(config, Path(folder))
         ((name, network),) = load_networks(config, graph_requests(config), choose_runtime("cpu"), 1).items()
     graph = network.graphs["image"]
     tokens = [np.array(graph.run({"images": image})["tokens"][:, :1]) for image in inputs_of(network, images)]
-    return np.concatenate(tokens), config.settings.degrees, {"preset": preset, "weights": weights[name]}
+    return np.concatenate(tokens), settings.degrees, {"preset": preset, "weights": weights[name]}
 
 
 def validate(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, float]:
@@ -204,7 +205,8 @@ def validate(tokens: Array, side: int, degrees: Sequence[int]) -> dict[str, floa
 
 def compare(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """Time all variants in turn and append one record."""
-    side, degrees, of_tokens = arguments.side, arguments.degrees, {}
+    side, degrees = arguments.side, arguments.degrees
+    of_tokens: dict[str, Any] = {}
     if arguments.preset:
         tokens, degrees, of_tokens = network_tokens(arguments.preset, arguments.images)
         side, few = square_grid(tokens.shape[2])[0], min(CHECKED_SIDE, square_grid(tokens.shape[2])[0])

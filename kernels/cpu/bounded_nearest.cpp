@@ -4,10 +4,10 @@
 //   head = code + error         8 bits to a coordinate, after the transform of int8_product.cpp
 //   u . w <= code . code' + term + term' + |code| |error'| + |error| |code'| + |rest| |rest'|,   rest = (error, tail)
 //
-// by Cauchy and Schwarz, where term = mean . u - |mean|^2 / 2. The left side of an image's patches and the right one's
-// are close to a few dozen directions, so that bounds are nearly as small as the products themselves: a code of 64
-// coordinates leaves one pair of patches in several hundred that may be the nearest of either. Their product is taken in
-// full, and what is nearest so far only rises, so the result is the maximum of exact products, whatever the bounds were.
+// by Cauchy and Schwarz, where term = mean . u - |mean|^2 / 2. Patches of one product lie close to a few dozen directions,
+// so that bounds are nearly as small as the products themselves: those of 64 coordinates leave one pair of patches in
+// several hundred that may be the nearest of either. Its product is taken in full, and what is nearest so far only rises,
+// so that the results are maxima of exact products, whatever the bounds were.
 //
 // Shapes and types of the arguments: bounded_nearest.h; instruction sets (ZSAD_TARGET): int8_blocks.h.
 #include "bounded_nearest.h"

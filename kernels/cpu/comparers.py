@@ -3,7 +3,7 @@
     Bounded               exact products of unit features, of which bounds from short codes leave few to be taken
     GramOnce              one fp32 product serves all degrees, and the native pass reduces the Gram
     Int8GramOnce          the same from an int8 product, which only chooses the winners; they are measured again in fp32
-    Int8ProductPerDegree  where tiles are multiplied: an int8 product per degree, without a Gram; winners as before
+    Int8ProductPerDegree  where tiles are multiplied, or patches few: an int8 product per degree; winners as before
     ProductPerDegree      NumPy alone: a product for each degree, and features per degree
 
 With a window patches are compared with those near their own place only. Products further apart are left out where that
@@ -37,6 +37,7 @@ except ImportError:  # installed without a working compiler
 
 MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
+FEW_PATCHES = 100  # up to which a product per degree, which is the more exact, takes no time to speak of
 BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
 LEAST_BOUNDED = {"fp32": 10, "int8": 24}  # images from which finding a basis is worth it
 MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # estimated share of products up to which taking them by bounds pays
@@ -155,7 +156,8 @@ class Bounded(Comparer):
         step = max(1, len(images) * tokens.shape[1] // BASIS_ROWS)
 
         def some(image: Array) -> Array:
-            return unit_features(image, self.grid, self.degrees)[:, ::step].copy()  # [R, p, C]
+            chosen: Array = unit_features(image, self.grid, self.degrees)[:, ::step].copy()  # [R, p, C]
+            return chosen
 
         rows = np.concatenate(list(pool.map(some, images)), axis=1)
         self.bases = list(pool.map(Basis.of, rows))
@@ -187,7 +189,7 @@ class Bounded(Comparer):
     @staticmethod
     def _parts(features: Features, patches: int, channels: int) -> tuple[Array, NDArray[np.uint8]]:
         """Return the unit features [P, C] of an image and their bounds."""
-        units = features.array[: 4 * patches * channels].view(np.float32).reshape(patches, channels)
+        units: Array = features.array[: 4 * patches * channels].view(np.float32).reshape(patches, channels)
         return units, features.array[_unit_bytes(patches, channels) :]
 
 
@@ -470,4 +472,5 @@ def choose_comparer(
         raise ValueError(
             f"precision int8 takes at most {_cpu.MAX_KEY_PATCHES} patches per image, not {patches}; use precision fp32"
         )
-    return Int8ProductPerDegree if HAS_TILES and channels <= FEW_CHANNELS and window is None else Int8GramOnce
+    fast = patches <= FEW_PATCHES or (HAS_TILES and channels <= FEW_CHANNELS)
+    return Int8ProductPerDegree if fast and window is None else Int8GramOnce

@@ -88,13 +88,14 @@ class Scorer:
         """best: [rows, images, R, P] of any content, for the best cosines of some images, the rows, with all images."""
         self.pool, self.plan, self.task, self.returned, self.timings = pool, plan, task, returned, timings
         images, patches, degrees = plan.images, task.patches, len(task.degrees)
-        self.comparer = self._otherwise = plan.comparer(task.grid, task.degrees, task.window)
+        self._otherwise = plan.comparer(task.grid, task.degrees, task.window)
+        self.comparer: Comparer = self._otherwise  # of the present layer
         self._bounded = Bounded(task.grid, task.degrees) if plan.may_be_bounded else None
         self.ranks = task.ranks(images)
         self.best = best
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
         self.scores = np.zeros((plan.scored, patches))
-        comparers = [type(self.comparer), *([Bounded] if self._bounded else [])]
+        comparers: list[type[Comparer]] = [plan.comparer, *[Bounded] * plan.may_be_bounded]
         room = feature_bytes(comparers, patches, task.channels, degrees)
         sides = 1 if plan.chunk >= images else 2  # of a pair of chunks
         self.chunks = [_Chunk(plan.chunk, room, degrees, patches) for _ in range(sides)]
@@ -103,7 +104,7 @@ class Scorer:
     def start_layer(self, tokens: Array, layer: int) -> None:
         """Take the tokens [images, P, C] of a layer, which are read when they are compared."""
         self.tokens, self.layer = tokens, layer
-        self.comparer: Comparer = self._otherwise
+        self.comparer = self._otherwise
         if self._bounded is not None:
             precision = "int8" if isinstance(self._otherwise, Int8) else "fp32"
             if self._bounded.pays(tokens, MOST_TAKEN[precision], self.pool):

@@ -750,10 +750,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.002)
 
 
+def there(folder: Path, pattern: str) -> bool:
+    """Tell whether there is such a file; what is removed meanwhile is not there."""
+    try:
+        return any(folder.glob(pattern))
+    except FileNotFoundError:
+        return False
+
+
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "before the output": lambda output: True,
     "at the start": lambda output: output.exists(),
-    "while writing": lambda output: any(output.glob(".*.partial/**/*.tiff")),
+    "while writing": lambda output: there(output, ".*.partial/**/*.tiff"),
     "after the first category": lambda output: (output / "a").exists(),
     "in the last category": lambda output: (output / "b").exists(),
 }

@@ -37,6 +37,7 @@ def vit_like_tokens(seed: int, images: int, layers: int, grid: tuple[int, int], 
 def comparer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare in both ways, of which the processor has one taken."""
     monkeypatch.setattr(comparers, "HAS_TILES", request.param)
+    monkeypatch.setattr(comparers, "FEW_PATCHES", 0)
 
 
 SHAPES = [
@@ -177,11 +178,14 @@ def test_more_patches_than_a_key_can_name_are_refused() -> None:
 
 
 @native
-def test_a_product_per_degree_takes_tiles_and_short_tokens_without_a_window() -> None:
+def test_a_product_per_degree_takes_tiles_and_short_tokens_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     short = comparers.Int8ProductPerDegree if comparers.HAS_TILES else comparers.Int8GramOnce
     assert comparers.choose_comparer("int8", [1, 3], 16, 384) is short
     assert comparers.choose_comparer("int8", [1, 3], 16, 1024) is comparers.Int8GramOnce
     assert comparers.choose_comparer("int8", [1, 3], 16, 384, window=2) is comparers.Int8GramOnce
+    monkeypatch.setattr(comparers, "FEW_PATCHES", 16)
+    assert comparers.choose_comparer("int8", [1, 3], 16, 1024) is comparers.Int8ProductPerDegree
+    assert comparers.choose_comparer("int8", [1, 3], 17, 1024) is comparers.Int8GramOnce
 
 
 def test_the_plan_counts_the_winners() -> None:
