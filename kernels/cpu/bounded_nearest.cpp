@@ -5,8 +5,8 @@
 //   u . w <= code . code' + term + term' + |code| |error'| + |error| |code'| + |rest| |rest'|,   rest = (error, tail)
 //
 // by Cauchy and Schwarz, where term = mean . u - |mean|^2 / 2. Patches of one product lie close to a few dozen directions,
-// so that bounds are nearly as small as the products themselves: those of 64 coordinates leave one pair of patches in
-// several hundred that may be the nearest of either. Its product is taken in full, and what is nearest so far only rises,
+// so that bounds are nearly as small as the products themselves, and leave few pairs of patches that may be the nearest
+// of either. Their products are taken in full, and what is nearest so far only rises,
 // so that the results are maxima of exact products, whatever the bounds were.
 //
 // Shapes and types of the arguments: bounded_nearest.h; instruction sets (ZSAD_TARGET): int8_blocks.h.

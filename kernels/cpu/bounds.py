@@ -26,11 +26,7 @@ SPARE, ROUNDS = 16, 2  # directions more than wanted, and rounds, by which the l
 SHARE_ROWS = 8  # of so many patches one is looked at
 READ_ROWS = 1024  # of a bank at a time
 SLACK = 2e-5  # for rounding
-
-
-def least_channels() -> int:
-    """Return the channels from which a product with a head takes so much less than a whole one that bounds may pay."""
-    return 3 * HEAD
+LEAST_CHANNELS = 3 * HEAD  # from which a product with a head takes so much less than a whole one that bounds may pay
 
 
 @dataclass(frozen=True)

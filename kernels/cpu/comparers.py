@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from zsad.kernels.reference import ZERO_NORM
 
 from .arrays import CACHE_LINE, HAS_TILES, Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
-from .bounds import HEAD, Basis, least_channels, taken_share
+from .bounds import HEAD, LEAST_CHANNELS, Basis, taken_share
 
 try:
     from . import _cpu
@@ -69,6 +69,7 @@ class Comparer(ABC):
     """Finds the best cosines of image pairs at every degree."""
 
     description: ClassVar[str]
+    precision: ClassVar[str] = "fp32"  # of its products
 
     def __init__(self, grid: tuple[int, int], degrees: Sequence[int], window: int | None = None) -> None:
         """window: rows and columns that compared patches are apart at most; None: any number."""
@@ -253,6 +254,8 @@ class Int8(Comparer):
     the lowest bits of the mantissa, which costs no memory and next to no time. `measure_winners` then replaces what was
     selected by exact cosines of unit features.
     """
+
+    precision = "int8"
 
     @classmethod
     def feature_bytes(cls, patches: int, channels: int, degrees: int) -> int:
@@ -446,8 +449,7 @@ def bounds_may_pay(images: int, channels: int, comparer: type[Comparer], window:
     """Tell whether it is worth looking if bounds spare most products of a layer; comparer: what runs otherwise."""
     if _cpu is None or window is not None or comparer is ProductPerDegree or comparer is Int8ProductPerDegree:
         return False
-    precision = "int8" if issubclass(comparer, Int8) else "fp32"
-    return images >= LEAST_BOUNDED[precision] and channels >= least_channels()
+    return images >= LEAST_BOUNDED[comparer.precision] and channels >= LEAST_CHANNELS
 
 
 def choose_comparer(

@@ -24,7 +24,7 @@ from threadpoolctl import ThreadpoolController
 from zsad.kernels.machine import available_cores, default_memory_limit
 
 from .arrays import Array, aligned_empty, multiply, product_bytes
-from .bounds import HEAD, Basis, Groups, grouped_bytes, least_channels, taken_share
+from .bounds import HEAD, LEAST_CHANNELS, Basis, Groups, grouped_bytes, taken_share
 
 try:
     from . import _cpu
@@ -302,17 +302,14 @@ class Search:
     def _prepared(self, product: Product, chunk: int) -> NDArray[Any]:
         """Prepare a chunk of the bank; what is beyond its end is zero."""
         first = chunk * BANK_ROWS
-        into = self._bank[first : first + BANK_ROWS] if product is self._exact and self._bank is not None else None
-        return product.prepare(self._units(chunk, into), is_bank=True)
-
-    def _units(self, chunk: int, out: Array | None = None) -> Array:
-        """Return the unit vectors of a chunk of the bank; what is beyond its end is zero."""
-        first = chunk * BANK_ROWS
         count = min(BANK_ROWS, self._vectors - first)
-        units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32) if out is None else out
+        if product is self._exact and self._bank is not None:
+            units = self._bank[first : first + BANK_ROWS]
+        else:
+            units = aligned_empty((chunk_rows(self._vectors), self._channels), np.float32)
         self._read(slice(first, first + count), units[:count])
         units[count:] = 0
-        return units
+        return product.prepare(units, is_bank=True)
 
     def search(self, count: int, read: Read, workers: Workers | None = None) -> tuple[Array, NDArray[np.int64]]:
         """Find the nearest of `count` queries; returns cosines [Q, k] and indices [Q, k].
@@ -645,7 +642,7 @@ def chunk_rows(vectors: int) -> int:
 
 def may_be_bounded(vectors: int, channels: int) -> bool:
     """Tell whether a bank is large enough for bounds of its products to pay."""
-    return vectors >= BASIS_ROWS and channels >= least_channels()
+    return vectors >= BASIS_ROWS and channels >= LEAST_CHANNELS
 
 
 def needed(vectors: int, channels: int, k: int, precision: str, resident: bool) -> int:

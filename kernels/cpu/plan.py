@@ -1,6 +1,5 @@
 """Decides how mutual scoring runs on a CPU: what it keeps in memory and what it streams."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zsad.kernels.machine import available_cores, default_disk_limit
@@ -40,6 +39,7 @@ class Plan:
     returned_in_memory: bool  # what the caller gets back, else in a memory-mapped temporary file
     comparer: type[Comparer]
     may_be_bounded: bool  # layers whose products bounds can spare are compared by these instead
+    feature_bytes: int  # of one image's features at most, whichever way a layer is compared
 
     def comparisons(self) -> int:
         """Count the image pairs of one layer whose product is computed."""
@@ -118,14 +118,18 @@ class Sizes:
             minima_bytes=rows * row,
             comparer=self.comparer,
             may_be_bounded=self.may_be_bounded,
+            feature_bytes=self.feature_bytes,
             returned_in_memory=self.returned_in_memory,
         )
 
     @property
+    def feature_bytes(self) -> int:
+        return max(kind.feature_bytes(self.patches, self.channels, self.degrees) for kind in self.comparers)
+
+    @property
     def image_bytes(self) -> int:
         """What stays resident of one image: features, inverse lengths, and the winners of one degree."""
-        features = feature_bytes(self.comparers, self.patches, self.channels, self.degrees)
-        return features + FLOAT_BYTES * self.patches * (self.degrees + 3 * self.remeasured_ranks)
+        return self.feature_bytes + FLOAT_BYTES * self.patches * (self.degrees + 3 * self.remeasured_ranks)
 
     def fits_disk(self, disk_limit: int | None) -> bool:
         """Tell whether all minima may go to a temporary file; by default nearly all that is free."""
@@ -136,11 +140,6 @@ class Sizes:
         """Return the same with what is handed back in a temporary file, where the disk holds that."""
         fits = 0 < self.returned_bytes <= _free_disk(disk_limit)
         return replace(self, returned_in_memory=False) if fits else self
-
-
-def feature_bytes(comparers: Sequence[type[Comparer]], patches: int, channels: int, degrees: int) -> int:
-    """Return what one image's features take at most, whichever comparer they are for."""
-    return max(comparer.feature_bytes(patches, channels, degrees) for comparer in comparers)
 
 
 def _free_disk(disk_limit: int | None) -> int:

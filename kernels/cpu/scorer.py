@@ -28,7 +28,7 @@ from zsad.kernels.task import Task, not_finite
 from .arrays import Array, aligned_empty, box_sum, empty_gram
 from .averages import rank_sums
 from .comparers import MOST_TAKEN, Bounded, Comparer, Features, Int8, Layout, Prepare, Winners, winning_patches
-from .plan import Plan, feature_bytes
+from .plan import Plan
 
 Report = Callable[[float], None]  # is told how many image pairs were compared
 
@@ -95,20 +95,16 @@ class Scorer:
         self.best = best
         self.usable = np.empty((images, degrees, patches), bool)  # False where a feature is zero
         self.scores = np.zeros((plan.scored, patches))
-        comparers: list[type[Comparer]] = [plan.comparer, *[Bounded] * plan.may_be_bounded]
-        room = feature_bytes(comparers, patches, task.channels, degrees)
         sides = 1 if plan.chunk >= images else 2  # of a pair of chunks
-        self.chunks = [_Chunk(plan.chunk, room, degrees, patches) for _ in range(sides)]
+        self.chunks = [_Chunk(plan.chunk, plan.feature_bytes, degrees, patches) for _ in range(sides)]
         self.lock = threading.Lock()
 
     def start_layer(self, tokens: Array, layer: int) -> None:
         """Take the tokens [images, P, C] of a layer, which are read when they are compared."""
         self.tokens, self.layer = tokens, layer
         self.comparer = self._otherwise
-        if self._bounded is not None:
-            precision = "int8" if isinstance(self._otherwise, Int8) else "fp32"
-            if self._bounded.pays(tokens, MOST_TAKEN[precision], self.pool):
-                self.comparer = self._bounded
+        if self._bounded and self._bounded.pays(tokens, MOST_TAKEN[self._otherwise.precision], self.pool):
+            self.comparer = self._bounded
         self.comparer.start_layer(tokens)
 
     def compare(self, rows: range, report: Report) -> None:
