@@ -15,6 +15,7 @@
 #include "buffer.h"
 #include "dot.h"
 #include "int8_blocks.h"
+#include "int8_product.h"
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "int8_product.h"
+#include "int8_layout.h"
 
 namespace zsad {
 

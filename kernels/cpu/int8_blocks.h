@@ -14,7 +14,7 @@
 // The loops over accumulators are unrolled early and have a function of their own, and vpdpbusd is inline assembly, since
 // GCC 12 spills the accumulators otherwise, which takes longer than the products.
 #include "amx.h"
-#include "int8_product.h"
+#include "int8_layout.h"
 #include "transpose.h"
 
 #include <algorithm>

@@ -2,31 +2,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "int8_layout.h"
 #include "running_top.h"
 
 namespace zsad {
-
-constexpr int kPanel = 16;  // patches that lie side by side in memory
-constexpr int kQuad = 4;    // channels that one int8 dot-product instruction adds up
-constexpr std::size_t kHeaderBytes = 2 * sizeof(float) + sizeof(std::int32_t);  // of a patch
-
-// Where the parts of one quantised image [P, C] lie in its buffer, in bytes. Patches and channels are filled up with
-// zeros to whole panels and quads.
-struct Int8Layout {
-  int patches, channels;
-  int panels, quads;
-  std::size_t mean_terms, offsets, codes, bytes;
-
-  Int8Layout(int P, int C)
-      : patches(P), channels(C), panels((P + kPanel - 1) / kPanel), quads((C + kQuad - 1) / kQuad) {
-    const std::size_t padded = std::size_t(panels) * kPanel;
-    mean_terms = sizeof(float) * padded;              // float scales [panels, 16] come first
-    offsets = mean_terms + sizeof(float) * padded;    // float mean terms [panels, 16]: mean . x[p] - |mean|^2 / 2
-    codes = offsets + sizeof(std::int32_t) * padded;  // int32 offsets [panels, 16]: -128 * sum of the codes
-    bytes = codes + panel_bytes() * panels;           // int8 codes [panels, quads, 16, 4]
-  }
-  std::size_t panel_bytes() const { return std::size_t(quads) * kPanel * kQuad; }
-};
 
 // tokens: [P, C], layer-normed; mean: [C], the same for all images that are to be multiplied with each other;
 // near: products of tokens that lie near each other are to be the more exact, those of others may be less so;
@@ -36,12 +15,6 @@ void int8_quantise_portable(const float* tokens, const float* mean, const Int8La
 void int8_quantise_avx2(const float*, const float*, const Int8Layout&, bool, unsigned char*);
 void int8_quantise_avx512vnni(const float*, const float*, const Int8Layout&, bool, unsigned char*);
 void int8_quantise_avx512amx(const float*, const float*, const Int8Layout&, bool, unsigned char*);
-
-// A quantised image as int8_multiply takes it.
-struct Int8Image {
-  const unsigned char* data;
-  Int8Layout layout;
-};
 
 // left, right: P and Q patches of as many channels; gram: [P, Q] out, row p at gram + p * stride, stride at least Q in
 // whole panels (the rest of a row's last panel is overwritten). Products of patches whose numbers are more than `apart`
