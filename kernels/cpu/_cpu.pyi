@@ -13,7 +13,7 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
+    Instruction sets of a kernel (bounded_nearest, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
     """
 
 GROUP: int = 48
@@ -42,12 +42,20 @@ def bounds_bytes(vectors: int, head: int) -> int:
 
 def bound_vectors(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
     """
-    Make the bounds of vectors u for bounded_nearest: heads [P, h] are the first coordinates of u - mean in an orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.
+    Make the bounds of vectors u for bounded_search: heads [P, h] are the first coordinates of u - mean in an orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.
     """
 
-def bounded_nearest(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], left_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], head: int, best_left: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> int:
+def pair_bytes(patches: int, head: int, lead: int) -> int:
+    """Size of what bound_image makes of so many patches."""
+
+def bound_image(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], lead: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
     """
-    Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many coordinates tell which, by one mean and basis.
+    Make the bounds of an image's unit vectors u for bounded_pair: heads [P, h] are the first coordinates of u - mean in an orthogonal basis, those first in which vectors differ most, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave. lead: of a head, so many coordinates have codes.
+    """
+
+def bounded_pair(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], right: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], left_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], right_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], head: int, lead: int, best_left: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], best_right: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> int:
+    """
+    Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of right [Q, C] with one of the other side, and return how many products that took. Bounds by one mean and basis tell which.
     """
 
 def bounded_search(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], queue: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], query_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], reach: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, order: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: int, most_taken: int, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], given_up: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], halves: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, instruction_set: str = '') -> int:

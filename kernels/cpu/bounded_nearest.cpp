@@ -1,18 +1,18 @@
-// The nearest of unit vectors by exact fp32 products, of which few are taken: bounds from short codes tell which.
+// The nearest of unit vectors in a bank by exact fp32 products, of which few are taken: bounds from short codes tell
+// which.
 //
 //   u = mean + V (head, tail)   in an orthogonal basis V, whose first h directions carry most of the vectors
 //   head = code + error         8 bits to a coordinate, after the transform of int8_product.cpp
 //   u . w <= code . code' + term + term' + |code| |error'| + |error| |code'| + |rest| |rest'|,   rest = (error, tail)
 //
-// by Cauchy and Schwarz, where term = mean . u - |mean|^2 / 2. Patches of one product lie close to a few dozen directions,
-// so that bounds are nearly as small as the products themselves, and leave few pairs of patches that may be the nearest
-// of either. Their products are taken in full, and what is nearest so far only rises,
-// so that the results are maxima of exact products, whatever the bounds were.
+// by Cauchy and Schwarz, where term = mean . u - |mean|^2 / 2. Patches of one product lie close to a few dozen
+// directions, so that bounds are nearly as small as the products themselves, and leave few vectors that may be the
+// nearest. Their products are taken in full, and what is nearest so far only rises, so that the results are maxima of
+// exact products, whatever the bounds were.
 //
 // Shapes and types of the arguments: bounded_nearest.h; instruction sets (ZSAD_TARGET): int8_blocks.h.
 #include "bounded_nearest.h"
 
-#include "buffer.h"
 #include "dot.h"
 #include "int8_blocks.h"
 #include "int8_product.h"
@@ -45,231 +45,7 @@ struct Bounds {
   }
 };
 
-// Bounds are kept as counts, rounded up: half of a float's memory. counts_of: of kLanes floats; Wide: as many counts as
-// are looked through at once, and a bit for each that is larger.
-typedef std::int16_t Count;
-constexpr float kCounts = 15000.0f;  // of 1
-constexpr Count kNone = std::numeric_limits<Count>::min(), kUnreached = std::numeric_limits<Count>::max();
-
-// What a count has to exceed where a bound reaches a product.
-inline Count least_of(float product) { return Count(std::floor(std::max(product * kCounts, -32000.0f))); }
-
-#if defined(__AVX512F__)
-typedef __m256i Counts;
-typedef __m512i Wide;
-inline Counts counts_of(Floats bounds) {
-  const Floats counts = _mm512_fmadd_ps(bounds, all(kCounts), all(1.0f));
-  return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_max_ps(counts, all(-32000.0f))));
-}
-inline Counts load_counts(const Count* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline void store_counts(Count* p, Counts counts) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), counts); }
-inline Counts largest(Counts a, Counts b) { return _mm256_max_epi16(a, b); }
-inline Wide largest(Wide a, Wide b) { return _mm512_max_epi16(a, b); }
-inline Wide load_wide(const Count* p) { return _mm512_loadu_si512(p); }
-inline Wide all_counts(Count count) { return _mm512_set1_epi16(count); }
-inline std::uint64_t larger_counts(Wide a, Wide b) { return _mm512_cmpgt_epi16_mask(a, b); }
-#elif defined(__AVX2__)
-typedef __m128i Counts;
-typedef __m256i Wide;
-inline Counts counts_of(Floats bounds) {
-  const Floats counts = _mm256_fmadd_ps(bounds, all(kCounts), all(1.0f));
-  const __m256i wide = _mm256_cvtps_epi32(_mm256_max_ps(counts, all(-32000.0f)));
-  return _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-}
-inline Counts load_counts(const Count* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-inline void store_counts(Count* p, Counts counts) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), counts); }
-inline Counts largest(Counts a, Counts b) { return _mm_max_epi16(a, b); }
-inline Wide largest(Wide a, Wide b) { return _mm256_max_epi16(a, b); }
-inline Wide load_wide(const Count* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Wide all_counts(Count count) { return _mm256_set1_epi16(count); }
-inline std::uint64_t larger_counts(Wide a, Wide b) {
-  const __m256i found = _mm256_cmpgt_epi16(a, b);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-  return unsigned(_mm_movemask_epi8(bytes));
-}
-#else
-struct Counts {
-  Count lane[kLanes];
-};
-typedef Counts Wide;
-inline Counts counts_of(const Floats& bounds) {
-  Counts out;
-  for (int lane = 0; lane < kLanes; ++lane)
-    out.lane[lane] = Count(std::nearbyint(std::min(std::max(bounds.lane[lane] * kCounts + 1, -32000.0f), 32000.0f)));
-  return out;
-}
-inline Counts load_counts(const Count* p) {
-  Counts out;
-  std::memcpy(out.lane, p, sizeof out.lane);
-  return out;
-}
-inline void store_counts(Count* p, const Counts& counts) { std::memcpy(p, counts.lane, sizeof counts.lane); }
-inline Counts largest(const Counts& a, const Counts& b) {
-  Counts out;
-  for (int lane = 0; lane < kLanes; ++lane) out.lane[lane] = std::max(a.lane[lane], b.lane[lane]);
-  return out;
-}
-inline Wide load_wide(const Count* p) { return load_counts(p); }
-inline Wide all_counts(Count count) {
-  Wide out;
-  std::fill_n(out.lane, kLanes, count);
-  return out;
-}
-inline std::uint64_t larger_counts(const Wide& a, const Wide& b) {
-  std::uint64_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= std::uint64_t(a.lane[lane] > b.lane[lane]) << lane;
-  return found;
-}
-#endif
-constexpr int kWide = sizeof(Wide) / sizeof(Count), kWord = 64;
-
-// The bounds of some left vectors with all right ones, [rows, columns], until products are taken in full.
-class BoundRows {
- public:
-  BoundRows(int rows, int columns)
-      : columns_((columns + kWord - 1) / kWord * kWord), there_(columns), found_(columns_ / kWord) {
-    // Fresh memory would take as long as the products.
-    static thread_local std::vector<Count> kept;
-    kept.resize(std::max(kept.size(), std::size_t(rows) * columns_ + kLine / sizeof(Count)));
-    counts_ = kept.data() + (-reinterpret_cast<std::uintptr_t>(kept.data())) % kLine / sizeof(Count);
-  }
-
-  int columns() const { return columns_; }  // in whole words
-  Count* of(int row) { return counts_ + std::size_t(row) * columns_; }
-
-  // The largest of a row that is there.
-  Count largest_of(int row) {
-    Count* counts = of(row);
-    std::fill(counts + there_, counts + columns_, kNone);
-    Wide most = load_wide(counts);
-    for (int q = kWide; q < columns_; q += kWide) most = largest(most, load_wide(counts + q));
-    alignas(kLine) Count lanes[kWide];
-    std::memcpy(lanes, &most, sizeof most);
-    return *std::max_element(lanes, lanes + kWide);
-  }
-
-  // Call take(column, count) for those of a row that are wanted, by bits for a vector of counts from a column on.
-  template <typename Wanted, typename Take>
-  void each(int row, Wanted wanted, Take take) {
-    Count* const counts = of(row);
-    std::uint64_t* const found = found_.data();
-    for (int word = 0; word * kWord < columns_; ++word) {
-      std::uint64_t bits = 0;
-      for (int bit = 0; bit < kWord; bit += kWide)
-        bits |= wanted(load_wide(counts + word * kWord + bit), word * kWord + bit) << bit;
-      found[word] = bits;
-    }
-    for (std::size_t word = 0; word < found_.size(); ++word)
-      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) {
-        const int q = int(word) * kWord + __builtin_ctzll(bits);
-        take(q, counts[q]);
-      }
-  }
-
- private:
-  const int columns_, there_;
-  Count* counts_;
-  std::vector<std::uint64_t> found_;  // bits of what is wanted of a row
-};
-
-// Where products of codes go: those whose bounds reach what is the nearest so far, of either side, are taken in full. Of
-// kMostRows left vectors at a time all bounds are there before that, and the largest ones come first: what they leave as
-// the nearest is hard to reach.
-class NearestRows : public AnyRows {
- public:
-  static constexpr int kMostRows = 96 * kPanel;
-
-  explicit NearestRows(const NearestPair& a)
-      : a_(a),
-        left_(a.left.bounds, a.left.layout),
-        right_(a.right.bounds, a.right.layout),
-        bounds_(std::min(kMostRows, a.left.layout.heads.panels * kPanel), a.right.layout.heads.patches),
-        of_columns_(bounds_.columns()),
-        reached_(bounds_.columns()),
-        best_(bounds_.columns()),
-        terms_(bounds_.columns()) {
-    const int P = a.left.layout.heads.patches, Q = a.right.layout.heads.patches;
-    for (int q = 0; q < Q; ++q) terms_.get()[q] = right_.errors[q] * left_.longest + kSlack;
-    std::fill_n(best_.get(), bounds_.columns(), kLowest);
-    std::fill_n(reached_.get(), bounds_.columns(), kNone);
-    std::fill_n(of_columns_.get(), bounds_.columns(), kNone);
-    std::fill_n(a.best_left, P, kLowest);
-    // Images of one product are alike: what is at the same place is a first guess.
-    for (int p = 0; p < std::min(P, Q); ++p) take_in_full(p, p);
-  }
-
-  template <int Vectors>
-  void take(int row, int column, const Floats* products) {
-    const Floats term = all(left_.errors[row] * right_.longest), rest = all(left_.rests[row]);
-    Count *const bounds = bounds_.of(row % kMostRows), *const of_columns = of_columns_.get();
-    ZSAD_UNROLL
-    for (int j = 0; j < Vectors; ++j) {
-      const int q = column + j * kLanes;
-      const Counts counts = counts_of(add_product(sum(products[j], sum(term, load_floats(terms_.get() + q))), rest,
-                                                  load_floats(right_.rests + q)));
-      store_counts(bounds + q, counts);
-      store_counts(of_columns + q, largest(load_counts(of_columns + q), counts));
-    }
-  }
-
-  void end(int first, int last) {
-    Count *const of_columns = of_columns_.get(), *const reached = reached_.get();
-    for (int q = 0; q < bounds_.columns(); ++q)  // at least the largest, where that may be the nearest
-      of_columns[q] = of_columns[q] > reached[q] ? Count(of_columns[q] - 1) : kUnreached;
-    for (int p = first; p < last; ++p) {
-      if (p < bounds_.columns()) bounds_.of(p % kMostRows)[p] = kNone;  // was the first guess
-      const Count most = bounds_.largest_of(p % kMostRows);
-      const Wide mosts = all_counts(most > least_of(a_.best_left[p]) ? Count(most - 1) : kUnreached);
-      take_those(p, [=](Wide counts, int q) {
-        return larger_counts(counts, mosts) | larger_counts(counts, load_wide(of_columns + q));
-      });
-    }
-    for (int p = first; p < last; ++p) {
-      const Wide least = all_counts(least_of(a_.best_left[p]));
-      take_those(p, [=](Wide counts, int q) {
-        return larger_counts(counts, least) | larger_counts(counts, load_wide(reached + q));
-      });
-    }
-    std::fill_n(of_columns, bounds_.columns(), kNone);
-  }
-
-  std::int64_t finish() {
-    std::copy_n(best_.get(), a_.right.layout.heads.patches, a_.best_right);
-    return taken_;
-  }
-
- private:
-  template <typename Wanted>
-  void take_those(int p, Wanted wanted) {
-    Count* const bounds = bounds_.of(p % kMostRows);
-    bounds_.each(p % kMostRows, wanted, [&](int q, Count bound) {
-      if (bound <= least_of(a_.best_left[p]) && bound <= reached_.get()[q]) return;  // by now
-      bounds[q] = kNone;
-      take_in_full(p, q);
-    });
-  }
-
-  void take_in_full(int p, int q) {
-    const std::size_t C = a_.channels;
-    const float *left = a_.left.units + p * C, *right = a_.right.units + q * C;
-    const float product = dot(left, right, right, C);
-    a_.best_left[p] = std::max(a_.best_left[p], product);
-    if (product > best_.get()[q]) {
-      best_.get()[q] = product;
-      reached_.get()[q] = least_of(product);
-    }
-    ++taken_;
-  }
-
-  const NearestPair& a_;
-  const Bounds left_, right_;
-  BoundRows bounds_;
-  const Buffer<Count> of_columns_, reached_;  // [columns] the largest of these rows; what has to be exceeded
-  const Buffer<float> best_, terms_;          // [columns] the nearest so far, and what is added to bounds
-  std::int64_t taken_ = 0;
-};
-
-// The same for the k nearest of queries, block by block of these: a block meets the groups of a bank that may have one of
+// Finds the k nearest of queries, block by block of these: a block meets the groups of a bank that may have one of
 // the nearest, those first that may come nearest.
 class SearchRows {
  public:
@@ -461,13 +237,6 @@ void ZSAD_JOIN(bound_vectors_, ZSAD_TARGET)(const Bounding& a) {
   }
   const float length = float(std::sqrt(longest));
   std::memcpy(a.out + a.layout.longest, &length, sizeof length);
-}
-
-std::int64_t ZSAD_JOIN(bounded_nearest_, ZSAD_TARGET)(const NearestPair& a) {
-  NearestRows rows(a);
-  multiply({a.left.bounds, a.left.layout.heads}, {a.right.bounds, a.right.layout.heads}, 1,
-           std::numeric_limits<int>::max(), rows);
-  return rows.finish();
 }
 
 std::int64_t ZSAD_JOIN(bounded_search_, ZSAD_TARGET)(const BankSearch& a) {

@@ -40,14 +40,6 @@ struct BoundedImage {
   BoundsLayout layout;
 };
 
-// best_left: [P] out, the largest product of each left vector with a right one; best_right: [Q] out, the same of each
-// right one. left and right: bounds by the same mean, basis and h; channels: C of both.
-struct NearestPair {
-  BoundedImage left, right;
-  int channels;
-  float *best_left, *best_right;
-};
-
 constexpr int kGroup = 3 * kPanel;  // vectors of a bank that lie near each other
 
 // The k nearest of a bank of vectors, which lies in groups of kGroup vectors each; their bounds are one behind the other.
@@ -73,11 +65,7 @@ struct BankSearch {
   bool* given_up;
 };
 
-// All return how many products were taken in full.
-std::int64_t bounded_nearest_portable(const NearestPair&);
-std::int64_t bounded_nearest_avx2(const NearestPair&);
-std::int64_t bounded_nearest_avx512vnni(const NearestPair&);
-std::int64_t bounded_nearest_avx512amx(const NearestPair&);
+// Return how many products were taken in full.
 std::int64_t bounded_search_portable(const BankSearch&);
 std::int64_t bounded_search_avx2(const BankSearch&);
 std::int64_t bounded_search_avx512vnni(const BankSearch&);

@@ -1,10 +1,10 @@
 """Bounds of the products of unit vectors, from short codes.
 
     u = mean + V (head, tail),   V orthogonal, so that the heads carry most of what vectors of one kind differ by
-    u . w <= code . code' + terms + |code| |error'| + |error| |code'| + |rest| |rest'|,   rest = (error, tail)
 
-where codes are the heads in 8 bits, and errors what that leaves of them. The native code (bounded_nearest.cpp) takes
-those products in full whose bounds reach the largest so far, so that its results are the largest of all exact products.
+Codes are heads, or the first coordinates of these, in 8 bits; what a product of codes leaves is bounded by lengths. The
+native code (bounded_pair.cpp for two images, bounded_nearest.cpp for a bank) takes those products in full whose bounds
+reach the largest so far, so that its results are the largest of all exact products.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, aligned_empty
+from .arrays import HAS_TILES, Array, aligned_empty
 
 try:
     from . import _cpu
@@ -22,6 +22,7 @@ except ImportError:  # installed without a working compiler
     _cpu = None  # type: ignore[assignment]
 
 HEAD = 64  # coordinates of a head: one tile of AMX, and few enough for the rest of the work to count
+LEAD = HEAD if HAS_TILES else HEAD // 2  # of these, those with codes where images meet: what a tile holds costs no more
 SPARE, ROUNDS = 16, 2  # directions more than wanted, and rounds, by which the largest ones are found
 SHARE_ROWS = 8  # of so many patches one is looked at
 READ_ROWS = 1024  # of a bank at a time
@@ -60,9 +61,9 @@ class Basis:
         tails -= 2 * along - square + np.einsum("nh,nh->n", heads, heads)
         return heads, along - square / 2, np.maximum(tails, 0)
 
-    def bound(self, units: Array, out: NDArray[np.uint8]) -> None:
-        """Fill out with the bounds of unit vectors [n, C], in bytes."""
-        _cpu.bound_vectors(*self.coordinates(units), out)
+    def bound_image(self, units: Array, out: NDArray[np.uint8]) -> None:
+        """Fill out with the bounds of an image's unit vectors [P, C], in bytes."""
+        _cpu.bound_image(*self.coordinates(units), LEAD, out)
 
 
 @dataclass(frozen=True)

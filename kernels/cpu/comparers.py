@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from zsad.kernels.reference import ZERO_NORM
 
 from .arrays import CACHE_LINE, HAS_TILES, Array, box_sum, inverse_lengths, layer_normalise, multiply, product_bytes
-from .bounds import HEAD, LEAST_CHANNELS, Basis, taken_share
+from .bounds import HEAD, LEAD, LEAST_CHANNELS, Basis, taken_share
 
 try:
     from . import _cpu
@@ -135,7 +135,7 @@ class Bounded(Comparer):
 
     @staticmethod
     def layout(patches: int, channels: int, degrees: int) -> Layout:
-        return (_unit_bytes(patches, channels) + _cpu.bounds_bytes(patches, HEAD),), np.uint8
+        return (_unit_bytes(patches, channels) + _cpu.pair_bytes(patches, HEAD, LEAD),), np.uint8
 
     @staticmethod
     def product_bytes(patches: int, channels: int) -> int:
@@ -178,13 +178,13 @@ class Bounded(Comparer):
             features.inverse,
             units[None],
         )
-        self.bases[self.position].bound(units, bounds)
+        self.bases[self.position].bound_image(units, bounds)
 
     def compare(self, left: Features, right: Features, gram: Array, best: tuple[Array, Array]) -> float:
         start, patches = time.perf_counter(), best[0].shape[1]
-        channels = (len(left.array) - _cpu.bounds_bytes(patches, HEAD)) // (4 * patches)
+        channels = (len(left.array) - _cpu.pair_bytes(patches, HEAD, LEAD)) // (4 * patches)
         (units, bounds), (others, of_others) = (self._parts(side, patches, channels) for side in (left, right))
-        _cpu.bounded_nearest(units, others, bounds, of_others, HEAD, best[0][0], best[1][0])
+        _cpu.bounded_pair(units, others, bounds, of_others, HEAD, LEAD, best[0][0], best[1][0])
         return time.perf_counter() - start
 
     @staticmethod

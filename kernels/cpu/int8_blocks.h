@@ -163,6 +163,19 @@ inline std::uint64_t larger(const Floats& values, const Floats& least) {
 constexpr int kVectors = kPanel / kLanes;
 constexpr std::size_t kLine = 64;  // bytes
 
+// What most takers of products need not know.
+struct AnyRows {
+  static constexpr int kMostRows = std::numeric_limits<int>::max();  // left patches that all right ones pass by at once
+  void begin(int) {}     // the right image that begins at this column of all is next
+  void end(int, int) {}  // all right ones have passed by the left patches from the first number up to the last
+};
+
+// Takers of sums of products of codes as they are: take_sums(row, column, sums), those of a left patch with kLanes
+// right ones. A row may also be one that fills up a panel.
+struct SumRows : AnyRows {};
+template <typename Rows>
+constexpr bool takes_sums = std::is_base_of_v<SumRows, Rows>;
+
 struct Image {
   const float* scales;
   const float* mean_terms;
@@ -282,11 +295,16 @@ void multiply_panels(const Image& left, const Image& right, const Int8Layout& la
     int i = 0;
     const auto scale = [&](int until) {
       for (; i < until; ++i) {
-        Floats products[Panels];
-        for (int j = 0; j < Panels; ++j)
-          products[j] = scaled(_mm512_load_si512(sums[turn].of[i] + j * kPanel), left.scales[p + i], terms.scales[j],
-                               left.mean_terms[p + i], terms.mean_terms[j]);
-        out.template take<Panels>(p + i, panel * kPanel, products);
+        const auto of = [&](int j) { return _mm512_load_si512(sums[turn].of[i] + j * kPanel); };
+        if constexpr (takes_sums<Rows>) {
+          for (int j = 0; j < Panels; ++j) out.take_sums(p + i, (panel + j) * kPanel, of(j));
+        } else {
+          Floats products[Panels];
+          for (int j = 0; j < Panels; ++j)
+            products[j] =
+                scaled(of(j), left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
+          out.template take<Panels>(p + i, panel * kPanel, products);
+        }
       }
     };
     rows += kRows / kPanel * bytes;
@@ -322,11 +340,12 @@ struct BlockSums {
   Sums of[kRows][Panels * kVectors];
 };
 
-// Sums of products of kRows left patches, whose offsets come first, with Panels panels of right ones. A function of its
-// own, with nothing else that wants registers: GCC 12 then keeps the accumulators in them.
-template <int Panels>
+// Sums of products of kRows left patches, whose offsets come first, with Panels panels of right ones: take(i, j, sums),
+// those of patch i with the kLanes right ones from j * kLanes on. A function of its own, with nothing else that wants
+// registers: GCC 12 then keeps the accumulators in them.
+template <int Panels, typename Take>
 ZSAD_NOINLINE void sum_products(const std::int32_t* offsets, const std::int8_t* rows, const std::int8_t* columns,
-                                std::size_t panel_bytes, int quads, BlockSums<Panels>& out) {
+                                std::size_t panel_bytes, int quads, Take take) {
   Sums sums[kRows][Panels * kVectors];
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -351,24 +370,34 @@ ZSAD_NOINLINE void sum_products(const std::int32_t* offsets, const std::int8_t* 
   ZSAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j) out.of[i][j] = sums[i][j];
+    for (int j = 0; j < Panels * kVectors; ++j) take(i, j, sums[i][j]);
   }
 }
 
 template <int Panels, typename Rows>
 void multiply_block(const Image& left, const Image& right, const Int8Layout& layout, int p, int panel,
                     const std::int8_t* rows, const std::int8_t* columns, Rows& out) {
-  BlockSums<Panels> sums;
-  sum_products<Panels>(left.offsets + p, rows + p % kPanel * kQuad, columns, layout.panel_bytes(), layout.quads, sums);
-  const Terms<Panels * kVectors> terms(right, panel * kPanel);
-  for (int i = 0; i < kRows; ++i) {
-    if (p + i == layout.patches) return;
-    Floats products[Panels * kVectors];
-    ZSAD_UNROLL
-    for (int j = 0; j < Panels * kVectors; ++j)
-      products[j] =
-          scaled(sums.of[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
-    out.template take<Panels * kVectors>(p + i, panel * kPanel, products);
+  const auto sum = [&](auto take) {
+    sum_products<Panels>(left.offsets + p, rows + p % kPanel * kQuad, columns, layout.panel_bytes(), layout.quads,
+                         take);
+  };
+  if constexpr (takes_sums<Rows>) {
+    sum([&out, p, panel](int i, int j, const Sums& sums) ZSAD_INLINE {
+      out.take_sums(p + i, panel * kPanel + j * kLanes, sums);
+    });
+  } else {
+    BlockSums<Panels> block;
+    sum([&block](int i, int j, const Sums& sums) ZSAD_INLINE { block.of[i][j] = sums; });
+    const Terms<Panels * kVectors> terms(right, panel * kPanel);
+    for (int i = 0; i < kRows; ++i) {
+      if (p + i == layout.patches) return;
+      Floats products[Panels * kVectors];
+      ZSAD_UNROLL
+      for (int j = 0; j < Panels * kVectors; ++j)
+        products[j] =
+            scaled(block.of[i][j], left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
+      out.template take<Panels * kVectors>(p + i, panel * kPanel, products);
+    }
   }
 }
 
@@ -430,13 +459,6 @@ void multiply(const Int8Image& left, const Int8Image& right, int count, int apar
     out.end(first * kPanel, std::min(last * kPanel, layout.patches));
   }
 }
-
-// What most takers of products need not know.
-struct AnyRows {
-  static constexpr int kMostRows = std::numeric_limits<int>::max();  // left patches that all right ones pass by at once
-  void begin(int) {}     // the right image that begins at this column of all is next
-  void end(int, int) {}  // all right ones have passed by the left patches from the first number up to the last
-};
 
 }  // namespace
 }  // namespace zsad

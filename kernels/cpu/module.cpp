@@ -17,6 +17,7 @@
 
 #include "amx.h"
 #include "bounded_nearest.h"
+#include "bounded_pair.h"
 #include "fp32_product.h"
 #include "gram_pass.h"
 #include "image_tower.h"
@@ -102,7 +103,8 @@ const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_nearest_finders = ZSAD_INT8_VARIANTS(int8_nearest);
 const auto bound_makers = ZSAD_INT8_VARIANTS(bound_vectors);
-const auto bounded_nearest_finders = ZSAD_INT8_VARIANTS(bounded_nearest);
+const auto image_bounders = ZSAD_INT8_VARIANTS(bound_image);
+const auto bounded_pairs = ZSAD_INT8_VARIANTS(bounded_pair);
 const auto bounded_searches = ZSAD_INT8_VARIANTS(bounded_search);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 const auto fp32_products = [] {
@@ -294,18 +296,37 @@ void bound_vectors(const Matrix& heads, const Vector& terms, const Vector& tails
   run({heads.data(), terms.data(), tails.data(), layout, out.data()});
 }
 
-std::int64_t bounded_nearest(const Matrix& left, const Matrix& right, const Bytes& left_bounds,
-                             const Bytes& right_bounds, int head, const FloatsOutput& best_left,
-                             const FloatsOutput& best_right, const std::string& instruction_set) {
+zsad::PairLayout pair_layout_of(std::size_t patches, std::size_t head, std::size_t lead) {
+  layout_of(patches, head);
+  require(lead >= 4 && lead <= 128 && (lead & (lead - 1)) == 0, "lead must be a power of two from 4 to 128");
+  require(lead <= head, "head must be at least lead");
+  return zsad::PairLayout(int(patches), int(head), int(lead));
+}
+
+void bound_image(const Matrix& heads, const Vector& terms, const Vector& tails, int lead, const BytesOutput& out,
+                 const std::string& instruction_set) {
+  const std::size_t P = heads.shape(0);
+  const auto layout = pair_layout_of(P, heads.shape(1), lead);
+  require(terms.shape(0) == P && tails.shape(0) == P, "terms and tails must be [P]");
+  require(out.shape(0) == layout.bytes, "out must have pair_bytes(P, h, lead) bytes");
+  require(reinterpret_cast<std::uintptr_t>(out.data()) % 64 == 0, "out must lie on a cache line");
+  const auto run = image_bounders.choose(instruction_set);
+  nb::gil_scoped_release release;
+  run({heads.data(), terms.data(), tails.data(), layout, out.data()});
+}
+
+std::int64_t bounded_pair(const Matrix& left, const Matrix& right, const Bytes& left_bounds, const Bytes& right_bounds,
+                          int head, int lead, const FloatsOutput& best_left, const FloatsOutput& best_right,
+                          const std::string& instruction_set) {
   const std::size_t P = left.shape(0), Q = right.shape(0), C = left.shape(1);
   require(right.shape(1) == C && best_left.shape(0) == P && best_right.shape(0) == Q,
           "left, right, best_left and best_right must be [P, C], [Q, C], [P] and [Q]");
-  require(head > 0, "head must be at least 1");
-  const auto of_left = bounds_of(P, head), of_right = bounds_of(Q, head);
+  require(head > 0 && lead > 0, "head and lead must be at least 1");
+  const auto of_left = pair_layout_of(P, head, lead), of_right = pair_layout_of(Q, head, lead);
   require(left_bounds.shape(0) == of_left.bytes && right_bounds.shape(0) == of_right.bytes,
-          "bounds must have bounds_bytes(P, head) and bounds_bytes(Q, head) bytes");
-  const auto run = bounded_nearest_finders.choose(instruction_set);
-  const zsad::NearestPair arguments{{left.data(), left_bounds.data(), of_left},
+          "bounds must have pair_bytes(P, head, lead) and pair_bytes(Q, head, lead) bytes");
+  const auto run = bounded_pairs.choose(instruction_set);
+  const zsad::BoundedPair arguments{{left.data(), left_bounds.data(), of_left},
                                     {right.data(), right_bounds.data(), of_right},
                                     int(C), best_left.data(), best_right.data()};
   nb::gil_scoped_release release;
@@ -586,7 +607,8 @@ bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wa
 }
 
 std::vector<std::string> instruction_sets(const std::string& kernel) {
-  if (kernel == "bounded_nearest") return bounded_nearest_finders.names();
+  if (kernel == "bounded_nearest") return bounded_searches.names();
+  if (kernel == "bounded_pair") return bounded_pairs.names();
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
   if (kernel == "fp32_product") return fp32_products.names();
@@ -607,8 +629,9 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (bounded_nearest, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, "
-        "running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has "
+        "Instruction sets of a kernel (bounded_nearest, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, "
+        "measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest "
+        "first; fp32_product has "
         "one for processors with tiles only.");
   m.attr("GROUP") = zsad::kGroup;
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
@@ -637,13 +660,21 @@ NB_MODULE(_cpu, m) {
       "bounds_bytes", [](std::size_t vectors, std::size_t head) { return bounds_of(vectors, head).bytes; }, "vectors"_a,
       "head"_a, "Size of the bounds of so many vectors.");
   m.def("bound_vectors", &bound_vectors, "heads"_a, "terms"_a, "tails"_a, "out"_a, "instruction_set"_a = "",
-        "Make the bounds of vectors u for bounded_nearest: heads [P, h] are the first coordinates of u - mean in an "
+        "Make the bounds of vectors u for bounded_search: heads [P, h] are the first coordinates of u - mean in an "
         "orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.");
-  m.def("bounded_nearest", &bounded_nearest, "left"_a, "right"_a, "left_bounds"_a, "right_bounds"_a, "head"_a,
+  m.def(
+      "pair_bytes",
+      [](std::size_t patches, std::size_t head, std::size_t lead) { return pair_layout_of(patches, head, lead).bytes; },
+      "patches"_a, "head"_a, "lead"_a, "Size of what bound_image makes of so many patches.");
+  m.def("bound_image", &bound_image, "heads"_a, "terms"_a, "tails"_a, "lead"_a, "out"_a, "instruction_set"_a = "",
+        "Make the bounds of an image's unit vectors u for bounded_pair: heads [P, h] are the first coordinates of u - "
+        "mean in an orthogonal basis, those first in which vectors differ most, terms [P] are mean . u - |mean|^2 / 2, "
+        "tails [P] squares of what the coordinates leave. lead: of a head, so many coordinates have codes.");
+  m.def("bounded_pair", &bounded_pair, "left"_a, "right"_a, "left_bounds"_a, "right_bounds"_a, "head"_a, "lead"_a,
         "best_left"_a, "best_right"_a, "instruction_set"_a = "",
         "Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of "
-        "right [Q, C] with one of the other side, and return how many products that took. Bounds of heads of so many "
-        "coordinates tell which, by one mean and basis.");
+        "right [Q, C] with one of the other side, and return how many products that took. Bounds by one mean and basis "
+        "tell which.");
   m.def("bounded_search", &bounded_search, "queries"_a, "queue"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a,
         "order"_a, "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "halves"_a = nb::none(),
         "instruction_set"_a = "",

@@ -8,7 +8,7 @@ from zsad.kernels import mutual_scores, reference
 from zsad.kernels.cpu import comparers
 from zsad.kernels.cpu import nearest as cpu_nearest
 from zsad.kernels.cpu.arrays import aligned_empty
-from zsad.kernels.cpu.bounds import HEAD, Basis, Groups, halved, taken_share
+from zsad.kernels.cpu.bounds import HEAD, LEAD, Basis, Groups, halved, taken_share
 from zsad.kernels.nearest import Nearest
 
 INSTRUCTION_SETS = [] if comparers._cpu is None else comparers._cpu.instruction_sets("bounded_nearest")
@@ -31,15 +31,16 @@ def unit(vectors: NDArray[np.floating]) -> Array:
 
 
 def nearest(
-    left: Array, right: Array, instruction_set: str = "", basis: Basis | None = None
+    left: Array, right: Array, instruction_set: str = "", basis: Basis | None = None, lead: int = LEAD
 ) -> tuple[Array, Array, int]:
     """Return the largest product of each vector with one of the other side, and how many products were taken."""
     basis = basis or Basis.of(np.concatenate([left, right]))
-    bounds = [aligned_empty((comparers._cpu.bounds_bytes(len(side), HEAD),), np.uint8) for side in (left, right)]
+    kernels = comparers._cpu
+    bounds = [aligned_empty((kernels.pair_bytes(len(side), HEAD, lead),), np.uint8) for side in (left, right)]
     for side, out in zip((left, right), bounds, strict=True):
-        comparers._cpu.bound_vectors(*basis.coordinates(side), out, instruction_set)
+        kernels.bound_image(*basis.coordinates(side), lead, out, instruction_set)
     best = np.empty(len(left), np.float32), np.empty(len(right), np.float32)
-    return *best, comparers._cpu.bounded_nearest(left, right, *bounds, HEAD, *best, instruction_set)
+    return *best, kernels.bounded_pair(left, right, *bounds, HEAD, lead, *best, instruction_set)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -65,6 +66,40 @@ def test_bounds_hold_whatever_vectors_leave(noise: float, channels: int) -> None
         of_left, of_right, _ = nearest(one, other, basis=basis)
         np.testing.assert_allclose(of_left, products.max(axis=1), atol=1e-6)
         np.testing.assert_allclose(of_right, products.max(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("lead", [4, 16, HEAD // 2, HEAD])
+def test_so_many_coordinates_have_codes_as_one_likes(instruction_set: str, lead: int) -> None:
+    one, other = near_planes(1, 150, 256), near_planes(2, 170, 256)
+    of_left, of_right, taken = nearest(one, other, instruction_set, lead=lead)
+    expected = nearest(one, other, instruction_set)
+    np.testing.assert_array_equal(of_left, expected[0])
+    np.testing.assert_array_equal(of_right, expected[1])
+    assert taken < one.shape[0] * other.shape[0] / 5
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-4, 0.01, 2.0])  # from a vector that all but one of a side are near
+def test_bounds_hold_at_every_scale(instruction_set: str, apart: float) -> None:
+    rng = np.random.default_rng(11)
+    middle = unit(rng.normal(size=(1, 128)))
+    one, other = (unit(middle + apart * rng.normal(size=(count, 128))) for count in (90, 120))
+    one[3], other[5] = -middle, unit(rng.normal(size=(1, 128)))
+    for basis in (None, Basis.of(one[:1]), Basis.of(unit(rng.normal(size=(300, 128))))):
+        of_left, of_right, _ = nearest(one, other, instruction_set, basis)
+        products = one.astype(np.float64) @ other.T
+        np.testing.assert_allclose(of_left, products.max(axis=1), atol=1e-6)
+        np.testing.assert_allclose(of_right, products.max(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_images_of_more_rows_than_are_kept_at_a_time(instruction_set: str) -> None:
+    one, other = near_planes(12, 1700, 128), near_planes(13, 100, 128)
+    of_left, of_right, _ = nearest(one, other, instruction_set)
+    products = one.astype(np.float64) @ other.T
+    np.testing.assert_allclose(of_left, products.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(of_right, products.max(axis=0), atol=1e-6)
 
 
 def test_directions_are_orthogonal_and_carry_most() -> None:
