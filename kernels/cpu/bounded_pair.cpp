@@ -55,7 +55,8 @@ constexpr float kMostBound = 2.5f;    // more is as good as out of reach of all 
 constexpr std::int32_t kFar = 1 << 29;  // below all sums
 
 // store_counts: (sums + columns + row) / 2^shift, rounded down. Wide: as many counts as are looked through at once.
-// larger_counts: a bit for each of kWord counts that is larger than the same number everywhere, or than its column's.
+// where_larger: a value where a is larger than b. larger_counts: a bit for each of kWord counts that is larger than the
+// same number everywhere, or than its column's; equal_counts: for each that is the same.
 #if defined(__AVX512F__)
 typedef __m512i Wide;
 inline void store_counts(Count* out, Sums sums, const std::int32_t* columns, std::int32_t row, int shift) {
@@ -67,6 +68,13 @@ inline Wide largest(Wide a, Wide b) { return _mm512_max_epi16(a, b); }
 inline Wide load_wide(const Count* p) { return _mm512_loadu_si512(p); }
 inline void store_wide(Count* p, Wide counts) { _mm512_storeu_si512(p, counts); }
 inline Wide all_counts(Count count) { return _mm512_set1_epi16(count); }
+inline Wide where_larger(Wide a, Wide b, Wide value, Wide otherwise) {
+  return _mm512_mask_mov_epi16(otherwise, _mm512_cmpgt_epi16_mask(a, b), value);
+}
+inline std::uint64_t equal_counts(const Count* counts, Count count) {
+  const auto equal = [&](int at) { return _mm512_cmpeq_epi16_mask(load_wide(counts + at), all_counts(count)); };
+  return _cvtmask64_u64(_mm512_kunpackd(equal(32), equal(0)));
+}
 inline std::uint64_t larger_counts(const Count* counts, Wide least, const Count* columns) {
   const auto larger = [&](int at) {
     return _mm512_cmpgt_epi16_mask(load_wide(counts + at), _mm512_min_epi16(least, load_wide(columns + at)));
@@ -86,12 +94,24 @@ inline void store_counts(Count* out, Sums sums, const std::int32_t* columns, std
 }
 inline Wide largest(Wide a, Wide b) { return _mm256_max_epi16(a, b); }
 inline Wide all_counts(Count count) { return _mm256_set1_epi16(count); }
+inline Wide where_larger(Wide a, Wide b, Wide value, Wide otherwise) {
+  return _mm256_blendv_epi8(otherwise, value, _mm256_cmpgt_epi16(a, b));
+}
+inline std::uint64_t bits_of(Wide found) {
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+  return unsigned(_mm_movemask_epi8(bytes));
+}
+inline std::uint64_t equal_counts(const Count* counts, Count count) {
+  std::uint64_t bits = 0;
+  for (int at = 0; at < kWord; at += 16)
+    bits |= bits_of(_mm256_cmpeq_epi16(load_wide(counts + at), all_counts(count))) << at;
+  return bits;
+}
 inline std::uint64_t larger_counts(const Count* counts, Wide least, const Count* columns) {
   std::uint64_t bits = 0;
-  for (int at = 0; at < 64; at += 16) {
-    const __m256i found = _mm256_cmpgt_epi16(load_wide(counts + at), _mm256_min_epi16(least, load_wide(columns + at)));
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
-    bits |= std::uint64_t(unsigned(_mm_movemask_epi8(bytes))) << at;
+  for (int at = 0; at < kWord; at += 16) {
+    const Wide to_exceed = _mm256_min_epi16(least, load_wide(columns + at));
+    bits |= bits_of(_mm256_cmpgt_epi16(load_wide(counts + at), to_exceed)) << at;
   }
   return bits;
 }
@@ -123,9 +143,20 @@ inline Wide all_counts(Count count) {
   std::fill_n(out.lane, kLanes, count);
   return out;
 }
+inline Wide where_larger(const Wide& a, const Wide& b, const Wide& value, const Wide& otherwise) {
+  Wide out;
+  for (int lane = 0; lane < kLanes; ++lane)
+    out.lane[lane] = a.lane[lane] > b.lane[lane] ? value.lane[lane] : otherwise.lane[lane];
+  return out;
+}
+inline std::uint64_t equal_counts(const Count* counts, Count count) {
+  std::uint64_t bits = 0;
+  for (int at = 0; at < kWord; ++at) bits |= std::uint64_t(counts[at] == count) << at;
+  return bits;
+}
 inline std::uint64_t larger_counts(const Count* counts, const Wide& least, const Count* columns) {
   std::uint64_t bits = 0;
-  for (int at = 0; at < 64; ++at) bits |= std::uint64_t(counts[at] > std::min(least.lane[0], columns[at])) << at;
+  for (int at = 0; at < kWord; ++at) bits |= std::uint64_t(counts[at] > std::min(least.lane[0], columns[at])) << at;
   return bits;
 }
 #endif
@@ -175,10 +206,11 @@ class PairRows : public SumRows {
         column_sums_(panelled_),
         least_left_(left_.patches),
         most_right_(columns_),
+        row_of_most_(columns_),
         least_right_(columns_),
         best_right_(columns_),
         found_(columns_ / kWord),
-        candidates_(kTogether + columns_) {
+        candidates_(kTogether + 2 * columns_) {
     while (kMostBound / unit_ > float(std::int64_t(kUnreached) << shift_)) ++shift_;
     in_units(left_, row_sums_);
     in_units(right_, column_sums_);
@@ -202,24 +234,16 @@ class PairRows : public SumRows {
   }
 
   void end(int first, int last) {
-    Count* const most = most_right_.get();
-    std::fill_n(most, columns_, kNone);
-    std::vector<Count> most_left(last - first);
-    for (int p = first; p < last;) {
-      if (p + kRowsAtOnce <= last) {
-        find_largest<kRowsAtOnce>(p, &most_left[p - first]);
-        p += kRowsAtOnce;
-      } else {
-        find_largest<1>(p, &most_left[p - first]);
-        ++p;
-      }
+    std::fill_n(most_right_.get(), columns_, kNone);
+    int p = first;
+    for (; p + kRowsAtOnce <= last; p += kRowsAtOnce) find_largest<kRowsAtOnce>(first, p);
+    for (; p < last; ++p) find_largest<1>(first, p);
+    for (int q = 0; q < right_.patches; ++q) {
+      const int row = first + row_of_most_.get()[q];
+      if (most_right_.get()[q] > least_right_.get()[q] && bounds_of(row)[q] != kNone) add(row, q);
     }
-    for (int q = 0; q < columns_; ++q)  // at least the largest, where that may be the nearest
-      most[q] = most[q] > least_right_.get()[q] ? Count(most[q] - 1) : kUnreached;
-    for (int p = first; p < last; ++p)
-      find(p, most_left[p - first] > least_left_[p] ? Count(most_left[p - first] - 1) : kUnreached, most);
     take();
-    for (int p = first; p < last; ++p) find(p, least_left_[p], least_right_.get());
+    for (p = first; p < last; ++p) find(p);
     take();
   }
 
@@ -231,7 +255,7 @@ class PairRows : public SumRows {
  private:
   static constexpr int kRowsAtOnce = 4;
   static constexpr int kTogether = 512;  // candidates whose heads are multiplied one after the other
-  static constexpr int kAhead = 3;       // products that a vector is fetched before its own
+  static constexpr int kAhead = 6;       // products that a vector is fetched before its own
 
   struct Candidate {
     int left, right;
@@ -254,39 +278,51 @@ class PairRows : public SumRows {
     return Count((std::int32_t(std::floor(bound)) >> shift_) - 1);
   }
 
-  // Find the largest count of each of Rows rows, and keep those of the columns.
+  // Let the largest count of each of Rows rows be a candidate, and keep those of the columns so far.
   template <int Rows>
-  void find_largest(int row, Count* out) {
+  void find_largest(int first, int row) {
     Wide of_rows[Rows];
     for (int i = 0; i < Rows; ++i) of_rows[i] = all_counts(kNone);
     for (int q = 0; q < columns_; q += kWide) {
-      Wide most = load_wide(most_right_.get() + q);
+      Wide most = load_wide(most_right_.get() + q), row_of_most = load_wide(row_of_most_.get() + q);
       ZSAD_UNROLL
       for (int i = 0; i < Rows; ++i) {
         const Wide counts = load_wide(bounds_of(row + i) + q);
         of_rows[i] = largest(of_rows[i], counts);
+        row_of_most = where_larger(counts, most, all_counts(Count(row + i - first)), row_of_most);
         most = largest(most, counts);
       }
       store_wide(most_right_.get() + q, most);
+      store_wide(row_of_most_.get() + q, row_of_most);
     }
-    for (int i = 0; i < Rows; ++i) out[i] = largest_of(of_rows[i]);
+    for (int i = 0; i < Rows; ++i) {
+      const Count most = largest_of(of_rows[i]);
+      if (most > least_left_[row + i]) add(row + i, column_of(row + i, most));
+    }
+    if (count_ >= kTogether) take();
   }
 
-  // Let those bounds of a row be candidates that exceed what the row or the column says, and no others after them.
-  void find(int p, Count of_row, const Count* of_columns) {
+  // The first column of a row with a count that it has.
+  int column_of(int row, Count count) const {
+    for (int word = 0;; word += kWord)
+      if (const std::uint64_t bits = equal_counts(bounds_of(row) + word, count)) return word + __builtin_ctzll(bits);
+  }
+
+  // Let a bound be a candidate, and never again.
+  void add(int p, int q) {
+    candidates_[count_++] = {p, q, 0};
+    bounds_of(p)[q] = kNone;
+  }
+
+  // Let those bounds of a row be candidates that exceed what the row or the column says.
+  void find(int p) {
     Count* const bounds = bounds_of(p);
-    const Wide least = all_counts(of_row);
+    const Wide least = all_counts(least_left_[p]);
     std::uint64_t* const found = found_.data();
     for (int word = 0; word * kWord < columns_; ++word)
-      found[word] = larger_counts(bounds + word * kWord, least, of_columns + word * kWord);
-    Candidate* next = candidates_.data() + count_;
+      found[word] = larger_counts(bounds + word * kWord, least, least_right_.get() + word * kWord);
     for (int word = 0; word * kWord < columns_; ++word)
-      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) {
-        const int q = word * kWord + __builtin_ctzll(bits);
-        *next++ = {p, q, 0};
-        bounds[q] = kNone;
-      }
-    count_ = int(next - candidates_.data());
+      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) add(p, word * kWord + __builtin_ctzll(bits));
     if (count_ >= kTogether) take();
   }
 
@@ -340,7 +376,8 @@ class PairRows : public SumRows {
   std::vector<std::int32_t> row_sums_, column_sums_;
   Count* bounds_;                                 // [rows, columns]
   std::vector<Count> least_left_;                 // [P] what has to be exceeded
-  const Buffer<Count> most_right_, least_right_;  // [columns] the largest of these rows, and the same
+  // [columns] The largest of these rows, which of them has it, and the same as least_left.
+  const Buffer<Count> most_right_, row_of_most_, least_right_;
   std::vector<float> best_right_;                 // [columns] the nearest so far
   std::vector<std::uint64_t> found_;              // bits of what is wanted of a row
   std::vector<Candidate> candidates_;

@@ -39,8 +39,8 @@ MEAN_IMAGES = 8  # from which int8 takes the mean token of a layer
 FEW_CHANNELS = 512  # up to which a product of tiles takes less than the pass that it saves
 FEW_PATCHES = 100  # up to which a product per degree, which is the more exact, takes no time to speak of
 BASIS_IMAGES, BASIS_ROWS = 16, 2048  # of a layer that a basis is found from: images, and features of all of them
-LEAST_BOUNDED = {"fp32": 10, "int8": 24}  # images from which finding a basis is worth it
-MOST_TAKEN = {"fp32": 0.015, "int8": 0.002}  # estimated share of products up to which taking them by bounds pays
+LEAST_BOUNDED = {"fp32": 10, "int8": 12}  # images from which finding a basis is worth it
+MOST_TAKEN = {"fp32": 0.03, "int8": 0.008}  # estimated share of products up to which taking them by bounds pays
 
 Layout = tuple[tuple[int, ...], type[np.generic]]
 

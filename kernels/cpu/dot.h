@@ -7,7 +7,7 @@
 #endif
 
 #if defined(__GNUC__)
-#define ZSAD_PREFETCH(address) __builtin_prefetch(address)
+#define ZSAD_PREFETCH(address) __builtin_prefetch(address, 0, 2)  // into the second-level cache, which waits for more
 #else
 #define ZSAD_PREFETCH(address)
 #endif
