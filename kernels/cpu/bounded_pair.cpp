@@ -162,10 +162,16 @@ inline std::uint64_t larger_counts(const Count* counts, const Wide& least, const
 #endif
 constexpr int kWide = sizeof(Wide) / sizeof(Count);
 
-Count largest_of(Wide counts) {
+// The upper half joins the lower one, until one is left.
+inline Count largest_of(const Wide& counts) {
   Count lanes[kWide];
   store_wide(lanes, counts);
-  return *std::max_element(lanes, lanes + kWide);
+  ZSAD_UNROLL
+  for (int half = kWide / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
 }
 
 // The bounds of an image, and what is nearest so far to its vectors.
@@ -199,7 +205,7 @@ class PairRows : public SumRows {
       : a_(a),
         left_(a.left),
         right_(a.right),
-        unit_(left_.scale * right_.scale),
+        inverse_unit_(1 / (left_.scale * right_.scale)),
         panelled_(a.right.layout.lead.panels * kPanel),
         columns_((panelled_ + kWord - 1) / kWord * kWord),
         row_sums_(a.left.layout.lead.panels * kPanel),
@@ -211,7 +217,7 @@ class PairRows : public SumRows {
         best_right_(columns_),
         found_(columns_ / kWord),
         candidates_(kTogether + 2 * columns_) {
-    while (kMostBound / unit_ > float(std::int64_t(kUnreached) << shift_)) ++shift_;
+    while (kMostBound * inverse_unit_ > float(std::int64_t(kUnreached) << shift_)) ++shift_;
     in_units(left_, row_sums_);
     in_units(right_, column_sums_);
     std::fill_n(a.best_left, left_.patches, kLowest);
@@ -266,35 +272,42 @@ class PairRows : public SumRows {
 
   // What is added to a product of codes for one vector, rounded up.
   void in_units(const Side& side, std::vector<std::int32_t>& out) const {
-    const float inverse = 1 / unit_;
     for (std::size_t p = 0; p < out.size(); ++p)
-      out[p] = p < std::size_t(side.patches) ? std::int32_t(side.sums[p] * inverse) + 2 : -kFar;
+      out[p] = p < std::size_t(side.patches) ? std::int32_t(side.sums[p] * inverse_unit_) + 2 : -kFar;
   }
 
   // What a count has to exceed where a product may exceed the nearest; error: the largest sum of both sides' lengths.
   Count least_of(float nearest, float error) const {
     const float apart = std::sqrt(std::max(2 - 2 * nearest, 0.0f) + kSquareSlack);
-    const float bound = (nearest - apart * error - kSlack) / unit_;
+    const float bound = (nearest - apart * error - kSlack) * inverse_unit_;
     return Count((std::int32_t(std::floor(bound)) >> shift_) - 1);
   }
 
   // Let the largest count of each of Rows rows be a candidate, and keep those of the columns so far.
   template <int Rows>
   void find_largest(int first, int row) {
-    Wide of_rows[Rows];
-    for (int i = 0; i < Rows; ++i) of_rows[i] = all_counts(kNone);
-    for (int q = 0; q < columns_; q += kWide) {
-      Wide most = load_wide(most_right_.get() + q), row_of_most = load_wide(row_of_most_.get() + q);
+    const Count* const bounds = bounds_of(row);  // rows are kept in whole panels, so that these follow each other
+    Count *const most_of_columns = most_right_.get(), *const rows_of_most = row_of_most_.get();
+    const std::size_t columns = columns_;
+    Wide of_rows[Rows], numbers[Rows];
+    ZSAD_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      of_rows[i] = all_counts(kNone);
+      numbers[i] = all_counts(Count(row + i - first));
+    }
+    for (std::size_t q = 0; q < columns; q += kWide) {
+      Wide most = load_wide(most_of_columns + q), row_of_most = load_wide(rows_of_most + q);
       ZSAD_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        const Wide counts = load_wide(bounds_of(row + i) + q);
+        const Wide counts = load_wide(bounds + i * columns + q);
         of_rows[i] = largest(of_rows[i], counts);
-        row_of_most = where_larger(counts, most, all_counts(Count(row + i - first)), row_of_most);
+        row_of_most = where_larger(counts, most, numbers[i], row_of_most);
         most = largest(most, counts);
       }
-      store_wide(most_right_.get() + q, most);
-      store_wide(row_of_most_.get() + q, row_of_most);
+      store_wide(most_of_columns + q, most);
+      store_wide(rows_of_most + q, row_of_most);
     }
+    ZSAD_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const Count most = largest_of(of_rows[i]);
       if (most > least_left_[row + i]) add(row + i, column_of(row + i, most));
@@ -308,21 +321,26 @@ class PairRows : public SumRows {
       if (const std::uint64_t bits = equal_counts(bounds_of(row) + word, count)) return word + __builtin_ctzll(bits);
   }
 
-  // Let a bound be a candidate, and never again.
+  // Let a bound be a candidate, and none of `find`.
   void add(int p, int q) {
     candidates_[count_++] = {p, q, 0};
     bounds_of(p)[q] = kNone;
   }
 
-  // Let those bounds of a row be candidates that exceed what the row or the column says.
+  // Let those bounds of a row be candidates that exceed what the row or the column says; of all rows once, at the end.
   void find(int p) {
-    Count* const bounds = bounds_of(p);
+    const Count* const bounds = bounds_of(p);
     const Wide least = all_counts(least_left_[p]);
+    const Count* const of_columns = least_right_.get();
     std::uint64_t* const found = found_.data();
-    for (int word = 0; word * kWord < columns_; ++word)
-      found[word] = larger_counts(bounds + word * kWord, least, least_right_.get() + word * kWord);
-    for (int word = 0; word * kWord < columns_; ++word)
-      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1) add(p, word * kWord + __builtin_ctzll(bits));
+    const int words = int(found_.size());
+    for (int word = 0; word < words; ++word)
+      found[word] = larger_counts(bounds + word * kWord, least, of_columns + word * kWord);
+    Candidate* next = candidates_.data() + count_;
+    for (int word = 0; word < words; ++word)
+      for (std::uint64_t bits = found[word]; bits; bits &= bits - 1)
+        *next++ = {p, word * kWord + __builtin_ctzll(bits), 0};
+    count_ = int(next - candidates_.data());
     if (count_ >= kTogether) take();
   }
 
@@ -370,8 +388,8 @@ class PairRows : public SumRows {
 
   const BoundedPair& a_;
   const Side left_, right_;
-  const float unit_;  // of products of codes, and of sums
-  int shift_ = 0;     // of counts: 2^shift units
+  const float inverse_unit_;  // of products of codes, and of sums
+  int shift_ = 0;             // of counts: 2^shift units
   const int panelled_, columns_;  // right vectors in whole panels, and in whole words
   std::vector<std::int32_t> row_sums_, column_sums_;
   Count* bounds_;                                 // [rows, columns]
