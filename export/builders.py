@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,7 +19,7 @@ from .clipseg_graph import (
 )
 from .isnet import ISNet, read_isnet
 from .isnet_graph import build_isnet_graph, check_isnet_options
-from .native_weights import check_native_options
+from .native_weights import Codes, check_native_options
 from .options import (
     NATIVE,
     ClipSegDecoderOptions,
@@ -41,6 +42,7 @@ from .text_graph import build_text_graph, check_text_options
 from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
 from .vision_transformer import CLIP, VisionTransformer, read_vision_transformer
 from .vit_graph import build_vit_graph, check_options
+from .weight_rounding import fitted_codes
 
 
 class GraphBuilder(Protocol):
@@ -110,6 +112,12 @@ class ImageTowerBuilder(_Builder):
         if self.options.precision != "int8":
             return [()]
         return layers_in_fp32(int8_errors(self.weights, self.options), LOOSEST.get(self.options.attention, 1.0))
+
+    @cached_property
+    def codes(self) -> Mapping[str, Codes]:
+        """Codes of weights that are not the nearest ones."""
+        native = self.options.attention == NATIVE and self.options.precision == "int8"
+        return fitted_codes(self.weights, self.options) if native else {}
 
     def forward(self, *where: Any) -> Any:
         from .torch_forward import TorchForward

@@ -6,6 +6,7 @@ Its header is filled up so that arrays begin on cache lines: they are used where
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .vit_graph import check_options, resize_positions, window_tokens
 
 COLUMNS, FILL = 16, 64  # what outputs and inputs of layers are filled up to, as the native code has them
 Packed = dict[str, NDArray[Any]]
+Codes = NDArray[np.int8]
 
 
 def pack_floats(affine: Affine, name: str) -> Packed:
@@ -33,10 +35,15 @@ def pack_floats(affine: Affine, name: str) -> Packed:
     return {name + ".weight": np.ascontiguousarray(panels), name + ".bias": bias}
 
 
-def pack_codes(affine: Affine, name: str) -> Packed:
-    """Return a linear layer [N, K] as 8-bit codes [N / 16, K / 4, 16, 4] and a scale per output, with zeros behind."""
+def pack_codes(affine: Affine, name: str, chosen: Codes | None = None) -> Packed:
+    """Return a linear layer [N, K] as 8-bit codes [N / 16, K / 4, 16, 4] and a scale per output, with zeros behind.
+
+    chosen: the codes [N, K], if they are not the nearest ones.
+    """
     weight, bias = _filled(affine)
     codes, scales = weight_codes(weight)
+    if chosen is not None:
+        codes[: len(chosen)] = chosen
     sums = scales * codes.sum(axis=1, dtype=np.int32)
     codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % FILL)))
     panels = codes.reshape(-1, COLUMNS, codes.shape[1] // 4, 4).transpose(0, 2, 1, 3)
@@ -54,8 +61,10 @@ def _filled(affine: Affine) -> Affine:
     return np.pad(weight, ((0, missing), (0, 0))), np.pad(bias, (0, missing))
 
 
-def tower_arrays(vit: VisionTransformer, options: ExportOptions, exact: Collection[str]) -> Packed:
-    """Return what the native code reads of a tower's weights; exact: as for `save_native_tower`."""
+def tower_arrays(
+    vit: VisionTransformer, options: ExportOptions, exact: Collection[str], codes: Mapping[str, Codes]
+) -> Packed:
+    """Return what the native code reads of a tower's weights; exact, codes: as for `save_native_tower`."""
     grid = options.image_size // vit.patch_size
     positions = resize_positions(vit, grid, options.antialias)
     front = np.concatenate([vit.class_token[None] + positions[:1], vit.registers])
@@ -74,8 +83,8 @@ def tower_arrays(vit: VisionTransformer, options: ExportOptions, exact: Collecti
         arrays |= {"cosine": np.cos(angles).astype(np.float32), "sine": np.sin(angles).astype(np.float32)}
     for output, rows in _windows(vit, options).items():
         arrays[output + ".tokens"] = rows.astype(np.int32)
-    for index, block in enumerate(_blocks(vit, options)):
-        arrays |= _block(block, f"block{index}", options.precision == "int8", exact)
+    for index, block in enumerate(needed_blocks(vit, options)):
+        arrays |= _block(block, f"block{index}", options.precision == "int8", exact, codes)
     return arrays
 
 
@@ -85,7 +94,7 @@ def _windows(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDArra
     return {name: window_tokens(grid, side, front) for name, side in WINDOWS.items() if name in options.outputs}
 
 
-def _blocks(vit: VisionTransformer, options: ExportOptions) -> Sequence[Block]:
+def needed_blocks(vit: VisionTransformer, options: ExportOptions) -> Sequence[Block]:
     """Those that something is wanted of: windows are read behind the last."""
     return vit.blocks if _windows(vit, options) else vit.blocks[: options.depth(len(vit.blocks))]
 
@@ -94,11 +103,11 @@ def _norm(norm: Affine, name: str) -> Packed:
     return {name + ".weight": norm[0], name + ".bias": norm[1]}
 
 
-def _block(block: Block, name: str, int8: bool, exact: Collection[str]) -> Packed:
+def _block(block: Block, name: str, int8: bool, exact: Collection[str], codes: Mapping[str, Codes]) -> Packed:
     arrays = {**_norm(block.norm1, name + ".norm1"), **_norm(block.norm2, name + ".norm2")}
     for layer in LINEAR_LAYERS:
         own, affine = f"{name}.{layer}", getattr(block, layer)
-        arrays |= pack_codes(affine, own) if int8 and own not in exact else pack_floats(affine, own)
+        arrays |= pack_codes(affine, own, codes.get(own)) if int8 and own not in exact else pack_floats(affine, own)
     return arrays
 
 
@@ -114,17 +123,23 @@ def check_native_options(vit: VisionTransformer, options: ExportOptions) -> None
 
 
 def save_native_tower(
-    path: Path, vit: VisionTransformer, options: ExportOptions, exact: Collection[str], metadata: Mapping[str, str]
+    path: Path,
+    vit: VisionTransformer,
+    options: ExportOptions,
+    exact: Collection[str],
+    metadata: Mapping[str, str],
+    codes: Mapping[str, Codes] = MappingProxyType({}),
 ) -> None:
     """Write the file of an image tower, with inputs and outputs as those of `build_vit_graph`.
 
-    exact: linear layers of an int8 tower that stay in fp32 (`block0.fc1`).
+    exact: linear layers of an int8 tower that stay in fp32 (`block0.fc1`). codes: of weights that are not to be rounded
+    to the nearest ones, as `fitted_codes` has them.
     """
     depth, last = options.depth(len(vit.blocks)), len(vit.blocks) - 1
     gated = len(vit.blocks[0].fc1[1]) == 2 * vit.blocks[0].fc2[0].shape[1]
     size, grid = options.image_size, options.image_size // vit.patch_size
     dimension = vit.width if vit.projection is None else vit.projection.shape[1]
-    arrays = {name: np.ascontiguousarray(array) for name, array in tower_arrays(vit, options, exact).items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in tower_arrays(vit, options, exact, codes).items()}
     outputs = {
         "tokens": [len(options.taps), grid * grid, vit.width],
         "embedding": [dimension],
@@ -140,7 +155,7 @@ def save_native_tower(
         "eps": vit.architecture.norm_eps,
         "activation": "swiglu" if gated else options.activation,
         "int8": options.precision == "int8",
-        "hidden": [block.fc2[0].shape[1] for block in _blocks(vit, options)],
+        "hidden": [block.fc2[0].shape[1] for block in needed_blocks(vit, options)],
         "depth": depth,
         "only_first": depth == last + 1 and last not in options.taps and "patches" not in options.outputs,
         "normed": vit.architecture.normed_taps,

@@ -188,7 +188,7 @@ def _save(
     from .native_weights import save_native_tower
 
     if isinstance(builder, ImageTowerBuilder) and builder.options.attention == NATIVE:
-        return save_native_tower(path, builder.weights, builder.options, exact, metadata)
+        return save_native_tower(path, builder.weights, builder.options, exact, metadata, builder.codes)
     save_graph(builder.build(exact, metadata), path, largest)
     return onnx.checker.check_model(str(path), full_check=True)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 # Part of every cache key: raise it whenever a graph changes.
-BUILDER_VERSION = 7
+BUILDER_VERSION = 8
 
 Preprocessing = Literal["imagenet", "clip", "isnet"]
 # None: the batch, always the first axis; an input without one goes with every part of it.

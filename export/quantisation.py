@@ -31,25 +31,26 @@ def int8_errors(vit: VisionTransformer, options: ExportOptions) -> dict[str, NDA
 
     Measured at 8 x 8 patches, which rank the layers as 16 x 16 do; and measured on this machine: without VNNI other
     layers suffer in ONNX Runtime, so a graph is to be exported where it is to run. The native code rounds alike
-    everywhere, which is measured by its roundings before products in fp32.
+    everywhere, which is measured by its roundings before products in fp32, each weight by the nearest code:
+    `weight_rounding.py` finds better ones.
     """
     check_options(vit, options)
     others = set(options.outputs) - {"tokens"}
     taps = sorted({*options.taps, len(vit.blocks) - 1} if others else options.taps)
     side = min(options.image_size, GRID * vit.patch_size)
     grid = side // vit.patch_size
-    stem = _session(build_stem_graph(vit, side, options.antialias))
+    stem = cpu_session(build_stem_graph(vit, side, options.antialias))
     streams = [stem.run(None, {"images": image[None]})[0] for image in sample_batch(side)]  # [1, T, C] each
     altered: dict[str, list[Array]] = {}  # the same streams behind one layer in int8
     errors: dict[str, list[float]] = {}
     for index in range(max(taps) + 1):
         layers = [f"block{index}.{layer}" for layer in LINEAR_LAYERS]
-        exact = _session(build_block_graph(vit, index, options, grid, layers))
+        exact = cpu_session(build_block_graph(vit, index, options, grid, layers))
         expected = _run(exact, streams)
         found = {layer: _run(exact, altered[layer]) for layer in altered}
         for layer in layers:
             rest = set(layers) - {layer}
-            found[layer] = _run(_session(build_block_graph(vit, index, options, grid, rest)), streams)
+            found[layer] = _run(cpu_session(build_block_graph(vit, index, options, grid, rest)), streams)
         if index in taps:
             for layer, outputs in found.items():
                 cosines = [token_cosines(a[1], b[1]).min() for a, b in zip(outputs, expected, strict=True)]
@@ -87,6 +88,7 @@ def _run(session: Any, streams: list[Array]) -> list[list[Array]]:
     return [session.run(None, {"x": x}) for x in streams]
 
 
-def _session(model: onnx.ModelProto) -> Any:
+def cpu_session(model: onnx.ModelProto) -> Any:
+    """Return what runs a graph in ONNX Runtime on the CPU."""
     ort = import_onnxruntime()
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from .options import IMAGE_OUTPUTS, NATIVE, WINDOWS, ExportOptions
 from .state_dict import CheckpointError
 from .transformer import Affine, Array
-from .transformer_graph import TransformerGraph, check_choices, finished_model, weight_codes
+from .transformer_graph import LINEAR_LAYERS, TransformerGraph, check_choices, finished_model, weight_codes
 from .vision_transformer import VisionTransformer
 
 # Tokens of windows that go through the blocks at once on a CPU. With all of an image's, 980 and 1690 for WinCLIP, fp32
@@ -153,6 +153,14 @@ class NativelyRoundedGraph(ImageTowerGraph):
         code = self.node("Mul", [self.node("Round", [code], name + ".code"), step], name + ".steps")
         rounded = self.node("Add", [code, least], name + ".rounded")
         return self.plain_linear(rounded, (codes * scale[:, None], bias), name)
+
+
+class WatchedGraph(ImageTowerGraph):
+    """The fp32 graph of an image tower that hands out what its linear layers are applied to."""
+
+    def linear(self, x: str, affine: Affine, name: str) -> str:
+        self.node("Identity", [x], name + ".watched")
+        return super().linear(x, affine, name)
 
 
 def window_tokens(grid: int, side: int, front: int) -> NDArray[np.int64]:
@@ -320,6 +328,20 @@ def build_block_graph(
     graph.node("Identity", [y], "y")
     graph.node("Identity", [graph.tap_norm(y, vit, "tap")], "tap")
     return finished_model(graph, "block", [_stream("x", vit)], [_stream("y", vit), _stream("tap", vit)])
+
+
+def build_watched_block_graph(vit: VisionTransformer, index: int, options: ExportOptions, grid: int) -> onnx.ModelProto:
+    """Build one block in fp32: the residual stream `x` [B, T, C] to `y` behind it and each layer's input [B, T, K]."""
+    heads, name = vit.attention_heads(options.heads), f"block{index}"
+    angles = vit.angles(heads, grid) if vit.architecture.rotary else None
+    graph = WatchedGraph("fp32", fused=True, angles=angles)
+    y = graph.block("x", vit.blocks[index], heads, options.activation, vit.architecture.norm_eps, name)
+    graph.node("Identity", [y], "y")
+    inputs = [
+        _floats(f"{name}.{layer}.watched", ["batch", "tokens", getattr(vit.blocks[index], layer)[0].shape[1]])
+        for layer in LINEAR_LAYERS
+    ]
+    return finished_model(graph, "block", [_stream("x", vit)], [_stream("y", vit), *inputs])
 
 
 def _stream(name: str, vit: VisionTransformer) -> onnx.ValueInfoProto:
