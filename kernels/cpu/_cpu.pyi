@@ -13,10 +13,14 @@ PANEL: int = 16
 
 def instruction_sets(kernel: str = 'gram_pass') -> list[str]:
     """
-    Instruction sets of a kernel (bounded_nearest, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
+    Instruction sets of a kernel (bounded_bank, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest first; fp32_product has one for processors with tiles only.
     """
 
 GROUP: int = 48
+
+CODES: int = 32
+
+CODED: int = 29
 
 WIDEST_HEAD: int = 128
 
@@ -37,12 +41,9 @@ class ImageTower:
         Take images [B, 3, S, S] through the first depth blocks: fill tokens [B, taps, P, C] behind those of taps, through the final norm or as they are, patches [B, P, C] behind the last, through the norm, and classes [B, C], raw. only_first: of the last block only class tokens are wanted. windows: of each size the tokens [W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it in the mean is added to.
         """
 
-def bounds_bytes(vectors: int, head: int) -> int:
-    """Size of the bounds of so many vectors."""
-
-def bound_vectors(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], instruction_set: str = '') -> None:
+def code_bank(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.int16], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> tuple[float, float]:
     """
-    Make the bounds of vectors u for bounded_search: heads [P, h] are the first coordinates of u - mean in an orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.
+    Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, h] are the first coordinates of u - mean in an orthogonal basis, of which CODED have codes, terms [n] are mean . u - |mean|^2 / 2, tails [n] squares of what heads leave. Returns how long the coded coordinates are at most, and what codes leave of these.
     """
 
 def pair_bytes(patches: int, head: int, lead: int) -> int:
@@ -58,9 +59,9 @@ def bounded_pair(left: Annotated[NDArray[numpy.float32], dict(shape=(None, None)
     Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of right [Q, C] with one of the other side, and return how many products that took. Bounds by one mean and basis tell which.
     """
 
-def bounded_search(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], queue: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], query_bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], reach: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, order: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bounds: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: int, most_taken: int, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], given_up: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], halves: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, instruction_set: str = '') -> int:
+def bounded_bank(queries: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], coordinates: tuple[Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], queue: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], squares: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], radii: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bank: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], inverse: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, order: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], codes: Annotated[NDArray[numpy.int16], dict(shape=(None, None), order='C', device='cpu', writable=False)], lengths: tuple[float, float], most_taken: int, cosines: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], indices: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], given_up: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu')], halves: Annotated[NDArray[numpy.uint16], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, instruction_set: str = '') -> int:
     """
-    Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths [M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. query_bounds: in the order of queue [P], best one in which those that follow each other are alike; order: [groups, GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: [P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes first. given_up [P]: for which more than most_taken products would have been taken. halves: [groups * GROUP, C] bits of 16-bit floats that are exactly the groups' vectors; read with AVX-512.
+    Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths [M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. coordinates: heads, terms and tails of the queries as code_bank takes them; queue: [P] the order in which they come, best one in which those that follow each other are alike; squares: [P, groups] of the distances from heads to the centres of groups, and radii [groups] of the spheres around these that hold the heads of groups; order: [groups, GROUP], the vectors of each group, -1 for none; codes, lengths: of the groups, by code_bank. Of equal cosines the lower index comes first. given_up [P]: for which more than most_taken products would have been taken. halves: [groups * GROUP, C] bits of 16-bit floats that are exactly the groups' vectors; read with AVX-512.
     """
 
 def fp32_product_bytes(rows: int, columns: int, channels: int) -> int:

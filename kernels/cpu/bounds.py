@@ -3,7 +3,7 @@
     u = mean + V (head, tail),   V orthogonal, so that the heads carry most of what vectors of one kind differ by
 
 Codes are heads, or the first coordinates of these, in 8 bits; what a product of codes leaves is bounded by lengths. The
-native code (bounded_pair.cpp for two images, bounded_nearest.cpp for a bank) takes those products in full whose bounds
+native code (bounded_pair.cpp for two images, bounded_bank.cpp for a bank) takes those products in full whose bounds
 reach the largest so far, so that its results are the largest of all exact products.
 """
 
@@ -72,13 +72,16 @@ class Groups:
 
     basis: Basis
     order: NDArray[np.int32]  # [G, GROUP] the vectors of each group, −1 for none
-    bounds: NDArray[np.uint8]  # [G, bytes]
-    spheres: Array  # [G, HEAD + 4] what all of a group lie in, see `reach`
+    codes: NDArray[np.int16]  # [G, GROUP · CODES]
+    lengths: tuple[float, float]  # of the coded coordinates and of what codes leave of them, at most
+    centres: Array  # [G, HEAD + 2] of spheres that the heads of groups lie in, see `squares`
+    radii: Array  # [G] of these
 
     @staticmethod
     def of(basis: Basis, vectors: int, read: Callable[[slice, Array], None], channels: int) -> "Groups":
         """Group a bank of so many unit vectors; read: fills an array [n, C] with those of some rows."""
-        heads, terms, tails = np.empty((vectors, HEAD), np.float32), np.empty(vectors), np.empty(vectors)
+        heads = np.empty((vectors, HEAD), np.float32)
+        terms, tails = np.empty(vectors, np.float32), np.empty(vectors, np.float32)
         units = np.empty((READ_ROWS, channels), np.float32)
         for first in range(0, vectors, READ_ROWS):
             at = slice(first, min(first + READ_ROWS, vectors))
@@ -86,24 +89,23 @@ class Groups:
             heads[at], terms[at], tails[at] = basis.coordinates(units[: at.stop - first])
         groups = halved(heads, _cpu.GROUP)
         order = np.full((len(groups), _cpu.GROUP), -1, np.int32)
-        bounds = aligned_empty((len(groups), _cpu.bounds_bytes(_cpu.GROUP, HEAD)), np.uint8)
-        spheres = np.empty((len(groups), HEAD + 4), np.float32)
+        centres, radii = np.empty((len(groups), HEAD + 2), np.float32), np.empty(len(groups), np.float32)
         for g, members in enumerate(groups):
             order[g, : len(members)] = members
-            padded = np.resize(members, _cpu.GROUP)  # what fills up is never taken
-            coordinates = heads[padded], terms[padded].astype(np.float32), tails[padded].astype(np.float32)
-            _cpu.bound_vectors(*coordinates, bounds[g])
             centre = heads[members].mean(axis=0)
-            radius = np.linalg.norm(heads[members] - centre, axis=1).max()
-            spheres[g] = *centre, radius, 1, terms[members].max() + SLACK, np.sqrt(tails[members].max())
-        return Groups(basis, order, bounds, spheres)
+            centres[g] = *(-2 * centre), 1, centre @ centre
+            radii[g] = np.linalg.norm(heads[members] - centre, axis=1).max() + SLACK
+        places = np.where(order < 0, order[:, :1], order).reshape(-1)  # what fills up is never taken
+        codes = aligned_empty((len(groups), _cpu.GROUP * _cpu.CODES), np.int16)
+        lengths = _cpu.code_bank(heads[places], terms[places], tails[places], codes)
+        return Groups(basis, order, codes, lengths, centres, radii)
 
     def halves(self, vectors: Array) -> NDArray[np.uint16] | None:
         """Return the bits of a bank's vectors [M, C] in groups, [G · GROUP, C], if 16-bit floats are exactly these.
 
         None also where the native code has no use for them.
         """
-        if vectors.shape[1] % 64 or not _cpu.instruction_sets("bounded_nearest")[0].startswith("avx512"):
+        if vectors.shape[1] % 64 or not _cpu.instruction_sets("bounded_bank")[0].startswith("avx512"):
             return None
         halves = aligned_empty((self.order.size, vectors.shape[1]), np.float16)
         for first in range(0, self.order.size, READ_ROWS):
@@ -113,23 +115,19 @@ class Groups:
                 return None
         return halves.view(np.uint16)
 
-    def reach(self, heads: Array, terms: Array, tails: Array) -> Array:
-        """Return at least the largest product of each query with a vector of each group, [n, G], from coordinates.
-
-        head · head' ≤ head · centre + |head| radius, and tail · tail' ≤ |tail| times the longest tail.
-        """
-        lengths = np.linalg.norm(heads, axis=1)
-        queries = np.column_stack([heads, lengths, terms, np.ones(len(heads), np.float32), np.sqrt(tails)])
-        reach: Array = queries @ self.spheres.T
-        return reach
+    def squares(self, heads: Array) -> Array:
+        """Return the squares of the distances from heads [n, HEAD] to the centres of groups, [n, G]."""
+        lengths = np.einsum("nh,nh->n", heads, heads)
+        squares: Array = np.column_stack([heads, lengths, np.ones(len(heads), np.float32)]) @ self.centres.T
+        return squares
 
 
 def grouped_bytes(vectors: int, channels: int) -> int:
     """Return what the groups of so many vectors hold, and take while they are made, beside the vectors."""
     groups = -(-vectors // _cpu.GROUP)
-    held = groups * (_cpu.bounds_bytes(_cpu.GROUP, HEAD) + 4 * (HEAD + 4 + _cpu.GROUP))
+    held = groups * (2 * _cpu.GROUP * _cpu.CODES + 4 * (HEAD + 3 + _cpu.GROUP))
     halves = 2 * groups * _cpu.GROUP * channels + 4 * READ_ROWS * channels
-    return int(held + halves + vectors * (3 * 4 * HEAD + 2 * 8))
+    return int(held + halves + vectors * (3 * 4 * HEAD + 4 * 4))
 
 
 def halved(vectors: Array, size: int) -> list[NDArray[np.intp]]:

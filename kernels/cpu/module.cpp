@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 #include <vector>
 
 #include "amx.h"
-#include "bounded_nearest.h"
+#include "bounded_bank.h"
 #include "bounded_pair.h"
 #include "fp32_product.h"
 #include "gram_pass.h"
@@ -102,10 +103,10 @@ const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_nearest_finders = ZSAD_INT8_VARIANTS(int8_nearest);
-const auto bound_makers = ZSAD_INT8_VARIANTS(bound_vectors);
+const auto bank_coders = ZSAD_INT8_VARIANTS(code_bank);
 const auto image_bounders = ZSAD_INT8_VARIANTS(bound_image);
 const auto bounded_pairs = ZSAD_INT8_VARIANTS(bounded_pair);
-const auto bounded_searches = ZSAD_INT8_VARIANTS(bounded_search);
+const auto bounded_banks = ZSAD_INT8_VARIANTS(bounded_bank);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 const auto fp32_products = [] {
   Variants<void (*)(const zsad::Fp32Product&)> v;
@@ -129,6 +130,8 @@ using IndicesOutput = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::d
 using FlagsOutput = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatsOutput = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoublesOutput = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using BankCodes = nb::ndarray<const std::int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using BankCodesOutput = nb::ndarray<std::int16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Chunks = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -279,21 +282,24 @@ void int8_running_top(const Bytes& left, const Chunks& right, int columns, int f
   run(pair.left, pair.right, int(count), kept);
 }
 
-zsad::BoundsLayout bounds_of(std::size_t vectors, std::size_t head) {
-  layout_of(vectors, head);
-  return zsad::BoundsLayout(int(vectors), int(head));
+zsad::Coordinates coordinates_of(const Matrix& heads, const Vector& terms, const Vector& tails) {
+  const std::size_t n = heads.shape(0);
+  require(terms.shape(0) == n && tails.shape(0) == n, "heads, terms and tails must be [n, h], [n] and [n]");
+  require(heads.shape(1) >= zsad::kCoded, "heads must have CODED coordinates at least");
+  return {heads.data(), terms.data(), tails.data(), int(heads.shape(1))};
 }
 
-void bound_vectors(const Matrix& heads, const Vector& terms, const Vector& tails, const BytesOutput& out,
-                   const std::string& instruction_set) {
-  const std::size_t P = heads.shape(0);
-  const auto layout = bounds_of(P, heads.shape(1));
-  require(terms.shape(0) == P && tails.shape(0) == P, "terms and tails must be [P]");
-  require(out.shape(0) == layout.bytes, "out must have bounds_bytes(P, h) bytes");
+std::pair<float, float> code_bank(const Matrix& heads, const Vector& terms, const Vector& tails,
+                                  const BankCodesOutput& out, const std::string& instruction_set) {
+  const std::size_t groups = out.shape(0);
+  require(heads.shape(0) == groups * zsad::kGroup && out.shape(1) == zsad::kGroup * zsad::kBankCodes,
+          "heads and out must be [groups * GROUP, h] and [groups, GROUP * CODES]");
   require(reinterpret_cast<std::uintptr_t>(out.data()) % 64 == 0, "out must lie on a cache line");
-  const auto run = bound_makers.choose(instruction_set);
+  const auto run = bank_coders.choose(instruction_set);
+  const zsad::BankCoding arguments{coordinates_of(heads, terms, tails), int(groups), out.data()};
   nb::gil_scoped_release release;
-  run({heads.data(), terms.data(), tails.data(), layout, out.data()});
+  const zsad::CodedLengths lengths = run(arguments);
+  return {lengths.coordinates, lengths.errors};
 }
 
 zsad::PairLayout pair_layout_of(std::size_t patches, std::size_t head, std::size_t lead) {
@@ -333,23 +339,22 @@ std::int64_t bounded_pair(const Matrix& left, const Matrix& right, const Bytes& 
   return run(arguments);
 }
 
-std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, const Bytes& query_bounds,
-                            const Matrix& reach, const Matrix& bank,
-                            const std::optional<Vector>& inverse, const Numbers& order, const Chunks& bounds, int head,
-                            int most_taken, const Output& cosines, const IndicesOutput& indices,
-                            const FlagsOutput& given_up, const std::optional<Halves>& halves,
-                            const std::string& instruction_set) {
+std::int64_t bounded_bank(const Matrix& queries, const std::tuple<Matrix, Vector, Vector>& coordinates,
+                          const NumberList& queue, const Matrix& squares, const Vector& radii, const Matrix& bank,
+                          const std::optional<Vector>& inverse, const Numbers& order, const BankCodes& codes,
+                          std::pair<float, float> lengths, int most_taken, const Output& cosines,
+                          const IndicesOutput& indices, const FlagsOutput& given_up,
+                          const std::optional<Halves>& halves, const std::string& instruction_set) {
   const std::size_t P = queries.shape(0), C = queries.shape(1), M = bank.shape(0), k = cosines.shape(1);
-  const std::size_t groups = bounds.shape(0);
+  const std::size_t groups = order.shape(0);
   require(bank.shape(1) == C && (!inverse || inverse->shape(0) == M), "bank must be [M, C] and inverse [M]");
   require(k > 0 && has_shape(cosines, P, k) && has_shape(indices, P, k) && given_up.shape(0) == P,
           "cosines and indices must be [P, k], given_up [P]");
-  require(head > 0 && most_taken > 0, "head and most_taken must be at least 1");
-  const auto layout = bounds_of(zsad::kGroup, head), of_queries = bounds_of(P, head);
-  require(bounds.shape(1) == layout.bytes && query_bounds.shape(0) == of_queries.bytes,
-          "bounds must have bounds_bytes(GROUP, head) and bounds_bytes(P, head) bytes");
-  require(has_shape(reach, P, groups) && has_shape(order, groups, zsad::kGroup),
-          "reach must be [P, groups] and order [groups, GROUP]");
+  require(most_taken > 0, "most_taken must be at least 1");
+  require(has_shape(squares, P, groups) && radii.shape(0) == groups && has_shape(order, groups, zsad::kGroup) &&
+              has_shape(codes, groups, zsad::kGroup * zsad::kBankCodes),
+          "squares must be [P, groups], radii [groups], order [groups, GROUP] and codes [groups, GROUP * CODES]");
+  require(reinterpret_cast<std::uintptr_t>(codes.data()) % 64 == 0, "codes must lie on a cache line");
   require(!halves || (has_shape(*halves, groups * zsad::kGroup, C) && C % 64 == 0),
           "halves must be [groups * GROUP, C], of a multiple of 64 channels");
   const auto is_query = [&](std::int32_t query) { return query >= 0 && query < std::int64_t(P); };
@@ -357,14 +362,19 @@ std::int64_t bounded_search(const Matrix& queries, const NumberList& queue, cons
           "queue must be [P] and hold 0 to P - 1");
   const auto in_bank = [&](std::int32_t index) { return index >= -1 && index < std::int64_t(M); };
   require(std::all_of(order.data(), order.data() + order.size(), in_bank), "order must hold -1 to M - 1");
-  const auto run = bounded_searches.choose(instruction_set);
-  const zsad::BankSearch arguments{{queries.data(), query_bounds.data(), of_queries},
+  const auto& [heads, terms, tails] = coordinates;
+  require(heads.shape(0) == P, "heads must be [P, h]");
+  const auto run = bounded_banks.choose(instruction_set);
+  const zsad::BankSearch arguments{queries.data(),
+                                   coordinates_of(heads, terms, tails),
                                    queue.data(),
+                                   int(P),
                                    int(C),
-                                   bounds.data(),
-                                   layout,
+                                   codes.data(),
+                                   {lengths.first, lengths.second},
                                    int(groups),
-                                   reach.data(),
+                                   squares.data(),
+                                   radii.data(),
                                    order.data(),
                                    halves ? halves->data() : nullptr,
                                    bank.data(),
@@ -607,7 +617,7 @@ bool tiff_strip_is_whole(const nb::bytes& strip, int compression, std::size_t wa
 }
 
 std::vector<std::string> instruction_sets(const std::string& kernel) {
-  if (kernel == "bounded_nearest") return bounded_searches.names();
+  if (kernel == "bounded_bank") return bounded_banks.names();
   if (kernel == "bounded_pair") return bounded_pairs.names();
   if (kernel == "gram_pass") return gram_passes.names();
   if (kernel == "pool") return poolings.names();
@@ -629,11 +639,13 @@ NB_MODULE(_cpu, m) {
   m.attr("MAX_KEY_PATCHES") = zsad::kMaxKeyPatches;
   m.attr("PANEL") = zsad::kPanel;
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
-        "Instruction sets of a kernel (bounded_nearest, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, "
+        "Instruction sets of a kernel (bounded_bank, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, "
         "measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest "
         "first; fp32_product has "
         "one for processors with tiles only.");
   m.attr("GROUP") = zsad::kGroup;
+  m.attr("CODES") = zsad::kBankCodes;
+  m.attr("CODED") = zsad::kCoded;
   m.attr("WIDEST_HEAD") = zsad::kMaxHead;
   m.def(
       "tower_parts",
@@ -656,12 +668,11 @@ NB_MODULE(_cpu, m) {
            "[W, T'] of an image's windows, class token first, and what is filled with their class tokens behind the "
            "last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it "
            "in the mean is added to.");
-  m.def(
-      "bounds_bytes", [](std::size_t vectors, std::size_t head) { return bounds_of(vectors, head).bytes; }, "vectors"_a,
-      "head"_a, "Size of the bounds of so many vectors.");
-  m.def("bound_vectors", &bound_vectors, "heads"_a, "terms"_a, "tails"_a, "out"_a, "instruction_set"_a = "",
-        "Make the bounds of vectors u for bounded_search: heads [P, h] are the first coordinates of u - mean in an "
-        "orthogonal basis, terms [P] are mean . u - |mean|^2 / 2, tails [P] squares of what the coordinates leave.");
+  m.def("code_bank", &code_bank, "heads"_a, "terms"_a, "tails"_a, "out"_a, "instruction_set"_a = "",
+        "Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, h] "
+        "are the first coordinates of u - mean in an orthogonal basis, of which CODED have codes, terms [n] are mean . "
+        "u - |mean|^2 / 2, tails [n] squares of what heads leave. Returns how long the coded coordinates are at most, "
+        "and what codes leave of these.");
   m.def(
       "pair_bytes",
       [](std::size_t patches, std::size_t head, std::size_t lead) { return pair_layout_of(patches, head, lead).bytes; },
@@ -675,16 +686,18 @@ NB_MODULE(_cpu, m) {
         "Fill best_left [P] and best_right [Q] with the largest product of each unit vector of left [P, C] and of "
         "right [Q, C] with one of the other side, and return how many products that took. Bounds by one mean and basis "
         "tell which.");
-  m.def("bounded_search", &bounded_search, "queries"_a, "queue"_a, "query_bounds"_a, "reach"_a, "bank"_a, "inverse"_a,
-        "order"_a, "bounds"_a, "head"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a, "halves"_a = nb::none(),
-        "instruction_set"_a = "",
+  m.def("bounded_bank", &bounded_bank, "queries"_a, "coordinates"_a, "queue"_a, "squares"_a, "radii"_a, "bank"_a,
+        "inverse"_a, "order"_a, "codes"_a, "lengths"_a, "most_taken"_a, "cosines"_a, "indices"_a, "given_up"_a,
+        "halves"_a = nb::none(), "instruction_set"_a = "",
         "Fill cosines [P, k], descending, and indices [P, k] with the vectors of bank [M, C], of these inverse lengths "
-        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. query_bounds: in "
-        "the order of queue [P], best one in which those that follow each other are alike; order: [groups, "
-        "GROUP], the vectors of each group, -1 for none; bounds: of the groups' vectors, [groups, bytes]; reach: "
-        "[P, groups], at least the largest product with a vector of a group. Of equal cosines the lower index comes "
-        "first. given_up [P]: for which more than most_taken products would have been taken. halves: [groups * GROUP, C] "
-        "bits of 16-bit floats that are exactly the groups' vectors; read with AVX-512.");
+        "[M] or of 1, that are nearest to unit queries [P, C], and return how many products that took. coordinates: "
+        "heads, terms and tails of the queries as code_bank takes them; queue: [P] the order in which they come, best "
+        "one in which those that follow each other are alike; squares: [P, groups] of the distances from heads to the "
+        "centres of groups, and radii [groups] of the spheres around these that hold the heads of groups; order: "
+        "[groups, GROUP], the vectors of each group, -1 for none; codes, lengths: of the groups, by code_bank. Of equal "
+        "cosines the lower index comes first. given_up [P]: for which more than most_taken products would have been "
+        "taken. halves: [groups * GROUP, C] bits of 16-bit floats that are exactly the groups' vectors; read with "
+        "AVX-512.");
   m.def(
       "fp32_product_bytes",
       [](int rows, int columns, int channels) { return zsad::Fp32Split(rows, columns, channels).bytes(); }, "rows"_a,

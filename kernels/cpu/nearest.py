@@ -24,7 +24,7 @@ from threadpoolctl import ThreadpoolController
 from zsad.kernels.machine import available_cores, default_memory_limit
 
 from .arrays import Array, aligned_empty, multiply, product_bytes
-from .bounds import HEAD, LEAST_CHANNELS, Basis, Groups, grouped_bytes, taken_share
+from .bounds import LEAST_CHANNELS, Basis, Groups, grouped_bytes, taken_share
 
 try:
     from . import _cpu
@@ -365,23 +365,22 @@ class Search:
         assert self._groups is not None
         units = self._unit_queries(ALONE, queries, len(cosines), read)
         heads, terms, tails = self._groups.basis.coordinates(units)
-        reach = self._groups.reach(heads, terms, tails)
-        queue = np.argsort(reach.argmax(axis=1), kind="stable")  # queries that meet the same groups follow each other
-        bounds = aligned_empty((_cpu.bounds_bytes(len(units), HEAD),), np.uint8)
-        _cpu.bound_vectors(heads[queue], terms[queue], tails[queue], bounds)
+        squares = self._groups.squares(heads)
+        queue = np.argsort(squares.argmin(axis=1), kind="stable")  # queries that meet the same groups follow each other
         given_up = np.empty(len(units), np.bool_)
         bank, inverse = self._measured()
         assert bank is not None
-        _cpu.bounded_search(
+        _cpu.bounded_bank(
             units,
+            (heads, terms, tails),
             queue.astype(np.int32),
-            bounds,
-            reach,
+            squares,
+            self._groups.radii,
             bank[: self._vectors],
             inverse,
             self._groups.order,
-            self._groups.bounds,
-            HEAD,
+            self._groups.codes,
+            self._groups.lengths,
             max(self._vectors // GIVEN_UP, self._k),
             cosines,
             indices,

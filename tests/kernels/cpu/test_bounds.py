@@ -11,7 +11,7 @@ from zsad.kernels.cpu.arrays import aligned_empty
 from zsad.kernels.cpu.bounds import HEAD, LEAD, Basis, Groups, halved, taken_share
 from zsad.kernels.nearest import Nearest
 
-INSTRUCTION_SETS = [] if comparers._cpu is None else comparers._cpu.instruction_sets("bounded_nearest")
+INSTRUCTION_SETS = [] if comparers._cpu is None else comparers._cpu.instruction_sets("bounded_bank")
 pytestmark = pytest.mark.skipif(comparers._cpu is None, reason="installed without a compiler: bounds are native code")
 
 Array = NDArray[np.float32]
@@ -191,7 +191,7 @@ def test_the_nearest_of_a_bank_are_those_of_all_products(precision: str, vectors
 def test_every_instruction_set_finds_the_same(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, asked = near_planes(1, 3000, 256), near_planes(2, 101, 256)
     expected = Nearest(bank, 3, "int8").search(asked)
-    for name in ("bound_vectors", "bounded_search"):
+    for name in ("code_bank", "bounded_bank"):
         kernel = getattr(comparers._cpu, name)
         monkeypatch.setattr(comparers._cpu, name, lambda *a, kernel=kernel: kernel(*a, instruction_set=instruction_set))
     cosines, indices = Nearest(bank, 3, "int8").search(asked)
@@ -265,15 +265,38 @@ def test_halves_hold_everything_once() -> None:
     assert [len(part) for part in halved(np.ones((100, 8), np.float32), 48)] == [48, 48, 4]
 
 
-def test_no_product_with_a_group_exceeds_its_reach() -> None:
+def test_no_vector_of_a_group_is_nearer_than_its_sphere() -> None:
     bank, asked = near_planes(1, 1000, 256, noise=0.3), near_planes(2, 100, 256, noise=0.3)
     asked[3] = 0
+    asked[4:9] = bank[:5]
 
     def read(at: slice, out: Array) -> None:
         out[:] = bank[at]
 
     groups = Groups.of(Basis.of(bank[::2]), len(bank), read, 256)
-    reach = groups.reach(*groups.basis.coordinates(asked))
-    products = asked @ bank.T
-    for members, of_group in zip(groups.order, reach.T, strict=True):
-        assert (products[:, members[members >= 0]].max(axis=1) <= of_group).all()
+    gaps = np.sqrt(np.maximum(groups.squares(groups.basis.coordinates(asked)[0]) - 1e-5, 0)) - groups.radii
+    distances = np.linalg.norm(asked[:, None].astype(np.float64) - bank, axis=2)
+    for members, of_group in zip(groups.order, gaps.T, strict=True):
+        assert (distances[:, members[members >= 0]].min(axis=1) >= of_group).all()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_all_instruction_sets_have_the_same_codes(instruction_set: str) -> None:
+    bank = near_planes(1, 480, 256, noise=0.3)
+    heads, terms, tails = Basis.of(bank).coordinates(bank)
+    kernels = comparers._cpu
+    shape = (len(bank) // kernels.GROUP, kernels.GROUP * kernels.CODES)
+    expected, codes = (aligned_empty(shape, np.int16) for _ in range(2))
+    lengths = kernels.code_bank(heads, terms, tails, expected, "portable")
+    assert kernels.code_bank(heads, terms, tails, codes, instruction_set) == lengths
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_bounds_of_a_bank_hold_at_every_scale() -> None:
+    rng = np.random.default_rng(11)
+    middle = unit(rng.normal(size=(1, 256)))
+    for apart in (0.0, 1e-7, 1e-4, 0.01, 0.1):
+        bank, asked = (unit(middle + apart * rng.normal(size=(count, 256))) for count in (3000, 60))
+        bank[5], asked[3], asked[4], asked[5] = -middle, -middle, 0, unit(rng.normal(size=256)[None])
+        cosines, _ = Nearest(bank, 2, "int8").search(asked)
+        np.testing.assert_allclose(cosines, by_all_products(bank, asked, 2)[0], atol=1e-6)
