@@ -259,7 +259,7 @@ class PairRows : public SumRows {
   }
 
  private:
-  static constexpr int kRowsAtOnce = 4;
+  static constexpr int kRowsAtOnce = 8;
   static constexpr int kTogether = 512;  // candidates whose heads are multiplied one after the other
   static constexpr int kAhead = 6;       // products that a vector is fetched before its own
 
@@ -356,7 +356,7 @@ class PairRows : public SumRows {
       Candidate& c = candidates_[k];
       const float *left = left_.heads + c.left * h, *right = right_.heads + c.right * h;
       const float terms = left_.terms[c.left] + right_.terms[c.right] + kSlack;
-      c.bound = dot(left, right, right, h) + terms + left_.rests[c.left] * right_.rests[c.right];
+      c.bound = dot(left, right, h) + terms + left_.rests[c.left] * right_.rests[c.right];
     }
     int kept = 0;
     for (int k = 0; k < count_; ++k) {

@@ -56,18 +56,31 @@ struct Sums64 {
 #endif
 };
 
-// The product of two vectors, while the one that comes next is fetched; the same sum wherever products are added to sums
+// The product of two vectors, and meanwhile(c) for each 64 channels; the same sum wherever products are added to sums
 // without rounding in between.
-inline float dot(const float* left, const float* right, const float* next, std::size_t channels) {
+template <typename Meanwhile>
+inline float dot_beside(const float* left, const float* right, std::size_t channels, Meanwhile meanwhile) {
   Sums64 sums;
   std::size_t c = 0;
   for (; c + Sums64::kCount <= channels; c += Sums64::kCount) {
-    for (std::size_t line = 0; line < Sums64::kCount; line += Sums64::kLine) ZSAD_PREFETCH(next + c + line);
+    meanwhile(c);
     sums.add(left + c, right + c);
   }
   float sum = sums.total();
   for (; c < channels; ++c) sum += left[c] * right[c];
   return sum;
+}
+
+inline float dot(const float* left, const float* right, std::size_t channels) {
+  return dot_beside(left, right, channels, [](std::size_t) {});
+}
+
+// The same while the vector that comes next is fetched.
+inline float dot(const float* left, const float* right, const float* next, std::size_t channels) {
+  return dot_beside(left, right, channels, [next](std::size_t c) {
+    (void)next, (void)c;  // where nothing can be fetched
+    for (std::size_t line = 0; line < Sums64::kCount; line += Sums64::kLine) ZSAD_PREFETCH(next + c + line);
+  });
 }
 
 }  // namespace
