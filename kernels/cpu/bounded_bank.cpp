@@ -20,8 +20,8 @@
 // but for errors, 1 at most, since |lead| |lead'| + term + term' = 1 - (|lead| - |lead'|)^2 / 2 with the rests among
 // the leads.
 //
-// Shapes and types of the arguments: bounded_bank.h; instruction sets (ZSAD_TARGET): int8_blocks.h, where tiles have no
-// products of 16-bit codes.
+// Shapes and types of the arguments: bounded_bank.h; instruction sets (ZSAD_TARGET): int8_blocks.h, but for tiles, which
+// are too large for this.
 #include "bounded_bank.h"
 
 #include "dot.h"

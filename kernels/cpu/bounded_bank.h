@@ -32,7 +32,6 @@ struct BankCoding {
 CodedLengths code_bank_portable(const BankCoding&);
 CodedLengths code_bank_avx2(const BankCoding&);
 CodedLengths code_bank_avx512vnni(const BankCoding&);
-CodedLengths code_bank_avx512amx(const BankCoding&);
 
 // The k nearest of a bank of vectors, which lies in groups of kGroup vectors each.
 // queries: unit vectors [P, C]; coordinates: theirs; queue: [P] the order in which they come, best one in which those
@@ -64,6 +63,5 @@ struct BankSearch {
 std::int64_t bounded_bank_portable(const BankSearch&);
 std::int64_t bounded_bank_avx2(const BankSearch&);
 std::int64_t bounded_bank_avx512vnni(const BankSearch&);
-std::int64_t bounded_bank_avx512amx(const BankSearch&);
 
 }  // namespace zsad

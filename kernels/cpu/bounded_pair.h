@@ -37,7 +37,6 @@ struct ImageBounding {
 void bound_image_portable(const ImageBounding&);
 void bound_image_avx2(const ImageBounding&);
 void bound_image_avx512vnni(const ImageBounding&);
-void bound_image_avx512amx(const ImageBounding&);
 
 // Unit vectors [P, C] of an image and their bounds.
 struct PairSide {
@@ -58,6 +57,5 @@ struct BoundedPair {
 std::int64_t bounded_pair_portable(const BoundedPair&);
 std::int64_t bounded_pair_avx2(const BoundedPair&);
 std::int64_t bounded_pair_avx512vnni(const BoundedPair&);
-std::int64_t bounded_pair_avx512amx(const BoundedPair&);
 
 }  // namespace zsad

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import HAS_TILES, Array, aligned_empty
+from .arrays import Array, aligned_empty
 
 try:
     from . import _cpu
 except ImportError:  # installed without a working compiler
     _cpu = None  # type: ignore[assignment]
 
-HEAD = 64  # coordinates of a head: one tile of AMX, and few enough for the rest of the work to count
-LEAD = HEAD if HAS_TILES else HEAD // 2  # of these, those with codes where images meet: what a tile holds costs no more
+HEAD = 64  # coordinates of a head: few enough for the rest of the work to count
+LEAD = HEAD // 2  # of these, those with codes where images meet
 SPARE, ROUNDS = 16, 2  # directions more than wanted, and rounds, by which the largest ones are found
 SHARE_ROWS = 8  # of so many patches one is looked at
 READ_ROWS = 1024  # of a bank at a time

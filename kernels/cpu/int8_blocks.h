@@ -170,8 +170,8 @@ struct AnyRows {
   void end(int, int) {}  // all right ones have passed by the left patches from the first number up to the last
 };
 
-// Takers of sums of products of codes as they are: take_sums(row, column, sums), those of a left patch with kLanes
-// right ones. A row may also be one that fills up a panel.
+// Takers of sums of products of codes as they are, but of tiles: take_sums(row, column, sums), those of a left patch with
+// kLanes right ones. A row may also be one that fills up a panel.
 struct SumRows : AnyRows {};
 template <typename Rows>
 constexpr bool takes_sums = std::is_base_of_v<SumRows, Rows>;
@@ -295,16 +295,11 @@ void multiply_panels(const Image& left, const Image& right, const Int8Layout& la
     int i = 0;
     const auto scale = [&](int until) {
       for (; i < until; ++i) {
-        const auto of = [&](int j) { return _mm512_load_si512(sums[turn].of[i] + j * kPanel); };
-        if constexpr (takes_sums<Rows>) {
-          for (int j = 0; j < Panels; ++j) out.take_sums(p + i, (panel + j) * kPanel, of(j));
-        } else {
-          Floats products[Panels];
-          for (int j = 0; j < Panels; ++j)
-            products[j] =
-                scaled(of(j), left.scales[p + i], terms.scales[j], left.mean_terms[p + i], terms.mean_terms[j]);
-          out.template take<Panels>(p + i, panel * kPanel, products);
-        }
+        Floats products[Panels];
+        for (int j = 0; j < Panels; ++j)
+          products[j] = scaled(_mm512_load_si512(sums[turn].of[i] + j * kPanel), left.scales[p + i], terms.scales[j],
+                               left.mean_terms[p + i], terms.mean_terms[j]);
+        out.template take<Panels>(p + i, panel * kPanel, products);
       }
     };
     rows += kRows / kPanel * bytes;

@@ -103,10 +103,10 @@ const auto image_towers = ZSAD_INT8_VARIANTS(image_tower);
 const auto int8_quantisers = ZSAD_INT8_VARIANTS(int8_quantise);
 const auto int8_multipliers = ZSAD_INT8_VARIANTS(int8_multiply);
 const auto int8_nearest_finders = ZSAD_INT8_VARIANTS(int8_nearest);
-const auto bank_coders = ZSAD_INT8_VARIANTS(code_bank);
-const auto image_bounders = ZSAD_INT8_VARIANTS(bound_image);
-const auto bounded_pairs = ZSAD_INT8_VARIANTS(bounded_pair);
-const auto bounded_banks = ZSAD_INT8_VARIANTS(bounded_bank);
+const auto bank_coders = ZSAD_VARIANTS(code_bank, avx512vnni, has_avx512vnni);
+const auto image_bounders = ZSAD_VARIANTS(bound_image, avx512vnni, has_avx512vnni);
+const auto bounded_pairs = ZSAD_VARIANTS(bounded_pair, avx512vnni, has_avx512vnni);
+const auto bounded_banks = ZSAD_VARIANTS(bounded_bank, avx512vnni, has_avx512vnni);
 const auto int8_running_tops = ZSAD_INT8_VARIANTS(int8_running_top);
 const auto fp32_products = [] {
   Variants<void (*)(const zsad::Fp32Product&)> v;
