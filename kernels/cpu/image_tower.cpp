@@ -20,7 +20,7 @@
 // avx512vnni multiplies codes of 16 bits.
 //
 // Instruction sets (ZSAD_TARGET), one translation unit each: as in int8_product.cpp. Where products are 8 bits wide,
-// all give the same integers; exp and erf are polynomials, alike everywhere.
+// all give the same integers; exp, erf and GELU are polynomials, alike everywhere.
 #include "image_tower.h"
 
 #include "buffer.h"
@@ -151,6 +151,18 @@ inline Vec gelu(Vec x) {
   q = q * a + 1.62791193f;
   const Vec tail = x * 0.5f * power_of_two<5>(-a * q);
   return x < 0.0f ? tail : x - tail;
+}
+// The same to 5e-5 of the larger of 1 and |x|: what is rounded to codes of 8 bits shows no more.
+inline Vec rough_gelu(Vec x) {
+  const Vec a = smaller(larger(x, splat(-4.0f)), splat(4.0f)), square = a * a;
+  Vec p = splat(-1.3013044e-9f) * square + 1.04196650e-7f;
+  p = p * square - 3.65714778e-6f;
+  p = p * square + 7.48552350e-5f;
+  p = p * square - 1.006491705e-3f;
+  p = p * square + 9.505403056e-3f;
+  p = p * square - 6.588785103e-2f;
+  p = p * square + 0.3986733985f;
+  return x * (a * p + 0.5f);
 }
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + power_of_two<5>(smaller(x * -kLog2E, splat(126.0f)))); }
 
@@ -858,7 +870,7 @@ void pack_head(const Attention& a, const float* keys, const float* values, unsig
 }
 
 constexpr int kMixedPanels = 2;  // of values, multiplied with kRows rows of weights
-constexpr int kBlockKeys = 128, kExcessRows = 4, kExcessPanels = 4;
+constexpr int kBlockKeys = 64, kExcessRows = 4, kExcessPanels = 4;
 constexpr float kRounded = 1.0f / 32;  // of all weights: what rounding them to bytes changes at most
 
 struct Queries {
@@ -1525,7 +1537,12 @@ class Forward {
       apply(b.fc1, s.x.get(), s.x_pitch, count, s,
             [&](int i, int column, Vec v) { store(hidden + i * s.hidden_pitch + column, function(v)); });
     };
-    if (t_.activation == Activation::kGelu) activate([](Vec v) { return gelu(v); });
+    if (t_.activation == Activation::kGelu) {
+      if (b.fc2.codes)
+        activate([](Vec v) { return rough_gelu(v); });
+      else
+        activate([](Vec v) { return gelu(v); });
+    }
     if (t_.activation == Activation::kQuickGelu) activate([](Vec v) { return v * sigmoid(v * 1.702f); });
     if (t_.activation == Activation::kSwiGlu) {
       activate([](Vec v) { return v; });
