@@ -43,7 +43,7 @@ class ImageTower:
 
 def code_bank(heads: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], terms: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], tails: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.int16], dict(shape=(None, None), order='C', device='cpu')], instruction_set: str = '') -> tuple[float, float]:
     """
-    Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, h] are the first coordinates of u - mean in an orthogonal basis, of which CODED have codes, terms [n] are mean . u - |mean|^2 / 2, tails [n] squares of what heads leave. Returns how long the coded coordinates are at most, and what codes leave of these.
+    Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, CODED] are the first coordinates of u - mean in an orthogonal basis, terms [n] are mean . u - |mean|^2 / 2, tails [n] squares of what heads leave. Returns how long heads are at most, and what codes leave of these.
     """
 
 def pair_bytes(patches: int, head: int, lead: int) -> int:

@@ -1,8 +1,8 @@
 // The nearest of unit vectors in a bank by exact fp32 products, of which few are taken: bounds from short codes tell
 // which.
 //
-//   u = mean + V (lead, rest)   in an orthogonal basis V, whose first directions carry most of the vectors
-//   u . w <= lead . lead' + term + term' + |rest| |rest'|,   term = mean . u - |mean|^2 / 2
+//   u = mean + V (head, tail)   in an orthogonal basis V, whose first directions carry most of the vectors
+//   u . w <= head . head' + term + term' + |tail| |tail'|,   term = mean . u - |mean|^2 / 2
 //
 // by Cauchy and Schwarz. Patches of one product lie close to a few dozen directions, so that bounds are nearly as small
 // as the products themselves, and leave few vectors that may be the nearest. Their products are taken in full, and what
@@ -13,15 +13,14 @@
 //
 // A bound is one product of codes of 16 bits, in units of 1 / kUnit: those of the coordinates, and three more,
 //
-//   (rest, term, 1) . (rest', 1, term')
+//   (|tail|, term, 1) . (|tail'|, 1, term')
 //
-// rounded up. What rounding takes from a product of coordinates is at most |error| |lead'| + |code| |error'|: the
-// query's term has the most that this can be for any vector of the bank. Sums fit 32 bits: a bound is -7 at least and,
-// but for errors, 1 at most, since |lead| |lead'| + term + term' = 1 - (|lead| - |lead'|)^2 / 2 with the rests among
-// the leads.
+// rounded up. What rounding takes from a product of heads is at most |error| |head'| + |code| |error'|: the query's
+// term has the most that this can be for any vector of the bank. Sums fit 32 bits: a bound is -7 at least and, but for
+// errors, 1 at most: of x = (head, |tail|) |x|^2 = 1 - 2 term, so that x . x' + term + term' <= 1 - (|x| - |x'|)^2 / 2.
 //
-// Shapes and types of the arguments: bounded_bank.h; instruction sets (ZSAD_TARGET): int8_blocks.h, but for tiles, which
-// are too large for this.
+// Shapes and types of the arguments: bounded_bank.h; instruction sets (ZSAD_TARGET): int8_blocks.h, but for tiles,
+// which are too large for this.
 #include "bounded_bank.h"
 
 #include "dot.h"
@@ -45,7 +44,7 @@ constexpr float kSlack = 2e-5f;        // for the rounding of fp32 products and 
 constexpr float kSquareSlack = 1e-5f;  // of squared lengths
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr std::int32_t kTaken = std::numeric_limits<std::int32_t>::min();  // below all bounds
-constexpr int kRest = kCoded, kTerm = kCoded + 1;  // codes behind those of the coordinates; kTerm and the next one
+constexpr int kTail = kCoded, kTerm = kCoded + 1;  // codes behind those of the coordinates; kTerm and the next one
                                                    // change places between queries and the bank
 constexpr int kPairs = kBankCodes / 2, kGroupLanes = kGroup / kLanes;
 
@@ -128,16 +127,16 @@ ZSAD_NOINLINE void sum_codes(const std::int16_t* queries, const std::int16_t* gr
 // The codes of one vector, but for its term: put(k, code).
 template <typename Put>
 CodedLengths put_codes(const Coordinates& of, std::size_t vector, Put put) {
-  const float* head = of.heads + vector * of.head;
-  double length = 0, error = 0, rest = std::max(double(of.tails[vector]), 0.0) + kSquareSlack;
+  const float* head = of.heads + vector * kCoded;
+  double length = 0, error = 0;
   for (int c = 0; c < kCoded; ++c) {
     const double code = std::nearbyint(double(head[c]) * kUnit), off = head[c] - code / kUnit;
     put(c, std::int16_t(code));
     length += code * code / kUnit / kUnit;
     error += off * off;
   }
-  for (int c = kCoded; c < of.head; ++c) rest += double(head[c]) * head[c];
-  put(kRest, std::int16_t(std::ceil(std::sqrt(rest) * kUnit)));
+  const double tail = std::sqrt(std::max(of.tails[vector], 0.0f) + kSquareSlack);
+  put(kTail, std::int16_t(std::ceil(tail * kUnit)));
   return {float(std::sqrt(length)), float(std::sqrt(error))};
 }
 
@@ -162,8 +161,8 @@ class SearchRows {
       std::int16_t* codes = codes_.data() + std::size_t(p) * kBankCodes;
       const std::size_t query = a.queue[p];
       const CodedLengths own = put_codes(a.coordinates, query, [=](int k, std::int16_t code) { codes[k] = code; });
-      const float rounded = own.errors * (a.lengths.coordinates + a.lengths.errors) +
-                            own.coordinates * a.lengths.errors;
+      const float rounded = own.errors * (a.lengths.heads + a.lengths.errors) +
+                            own.heads * a.lengths.errors;
       codes[kTerm] = code_of_term(a.coordinates.terms[query] + rounded + kSlack);
       codes[kTerm + 1] = kUnit;
     }
@@ -175,6 +174,11 @@ class SearchRows {
   }
 
  private:
+  struct Found {
+    int row, group, member;
+    std::int32_t bound;
+  };
+  static constexpr std::size_t kTogether = 64, kAhead = 6;  // found before products are taken, and fetched before that
   static constexpr int kFirst = 8;  // groups whose largest bound counts before anything is taken
 
   // Let the queries from p up to `end`, at most kQueries, meet the groups that may have one of their nearest.
@@ -198,10 +202,13 @@ class SearchRows {
       nearest_gap_[first_[i]] = std::numeric_limits<float>::max();
       sum_codes(codes_of(p), group_codes(first_[i]), sums_[i]);
     }
-    for (int row = p; row < end; ++row) take_largest(row, row - p, first);
-    for (int i = 0; i < first; ++i) take_larger(p, end, first_[i], sums_[i]);
+    for (int row = p; row < end; ++row) find_largest(row, row - p, first);
+    take_found();
+    for (int i = 0; i < first; ++i) find_larger(p, end, first_[i], sums_[i]);
+    take_found();
     for (int g = 0; g < a_.groups; ++g)
       if (nearest_gap_[g] < *std::max_element(furthest_.begin() + p, furthest_.begin() + end)) meet(p, end, g);
+    take_found();
   }
 
   void meet(int p, int end, int g) {
@@ -209,12 +216,13 @@ class SearchRows {
     for (int row = p; row < end; ++row) wanted |= gaps_of(row - p)[g] < furthest_[row];
     if (!wanted) return;
     sum_codes(codes_of(p), group_codes(g), sums_[0]);
-    take_larger(p, end, g, sums_[0]);
+    find_larger(p, end, g, sums_[0]);
+    if (found_.size() >= kTogether) take_found();
   }
 
-  // Take the product of the largest bound of a query, row i of the block, with the first groups in full: what it leaves
-  // as the nearest is hard to reach for others.
-  void take_largest(int p, int i, int first) {
+  // Find the largest bound of a query, row i of the block, with the first groups: what its product leaves as the
+  // nearest is hard to reach for others.
+  void find_largest(int p, int i, int first) {
     Sums most = load_sums(sums_[0].of[i]);
     for (int group = 0; group < first; ++group)
       for (int j = 0; j < kGroup; j += kLanes) most = largest(most, load_sums(sums_[group].of[i] + j));
@@ -223,21 +231,24 @@ class SearchRows {
     const std::int32_t bound = *std::max_element(lanes, lanes + kLanes);
     for (int group = 0; group < first; ++group)
       for (int j = 0; j < kGroup; j += kLanes)
-        if (const std::uint64_t found = larger(load_sums(sums_[group].of[i] + j), bound - 1)) {
-          const int q = j + __builtin_ctzll(found);  // a vector, since copies that fill a group up are behind all
+        if (const std::uint64_t equal = larger(load_sums(sums_[group].of[i] + j), bound - 1)) {
+          const int q = j + __builtin_ctzll(equal);  // a vector, since copies that fill a group up are behind all
           sums_[group].of[i][q] = kTaken;
-          take_in_full(p, first_[group], q);
+          found_.push_back({p, first_[group], q, bound});
           return;
         }
   }
 
-  // Take the products of the block's queries with a group in full whose bounds exceed what is nearest so far.
-  void take_larger(int p, int end, int g, const GroupSums& sums) {
+  // Find the bounds of the block's queries with a group that exceed what is nearest so far.
+  void find_larger(int p, int end, int g, const GroupSums& sums) {
     for (int row = p; row < end; ++row) {
       const std::int32_t* of = sums.of[row - p];
-      std::uint64_t found = 0;
-      for (int j = 0; j < kGroup; j += kLanes) found |= larger(load_sums(of + j), least_sums_[row]) << j;
-      if (found) take_those(row, g, of, found);
+      std::uint64_t bits = 0;
+      for (int j = 0; j < kGroup; j += kLanes) bits |= larger(load_sums(of + j), least_sums_[row]) << j;
+      for (; bits; bits &= bits - 1) {
+        const int q = __builtin_ctzll(bits);
+        found_.push_back({row, g, q, of[q]});
+      }
     }
   }
 
@@ -245,19 +256,31 @@ class SearchRows {
   const std::int16_t* codes_of(int p) const { return codes_.data() + std::size_t(p) * kBankCodes; }
   const std::int16_t* group_codes(int g) const { return a_.codes + std::size_t(g) * kGroup * kBankCodes; }
 
-  // Of a query, take the products with those found of a group in full, the largest bound first.
-  void take_those(int p, int g, const std::int32_t* bounds, std::uint64_t found) {
-    int q = __builtin_ctzll(found);
-    for (std::uint64_t bits = found; bits; bits &= bits - 1)
-      if (bounds[__builtin_ctzll(bits)] > bounds[q]) q = __builtin_ctzll(bits);
-    for (;; q = __builtin_ctzll(found)) {
-      found &= ~(std::uint64_t(1) << q);
-      if (bounds[q] > least_sums_[p]) take_in_full(p, g, q);
-      if (!found) return;
+  // Take the products of what was found in full, unless something nearer was by then. What takes longest is to read the
+  // vectors, which are fetched before their turn.
+  void take_found() {
+    for (std::size_t k = 0; k < found_.size(); ++k) {
+      if (k + kAhead < found_.size()) fetch(found_[k + kAhead]);
+      const Found& of = found_[k];
+      if (of.bound > least_sums_[of.row]) take_in_full(of.row, of.group, of.member);
     }
+    found_.clear();
   }
 
-  // What takes longest is to read the vector, which takes half of that in 16 bits.
+  void fetch(const Found& of) const {
+    const std::size_t C = a_.channels, place = std::size_t(of.group) * kGroup + of.member;
+    const char* vector = reinterpret_cast<const char*>(a_.bank + std::max(a_.order[place], 0) * C);
+    std::size_t bytes = C * sizeof(float);
+#if defined(__AVX512F__)
+    if (a_.halves) {
+      vector = reinterpret_cast<const char*>(a_.halves + place * C);
+      bytes = C * sizeof(std::uint16_t);
+    }
+#endif
+    for (std::size_t line = 0; line < bytes; line += kLine) ZSAD_PREFETCH(vector + line);
+  }
+
+  // A vector takes half of the time where it has 16 bits.
   float product(std::size_t query, int g, int member) const {
     const std::size_t C = a_.channels, place = std::size_t(g) * kGroup + member;
     const float* left = a_.queries + query * C;
@@ -269,8 +292,7 @@ class SearchRows {
       return sums.total();
     }
 #endif
-    const float* vector = a_.bank + a_.order[place] * C;
-    return dot(left, vector, vector, C);
+    return dot(left, a_.bank + a_.order[place] * C, C);
   }
 
   void take_in_full(int p, int g, int member) {
@@ -307,6 +329,7 @@ class SearchRows {
   std::vector<int> taken_;                // [P]
   std::vector<float> gaps_;               // [kQueries, groups] from queries of the present block to the groups' spheres
   std::vector<float> nearest_gap_;        // [groups] the least of the block
+  std::vector<Found> found_;              // bounds of the block whose products are to be taken
   int first_[kFirst];                     // groups that it meets first
   GroupSums sums_[kFirst];                // bounds of the block with these, then with one after the other
 };
@@ -323,7 +346,7 @@ CodedLengths ZSAD_JOIN(code_bank_, ZSAD_TARGET)(const BankCoding& a) {
       const CodedLengths own = put_codes(a.vectors, vector, put);
       put(kTerm, kUnit);
       put(kTerm + 1, code_of_term(a.vectors.terms[vector]));
-      most = {std::max(most.coordinates, own.coordinates), std::max(most.errors, own.errors)};
+      most = {std::max(most.heads, own.heads), std::max(most.errors, own.errors)};
     }
   }
   return most;

@@ -10,16 +10,15 @@ constexpr int kGroup = 3 * kPanel;  // vectors of a bank that lie near each othe
 constexpr int kBankCodes = 32;          // 16-bit codes of a vector
 constexpr int kCoded = kBankCodes - 3;  // coordinates that have one
 
-// Unit vectors by coordinates in an orthogonal basis: heads [n, h] less a mean, h at least kCoded, of which only the
-// first ones have codes; terms [n] mean . u - |mean|^2 / 2; tails [n] squares of what heads leave.
+// Unit vectors by coordinates in an orthogonal basis: heads [n, kCoded] less a mean; terms [n] mean . u - |mean|^2 / 2;
+// tails [n] squares of what heads leave.
 struct Coordinates {
   const float *heads, *terms, *tails;
-  int head;
 };
 
-// What codes leave of the vectors of a bank: at most so long are their coded coordinates, and the errors of these.
+// What codes leave of the vectors of a bank: at most so long are their heads, and the errors of these.
 struct CodedLengths {
-  float coordinates, errors;
+  float heads, errors;
 };
 
 // codes: out, [groups, kBankCodes / 2, kGroup, 2], on a cache line; vectors: [groups * kGroup], group by group.

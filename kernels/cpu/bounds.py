@@ -35,7 +35,7 @@ class Basis:
     """A mean and orthogonal directions."""
 
     mean: Array  # [C]
-    directions: Array  # [C, HEAD]
+    directions: Array  # [C, h], those first in which vectors differ most
 
     @staticmethod
     def of(units: Array) -> "Basis":
@@ -53,13 +53,16 @@ class Basis:
         return Basis(mean, np.ascontiguousarray((found @ turned)[:, ::-1][:, :HEAD]))
 
     def coordinates(self, units: Array) -> tuple[Array, Array, Array]:
-        """Return of unit vectors [n, C] the heads [n, HEAD], terms [n] and squares of the tails' lengths [n]."""
+        """Return of unit vectors [n, C] the heads [n, h], terms [n] and squares of the tails' lengths [n]."""
         heads: Array = units @ self.directions
         heads -= self.mean @ self.directions
         along, square = units @ self.mean, float(self.mean @ self.mean)
         tails = np.einsum("nc,nc->n", units, units)  # of u − mean: |u|² − 2 u · mean + |mean|², less the head
         tails -= 2 * along - square + np.einsum("nh,nh->n", heads, heads)
         return heads, along - square / 2, np.maximum(tails, 0)
+
+    def first(self, directions: int) -> "Basis":
+        return Basis(self.mean, np.ascontiguousarray(self.directions[:, :directions]))
 
     def bound_image(self, units: Array, out: NDArray[np.uint8]) -> None:
         """Fill out with the bounds of an image's unit vectors [P, C], in bytes."""
@@ -70,17 +73,18 @@ class Basis:
 class Groups:
     """A bank of unit vectors in groups of those that lie near each other, and the bounds of their products."""
 
-    basis: Basis
+    basis: Basis  # of as many directions as coordinates have codes: more would only make the spheres larger
     order: NDArray[np.int32]  # [G, GROUP] the vectors of each group, −1 for none
     codes: NDArray[np.int16]  # [G, GROUP · CODES]
     lengths: tuple[float, float]  # of the coded coordinates and of what codes leave of them, at most
-    centres: Array  # [G, HEAD + 2] of spheres that the heads of groups lie in, see `squares`
+    centres: Array  # [G, CODED + 2] of spheres that the heads of groups lie in, see `squares`
     radii: Array  # [G] of these
 
     @staticmethod
     def of(basis: Basis, vectors: int, read: Callable[[slice, Array], None], channels: int) -> "Groups":
         """Group a bank of so many unit vectors; read: fills an array [n, C] with those of some rows."""
-        heads = np.empty((vectors, HEAD), np.float32)
+        basis = basis.first(_cpu.CODED)
+        heads = np.empty((vectors, _cpu.CODED), np.float32)
         terms, tails = np.empty(vectors, np.float32), np.empty(vectors, np.float32)
         units = np.empty((READ_ROWS, channels), np.float32)
         for first in range(0, vectors, READ_ROWS):
@@ -89,7 +93,7 @@ class Groups:
             heads[at], terms[at], tails[at] = basis.coordinates(units[: at.stop - first])
         groups = halved(heads, _cpu.GROUP)
         order = np.full((len(groups), _cpu.GROUP), -1, np.int32)
-        centres, radii = np.empty((len(groups), HEAD + 2), np.float32), np.empty(len(groups), np.float32)
+        centres, radii = np.empty((len(groups), _cpu.CODED + 2), np.float32), np.empty(len(groups), np.float32)
         for g, members in enumerate(groups):
             order[g, : len(members)] = members
             centre = heads[members].mean(axis=0)
@@ -116,7 +120,7 @@ class Groups:
         return halves.view(np.uint16)
 
     def squares(self, heads: Array) -> Array:
-        """Return the squares of the distances from heads [n, HEAD] to the centres of groups, [n, G]."""
+        """Return the squares of the distances from heads [n, CODED] to the centres of groups, [n, G]."""
         lengths = np.einsum("nh,nh->n", heads, heads)
         squares: Array = np.column_stack([heads, lengths, np.ones(len(heads), np.float32)]) @ self.centres.T
         return squares
@@ -125,9 +129,9 @@ class Groups:
 def grouped_bytes(vectors: int, channels: int) -> int:
     """Return what the groups of so many vectors hold, and take while they are made, beside the vectors."""
     groups = -(-vectors // _cpu.GROUP)
-    held = groups * (2 * _cpu.GROUP * _cpu.CODES + 4 * (HEAD + 3 + _cpu.GROUP))
+    held = groups * (2 * _cpu.GROUP * _cpu.CODES + 4 * (_cpu.CODED + 3 + _cpu.GROUP))
     halves = 2 * groups * _cpu.GROUP * channels + 4 * READ_ROWS * channels
-    return int(held + halves + vectors * (3 * 4 * HEAD + 4 * 4))
+    return int(held + halves + 4 * vectors * (3 * _cpu.CODED + 4))
 
 
 def halved(vectors: Array, size: int) -> list[NDArray[np.intp]]:

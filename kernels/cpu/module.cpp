@@ -285,8 +285,8 @@ void int8_running_top(const Bytes& left, const Chunks& right, int columns, int f
 zsad::Coordinates coordinates_of(const Matrix& heads, const Vector& terms, const Vector& tails) {
   const std::size_t n = heads.shape(0);
   require(terms.shape(0) == n && tails.shape(0) == n, "heads, terms and tails must be [n, h], [n] and [n]");
-  require(heads.shape(1) >= zsad::kCoded, "heads must have CODED coordinates at least");
-  return {heads.data(), terms.data(), tails.data(), int(heads.shape(1))};
+  require(heads.shape(1) == zsad::kCoded, "heads must have CODED coordinates");
+  return {heads.data(), terms.data(), tails.data()};
 }
 
 std::pair<float, float> code_bank(const Matrix& heads, const Vector& terms, const Vector& tails,
@@ -299,7 +299,7 @@ std::pair<float, float> code_bank(const Matrix& heads, const Vector& terms, cons
   const zsad::BankCoding arguments{coordinates_of(heads, terms, tails), int(groups), out.data()};
   nb::gil_scoped_release release;
   const zsad::CodedLengths lengths = run(arguments);
-  return {lengths.coordinates, lengths.errors};
+  return {lengths.heads, lengths.errors};
 }
 
 zsad::PairLayout pair_layout_of(std::size_t patches, std::size_t head, std::size_t lead) {
@@ -669,10 +669,9 @@ NB_MODULE(_cpu, m) {
            "last of all blocks, [B, W, C], raw. seconds: one for each of tower_parts, which what a thread spends on it "
            "in the mean is added to.");
   m.def("code_bank", &code_bank, "heads"_a, "terms"_a, "tails"_a, "out"_a, "instruction_set"_a = "",
-        "Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, h] "
-        "are the first coordinates of u - mean in an orthogonal basis, of which CODED have codes, terms [n] are mean . "
-        "u - |mean|^2 / 2, tails [n] squares of what heads leave. Returns how long the coded coordinates are at most, "
-        "and what codes leave of these.");
+        "Make codes [groups, GROUP * CODES] of a bank's unit vectors u for bounded_bank, group by group: heads [n, "
+        "CODED] are the first coordinates of u - mean in an orthogonal basis, terms [n] are mean . u - |mean|^2 / 2, "
+        "tails [n] squares of what heads leave. Returns how long heads are at most, and what codes leave of these.");
   m.def(
       "pair_bytes",
       [](std::size_t patches, std::size_t head, std::size_t lead) { return pair_layout_of(patches, head, lead).bytes; },

@@ -283,8 +283,8 @@ def test_no_vector_of_a_group_is_nearer_than_its_sphere() -> None:
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_all_instruction_sets_have_the_same_codes(instruction_set: str) -> None:
     bank = near_planes(1, 480, 256, noise=0.3)
-    heads, terms, tails = Basis.of(bank).coordinates(bank)
     kernels = comparers._cpu
+    heads, terms, tails = Basis.of(bank).first(kernels.CODED).coordinates(bank)
     shape = (len(bank) // kernels.GROUP, kernels.GROUP * kernels.CODES)
     expected, codes = (aligned_empty(shape, np.int16) for _ in range(2))
     lengths = kernels.code_bank(heads, terms, tails, expected, "portable")
