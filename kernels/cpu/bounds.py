@@ -2,9 +2,9 @@
 
     u = mean + V (head, tail),   V orthogonal, so that the heads carry most of what vectors of one kind differ by
 
-Codes are heads, or the first coordinates of these, in 8 bits; what a product of codes leaves is bounded by lengths. The
-native code (bounded_pair.cpp for two images, bounded_bank.cpp for a bank) takes those products in full whose bounds
-reach the largest so far, so that its results are the largest of all exact products.
+Codes are the first coordinates of heads, in 8 bits where two images meet and in 16 bits for a bank; what a product of
+codes leaves is bounded by lengths. The native code (bounded_pair.cpp, bounded_bank.cpp) takes those products in full
+whose bounds reach the largest so far, so that its results are the largest of all exact products.
 """
 
 from collections.abc import Callable

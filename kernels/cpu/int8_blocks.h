@@ -11,8 +11,8 @@
 //               the speed of an fp32 product.
 //   portable    plain loops.
 //
-// The loops over accumulators are unrolled early and have a function of their own, and vpdpbusd is inline assembly, since
-// GCC 12 spills the accumulators otherwise, which takes longer than the products.
+// The loops over accumulators are unrolled early and have a function of their own, and vpdpbusd is inline assembly,
+// since GCC 12 spills the accumulators otherwise, which takes longer than the products.
 #include "amx.h"
 #include "int8_layout.h"
 #include "transpose.h"
@@ -43,7 +43,7 @@ namespace zsad {
 namespace {  // compiled for several instruction sets, of which none may take another's place
 
 // Columns: kLanes right patches x 4 codes. Sums: as many int32 sums. Floats: as many products, scales or terms. Bits of
-// `larger` tell which are larger, the lowest one of the first. add_product: a + b * c.
+// `larger` tell which are larger, the lowest one of the first.
 #if defined(__AVX512VNNI__)
 
 constexpr int kLanes = 16;
@@ -70,8 +70,6 @@ inline Floats scaled(Sums sums, float left_scale, Floats right_scales, float lef
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scales, terms);
 }
 inline Floats all(float value) { return _mm512_set1_ps(value); }
-inline Floats sum(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats add_product(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(b, c, a); }
 inline std::uint64_t larger(Floats values, Floats least) { return _mm512_cmp_ps_mask(values, least, _CMP_GT_OQ); }
 
 #elif defined(__AVX2__)
@@ -98,8 +96,6 @@ inline Floats scaled(Sums sums, float left_scale, Floats right_scales, float lef
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scales, terms);
 }
 inline Floats all(float value) { return _mm256_set1_ps(value); }
-inline Floats sum(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats add_product(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(b, c, a); }
 inline std::uint64_t larger(Floats values, Floats least) {
   return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(values, least, _CMP_GT_OQ)));
 }
@@ -142,16 +138,6 @@ inline Floats all(float value) {
   for (float& lane : out.lane) lane = value;
   return out;
 }
-inline Floats sum(const Floats& a, const Floats& b) {
-  Floats out;
-  for (int lane = 0; lane < kLanes; ++lane) out.lane[lane] = a.lane[lane] + b.lane[lane];
-  return out;
-}
-inline Floats add_product(const Floats& a, const Floats& b, const Floats& c) {
-  Floats out;
-  for (int lane = 0; lane < kLanes; ++lane) out.lane[lane] = a.lane[lane] + b.lane[lane] * c.lane[lane];
-  return out;
-}
 inline std::uint64_t larger(const Floats& values, const Floats& least) {
   std::uint64_t found = 0;
   for (int lane = 0; lane < kLanes; ++lane) found |= std::uint64_t(values.lane[lane] > least.lane[lane]) << lane;
@@ -170,8 +156,8 @@ struct AnyRows {
   void end(int, int) {}  // all right ones have passed by the left patches from the first number up to the last
 };
 
-// Takers of sums of products of codes as they are, but of tiles: take_sums(row, column, sums), those of a left patch with
-// kLanes right ones. A row may also be one that fills up a panel.
+// Takers of sums of products of codes as they are, but of tiles: take_sums(row, column, sums), those of a left patch
+// with kLanes right ones. A row may also be one that fills up a panel.
 struct SumRows : AnyRows {};
 template <typename Rows>
 constexpr bool takes_sums = std::is_base_of_v<SumRows, Rows>;

@@ -641,8 +641,7 @@ NB_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "kernel"_a = "gram_pass",
         "Instruction sets of a kernel (bounded_bank, bounded_pair, fp32_product, gram_pass, image_tower, pool, int8, "
         "measured_best, rank_sums, running_top, unit_vectors, winner_cosines) that build and processor share, fastest "
-        "first; fp32_product has "
-        "one for processors with tiles only.");
+        "first; fp32_product has one for processors with tiles only.");
   m.attr("GROUP") = zsad::kGroup;
   m.attr("CODES") = zsad::kBankCodes;
   m.attr("CODED") = zsad::kCoded;
