@@ -3,6 +3,7 @@
 import errno
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -50,6 +51,21 @@ def written_whole(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class WholeFile(io.BufferedWriter):
+    """A new file for libraries to write to: writing or closing it raises OSError unless all of it is there.
+
+    Some, such as Pillow, would write to its descriptor, and take no notice where a full disk takes only a part of that.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        super().__init__(io.FileIO(path, "w"))
+
+    def fileno(self) -> int:
+        """Refuse; raises io.UnsupportedOperation."""
+        raise io.UnsupportedOperation("fileno")
 
 
 def flush(path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,22 @@ def native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_native_code():
         pytest.skip("installed without a compiler: the native code is not there")
     monkeypatch.setattr(runtimes, "has_native_code", has_native_code)
+
+
+@pytest.fixture
+def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
+    """Stands for disks that are nearly full: in such a context files take what fits into so many bytes, and no more."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+    return limited
 
 
 @pytest.hookimpl(optionalhook=True)

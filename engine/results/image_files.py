@@ -23,6 +23,7 @@ from zsad.engine.methods.foreground import Stages
 from zsad.engine.methods.tile_grid import tile_grid
 from zsad.engine.scores.maps import object_mask, pixel_map
 from zsad.engine.scores.verdicts import Bounds, Region, find_regions
+from zsad.kernels.files import WholeFile
 
 from .drawing import OVERLAY_SIDE, draw_overlay, draw_stages, jpeg, shrink, stage_pictures
 from .formats import Format
@@ -137,7 +138,7 @@ class ImageFiles:
             overlay_file, map_file = self._path(record.overlay_file), self._path(record.map)
             pictures = self._at_once(
                 lambda: _with_overlay(_small(rgb), scores, result.stages, overlay_file),
-                lambda: Image.fromarray(scores).save(map_file, format="TIFF"),
+                lambda: _write_map(scores, map_file),
             )
         if self._writing.keep_stages and result.stages is not None:
             files = []
@@ -186,6 +187,12 @@ def bytes_to_write(image: InputImage, result: Result) -> int:
     if result.pixels is None:
         return held_bytes(image.path) + map_bytes
     return BYTES_PER_PIXEL * (result.pixels.size // 3) + map_bytes
+
+
+def _write_map(scores: NDArray[np.float32], path: Path) -> None:
+    """Write a map [H, W] as it is; raises OSError."""
+    with WholeFile(path) as file:
+        Image.fromarray(scores).save(file, format="TIFF")
 
 
 def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

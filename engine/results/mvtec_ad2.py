@@ -22,6 +22,7 @@ from tifffile import imwrite
 from zsad.engine.images.categories import Category
 from zsad.engine.images.remote import Location
 from zsad.engine.scores.verdicts import region_mask
+from zsad.kernels.files import WholeFile
 
 from .checking import Entry, check_names, entries, png_fault, tiff_fault, upright_size
 from .records import ImageRecord
@@ -105,8 +106,8 @@ def _pack(folder: Path, progress: Progress) -> None:
 def _write_image(folder: Path, key: str, category: Finished, image: ImageRecord) -> None:
     """Write the files of an image; without a bound of regions there is no thresholded one."""
     scores = category.map(image)
-    target = _made(folder, MAPS, key)
-    imwrite(target, scores.astype(np.float16), photometric="minisblack", metadata=None)
+    with _new_file(folder, MAPS, key) as file:
+        imwrite(file, scores.astype(np.float16), photometric="minisblack", metadata=None)
     bound = category.record.region_bound
     if bound is None:
         return
@@ -114,13 +115,14 @@ def _write_image(folder: Path, key: str, category: Finished, image: ImageRecord)
     if image.regions:
         found = region_mask(scores, bound, min(region.area for region in image.regions))
         mask = np.uint8(255) * found
-    Image.fromarray(mask).save(_made(folder, MASKS, key), format="PNG")
+    with _new_file(folder, MASKS, key) as file:
+        Image.fromarray(mask).save(file, format="PNG")
 
 
-def _made(folder: Path, kind: tuple[str, str], key: str) -> Path:
+def _new_file(folder: Path, kind: tuple[str, str], key: str) -> WholeFile:
     path = folder / kind[0] / f"{key}{kind[1]}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return WholeFile(path)
 
 
 def check(place: Path, categories: Iterable[Category] | None, faults: Faults, report: Report) -> int:

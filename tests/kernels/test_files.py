@@ -1,17 +1,25 @@
 """Files appear whole or not at all, in place of nothing but files."""
 
+import errno
 import hashlib
 import os
 import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from tifffile import imwrite
 
 from zsad.kernels import files
 from zsad.kernels.files import (
+    WholeFile,
     as_cell,
     check_target,
     file_sha256,
@@ -36,6 +44,32 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
             draft.write_text("half\udcff", encoding="utf-8")
         assert target.read_text() == content
         assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda file, values: Image.fromarray(values).save(file, format="TIFF"),
+        lambda file, values: Image.fromarray(values.view(np.uint8)).save(file, format="PNG"),
+        lambda file, values: imwrite(file, values, photometric="minisblack", metadata=None),
+        lambda file, values: file.write(values.tobytes()),
+    ],
+)
+def test_what_a_library_writes_is_there_to_its_last_byte_or_refused(
+    tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]], save: Callable[[Any, Any], None]
+) -> None:
+    values = np.random.default_rng(0).random((80, 97), np.float32)
+    with (tmp_path / "expected").open("wb") as file:
+        save(file, values)
+    expected = (tmp_path / "expected").read_bytes()
+    for size in (len(expected) - 1, len(expected) // 2, 0):
+        with files_up_to(size), pytest.raises(OSError, match="File too large") as raised:  # noqa: SIM117
+            with WholeFile(tmp_path / "file") as file:
+                save(file, values)
+        assert raised.value.errno == errno.EFBIG
+    with files_up_to(len(expected)), WholeFile(tmp_path / "file") as file:
+        save(file, values)
+    assert (tmp_path / "file").read_bytes() == expected
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

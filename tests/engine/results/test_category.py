@@ -6,7 +6,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -100,6 +100,21 @@ def interrupted(category: Category, output: Path, images: int = KEPT) -> Path:
 
 def fail(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_file_is_left_without_its_end(
+    category: Category,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    files_up_to: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    """Whichever file a full disk takes only the beginning of: that is noticed, and made up for by the next run."""
+    for size in {len(content) for content in whole.values()}:
+        output = tmp_path / str(size)
+        with files_up_to(size - 1), pytest.raises(OSError, match="File too large"):
+            write(category, output)
+        write(category, output)
+        assert files(output) == whole
 
 
 @pytest.mark.slow
