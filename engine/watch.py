@@ -271,11 +271,10 @@ class Watching:
         record = rounded(judged(self._stream.folder, written, self._bounds))
         if written.failure is not None:
             record = replace(record, note=written.failure.reason)
-        thumbnails: dict[str, str] = {}
-        self._with_room(lambda: self._stream.add(file, record, thumbnails))
+        self._with_room(lambda: self._stream.add(file, record))
         self._with_room(self._stream.settle)
         self._listener.tell(Told(file.relative, time.perf_counter() - start, record))
-        thumbnails |= thumbnails_of(pictures)  # which only the page shows
+        self._stream.show(thumbnails_of(pictures))  # on the page, which comes later
         note = self._drift.follow(record.verdict == "reject")
         if note is not None:
             log.warning("%s", note)

@@ -93,7 +93,7 @@ class Stream:
         """Tell whether a file was handled as it is."""
         return self._known.has(arrival.relative, arrival.version)
 
-    def add(self, arrival: Arrival, record: ImageRecord, thumbnails: Mapping[str, str]) -> None:
+    def add(self, arrival: Arrival, record: ImageRecord) -> None:
         """Take in an image whose files are written."""
         ends = self._scores.end, self._regions.end
         try:
@@ -103,8 +103,13 @@ class Stream:
         except OSError:
             self._cut(ends)
             raise
-        self.latest.images.append((record, thumbnails))
+        self.latest.images.append((record, {}))
         self.latest.scored += 1
+
+    def show(self, thumbnails: Mapping[str, str]) -> None:
+        """Keep thumbnails of the image that was added last."""
+        record, _ = self.latest.images.pop()
+        self.latest.images.append((record, thumbnails))
 
     def refuse(self, arrival: Arrival, reason: str) -> None:
         """Take note of a file that has no score."""

@@ -45,7 +45,7 @@ def add(folder: Path, *names: str) -> list[str]:
     with Stream(folder, known) as stream:
         for number, name in enumerate(names):
             if not known.has(name, arrival(name, number).version):
-                stream.add(arrival(name, number), image(name), {})
+                stream.add(arrival(name, number), image(name))
                 now.append(name)
         if not known.has("broken.png", arrival("broken.png", 9999).version):
             stream.refuse(arrival("broken.png", 9999), "damaged")
@@ -108,7 +108,7 @@ def test_a_power_cut_takes_nothing_that_was_settled_and_what_it_takes_is_scored_
         record = replace(image(names[number]), map=f"maps/{number}.tiff", sizes=[100])
         stream.folder.joinpath("maps").mkdir(exist_ok=True)
         (stream.folder / record.map).write_bytes(bytes(100))
-        stream.add(arrival(names[number], number), record, {})
+        stream.add(arrival(names[number], number), record)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(module, "PAUSE", 1000.0)  # as quick as images may come
@@ -160,15 +160,15 @@ def test_what_the_disk_refuses_leaves_nothing_behind(
         append(self, content)
 
     with Stream(tmp_path / "in", known) as stream:
-        stream.add(arrival("z.png", 9), image("z.png"), {})
+        stream.add(arrival("z.png", 9), image("z.png"))
         before = tables(tmp_path / "in")
         monkeypatch.setattr(Growing, "append", half)
         if refuses < 4:
             with pytest.raises(OSError, match="No space"):
-                stream.add(arrival("a.png"), image("a.png"), {})
+                stream.add(arrival("a.png"), image("a.png"))
             assert tables(tmp_path / "in") == before
             assert not known.has("a.png", arrival("a.png").version)
-        stream.add(arrival("a.png"), image("a.png"), {})
+        stream.add(arrival("a.png"), image("a.png"))
     lines = (tmp_path / "in" / "scores.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["path", "z.png", "a.png"]
 
