@@ -1,9 +1,9 @@
 """Chooses the 8-bit codes of an image tower's weights by what its layers are applied to.
 
 A weight that is rounded up or down moves a layer's outputs by its error times its input; inputs that come together can
-make up for each other's errors. So weights are rounded one input after the other, each error is spread over the inputs
-that are still to come, as their second moments say (Frantar et al. 2023, "GPTQ"), and nothing takes more time when the
-tower runs.
+make up for each other's errors. So weights are rounded one input after the other, each to make up for the errors of
+those before as the inputs' second moments say, and nothing takes more time when the tower runs. (Frantar et al. 2023,
+"GPTQ", by a triangular factor instead of an inverse, as in Chee et al. 2023, "QuIP".)
 """
 
 import numpy as np
@@ -48,19 +48,18 @@ def fitted(weight: Array, moments: Array) -> Codes:
     nearest, scales = weight_codes(weight)
     if not np.isfinite(moments).all() or not moments.any():
         return nearest
-    order = np.argsort(-np.diag(moments), kind="stable")  # the largest inputs first: all others make up for them
+    order = np.argsort(-np.diag(moments), kind="stable")  # the largest first: all others make up for their errors
     damped = moments[np.ix_(order, order)]
     damped[np.diag_indices_from(damped)] += DAMPING * np.diag(moments).mean()
-    spread = np.linalg.cholesky(np.linalg.inv(damped)).T  # [K, K], upper triangle
-    left = weight.T[order] / scales  # [K, N], in codes: what is still to be rounded
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # times its transpose: the damped moments
+    spread = upper / np.diag(upper)  # [K, K]: how much of the error of a row's input the column's makes up for
+    errors = weight.T[order] / scales  # [K, N], in codes: weights, of which their codes are taken off one by one
     codes = np.empty_like(nearest)
     for start in range(0, len(order), TOGETHER):
         end = min(start + TOGETHER, len(order))
-        errors = np.empty((end - start, len(weight)), np.float32)
+        before = spread[:start, start:end].T @ errors[:start]
         for i in range(start, end):
-            code = np.clip(np.rint(left[i]), -127, 127)
-            codes[:, order[i]] = code
-            errors[i - start] = error = (left[i] - code) / spread[i, i]
-            left[i + 1 : end] -= np.outer(spread[i, i + 1 : end], error)
-        left[end:] -= spread[start:end, end:].T @ errors
+            wanted = errors[i] + before[i - start] + spread[start:i, i] @ errors[start:i]
+            codes[:, order[i]] = code = np.clip(np.rint(wanted), -127, 127)
+            errors[i] -= code
     return codes
