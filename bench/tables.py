@@ -81,8 +81,6 @@ TILE_WAYS = {
     "pooled": "tiles, each compared with all others",
 }
 
-OLD = "backbone"  # what records of version 0.1 call a network
-
 
 def place(record: Record) -> str:
     """Return the processor of a record."""
@@ -226,16 +224,16 @@ def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
 
 
 def networks_table() -> str:
-    """One table for each graph of older records, and for all graphs of one run of newer ones."""
+    """One table for all graphs of each run."""
     latest = {
-        (r.get("preset"), r["weights"], r.get("graph"), r["image_size"], r["batch"]): r
+        (r["preset"], r["weights"], r["graph"], r["image_size"], r["batch"]): r
         for r in read("throughput.jsonl")
-        if r["kind"] in ("network", OLD)
+        if r["kind"] == "network"
     }
     runs: dict[object, list[Record]] = {}
-    for number, record in enumerate(latest.values()):
-        runs.setdefault((record["date"], record["command"]) if "graph" in record else number, []).append(record)
-    return "\n\n".join(graphs_block(run) if "graph" in run[0] else network_block(run[0]) for run in runs.values())
+    for record in latest.values():
+        runs.setdefault((record["date"], record["command"]), []).append(record)
+    return "\n\n".join(map(graphs_block, runs.values()))
 
 
 def variant_rows(
@@ -258,16 +256,6 @@ def duration(seconds: float) -> str:
 
 def operations(flops: float) -> str:
     return f"{flops / 1e12:.3f} TFLOP" if flops >= 1e10 else f"{flops / 1e9:.2f} GFLOP"
-
-
-def network_block(record: Record) -> str:
-    flops, peaks, seconds = record["flops_per_image"], record["peak_flops"], record["seconds_per_image"]
-    caption = (
-        f"One image through a network ({record['weights']}; {record['image_size']} px, batch {record['batch']}, "
-        f"{operations(flops)}), product peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s; {where(record)}"
-    )
-    rows = list(variant_rows(flops, peaks, seconds))
-    return f"{caption}:\n\n" + table(["", "time", "of the peak", "times faster than PyTorch"], rows)
 
 
 def is_random(weights: str) -> bool:
@@ -311,10 +299,7 @@ def runs_table() -> str:
     blocks = []
     for record in latest.values():
         images, together = record["images"], record["seconds_together"]
-        rows = [
-            ["networks" if stage == OLD else stage, stage_time(s / images)]
-            for stage, s in record["seconds_alone"].items()
-        ]
+        rows = [[stage, stage_time(s / images)] for stage, s in record["seconds_alone"].items()]
         rows.append(["all together", stage_time(together / images)])
         precisions = ", ".join(
             f"{part} {precision}"

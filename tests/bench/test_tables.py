@@ -57,12 +57,6 @@ def test_a_later_run_replaces_an_earlier_one(records: list[Mapping[str, Any]]) -
     assert "5.00 s" not in tables.networks_table()
 
 
-def test_graphs_of_older_records_stand_by_themselves(records: list[Mapping[str, Any]]) -> None:
-    old = {"kind": "network", "network": "net", "weights": "a net", "image_size": 64, "batch": 1, "peak_flops": [1e11]}
-    records.append({**ENVIRONMENT, **old, "flops_per_image": 1e12, "seconds_per_image": {"zsad": [20.0]}})
-    assert "One image through a network (a net; 64 px, batch 1, 1.000 TFLOP)" in tables.networks_table()
-
-
 def test_banks_are_told_by_size_and_by_what_they_reject(records: list[Mapping[str, Any]]) -> None:
     rate = {"promised": 0.0952, "rejected": 0.091, "low": 0.084, "high": 0.099}
     found = {
