@@ -1,5 +1,6 @@
 """What builds each kind of graph from the weights of its network."""
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ from .text_transformer import VOCABULARY, TextTransformer, read_text_transformer
 from .vision_transformer import CLIP, VisionTransformer, read_vision_transformer
 from .vit_graph import build_vit_graph, check_options
 from .weight_rounding import fitted_codes
+
+log = logging.getLogger("zsad")
 
 
 class GraphBuilder(Protocol):
@@ -111,6 +114,7 @@ class ImageTowerBuilder(_Builder):
     def choices(self) -> Iterable[tuple[str, ...]]:
         if self.options.precision != "int8":
             return [()]
+        log.info("rounding weights to 8 bits, which takes minutes where a network is large")
         return layers_in_fp32(int8_errors(self.weights, self.options), LOOSEST.get(self.options.attention, 1.0))
 
     @cached_property
