@@ -82,7 +82,7 @@ class Work:
         if old.keys() != new.keys():
             if read_header(self.path)[1] != self.digest:
                 raise BankError(f"{self.path}: another command has changed the bank meanwhile; give this one again")
-            write_bank(self.path, self.bank)
+            write_bank(self.path.resolve(), self.bank)  # where a link leads: who reads the file itself learns of it too
         return Feedback(
             str(self.path),
             Threshold(float(scaled[0]), float(scaled[1]), rule),

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -285,11 +285,14 @@ def _tensors(name: str, features: Features) -> dict[str, NDArray[Any]]:
 
 
 def write_bank(path: Path, bank: Bank) -> None:
-    """Write a bank, whole or not at all; raises OSError."""
+    """Write a bank, whole or not at all; one that is replaced keeps its permissions. Raises OSError."""
     text = bank.header.text
     metadata = {"zsad_bank": text, "sha256": _digest(text, bank.tensors)}
     with written_whole(path) as draft:
         save_file(bank.tensors, draft, metadata)
+        like = path if path.exists() else draft.parent  # safetensors makes files that nobody else may read
+        with suppress(PermissionError):  # of file systems that have none
+            draft.chmod(like.stat().st_mode & 0o666)
 
 
 def read_header(path: Path) -> tuple[Header, str]:

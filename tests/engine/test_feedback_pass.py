@@ -198,6 +198,15 @@ def test_a_bank_is_not_lost_when_it_cannot_be_written(
     assert sorted(path.name for path in Path().iterdir()) == ["good", "new", "part.zsad"]
 
 
+def test_what_a_link_leads_to_learns(tell: Callable[..., tuple[int, Any, str]]) -> None:
+    Path("banks").mkdir()
+    Path("part.zsad").rename("banks/part.zsad")
+    Path("part.zsad").symlink_to("banks/part.zsad")
+    assert tell("--accept", "new/00.png")[0] == 0
+    assert Path("part.zsad").is_symlink()
+    assert len(read_header(Path("banks/part.zsad"))[0].feedback) == 1
+
+
 def test_another_command_that_was_faster_is_noticed(
     tell: Callable[..., tuple[int, Any, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

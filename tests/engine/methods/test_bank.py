@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -236,6 +237,16 @@ def test_a_bank_is_read_as_it_was_written(bank_file: Path) -> None:
     assert again.header == bank.header
     assert again.tensors.keys() == bank.tensors.keys()
     assert all((again.tensors[name] == array).all() for name, array in bank.tensors.items())
+
+
+def test_a_bank_has_the_permissions_of_other_files_and_keeps_those_that_it_was_given(tmp_path: Path) -> None:
+    bank, path, other = built(make_tokens(5), size=20), tmp_path / "part.zsad", tmp_path / "other"
+    other.touch()
+    write_bank(path, bank)
+    assert path.stat().st_mode == other.stat().st_mode
+    path.chmod(0o640)
+    write_bank(path, bank)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("left", [0, 4, 7, 100, 1000, -1])
