@@ -8,8 +8,8 @@
 //   others      fp32
 // Beside fp32 layers it is in fp32, and within windows, which have few tokens, everywhere.
 #include "float_parts.h"
-#include "image_tower.h"
 #include "tower_layers.h"
+#include "tower_layout.h"
 #include "tower_products.h"
 #include "tower_vectors.h"
 

@@ -6,7 +6,7 @@
 // avx512vnni multiplies codes of 16 bits.
 #include "buffer.h"
 #include "float_parts.h"
-#include "image_tower.h"
+#include "tower_layout.h"
 #include "tower_products.h"
 #include "tower_vectors.h"
 

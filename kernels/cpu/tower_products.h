@@ -1,7 +1,7 @@
 #pragma once
 // Rows by panels of 16 outputs, in floats and in 8-bit codes, and how rows become codes. What takes products is given
 // kLanes outputs of a row at a time, `finish(row, column, values)`, of rows below `count`.
-#include "image_tower.h"
+#include "tower_layout.h"
 #include "tower_vectors.h"
 
 #if defined(__AMX_INT8__)
