@@ -35,7 +35,7 @@ def image_bounds(
     if not isinstance(asked, str):
         # Of images that are judged each by itself, what is a region follows from no others either.
         return Bounds(asked, asked, "--threshold", None if own is None or compared else own.region)
-    if own is not None and expected is None:
+    if own is not None and (expected is None or len(scores) < FEW_IMAGES):  # of few images no share can be told
         return own
     if len(scores) < FEW_IMAGES:
         return None

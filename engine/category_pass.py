@@ -116,6 +116,7 @@ def run_category(
     check_there(options.output)
     try:
         references = _references(job, workplace)
+        unreadable += [Failure(str(path), reason) for path, reason in references.unreadable]
         checkpoints = workplace.checkpoints
         digest = fingerprint(category, workplace.record, checkpoints, options.written, references.digests)
         record = finished_record(options.output, category, digest) if options.resume else None
@@ -200,6 +201,8 @@ def _references(job: CategoryJob, workplace: Workplace) -> References:
         return References()
     references = find_references(job.category, job.products, config.reference, config.shots, config.seed)
     name = printable(job.category.name)
+    if references.unreadable and job.options.strict:
+        raise ImageError("{}: {}".format(*references.unreadable[0]))
     for note in references.notes:
         log.warning("%s: %s", name, note)
     log.info("%s: %s to compare with", name, counted(len(references.images), "known-good image"))
@@ -451,6 +454,8 @@ class CategoryPass:
             self.noticed.see(first + index, image)
 
         for batch in self.workplace.loader.batches(images, range(len(images)), bit_depth, seen):
+            if batch.failures and self.job.options.strict:
+                raise ImageError(f"{images[batch.failures[0][0]].path}: {batch.failures[0][1]}")
             self.failed_references += [Failure(str(images[index].relative), reason) for index, reason in batch.failures]
             self.readable_references += len(batch.indices)
             if batch.indices:

@@ -169,8 +169,9 @@ class MuSc:
 
     def record(self) -> dict[str, Any]:
         precisions = {scoring.precision for scoring in self._scorings.values()}
-        blend = {} if self._rule is None else {"image_blend": self._rule.image_blend}
-        return {**self._settings.model_dump(), **blend, "precision": precisions.pop()}
+        rule = self._rule
+        blends = {} if rule is None else {"image_blend": rule.image_blend, "map_blend": rule.map_blend}
+        return {**self._settings.model_dump(), **blends, "precision": precisions.pop()}
 
     def _scoring(self, graph: Graph) -> MutualScoring:
         layers, patches, channels = graph.outputs["tokens"].shape

@@ -278,7 +278,8 @@ def test_the_image_blend_follows_from_how_many_defects_are_expected(options: dic
     expected = clean(x, none, Rule((0.0, 0.3), 0.5, 3, blend, map_blend))
     found = run.scored(x, none, [range(12)])
     np.testing.assert_allclose([image.raw_score for image in found], expected.image_scores, atol=1e-6)
-    assert run.method.record()["image_blend"] == blend
+    record = run.method.record()
+    assert (record["image_blend"], record["map_blend"]) == (blend, map_blend)
 
 
 def test_every_group_has_clean_references_of_its_own() -> None:
@@ -347,10 +348,21 @@ def test_a_single_image_beside_a_reference(infer: Callable[..., int], capsys: py
     assert record["images"][0]["regions"]  # what is above all of the known-good images
     assert record["bounds"]["rule"] == "the most unusual of 3 known-good images"
 
+    assert infer("small", "data", "--reference", "good", "--strict") == 1
+    assert "data: 1 image" not in (said := capsys.readouterr().err)
+    assert "good/broken.png: " in said
+    Path("good/broken.png").unlink()
+    Path("shots.txt").write_text("good/1.png\ngood/2.png\ngood/absent.png\n")
+    assert infer("small", "data", "--reference", "shots.txt") == 1  # what is listed counts as any other input
+    assert "good/absent.png: skipped: there is no such file" in capsys.readouterr().err
+    assert json.loads(Path("out/data/category.json").read_text())["images"]
+    assert infer("small", "data", "--reference", "shots.txt", "--strict") == 1
+    assert "good/absent.png: there is no such file" in capsys.readouterr().err
+
     for path in Path("good").iterdir():
         path.write_bytes(path.name.encode())
     assert infer("small", "data", "--reference", "good") == 1
-    assert "none of the 4 references can be read" in capsys.readouterr().err
+    assert "none of the 3 references can be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow
