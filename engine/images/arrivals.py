@@ -35,6 +35,7 @@ COARSE = 10**7  # nanoseconds; times that are multiples of it come from file sys
 MERGED = 4096  # new keys that are kept apart
 STEP = 2  # milliseconds after which the system is asked again whether there is something new
 LISTEN = 10  # milliseconds that it is listened for at least
+FAILURES, LASTING = 4, 1.0  # of the system to tell, each within so many seconds, after which it is asked no more
 
 
 class Version(NamedTuple):
@@ -317,8 +318,10 @@ class Signals:
         self._paths: dict[str, None] = {}
         self._changes: Iterator[Iterable[tuple[object, str]]] | None = None  # next ones; None: nobody tells of them
         self._missed = False
+        self._begun, self._failed = 0.0, 0  # when it was asked last, and how often it failed since it last went well
 
     def start(self) -> None:
+        self._begun = time.monotonic()
         try:
             from watchfiles import watch
         except ImportError:
@@ -366,7 +369,11 @@ class Signals:
             return
         try:
             self._paths.update((path, None) for _, path in next(self._changes, ()))
-        except Exception as error:  # too few inotify watches, or the folder is gone
+        except Exception as error:  # too few inotify watches, the folder is gone, or a name that is no valid Unicode
+            self._failed = 1 if time.monotonic() - self._begun > LASTING else self._failed + 1
+            if self._failed <= FAILURES:  # one name, of which it may tell several times, does not slow the others
+                self.start()
+                return
             log.warning("the system does not tell of new files (%s); looking for them every half second", error)
             self._changes = None
         if len(self._paths) > MOST_WAITING:

@@ -302,10 +302,11 @@ def test_without_the_library_it_is_said_how_to_get_it(
 def test_what_the_system_tells_is_taken_until_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def watch(root: Path, **_: Any) -> Iterator[set[tuple[int, str]]]:
-        yield set()
-        yield {(1, f"{root}/a.png"), (2, f"{root}/b.png")}
-        yield {(1, f"{root}/{number}.png") for number in range(3)}
+    told = [set(), {(1, f"{tmp_path}/a.png"), (2, f"{tmp_path}/b.png")}, {(1, f"{tmp_path}/{n}.png") for n in range(3)}]
+
+    def watch(*_: Any, **__: Any) -> Iterator[set[tuple[int, str]]]:
+        while told:
+            yield told.pop(0)
         raise RuntimeError("no space left on device about inotify watches")
 
     monkeypatch.setitem(sys.modules, "watchfiles", type("watchfiles", (), {"watch": staticmethod(watch)}))
@@ -319,6 +320,29 @@ def test_what_the_system_tells_is_taken_until_it_fails(
     signals.wait(9)  # more than is kept in mind
     assert signals.missed()
     assert signals.changed() == []
-    assert not signals.telling()
+    assert not signals.telling()  # asked anew it fails again, at once
+    assert signals.missed()
     assert "does not tell of new files (no space left" in caplog.text
     signals.wait(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="names need not be Unicode there alone")
+def test_a_name_that_is_no_unicode_does_not_keep_the_system_from_telling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("watchfiles")
+    signals = Signals(tmp_path)
+    signals.start()
+    for _ in range(2):
+        signals.wait(1.2)
+        signals.changed(), signals.missed()
+        with open(os.fsencode(tmp_path) + b"/\xff.png", "wb"):  # noqa: PTH123 - the bytes of a name
+            pass
+        signals.wait(1)
+        assert signals.telling()
+        assert signals.missed()  # so that the folder is looked through
+        (tmp_path / "a.png").write_bytes(b"x")
+        signals.wait(1)
+        assert tmp_path / "a.png" in signals.changed()
+    assert not caplog.text
