@@ -219,9 +219,8 @@ class MuSc:
             for batch in group.references:
                 self._keep(batch, self._end + self._references)
                 self._references += len(batch.indices)
-            several = group.images * group.groups >= FEW_IMAGES  # few are measured otherwise
             # Of tiles no count of images follows, which is what bounds promise something of.
-            judged = several and group.whole is None
+            judged = group.whole is None
             self._measured = measured_count(self._references, self._settings.false_alarms) if judged else 0
         self._first = self._end - group.images
 
@@ -384,6 +383,11 @@ class MuSc:
         scored = list(scored)
         raw = np.array([image.raw_score for image in scored])  # [N]
         if self.calibration is not None:  # few images say as little when they are rescored by each other
+            if self._known:
+                beside = [self.calibration.scores(known.raw_scores) for known in self._known]
+                usual = self.calibration.bounds()
+                region = None if usual is None else usual.region
+                self._bounds = replace(known_bounds(beside, self._settings.false_alarms), region=region)
             return self.calibration.scores(raw)
         neighbours = self._settings.rscin
         if self._rule is not None:  # the nearest seven of a few images are nearly all of them
@@ -404,7 +408,9 @@ class MuSc:
         return rscin_beside(known.raw_scores, known.vectors, raw, vectors, neighbours)
 
     def bounds(self) -> Bounds | None:
-        return self._bounds if self.calibration is None else self.calibration.bounds()
+        if self._bounds is not None or self.calibration is None:
+            return self._bounds
+        return self.calibration.bounds()
 
     def note(self) -> str | None:
         return None if self.calibration is None else self.calibration.note()

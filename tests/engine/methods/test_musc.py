@@ -190,6 +190,29 @@ def test_known_good_images_are_scored_as_images_are_for_bounds(groups: int) -> N
     assert run.method.bounds() is None  # the highest of eight promises no tenth
 
 
+@pytest.mark.parametrize("groups", [[range(1)], [range(4)], [(0, 2), (1, 3)]])
+@pytest.mark.parametrize("references", ["all", "blended"])
+def test_bounds_of_few_images_follow_from_known_good_ones_too(references: str, groups: list[Sequence[int]]) -> None:
+    x, y, run = make_tokens(4), make_tokens(19, 1), Run(references=references, false_alarms=0.05)
+    x[0, :, 4] *= -2
+    found = run.scored(x, y, groups)
+    scores, bounds = run.method.image_scores(found), run.method.bounds()
+    assert bounds is not None
+    assert bounds.rule.startswith("at most 5 % of good images are rejected")
+    assert bounds.region == 0.5
+    assert bounds.verdict(scores[0]) == "reject"
+    if references == "all":
+        half = expected(y[:FEW_IMAGES], y[FEW_IMAGES:]).max()
+        # As if all were images.
+        beside = [expected(np.concatenate([x[list(group)], y]), y[:0])[-19:] for group in groups]
+        assert bounds.reject == pytest.approx(max(maps.max() for maps in beside) / (2 * half), abs=1e-4)
+    fewer = run.scored(x, y[:8], groups)
+    run.method.image_scores(fewer)
+    usual = run.method.bounds()
+    assert usual is not None
+    assert usual.rule == "the most unusual of 8 known-good images"
+
+
 def test_more_false_alarms_can_be_asked_for() -> None:
     x, y = make_tokens(12), make_tokens(30, 1)
     bounds = []
@@ -222,6 +245,20 @@ def test_of_good_images_no_more_are_rejected_than_known_good_ones_promise(refere
         rejected += int(np.sum(scores[:20] > bounds.reject))
     # Images of a split share a bound, so that they count for half as many.
     assert abs(rejected / (20 * SPLITS) - 1 / 21) < 3 * np.sqrt(2 / 21 * 20 / 21 / (20 * SPLITS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("references", ["all", "blended"])
+def test_of_single_good_images_no_more_are_rejected_than_known_good_ones_promise(references: str) -> None:
+    pool, rng, run, draws = make_tokens(70), np.random.default_rng(4), Run(references=references), 4 * SPLITS
+    rejected = 0
+    for _ in range(draws):
+        order = rng.permutation(70)[:20]
+        (score,) = run.method.image_scores(run.scored(pool[order[19:]], pool[order[:19]], [range(1)]))
+        bounds = run.method.bounds()
+        assert bounds is not None
+        rejected += int(score > bounds.reject)
+    assert abs(rejected / draws - 1 / 20) < 3 * np.sqrt(1 / 20 * 19 / 20 / draws)
 
 
 @pytest.mark.parametrize("images", [1, 4, 12])
