@@ -44,6 +44,7 @@ class Version(NamedTuple):
     size: int  # bytes
     modified: int  # ns
     inode: int
+    mode: int = 0  # its permissions
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Known:
     def __init__(self) -> None:
         self._sorted, self._new = np.zeros(0, np.uint64), set[int]()
 
-    def add(self, relative: str, version: Version) -> None:
-        self._add(_keys(relative, version))
+    def add(self, relative: str, version: Version, refused: bool = False) -> None:
+        """refused: it has no score, which other permissions or another name may change."""
+        self._add([_key_of_refused(relative, version)] if refused else _keys(relative, version))
 
     def has(self, relative: str, version: Version) -> bool:
-        return any(map(self._has, _keys(relative, version)))
+        return any(map(self._has, (*_keys(relative, version), _key_of_refused(relative, version))))
 
     def call(self, relative: str, key: str) -> bool:
         """Call a file's results by a key; returns False where those of another file are called so."""
@@ -100,10 +102,14 @@ class Known:
 
 
 def _keys(relative: str, version: Version) -> Iterator[int]:
-    size, modified, inode = version
+    size, modified, inode, _ = version
     yield _key(f"{relative}\0{size}\0{modified}")
     if modified % COARSE:  # else a file that takes the place of a removed one could be mistaken for it
         yield _key(f"\0{inode}\0{size}\0{modified}")
+
+
+def _key_of_refused(relative: str, version: Version) -> int:
+    return _key(f"\0\0\0{relative}\0{version.size}\0{version.modified}\0{version.mode}")
 
 
 def _key(text: str) -> int:
@@ -303,7 +309,7 @@ def _place(folder: Path) -> tuple[int, int]:
 
 
 def _version(status: os.stat_result) -> Version:
-    return Version(status.st_size, status.st_mtime_ns, status.st_ino)
+    return Version(status.st_size, status.st_mtime_ns, status.st_ino, stat.S_IMODE(status.st_mode))
 
 
 class Signals:

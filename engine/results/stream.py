@@ -144,7 +144,7 @@ class Stream:
         kept = None if record is None else record.facts()
         line = json.dumps([arrival.relative, arrival.version, ends, kept, reason]) + "\n"
         self._journal.append(line.encode("ascii"))
-        self._known.add(arrival.relative, arrival.version)
+        self._known.add(arrival.relative, arrival.version, refused=record is None)
         self._unsettled = True
         self._files.update(() if record is None else record.files())
 
@@ -163,7 +163,7 @@ class Stream:
             if line.ends[0] > self._scores.end or line.ends[1] > self._regions.end:
                 break  # a power cut has taken more of the tables than of the journal
             end, ends = after, line.ends
-            self._known.add(line.relative, line.version)
+            self._known.add(line.relative, line.version, refused=line.record is None)
             if line.record is not None:
                 if key := key_of(line.record):
                     self._known.call(line.relative, key)

@@ -200,9 +200,14 @@ def test_what_cannot_be_read_is_named_once_and_tried_again_when_it_changes(
     assert caplog.text.count("b.png: not scored") == 1
     put(made, 0, "a.png")
     assert Line(1, also=0.2).run() == ["a.png"]
+    Path("in/b.png").chmod(0o600)  # as one does where it was a permission that lacked
+    assert Line(1, also=0.2).run() == ["b.png"]
     put(made, 1, "b.png")
     assert Line(1).run() == ["b.png"]
-    assert [row["path"] for row in table()] == ["a.png", "b.png"]
+    Path("in/b.png").chmod(0o640)
+    put(made, 2, "c.png")
+    assert Line(1, also=0.2).run() == ["c.png"]  # a score stays
+    assert [row["path"] for row in table()] == ["a.png", "b.png", "c.png"]
 
 
 @pytest.mark.slow
