@@ -28,7 +28,7 @@ from zsad.engine.methods.method import Progress
 from zsad.engine.networks.runtime import Runtime
 from zsad.engine.results.records import Failure
 from zsad.engine.workplace import Options, Workplace, Workplaces, image_memory
-from zsad.kernels.files import file_sha256, printable
+from zsad.kernels.files import check_writable, file_sha256, printable
 
 from .bank_pass import network_tokens
 from .category_pass import CategoryProgress
@@ -99,10 +99,16 @@ def refuse_folder(path: Path) -> None:
 
 
 def begin(path: Path) -> Work:
-    """Read a bank that is to be changed; raises BankError."""
+    """Read a bank that is to be changed; raises BankError, also where it cannot be written."""
     refuse_folder(path)
     digest = read_header(path)[1]
     bank = read_bank(path)
+    try:
+        check_writable(path.resolve().parent)
+    except OSError as error:
+        raise BankError(
+            f"--bank {path}: cannot be written there ({error.strerror}); copy it to another folder, or change that one"
+        ) from None
     return Work(path, digest, bank, bank)
 
 

@@ -198,6 +198,18 @@ def test_a_bank_is_not_lost_when_it_cannot_be_written(
     assert sorted(path.name for path in Path().iterdir()) == ["good", "new", "part.zsad"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(
+    tell: Callable[..., tuple[int, Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zsad.kernels.files.tempfile.TemporaryFile", refuse)
+    code, _, said = tell("--accept", "new/00.png")
+    assert code == 2
+    assert "--bank part.zsad: cannot be written there (Permission denied); copy it" in said
+
+
 def test_what_a_link_leads_to_learns(tell: Callable[..., tuple[int, Any, str]]) -> None:
     Path("banks").mkdir()
     Path("part.zsad").rename("banks/part.zsad")
