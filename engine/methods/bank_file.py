@@ -5,9 +5,11 @@ their digests, the scores and highest map values that they have without themselv
 users have given back, step by step; in its metadata a header as JSON, and a digest.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -289,7 +291,12 @@ def write_bank(path: Path, bank: Bank) -> None:
     text = bank.header.text
     metadata = {"zsad_bank": text, "sha256": _digest(text, bank.tensors)}
     with written_whole(path) as draft:
-        save_file(bank.tensors, draft, metadata)
+        try:
+            save_file(bank.tensors, draft, metadata)
+        except SafetensorError as error:  # what the system said is in its text alone
+            said = re.search(r"os error (\d+)", str(error))
+            number = int(said[1]) if said else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
         like = path if path.exists() else draft.parent  # safetensors makes files that nobody else may read
         with suppress(PermissionError):  # of file systems that have none
             draft.chmod(like.stat().st_mode & 0o666)

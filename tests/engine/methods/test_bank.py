@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import stat
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -247,6 +249,22 @@ def test_a_bank_has_the_permissions_of_other_files_and_keeps_those_that_it_was_g
     path.chmod(0o640)
     write_bank(path, bank)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_full_disk_leaves_the_bank_that_was_there(bank_file: Path) -> None:
+    before, bank = bank_file.read_bytes(), read_bank(bank_file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as a disk with so much room
+        with pytest.raises(OSError, match=r"part\.zsad") as refused:
+            write_bank(bank_file, bank)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert refused.value.errno == errno.EFBIG
+    assert [path.name for path in bank_file.parent.iterdir()] == ["part.zsad"]
+    assert bank_file.read_bytes() == before
 
 
 @pytest.mark.parametrize("left", [0, 4, 7, 100, 1000, -1])
