@@ -40,7 +40,7 @@ from zsad.engine.workplace import Saving, Workplace
 from zsad.kernels.files import check_target, check_writable, printable
 from zsad.kernels.machine import default_memory_limit, scratch, stopwatch
 
-from .category_pass import CategoryJob, CategoryProgress, cost_of_one
+from .category_pass import NO_ROOM, CategoryJob, CategoryProgress, cost_of_one
 
 log = logging.getLogger("zsad")
 
@@ -323,7 +323,8 @@ def save_category_bank(
             return record
         save_bank(saving, normal, config, workplace, partial(progress, printable(category.name)))
     except Exception as error:  # as in `run_category`
-        said = cost_of_one(error, workplace, job.options)
+        full = getattr(error, "errno", None) in NO_ROOM  # where banks are: where the results are there may be room
+        said = str(error) if full else cost_of_one(error, workplace, job.options)
         log.error("no bank %s: %s", path, said)
         log.debug("%s", path, exc_info=True)
         return replace(record, failures=[*record.failures, Failure(str(path), f"no bank: {said}")])

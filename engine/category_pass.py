@@ -112,7 +112,7 @@ def run_category(
         raise ImageError(f"{category.root / unreadable[0].path}: {unreadable[0].reason}")
     for note in [ignored_files(category.ignored)] * bool(category.ignored) + list(category.notes):
         log.info("%s: %s", name, note)
-    start = time.perf_counter()
+    start, references = time.perf_counter(), References()
     check_there(options.output)
     try:
         references = _references(job, workplace)
@@ -139,8 +139,10 @@ def run_category(
             record = CategoryRecord(category.name, failures=failures, notes=list(category.notes))
         else:
             record = without_scores(category, said)
+    known_good = references.record()
     for failure in (failure for failure in record.failures if failure.reason != CATEGORY_FAILED):
-        log.error("%s/%s: skipped: %s", name, printable(failure.path), failure.reason)
+        place = "" if failure.path in known_good else f"{name}/"
+        log.error("%s%s: skipped: %s", place, printable(failure.path), failure.reason)
     return replace(record, seconds=round(time.perf_counter() - start, 3))
 
 
@@ -462,7 +464,7 @@ class CategoryPass:
                 yield batch
         if images and not self.readable_references:
             raise NoReferencesError(
-                f"none of the {len(images)} references can be read: {self.failed_references[0].reason}"
+                f"of {counted(len(images), 'reference')} none can be read: {self.failed_references[0].reason}"
             )
 
     def _take_failures(self, failures: Sequence[tuple[int, str]]) -> None:
@@ -581,4 +583,4 @@ def _background(config: Config) -> Background:
 def ignored_files(ignored: Mapping[str, int]) -> str:
     """Say how many files were passed over because of their names, by suffix."""
     kinds = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in sorted(ignored.items()))
-    return f"{sum(ignored.values())} files are no images by their names and are ignored ({kinds})"
+    return f"no images by their names, and ignored: {counted(sum(ignored.values()), 'file')} ({kinds})"

@@ -283,8 +283,9 @@ def load_config(
     method = overridden["method"]
     unknown = overridden[method].keys() - merged.get(method, {}).keys() - method_of(method).Settings.model_fields.keys()
     for key in sorted(unknown):
-        subject = f"preset {preset}" if base is None else "what is scored with a bank"
-        raise ConfigError(f"{_option(key)} is nothing for {subject}, whose method is {method}")
+        if base is not None:
+            raise ConfigError(f"{_option(key)} cannot be chosen for what is scored by a bank; leave it out")
+        raise ConfigError(f"{_option(key)} is nothing for preset {preset}, whose method is {method}")
     return _checked(preset, overridden, method_of, (overrides or {}).keys())
 
 

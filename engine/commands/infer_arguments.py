@@ -250,7 +250,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add("--object", metavar="NAME", help="what the images show, in words (default: the name of their folder)")
     add("--prompts", metavar="SET|FILE.toml", help="states and templates of the words that images are compared with")
-    add("--reference", metavar="FOLDER|LIST", help="known-good images, or a file with a path in each line")
+    add("--reference", metavar="FOLDER|LIST|IMAGE", help="known-good images, or a file with a path in each line")
     add("--shots", type=int, metavar="K", help="draw K known-good images, without --reference from the split train")
     add(
         "--foreground",

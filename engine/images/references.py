@@ -30,8 +30,9 @@ class References:
     unreadable: tuple[tuple[PurePosixPath, str], ...] = ()  # those of them that cannot be read, and why
 
     def record(self) -> dict[str, str]:
-        """Return the files with their digests."""
-        return {str(image.path): digest for image, digest in zip(self.images, self.digests, strict=True)}
+        """Return the files with their digests, of those that cannot be read with none."""
+        digests = {str(image.path): digest for image, digest in zip(self.images, self.digests, strict=True)}
+        return {**digests, **{str(path): "" for path, _ in self.unreadable}}
 
 
 def find_references(
@@ -41,8 +42,8 @@ def find_references(
 
     products: names of the folders of all categories, of which others have references of their own. reference: a folder
     (where it has a folder of the category's name, that one; its training split or its folder of normal images, if it
-    has such), or a file with a path in each line; None: the category's training split. shots: how many are drawn at
-    random; None: all. An image that is itself to be scored is left out, and so are copies of others. Raises
+    has such), an image, or a file with a path in each line; None: the category's training split. shots: how many are
+    drawn at random; None: all. An image that is itself to be scored is left out, and so are copies of others. Raises
     NoReferencesError.
     """
     return _drawn(category, candidates(category, products, reference), shots, seed)
@@ -74,6 +75,8 @@ def candidates(category: Category, products: Collection[str], reference: str | N
             raise NoReferencesError(f"{place}/ has folders of other categories, but none called {category.product}")
         paths = _training_images(own or top) or _normal_images(own or top)
         looked_for = f"images in {place}/ and below; give --reference a folder that has some"
+    elif is_image(Path(reference).name) and Path(reference).is_file():
+        return [Path(reference)]
     else:
         place = Path(reference).parent
         paths = _listed_images(Path(reference), category, named)
@@ -114,7 +117,7 @@ def _listed_images(file: Path, category: Category, named: Set[str]) -> list[Path
         raise NoReferencesError(f"the references {file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise NoReferencesError(
-            f"the references {file} must be a folder, or a UTF-8 text with a path in each line"
+            f"the references {file} must be a folder, an image, or a UTF-8 text with a path in each line"
         ) from None
     paths = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     own = [path for path in paths if any(_is_of(part, category) for part in path.parts)]

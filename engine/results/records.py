@@ -83,7 +83,7 @@ class CategoryRecord:
     relative: bool = True  # whether scores depend on the other images of the category
     bounds: Bounds | None = None  # None: too few images to judge them
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no images, by suffix
-    references: dict[str, str] = field(default_factory=dict)  # known-good images, with the sha256 of their files
+    references: dict[str, str] = field(default_factory=dict)  # known-good images: sha256 of their files, or nothing
     notes: list[str] = field(default_factory=list)  # what was found or decided while reading the images
     seconds: float = 0.0
     resumed: bool = False

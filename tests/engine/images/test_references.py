@@ -89,6 +89,13 @@ def test_of_copies_one_is_a_reference(data: Path) -> None:
     assert len(set(found.digests)) == 3
 
 
+def test_an_image_alone_will_do(data: Path) -> None:
+    good = data.parent / "good"
+    assert names(find(data, good / "1.png"), good) == ["1.png"]
+    with pytest.raises(NoReferencesError, match=r"cannot be read .No such file"):
+        find(data, good / "absent.png")
+
+
 def test_none_to_be_had(data: Path) -> None:
     empty = data.parent / "empty"
     empty.mkdir()
@@ -98,7 +105,7 @@ def test_none_to_be_had(data: Path) -> None:
         find(data, data.parent / "nowhere")
     binary = data.parent / "list.txt"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(NoReferencesError, match="must be a folder, or a UTF-8 text"):
+    with pytest.raises(NoReferencesError, match="must be a folder, an image, or a UTF-8 text"):
         find(data, binary)
     with pytest.raises(NoReferencesError, match="give --reference FOLDER"):
         find(data.parent / "several" / "bolt", shots=1)

@@ -762,7 +762,9 @@ def test_what_goes_wrong_with_a_bank_is_said_before_any_work_or_costs_that_bank_
     assert "no bank part.zsad: the session broke" in capsys.readouterr().err
     assert record("out")["categories"]["data"]["failures"][0]["reason"] == "no bank: the session broke"
     assert infer(tiny, "data", "--save-bank", "part.zsad") == 1
-    assert "stopped: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert "no bank part.zsad: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert len(images_of("out")) == 3
+    assert Path("out/report.html").is_file()
 
 
 @pytest.mark.slow

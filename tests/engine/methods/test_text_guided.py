@@ -78,7 +78,7 @@ def test_references_of_one_category_that_cannot_be_had(tiny: list[str], capsys: 
     Path("good/nut/broken.png").write_bytes(b"no picture")
     assert main([*tiny, "--reference", "good"]) == 1
     said = capsys.readouterr().err
-    assert "nut: none of the 1 references can be read: " in said
+    assert "nut: of 1 reference none can be read: " in said
     assert "; 2 images without a score" in said
     assert "nut/0.png: skipped" not in said
     assert images_of("bolt") == 2
