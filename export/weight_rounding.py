@@ -44,16 +44,19 @@ def fitted_codes(vit: VisionTransformer, options: ExportOptions) -> dict[str, Co
 
 
 def fitted(weight: Array, moments: Array) -> Codes:
-    """Return codes [N, K] of weights, with the scales of `weight_codes`; moments: of the inputs, [K, K]."""
+    """Return codes [N, K] of weights, with the scales of `weight_codes`; moments: of the inputs, [K, K].
+
+    In float64: else how a machine adds would decide on one code in a thousand.
+    """
     nearest, scales = weight_codes(weight)
     if not np.isfinite(moments).all() or not moments.any():
         return nearest
     order = np.argsort(-np.diag(moments), kind="stable")  # the largest first: all others make up for their errors
-    damped = moments[np.ix_(order, order)]
+    damped = moments[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * np.diag(moments).mean()
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]  # times its transpose: the damped moments
     spread = upper / np.diag(upper)  # [K, K]: how much of the error of a row's input the column's makes up for
-    errors = weight.T[order] / scales  # [K, N], in codes: weights, of which their codes are taken off one by one
+    errors = weight.T[order].astype(np.float64) / scales  # [K, N], in codes: weights, less codes that are chosen
     codes = np.empty_like(nearest)
     for start in range(0, len(order), TOGETHER):
         end = min(start + TOGETHER, len(order))
