@@ -6,12 +6,11 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import stat
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,17 +250,12 @@ def test_a_bank_has_the_permissions_of_other_files_and_keeps_those_that_it_was_g
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_full_disk_leaves_the_bank_that_was_there(bank_file: Path) -> None:
+def test_a_full_disk_leaves_the_bank_that_was_there(
+    bank_file: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
     before, bank = bank_file.read_bytes(), read_bank(bank_file)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as a disk with so much room
-        with pytest.raises(OSError, match=r"part\.zsad") as refused:
-            write_bank(bank_file, bank)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with files_up_to(len(before) // 2), pytest.raises(OSError, match=r"part\.zsad") as refused:
+        write_bank(bank_file, bank)
     assert refused.value.errno == errno.EFBIG
     assert [path.name for path in bank_file.parent.iterdir()] == ["part.zsad"]
     assert bank_file.read_bytes() == before
