@@ -2,13 +2,15 @@
 
 Images go through the graph of preset small in int8, and are compared and scored as with fp32: as the preset does it,
 and by the plain maximum of the map. Where the native code is there, int8 products choose the nearest patches of both,
-and fp32 measures them.
+and fp32 measures them. Beside them stands what mirroring all images changes with fp32, which makes no set easier.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
 from zsad.engine.config import ConfigError
 from zsad.engine.images.decode import network_input, recipe
@@ -34,6 +36,7 @@ from .accuracy_batches import (
 )
 
 WAYS: Mapping[str, Library] = {"native code int8": "native", "ONNX Runtime int8": "onnxruntime"}
+MIRRORED = "fp32, images mirrored"
 KEPT = ("image_auroc", "pixel_ap")
 BLEND = 0.25  # of preset small
 
@@ -47,6 +50,15 @@ def int8_tokens(images: ImageSet, reader: Reader, library: Library) -> Array:
     pictures = (network_input(images.picture(image), prepared)[None] for image in images.images)
     parts = (outputs for picture in pictures for _, outputs in run_in_parts(graph, {"images": picture}))
     return np.concatenate([np.array(outputs["tokens"]) for outputs in parts])
+
+
+def mirrored_tokens(images: ImageSet, reader: Reader) -> Array:
+    """Return the fp32 tokens [N, L, P, C] of mirrored images, each where its patch was."""
+    tokens, _ = reader.tokens(ImageOps.mirror(images.picture(image)) for image in images.images)
+    count, _, patches, channels = tokens.shape
+    rows, columns = square_grid(patches)
+    own = tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]].reshape(count, -1, rows, columns, channels)
+    return np.ascontiguousarray(own[:, :, :, ::-1]).reshape(count, -1, patches, channels)
 
 
 def rows(tokens: Array, image_size: int) -> Iterator[tuple[str, Scored]]:
@@ -64,9 +76,10 @@ def precisions(images: ImageSet, reader: Reader) -> dict[str, Any]:
     own = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
     exact = dict(rows(own, reader.image_size))
     found: dict[str, Any] = {row: {"fp32": _metrics(images, scored)} for row, scored in exact.items()}
-    for way, library in WAYS.items():
+    ways = {way: partial(int8_tokens, library=library) for way, library in WAYS.items()}
+    for way, tokens_of in {**ways, MIRRORED: mirrored_tokens}.items():
         try:
-            tokens = int8_tokens(images, reader, library)
+            tokens = tokens_of(images, reader)
         except ConfigError as error:
             print(f"{way}: not measured ({error})")
             continue
