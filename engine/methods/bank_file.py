@@ -294,7 +294,7 @@ def write_bank(path: Path, bank: Bank) -> None:
         try:
             save_file(bank.tensors, draft, metadata)
         except SafetensorError as error:  # what the system said is in its text alone
-            said = re.search(r"os error (\d+)", str(error))
+            said = re.search(r"(?:os error|Os { code:) (\d+)", str(error))
             number = int(said[1]) if said else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
         like = path if path.exists() else draft.parent  # safetensors makes files that nobody else may read
