@@ -5,7 +5,7 @@ and by the plain maximum of the map. Where the native code is there, int8 produc
 and fp32 measures them. Beside them stands what mirroring all images changes with fp32, which makes no set easier.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -76,8 +76,9 @@ def precisions(images: ImageSet, reader: Reader) -> dict[str, Any]:
     own = images.tokens[:, [TAPS.index(tap) for tap in SMALL_TAPS]]
     exact = dict(rows(own, reader.image_size))
     found: dict[str, Any] = {row: {"fp32": _metrics(images, scored)} for row, scored in exact.items()}
-    ways = {way: partial(int8_tokens, library=library) for way, library in WAYS.items()}
-    for way, tokens_of in {**ways, MIRRORED: mirrored_tokens}.items():
+    ways: dict[str, Callable[[ImageSet, Reader], Array]] = {MIRRORED: mirrored_tokens}
+    ways |= {way: partial(int8_tokens, library=library) for way, library in WAYS.items()}
+    for way, tokens_of in ways.items():
         try:
             tokens = tokens_of(images, reader)
         except ConfigError as error:
